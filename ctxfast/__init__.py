@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ctxfast: contextual word embeddings (ELMo, BERT) at the speed of the hardware."""
+
+from __future__ import annotations
+
+from importlib import import_module, metadata
+from typing import Any
+
+from . import functional
+from ._core.capability import show_config
+from ._core.registry import use_impl
+from .functional import (
+    add_layer_norm,
+    attention,
+    char_cnn,
+    embed_layer_norm,
+    explain,
+    linear_act,
+    linear_cross_entropy,
+    lstm,
+    scalar_mix,
+)
+
+try:
+    __version__ = metadata.version("ctxfast")
+except metadata.PackageNotFoundError:  # a source tree that was never installed
+    __version__ = "0+source"
+
+# Loaded on first use, so that `import ctxfast` stays quick and needs no tokenizer or HDF5 library.
+_LAZY = {
+    "Embedder": "ctxfast.embed",
+    "Elmo": "ctxfast.models.elmo.modeling",
+    "ElmoEmbedder": "ctxfast.models.elmo.embedder",
+    "batch_to_ids": "ctxfast.models.elmo.tokenization",
+    "Bert": "ctxfast.models.bert.modeling",
+    "BertConfig": "ctxfast.models.bert.config",
+    "BertTokenizer": "ctxfast.models.bert.tokenization",
+    "BertForMaskedLM": "ctxfast.models.bert.heads",
+    "BertForNextSentencePrediction": "ctxfast.models.bert.heads",
+    "BertForPreTraining": "ctxfast.models.bert.heads",
+    "BertForQuestionAnswering": "ctxfast.models.bert.heads",
+    "BertForSequenceClassification": "ctxfast.models.bert.heads",
+    "BertForTokenClassification": "ctxfast.models.bert.heads",
+}
+_LAZY_MODULES = ("nn", "models", "embed", "packing")
+
+__all__ = [
+    "add_layer_norm",
+    "attention",
+    "char_cnn",
+    "embed_layer_norm",
+    "explain",
+    "functional",
+    "linear_act",
+    "linear_cross_entropy",
+    "lstm",
+    "scalar_mix",
+    "show_config",
+    "use_impl",
+    *_LAZY,
+    *_LAZY_MODULES,
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        value = getattr(import_module(_LAZY[name]), name)
+    elif name in _LAZY_MODULES:
+        value = import_module(f"ctxfast.{name}")
+    else:
+        raise AttributeError(f"module 'ctxfast' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What this build and this machine can do: the compiled extension, its facts, versions, devices.
+
+Importing this module loads ``ctxfast._C`` if it was built, and touches no GPU.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import platform
+import sys
+from functools import lru_cache
+from importlib import metadata
+from types import ModuleType
+from typing import Any
+
+import torch
+
+try:
+    # torch comes first on purpose: its OpenMP pool is the one the kernels then share.
+    _C = importlib.import_module("ctxfast._C")
+except ImportError as error:
+    _C, _IMPORT_ERROR = None, str(error)
+else:
+    _IMPORT_ERROR = ""
+
+_REINSTALL = "Build it with: pip install . (a C++17 compiler is all it needs)."
+
+
+def extension() -> ModuleType | None:
+    """The compiled extension, or None if it is not there (``why_no_extension`` says why)."""
+    return _C
+
+
+def why_no_extension() -> str:
+    """One sentence: why there is no compiled extension, and the way out."""
+    return f"the compiled extension ctxfast._C is not there ({_IMPORT_ERROR}). {_REINSTALL}"
+
+
+@lru_cache(maxsize=1)
+def build_info() -> dict[str, Any]:
+    """Facts of the build, as recorded in the extension; {} without one."""
+    return dict(_C.build_info()) if _C is not None else {}
+
+
+def why_no_cuda() -> str | None:
+    """None if CUDA kernels were compiled, else one sentence why not and the way out."""
+    if _C is None:
+        return why_no_extension()
+    info = build_info()
+    if info.get("cuda"):
+        return None
+    return (
+        f"CUDA kernels were not compiled ({info.get('cuda_reason') or 'no reason recorded'}). "
+        f"Install the CUDA toolkit and rebuild with CTXFAST_CUDA=1 pip install --force-reinstall ."
+    )
+
+
+def _version(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def facts() -> dict[str, str]:
+    """Versions, device and build of this installation, for ``show_config``, ``ctxfast info`` and benchmark files."""
+    info = build_info()
+    rows = {
+        "ctxfast": _version("ctxfast"),
+        "python": f"{platform.python_version()} ({sys.platform}, {platform.machine()})",
+        "torch": torch.__version__,
+        "triton": _version("triton") if importlib.util.find_spec("triton") else "not installed",
+        "cpu": f"{_cpu_name()}, {torch.get_num_threads()} threads",
+    }
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        rows["gpu"] = f"{torch.cuda.get_device_name()} (sm_{major}{minor}, {torch.cuda.device_count()} visible)"
+    else:
+        rows["gpu"] = "none visible to torch"
+    if _C is None:
+        rows["extension"] = why_no_extension()
+        return rows
+    rows["extension"] = f"{info.get('version', '?')}, compiled by {info.get('compiler', '?')}"
+    rows["cpu kernels"] = f"{', '.join(info.get('cpu_isas', ()))}; this machine runs {_C.cpu_isa()}"
+    missing = why_no_cuda()
+    rows["cuda kernels"] = missing or f"CUDA {info.get('cuda_version')}: {', '.join(info.get('cuda_archs', ()))}"
+    return rows
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            for line in lines:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or "unknown"
+
+
+def show_config() -> str:
+    """The rows of ``facts`` as text: what to paste into a bug report."""
+    rows = facts()
+    width = max(map(len, rows))
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Argument checks shared by every op: one place, one wording.
+
+A message always reads ``ctxfast.<op>: <argument> has <what came>; expected <what was wanted>. <way out>``.
+The checks look at shapes, dtypes and devices only. They never read a tensor's values on a GPU (that
+would wait for the device); ``in_range`` reads values on the CPU and is skipped while torch.compile traces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+INTEGER = (torch.int64, torch.int32)
+
+
+def tensor(op: str, name: str, value: Any) -> Tensor:
+    """Return ``value`` if it is a tensor, else raise TypeError."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"ctxfast.{op}: {name} is a {type(value).__name__}; expected a torch.Tensor.")
+    return value
+
+
+def shape(op: str, name: str, value: Tensor, expected: Sequence[int | None], legend: str) -> None:
+    """Raise ValueError unless ``value`` has the shape ``expected`` (None: any size); ``legend`` names the sizes."""
+    ok = value.dim() == len(expected)
+    if ok:
+        for have, want in zip(value.shape, expected):
+            if want is not None and have != want:
+                ok = False
+    if not ok:
+        sizes = ", ".join("any" if want is None else str(int(want)) for want in expected)
+        comma = "," if len(expected) == 1 else ""
+        raise ValueError(
+            f"ctxfast.{op}: {name} has shape {tuple(value.shape)}; expected {legend} = ({sizes}{comma})."
+        )
+
+
+def floating(op: str, name: str, value: Tensor) -> None:
+    """Raise TypeError unless ``value`` is float64, float32, float16 or bfloat16."""
+    if value.dtype not in FLOATING:
+        raise TypeError(
+            f"ctxfast.{op}: {name} has dtype {value.dtype}; expected float32, float16, bfloat16 or float64. "
+            f"Convert it with .float()."
+        )
+
+
+def integer(op: str, name: str, value: Tensor) -> None:
+    """Raise TypeError unless ``value`` is int64 or int32."""
+    if value.dtype not in INTEGER:
+        raise TypeError(
+            f"ctxfast.{op}: {name} has dtype {value.dtype}; expected int64 or int32. Convert it with .long()."
+        )
+
+
+def same(op: str, lead: str, leader: Tensor, others: Iterable[tuple[str, Tensor | None]], *, dtype: bool = True) -> None:
+    """Raise unless every tensor lies on ``leader``'s device (ValueError) and, if asked, has its dtype (TypeError)."""
+    for name, value in others:
+        if value is None:
+            continue
+        if value.device != leader.device:
+            raise ValueError(
+                f"ctxfast.{op}: {name} is on {value.device}; expected {leader.device}, where {lead} is. "
+                f"Move it with .to({str(leader.device)!r})."
+            )
+        if dtype and value.dtype != leader.dtype:
+            raise TypeError(
+                f"ctxfast.{op}: {name} has dtype {value.dtype}; expected {leader.dtype}, that of {lead}. "
+                f"Convert one of them, or run under torch.autocast."
+            )
+
+
+def choice(op: str, name: str, value: Any, allowed: Sequence[Any]) -> None:
+    """Raise ValueError unless ``value`` is one of ``allowed``."""
+    if value not in allowed:
+        listed = ", ".join(repr(item) for item in allowed)
+        raise ValueError(f"ctxfast.{op}: {name} is {value!r}; expected one of {listed}.")
+
+
+def positive(op: str, name: str, value: float | None, *, none_means: str) -> None:
+    """Raise ValueError unless ``value`` is None or a number above zero."""
+    if value is not None and not value > 0:
+        raise ValueError(f"ctxfast.{op}: {name} is {value!r}; expected a number above 0, or None for {none_means}.")
+
+
+def probability(op: str, name: str, value: float) -> None:
+    """Raise ValueError unless ``0 <= value < 1``."""
+    if not 0.0 <= value < 1.0:
+        raise ValueError(f"ctxfast.{op}: {name} is {value!r}; expected a probability, 0 <= {name} < 1.")
+
+
+def in_range(op: str, name: str, value: Tensor, low: int, high: int, hint: str = "") -> None:
+    """Raise ValueError unless every element lies in ``low..high`` (CPU tensors only: a GPU is never waited for)."""
+    if value.device.type != "cpu" or torch.compiler.is_compiling() or value.numel() == 0:
+        return
+    if isinstance(value, torch._subclasses.FakeTensor):
+        return
+    least, most = int(value.min()), int(value.max())
+    if least < low or most > high:
+        got = least if least < low else most
+        tail = f" {hint}" if hint else ""
+        raise ValueError(f"ctxfast.{op}: {name} holds {got}; expected values in {low}..{high}.{tail}")

@@ -1,0 +1,297 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The op table and the choice of an implementation.
+
+Every op is one ``OpSpec``: its reference (plain PyTorch, the definition), its other implementations in order of
+preference, its argument check, its autocast rule and its test cases. Parity tests, benchmarks, ``explain`` and
+``ctxfast info`` walk this table: an implementation is tested and timed by being registered here.
+
+Choice of an implementation, first match wins:
+1. the argument ``impl=`` of the call,
+2. ``with use_impl(...)``,
+3. the environment variable ``CTXFAST_IMPL`` (read once, at import),
+4. the first implementation in the table whose ``supports`` has no objection; the reference has none, ever.
+An implementation asked for by name never falls back to another: its objection becomes the error.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IMPL_NAMES = ("reference", "cpu", "triton", "cuda", "cuda_step")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One set of arguments an op is tested with.
+
+    ``make(device, dtype, seed)`` returns the keyword arguments of the public function; ``grads`` names the
+    arguments whose gradients are compared (a name whose value is a sequence of tensors stands for all of them).
+    """
+
+    id: str
+    make: Callable[[str, torch.dtype, int], dict[str, Any]]
+    grads: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Impl:
+    """One implementation of an op: the module of its name in the op's package, imported on first use.
+
+    The module holds a function of the op's name, which takes the checked keyword arguments of the public function and
+    is differentiable wherever ``supports`` lets a call that needs a gradient through; ``supports(args)``, which
+    returns None or the sentence why not, looking at shapes, dtypes, devices and flags only; and ``raw_calls(args)``,
+    which lists ``(operator, arguments)`` of the registered operators behind a call, for torch.library.opcheck.
+    ``device`` is the device type it runs on.
+    """
+
+    name: str
+    device: str
+    note: str = ""
+    bitwise_repeatable: bool = True
+
+
+@dataclass(frozen=True)
+class OpSpec:
+    """One op: definition, implementations (fastest first, the reference last and implied), check, autocast rule.
+
+    ``package`` is the op's package; its ``cases`` module holds ``CASES``.
+    ``autocast``: "lower" (floating arguments go to the autocast dtype), "fp32", or "keep".
+    ``ceiling``: dtype -> largest error allowed at all, relative to the largest magnitude of the float64 result,
+    so that a bad reference cannot excuse a bad kernel.
+    """
+
+    name: str
+    package: str
+    summary: str
+    cite: str
+    reference: Callable[..., Any]
+    check: Callable[[Mapping[str, Any]], None]
+    autocast: str = "keep"
+    impls: tuple[Impl, ...] = ()
+    ceiling: Mapping[torch.dtype, float] = field(
+        default_factory=lambda: {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}
+    )
+
+    @property
+    def all_impls(self) -> tuple[Impl, ...]:
+        return (*self.impls, REFERENCE)
+
+    def impl(self, name: str) -> Impl:
+        for candidate in self.all_impls:
+            if candidate.name == name:
+                return candidate
+        known = ", ".join(candidate.name for candidate in self.all_impls)
+        raise ValueError(f"ctxfast.{self.name}: impl is {name!r}; expected one of {known}.")
+
+    def module(self, name: str) -> ModuleType:
+        """The module ``name`` of the op's package."""
+        path = f"{self.package}.{name}"
+        loaded = sys.modules.get(path)
+        return loaded if loaded is not None else importlib.import_module(path)
+
+    def supports(self, implementation: Impl, args: Mapping[str, Any]) -> str | None:
+        """None, or the sentence why this implementation cannot run these arguments."""
+        if implementation.name == "reference":
+            return None
+        return self.module(implementation.name).supports(args)
+
+    def function(self, implementation: Impl) -> Callable[..., Any]:
+        """The function that runs this implementation."""
+        if implementation.name == "reference":
+            return self.reference
+        return getattr(self.module(implementation.name), self.name)
+
+    def cases(self) -> tuple[Case, ...]:
+        return self.module("cases").CASES
+
+
+REFERENCE = Impl("reference", "any", note="plain PyTorch, the definition")
+
+OPS: dict[str, OpSpec] = {}
+
+# What use_impl and CTXFAST_IMPL ask for: op name (or "*") -> implementation name. Process-wide, like torch's backend
+# flags: a plain dict, so that torch.compile can guard on it.
+_requested: dict[str, str] = {}
+
+
+def register(spec: OpSpec) -> OpSpec:
+    """Enter an op in the table."""
+    if spec.name in OPS:
+        raise ValueError(f"ctxfast: op {spec.name!r} is registered twice.")
+    for implementation in spec.impls:
+        if implementation.name not in IMPL_NAMES:
+            raise ValueError(f"ctxfast.{spec.name}: implementation name {implementation.name!r} is not one of {IMPL_NAMES}.")
+    OPS[spec.name] = spec
+    return spec
+
+
+def tensors(args: Mapping[str, Any]) -> Iterator[Tensor]:
+    """Every tensor among the arguments, those inside lists and tuples too."""
+    for value in args.values():
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            for item in value:
+                if isinstance(item, Tensor):
+                    yield item
+
+
+def needs_grad(args: Mapping[str, Any]) -> bool:
+    """Whether autograd would record this call."""
+    if not torch.is_grad_enabled():
+        return False
+    for value in tensors(args):
+        if value.requires_grad:
+            return True
+    return False
+
+
+def _requested_for(spec: OpSpec) -> str | None:
+    name = _requested.get(spec.name)
+    if name is not None:
+        return name
+    name = _requested.get("*")
+    # A name given for all ops binds those that have such an implementation; the rest choose for themselves.
+    if name is not None and any(candidate.name == name for candidate in spec.all_impls):
+        return name
+    return None
+
+
+def resolve(spec: OpSpec, args: Mapping[str, Any], impl: str | None = None) -> Impl:
+    """The implementation that runs this call; raises if the one asked for by name cannot."""
+    name = impl if impl is not None else _requested_for(spec)
+    if name is not None:
+        chosen = spec.impl(name)
+        objection = spec.supports(chosen, args)
+        if objection is not None:
+            raise RuntimeError(
+                f"ctxfast.{spec.name}: impl={name!r} was asked for and cannot run this call: {objection} "
+                f"Pass impl='reference', or leave impl out."
+            )
+        return chosen
+    for candidate in spec.impls:
+        if spec.supports(candidate, args) is None:
+            return candidate
+    return REFERENCE
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() and value.dtype != torch.float64 else value
+    if isinstance(value, tuple):
+        return tuple(_cast(item, dtype) for item in value)
+    if isinstance(value, list):
+        return [_cast(item, dtype) for item in value]
+    return value
+
+
+def _autocast(spec: OpSpec, args: dict[str, Any]) -> dict[str, Any]:
+    if spec.autocast == "keep":
+        return args
+    device = next(tensors(args)).device.type
+    if not torch.is_autocast_enabled(device):
+        return args
+    dtype = torch.get_autocast_dtype(device) if spec.autocast == "lower" else torch.float32
+    return {name: _cast(value, dtype) for name, value in args.items()}
+
+
+def call(spec: OpSpec, args: dict[str, Any], impl: str | None = None) -> Any:
+    """Autocast, check, choose, run. ``args`` are the keyword arguments of the public function."""
+    args = _autocast(spec, args)
+    spec.check(args)
+    return spec.function(resolve(spec, args, impl))(**args)
+
+
+def _request(ops: dict[str, str]) -> dict[str, str]:
+    for op, name in ops.items():
+        if op != "*" and op not in OPS:
+            raise ValueError(f"ctxfast.use_impl: there is no op {op!r}; expected one of {', '.join(sorted(OPS))}.")
+        if op != "*":
+            OPS[op].impl(name)
+        elif name not in IMPL_NAMES:
+            raise ValueError(f"ctxfast.use_impl: impl is {name!r}; expected one of {', '.join(IMPL_NAMES)}.")
+    return ops
+
+
+@contextmanager
+def use_impl(impl: str | None = None, **per_op: str) -> Iterator[None]:
+    """Ask for implementations by name inside a ``with`` block.
+
+    Args:
+        impl: name for every op that has such an implementation, e.g. ``"reference"``.
+        per_op: name for one op, e.g. ``attention="reference"``; goes before ``impl``.
+
+    Process-wide while the block runs (like torch.backends flags). ``impl=`` of a call goes before it.
+
+    Raises:
+        ValueError: unknown op or implementation.
+        RuntimeError: from the call, when the implementation asked for cannot run it.
+    """
+    wanted = _request({**({"*": impl} if impl is not None else {}), **per_op})
+    before = dict(_requested)
+    _requested.update(wanted)
+    try:
+        yield
+    finally:
+        _requested.clear()
+        _requested.update(before)
+
+
+def read_environment() -> None:
+    """Take ``CTXFAST_IMPL``: one name for all ops, or ``op=name`` pairs with commas (called once, after the ops are in)."""
+    text = os.environ.get("CTXFAST_IMPL", "").strip()
+    if not text:
+        return
+    wanted: dict[str, str] = {}
+    for part in text.split(","):
+        op, _, name = part.strip().rpartition("=")
+        wanted[op or "*"] = name
+    try:
+        _requested.update(_request(wanted))
+    except ValueError as error:
+        raise ValueError(f"CTXFAST_IMPL={text!r} cannot be read. {error}") from None
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Why each implementation of an op runs, or does not run, a given call."""
+
+    op: str
+    rows: tuple[tuple[str, str, str], ...]  # implementation, "used" | "could" | "no", reason
+
+    @property
+    def used(self) -> str:
+        return next(name for name, verdict, _ in self.rows if verdict == "used")
+
+    def __str__(self) -> str:
+        width = max(len(name) for name, _, _ in self.rows)
+        lines = [f"{name:<{width}}  {verdict:<5}  {reason}" for name, verdict, reason in self.rows]
+        return "\n".join([f"ctxfast.{self.op}:", *("  " + line.rstrip() for line in lines)])
+
+    __repr__ = __str__
+
+
+def explain_args(spec: OpSpec, args: dict[str, Any], impl: str | None = None) -> Explanation:
+    args = _autocast(spec, args)
+    spec.check(args)
+    chosen = resolve(spec, args, impl).name
+    rows = []
+    for candidate in spec.all_impls:
+        objection = spec.supports(candidate, args)
+        if candidate.name == chosen:
+            rows.append((candidate.name, "used", candidate.note))
+        elif objection is None:
+            rows.append((candidate.name, "could", candidate.note))
+        else:
+            rows.append((candidate.name, "no", objection))
+    return Explanation(spec.name, tuple(rows))

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Registration of kernels as torch operators, and the one place that allocates their outputs.
+
+Kernels are entered with ``Library.define`` + ``impl`` + a fake kernel (measured cheaper per call than
+``torch.library.custom_op``); autograd stays outside, in a ``torch.autograd.Function`` per op, so that
+torch.compile(fullgraph=True) and torch.export see one opaque operator each way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_LIBRARY = torch.library.Library("ctxfast", "DEF")
+_TAGS = tuple(
+    getattr(torch.Tag, name) for name in ("pt2_compliant_tag", "needs_fixed_stride_order") if hasattr(torch.Tag, name)
+)
+
+
+def allocate(size: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """An uninitialised contiguous tensor: launchers and fake kernels both allocate outputs here, so they cannot drift."""
+    return torch.empty(tuple(size), dtype=like.dtype if dtype is None else dtype, device=like.device)
+
+
+def define(name: str, schema: str, kernel: Callable[..., Any], fake: Callable[..., Any], device: str) -> Any:
+    """Register ``ctxfast::<name><schema>`` for one dispatch key ("CPU" or "CUDA") and return the callable operator.
+
+    The operator is not differentiable and says so: called with an input that requires a gradient while autograd
+    records, it refuses instead of returning a result that silently breaks the chain.
+    """
+
+    def run(*args: Any) -> Any:
+        if torch.is_grad_enabled():
+            flat = [item for arg in args for item in (arg if isinstance(arg, (list, tuple)) else (arg,))]
+            if any(isinstance(item, Tensor) and item.requires_grad for item in flat):
+                raise RuntimeError(
+                    f"ctxfast::{name} is the raw kernel and has no gradient of its own. Call the function in "
+                    f"ctxfast.functional, or wrap the call in torch.no_grad()."
+                )
+        return kernel(*args)
+
+    _LIBRARY.define(name + schema, tags=_TAGS)
+    _LIBRARY.impl(name, run, device)
+    torch.library.register_fake(f"ctxfast::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.ctxfast, name).default

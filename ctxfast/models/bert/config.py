@@ -1,0 +1,334 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sizes and options of a BERT-family encoder, under Hugging Face's field names."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROBERTA_TYPES = ("roberta", "xlm-roberta", "camembert")
+MODEL_TYPES = ("bert", *ROBERTA_TYPES, "ernie")
+
+# Hugging Face's hidden_act -> the name `linear_act` uses. The five names of the tanh form stand
+# for one formula; "gelu_new" is the one this package writes.
+ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_accurate": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_python_tanh": "gelu_tanh",
+    "relu": "relu",
+    "tanh": "tanh",
+}
+
+# Class names written by files that predate the model_type key, longest prefix first.
+_ARCHITECTURE_TYPES = (
+    ("XLMRoberta", "xlm-roberta"),
+    ("Camembert", "camembert"),
+    ("Roberta", "roberta"),
+    ("Ernie", "ernie"),
+    ("Bert", "bert"),
+)
+
+_POSITIVE = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "max_position_embeddings",
+    "type_vocab_size",
+    "task_type_vocab_size",
+    "num_labels",
+)
+_PROBABILITIES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
+
+
+def _fail(field: str, got: object, expected: str) -> ValueError:
+    return ValueError(f"ctxfast.BertConfig: {field} is {got!r}; expected {expected}")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes `value` as JSON under a temporary name beside `path`, then moves it into place."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(value, file, indent=2, ensure_ascii=False)
+            file.write("\n")
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def read_json(path: Path, caller: str) -> dict[str, Any]:
+    """Reads a JSON object from `path`; a ValueError names the file when it is not one."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"{caller}: {path} is not valid JSON ({error}); the file may be cut short"
+        ) from error
+    if not isinstance(value, dict):
+        raise ValueError(
+            f"{caller}: {path} holds a JSON {type(value).__name__}; expected an object"
+        )
+    return value
+
+
+@dataclasses.dataclass(frozen=True)
+class BertConfig:
+    """Describes a post-LayerNorm encoder of the BERT, RoBERTa, XLM-R or ERNIE kind.
+
+    Fields carry Hugging Face's names and defaults (bert-base-uncased). The object cannot be
+    changed after it is made: use `dataclasses.replace`, `with_labels` or `with_gelu`.
+    Keys of a config.json that have no field here are kept in `extra` and written back.
+
+    Raises:
+        ValueError: a value out of range, an unknown activation, model type or position embedding,
+            a hidden size that the heads do not divide, or a decoder.
+        TypeError: a size that is not an integer.
+
+    Reference: Devlin et al. 2019 (BERT); Liu et al. 2019 (RoBERTa); Sun et al. 2020 (ERNIE 2.0).
+    """
+
+    vocab_size: int = 30522
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-12
+    pad_token_id: int | None = None
+    classifier_dropout: float | None = None
+    model_type: str = "bert"
+    use_task_id: bool = False
+    task_type_vocab_size: int = 3
+    num_labels: int = 2
+    id2label: dict[int, str] | None = None
+    position_embedding_type: str = "absolute"
+    tie_word_embeddings: bool = True
+    extra: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.model_type not in MODEL_TYPES:
+            raise _fail("model_type", self.model_type, f"one of {', '.join(MODEL_TYPES)}")
+        if self.pad_token_id is None:
+            object.__setattr__(self, "pad_token_id", 1 if self.is_roberta else 0)
+        for name in (*_POSITIVE, "pad_token_id"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"ctxfast.BertConfig: {name} is {value!r}; expected an integer")
+            if value < (0 if name == "pad_token_id" else 1):
+                raise _fail(name, value, "a positive integer")
+        if self.hidden_size % self.num_attention_heads:
+            raise _fail(
+                "hidden_size",
+                self.hidden_size,
+                f"a multiple of num_attention_heads = {self.num_attention_heads}",
+            )
+        if self.hidden_act not in ACTIVATIONS:
+            raise _fail("hidden_act", self.hidden_act, f"one of {', '.join(ACTIVATIONS)}")
+        for name in _PROBABILITIES:
+            value = getattr(self, name)
+            if name == "classifier_dropout" and value is None:
+                continue
+            if not isinstance(value, (int, float)) or not 0.0 <= value < 1.0:
+                raise _fail(name, value, "a probability in [0, 1)")
+        for name in ("layer_norm_eps", "initializer_range"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not value > 0.0:
+                raise _fail(name, value, "a number above 0")
+        if self.pad_token_id >= self.vocab_size:
+            raise _fail("pad_token_id", self.pad_token_id, f"an id below {self.vocab_size}")
+        if self.max_position_embeddings <= self.position_offset:
+            raise _fail(
+                "max_position_embeddings",
+                self.max_position_embeddings,
+                f"more than pad_token_id + 1 = {self.position_offset} ({self.model_type} leaves "
+                "that many rows unused)",
+            )
+        if self.position_embedding_type != "absolute":
+            raise _fail(
+                "position_embedding_type",
+                self.position_embedding_type,
+                "'absolute'; relative key and query position embeddings are not supported",
+            )
+        if self.use_task_id and self.model_type != "ernie":
+            raise _fail("use_task_id", True, f"False for model_type {self.model_type!r}")
+        for name in ("is_decoder", "add_cross_attention"):
+            if self.extra.get(name):
+                raise _fail(name, True, "False; only bidirectional encoders are supported")
+        if self.extra.get("pruned_heads"):
+            raise _fail("pruned_heads", self.extra["pruned_heads"], "none; heads are kept whole")
+        if self.id2label is not None:
+            if sorted(self.id2label) != list(range(len(self.id2label))):
+                raise _fail("id2label", self.id2label, "the keys 0, 1, ... without gaps")
+            if len(self.id2label) != self.num_labels:
+                raise _fail(
+                    "num_labels",
+                    self.num_labels,
+                    f"{len(self.id2label)}, the length of id2label. Use with_labels() to change it",
+                )
+
+    @property
+    def is_roberta(self) -> bool:
+        """True for the types with RoBERTa's position numbering and head names."""
+        return self.model_type in ROBERTA_TYPES
+
+    @property
+    def activation(self) -> str:
+        """Name of `hidden_act` among the activations of `ctxfast.linear_act`."""
+        return ACTIVATIONS[self.hidden_act]
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def position_offset(self) -> int:
+        """Row of the position table that a text's first token takes."""
+        return self.pad_token_id + 1 if self.is_roberta else 0
+
+    @property
+    def max_length(self) -> int:
+        """Longest sequence in tokens, special ones included, that the position table allows."""
+        return self.max_position_embeddings - self.position_offset
+
+    @property
+    def head_dropout(self) -> float:
+        """Dropout before a classifier: `classifier_dropout`, else `hidden_dropout_prob`."""
+        if self.classifier_dropout is None:
+            return self.hidden_dropout_prob
+        return self.classifier_dropout
+
+    @property
+    def label2id(self) -> dict[str, int] | None:
+        """`id2label` turned round."""
+        if self.id2label is None:
+            return None
+        return {name: index for index, name in self.id2label.items()}
+
+    @classmethod
+    def base(cls, **changes: Any) -> BertConfig:
+        """The released BERT-Base (uncased): 12 layers, 768 wide, 12 heads."""
+        return cls(**changes)
+
+    @classmethod
+    def large(cls, **changes: Any) -> BertConfig:
+        """The released BERT-Large (uncased): 24 layers, 1024 wide, 16 heads."""
+        sizes = {
+            "hidden_size": 1024,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "intermediate_size": 4096,
+        }
+        return cls(**{**sizes, **changes})
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> BertConfig:
+        """Makes a config from the keys of a config.json or of Google's bert_config.json.
+
+        Without `model_type` the type comes from `architectures`, else it is "bert".
+        Keys that are not fields go to `extra`. Raises as the constructor.
+        """
+        values = dict(values)
+        extra = dict(values.pop("extra", {}))
+        if values.get("model_type") is None:
+            values["model_type"] = _type_from_architectures(values.get("architectures"))
+        labels = values.pop("id2label", None)
+        label2id = values.pop("label2id", None)
+        if labels is None and label2id:
+            labels = {index: name for name, index in label2id.items()}
+        if labels is not None:
+            values["id2label"] = {int(key): str(name) for key, name in labels.items()}
+            values.setdefault("num_labels", len(labels))
+        # Old files spell "use the default" as null.
+        for name in ("position_embedding_type", "num_labels"):
+            if values.get(name, "") is None:
+                del values[name]
+        fields = {field.name for field in dataclasses.fields(cls)}
+        known = {name: value for name, value in values.items() if name in fields}
+        extra.update((name, value) for name, value in values.items() if name not in fields)
+        return cls(**known, extra=extra)
+
+    @classmethod
+    def from_json_file(cls, path: str | os.PathLike[str]) -> BertConfig:
+        """Reads a config.json or bert_config.json.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: not JSON, or values the constructor refuses; both name the file.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"ctxfast.BertConfig: {path} does not exist")
+        values = read_json(path, "ctxfast.BertConfig")
+        try:
+            return cls.from_dict(values)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{error} (in {path})") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the keys Hugging Face writes, with `extra` merged in."""
+        values = {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.name not in ("extra", "id2label", "num_labels")
+        }
+        if self.model_type != "ernie":
+            del values["use_task_id"], values["task_type_vocab_size"]
+        labels = self.id2label
+        if labels is None and self.num_labels != 2:
+            labels = {index: f"LABEL_{index}" for index in range(self.num_labels)}
+        if labels is not None:
+            values["id2label"] = {str(index): name for index, name in labels.items()}
+            values["label2id"] = {name: index for index, name in labels.items()}
+        return {**self.extra, **values}
+
+    def save(self, directory: str | os.PathLike[str]) -> Path:
+        """Writes config.json into `directory` (made if absent) and returns its path."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        path = directory / "config.json"
+        write_json(path, self.to_dict())
+        return path
+
+    def with_labels(self, labels: int | list[str]) -> BertConfig:
+        """Returns a copy for that many labels, or for labels of those names."""
+        if isinstance(labels, int):
+            return dataclasses.replace(self, num_labels=labels, id2label=None)
+        names = dict(enumerate(labels))
+        return dataclasses.replace(self, num_labels=len(names), id2label=names)
+
+    def with_gelu(self, form: str) -> BertConfig:
+        """Returns a copy whose GELU is exact (`form="erf"`) or Google's approximation ("tanh")."""
+        if form not in ("erf", "tanh"):
+            raise ValueError(f"ctxfast.BertConfig: gelu is {form!r}; expected 'erf' or 'tanh'")
+        if not self.activation.startswith("gelu"):
+            raise _fail("hidden_act", self.hidden_act, f"a GELU, as gelu={form!r} was asked for")
+        return dataclasses.replace(self, hidden_act="gelu" if form == "erf" else "gelu_new")
+
+
+def _type_from_architectures(architectures: object) -> str:
+    """Model type behind class names such as ["RobertaForMaskedLM"]; "bert" without any."""
+    if not isinstance(architectures, (list, tuple)) or not architectures:
+        return "bert"
+    name = str(architectures[0])
+    for prefix, model_type in _ARCHITECTURE_TYPES:
+        if name.startswith(prefix):
+            return model_type
+    raise _fail("architectures", list(architectures), f"classes of {', '.join(MODEL_TYPES)}")

@@ -1,0 +1,533 @@
+# SPDX-License-Identifier: Apache-2.0
+"""BERT with a head: masked words, next sentence, text and token classes, answer spans.
+
+Heads and losses see packed rows only: nothing is computed at padding, and a label at padding does
+not count. Names of parameters and state_dict are those of Hugging Face's BertFor... classes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ... import functional
+from ..._core import checks
+from ...nn import LayerNorm
+from .config import BertConfig
+from .modeling import Bert, BertOutput, Pretrained
+
+IGNORE_INDEX = -100
+_PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
+_Model = TypeVar("_Model", bound="BertWithHead")
+
+
+class HeadOutput(NamedTuple):
+    """``loss`` (a scalar, or None without labels), ``logits`` (see each model) and the encoder's
+    packed output."""
+
+    loss: Tensor | None
+    logits: Tensor | None
+    encoder: BertOutput
+
+
+class PreTrainingOutput(NamedTuple):
+    """Sum and parts of the loss (None without their labels), both heads' logits, the encoder's
+    packed output."""
+
+    loss: Tensor | None
+    mlm_loss: Tensor | None
+    nsp_loss: Tensor | None
+    prediction_logits: Tensor | None
+    seq_relationship_logits: Tensor
+    encoder: BertOutput
+
+
+class SpanOutput(NamedTuple):
+    """Loss (None without positions), (B, L) logits of start and end, the encoder's packed
+    output."""
+
+    loss: Tensor | None
+    start_logits: Tensor
+    end_logits: Tensor
+    encoder: BertOutput
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean over the rows with a label, in float32 at least; 0 where no row has one."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    labels = labels.long()
+    total = F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
+    return total / (labels != IGNORE_INDEX).sum().clamp(min=1)
+
+
+class BertWithHead(Pretrained):
+    """A ``Bert`` under ``bert.`` and a head beside it."""
+
+    def __init__(self, config: BertConfig, add_pooling_layer: bool) -> None:
+        super().__init__(config)
+        self.bert = Bert(config, add_pooling_layer)
+
+    @classmethod
+    def from_pretrained(
+        cls: type[_Model],
+        path_or_name: str | os.PathLike[str],
+        *,
+        gelu: str | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        num_labels: int | list[str] | None = None,
+    ) -> _Model:
+        """Reads a model from files on this machine; the result is in eval mode.
+
+        Args:
+            path_or_name, gelu, dtype, device: as ``Bert.from_pretrained``.
+            num_labels: number or names of a classifier's labels; None for what the file says.
+
+        Raises:
+            FileNotFoundError, ValueError: as ``load_checkpoint``.
+
+        Warns:
+            UserWarning: names what the file does not have, such as a new classifier: it starts at
+                random.
+        """
+        read = cls._read(path_or_name, gelu)
+        if num_labels is not None:
+            config = read.config.with_labels(num_labels)
+            state_dict = {
+                name: tensor
+                for name, tensor in read.state_dict.items()
+                if not (name.startswith("classifier.") and tensor.shape[0] != config.num_labels)
+            }
+            read = dataclasses.replace(read, config=config, state_dict=state_dict)
+        return cls._from_checkpoint(read, dtype, device)
+
+    def gradient_checkpointing_enable(self, enabled: bool = True) -> None:
+        """As ``Bert.gradient_checkpointing_enable``."""
+        self.bert.gradient_checkpointing_enable(enabled)
+
+    def _encode(self, input_ids: Tensor, *inputs: Tensor | None, **options: Any) -> BertOutput:
+        options.setdefault("return_packed", not options.get("output_hidden_states", False))
+        return self.bert(input_ids, *inputs, **options)
+
+    def _check_labels(self, name: str, labels: Tensor, shape: tuple[int, ...], legend: str) -> None:
+        owner = type(self).__name__
+        checks.integer(owner, name, checks.tensor(owner, name, labels))
+        checks.shape(owner, name, labels, shape, legend)
+        checks.same(
+            owner,
+            "the model",
+            self.bert.embeddings.word_embeddings.weight,
+            [(name, labels)],
+            dtype=False,
+        )
+
+    def _check_classes(self, name: str, labels: Tensor, classes: int) -> None:
+        checks.in_range(
+            type(self).__name__, name, labels[labels != IGNORE_INDEX], 0, classes - 1,
+            f"{IGNORE_INDEX} marks what has no label.",
+        )  # fmt: skip
+
+
+class _Transform(nn.Module):
+    """``LayerNorm(activation(x W^T + b))`` before the decoder."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.LayerNorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        # RoBERTa's head has GELU whatever the encoder's activation is.
+        is_fixed = config.is_roberta and not config.activation.startswith("gelu")
+        self.activation = "gelu" if is_fixed else config.activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(T, N) -> (T, N)."""
+        return self.LayerNorm(
+            functional.linear_act(x, self.dense.weight, self.dense.bias, activation=self.activation)
+        )
+
+
+class _Predictions(nn.Module):
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.transform = _Transform(config)
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
+
+
+class _Heads(nn.Module):
+    """The ``cls`` of Hugging Face's names: ``predictions`` and ``seq_relationship``, where the
+    model has them."""
+
+    def __init__(
+        self, config: BertConfig, *, predictions: bool = False, seq_relationship: bool = False
+    ) -> None:
+        super().__init__()
+        if predictions:
+            self.predictions = _Predictions(config)
+        if seq_relationship:
+            self.seq_relationship = nn.Linear(config.hidden_size, 2)
+
+
+class _MaskedLM(BertWithHead):
+    """Decoder tied to the word table, and the loss over the labelled rows."""
+
+    def __init__(self, config: BertConfig, *, seq_relationship: bool) -> None:
+        super().__init__(config, add_pooling_layer=seq_relationship)
+        self.cls = _Heads(config, predictions=True, seq_relationship=seq_relationship)
+        self.init_weights(self.cls)
+        self.tie_weights()
+        # assign=True replaces parameters one by one, and files leave the tied copies out.
+        self.register_load_state_dict_post_hook(_after_loading)
+
+    def tie_weights(self) -> None:
+        """Makes the decoder's bias ``cls.predictions.bias`` and, unless the config says no, its
+        weight the word table."""
+        predictions = self.cls.predictions
+        predictions.decoder.bias = predictions.bias
+        if self.config.tie_word_embeddings:
+            predictions.decoder.weight = self.bert.embeddings.word_embeddings.weight
+
+    def _mlm_logits(self, encoded: BertOutput) -> Tensor:
+        """(B, L, V), zeros at padding."""
+        decoder = self.cls.predictions.decoder
+        hidden = self.cls.predictions.transform(encoded.packed_last_hidden_state)
+        return encoded.packing.unpack(functional.linear_act(hidden, decoder.weight, decoder.bias))
+
+    def _mlm_loss(self, encoded: BertOutput, labels: Tensor) -> Tensor:
+        decoder, packing = self.cls.predictions.decoder, encoded.packing
+        hidden, labels = encoded.packed_last_hidden_state, packing.pack(labels)
+        if not torch.compiler.is_compiling():
+            # One in seven tokens has a label, so the head runs on those rows only. The count is
+            # read on the host (a GPU is waited for once); a compiled graph keeps all rows, where
+            # the count would break it.
+            labelled = (labels != IGNORE_INDEX).nonzero().flatten()
+            hidden, labels = hidden.index_select(0, labelled), labels.index_select(0, labelled)
+        hidden = self.cls.predictions.transform(hidden)
+        return functional.linear_cross_entropy(
+            hidden, decoder.weight, labels, decoder.bias, ignore_index=IGNORE_INDEX
+        )
+
+
+def _after_loading(model: _MaskedLM, incompatible: Any) -> None:
+    """Ties again; a tied copy that a state_dict leaves out is not missing if the original is
+    there."""
+    model.tie_weights()
+    missing = incompatible.missing_keys
+    originals = {"cls.predictions.decoder.bias": "cls.predictions.bias"}
+    if model.config.tie_word_embeddings:
+        originals["cls.predictions.decoder.weight"] = "bert.embeddings.word_embeddings.weight"
+    for copy, original in originals.items():
+        for key in [key for key in missing if key.endswith(copy)]:
+            if key.removesuffix(copy) + original not in missing:
+                missing.remove(key)
+
+
+class BertForMaskedLM(_MaskedLM):
+    """Masked words: a transform and a decoder tied to the word table.
+
+    Reference: Devlin et al. 2019, section 3.1; names as in Hugging Face's BertForMaskedLM.
+    """
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__(config, seq_relationship=False)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        task_type_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        return_logits: bool | None = None,
+        **options: Any,
+    ) -> HeadOutput:
+        """As ``Bert.forward``, and:
+
+        Args:
+            labels: (B, L) int64 or int32 word ids, -100 where there is no label. The loss is the
+                mean over labelled tokens, 0 without any; only their rows go through the head.
+            return_logits: whether to compute (B, L, V) logits, zeros at padding; None: only without
+                labels.
+
+        Returns:
+            ``HeadOutput(loss, logits, encoder)``.
+        """
+        if labels is not None and isinstance(input_ids, Tensor):
+            self._check_labels("labels", labels, tuple(input_ids.shape), "(batch, seqlen)")
+        encoded = self._encode(
+            input_ids, attention_mask, token_type_ids, position_ids, task_type_ids, **options
+        )
+        loss = None if labels is None else self._mlm_loss(encoded, labels)
+        is_wanted = labels is None if return_logits is None else return_logits
+        return HeadOutput(loss, self._mlm_logits(encoded) if is_wanted else None, encoded)
+
+
+class BertForPreTraining(_MaskedLM):
+    """Masked words and next sentence, as BERT was pretrained.
+
+    Reference: Devlin et al. 2019, section 3.1; names as in Hugging Face's BertForPreTraining.
+    """
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__(config, seq_relationship=True)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        task_type_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        next_sentence_label: Tensor | None = None,
+        *,
+        return_logits: bool | None = None,
+        **options: Any,
+    ) -> PreTrainingOutput:
+        """As ``BertForMaskedLM.forward``, and:
+
+        Args:
+            next_sentence_label: (B,) int64, 0 where the second sentence follows the first, 1 where
+                it is another.
+
+        Returns:
+            A ``PreTrainingOutput``; its loss is the sum of the losses whose labels were given.
+        """
+        if labels is not None and isinstance(input_ids, Tensor):
+            self._check_labels("labels", labels, tuple(input_ids.shape), "(batch, seqlen)")
+        if next_sentence_label is not None and isinstance(input_ids, Tensor):
+            self._check_labels(
+                "next_sentence_label", next_sentence_label, (input_ids.shape[0],), "(batch,)"
+            )
+            self._check_classes("next_sentence_label", next_sentence_label, 2)
+        encoded = self._encode(
+            input_ids, attention_mask, token_type_ids, position_ids, task_type_ids, **options
+        )
+        relation = self.cls.seq_relationship
+        nsp_logits = functional.linear_act(encoded.pooler_output, relation.weight, relation.bias)
+        mlm_loss = None if labels is None else self._mlm_loss(encoded, labels)
+        nsp_loss = (
+            None if next_sentence_label is None else _cross_entropy(nsp_logits, next_sentence_label)
+        )
+        parts = [part for part in (mlm_loss, nsp_loss) if part is not None]
+        is_wanted = labels is None if return_logits is None else return_logits
+        return PreTrainingOutput(
+            loss=sum(parts[1:], parts[0]) if parts else None,
+            mlm_loss=mlm_loss,
+            nsp_loss=nsp_loss,
+            prediction_logits=self._mlm_logits(encoded) if is_wanted else None,
+            seq_relationship_logits=nsp_logits,
+            encoder=encoded,
+        )
+
+
+class BertForNextSentencePrediction(BertWithHead):
+    """Whether a second sentence follows the first. Names as in Hugging Face's
+    BertForNextSentencePrediction."""
+
+    _task = "NextSentencePrediction"
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__(config, add_pooling_layer=True)
+        self.cls = _Heads(config, seq_relationship=True)
+        self.init_weights(self.cls)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        task_type_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        **options: Any,
+    ) -> HeadOutput:
+        """As ``Bert.forward``; labels (B,) int64, 0 for a following sentence, 1 for another; logits
+        (B, 2)."""
+        if labels is not None and isinstance(input_ids, Tensor):
+            self._check_labels("labels", labels, (input_ids.shape[0],), "(batch,)")
+            self._check_classes("labels", labels, 2)
+        encoded = self._encode(
+            input_ids, attention_mask, token_type_ids, position_ids, task_type_ids, **options
+        )
+        relation = self.cls.seq_relationship
+        logits = functional.linear_act(encoded.pooler_output, relation.weight, relation.bias)
+        return HeadOutput(
+            None if labels is None else _cross_entropy(logits, labels), logits, encoded
+        )
+
+
+class BertForSequenceClassification(BertWithHead):
+    """One label, several labels or numbers for each text, from the pooled first token.
+
+    The kind of problem is the config's ``problem_type``; without one it is regression for a single
+    label, one class for integer labels, several classes for floating-point labels, as in Hugging
+    Face.
+
+    With a RoBERTa config the pooler is what Hugging Face calls ``classifier.dense`` (files are
+    renamed on the way in and out); Hugging Face drops elements before it as well as after it, here
+    only after it.
+    """
+
+    _task = "SequenceClassification"
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__(config, add_pooling_layer=True)
+        problem = config.extra.get("problem_type")
+        if problem is not None:
+            checks.choice("BertForSequenceClassification", "problem_type", problem, _PROBLEMS)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.init_weights(self.classifier)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        task_type_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        **options: Any,
+    ) -> HeadOutput:
+        """As ``Bert.forward``; labels (B,) classes, (B, C) 0 or 1 for several labels, or numbers;
+        logits (B, C)."""
+        encoded = self._encode(
+            input_ids, attention_mask, token_type_ids, position_ids, task_type_ids, **options
+        )
+        pooled = F.dropout(encoded.pooler_output, self.config.head_dropout, self.training)
+        logits = functional.linear_act(pooled, self.classifier.weight, self.classifier.bias)
+        return HeadOutput(None if labels is None else self._loss(logits, labels), logits, encoded)
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        owner, (batch_size, classes) = type(self).__name__, logits.shape
+        checks.tensor(owner, "labels", labels)
+        problem = self.config.extra.get("problem_type")
+        if problem is None:
+            is_class = labels.dtype in (torch.int64, torch.int32)
+            problem = _PROBLEMS[0] if classes == 1 else _PROBLEMS[1] if is_class else _PROBLEMS[2]
+        if problem == "single_label_classification":
+            self._check_labels("labels", labels, (batch_size,), "(batch,)")
+            self._check_classes("labels", labels, classes)
+            return _cross_entropy(logits, labels)
+        checks.same(owner, "the model", logits, [("labels", labels)], dtype=False)
+        if classes == 1 and labels.dim() == 1:
+            labels = labels[:, None]
+        checks.shape(owner, "labels", labels, (batch_size, classes), "(batch, num_labels)")
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if problem == "regression":
+            return F.mse_loss(wide, labels.to(wide.dtype))
+        return F.binary_cross_entropy_with_logits(wide, labels.to(wide.dtype))
+
+
+class BertForTokenClassification(BertWithHead):
+    """One of ``num_labels`` classes for each token. Names as in Hugging Face's
+    BertForTokenClassification."""
+
+    _task = "TokenClassification"
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__(config, add_pooling_layer=False)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.init_weights(self.classifier)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        task_type_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        **options: Any,
+    ) -> HeadOutput:
+        """As ``Bert.forward``; labels (B, L) classes, -100 for none; logits (B, L, C), zeros at
+        padding."""
+        if labels is not None and isinstance(input_ids, Tensor):
+            self._check_labels("labels", labels, tuple(input_ids.shape), "(batch, seqlen)")
+            self._check_classes("labels", labels, self.config.num_labels)
+        encoded = self._encode(
+            input_ids, attention_mask, token_type_ids, position_ids, task_type_ids, **options
+        )
+        hidden = F.dropout(
+            encoded.packed_last_hidden_state, self.config.head_dropout, self.training
+        )
+        logits = functional.linear_act(hidden, self.classifier.weight, self.classifier.bias)
+        loss = None if labels is None else _cross_entropy(logits, encoded.packing.pack(labels))
+        return HeadOutput(loss, encoded.packing.unpack(logits), encoded)
+
+
+class BertForQuestionAnswering(BertWithHead):
+    """Start and end of an answer among the tokens of a text.
+
+    Padding has the lowest finite logit, so no probability: Hugging Face lets padding compete, so
+    losses on padded batches differ from its (without padding they agree). Names as in Hugging
+    Face's BertForQuestionAnswering.
+    """
+
+    _task = "QuestionAnswering"
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__(config, add_pooling_layer=False)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.init_weights(self.qa_outputs)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        task_type_ids: Tensor | None = None,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+        **options: Any,
+    ) -> SpanOutput:
+        """As ``Bert.forward``, and:
+
+        Args:
+            start_positions, end_positions: (B,) int64 columns, both or neither. Negative ones mean
+                column 0; those past the end or at padding are left out of the loss.
+
+        Returns:
+            A ``SpanOutput``; the loss is the mean of both cross entropies.
+        """
+        if (start_positions is None) != (end_positions is None):
+            missing = "start_positions" if start_positions is None else "end_positions"
+            raise ValueError(
+                f"ctxfast.BertForQuestionAnswering: {missing} is None; expected both "
+                f"start_positions and "
+                f"end_positions, or neither."
+            )
+        given = {"start_positions": start_positions, "end_positions": end_positions}
+        for name, positions in given.items():
+            if positions is not None and isinstance(input_ids, Tensor):
+                self._check_labels(name, positions, (input_ids.shape[0],), "(batch,)")
+        encoded = self._encode(
+            input_ids, attention_mask, token_type_ids, position_ids, task_type_ids, **options
+        )
+        packing = encoded.packing
+        packed = functional.linear_act(
+            encoded.packed_last_hidden_state, self.qa_outputs.weight, self.qa_outputs.bias
+        )
+        logits = packing.unpack(packed, fill=torch.finfo(packed.dtype).min)
+        start_logits, end_logits = logits.unbind(-1)
+        loss = None
+        if start_positions is not None:
+            is_real = packing.unpack(torch.ones_like(packing.indices, dtype=torch.bool), fill=False)
+            start = self._loss(start_logits, start_positions, is_real)
+            loss = (start + self._loss(end_logits, end_positions, is_real)) / 2
+        return SpanOutput(loss, start_logits, end_logits, encoded)
+
+    def _loss(self, logits: Tensor, positions: Tensor, is_real: Tensor) -> Tensor:
+        positions = positions.long().clamp(min=0)
+        is_inside = positions < logits.shape[1]
+        columns = positions.clamp(max=max(logits.shape[1] - 1, 0))
+        is_answer = is_inside & is_real.gather(1, columns[:, None])[:, 0]
+        return _cross_entropy(logits, torch.where(is_answer, columns, IGNORE_INDEX))

@@ -1,0 +1,421 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The BERT encoder (also RoBERTa's and ERNIE's) over packed tokens: no padding is computed anywhere
+inside.
+
+Names of parameters and state_dict are those of Hugging Face's BertModel. Differences from it, by
+design: outputs at padding are zero, and the pooler reads a text's first real token (with left
+padding, column 0 holds none).
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ... import functional
+from ..._core import checks
+from ...nn import AddLayerNorm, Embeddings, SelfAttention, TransformerLayer
+from ...nn.embeddings import roberta_position_ids
+from ...packing import Packing
+from .config import BertConfig
+from .weights import Checkpoint, load_checkpoint, save_checkpoint
+
+_OP = "Bert"
+_Model = TypeVar("_Model", bound="Pretrained")
+
+
+class BertOutput(NamedTuple):
+    """What ``Bert`` returns. B texts, L columns, T real tokens, N hidden size, K layers.
+
+    Attributes:
+        last_hidden_state: (B, L, N), zeros at padding; None with ``return_packed``.
+        pooler_output: (B, N), zeros for a text without tokens; None without a pooler.
+        hidden_states: K + 1 of (B, L, N), the embeddings first; None unless asked for, or with
+            ``return_packed``.
+        packing: where each packed row stands in the batch.
+        packed_last_hidden_state: (T, N).
+        packed_hidden_states: K + 1 of (T, N); None unless ``output_hidden_states``.
+    """
+
+    last_hidden_state: Tensor | None
+    pooler_output: Tensor | None
+    hidden_states: tuple[Tensor, ...] | None
+    packing: Packing
+    packed_last_hidden_state: Tensor
+    packed_hidden_states: tuple[Tensor, ...] | None
+
+
+class Pretrained(nn.Module):
+    """What ``Bert`` and the models built on it share: first weights, reading and writing of
+    files."""
+
+    # What stands before this module's names in the names of files (``load_checkpoint``'s normal
+    # form).
+    _file_prefix = ""
+    # End of Hugging Face's class name, where the heads alone do not give it.
+    _task: str | None = None
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    def init_weights(self, *parts: nn.Module) -> None:
+        """First weights of these parts and all inside them, as Hugging Face's: see ``Bert``."""
+        for part in parts:
+            part.apply(self._init_module)
+
+    def tie_weights(self) -> None:
+        """Makes parameters that are one under two names so again; most models have none."""
+
+    @torch.no_grad()
+    def _init_module(self, module: nn.Module) -> None:
+        std = self.config.initializer_range
+        if isinstance(module, nn.Linear):
+            module.weight.normal_(0.0, std)
+            module.bias.zero_()
+        elif isinstance(module, SelfAttention):
+            module.qkv_weight.normal_(0.0, std)
+            module.qkv_bias.zero_()
+        elif isinstance(module, nn.Embedding):
+            module.weight.normal_(0.0, std)
+            if module.padding_idx is not None:
+                module.weight[module.padding_idx].zero_()
+        elif isinstance(module, (nn.LayerNorm, AddLayerNorm)):
+            module.reset_parameters()
+
+    @staticmethod
+    def _read(path_or_name: str | os.PathLike[str], gelu: str | None) -> Checkpoint:
+        return load_checkpoint(path_or_name, gelu=gelu)
+
+    @classmethod
+    def _from_checkpoint(
+        cls: type[_Model],
+        read: Checkpoint,
+        dtype: torch.dtype | None,
+        device: torch.device | str | None,
+        **options: Any,
+    ) -> _Model:
+        """The model with the weights that were read; heads the file lacks get first weights and a
+        warning."""
+        prefix = cls._file_prefix
+        with torch.device("meta"):  # nothing is allocated or drawn only to be overwritten
+            model = cls(read.config, **options)
+        if dtype is None:
+            dtype = read.state_dict["bert.embeddings.word_embeddings.weight"].dtype
+        place = {"device": torch.device("cpu" if device is None else device), "dtype": dtype}
+        state_dict = {
+            name.removeprefix(prefix): tensor.to(**place)
+            for name, tensor in read.state_dict.items()
+            if name.startswith(prefix)
+        }
+        known = model.state_dict().keys()
+        state_dict = {name: tensor for name, tensor in state_dict.items() if name in known}
+        missing = model.load_state_dict(state_dict, strict=False, assign=True).missing_keys
+        for module in model.modules():
+            own = dict(module.named_parameters(recurse=False))
+            if any(parameter.is_meta for parameter in own.values()):
+                for name, parameter in own.items():
+                    fresh = torch.zeros(parameter.shape, **place)
+                    setattr(
+                        module, name, nn.Parameter(fresh, requires_grad=parameter.requires_grad)
+                    )
+                model._init_module(module)
+        model.tie_weights()
+        if missing:
+            warnings.warn(
+                f"ctxfast.{cls.__name__}: {read.source} has no {', '.join(missing)}. They start at "
+                f"random: train them before use.",
+                stacklevel=3,
+            )
+        return model.eval()
+
+    def save_pretrained(
+        self, directory: str | os.PathLike[str], *, overwrite: bool = False
+    ) -> list[Path]:
+        """Writes config.json and model.safetensors as Hugging Face lays them out.
+
+        Args:
+            directory: made if absent.
+            overwrite: replace files that are there.
+
+        Returns:
+            The paths written.
+
+        Raises:
+            FileExistsError: a file is there and ``overwrite`` is not set.
+        """
+        prefix = self._file_prefix
+        state_dict = {prefix + name: tensor for name, tensor in self.state_dict().items()}
+        # The decoder is stored once: its bias as cls.predictions.bias, its weight, when tied, as
+        # the word table.
+        state_dict.pop("cls.predictions.decoder.bias", None)
+        if self.config.tie_word_embeddings:
+            state_dict.pop("cls.predictions.decoder.weight", None)
+        return save_checkpoint(
+            directory, self.config, state_dict, task=self._task, overwrite=overwrite
+        )
+
+
+class Encoder(nn.Module):
+    """The layers, one after another: ``layer.0``, ``layer.1``, ..."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.layer = nn.ModuleList(
+            TransformerLayer(
+                config.hidden_size,
+                config.num_attention_heads,
+                config.intermediate_size,
+                activation=config.activation,
+                eps=config.layer_norm_eps,
+                dropout=config.hidden_dropout_prob,
+                attention_dropout=config.attention_probs_dropout_prob,
+            )
+            for _ in range(config.num_hidden_layers)
+        )
+        self.gradient_checkpointing = False
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> list[Tensor]:
+        """(T, N) -> the input and the output of every layer, (T, N) each."""
+        states = [x]
+        recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        for layer in self.layer:
+            if recompute:
+                x = checkpoint(layer, x, cu_seqlens, max_seqlen, use_reentrant=False)
+            else:
+                x = layer(x, cu_seqlens, max_seqlen)
+            states.append(x)
+        return states
+
+
+class Pooler(nn.Module):
+    """``tanh(W h + b)`` of each text's first token. Parameters: ``dense.{weight,bias}``."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x: Tensor, packing: Packing) -> Tensor:
+        """(T, N) packed tokens -> (B, N); zeros for a text without tokens."""
+        pooled = functional.linear_act(
+            packing.first(x), self.dense.weight, self.dense.bias, activation="tanh"
+        )
+        if packing.total and 0 not in packing.lengths:
+            return pooled
+        is_empty = packing.cu_seqlens[1:] == packing.cu_seqlens[:-1]
+        return pooled.masked_fill(is_empty[:, None], 0.0)
+
+
+class Bert(Pretrained):
+    """BERT's encoder; with a RoBERTa or ERNIE config, theirs.
+
+    Args:
+        config: sizes and options.
+        add_pooling_layer: whether there is a pooler (``pooler_output`` is None without).
+
+    The state_dict has exactly the names of Hugging Face's BertModel. Weights start as its do:
+    normal with standard deviation ``initializer_range``, biases 0, LayerNorm 1 and 0, padding rows
+    0. ``gradient_checkpointing_enable()`` recomputes each layer in the backward pass instead of
+    keeping its activations.
+
+    Reference: Devlin et al. 2019; Liu et al. 2019 (RoBERTa); Sun et al. 2020 (ERNIE 2.0).
+    """
+
+    _file_prefix = "bert."
+
+    def __init__(self, config: BertConfig, add_pooling_layer: bool = True) -> None:
+        super().__init__(config)
+        self.embeddings = Embeddings(
+            config.vocab_size,
+            config.hidden_size,
+            config.max_position_embeddings,
+            config.type_vocab_size,
+            task_type_vocab_size=config.task_type_vocab_size if config.use_task_id else None,
+            padding_idx=config.pad_token_id,
+            position_padding_idx=config.pad_token_id if config.is_roberta else None,
+            eps=config.layer_norm_eps,
+            dropout=config.hidden_dropout_prob,
+        )
+        self.encoder = Encoder(config)
+        self.pooler = Pooler(config.hidden_size) if add_pooling_layer else None
+        self.init_weights(self)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_name: str | os.PathLike[str],
+        *,
+        gelu: str | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        add_pooling_layer: bool | None = None,
+    ) -> Bert:
+        """Reads a model from files on this machine; the result is in eval mode.
+
+        Args:
+            path_or_name: a Hugging Face directory, a weight file, a TensorFlow checkpoint, or the
+                name of an installed package with a model (see ``load_checkpoint``).
+            gelu: "erf" or "tanh" instead of the config's.
+            dtype: of the parameters; None for that of the word table in the file.
+            device: None for the CPU.
+            add_pooling_layer: None for a pooler if the file has one; True makes one, with a
+                warning, if not.
+
+        Raises:
+            FileNotFoundError, ValueError: as ``load_checkpoint``.
+        """
+        read = cls._read(path_or_name, gelu)
+        if add_pooling_layer is None:
+            add_pooling_layer = "bert.pooler.dense.weight" in read.state_dict
+        return cls._from_checkpoint(read, dtype, device, add_pooling_layer=add_pooling_layer)
+
+    def gradient_checkpointing_enable(self, enabled: bool = True) -> None:
+        """Recompute activations in the backward pass (training mode only): less memory, about a
+        third more time."""
+        self.encoder.gradient_checkpointing = enabled
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        task_type_ids: Tensor | None = None,
+        *,
+        output_hidden_states: bool = False,
+        return_packed: bool = False,
+        check_inputs: bool = False,
+    ) -> BertOutput:
+        """Encodes a padded batch; padding costs nothing.
+
+        Args:
+            input_ids: (B, L) int64 or int32.
+            attention_mask: (B, L), 1 for a token, 0 for padding, anywhere in a row; None for all
+                tokens, which spares a GPU the one wait that a mask costs.
+            token_type_ids: (B, L); None for 0.
+            position_ids: (B, L) or (1, L); None for the column (RoBERTa: count of non-padding ids,
+                from ``pad_token_id + 1``).
+            task_type_ids: (B, L), ERNIE's; None for 0.
+            output_hidden_states: also return the embeddings and every layer.
+            return_packed: leave results packed: ``last_hidden_state`` and ``hidden_states`` are
+                None.
+            check_inputs: check ids against their tables on a GPU too (it waits for the device); on
+                a CPU always done.
+
+        Returns:
+            A ``BertOutput``. Rows of padding are zero.
+
+        Raises:
+            TypeError: wrong dtypes and kinds.
+            ValueError: wrong shapes and devices, ids outside their table, a sequence longer than
+                the position table.
+        """
+        self._check(
+            input_ids, attention_mask, token_type_ids, position_ids, task_type_ids, check_inputs
+        )
+        batch_size, seqlen = input_ids.shape
+        if attention_mask is None:
+            packing = Packing.full(batch_size, seqlen, input_ids.device)
+        else:
+            packing = Packing.from_mask(attention_mask)
+        if position_ids is not None:
+            positions = packing.pack(position_ids.expand(batch_size, seqlen))
+        elif self.config.is_roberta:
+            positions = packing.pack(roberta_position_ids(input_ids, self.config.pad_token_id))
+        else:
+            positions = packing.columns
+        x = self.embeddings(
+            packing.pack(input_ids),
+            positions,
+            None if token_type_ids is None else packing.pack(token_type_ids),
+            None if task_type_ids is None else packing.pack(task_type_ids),
+        )
+        states = self.encoder(x, packing.cu_seqlens, packing.max_seqlen)
+        last = states[-1]
+        packed_states = tuple(states) if output_hidden_states else None
+        hidden_states = None
+        if output_hidden_states and not return_packed:
+            hidden_states = tuple(packing.unpack(state) for state in states)
+        if return_packed:
+            last_hidden_state = None
+        else:
+            last_hidden_state = hidden_states[-1] if hidden_states else packing.unpack(last)
+        return BertOutput(
+            last_hidden_state=last_hidden_state,
+            pooler_output=None if self.pooler is None else self.pooler(last, packing),
+            hidden_states=hidden_states,
+            packing=packing,
+            packed_last_hidden_state=last,
+            packed_hidden_states=packed_states,
+        )
+
+    def _check(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        token_type_ids: Tensor | None,
+        position_ids: Tensor | None,
+        task_type_ids: Tensor | None,
+        check_inputs: bool,
+    ) -> None:
+        config, table = self.config, self.embeddings.word_embeddings.weight
+        checks.integer(_OP, "input_ids", checks.tensor(_OP, "input_ids", input_ids))
+        if input_ids.dim() != 2:
+            raise ValueError(
+                f"ctxfast.Bert: input_ids has shape {tuple(input_ids.shape)}; expected (batch, "
+                f"seqlen). One text alone is input_ids[None]."
+            )
+        batch_size, seqlen = input_ids.shape
+        if seqlen > config.max_length and position_ids is None:
+            raise ValueError(
+                f"ctxfast.Bert: input_ids has {seqlen} columns; expected at most "
+                f"{config.max_length}, the positions of this model. Truncate the text or split it "
+                f"into windows."
+            )
+        if task_type_ids is not None and not config.use_task_id:
+            raise ValueError(
+                "ctxfast.Bert: task_type_ids is given; expected None, as this model has no task "
+                "embedding (use_task_id)."
+            )
+        if attention_mask is not None:
+            checks.tensor(_OP, "attention_mask", attention_mask)
+            if attention_mask.shape != input_ids.shape:
+                hint = ""
+                if attention_mask.dim() > 2:
+                    hint = " Masks that differ by query (decoder masks) are not supported."
+                raise ValueError(
+                    f"ctxfast.Bert: attention_mask has shape {tuple(attention_mask.shape)}; "
+                    f"expected (batch, seqlen) = {tuple(input_ids.shape)}.{hint}"
+                )
+            checks.same(_OP, "the model", table, [("attention_mask", attention_mask)], dtype=False)
+        ids = {
+            "input_ids": (input_ids, config.vocab_size),
+            "token_type_ids": (token_type_ids, config.type_vocab_size),
+            "position_ids": (position_ids, config.max_position_embeddings),
+            "task_type_ids": (task_type_ids, config.task_type_vocab_size),
+        }
+        for name, (value, rows) in ids.items():
+            if value is None:
+                continue
+            checks.integer(_OP, name, checks.tensor(_OP, name, value))
+            if not (name == "position_ids" and tuple(value.shape) == (1, seqlen)):
+                checks.shape(_OP, name, value, (batch_size, seqlen), "(batch, seqlen)")
+            checks.same(_OP, "the model", table, [(name, value)], dtype=False)
+            if check_inputs and value.device.type != "cpu":
+                value = value.cpu()
+            hint = f"The model has {rows} rows for them."
+            checks.in_range(_OP, name, value, 0, rows - 1, hint)

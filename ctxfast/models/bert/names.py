@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tensor names: what files call them, the normal form used here, and the shape of each.
+
+Normal form: `bert.embeddings...`, `bert.encoder.layer.N...`, `bert.pooler.dense...` for the
+backbone of every model type; `cls.predictions...`, `cls.seq_relationship...`, `classifier...` and
+`qa_outputs...` for the heads.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from .config import BertConfig
+
+_FILE_PREFIX = {"bert": "bert", "ernie": "ernie"}  # every RoBERTa type: "roberta"
+_CLASS_PREFIX = {
+    "bert": "Bert",
+    "roberta": "Roberta",
+    "xlm-roberta": "XLMRoberta",
+    "camembert": "Camembert",
+    "ernie": "Ernie",
+}
+_BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")
+
+# RoBERTa's heads compute what BERT's do under other names: `classifier.dense` with tanh on the
+# first token is the pooler, `out_proj` the classifier behind it.
+_ROBERTA_HEADS = (
+    ("lm_head.dense.", "cls.predictions.transform.dense."),
+    ("lm_head.layer_norm.", "cls.predictions.transform.LayerNorm."),
+    ("lm_head.decoder.", "cls.predictions.decoder."),
+    ("lm_head.bias", "cls.predictions.bias"),
+    ("classifier.dense.", "bert.pooler.dense."),
+    ("classifier.out_proj.", "classifier."),
+)
+
+# A dimension is the config field that gives it; "labels" is free.
+Shape = tuple[str, ...]
+_H, _F, _V = "hidden_size", "intermediate_size", "vocab_size"
+POOLER_SHAPES: dict[str, Shape] = {
+    "bert.pooler.dense.weight": (_H, _H),
+    "bert.pooler.dense.bias": (_H,),
+}
+HEAD_SHAPES: dict[str, Shape] = {
+    "cls.predictions.transform.dense.weight": (_H, _H),
+    "cls.predictions.transform.dense.bias": (_H,),
+    "cls.predictions.transform.LayerNorm.weight": (_H,),
+    "cls.predictions.transform.LayerNorm.bias": (_H,),
+    "cls.predictions.bias": (_V,),
+    "cls.predictions.decoder.weight": (_V, _H),
+    "cls.seq_relationship.weight": ("labels", _H),
+    "cls.seq_relationship.bias": ("labels",),
+    "classifier.weight": ("labels", _H),
+    "classifier.bias": ("labels",),
+    "qa_outputs.weight": ("labels", _H),
+    "qa_outputs.bias": ("labels",),
+}
+
+_TF_RENAMES = {
+    "cls/predictions/output_bias": "cls.predictions.bias",
+    "cls/seq_relationship/output_weights": "cls.seq_relationship.weight",
+    "cls/seq_relationship/output_bias": "cls.seq_relationship.bias",
+    "cls/squad/output_weights": "qa_outputs.weight",
+    "cls/squad/output_bias": "qa_outputs.bias",
+    "output_weights": "classifier.weight",
+    "output_bias": "classifier.bias",
+}
+_TF_LAST = {"kernel": "weight", "gamma": "weight", "beta": "bias", "bias": "bias"}
+_TF_SLOT = re.compile(
+    r"(^|/)(adam_[mv]|\w*Optimizer(_\d+)?|Adam(_\d+)?|global_step|beta[12]_power)$"
+)
+
+
+def backbone_shapes(config: BertConfig) -> dict[str, Shape]:
+    """Every backbone tensor but the pooler, which many files leave out, with its dimensions."""
+    shapes: dict[str, Shape] = {
+        "bert.embeddings.word_embeddings.weight": (_V, _H),
+        "bert.embeddings.position_embeddings.weight": ("max_position_embeddings", _H),
+        "bert.embeddings.token_type_embeddings.weight": ("type_vocab_size", _H),
+        "bert.embeddings.LayerNorm.weight": (_H,),
+        "bert.embeddings.LayerNorm.bias": (_H,),
+    }
+    if config.use_task_id:
+        shapes["bert.embeddings.task_type_embeddings.weight"] = ("task_type_vocab_size", _H)
+    blocks: dict[str, Shape] = {
+        "attention.self.query": (_H, _H),
+        "attention.self.key": (_H, _H),
+        "attention.self.value": (_H, _H),
+        "attention.output.dense": (_H, _H),
+        "attention.output.LayerNorm": (_H,),
+        "intermediate.dense": (_F, _H),
+        "output.dense": (_H, _F),
+        "output.LayerNorm": (_H,),
+    }
+    for layer in range(config.num_hidden_layers):
+        for block, shape in blocks.items():
+            name = f"bert.encoder.layer.{layer}.{block}"
+            shapes[f"{name}.weight"] = shape
+            shapes[f"{name}.bias"] = shape[:1]
+    return shapes
+
+
+def layer_of(name: str) -> int | None:
+    """Number of the encoder layer that a tensor in normal form belongs to."""
+    match = re.match(r"bert\.encoder\.layer\.(\d+)\.", name)
+    return int(match.group(1)) if match else None
+
+
+def from_torch_names(names: Iterable[str], config: BertConfig) -> dict[str, str]:
+    """Maps names of a PyTorch file to the normal form; names it drops are left out.
+
+    Accepts every name with or without the backbone's prefix, `module.` in front, and the old
+    LayerNorm names gamma and beta. Two names with one normal form raise a ValueError.
+    """
+    result: dict[str, str] = {}
+    taken: dict[str, str] = {}
+    names = list(names)
+    stripped = {name: name.removeprefix("module.") for name in names}
+    has_dense_head = config.is_roberta and "classifier.dense.weight" in stripped.values()
+    for name, key in stripped.items():
+        if key.endswith(".gamma"):
+            key = key.removesuffix("gamma") + "weight"
+        elif key.endswith(".beta"):
+            key = key.removesuffix("beta") + "bias"
+        for prefix in ("bert.", "roberta.", "ernie."):
+            key = key.removeprefix(prefix)
+        if key.startswith(("embeddings.", "encoder.", "pooler.")):
+            if key in _BUFFERS or (has_dense_head and key.startswith("pooler.")):
+                continue
+            key = f"bert.{key}"
+        elif config.is_roberta:
+            for theirs, ours in _ROBERTA_HEADS:
+                if key.startswith(theirs):
+                    key = ours + key.removeprefix(theirs)
+                    break
+        if key in taken:
+            raise ValueError(
+                f"ctxfast.load_checkpoint: names {taken[key]!r} and {name!r} both stand for {key!r}"
+            )
+        taken[key] = name
+        result[name] = key
+    # The decoder's bias is stored twice, once or under either name.
+    if "cls.predictions.decoder.bias" in taken:
+        name = taken["cls.predictions.decoder.bias"]
+        if "cls.predictions.bias" in taken:
+            del result[name]
+        else:
+            result[name] = "cls.predictions.bias"
+    return result
+
+
+def from_tensorflow_names(names: Iterable[str]) -> dict[str, str]:
+    """Maps variables of Google's checkpoints to the normal form; optimiser slots are left out."""
+    result = {}
+    for name in names:
+        if _TF_SLOT.search(name):
+            continue
+        if name in _TF_RENAMES:
+            result[name] = _TF_RENAMES[name]
+            continue
+        parts = [re.sub(r"^layer_(\d+)$", r"layer.\1", part) for part in name.split("/")]
+        if parts[-1] in _TF_LAST:
+            parts[-1] = _TF_LAST[parts[-1]]
+        elif parts[-1].endswith("_embeddings"):
+            parts.append("weight")
+        result[name] = ".".join(parts)
+    return result
+
+
+def is_tensorflow_kernel(name: str) -> bool:
+    """True for the variables that TensorFlow stores as [in, out]."""
+    return name.endswith("/kernel")
+
+
+def class_name(config: BertConfig, names: Iterable[str], task: str | None = None) -> str:
+    """Hugging Face's class for a state dict in normal form, e.g. "BertForMaskedLM".
+
+    A `classifier` after a pooler is taken for sequence classification, without one for token
+    classification, unless `task` or the class recorded in the config says which.
+    """
+    names = set(names)
+    prefix = _CLASS_PREFIX[config.model_type]
+    if task is None and "classifier.weight" in names:
+        recorded = config.extra.get("architectures") or [""]
+        task = next(
+            (t for t in ("TokenClassification", "MultipleChoice") if str(recorded[0]).endswith(t)),
+            "SequenceClassification"
+            if "bert.pooler.dense.weight" in names
+            else "TokenClassification",
+        )
+    if task is not None:
+        return f"{prefix}For{task}"
+    if "cls.predictions.bias" in names:
+        both = "cls.seq_relationship.weight" in names
+        return prefix + ("ForPreTraining" if both else "ForMaskedLM")
+    if "cls.seq_relationship.weight" in names:
+        return prefix + "ForNextSentencePrediction"
+    if "qa_outputs.weight" in names:
+        return prefix + "ForQuestionAnswering"
+    return prefix + "Model"
+
+
+def to_torch_names(
+    config: BertConfig, names: Iterable[str], task: str | None = None
+) -> dict[str, str]:
+    """Maps names in normal form to those Hugging Face's class (see `class_name`) has.
+
+    Raises ValueError for a head that the model type's classes do not have.
+    """
+    names = list(names)
+    target = class_name(config, names, task)
+    prefix = (
+        "" if target.endswith("Model") else _FILE_PREFIX.get(config.model_type, "roberta") + "."
+    )
+    result = {}
+    for name in names:
+        key = name
+        if config.is_roberta:
+            if name.startswith("cls.seq_relationship."):
+                raise ValueError(
+                    f"ctxfast.save_checkpoint: {name} has no place in a {config.model_type} model; "
+                    "leave the head out of state_dict"
+                )
+            heads = [
+                pair
+                for pair in _ROBERTA_HEADS
+                if pair[0].startswith("lm_head.") or target.endswith("ForSequenceClassification")
+            ]
+            key = next((a + name.removeprefix(b) for a, b in heads if name.startswith(b)), name)
+        if key.startswith("bert."):
+            key = prefix + key.removeprefix("bert.")
+        result[name] = key
+    return result

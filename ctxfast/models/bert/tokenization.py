@@ -1,0 +1,484 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Text to token ids for BERT-family models, by the `tokenizers` library."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+import torch
+from tokenizers import Tokenizer, pre_tokenizers
+
+from .config import BertConfig, write_json
+from .tokenizer_files import ROLES, find_special_tokens, open_tokenizer, read_settings, token_text
+from .weights import find_config, resolve_model
+
+_WHO = "ctxfast.BertTokenizer"
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+# model_max_length is 1e30 in files that mean "no limit".
+_NO_LIMIT = 1_000_000
+
+Text = str | tuple[str, str]
+
+
+class Encoding:
+    """Tokens of one text, of a pair, or of a list of words.
+
+    Every property makes a new list when it is read; keep it if it is needed twice.
+    """
+
+    __slots__ = ("_rust", "_single_type", "truncated")
+
+    def __init__(self, rust: tokenizers.Encoding, single_type: bool, truncated: int = 0) -> None:
+        self._rust = rust
+        self._single_type = single_type
+        self.truncated = truncated
+        """Number of tokens that were cut off to keep within `max_length`."""
+
+    def __len__(self) -> int:
+        return len(self._rust)
+
+    def __repr__(self) -> str:
+        cut = f", truncated={self.truncated}" if self.truncated else ""
+        return f"Encoding({len(self)} tokens{cut}: {' '.join(self.tokens[:12])})"
+
+    @property
+    def ids(self) -> list[int]:
+        """Vocabulary ids, special tokens included."""
+        return self._rust.ids
+
+    @property
+    def type_ids(self) -> list[int]:
+        """0 for the first text and 1 for the second; all 0 where the model has a single type."""
+        return [0] * len(self) if self._single_type else self._rust.type_ids
+
+    @property
+    def tokens(self) -> list[str]:
+        """The tokens as the vocabulary spells them."""
+        return self._rust.tokens
+
+    @property
+    def offsets(self) -> list[tuple[int, int]]:
+        """Start and end of each token in characters of its own text; (0, 0) for special ones."""
+        return self._rust.offsets
+
+    @property
+    def word_ids(self) -> list[int | None]:
+        """Number of the word each token comes from, None for special tokens.
+
+        With `encode_words` it is the index in the list; a word that leaves no token (an empty
+        one, a control character) does not occur. Each text of a pair counts from 0.
+        """
+        return self._rust.word_ids
+
+    @property
+    def sequence_ids(self) -> list[int | None]:
+        """0 or 1 for the text a token comes from, None for special tokens."""
+        return self._rust.sequence_ids
+
+    @property
+    def special_tokens_mask(self) -> list[int]:
+        """1 where the tokenizer put in a special token, 0 elsewhere."""
+        return self._rust.special_tokens_mask
+
+
+class BertTokenizer:
+    """Splits text into a model's tokens exactly as Hugging Face's fast tokenizers do.
+
+    Use `from_pretrained`. Padding and truncation settings saved in a tokenizer.json are
+    switched off: a text is cut only when a call says `truncation=True`.
+
+    Args:
+        tokenizer: a `tokenizers.Tokenizer`; it is changed (padding and truncation off).
+        special_tokens: token of each role "pad", "unk", "cls", "sep", "mask"; by default the
+            usual names that the vocabulary has.
+        max_length: longest sequence in tokens that the model takes; None for no limit.
+        single_type: report every token as type 0 (models with one token type).
+        special_in_text: whether "[MASK]" written in a text is the mask token, as Hugging Face
+            has it, or plain characters, as in Google's code.
+
+    Raises:
+        ValueError: no padding token, or a special token that the vocabulary does not have.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        special_tokens: dict[str, str] | None = None,
+        max_length: int | None = None,
+        single_type: bool = False,
+        special_in_text: bool = True,
+    ) -> None:
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        tokenizer.encode_special_tokens = not special_in_text
+        self.backend = tokenizer
+        self.max_length = max_length
+        self.single_type = single_type
+        self.special_tokens = find_special_tokens(tokenizer, special_tokens or {})
+        self._settings: dict[str, Any] = {}
+        self._cutters: dict[tuple[bool, int], Tokenizer] = {}
+        self._words_backend: Tokenizer | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_name: str | os.PathLike[str],
+        *,
+        do_lower_case: bool | None = None,
+        max_length: int | None = None,
+        max_word_chars: int | None = None,
+        special_in_text: bool = True,
+    ) -> BertTokenizer:
+        """Opens the tokenizer of a model.
+
+        Takes the first of tokenizer.json, vocab.txt (WordPiece), vocab.json with merges.txt
+        (byte-level BPE). Settings in tokenizer_config.json go before those in tokenizer.json, as
+        in Hugging Face.
+
+        Args:
+            path_or_name: as `resolve_model`; the path of a tokenizer.json or vocab.txt also does.
+            do_lower_case: lower-case and strip accents (WordPiece only). By default what the
+                files say; for a lone vocab.txt False if the folder's name has "cased" but not
+                "uncased" in it, else True.
+            max_length: longest sequence; by default the number of positions in the model's
+                config, without one `model_max_length` of tokenizer_config.json.
+            max_word_chars: words longer than this become the unknown token (WordPiece only);
+                by default what the file says, else 100 as in Hugging Face. Google's code has 200.
+            special_in_text: see the class.
+
+        Raises:
+            FileNotFoundError: no model, or no tokenizer file in it.
+            ValueError: a damaged file, or an option that this kind of tokenizer does not have.
+
+        Warns:
+            UserWarning: the vocabulary has more entries than the model's word table.
+        """
+        path = resolve_model(path_or_name)
+        folder = path if path.is_dir() else path.parent
+        named = path.name if path.is_file() and path.suffix in (".json", ".txt") else None
+        settings = read_settings(folder)
+        tokenizer = open_tokenizer(
+            folder, settings, named, do_lower_case=do_lower_case, max_word_chars=max_word_chars
+        )
+        config = None
+        if any((folder / name).is_file() for name in ("config.json", "bert_config.json")):
+            config = BertConfig.from_json_file(find_config(folder))
+        if max_length is None:
+            if config is not None:
+                max_length = config.max_length
+            elif isinstance(settings.get("model_max_length"), int):
+                max_length = settings["model_max_length"]
+                max_length = max_length if max_length < _NO_LIMIT else None
+        result = cls(
+            tokenizer,
+            special_tokens={
+                role: token_text(settings[f"{role}_token"])
+                for role in ROLES
+                if settings.get(f"{role}_token")
+            },
+            max_length=max_length,
+            single_type=config is not None and config.type_vocab_size == 1,
+            special_in_text=special_in_text,
+        )
+        result._settings = settings
+        if config is not None and result.vocab_size > config.vocab_size:
+            warnings.warn(
+                f"{_WHO}: {folder} has token ids up to {result.vocab_size - 1}, but the model's "
+                f"vocab_size is {config.vocab_size}; tokens beyond it cannot be embedded",
+                stacklevel=2,
+            )
+        return result
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The cut and word variants are made anew where they are needed.
+        return {**self.__dict__, "_cutters": {}, "_words_backend": None}
+
+    def __repr__(self) -> str:
+        kind = type(self.backend.model).__name__
+        return f"BertTokenizer({kind}, vocab_size={self.vocab_size}, max_length={self.max_length})"
+
+    @property
+    def vocab_size(self) -> int:
+        """Largest token id plus one: the rows a word table needs."""
+        return max(self.backend.get_vocab().values(), default=-1) + 1
+
+    @property
+    def vocab(self) -> dict[str, int]:
+        """A new dict of every token and its id."""
+        return self.backend.get_vocab()
+
+    @property
+    def pad_token_id(self) -> int:
+        """Id of the padding token."""
+        return self._special_id("pad")
+
+    @property
+    def unk_token_id(self) -> int:
+        """Id of the unknown token."""
+        return self._special_id("unk")
+
+    @property
+    def cls_token_id(self) -> int:
+        """Id of the token before a text ([CLS] or <s>)."""
+        return self._special_id("cls")
+
+    @property
+    def sep_token_id(self) -> int:
+        """Id of the token after a text ([SEP] or </s>)."""
+        return self._special_id("sep")
+
+    @property
+    def mask_token_id(self) -> int:
+        """Id of the mask token."""
+        return self._special_id("mask")
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Ids of all special tokens."""
+        return frozenset(self._special_id(role) for role in self.special_tokens)
+
+    def _special_id(self, role: str) -> int:
+        if role not in self.special_tokens:
+            raise ValueError(f"{_WHO}: the vocabulary has no {role} token")
+        return self.backend.token_to_id(self.special_tokens[role])
+
+    def token_to_id(self, token: str) -> int | None:
+        """Id of a token as the vocabulary spells it; None if it is not there."""
+        return self.backend.token_to_id(token)
+
+    def tokens(self, ids: Sequence[int] | torch.Tensor) -> list[str | None]:
+        """Tokens of a row of ids; None for an id the vocabulary does not have."""
+        return [self.backend.id_to_token(int(i)) for i in ids]
+
+    def decode(self, ids: Sequence[int] | torch.Tensor, *, skip_special: bool = True) -> str:
+        """Text of a row of ids, as far as the vocabulary kept it."""
+        return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+
+    def tokenize(self, text: str) -> list[str]:
+        """Tokens of a text without special ones and without a limit on length."""
+        return _run(self.backend.encode, text, add_special_tokens=False).tokens
+
+    def encode(
+        self,
+        text: str,
+        pair: str | None = None,
+        *,
+        max_length: int | None = None,
+        truncation: bool = False,
+    ) -> Encoding:
+        """Encodes one text, or two as a pair.
+
+        Args:
+            text: any string; lone surrogates count as U+FFFD.
+            pair: the second text.
+            max_length: limit in tokens, special ones included; by default the model's.
+            truncation: cut what is beyond the limit, from the longer text of a pair first;
+                the result's `truncated` counts the tokens lost.
+
+        Raises:
+            ValueError: longer than the limit without `truncation`, or a limit above the model's.
+            TypeError: not a string.
+        """
+        return self._encode([text if pair is None else (text, pair)], max_length, truncation)[0]
+
+    def encode_batch(
+        self,
+        texts: Sequence[Text],
+        *,
+        max_length: int | None = None,
+        truncation: bool = False,
+    ) -> list[Encoding]:
+        """Encodes many texts, or pairs given as tuples, on all cores; otherwise as `encode`."""
+        return self._encode(texts, max_length, truncation)
+
+    def encode_words(
+        self, words: Sequence[str], *, max_length: int | None = None, truncation: bool = False
+    ) -> Encoding:
+        """Encodes a text that is split into words already; `word_ids` index into `words`."""
+        return self._encode([words], max_length, truncation, words=True)[0]
+
+    def encode_words_batch(
+        self,
+        texts: Sequence[Sequence[str]],
+        *,
+        max_length: int | None = None,
+        truncation: bool = False,
+    ) -> list[Encoding]:
+        """Encodes many texts that are split into words already."""
+        return self._encode(texts, max_length, truncation, words=True)
+
+    def batch(
+        self,
+        texts: Sequence[Text] | Sequence[Encoding],
+        *,
+        max_length: int | None = None,
+        truncation: bool = False,
+        pad_to_multiple_of: int = 1,
+    ) -> dict[str, torch.Tensor]:
+        """Encodes texts, pairs, or takes encodings, and pads them on the right for a model's call.
+
+        Returns:
+            "input_ids", "token_type_ids" and "attention_mask" (1 for tokens, 0 for padding), each
+            (B, T) int64 with T the longest length rounded up to `pad_to_multiple_of`.
+
+        Raises:
+            As `encode`.
+        """
+        if pad_to_multiple_of < 1:
+            raise ValueError(
+                f"{_WHO}: pad_to_multiple_of is {pad_to_multiple_of}; expected at least 1"
+            )
+        texts = list(texts)
+        if texts and all(isinstance(text, Encoding) for text in texts):
+            encodings = texts
+        else:
+            encodings = self._encode(texts, max_length, truncation, offsets=False)
+        lengths = np.fromiter((len(e) for e in encodings), np.int64, len(encodings))
+        longest = int(lengths.max(initial=0))
+        width = -(-longest // pad_to_multiple_of) * pad_to_multiple_of
+        mask = np.arange(width) < lengths[:, None]
+        result = {}
+        for name, fill, rows in (
+            ("input_ids", self.pad_token_id, (e.ids for e in encodings)),
+            ("token_type_ids", 0, (e.type_ids for e in encodings)),
+        ):
+            array = np.full(mask.shape, fill, np.int64)
+            flat = itertools.chain.from_iterable(rows)
+            array[mask] = np.fromiter(flat, np.int64, int(lengths.sum()))
+            result[name] = torch.from_numpy(array)
+        result["attention_mask"] = torch.from_numpy(mask.astype(np.int64))
+        return result
+
+    def save(self, directory: str | os.PathLike[str]) -> list[Path]:
+        """Writes tokenizer.json and tokenizer_config.json and returns their paths."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        path = directory / "tokenizer.json"
+        temporary = directory / f".tokenizer.json.{os.getpid()}"
+        try:
+            self.backend.save(str(temporary))
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        settings = dict(self._settings)
+        settings.update((f"{role}_token", token) for role, token in self.special_tokens.items())
+        if self.max_length is not None:
+            settings["model_max_length"] = self.max_length
+        write_json(directory / "tokenizer_config.json", settings)
+        return [path, directory / "tokenizer_config.json"]
+
+    def _encode(
+        self,
+        texts: Sequence[Any],
+        max_length: int | None,
+        truncation: bool,
+        *,
+        words: bool = False,
+        offsets: bool = True,
+    ) -> list[Encoding]:
+        _check_texts(texts, words)
+        limit = self._limit(max_length)
+        backend = self._backend_for_words() if words else self.backend
+        call = backend.encode_batch if offsets else backend.encode_batch_fast
+        rows = [list(text) for text in texts] if words else list(texts)
+        result = [
+            Encoding(rust, self.single_type) for rust in _run(call, rows, is_pretokenized=words)
+        ]
+        if limit is None:
+            return result
+        too_long = [i for i, encoding in enumerate(result) if len(encoding) > limit]
+        if too_long and not truncation:
+            i = too_long[0]
+            raise ValueError(
+                f"{_WHO}: text {i} has {len(result[i])} tokens; expected at most {limit}. "
+                "Pass truncation=True to cut it, or split the text"
+            )
+        if too_long:
+            cutter = self._cutter(backend, words, limit)
+            cut = _run(cutter.encode_batch, [rows[i] for i in too_long], is_pretokenized=words)
+            for i, rust in zip(too_long, cut, strict=True):
+                result[i] = Encoding(rust, self.single_type, len(result[i]) - len(rust))
+        return result
+
+    def _limit(self, max_length: int | None) -> int | None:
+        if max_length is None:
+            return self.max_length
+        least = self.backend.num_special_tokens_to_add(True) + 1
+        if max_length < least:
+            raise ValueError(f"{_WHO}: max_length is {max_length}; expected at least {least}")
+        if self.max_length is not None and max_length > self.max_length:
+            raise ValueError(
+                f"{_WHO}: max_length is {max_length}; the model takes at most {self.max_length} "
+                "tokens"
+            )
+        return max_length
+
+    def _cutter(self, backend: Tokenizer, words: bool, limit: int) -> Tokenizer:
+        """A copy with truncation on: the setting belongs to a tokenizer, not to a call."""
+        key = (words, limit)
+        if key not in self._cutters:
+            cutter = _copy(backend)
+            cutter.enable_truncation(limit, strategy="longest_first")
+            self._cutters[key] = cutter
+        return self._cutters[key]
+
+    def _backend_for_words(self) -> Tokenizer:
+        """The tokenizer for split text: byte-level BPE then needs a space before every word."""
+        if self._words_backend is None:
+            backend = self.backend
+            stage = backend.pre_tokenizer
+            if isinstance(stage, pre_tokenizers.ByteLevel) and not stage.add_prefix_space:
+                backend = _copy(backend)
+                backend.pre_tokenizer = pre_tokenizers.ByteLevel(
+                    add_prefix_space=True, use_regex=stage.use_regex
+                )
+            self._words_backend = backend
+        return self._words_backend
+
+
+def _copy(tokenizer: Tokenizer) -> Tokenizer:
+    copy = Tokenizer.from_str(tokenizer.to_str())
+    copy.encode_special_tokens = tokenizer.encode_special_tokens
+    return copy
+
+
+def _check_texts(texts: Sequence[Any], words: bool) -> None:
+    if isinstance(texts, str):
+        raise TypeError(f"{_WHO}: got one string; expected a list of texts. Use encode() for one")
+    if not words and all(type(text) is str for text in texts):
+        return
+    for i, text in enumerate(texts):
+        if words:
+            fits = not isinstance(text, str) and all(isinstance(word, str) for word in text)
+            expected = "a list of words"
+        else:
+            fits = isinstance(text, str) or (
+                isinstance(text, tuple) and len(text) == 2 and all(isinstance(t, str) for t in text)
+            )
+            expected = "a string or a tuple of two strings"
+        if not fits:
+            raise TypeError(f"{_WHO}: text {i} is a {type(text).__name__}; expected {expected}")
+
+
+def _run(call: Any, texts: Any, **options: Any) -> Any:
+    """Calls the library; strings that are no Unicode text (lone surrogates) are mended first."""
+    try:
+        return call(texts, **options)
+    except (TypeError, UnicodeEncodeError):
+        # Only here, so that sound text is not scanned. One character for one keeps the offsets.
+        return call(_mend(texts), **options)
+
+
+def _mend(texts: Any) -> Any:
+    if isinstance(texts, str):
+        return _LONE_SURROGATE.sub("\ufffd", texts)
+    return type(texts)(_mend(text) for text in texts)

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The feed-forward block of a post-LN transformer, under Hugging Face's names."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .. import functional
+from .layer_norm import AddLayerNorm
+
+
+class Intermediate(nn.Module):
+    """``activation(x W^T + b)``: the widening half. Parameters: ``dense.weight``,
+    ``dense.bias``."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        activation: str = "gelu",
+        *,
+        impl: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.dense = nn.Linear(hidden_size, intermediate_size, device=device, dtype=dtype)
+        self.activation, self.impl = activation, impl
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., N) -> (..., intermediate_size)."""
+        return functional.linear_act(
+            x, self.dense.weight, self.dense.bias, activation=self.activation, impl=self.impl
+        )
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation}, impl={self.impl or 'auto'}"
+
+
+class ProjectAddLayerNorm(nn.Module):
+    """``LayerNorm(residual + dropout(x W^T + b))``: the end of the attention and of the
+    feed-forward block.
+
+    The bias is added inside the LayerNorm's op. Parameters: ``dense.{weight,bias}``,
+    ``LayerNorm.{weight,bias}``.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_size: int,
+        *,
+        eps: float = 1e-12,
+        dropout: float = 0.0,
+        impl: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.dense = nn.Linear(in_features, hidden_size, device=device, dtype=dtype)
+        self.LayerNorm = AddLayerNorm(hidden_size, eps, dropout, device=device, dtype=dtype)
+        self.impl = impl
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        """x (..., in_features), residual (..., N) -> (..., N)."""
+        return self.LayerNorm(
+            functional.linear_act(x, self.dense.weight, impl=self.impl), residual, self.dense.bias
+        )
+
+    def extra_repr(self) -> str:
+        return f"impl={self.impl or 'auto'}"
+
+
+class FeedForward(nn.Module):
+    """``LayerNorm(x + dropout(W_2 activation(W_1 x + b_1) + b_2))``.
+
+    Args:
+        hidden_size: N.
+        intermediate_size: width between the two products, 4N in BERT.
+        activation: an activation of ``ctxfast.linear_act``: "gelu" (exact), "gelu_tanh", "relu",
+            "tanh", "none".
+        eps: of the LayerNorm.
+        dropout: probability of dropping an element before the residual in training.
+        impl: implementation of ``linear_act``; None chooses.
+
+    Parameters: ``intermediate.dense``, ``output.dense``, ``output.LayerNorm``.
+    Reference: Vaswani et al. 2017, section 3.3; Devlin et al. 2019; names as in Hugging Face's
+    BertLayer.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        *,
+        activation: str = "gelu",
+        eps: float = 1e-12,
+        dropout: float = 0.0,
+        impl: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        place = {"device": device, "dtype": dtype}
+        self.intermediate = Intermediate(
+            hidden_size, intermediate_size, activation, impl=impl, **place
+        )
+        self.output = ProjectAddLayerNorm(
+            intermediate_size, hidden_size, eps=eps, dropout=dropout, impl=impl, **place
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., N) -> (..., N)."""
+        return self.output(self.intermediate(x), x)

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``attention``: bidirectional attention inside each of several packed sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ..._core import checks, registry
+from .reference import attention as reference
+
+_OP = "attention"
+
+
+def _check(args: Mapping[str, Any]) -> None:
+    qkv, cu_seqlens, max_seqlen = args["qkv"], args["cu_seqlens"], args["max_seqlen"]
+    checks.floating(_OP, "qkv", checks.tensor(_OP, "qkv", qkv))
+    if qkv.dim() != 4 or qkv.shape[1] != 3:
+        raise ValueError(
+            f"ctxfast.attention: qkv has shape {tuple(qkv.shape)}; expected (tokens, 3, heads, head_dim): the packed "
+            f"query, key and value rows. Pack a padded batch with ctxfast.packing first."
+        )
+    checks.integer(_OP, "cu_seqlens", checks.tensor(_OP, "cu_seqlens", cu_seqlens))
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+        raise ValueError(f"ctxfast.attention: cu_seqlens has shape {tuple(cu_seqlens.shape)}; expected (sequences + 1,).")
+    checks.same(_OP, "qkv", qkv, [("cu_seqlens", cu_seqlens)], dtype=False)
+    if not isinstance(max_seqlen, (int, torch.SymInt)):
+        raise TypeError(f"ctxfast.attention: max_seqlen is a {type(max_seqlen).__name__}; expected an int.")
+    _check_offsets(qkv, cu_seqlens, max_seqlen)
+    if args["bias"] is not None:
+        checks.shape(_OP, "bias", checks.tensor(_OP, "bias", args["bias"]), (3, qkv.shape[2], qkv.shape[3]), "(3, heads, head_dim)")
+        checks.same(_OP, "qkv", qkv, [("bias", args["bias"])])
+    checks.probability(_OP, "dropout_p", args["dropout_p"])
+
+
+def _check_offsets(qkv: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int) -> None:
+    """On the CPU the offsets are read: they must rise from 0 to the number of rows in steps of at most max_seqlen."""
+    if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if isinstance(cu_seqlens, torch._subclasses.FakeTensor):
+        return
+    lengths = cu_seqlens[1:] - cu_seqlens[:-1]
+    if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != qkv.shape[0] or bool((lengths < 0).any()):
+        raise ValueError(
+            f"ctxfast.attention: cu_seqlens runs from {int(cu_seqlens[0])} to {int(cu_seqlens[-1])}; expected offsets "
+            f"that never fall, from 0 to the {qkv.shape[0]} rows of qkv."
+        )
+    longest = int(lengths.max()) if lengths.numel() else 0
+    if longest > max_seqlen:
+        raise ValueError(f"ctxfast.attention: max_seqlen is {max_seqlen}; expected at least {longest}, the longest sequence in cu_seqlens.")
+
+
+SPEC = registry.register(
+    registry.OpSpec(
+        name=_OP,
+        package=__name__,
+        summary="softmax(Q K^T / sqrt(D)) V inside each packed sequence",
+        cite="Vaswani et al. 2017, equation 1; Devlin et al. 2019 (bidirectional)",
+        reference=reference,
+        check=_check,
+        autocast="lower",
+        impls=(
+            registry.Impl("cpu", "cpu", note="torch's fused attention per sequence, equal lengths together, no padding"),
+        ),
+    )
+)

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``char_cnn``: characters of words to vectors: embedding, convolutions, maximum over positions, activation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..._core import checks, registry
+from .reference import char_cnn as reference
+
+_OP = "char_cnn"
+
+
+def _check(args: Mapping[str, Any]) -> None:
+    char_ids = checks.tensor(_OP, "char_ids", args["char_ids"])
+    table = checks.tensor(_OP, "char_embeddings", args["char_embeddings"])
+    weights, biases = args["conv_weights"], args["conv_biases"]
+    checks.integer(_OP, "char_ids", char_ids)
+    checks.floating(_OP, "char_embeddings", table)
+    checks.shape(_OP, "char_ids", char_ids, (None, None), "(words, characters)")
+    checks.shape(_OP, "char_embeddings", table, (None, None), "(character vocabulary, embedding size)")
+    checks.same(_OP, "char_embeddings", table, [("char_ids", char_ids)], dtype=False)
+    checks.in_range(_OP, "char_ids", char_ids, 0, table.shape[0] - 1, "These are the rows of char_embeddings.")
+    if len(weights) != len(biases) or not weights:
+        raise ValueError(f"ctxfast.char_cnn: conv_weights holds {len(weights)} tensors and conv_biases {len(biases)}; expected one of each per filter width.")
+    for i, (weight, bias) in enumerate(zip(weights, biases)):
+        name = f"conv_weights[{i}]"
+        checks.shape(_OP, name, checks.tensor(_OP, name, weight), (None, table.shape[1], None), "(filters, embedding size, width)")
+        if weight.shape[2] > char_ids.shape[1]:
+            raise ValueError(
+                f"ctxfast.char_cnn: {name} has width {weight.shape[2]}; expected at most {char_ids.shape[1]}, the characters of a word in char_ids."
+            )
+        checks.shape(_OP, f"conv_biases[{i}]", checks.tensor(_OP, f"conv_biases[{i}]", bias), (weight.shape[0],), "(filters,)")
+        checks.same(_OP, "char_embeddings", table, [(name, weight), (f"conv_biases[{i}]", bias)])
+    checks.choice(_OP, "activation", args["activation"], ("relu", "tanh"))
+
+
+SPEC = registry.register(
+    registry.OpSpec(
+        name=_OP,
+        package=__name__,
+        summary="character embedding, convolutions of several widths, max over positions, activation",
+        cite="Kim et al. 2016; Peters et al. 2018; AllenNLP _ElmoCharacterEncoder",
+        reference=reference,
+        check=_check,
+        autocast="lower",
+    )
+)

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``embed_layer_norm``: BERT's input embeddings, summed and normalised."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..._core import checks, registry
+from .reference import embed_layer_norm as reference
+
+_OP = "embed_layer_norm"
+
+
+def _check(args: Mapping[str, Any]) -> None:
+    table = checks.tensor(_OP, "word_embeddings", args["word_embeddings"])
+    checks.floating(_OP, "word_embeddings", table)
+    if table.dim() != 2:
+        raise ValueError(f"ctxfast.embed_layer_norm: word_embeddings has shape {tuple(table.shape)}; expected (vocab_size, hidden_size).")
+    ids = checks.tensor(_OP, "input_ids", args["input_ids"])
+    if ids.dim() != 1:
+        raise ValueError(f"ctxfast.embed_layer_norm: input_ids has shape {tuple(ids.shape)}; expected (tokens,), packed.")
+    if (args["task_type_ids"] is None) != (args["task_type_embeddings"] is None):
+        missing = "task_type_ids" if args["task_type_ids"] is None else "task_type_embeddings"
+        raise ValueError(f"ctxfast.embed_layer_norm: {missing} is None; expected both task_type_ids and task_type_embeddings, or neither.")
+    pairs = [
+        ("input_ids", "word_embeddings"),
+        ("position_ids", "position_embeddings"),
+        ("token_type_ids", "token_type_embeddings"),
+    ]
+    if args["task_type_ids"] is not None:
+        pairs.append(("task_type_ids", "task_type_embeddings"))
+    for id_name, table_name in pairs:
+        index, rows = checks.tensor(_OP, id_name, args[id_name]), checks.tensor(_OP, table_name, args[table_name])
+        checks.integer(_OP, id_name, index)
+        checks.shape(_OP, id_name, index, tuple(ids.shape), "(tokens,)")
+        checks.shape(_OP, table_name, rows, (None, table.shape[1]), "(rows, hidden_size)")
+        checks.same(_OP, "word_embeddings", table, [(id_name, index)], dtype=False)
+        checks.same(_OP, "word_embeddings", table, [(table_name, rows)])
+        checks.in_range(_OP, id_name, index, 0, rows.shape[0] - 1, f"These are the rows of {table_name}.")
+    for name in ("weight", "bias"):
+        checks.shape(_OP, name, checks.tensor(_OP, name, args[name]), (table.shape[1],), "(hidden_size,)")
+        checks.same(_OP, "word_embeddings", table, [(name, args[name])])
+    checks.positive(_OP, "eps", args["eps"], none_means="nothing")
+    checks.probability(_OP, "dropout_p", args["dropout_p"])
+
+
+SPEC = registry.register(
+    registry.OpSpec(
+        name=_OP,
+        package=__name__,
+        summary="dropout(LayerNorm(word + position + type [+ task] embeddings))",
+        cite="Devlin et al. 2019, figure 2; Sun et al. 2020 (ERNIE 2.0, task embedding)",
+        reference=reference,
+        check=_check,
+        autocast="keep",
+    )
+)

@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``linear_act``: a linear layer with its activation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..._core import checks, registry
+from .reference import ACTIVATIONS
+from .reference import linear_act as reference
+
+_OP = "linear_act"
+
+
+def _check(args: Mapping[str, Any]) -> None:
+    x, weight, bias = checks.tensor(_OP, "x", args["x"]), checks.tensor(_OP, "weight", args["weight"]), args["bias"]
+    checks.floating(_OP, "x", x)
+    if x.dim() < 1:
+        raise ValueError("ctxfast.linear_act: x has shape (); expected (..., in_features).")
+    checks.shape(_OP, "weight", weight, (None, x.shape[-1]), "(out_features, in_features)")
+    if bias is not None:
+        checks.shape(_OP, "bias", checks.tensor(_OP, "bias", bias), (weight.shape[0],), "(out_features,)")
+    checks.same(_OP, "x", x, [("weight", weight), ("bias", bias)])
+    checks.choice(_OP, "activation", args["activation"], ACTIVATIONS)
+
+
+SPEC = registry.register(
+    registry.OpSpec(
+        name=_OP,
+        package=__name__,
+        summary="activation(x W^T + b)",
+        cite="Hendrycks & Gimpel 2016 (GELU); Devlin et al. 2019 (feed-forward block)",
+        reference=reference,
+        check=_check,
+        autocast="lower",
+    )
+)

