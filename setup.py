@@ -73,7 +73,9 @@ def parse_archs(text: str | None) -> tuple[str, ...]:
                 f"ctxfast: CTXFAST_CUDA_ARCHS holds {word!r}; expected numbers from 80 up like {DEFAULT_ARCHS}."
             )
     if not words:
-        raise SettingError(f"ctxfast: CTXFAST_CUDA_ARCHS is empty; expected a list like {DEFAULT_ARCHS}.")
+        raise SettingError(
+            f"ctxfast: CTXFAST_CUDA_ARCHS is empty; expected a list like {DEFAULT_ARCHS}."
+        )
     return tuple(dict.fromkeys(words))
 
 
@@ -93,7 +95,11 @@ def find_nvcc(environ: dict[str, str]) -> tuple[str | None, str]:
         home = environ.get(name)
         if home:
             nvcc = Path(home) / "bin" / "nvcc"
-            return (str(nvcc), "") if nvcc.is_file() else (None, f"{name} is {home}, which has no bin/nvcc")
+            return (
+                (str(nvcc), "")
+                if nvcc.is_file()
+                else (None, f"{name} is {home}, which has no bin/nvcc")
+            )
     nvcc_on_path = shutil.which("nvcc", path=environ.get("PATH"))
     if nvcc_on_path:
         return nvcc_on_path, ""
@@ -121,7 +127,9 @@ def find_cuda(environ: dict[str, str]) -> Cuda:
             nvcc, reason = None, f"{nvcc} --version does not answer like nvcc"
     if not nvcc:
         if mode == "1":
-            raise SettingError(f"ctxfast: CTXFAST_CUDA=1 asks for CUDA kernels, but {reason}. Install the CUDA toolkit.")
+            raise SettingError(
+                f"ctxfast: CTXFAST_CUDA=1 asks for CUDA kernels, but {reason}. Install the CUDA toolkit."
+            )
         return Cuda(reason=reason)
     cuda = Cuda(nvcc, version, archs)
     # NVIDIA's pip packages of CUDA 12 put headers and libraries beside nvcc's folder instead of inside.
@@ -139,8 +147,12 @@ def find_cxx(environ: dict[str, str]) -> list[str]:
         if words and shutil.which(words[0]):
             return words
         if words and command == environ.get("CXX"):
-            raise SettingError(f"ctxfast: CXX is {command!r}, which is not there; expected a C++17 compiler.")
-    raise SettingError("ctxfast: no C++ compiler (c++, g++, clang++) on PATH. Install one or set CXX.")
+            raise SettingError(
+                f"ctxfast: CXX is {command!r}, which is not there; expected a C++17 compiler."
+            )
+    raise SettingError(
+        "ctxfast: no C++ compiler (c++, g++, clang++) on PATH. Install one or set CXX."
+    )
 
 
 def find_ninja() -> str:
@@ -161,7 +173,11 @@ def find_ninja() -> str:
 def sources(cuda: Cuda) -> list[Path]:
     """Every source of this build, in order."""
     x86 = platform.machine().lower() in ("x86_64", "amd64")
-    chosen = [path for path in sorted(CSRC.glob("cpu/*.cpp")) if x86 or not path.name.endswith(tuple(ISA_FLAGS))]
+    chosen = [
+        path
+        for path in sorted(CSRC.glob("cpu/*.cpp"))
+        if x86 or not path.name.endswith(tuple(ISA_FLAGS))
+    ]
     chosen += sorted(CSRC.glob("bindings/*.cpp"))
     if cuda.nvcc:
         for path in sorted(CSRC.glob("cuda/*.cu")):
@@ -177,7 +193,11 @@ def build_info_header(version: str, compiler: str, cuda: Cuda) -> str:
     def quoted(text: str) -> str:
         return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
-    listed = [*cuda.archs, f"{max(int(arch.rstrip('af')) for arch in cuda.archs)}+PTX"] if cuda.nvcc else []
+    listed = (
+        [*cuda.archs, f"{max(int(arch.rstrip('af')) for arch in cuda.archs)}+PTX"]
+        if cuda.nvcc
+        else []
+    )
     return "".join(
         f"#define CTXFAST_{name} {value}\n"
         for name, value in (
@@ -203,7 +223,17 @@ def ninja_file(cxx: list[str], cuda: Cuda, target: Path, folder: Path) -> str:
 
     includes = [f"-I{CSRC / 'include'}", f"-I{folder}"]
     define = [f"-DCTXFAST_SM90A={int('90a' in cuda.archs)}"]
-    cxx_flags = ["-std=c++17", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra", "-ffp-contract=fast"]
+    cxx_flags = [
+        "-std=c++17",
+        "-O3",
+        "-DNDEBUG",
+        "-fPIC",
+        "-fvisibility=hidden",
+        "-pthread",
+        "-Wall",
+        "-Wextra",
+        "-ffp-contract=fast",
+    ]
     python_flags = [f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}"]
     lines = [
         "ninja_required_version = 1.5",
@@ -216,7 +246,13 @@ def ninja_file(cxx: list[str], cuda: Cuda, target: Path, folder: Path) -> str:
     libraries = ["-ldl"]
     if cuda.nvcc:
         host = ["-ccbin", cxx[0]] if len(cxx) == 1 else []
-        nvcc_flags = ["-std=c++17", "-O3", "-DNDEBUG", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+        nvcc_flags = [
+            "-std=c++17",
+            "-O3",
+            "-DNDEBUG",
+            "-lineinfo",
+            "-Xcompiler=-fPIC,-fvisibility=hidden",
+        ]
         compile_cuda = [cuda.nvcc, *host, *nvcc_flags, *cuda.flags, *includes, *define]
         lines += [
             "rule nvcc",
@@ -225,7 +261,14 @@ def ninja_file(cxx: list[str], cuda: Cuda, target: Path, folder: Path) -> str:
             "  deps = gcc",
         ]
         # nvcc knows where its static runtime lies: libraries of a CUDA installation are not needed to load the result.
-        link = [cuda.nvcc, *host, "-shared", "-cudart=static", "-Xlinker=--exclude-libs,ALL", *cuda.link_flags]
+        link = [
+            cuda.nvcc,
+            *host,
+            "-shared",
+            "-cudart=static",
+            "-Xlinker=--exclude-libs,ALL",
+            *cuda.link_flags,
+        ]
         libraries = ["-ldl", "-lpthread", "-lrt"]
     lines += ["rule link", f"  command = {command(link)} $in -o $out {command(libraries)}"]
     objects = []
@@ -237,10 +280,19 @@ def ninja_file(cxx: list[str], cuda: Cuda, target: Path, folder: Path) -> str:
         elif source.parent.name == "bindings":
             flags = python_flags
         else:
-            flags = [flag for suffix, listed in ISA_FLAGS.items() if source.name.endswith(suffix) for flag in listed]
+            flags = [
+                flag
+                for suffix, listed in ISA_FLAGS.items()
+                if source.name.endswith(suffix)
+                for flag in listed
+            ]
         lines += [f"build {obj}: {rule} {escaped(source)}", f"  flags = {command(flags)}"]
         objects.append(obj)
-    lines += [f"build {escaped(target)}: link {' '.join(objects)}", f"default {escaped(target)}", ""]
+    lines += [
+        f"build {escaped(target)}: link {' '.join(objects)}",
+        f"default {escaped(target)}",
+        "",
+    ]
     return "\n".join(lines)
 
 
@@ -275,7 +327,11 @@ class BuildExtension(build_ext):
         if os.environ.get("MAX_JOBS"):
             command += ["-j", os.environ["MAX_JOBS"]]
         if subprocess.run(command, check=False).returncode != 0:
-            hint = " If only nvcc failed: CTXFAST_CUDA=0 builds without CUDA kernels." if cuda.nvcc else ""
+            hint = (
+                " If only nvcc failed: CTXFAST_CUDA=0 builds without CUDA kernels."
+                if cuda.nvcc
+                else ""
+            )
             raise SystemExit(f"error: ctxfast: the extension did not build, see above.{hint}")
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -285,7 +341,9 @@ class BuildExtension(build_ext):
         os.replace(temporary, target)
         print(f"ctxfast: built {target.name}: CPU kernels with {compiler}")
         if cuda.nvcc:
-            print(f"ctxfast: CUDA kernels with nvcc {cuda.version} for {', '.join(cuda.archs)} and PTX")
+            print(
+                f"ctxfast: CUDA kernels with nvcc {cuda.version} for {', '.join(cuda.archs)} and PTX"
+            )
         else:
             print(f"ctxfast: no CUDA kernels: {cuda.reason}")
 
@@ -293,10 +351,16 @@ class BuildExtension(build_ext):
 def main() -> None:
     extensions = []
     if sys.platform == "linux":
-        every = [str(path.relative_to(ROOT)) for path in sorted(CSRC.glob("*/*.c*")) if path.parent.name != "tests"]
+        every = [
+            str(path.relative_to(ROOT))
+            for path in sorted(CSRC.glob("*/*.c*"))
+            if path.parent.name != "tests"
+        ]
         extensions = [Extension("ctxfast._C", sources=every)]
     else:
-        print(f"ctxfast: no compiled extension on {sys.platform}: it is built on Linux only; plain PyTorch is used.")
+        print(
+            f"ctxfast: no compiled extension on {sys.platform}: it is built on Linux only; plain PyTorch is used."
+        )
     setup(ext_modules=extensions, cmdclass={"build_ext": BuildExtension})
 
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 _INTEGER = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -180,6 +181,14 @@ class Packing:
         return (self.seqlen,) * self.batch_size if self.host_lengths is None else self.host_lengths
 
     @property
+    def has_empty(self) -> bool:
+        """Whether some text has no token (with no texts at all: no)."""
+        # Not `0 in lengths`: torch.compile (2.13) sets no guard for it and reuses a stale answer.
+        if self.host_lengths is None:
+            return self.seqlen == 0 and self.batch_size > 0
+        return min(self.host_lengths) == 0
+
+    @property
     def total(self) -> int:
         """T, the number of real tokens."""
         return self.indices.shape[0]
@@ -241,7 +250,7 @@ class Packing:
         if self.is_full and self.seqlen > 0:
             return x_packed.reshape(self.batch_size, self.seqlen, *x_packed.shape[1:])[:, 0]
         rows = self.cu_seqlens[:-1]
-        if 0 in self.lengths:
+        if self.has_empty:
             # One more row, of zeros, stands in for the first token that an empty text does not
             # have.
             rows = torch.where(self.cu_seqlens[1:] == rows, self.total, rows)
@@ -261,3 +270,12 @@ def _offsets(per_row: Tensor) -> Tensor:
     offsets = torch.zeros(per_row.shape[0] + 1, dtype=torch.int32, device=per_row.device)
     torch.cumsum(per_row, 0, dtype=torch.int32, out=offsets[1:])
     return offsets
+
+
+# torch.export wants to know what an output is made of: a Packing is among a model's outputs.
+pytree.register_pytree_node(
+    Packing,
+    lambda packing: ([getattr(packing, field.name) for field in fields(packing)], None),
+    lambda values, _: Packing(*values),
+    serialized_type_name="ctxfast.packing.Packing",
+)

@@ -12,12 +12,13 @@
 //                output, output_strides, h_n, c_n, cells=0, cell_clip=0.0, proj_clip=0.0, threads=1, isa="auto")
 //       gates, packed: one address per direction (1 or 2); gates_strides: one (batch, time) per direction;
 //       lengths (B,) int64 or 0; isa: "auto" or one that cpu_isa() includes.
+#include "ctxfast/lstm.h"
+
 #include <optional>
 #include <utility>
 #include <vector>
 
 #include "bindings.h"
-#include "ctxfast/lstm.h"
 
 namespace py = pybind11;
 using ctxfast::LstmPackParams;
@@ -39,7 +40,8 @@ int64_t packed_bytes(int64_t hidden, int64_t proj_size, bool has_proj, const std
 void pack(int64_t hidden, int64_t proj_size, Address weight_hh, Address weight_proj, Address packed,
           const std::string& dtype, std::optional<Strides> hh_strides, std::optional<Strides> proj_strides) {
   LstmPackParams params;
-  params.shape = shape_of(hidden, proj_size, weight_proj != 0, dtype);
+  // An empty tensor's address is 0 too.
+  params.shape = shape_of(hidden, proj_size, weight_proj != 0 || proj_size != hidden, dtype);
   params.weight_hh = pointer<const float>(weight_hh);
   params.weight_proj = pointer<const float>(weight_proj);
   const Strides hh = hh_strides.value_or(Strides(proj_size, 1));
@@ -57,9 +59,9 @@ void pack(int64_t hidden, int64_t proj_size, Address weight_hh, Address weight_p
 
 void forward(int64_t batch, int64_t steps, int64_t hidden, int64_t proj_size, bool has_proj,
              const std::vector<Address>& gates, const std::vector<Strides>& gates_strides,
-             const std::vector<Address>& packed, const std::string& dtype, Address lengths, Address h_0,
-             Address c_0, Address output, Strides output_strides, Address h_n, Address c_n, Address cells,
-             float cell_clip, float proj_clip, int64_t threads, const std::string& isa) {
+             const std::vector<Address>& packed, const std::string& dtype, Address lengths, Address h_0, Address c_0,
+             Address output, Strides output_strides, Address h_n, Address c_n, Address cells, float cell_clip,
+             float proj_clip, int64_t threads, const std::string& isa) {
   LstmParams params;
   params.shape = shape_of(hidden, proj_size, has_proj, dtype);
   const size_t directions = gates.size();
@@ -72,8 +74,7 @@ void forward(int64_t batch, int64_t steps, int64_t hidden, int64_t proj_size, bo
   if (!ctxfast::find_isa(isa, &params.isa)) {
     throw py::value_error(ctxfast::invalid("lstm", "isa", "'" + isa + "'",
                                            std::string("'auto', or an instruction set up to '") +
-                                               ctxfast::isa_name(ctxfast::best_isa()) +
-                                               "', the best this machine runs")
+                                               ctxfast::isa_name(ctxfast::best_isa()) + "', the best this machine runs")
                               .message);
   }
   params.batch = batch;
@@ -109,8 +110,7 @@ void forward(int64_t batch, int64_t steps, int64_t hidden, int64_t proj_size, bo
 
 void bind_lstm(py::module_& m) {
   using py::arg;
-  m.def("lstm_packed_bytes", &packed_bytes, arg("hidden"), arg("proj_size"), arg("has_proj"),
-        arg("dtype") = "float32");
+  m.def("lstm_packed_bytes", &packed_bytes, arg("hidden"), arg("proj_size"), arg("has_proj"), arg("dtype") = "float32");
   m.def("lstm_pack", &pack, arg("hidden"), arg("proj_size"), arg("weight_hh"), arg("weight_proj"), arg("packed"),
         arg("dtype") = "float32", arg("weight_hh_strides") = py::none(), arg("weight_proj_strides") = py::none());
   m.def("lstm_forward", &forward, arg("batch"), arg("steps"), arg("hidden"), arg("proj_size"), arg("has_proj"),

@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// The Python module ctxfast._C. Everything crosses as integers (addresses, sizes, strides, streams), floats and strings.
+// The Python module ctxfast._C. Everything crosses as integers (addresses, sizes, strides, streams), floats and
+// strings.
 //
-//   build_info() -> dict    version, compiler, cuda, cuda_version, cuda_archs, cuda_reason, cpu_isas: facts of this build
-//   cpu_isa() -> str        the best instruction set compiled that this machine runs: "generic", "avx2" or "avx512"
+//   build_info() -> dict    version, compiler, cuda, cuda_version, cuda_archs, cuda_reason, cpu_isas: facts of this
+//   build cpu_isa() -> str        the best instruction set compiled that this machine runs: "generic", "avx2" or
+//   "avx512"
 //
 // Ops: see lstm.cpp and scalar_mix.cpp beside this file.
 #include "bindings.h"

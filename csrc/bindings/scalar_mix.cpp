@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // ctxfast._C.scalar_mix_*: the CUDA kernels (csrc/include/ctxfast/scalar_mix.h).
 //
-// Addresses are integers; dtype: "float32", "float16" or "bfloat16". ValueError for bad arguments, RuntimeError for what
-// CUDA reports, or when this build has no CUDA kernels. The device of the tensors must be current.
+// Addresses are integers; dtype: "float32", "float16" or "bfloat16". ValueError for bad arguments, RuntimeError for
+// what CUDA reports, or when this build has no CUDA kernels. The device of the tensors must be current.
 //
 //   scalar_mix_workspace_bytes(num_inputs, numel) -> int       of the backward pass with grad_weights
 //   scalar_mix_forward(inputs, weights, output, numel, dtype, stream)
@@ -50,8 +50,8 @@ void forward(const std::vector<Address>& inputs, Address weights, Address output
 }
 
 void backward(Address grad_output, const std::vector<Address>& inputs, Address weights,
-              const std::vector<Address>& grad_inputs, Address grad_weights, Address workspace,
-              int64_t workspace_bytes, int64_t numel, const std::string& dtype, Address stream) {
+              const std::vector<Address>& grad_inputs, Address grad_weights, Address workspace, int64_t workspace_bytes,
+              int64_t numel, const std::string& dtype, Address stream) {
   check_count("inputs", inputs.size(), 1, ctxfast::kScalarMixMaxInputs);
   if (!grad_inputs.empty()) check_count("grad_inputs", grad_inputs.size(), inputs.size(), inputs.size());
   ctxfast::ScalarMixBackwardParams params;

@@ -97,9 +97,9 @@ void advise_huge_pages(void* memory, int64_t bytes) {
 #endif
 }
 
-#define CTXFAST_RETURN_IF_ERROR(call)               \
-  do {                                              \
-    const Status ctxfast_status_ = (call);          \
+#define CTXFAST_RETURN_IF_ERROR(call)                  \
+  do {                                                 \
+    const Status ctxfast_status_ = (call);             \
     if (!ctxfast_status_.ok()) return ctxfast_status_; \
   } while (0)
 
@@ -136,8 +136,7 @@ Status check(const LstmParams& p) {
 // Everything one call needs besides the caller's arrays: one allocation, used by one direction after the other.
 class Workspace {
  public:
-  Workspace(const LstmParams& p, int64_t threads, bool split)
-      : H_(p.shape.hidden), P_(p.shape.proj_size), B_(p.batch) {
+  Workspace(const LstmParams& p, int64_t threads, bool split) : H_(p.shape.hidden), P_(p.shape.proj_size), B_(p.batch) {
     // One cache line more than the rows need: rows 4096 floats apart would all fall into the same cache sets.
     ld_h_ = round_up(P_, kLstmPanel) + 16;
     ld_m_ = round_up(H_, kLstmPanel) + 16;

@@ -286,8 +286,8 @@ void step_cells(const LstmJob& job, int64_t s, int64_t rows, int64_t panel, floa
   }
   const int64_t old = job.has_projection ? 0 : s & 1;
   const Weight* weight = static_cast<const Weight*>(job.weight_gates) + panel * panel_words<Weight>(job.proj_size);
-  panel_product(rows, job.h + old * job.batch * job.ld_h, job.ld_h, weight, job.proj_size, 0,
-                blocks_of(job.proj_size), z);
+  panel_product(rows, job.h + old * job.batch * job.ld_h, job.ld_h, weight, job.proj_size, 0, blocks_of(job.proj_size),
+                z);
   for (int64_t i = 0; i < rows; ++i) {
     const int64_t row = job.row[i], t = time_of(job, i, s);
     float* state = job.c + (panel * job.batch + i) * kCells;

@@ -2,13 +2,13 @@
 // scalar_mix, forward and backward. Not yet run on a GPU: compiled and its resources checked only.
 //
 // Bound by memory: every element is read and written once (grad_output once per group of 8 inputs).
-#include "ctxfast/scalar_mix.h"
-
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <algorithm>
+
+#include "ctxfast/scalar_mix.h"
 
 namespace ctxfast {
 namespace {

@@ -45,7 +45,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Impl:
-    """One implementation of an op: the module of its name in the op's package, imported on first use.
+    """One implementation of an op: the module of its name in the op's package.
 
     The module holds a function of the op's name, which takes the checked keyword arguments of the public function and
     is differentiable wherever ``supports`` lets a call that needs a gradient through; ``supports(args)``, which
@@ -133,6 +133,17 @@ def register(spec: OpSpec) -> OpSpec:
             raise ValueError(f"ctxfast.{spec.name}: implementation name {implementation.name!r} is not one of {IMPL_NAMES}.")
     OPS[spec.name] = spec
     return spec
+
+
+def load_implementations() -> None:
+    """Import every implementation but Triton's (a kernel language is imported on first use only).
+
+    An import in the middle of a call would break the graph when that call is the first and is being compiled.
+    """
+    for spec in OPS.values():
+        for implementation in spec.impls:
+            if implementation.name != "triton":
+                spec.module(implementation.name)
 
 
 def tensors(args: Mapping[str, Any]) -> Iterator[Tensor]:

@@ -15,4 +15,5 @@ from . import (  # noqa: F401  (importing an op enters it in the table)
     scalar_mix,
 )
 
+registry.load_implementations()
 registry.read_environment()

@@ -361,13 +361,15 @@ def test_missing_heads_start_at_random_with_a_warning(tmp_path: Path) -> None:
 
 
 def test_another_number_of_labels_replaces_the_classifier(tmp_path: Path) -> None:
-    model, _ = _pair("BertForSequenceClassification", num_labels=3)
+    names = {0: "low", 1: "middle", 2: "high"}
+    model, _ = _pair("BertForSequenceClassification", num_labels=3, id2label=names)
     model.save_pretrained(tmp_path)
     with pytest.warns(UserWarning, match=r"has no classifier\.weight, classifier\.bias"):
         other = heads.BertForSequenceClassification.from_pretrained(tmp_path, num_labels=5)
     assert other(_ids()).logits.shape == (B, 5)
     same = heads.BertForSequenceClassification.from_pretrained(tmp_path, num_labels=3)
     assert torch.equal(same.classifier.weight, model.classifier.weight)
+    assert same.config.id2label == names
 
 
 # Training

@@ -5,7 +5,6 @@ refusals."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -382,6 +381,33 @@ def test_compiles_in_one_graph_without_a_mask() -> None:
     assert model.encoder.layer[0].attention.self.qkv_weight.grad is not None
 
 
+def test_compiles_with_masks_that_change() -> None:
+    model, ids = _bert(), _ids(3, 6)
+    ragged = torch.tensor([[1] * 6, [1] * 3 + [0] * 3, [1] * 6])
+    compiled = torch.compile(model, backend="eager")  # breaks where the lengths are read
+    for mask in (ragged, 1 - ragged, torch.ones_like(ragged), ragged):
+        with torch.no_grad():
+            got, want = compiled(ids, mask), model(ids, mask)
+        assert torch.equal(got.last_hidden_state, want.last_hidden_state)
+        assert torch.equal(got.pooler_output, want.pooler_output)
+
+
+@torch.no_grad()
+def test_exports_without_a_mask() -> None:
+    model = _bert()
+    sizes = {
+        0: torch.export.Dim("batch", min=2, max=32),
+        1: torch.export.Dim("seqlen", min=2, max=64),
+    }
+    program = torch.export.export(
+        model, (_ids(2, 5),), dynamic_shapes={"input_ids": sizes}, strict=False
+    )
+    ids = _ids(4, 9)
+    got = program.module()(ids)
+    assert torch.equal(got.last_hidden_state, model(ids).last_hidden_state)
+    assert got.packing.lengths == (9, 9, 9, 9)
+
+
 # Modules
 
 
@@ -429,147 +455,3 @@ def test_an_implementation_can_be_forced_on_one_module() -> None:
     model.encoder.layer[1].attention.self.impl = "triton"
     with pytest.raises((RuntimeError, ValueError), match="ctxfast.attention"):
         model(ids)
-
-
-# Refusals
-
-_IDS = torch.zeros(2, 4, dtype=torch.int64)
-_META = torch.zeros(2, 4, dtype=torch.int64, device="meta")
-ERRORS: dict[str, tuple[Callable[[Bert], object], type[Exception], str]] = {
-    "ids-list": (
-        lambda m: m([[1, 2]]),
-        TypeError,
-        "ctxfast.Bert: input_ids is a list; expected a torch.Tensor.",
-    ),
-    "ids-float": (
-        lambda m: m(_IDS.float()),
-        TypeError,
-        "ctxfast.Bert: input_ids has dtype torch.float32; expected int64 or int32. Convert it with "
-        ".long().",
-    ),
-    "ids-1d": (
-        lambda m: m(_IDS[0]),
-        ValueError,
-        "ctxfast.Bert: input_ids has shape (4,); expected (batch, seqlen). One text alone is "
-        "input_ids[None].",
-    ),
-    "ids-large": (
-        lambda m: m(_IDS + 120),
-        ValueError,
-        "ctxfast.Bert: input_ids holds 120; expected values in 0..119. The model has 120 rows for "
-        "them.",
-    ),
-    "ids-negative": (
-        lambda m: m(_IDS - 1, check_inputs=True),
-        ValueError,
-        "ctxfast.Bert: input_ids holds -1; expected values in 0..119. The model has 120 rows for "
-        "them.",
-    ),
-    "ids-long": (
-        lambda m: m(torch.zeros(1, 65, dtype=torch.int64)),
-        ValueError,
-        "ctxfast.Bert: input_ids has 65 columns; expected at most 64, the positions of this model. "
-        "Truncate the text or split it into windows.",
-    ),
-    "ids-device": (
-        lambda m: m(_META),
-        ValueError,
-        "ctxfast.Bert: input_ids is on meta; expected cpu, where the model is. Move it with "
-        ".to('cpu').",
-    ),
-    "mask-kind": (
-        lambda m: m(_IDS, [[1]]),
-        TypeError,
-        "ctxfast.Bert: attention_mask is a list; expected a torch.Tensor.",
-    ),
-    "mask-shape": (
-        lambda m: m(_IDS, torch.ones(2, 5)),
-        ValueError,
-        "ctxfast.Bert: attention_mask has shape (2, 5); expected (batch, seqlen) = (2, 4).",
-    ),
-    "mask-4d": (
-        lambda m: m(_IDS, torch.ones(2, 1, 4, 4)),
-        ValueError,
-        "ctxfast.Bert: attention_mask has shape (2, 1, 4, 4); expected (batch, seqlen) = (2, 4). "
-        "Masks that differ by query (decoder masks) are not supported.",
-    ),
-    "mask-device": (
-        lambda m: m(_IDS, _META),
-        ValueError,
-        "ctxfast.Bert: attention_mask is on meta; expected cpu, where the model is. Move it with "
-        ".to('cpu').",
-    ),
-    "mask-additive": (
-        lambda m: m(_IDS, torch.full((2, 4), -1e4)),
-        ValueError,
-        "ctxfast.Packing: attention_mask holds other values than 0 and 1; expected 1 for a token, "
-        "0 for padding. "
-        "An additive mask becomes one with: mask == 0.",
-    ),
-    "types-shape": (
-        lambda m: m(_IDS, None, _IDS[:1]),
-        ValueError,
-        "ctxfast.Bert: token_type_ids has shape (1, 4); expected (batch, seqlen) = (2, 4).",
-    ),
-    "types-range": (
-        lambda m: m(_IDS, None, _IDS + 2),
-        ValueError,
-        "ctxfast.Bert: token_type_ids holds 2; expected values in 0..1. The model has 2 rows for "
-        "them.",
-    ),
-    "types-dtype": (
-        lambda m: m(_IDS, None, _IDS.bool()),
-        TypeError,
-        "ctxfast.Bert: token_type_ids has dtype torch.bool; expected int64 or int32. Convert it "
-        "with .long().",
-    ),
-    "positions-range": (
-        lambda m: m(_IDS, position_ids=_IDS[:1] + 64),
-        ValueError,
-        "ctxfast.Bert: position_ids holds 64; expected values in 0..63. The model has 64 rows for "
-        "them.",
-    ),
-    "positions-shape": (
-        lambda m: m(_IDS, position_ids=_IDS[0]),
-        ValueError,
-        "ctxfast.Bert: position_ids has shape (4,); expected (batch, seqlen) = (2, 4).",
-    ),
-    "tasks-absent": (
-        lambda m: m(_IDS, task_type_ids=_IDS),
-        ValueError,
-        "ctxfast.Bert: task_type_ids is given; expected None, as this model has no task embedding "
-        "(use_task_id).",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", ERRORS)
-def test_bad_input(name: str) -> None:
-    call, kind, text = ERRORS[name]
-    with pytest.raises(kind) as caught:
-        call(_bert())
-    assert str(caught.value) == text
-
-
-def test_bad_task_types_and_roberta_length() -> None:
-    ernie = _bert(model_type="ernie", use_task_id=True)
-    with pytest.raises(ValueError, match=r"task_type_ids holds 3; expected values in 0\.\.2\."):
-        ernie(_IDS, task_type_ids=_IDS + 3)
-    roberta = _bert(model_type="roberta", type_vocab_size=1)
-    with pytest.raises(ValueError, match="input_ids has 63 columns; expected at most 62"):
-        roberta(torch.zeros(1, 63, dtype=torch.int64))
-
-
-def test_heads_must_divide_the_hidden_size() -> None:
-    with pytest.raises(ValueError) as caught:
-        SelfAttention(10, 3)
-    assert str(caught.value) == (
-        "ctxfast.nn.SelfAttention: hidden_size is 10; expected a multiple of num_heads = 3."
-    )
-
-
-@pytest.mark.gpu
-def test_ids_on_a_gpu_are_checked_when_asked() -> None:
-    model = _bert().cuda()
-    with pytest.raises(ValueError, match=r"input_ids holds 120; expected values in 0\.\.119"):
-        model(_IDS.cuda() + 120, check_inputs=True)

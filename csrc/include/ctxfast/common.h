@@ -18,8 +18,7 @@ struct Status {
   bool ok() const { return code == Code::kOk; }
 };
 
-inline Status invalid(const char* op, const std::string& field, const std::string& got,
-                      const std::string& wanted) {
+inline Status invalid(const char* op, const std::string& field, const std::string& got, const std::string& wanted) {
   return {Code::kInvalidArgument,
           std::string("ctxfast.") + op + ": " + field + " is " + got + "; expected " + wanted + "."};
 }
@@ -37,11 +36,10 @@ constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 #ifdef __CUDACC__
 // For functions that return Status: leaves with the CUDA error's own words. Never throws, never exits.
-#define CTXFAST_CUDA_CHECK(op, call)                                                       \
-  do {                                                                                     \
-    const cudaError_t ctxfast_error_ = (call);                                             \
-    if (ctxfast_error_ != cudaSuccess)                                                     \
-      return ::ctxfast::runtime_error(op, std::string("CUDA says: ") +                     \
-                                              cudaGetErrorString(ctxfast_error_) + ".");   \
+#define CTXFAST_CUDA_CHECK(op, call)                                                                              \
+  do {                                                                                                            \
+    const cudaError_t ctxfast_error_ = (call);                                                                    \
+    if (ctxfast_error_ != cudaSuccess)                                                                            \
+      return ::ctxfast::runtime_error(op, std::string("CUDA says: ") + cudaGetErrorString(ctxfast_error_) + "."); \
   } while (0)
 #endif

@@ -22,19 +22,19 @@ namespace ctxfast {
 constexpr int kLstmMaxDirections = 2;
 
 struct LstmShape {
-  int64_t hidden = 0;         // H
-  int64_t proj_size = 0;      // P
+  int64_t hidden = 0;     // H
+  int64_t proj_size = 0;  // P
   bool has_projection = false;
   DType dtype = DType::kFloat32;  // of the packed weights: kFloat32 or kBFloat16
 };
 
 struct LstmPackParams {
   LstmShape shape;
-  const float* weight_hh = nullptr;    // (4H, P)
+  const float* weight_hh = nullptr;  // (4H, P)
   int64_t weight_hh_strides[2] = {0, 0};
   const float* weight_proj = nullptr;  // (P, H); null without projection
   int64_t weight_proj_strides[2] = {0, 0};
-  void* packed = nullptr;              // lstm_packed_bytes(shape) bytes, aligned to 4
+  void* packed = nullptr;  // lstm_packed_bytes(shape) bytes, aligned to 4
 };
 
 struct LstmParams {
@@ -43,21 +43,21 @@ struct LstmParams {
   int64_t steps = 0;       // T
   int64_t directions = 1;  // R; direction 1 runs from each row's own last step to its first
 
-  const float* gates[kLstmMaxDirections] = {};       // (B, T, 4H), last dimension contiguous
+  const float* gates[kLstmMaxDirections] = {};        // (B, T, 4H), last dimension contiguous
   int64_t gates_strides[kLstmMaxDirections][2] = {};  // of B and T
-  const void* packed[kLstmMaxDirections] = {};       // from lstm_pack with the same shape
-  const int64_t* lengths = nullptr;                  // (B), 0..T; null: T everywhere
-  const float* h_0 = nullptr;                        // (R, B, P) contiguous; null: zeros
-  const float* c_0 = nullptr;                        // (R, B, H) contiguous; null: zeros
-  float cell_clip = 0;                               // 0: off
-  float proj_clip = 0;                               // 0: off
+  const void* packed[kLstmMaxDirections] = {};        // from lstm_pack with the same shape
+  const int64_t* lengths = nullptr;                   // (B), 0..T; null: T everywhere
+  const float* h_0 = nullptr;                         // (R, B, P) contiguous; null: zeros
+  const float* c_0 = nullptr;                         // (R, B, H) contiguous; null: zeros
+  float cell_clip = 0;                                // 0: off
+  float proj_clip = 0;                                // 0: off
 
   // Written in full, zeros past a row's length. Outputs may not overlap inputs or each other.
-  float* output = nullptr;           // (B, T, R * P), last dimension contiguous
-  int64_t output_strides[2] = {};    // of B and T
-  float* h_n = nullptr;              // (R, B, P) contiguous: the state after each row's own last step
-  float* c_n = nullptr;              // (R, B, H) contiguous
-  float* cells = nullptr;            // (R, B, T, H) contiguous: c of every step; null: not wanted
+  float* output = nullptr;         // (B, T, R * P), last dimension contiguous
+  int64_t output_strides[2] = {};  // of B and T
+  float* h_n = nullptr;            // (R, B, P) contiguous: the state after each row's own last step
+  float* c_n = nullptr;            // (R, B, H) contiguous
+  float* cells = nullptr;          // (R, B, T, H) contiguous: c of every step; null: not wanted
 
   int64_t threads = 1;  // at most so many; fewer where there is little to do
   Isa isa = Isa::kGeneric;

@@ -7,9 +7,7 @@ not count. Names of parameters and state_dict are those of Hugging Face's BertFo
 
 from __future__ import annotations
 
-import dataclasses
-import os
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,118 +17,31 @@ from ... import functional
 from ..._core import checks
 from ...nn import LayerNorm
 from .config import BertConfig
-from .modeling import Bert, BertOutput, Pretrained
+from .head_base import (
+    IGNORE_INDEX,
+    BertWithHead,
+    HeadOutput,
+    Labels,
+    PreTrainingOutput,
+    SpanOutput,
+    cross_entropy,
+)
+from .modeling import BertOutput
 
-IGNORE_INDEX = -100
+__all__ = [
+    "IGNORE_INDEX",
+    "BertForMaskedLM",
+    "BertForNextSentencePrediction",
+    "BertForPreTraining",
+    "BertForQuestionAnswering",
+    "BertForSequenceClassification",
+    "BertForTokenClassification",
+    "HeadOutput",
+    "PreTrainingOutput",
+    "SpanOutput",
+]
+
 _PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
-_Model = TypeVar("_Model", bound="BertWithHead")
-
-
-class HeadOutput(NamedTuple):
-    """``loss`` (a scalar, or None without labels), ``logits`` (see each model) and the encoder's
-    packed output."""
-
-    loss: Tensor | None
-    logits: Tensor | None
-    encoder: BertOutput
-
-
-class PreTrainingOutput(NamedTuple):
-    """Sum and parts of the loss (None without their labels), both heads' logits, the encoder's
-    packed output."""
-
-    loss: Tensor | None
-    mlm_loss: Tensor | None
-    nsp_loss: Tensor | None
-    prediction_logits: Tensor | None
-    seq_relationship_logits: Tensor
-    encoder: BertOutput
-
-
-class SpanOutput(NamedTuple):
-    """Loss (None without positions), (B, L) logits of start and end, the encoder's packed
-    output."""
-
-    loss: Tensor | None
-    start_logits: Tensor
-    end_logits: Tensor
-    encoder: BertOutput
-
-
-def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean over the rows with a label, in float32 at least; 0 where no row has one."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    labels = labels.long()
-    total = F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
-    return total / (labels != IGNORE_INDEX).sum().clamp(min=1)
-
-
-class BertWithHead(Pretrained):
-    """A ``Bert`` under ``bert.`` and a head beside it."""
-
-    def __init__(self, config: BertConfig, add_pooling_layer: bool) -> None:
-        super().__init__(config)
-        self.bert = Bert(config, add_pooling_layer)
-
-    @classmethod
-    def from_pretrained(
-        cls: type[_Model],
-        path_or_name: str | os.PathLike[str],
-        *,
-        gelu: str | None = None,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-        num_labels: int | list[str] | None = None,
-    ) -> _Model:
-        """Reads a model from files on this machine; the result is in eval mode.
-
-        Args:
-            path_or_name, gelu, dtype, device: as ``Bert.from_pretrained``.
-            num_labels: number or names of a classifier's labels; None for what the file says.
-
-        Raises:
-            FileNotFoundError, ValueError: as ``load_checkpoint``.
-
-        Warns:
-            UserWarning: names what the file does not have, such as a new classifier: it starts at
-                random.
-        """
-        read = cls._read(path_or_name, gelu)
-        if num_labels is not None:
-            config = read.config.with_labels(num_labels)
-            state_dict = {
-                name: tensor
-                for name, tensor in read.state_dict.items()
-                if not (name.startswith("classifier.") and tensor.shape[0] != config.num_labels)
-            }
-            read = dataclasses.replace(read, config=config, state_dict=state_dict)
-        return cls._from_checkpoint(read, dtype, device)
-
-    def gradient_checkpointing_enable(self, enabled: bool = True) -> None:
-        """As ``Bert.gradient_checkpointing_enable``."""
-        self.bert.gradient_checkpointing_enable(enabled)
-
-    def _encode(self, input_ids: Tensor, *inputs: Tensor | None, **options: Any) -> BertOutput:
-        options.setdefault("return_packed", not options.get("output_hidden_states", False))
-        return self.bert(input_ids, *inputs, **options)
-
-    def _check_labels(self, name: str, labels: Tensor, shape: tuple[int, ...], legend: str) -> None:
-        owner = type(self).__name__
-        checks.integer(owner, name, checks.tensor(owner, name, labels))
-        checks.shape(owner, name, labels, shape, legend)
-        checks.same(
-            owner,
-            "the model",
-            self.bert.embeddings.word_embeddings.weight,
-            [(name, labels)],
-            dtype=False,
-        )
-
-    def _check_classes(self, name: str, labels: Tensor, classes: int) -> None:
-        checks.in_range(
-            type(self).__name__, name, labels[labels != IGNORE_INDEX], 0, classes - 1,
-            f"{IGNORE_INDEX} marks what has no label.",
-        )  # fmt: skip
 
 
 class _Transform(nn.Module):
@@ -259,11 +170,8 @@ class BertForMaskedLM(_MaskedLM):
         Returns:
             ``HeadOutput(loss, logits, encoder)``.
         """
-        if labels is not None and isinstance(input_ids, Tensor):
-            self._check_labels("labels", labels, tuple(input_ids.shape), "(batch, seqlen)")
-        encoded = self._encode(
-            input_ids, attention_mask, token_type_ids, position_ids, task_type_ids, **options
-        )
+        inputs = (input_ids, attention_mask, token_type_ids, position_ids, task_type_ids)
+        encoded = self._encode(inputs, options, Labels("labels", labels, 2))
         loss = None if labels is None else self._mlm_loss(encoded, labels)
         is_wanted = labels is None if return_logits is None else return_logits
         return HeadOutput(loss, self._mlm_logits(encoded) if is_wanted else None, encoded)
@@ -300,21 +208,18 @@ class BertForPreTraining(_MaskedLM):
         Returns:
             A ``PreTrainingOutput``; its loss is the sum of the losses whose labels were given.
         """
-        if labels is not None and isinstance(input_ids, Tensor):
-            self._check_labels("labels", labels, tuple(input_ids.shape), "(batch, seqlen)")
-        if next_sentence_label is not None and isinstance(input_ids, Tensor):
-            self._check_labels(
-                "next_sentence_label", next_sentence_label, (input_ids.shape[0],), "(batch,)"
-            )
-            self._check_classes("next_sentence_label", next_sentence_label, 2)
+        inputs = (input_ids, attention_mask, token_type_ids, position_ids, task_type_ids)
         encoded = self._encode(
-            input_ids, attention_mask, token_type_ids, position_ids, task_type_ids, **options
+            inputs,
+            options,
+            Labels("labels", labels, 2),
+            Labels("next_sentence_label", next_sentence_label, 1, classes=2),
         )
         relation = self.cls.seq_relationship
         nsp_logits = functional.linear_act(encoded.pooler_output, relation.weight, relation.bias)
         mlm_loss = None if labels is None else self._mlm_loss(encoded, labels)
         nsp_loss = (
-            None if next_sentence_label is None else _cross_entropy(nsp_logits, next_sentence_label)
+            None if next_sentence_label is None else cross_entropy(nsp_logits, next_sentence_label)
         )
         parts = [part for part in (mlm_loss, nsp_loss) if part is not None]
         is_wanted = labels is None if return_logits is None else return_logits
@@ -351,16 +256,12 @@ class BertForNextSentencePrediction(BertWithHead):
     ) -> HeadOutput:
         """As ``Bert.forward``; labels (B,) int64, 0 for a following sentence, 1 for another; logits
         (B, 2)."""
-        if labels is not None and isinstance(input_ids, Tensor):
-            self._check_labels("labels", labels, (input_ids.shape[0],), "(batch,)")
-            self._check_classes("labels", labels, 2)
-        encoded = self._encode(
-            input_ids, attention_mask, token_type_ids, position_ids, task_type_ids, **options
-        )
+        inputs = (input_ids, attention_mask, token_type_ids, position_ids, task_type_ids)
+        encoded = self._encode(inputs, options, Labels("labels", labels, 1, classes=2))
         relation = self.cls.seq_relationship
         logits = functional.linear_act(encoded.pooler_output, relation.weight, relation.bias)
         return HeadOutput(
-            None if labels is None else _cross_entropy(logits, labels), logits, encoded
+            None if labels is None else cross_entropy(logits, labels), logits, encoded
         )
 
 
@@ -398,32 +299,46 @@ class BertForSequenceClassification(BertWithHead):
     ) -> HeadOutput:
         """As ``Bert.forward``; labels (B,) classes, (B, C) 0 or 1 for several labels, or numbers;
         logits (B, C)."""
-        encoded = self._encode(
-            input_ids, attention_mask, token_type_ids, position_ids, task_type_ids, **options
-        )
+        inputs = (input_ids, attention_mask, token_type_ids, position_ids, task_type_ids)
+        problem = None if labels is None else self._problem(labels)
+        if problem == "single_label_classification":
+            given = (Labels("labels", labels, 1, self.config.num_labels),)
+        else:
+            given = ()
+        if problem is not None and not given and isinstance(input_ids, Tensor):
+            labels = self._check_numbers(labels, len(input_ids))
+        encoded = self._encode(inputs, options, *given)
         pooled = F.dropout(encoded.pooler_output, self.config.head_dropout, self.training)
         logits = functional.linear_act(pooled, self.classifier.weight, self.classifier.bias)
-        return HeadOutput(None if labels is None else self._loss(logits, labels), logits, encoded)
-
-    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        owner, (batch_size, classes) = type(self).__name__, logits.shape
-        checks.tensor(owner, "labels", labels)
-        problem = self.config.extra.get("problem_type")
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if problem is None:
-            is_class = labels.dtype in (torch.int64, torch.int32)
-            problem = _PROBLEMS[0] if classes == 1 else _PROBLEMS[1] if is_class else _PROBLEMS[2]
-        if problem == "single_label_classification":
-            self._check_labels("labels", labels, (batch_size,), "(batch,)")
-            self._check_classes("labels", labels, classes)
-            return _cross_entropy(logits, labels)
-        checks.same(owner, "the model", logits, [("labels", labels)], dtype=False)
+            loss = None
+        elif problem == "single_label_classification":
+            loss = cross_entropy(logits, labels)
+        elif problem == "regression":
+            loss = F.mse_loss(wide, labels.to(wide.dtype))
+        else:
+            loss = F.binary_cross_entropy_with_logits(wide, labels.to(wide.dtype))
+        return HeadOutput(loss, logits, encoded)
+
+    def _problem(self, labels: Tensor) -> str:
+        checks.tensor(type(self).__name__, "labels", labels)
+        regression, one_class, several = _PROBLEMS
+        problem = self.config.extra.get("problem_type")
+        if problem is not None:
+            return problem
+        if self.config.num_labels == 1:
+            return regression
+        return one_class if labels.dtype in (torch.int64, torch.int32) else several
+
+    def _check_numbers(self, labels: Tensor, batch_size: int) -> Tensor:
+        """Labels of regression and of several classes, as (B, C)."""
+        owner, classes = type(self).__name__, self.config.num_labels
+        checks.same(owner, "the model", self.classifier.weight, [("labels", labels)], dtype=False)
         if classes == 1 and labels.dim() == 1:
             labels = labels[:, None]
         checks.shape(owner, "labels", labels, (batch_size, classes), "(batch, num_labels)")
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        if problem == "regression":
-            return F.mse_loss(wide, labels.to(wide.dtype))
-        return F.binary_cross_entropy_with_logits(wide, labels.to(wide.dtype))
+        return labels
 
 
 class BertForTokenClassification(BertWithHead):
@@ -449,17 +364,13 @@ class BertForTokenClassification(BertWithHead):
     ) -> HeadOutput:
         """As ``Bert.forward``; labels (B, L) classes, -100 for none; logits (B, L, C), zeros at
         padding."""
-        if labels is not None and isinstance(input_ids, Tensor):
-            self._check_labels("labels", labels, tuple(input_ids.shape), "(batch, seqlen)")
-            self._check_classes("labels", labels, self.config.num_labels)
-        encoded = self._encode(
-            input_ids, attention_mask, token_type_ids, position_ids, task_type_ids, **options
-        )
+        inputs = (input_ids, attention_mask, token_type_ids, position_ids, task_type_ids)
+        encoded = self._encode(inputs, options, Labels("labels", labels, 2, self.config.num_labels))
         hidden = F.dropout(
             encoded.packed_last_hidden_state, self.config.head_dropout, self.training
         )
         logits = functional.linear_act(hidden, self.classifier.weight, self.classifier.bias)
-        loss = None if labels is None else _cross_entropy(logits, encoded.packing.pack(labels))
+        loss = None if labels is None else cross_entropy(logits, encoded.packing.pack(labels))
         return HeadOutput(loss, encoded.packing.unpack(logits), encoded)
 
 
@@ -505,12 +416,12 @@ class BertForQuestionAnswering(BertWithHead):
                 f"start_positions and "
                 f"end_positions, or neither."
             )
-        given = {"start_positions": start_positions, "end_positions": end_positions}
-        for name, positions in given.items():
-            if positions is not None and isinstance(input_ids, Tensor):
-                self._check_labels(name, positions, (input_ids.shape[0],), "(batch,)")
+        inputs = (input_ids, attention_mask, token_type_ids, position_ids, task_type_ids)
         encoded = self._encode(
-            input_ids, attention_mask, token_type_ids, position_ids, task_type_ids, **options
+            inputs,
+            options,
+            Labels("start_positions", start_positions, 1),
+            Labels("end_positions", end_positions, 1),
         )
         packing = encoded.packing
         packed = functional.linear_act(
@@ -530,4 +441,4 @@ class BertForQuestionAnswering(BertWithHead):
         is_inside = positions < logits.shape[1]
         columns = positions.clamp(max=max(logits.shape[1] - 1, 0))
         is_answer = is_inside & is_real.gather(1, columns[:, None])[:, 0]
-        return _cross_entropy(logits, torch.where(is_answer, columns, IGNORE_INDEX))
+        return cross_entropy(logits, torch.where(is_answer, columns, IGNORE_INDEX))

@@ -214,7 +214,7 @@ class Pooler(nn.Module):
         pooled = functional.linear_act(
             packing.first(x), self.dense.weight, self.dense.bias, activation="tanh"
         )
-        if packing.total and 0 not in packing.lengths:
+        if not packing.has_empty:
             return pooled
         is_empty = packing.cu_seqlens[1:] == packing.cu_seqlens[:-1]
         return pooled.masked_fill(is_empty[:, None], 0.0)

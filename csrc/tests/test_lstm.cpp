@@ -1,0 +1,165 @@
+// SPDX-License-Identifier: Apache-2.0
+// lstm on the CPU against a plain loop in double, on every instruction set this machine runs.
+#include <algorithm>
+#include <cstring>
+
+#include "check.h"
+#include "ctxfast/lstm.h"
+
+using namespace ctxfast;
+
+namespace {
+
+struct Size {
+  int64_t B, T, H, P, R;
+  bool projection;
+};
+
+struct Problem {
+  Size size;
+  std::vector<float> gates[2], hh[2], proj[2], h_0, c_0;
+  std::vector<int64_t> lengths;
+  float cell_clip, proj_clip;
+};
+
+struct Result {
+  std::vector<float> output, h_n, c_n, cells;
+  Status status;
+};
+
+double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
+double clip(double x, double limit) { return limit > 0 ? std::min(std::max(x, -limit), limit) : x; }
+
+float rounded(float value, bool bf16) {
+  if (!bf16) return value;
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  bits = (bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000u;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+Problem make(const Size& s, uint64_t seed, bool clips) {
+  Random random(seed);
+  Problem p{s, {}, {}, {}, {}, {}, {}, clips ? 1.0f : 0.0f, clips ? 0.4f : 0.0f};
+  for (int64_t r = 0; r < s.R; ++r) {
+    p.gates[r] = random.fill(s.B * s.T * 4 * s.H, 4.0f);
+    p.hh[r] = random.fill(4 * s.H * s.P, 2.0f / std::sqrt(static_cast<float>(s.P) + 1));
+    p.proj[r] = random.fill(s.P * s.H, 2.0f / std::sqrt(static_cast<float>(s.H) + 1));
+  }
+  p.h_0 = random.fill(s.R * s.B * s.P, 1.0f);
+  p.c_0 = random.fill(s.R * s.B * s.H, 1.0f);
+  for (int64_t b = 0; b < s.B; ++b) p.lengths.push_back(random.below(s.T + 1));
+  return p;
+}
+
+Result run(const Problem& p, Isa isa, bool bf16, int64_t threads) {
+  const Size& s = p.size;
+  LstmParams params;
+  params.shape = {s.H, s.P, s.projection, bf16 ? DType::kBFloat16 : DType::kFloat32};
+  std::vector<std::vector<uint32_t>> packed;
+  Result result;
+  for (int64_t r = 0; r < s.R; ++r) {
+    packed.emplace_back(lstm_packed_bytes(params.shape) / 4);
+    LstmPackParams pack;
+    pack.shape = params.shape;
+    pack.weight_hh = p.hh[r].data();
+    pack.weight_hh_strides[0] = s.P, pack.weight_hh_strides[1] = 1;
+    pack.weight_proj = s.projection ? p.proj[r].data() : nullptr;
+    pack.weight_proj_strides[0] = s.H, pack.weight_proj_strides[1] = 1;
+    pack.packed = packed[r].data();
+    result.status = lstm_pack(pack);
+    if (!result.status.ok()) return result;
+    params.gates[r] = p.gates[r].data();
+    params.gates_strides[r][0] = s.T * 4 * s.H, params.gates_strides[r][1] = 4 * s.H;
+    params.packed[r] = packed[r].data();
+  }
+  result.output.assign(s.B * s.T * s.R * s.P, NAN);
+  result.h_n.assign(s.R * s.B * s.P, NAN);
+  result.c_n.assign(s.R * s.B * s.H, NAN);
+  result.cells.assign(s.R * s.B * s.T * s.H, NAN);
+  params.batch = s.B, params.steps = s.T, params.directions = s.R;
+  params.lengths = p.lengths.data();
+  params.h_0 = p.h_0.data(), params.c_0 = p.c_0.data();
+  params.cell_clip = p.cell_clip, params.proj_clip = p.proj_clip;
+  params.output = result.output.data();
+  params.output_strides[0] = s.T * s.R * s.P, params.output_strides[1] = s.R * s.P;
+  params.h_n = result.h_n.data(), params.c_n = result.c_n.data(), params.cells = result.cells.data();
+  params.threads = threads, params.isa = isa;
+  result.status = lstm_forward(params);
+  return result;
+}
+
+void compare(Report* report, const std::string& what, const Problem& p, const Result& got, bool bf16) {
+  const Size& s = p.size;
+  std::vector<double> output(s.B * s.T * s.R * s.P), h_n(s.R * s.B * s.P), c_n(s.R * s.B * s.H);
+  std::vector<double> cells(s.R * s.B * s.T * s.H);
+  for (int64_t r = 0; r < s.R; ++r) {
+    for (int64_t b = 0; b < s.B; ++b) {
+      std::vector<double> h(p.h_0.begin() + (r * s.B + b) * s.P, p.h_0.begin() + (r * s.B + b + 1) * s.P);
+      std::vector<double> c(p.c_0.begin() + (r * s.B + b) * s.H, p.c_0.begin() + (r * s.B + b + 1) * s.H);
+      for (int64_t step = 0; step < p.lengths[b]; ++step) {
+        const int64_t t = r == 0 ? step : p.lengths[b] - 1 - step;
+        std::vector<double> m(s.H);
+        for (int64_t j = 0; j < s.H; ++j) {
+          double z[4];
+          for (int64_t gate = 0; gate < 4; ++gate) {
+            z[gate] = p.gates[r][((b * s.T + t) * 4 + gate) * s.H + j];
+            for (int64_t k = 0; k < s.P; ++k) z[gate] += h[k] * rounded(p.hh[r][(gate * s.H + j) * s.P + k], bf16);
+          }
+          c[j] = clip(sigmoid(z[0]) * std::tanh(z[2]) + sigmoid(z[1]) * c[j], p.cell_clip);
+          m[j] = sigmoid(z[3]) * std::tanh(c[j]);
+          cells[((r * s.B + b) * s.T + t) * s.H + j] = c[j];
+        }
+        for (int64_t k = 0; k < s.P; ++k) {
+          double sum = s.projection ? 0 : m[k];
+          for (int64_t j = 0; s.projection && j < s.H; ++j) sum += m[j] * rounded(p.proj[r][k * s.H + j], bf16);
+          h[k] = clip(sum, p.proj_clip);
+          output[((b * s.T + t) * s.R + r) * s.P + k] = h[k];
+        }
+      }
+      std::copy(h.begin(), h.end(), h_n.begin() + (r * s.B + b) * s.P);
+      std::copy(c.begin(), c.end(), c_n.begin() + (r * s.B + b) * s.H);
+    }
+  }
+  report->near(what + " output", got.output, output, 3e-6);
+  report->near(what + " h_n", got.h_n, h_n, 3e-6);
+  report->near(what + " c_n", got.c_n, c_n, 3e-6);
+  report->near(what + " cells", got.cells, cells, 3e-6);
+}
+
+}  // namespace
+
+int main() {
+  const Size sizes[] = {{1, 3, 16, 16, 1, false}, {5, 7, 33, 33, 2, false}, {3, 4, 40, 7, 2, true},
+                        {9, 3, 300, 70, 2, true}, {2, 2, 5, 129, 1, true},  {0, 3, 4, 4, 1, false},
+                        {3, 0, 4, 4, 2, false},   {2, 3, 0, 5, 1, true},    {2, 3, 5, 0, 1, true},
+                        {13, 5, 1, 1, 2, false},  {7, 2, 700, 65, 1, true}, {4, 3, 200, 200, 1, false}};
+  Report report;
+  uint64_t seed = 0;
+  for (const Size& size : sizes) {
+    for (const bool clips : {false, true}) {
+      const Problem problem = make(size, ++seed, clips);
+      for (const Isa isa : compiled_isas()) {
+        if (isa > best_isa()) continue;
+        for (const bool bf16 : {false, true}) {
+          const Result one = run(problem, isa, bf16, 1);
+          const std::string what = std::string(isa_name(isa)) + (bf16 ? " bf16" : " fp32") + " B" +
+                                   std::to_string(size.B) + " T" + std::to_string(size.T) + " H" +
+                                   std::to_string(size.H) + " P" + std::to_string(size.P);
+          report.that(what + " " + one.status.message, one.status.ok());
+          if (!one.status.ok()) continue;
+          compare(&report, what, problem, one, bf16);
+          const Result many = run(problem, isa, bf16, 5);
+          report.that(what + " same bits with 5 threads", one.output == many.output && one.c_n == many.c_n);
+        }
+      }
+    }
+  }
+  Problem bad = make(sizes[1], 1, false);
+  bad.lengths[2] = 8;
+  const Status status = run(bad, Isa::kGeneric, false, 1).status;
+  report.that("length past the end", status.code == Code::kInvalidArgument &&
+                                         status.message.find("lengths[2] is 8; expected 0..7") != std::string::npos);
+  return report.finish("test_lstm");
+}

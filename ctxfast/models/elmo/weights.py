@@ -1,0 +1,372 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ELMo weight files: the HDF5 layout of bilm-tf and AllenNLP to and from a state dict under AllenNLP's names.
+
+The file holds TensorFlow's matrices, (in, out), with the gates of a cell in the order i, j (= g), f, o, a forget bias
+that 1 is added to at run time, and highways whose gate says how much of the transformed side to take. The state dict
+holds torch's: (out, in), gates i, f, g, o, the 1 folded into the bias, and a gate that says how much of the input to
+keep. The character table of the file has no row for "no word"; the state dict's has one more, row 0, of zeros.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import h5py
+import numpy as np
+import torch
+from torch import Tensor
+
+from .config import ElmoConfig
+
+_LOAD, _SAVE, _STATE = (
+    "ctxfast.load_weights",
+    "ctxfast.save_weights",
+    "ctxfast.weights_from_state_dict",
+)
+_TABLE_ROWS = 261
+_CHAR_TABLE = "_token_embedder._char_embedding_weights"
+# Groups that belong to the model: a dataset in them that the options know nothing of is an error, not an extra.
+_OWN_GROUPS = ("char_embed", "CNN/", "CNN_high_", "CNN_proj/", "RNN_0/", "RNN_1/")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """One parameter: its datasets (name -> shape in the file), and how it is made from them and back."""
+
+    datasets: dict[str, tuple[int, ...]]
+    shape: tuple[int, ...]
+    read: Callable[..., np.ndarray]
+    write: Callable[[np.ndarray], tuple[np.ndarray, ...]]
+
+
+def _swap_gates(array: np.ndarray) -> np.ndarray:
+    """i, j, f, o <-> i, f, j, o along the last axis: the same exchange both ways."""
+    i, second, third, o = np.split(array, 4, axis=-1)
+    return np.concatenate([i, third, second, o], axis=-1)
+
+
+def _read_bias(bias: np.ndarray) -> np.ndarray:
+    bias = _swap_gates(bias.astype(np.float64))
+    bias[len(bias) // 4 : len(bias) // 2] += 1
+    return bias
+
+
+def _write_bias(bias: np.ndarray) -> tuple[np.ndarray, ...]:
+    bias = bias.astype(np.float64)
+    bias[len(bias) // 4 : len(bias) // 2] -= 1
+    return (_swap_gates(bias),)
+
+
+def _transposed(name: str, rows: int, columns: int) -> _Part:
+    return _Part({name: (rows, columns)}, (columns, rows), lambda a: a.T, lambda a: (a.T,))
+
+
+def _same(name: str, *shape: int) -> _Part:
+    return _Part({name: shape}, shape, lambda a: a, lambda a: (a,))
+
+
+def _parts(config: ElmoConfig) -> dict[str, _Part]:
+    """Every parameter of the model by AllenNLP's name."""
+    size, cells, filters = config.projection_dim, config.cell_size, config.num_filters
+    parts: dict[str, _Part] = {
+        _CHAR_TABLE: _Part(
+            {"char_embed": (_TABLE_ROWS, config.char_embedding_dim)},
+            (_TABLE_ROWS + 1, config.char_embedding_dim),
+            lambda a: np.concatenate([np.zeros_like(a[:1]), a]),
+            lambda a: (a[1:],),
+        )
+    }
+    for i, (width, count) in enumerate(config.filters):
+        parts[f"_token_embedder.char_conv_{i}.weight"] = _Part(
+            {f"CNN/W_cnn_{i}": (1, width, config.char_embedding_dim, count)},
+            (count, config.char_embedding_dim, width),
+            lambda a: a[0].transpose(2, 1, 0),
+            lambda a: (a.transpose(2, 1, 0)[None],),
+        )
+        parts[f"_token_embedder.char_conv_{i}.bias"] = _same(f"CNN/b_cnn_{i}", count)
+    for k in range(config.num_highways):
+        parts[f"_token_embedder._highways._layers.{k}.weight"] = _Part(
+            {
+                f"CNN_high_{k}/W_transform": (filters, filters),
+                f"CNN_high_{k}/W_carry": (filters, filters),
+            },
+            (2 * filters, filters),
+            lambda transform, carry: np.concatenate([transform.T, -carry.T]),
+            lambda a: (a[: len(a) // 2].T, -a[len(a) // 2 :].T),
+        )
+        parts[f"_token_embedder._highways._layers.{k}.bias"] = _Part(
+            {f"CNN_high_{k}/b_transform": (filters,), f"CNN_high_{k}/b_carry": (filters,)},
+            (2 * filters,),
+            lambda transform, carry: np.concatenate([transform, -carry]),
+            lambda a: (a[: len(a) // 2], -a[len(a) // 2 :]),
+        )
+    if config.has_cnn_projection:
+        parts["_token_embedder._projection.weight"] = _transposed("CNN_proj/W_proj", filters, size)
+        parts["_token_embedder._projection.bias"] = _same("CNN_proj/b_proj", size)
+    for direction, side in enumerate(("forward", "backward")):
+        for layer in range(config.num_layers):
+            parts.update(_cell_parts(config, direction, side, layer))
+    return parts
+
+
+def _cell_parts(config: ElmoConfig, direction: int, side: str, layer: int) -> dict[str, _Part]:
+    size, cells = config.projection_dim, config.cell_size
+    group = f"RNN_{direction}/RNN/MultiRNNCell/Cell{layer}/LSTMCell"
+    name = f"_elmo_lstm.{side}_layer_{layer}"
+    # One matrix of the file, inputs above recurrent rows, makes two parameters.
+    matrix = {f"{group}/W_0": (2 * size, 4 * cells)}
+    parts = {
+        f"{name}.input_linearity.weight": _Part(
+            matrix, (4 * cells, size), lambda a: _swap_gates(a)[:size].T, lambda a: ()
+        ),
+        f"{name}.state_linearity.weight": _Part(
+            matrix, (4 * cells, size), lambda a: _swap_gates(a)[size:].T, lambda a: ()
+        ),
+        f"{name}.state_linearity.bias": _Part(
+            {f"{group}/B": (4 * cells,)}, (4 * cells,), _read_bias, _write_bias
+        ),
+    }
+    if config.has_lstm_projection:
+        parts[f"{name}.state_projection.weight"] = _transposed(f"{group}/W_P_0", cells, size)
+    return parts
+
+
+def _read_datasets(path: Path) -> dict[str, np.ndarray]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{_LOAD}: there is no weight file {path}.")
+    arrays: dict[str, np.ndarray] = {}
+    name = "its table of contents"
+    try:
+        with h5py.File(path, "r") as file:
+            names: list[str] = []
+            file.visititems(lambda n, item: names.append(n) if isinstance(item, h5py.Dataset) else None)
+            for name in names:
+                if name.startswith(_OWN_GROUPS):
+                    arrays[name] = file[name][...]
+    except (OSError, KeyError, RuntimeError) as error:
+        raise ValueError(
+            f"{_LOAD}: {path} cannot be read as HDF5, at {name} ({error}). The file is damaged or cut short, or no "
+            f"HDF5 file."
+        ) from error
+    return arrays
+
+
+def _check_datasets(
+    arrays: Mapping[str, np.ndarray], expected: Mapping[str, tuple[int, ...]], path: Path
+) -> None:
+    table = arrays.get("char_embed")
+    if table is not None and len(table.shape) == 2 and table.shape[0] == _TABLE_ROWS + 1:
+        raise ValueError(
+            f"{_LOAD}: char_embed in {path} has {_TABLE_ROWS + 1} rows; expected {_TABLE_ROWS}, without the row of the "
+            f"padding id 0. The file was not written by bilm-tf; drop its first row."
+        )
+    missing = [name for name in expected if name not in arrays]
+    if missing:
+        raise ValueError(
+            f"{_LOAD}: {path} has no {', '.join(missing)}. The options ask for it; does options.json belong to this "
+            f"file?"
+        )
+    extra = [name for name in arrays if name not in expected]
+    if extra:
+        raise ValueError(
+            f"{_LOAD}: {path} also holds {', '.join(extra)}, which the options know nothing of (fewer layers, filters "
+            f"or highways). Does options.json belong to this file?"
+        )
+    for name, shape in expected.items():
+        array = arrays[name]
+        if array.shape != shape:
+            raise ValueError(
+                f"{_LOAD}: {name} in {path} has shape {array.shape}; expected {shape} by the options. Does "
+                f"options.json belong to this file?"
+            )
+        if array.dtype.kind != "f":
+            raise TypeError(
+                f"{_LOAD}: {name} in {path} has dtype {array.dtype}; expected floating point."
+            )
+        bad = int(array.size - np.isfinite(array).sum())
+        if bad:
+            warnings.warn(
+                f"{_LOAD}: {name} in {path} holds {bad} values that are not finite.", stacklevel=4
+            )
+
+
+def load_weights(
+    weight_file: str | os.PathLike[str], config: ElmoConfig
+) -> tuple[ElmoConfig, dict[str, Tensor]]:
+    """Read an HDF5 weight file of AllenNLP or bilm-tf.
+
+    Args:
+        weight_file: the file.
+        config: from the options that belong to it.
+
+    Returns:
+        The config, with the two projections set as the file has them (a file may leave one out where sizes are equal),
+        and the state dict of ``ElmoBiLm``, float32 on the CPU.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not HDF5 or damaged; a dataset missing, not known to the options, or of another shape.
+        TypeError: a dataset that is not floating point.
+
+    Warns:
+        UserWarning: values that are not finite, by dataset.
+
+    Reference: the layout of bilm-tf's dump; AllenNLP's loaders.
+    """
+    path = Path(weight_file)
+    arrays = _read_datasets(path)
+    choices = {}
+    if config.num_filters == config.projection_dim:
+        choices["has_cnn_projection"] = "CNN_proj/W_proj" in arrays
+    if config.cell_size == config.projection_dim:
+        choices["has_lstm_projection"] = any(name.endswith("/W_P_0") for name in arrays)
+    config = dataclasses.replace(config, **choices)
+    parts = _parts(config)
+    expected = {name: shape for part in parts.values() for name, shape in part.datasets.items()}
+    _check_datasets(arrays, expected, path)
+    state_dict = {}
+    for name, part in parts.items():
+        made = part.read(*(arrays[dataset] for dataset in part.datasets))
+        state_dict[name] = torch.from_numpy(np.ascontiguousarray(made, dtype=np.float32))
+    return config, state_dict
+
+
+def weights_from_state_dict(
+    state_dict: Mapping[str, Tensor], config: ElmoConfig
+) -> tuple[ElmoConfig, dict[str, Tensor]]:
+    """The language model's part of an AllenNLP state dict.
+
+    Args:
+        state_dict: of AllenNLP's ``_ElmoBiLm`` or ``Elmo``, or of a model that holds one: whatever stands before the
+            biLM's names (``_elmo_lstm.``, ``_text_field_embedder.token_embedder_elmo._elmo._elmo_lstm.``) is dropped, and
+            names that are not the biLM's are left out.
+        config: sizes it must have.
+
+    Returns:
+        The config, with the two projections set as the state dict has them, and the state dict of ``ElmoBiLm``.
+
+    Raises:
+        ValueError: no ELMo in it, or several; a parameter missing or of another shape.
+    """
+    tables = [name for name in state_dict if name.endswith(_CHAR_TABLE)]
+    if len(tables) != 1:
+        found = f"{len(tables)} ({', '.join(tables)})" if tables else "none"
+        raise ValueError(
+            f"{_STATE}: state_dict has {found} of {_CHAR_TABLE}; expected exactly one ELMo model in it."
+        )
+    prefix = tables[0][: -len(_CHAR_TABLE)]
+    found_names = {
+        name[len(prefix) :]: value for name, value in state_dict.items() if name.startswith(prefix)
+    }
+    choices = {}
+    if config.num_filters == config.projection_dim:
+        choices["has_cnn_projection"] = "_token_embedder._projection.weight" in found_names
+    if config.cell_size == config.projection_dim:
+        choices["has_lstm_projection"] = any("state_projection" in name for name in found_names)
+    config = dataclasses.replace(config, **choices)
+    result = {}
+    for name, part in _parts(config).items():
+        if name not in found_names:
+            raise ValueError(f"{_STATE}: state_dict has no {prefix}{name}; the config asks for it.")
+        value = found_names[name]
+        if tuple(value.shape) != part.shape:
+            raise ValueError(
+                f"{_STATE}: {prefix}{name} has shape {tuple(value.shape)}; expected {part.shape} by the config."
+            )
+        result[name] = value
+    own = ("_token_embedder.", "_elmo_lstm.forward_layer_", "_elmo_lstm.backward_layer_")
+    extra = [name for name in found_names if name.startswith(own) and name not in result]
+    if extra:
+        raise ValueError(
+            f"{_STATE}: state_dict also holds {', '.join(extra)}, which the config knows nothing of."
+        )
+    return config, result
+
+
+def save_weights(
+    state_dict: Mapping[str, Tensor],
+    config: ElmoConfig,
+    options_path: str | os.PathLike[str],
+    weights_path: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+) -> None:
+    """Write options.json and the HDF5 weight file that AllenNLP and bilm-tf read.
+
+    Args:
+        state_dict: as ``weights_from_state_dict`` takes it; stored as float32.
+        config: sizes.
+        options_path, weights_path: the two files; their folders exist. The weights come into place first.
+        overwrite: whether files of these names may be replaced.
+
+    A forget bias is stored less 1, so it returns within 6e-8; all else returns bit by bit.
+
+    Raises:
+        FileExistsError: a target exists and ``overwrite`` is False.
+        ValueError: as ``weights_from_state_dict``.
+    """
+    options_path, weights_path = Path(options_path), Path(weights_path)
+    for path in (options_path, weights_path):
+        if path.exists() and not overwrite:
+            raise FileExistsError(f"{_SAVE}: {path} exists. Pass overwrite=True to replace it.")
+    config, tensors = weights_from_state_dict(state_dict, config)
+    arrays = {
+        name: value.detach().cpu().to(torch.float32).numpy() for name, value in tensors.items()
+    }
+    datasets: dict[str, np.ndarray] = {}
+    for name, part in _parts(config).items():
+        if name.endswith("input_linearity.weight"):
+            recurrent = arrays[name.replace("input_linearity", "state_linearity")]
+            (dataset,) = part.datasets
+            datasets[dataset] = _swap_gates(np.concatenate([arrays[name].T, recurrent.T]))
+        else:
+            datasets.update(zip(part.datasets, part.write(arrays[name])))
+    handle, temporary = tempfile.mkstemp(dir=weights_path.parent, prefix=f".{weights_path.name}.")
+    os.close(handle)
+    try:
+        with h5py.File(temporary, "w") as file:
+            for name, array in datasets.items():
+                file.create_dataset(name, data=np.ascontiguousarray(array, dtype=np.float32))
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, weights_path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    config.save(options_path)
+
+
+def random_weights(config: ElmoConfig, seed: int = 0) -> dict[str, Tensor]:
+    """Weights before any training, drawn as bilm-tf draws them.
+
+    Args:
+        config: sizes.
+        seed: of the generator; the same seed gives the same weights.
+
+    Characters are uniform in +-1, convolutions uniform in +-0.05 (relu) or normal with 1/sqrt(inputs) (tanh), all
+    other matrices normal with 1/sqrt(inputs); highways begin by carrying their input (bias 2), forget biases are 1.
+
+    Returns:
+        The state dict of ``ElmoBiLm``, float32 on the CPU.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    state_dict = {}
+    for name, part in _parts(config).items():
+        value = torch.zeros(part.shape)
+        if name == _CHAR_TABLE:
+            value[1:].uniform_(-1, 1, generator=generator)
+        elif name.endswith(".bias"):
+            if "_highways" in name:
+                value[len(value) // 2 :] = 2
+            elif "state_linearity" in name:
+                value[len(value) // 4 : len(value) // 2] = 1
+        elif "char_conv" in name and config.activation == "relu":
+            value.uniform_(-0.05, 0.05, generator=generator)
+        else:
+            value.normal_(0, value[0].numel() ** -0.5, generator=generator)
+        state_dict[name] = value
+    return state_dict

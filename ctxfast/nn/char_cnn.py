@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Words to vectors by convolutions over their characters, under the names of AllenNLP's ELMo encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .. import functional
+
+
+class CharCnn(nn.Module):
+    """Character embedding, convolutions of several widths, maximum over positions, activation.
+
+    Args:
+        num_characters: V, rows of the character table; row 0 ("no word") starts as zeros.
+        embedding_dim: D, size of a character's vector.
+        filters: (width, count) of every convolution.
+        activation: "relu" or "tanh".
+        impl: implementation of ``char_cnn``; None chooses.
+
+    Parameters: ``_char_embedding_weights`` (V, D); ``char_conv_i.weight`` (count, D, width), ``char_conv_i.bias``.
+
+    Reference: Kim et al. 2016; Peters et al. 2018; AllenNLP's _ElmoCharacterEncoder.
+    """
+
+    def __init__(
+        self,
+        num_characters: int,
+        embedding_dim: int,
+        filters: Sequence[tuple[int, int]],
+        activation: str = "relu",
+        *,
+        impl: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.filters = tuple((width, count) for width, count in filters)
+        self.activation, self.impl = activation, impl
+        place = {"device": device, "dtype": dtype}
+        self._char_embedding_weights = nn.Parameter(
+            torch.empty(num_characters, embedding_dim, **place)
+        )
+        for i, (width, count) in enumerate(self.filters):
+            self.add_module(f"char_conv_{i}", nn.Conv1d(embedding_dim, count, width, **place))
+        self.reset_parameters()
+
+    @property
+    def num_filters(self) -> int:
+        """Size of a word's vector: the filters of all widths together."""
+        return sum(count for _, count in self.filters)
+
+    def convolutions(self) -> list[nn.Conv1d]:
+        return [getattr(self, f"char_conv_{i}") for i in range(len(self.filters))]
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """First weights as bilm-tf's: characters in +-1, filters small, biases 0."""
+        self._char_embedding_weights.uniform_(-1, 1)
+        self._char_embedding_weights[0].zero_()
+        for convolution in self.convolutions():
+            if self.activation == "relu":
+                convolution.weight.uniform_(-0.05, 0.05)
+            else:
+                convolution.weight.normal_(0, convolution.weight[0].numel() ** -0.5)
+            convolution.bias.zero_()
+
+    def features(self, char_ids: Tensor) -> Tensor:
+        """Words as rows of character ids (W, C) -> (W, num_filters)."""
+        convolutions = self.convolutions()
+        return functional.char_cnn(
+            char_ids,
+            self._char_embedding_weights,
+            [convolution.weight for convolution in convolutions],
+            [convolution.bias for convolution in convolutions],
+            activation=self.activation,
+            impl=self.impl,
+        )
+
+    def forward(self, char_ids: Tensor) -> Tensor:
+        """(W, C) int64 -> (W, num_filters)."""
+        return self.features(char_ids)
+
+    def extra_repr(self) -> str:
+        return (
+            f"characters={self._char_embedding_weights.shape[0]}, filters={self.filters}, "
+            f"activation={self.activation}, impl={self.impl or 'auto'}"
+        )

@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ELMo's stack of LSTMs: two directions that never meet, under the names of AllenNLP's ElmoLstm."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import functional
+
+State = tuple[Tensor, Tensor]
+
+
+class _Cell(nn.Module):
+    """Parameters of one direction of one layer, under the names of AllenNLP's LstmCellWithProjection."""
+
+    def __init__(
+        self, input_size: int, hidden_size: int, cell_size: int, has_projection: bool, place: dict
+    ) -> None:
+        super().__init__()
+        self.input_linearity = nn.Linear(input_size, 4 * cell_size, bias=False, **place)
+        self.state_linearity = nn.Linear(hidden_size, 4 * cell_size, bias=True, **place)
+        self.state_projection = (
+            nn.Linear(cell_size, hidden_size, bias=False, **place) if has_projection else None
+        )
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        for linear in (self.input_linearity, self.state_linearity):
+            for gate in linear.weight.chunk(4):
+                if not gate.is_meta:
+                    nn.init.orthogonal_(gate)
+        self.state_linearity.bias.zero_()
+        cells = self.state_linearity.bias.shape[0] // 4
+        self.state_linearity.bias[cells : 2 * cells].fill_(1)
+
+
+class ElmoLstm(nn.Module):
+    """Layers of two LSTM directions: a direction reads only its own output of the layer below.
+
+    From the second layer on a layer's input is added to its output; the recurrent state stays without it.
+
+    Args:
+        input_size: size of the input.
+        hidden_size: P, size of a direction's output.
+        cell_size: H, cells of a direction.
+        num_layers: L.
+        requires_grad: whether the parameters are trained.
+        recurrent_dropout_probability: in training, probability of dropping an element of h, before it is given out
+            and carried on; one mask per text, direction and layer, the same at every step. A call with it runs step
+            by step in plain PyTorch, without a kernel.
+        state_projection_clip_value: bound on ``|h|`` after the projection; None or 0 for none. Without a projection
+            there is nothing to clip, as in TensorFlow's cell.
+        memory_cell_clip_value: bound on ``|c|``; None or 0 for none.
+        use_skip_connections: whether inputs are added to outputs.
+        has_projection: whether cells are projected; without, ``hidden_size`` is ``cell_size``.
+        weight_dtype: see ``ctxfast.lstm``.
+        impl: implementation of ``lstm``; None chooses.
+
+    Parameters: ``{forward,backward}_layer_l.{input_linearity.weight (4H, I), state_linearity.weight (4H, P),
+    state_linearity.bias (4H,), state_projection.weight (P, H)}``, gates in the order i, f, g, o.
+
+    There is no state inside: it is given and returned.
+
+    Reference: Peters et al. 2018; AllenNLP's ElmoLstm, which keeps its state.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        cell_size: int,
+        num_layers: int,
+        requires_grad: bool = False,
+        recurrent_dropout_probability: float = 0.0,
+        state_projection_clip_value: float | None = None,
+        memory_cell_clip_value: float | None = None,
+        *,
+        use_skip_connections: bool = True,
+        has_projection: bool = True,
+        weight_dtype: torch.dtype | None = None,
+        impl: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if not has_projection and hidden_size != cell_size:
+            raise ValueError(
+                f"ctxfast.ElmoLstm: hidden_size is {hidden_size}; expected cell_size {cell_size} without a projection."
+            )
+        if not 0.0 <= recurrent_dropout_probability < 1.0:
+            raise ValueError(
+                f"ctxfast.ElmoLstm: recurrent_dropout_probability is {recurrent_dropout_probability!r}; expected a "
+                f"probability, 0 <= p < 1."
+            )
+        self.input_size, self.hidden_size, self.cell_size = input_size, hidden_size, cell_size
+        self.num_layers, self.use_skip_connections = num_layers, use_skip_connections
+        self.recurrent_dropout_probability = recurrent_dropout_probability
+        self.cell_clip = memory_cell_clip_value or None
+        self.proj_clip = (state_projection_clip_value or None) if has_projection else None
+        self.has_projection, self.weight_dtype, self.impl = has_projection, weight_dtype, impl
+        place = {"device": device, "dtype": dtype}
+        for layer in range(num_layers):
+            size = input_size if layer == 0 else hidden_size
+            for side in ("forward", "backward"):
+                cell = _Cell(size, hidden_size, cell_size, has_projection, place)
+                self.add_module(f"{side}_layer_{layer}", cell)
+        self.requires_grad_(requires_grad)
+
+    def _cells(self, layer: int) -> tuple[_Cell, _Cell]:
+        return getattr(self, f"forward_layer_{layer}"), getattr(self, f"backward_layer_{layer}")
+
+    def forward(
+        self, inputs: Tensor, lengths: Tensor | None = None, initial_state: State | None = None
+    ) -> tuple[Tensor, State]:
+        """Run all layers.
+
+        Args:
+            inputs: (B, T, input_size), read by both directions.
+            lengths: (B,) int64, steps of each row; None: all have T. The backward direction starts at a row's own end.
+            initial_state: (h (L, 2, B, P), c (L, 2, B, H)); None for zeros.
+
+        Returns:
+            (L, B, T, 2P), every layer's [forward | backward], zeros past a row's length; and the state at each row's
+            own end, shaped as ``initial_state``.
+        """
+        outputs, state = self.layers(inputs, lengths, initial_state)
+        return torch.stack(outputs), state
+
+    def layers(
+        self, inputs: Tensor, lengths: Tensor | None = None, initial_state: State | None = None
+    ) -> tuple[list[Tensor], State]:
+        """``forward`` with the layers as a list of L tensors (B, T, 2P)."""
+        self._check_state(inputs, initial_state)
+        sides = (inputs, inputs)
+        outputs: list[Tensor] = []
+        h_n, c_n = [], []
+        for layer in range(self.num_layers):
+            before = None
+            if initial_state is not None:
+                before = (initial_state[0][layer], initial_state[1][layer])
+            output, (h, c) = self._layer(layer, sides, lengths, before)
+            if layer > 0 and self.use_skip_connections:
+                output = output + outputs[-1]
+            outputs.append(output)
+            h_n.append(h)
+            c_n.append(c)
+            sides = output.split(self.hidden_size, dim=2)
+        return outputs, (torch.stack(h_n), torch.stack(c_n))
+
+    def _check_state(self, inputs: Tensor, state: State | None) -> None:
+        if state is None:
+            return
+        for name, value, size in zip("hc", state, (self.hidden_size, self.cell_size)):
+            expected = (self.num_layers, 2, inputs.shape[0], size)
+            if tuple(value.shape) != expected:
+                raise ValueError(
+                    f"ctxfast.ElmoLstm: initial_state {name} has shape {tuple(value.shape)}; expected (layers, 2, "
+                    f"batch, size) = {expected}."
+                )
+
+    def _layer(
+        self,
+        layer: int,
+        sides: tuple[Tensor, Tensor],
+        lengths: Tensor | None,
+        initial_state: State | None,
+    ) -> tuple[Tensor, State]:
+        cells = self._cells(layer)
+        projections = (
+            [cell.state_projection.weight for cell in cells] if self.has_projection else None
+        )
+        if self.training and self.recurrent_dropout_probability > 0:
+            return self._layer_with_dropout(cells, sides, lengths, initial_state)
+        return functional.lstm(
+            sides,
+            [cell.input_linearity.weight for cell in cells],
+            [cell.state_linearity.weight for cell in cells],
+            [cell.state_linearity.bias for cell in cells],
+            projections,
+            lengths,
+            initial_state,
+            cell_clip=self.cell_clip,
+            proj_clip=self.proj_clip,
+            weight_dtype=self.weight_dtype,
+            impl=self.impl,
+        )
+
+    def _layer_with_dropout(
+        self,
+        cells: tuple[_Cell, _Cell],
+        sides: tuple[Tensor, Tensor],
+        lengths: Tensor | None,
+        initial_state: State | None,
+    ) -> tuple[Tensor, State]:
+        if self.weight_dtype is not None:
+            raise ValueError(
+                "ctxfast.ElmoLstm: weight_dtype is set; expected None while recurrent dropout is on, which runs the "
+                "plain definition. Call .eval(), or leave one of them out."
+            )
+        outputs, h_n, c_n = [], [], []
+        for direction, (cell, x) in enumerate(zip(cells, sides)):
+            before = None
+            if initial_state is not None:
+                before = (initial_state[0][direction], initial_state[1][direction])
+            output, h, c = self._direction_with_dropout(cell, x, lengths, before, direction == 1)
+            outputs.append(output)
+            h_n.append(h)
+            c_n.append(c)
+        return torch.cat(outputs, dim=2), (torch.stack(h_n), torch.stack(c_n))
+
+    def _direction_with_dropout(
+        self, cell: _Cell, x: Tensor, lengths: Tensor | None, state: State | None, reverse: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One direction step by step: the definition of ``ctxfast.lstm`` with a mask on h, (B, T, I) -> (B, T, P)."""
+        batch, steps, _ = x.shape
+        gates_in = cell.input_linearity(x)
+        h = gates_in.new_zeros(batch, self.hidden_size) if state is None else state[0]
+        c = gates_in.new_zeros(batch, self.cell_size) if state is None else state[1]
+        keep = F.dropout(torch.ones_like(h), self.recurrent_dropout_probability, training=True)
+        if lengths is None:
+            lengths = torch.full((batch,), steps, device=x.device)
+        outputs: list[Tensor] = [h] * steps
+        for t in reversed(range(steps)) if reverse else range(steps):
+            i, f, g, o = (gates_in[:, t] + cell.state_linearity(h)).chunk(4, dim=1)
+            c_new = torch.sigmoid(i) * torch.tanh(g) + torch.sigmoid(f) * c
+            if self.cell_clip is not None:
+                c_new = c_new.clamp(-self.cell_clip, self.cell_clip)
+            h_new = torch.sigmoid(o) * torch.tanh(c_new)
+            if cell.state_projection is not None:
+                h_new = cell.state_projection(h_new)
+            if self.proj_clip is not None:
+                h_new = h_new.clamp(-self.proj_clip, self.proj_clip)
+            h_new = h_new * keep
+            active = (t < lengths)[:, None]
+            h, c = torch.where(active, h_new, h), torch.where(active, c_new, c)
+            outputs[t] = torch.where(active, h_new, torch.zeros_like(h_new))
+        return torch.stack(outputs, dim=1), h, c
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.input_size}, {self.hidden_size}, cell_size={self.cell_size}, num_layers={self.num_layers}, "
+            f"cell_clip={self.cell_clip}, proj_clip={self.proj_clip}, skip={self.use_skip_connections}, "
+            f"recurrent_dropout={self.recurrent_dropout_probability}, impl={self.impl or 'auto'}"
+        )

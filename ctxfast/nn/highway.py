@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Highway layers, under the names of AllenNLP's Highway."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .. import functional
+
+
+class Highway(nn.Module):
+    """``y = g * x + (1 - g) * relu(t)``, with ``[t, g] = [W_t x + b_t, sigmoid(W_g x + b_g)]``, layer after layer.
+
+    Args:
+        input_dim: N, size of input and output.
+        num_layers: how many layers.
+        impl: implementation of the product (``linear_act``); None chooses.
+
+    Parameters: ``_layers.k.weight`` (2N, N), the transform above the gate; ``_layers.k.bias`` (2N,). The gate's bias
+    starts at 1, so that a new layer mostly passes its input on.
+
+    Reference: Srivastava et al. 2015; AllenNLP's Highway.
+    """
+
+    def __init__(
+        self,
+        input_dim: int,
+        num_layers: int = 1,
+        *,
+        impl: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.input_dim, self.impl = input_dim, impl
+        self._layers = nn.ModuleList(
+            nn.Linear(input_dim, 2 * input_dim, device=device, dtype=dtype)
+            for _ in range(num_layers)
+        )
+        with torch.no_grad():
+            for layer in self._layers:
+                layer.bias[input_dim:].fill_(1)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """(..., N) -> (..., N)."""
+        x = inputs
+        for layer in self._layers:
+            both = functional.linear_act(x, layer.weight, layer.bias, impl=self.impl)
+            transform, gate = both.chunk(2, dim=-1)
+            gate = torch.sigmoid(gate)
+            x = gate * x + (1 - gate) * torch.relu(transform)
+        return x
+
+    def extra_repr(self) -> str:
+        return f"{self.input_dim}, impl={self.impl or 'auto'}"
