@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Builds the extension ``ctxfast._C``; everything else about the package is in pyproject.toml.
 
-The sources know neither torch nor, outside ``csrc/bindings``, Python. So this needs no torch, takes seconds, and the
-result loads next to any torch and on machines without a GPU or driver.
+The sources know neither torch nor, outside ``csrc/bindings``, Python. So this needs no torch, takes
+seconds, and the result loads next to any torch and on machines without a GPU or driver.
 
 Settings (environment):
-- ``CTXFAST_CUDA``: ``auto`` (default: CUDA kernels if nvcc is found), ``1`` (nvcc missing is an error), ``0`` (no CUDA).
-  nvcc is looked for in ``CUDA_HOME`` (or ``CUDA_PATH``), then on ``PATH``, then in NVIDIA's pip packages.
-- ``CTXFAST_CUDA_ARCHS``: architectures, default ``80;86;89;90a``; PTX of the newest is added for later GPUs.
-- ``CXX``: the C++ compiler.   - ``MAX_JOBS``: compilers at once.
+- ``CTXFAST_CUDA``: ``auto`` (default: CUDA kernels if nvcc is found), ``1`` (nvcc missing is an
+  error), ``0`` (no CUDA). nvcc is looked for in ``CUDA_HOME`` (or ``CUDA_PATH``), then on ``PATH``,
+  then in NVIDIA's pip packages.
+- ``CTXFAST_CUDA_ARCHS``: architectures, default ``80;86;89;90a``; PTX of the newest is added for
+  later GPUs.
+- ``CXX``: the C++ compiler.
+- ``MAX_JOBS``: how many compilers run at once.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 DEFAULT_ARCHS = "80;86;89;90a"
-# A source whose name ends so is compiled with these flags, on x86-64 only, and chosen when the program runs.
+# A source whose name ends so is compiled with these flags, on x86-64 only, and chosen at run time.
 ISA_FLAGS = {
     "_avx2.cpp": ("-mavx2", "-mfma"),
     "_avx512.cpp": ("-mavx512f", "-mavx2", "-mfma", "-mprefer-vector-width=512"),
@@ -73,9 +76,7 @@ def parse_archs(text: str | None) -> tuple[str, ...]:
                 f"ctxfast: CTXFAST_CUDA_ARCHS holds {word!r}; expected numbers from 80 up like {DEFAULT_ARCHS}."
             )
     if not words:
-        raise SettingError(
-            f"ctxfast: CTXFAST_CUDA_ARCHS is empty; expected a list like {DEFAULT_ARCHS}."
-        )
+        raise SettingError(f"ctxfast: CTXFAST_CUDA_ARCHS is empty; expected a list like {DEFAULT_ARCHS}.")
     return tuple(dict.fromkeys(words))
 
 
@@ -95,11 +96,7 @@ def find_nvcc(environ: dict[str, str]) -> tuple[str | None, str]:
         home = environ.get(name)
         if home:
             nvcc = Path(home) / "bin" / "nvcc"
-            return (
-                (str(nvcc), "")
-                if nvcc.is_file()
-                else (None, f"{name} is {home}, which has no bin/nvcc")
-            )
+            return (str(nvcc), "") if nvcc.is_file() else (None, f"{name} is {home}, which has no bin/nvcc")
     nvcc_on_path = shutil.which("nvcc", path=environ.get("PATH"))
     if nvcc_on_path:
         return nvcc_on_path, ""
@@ -111,7 +108,7 @@ def find_nvcc(environ: dict[str, str]) -> tuple[str | None, str]:
 
 
 def find_cuda(environ: dict[str, str]) -> Cuda:
-    """The CUDA toolkit as the settings want it; raises SettingError if it was required and is not there."""
+    """The CUDA toolkit as the settings want it; SettingError if it is required and not there."""
     mode = parse_cuda_mode(environ.get("CTXFAST_CUDA"))
     archs = parse_archs(environ.get("CTXFAST_CUDA_ARCHS"))
     if mode == "0":
@@ -132,7 +129,7 @@ def find_cuda(environ: dict[str, str]) -> Cuda:
             )
         return Cuda(reason=reason)
     cuda = Cuda(nvcc, version, archs)
-    # NVIDIA's pip packages of CUDA 12 put headers and libraries beside nvcc's folder instead of inside.
+    # NVIDIA's pip packages of CUDA 12 put headers and libraries beside nvcc's folder, not inside.
     package = Path(nvcc).resolve().parents[1]
     if package.parent.name == "nvidia":
         cuda.flags = [f"-I{folder}" for folder in sorted(package.parent.glob("*/include"))]
@@ -147,12 +144,8 @@ def find_cxx(environ: dict[str, str]) -> list[str]:
         if words and shutil.which(words[0]):
             return words
         if words and command == environ.get("CXX"):
-            raise SettingError(
-                f"ctxfast: CXX is {command!r}, which is not there; expected a C++17 compiler."
-            )
-    raise SettingError(
-        "ctxfast: no C++ compiler (c++, g++, clang++) on PATH. Install one or set CXX."
-    )
+            raise SettingError(f"ctxfast: CXX is {command!r}, which is not there; expected a C++17 compiler.")
+    raise SettingError("ctxfast: no C++ compiler (c++, g++, clang++) on PATH. Install one or set CXX.")
 
 
 def find_ninja() -> str:
@@ -173,11 +166,7 @@ def find_ninja() -> str:
 def sources(cuda: Cuda) -> list[Path]:
     """Every source of this build, in order."""
     x86 = platform.machine().lower() in ("x86_64", "amd64")
-    chosen = [
-        path
-        for path in sorted(CSRC.glob("cpu/*.cpp"))
-        if x86 or not path.name.endswith(tuple(ISA_FLAGS))
-    ]
+    chosen = [path for path in sorted(CSRC.glob("cpu/*.cpp")) if x86 or not path.name.endswith(tuple(ISA_FLAGS))]
     chosen += sorted(CSRC.glob("bindings/*.cpp"))
     if cuda.nvcc:
         for path in sorted(CSRC.glob("cuda/*.cu")):
@@ -193,11 +182,7 @@ def build_info_header(version: str, compiler: str, cuda: Cuda) -> str:
     def quoted(text: str) -> str:
         return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
-    listed = (
-        [*cuda.archs, f"{max(int(arch.rstrip('af')) for arch in cuda.archs)}+PTX"]
-        if cuda.nvcc
-        else []
-    )
+    listed = [*cuda.archs, f"{max(int(arch.rstrip('af')) for arch in cuda.archs)}+PTX"] if cuda.nvcc else []
     return "".join(
         f"#define CTXFAST_{name} {value}\n"
         for name, value in (
@@ -235,10 +220,11 @@ def ninja_file(cxx: list[str], cuda: Cuda, target: Path, folder: Path) -> str:
         "-ffp-contract=fast",
     ]
     python_flags = [f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}"]
+    compile_cxx = command([*cxx, *cxx_flags, *includes, *define])
     lines = [
         "ninja_required_version = 1.5",
         "rule cxx",
-        f"  command = {command([*cxx, *cxx_flags, *includes, *define])} $flags -MMD -MF $out.d -c $in -o $out",
+        f"  command = {compile_cxx} $flags -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
     ]
@@ -260,7 +246,7 @@ def ninja_file(cxx: list[str], cuda: Cuda, target: Path, folder: Path) -> str:
             "  depfile = $out.d",
             "  deps = gcc",
         ]
-        # nvcc knows where its static runtime lies: libraries of a CUDA installation are not needed to load the result.
+        # nvcc knows where its static runtime lies; the result needs no CUDA library to load.
         link = [
             cuda.nvcc,
             *host,
@@ -280,12 +266,7 @@ def ninja_file(cxx: list[str], cuda: Cuda, target: Path, folder: Path) -> str:
         elif source.parent.name == "bindings":
             flags = python_flags
         else:
-            flags = [
-                flag
-                for suffix, listed in ISA_FLAGS.items()
-                if source.name.endswith(suffix)
-                for flag in listed
-            ]
+            flags = [flag for suffix, listed in ISA_FLAGS.items() if source.name.endswith(suffix) for flag in listed]
         lines += [f"build {obj}: {rule} {escaped(source)}", f"  flags = {command(flags)}"]
         objects.append(obj)
     lines += [
@@ -297,7 +278,7 @@ def ninja_file(cxx: list[str], cuda: Cuda, target: Path, folder: Path) -> str:
 
 
 def write_if_changed(path: Path, text: str) -> None:
-    """Write ``path`` whole, and leave it alone if it holds ``text``: ninja then rebuilds nothing."""
+    """Write ``path`` unless it holds ``text`` already: ninja then rebuilds nothing."""
     if path.is_file() and path.read_text(encoding="utf-8") == text:
         return
     temporary = path.with_name(path.name + ".tmp")
@@ -306,7 +287,7 @@ def write_if_changed(path: Path, text: str) -> None:
 
 
 class BuildExtension(build_ext):
-    """``build_ext`` through ninja; the objects stay in ``build/<abi>``, so a second build compiles what changed."""
+    """``build_ext`` through ninja; objects stay in ``build/<abi>``: a second build does what changed."""
 
     def build_extension(self, ext: Extension) -> None:
         try:
@@ -327,11 +308,7 @@ class BuildExtension(build_ext):
         if os.environ.get("MAX_JOBS"):
             command += ["-j", os.environ["MAX_JOBS"]]
         if subprocess.run(command, check=False).returncode != 0:
-            hint = (
-                " If only nvcc failed: CTXFAST_CUDA=0 builds without CUDA kernels."
-                if cuda.nvcc
-                else ""
-            )
+            hint = " If only nvcc failed: CTXFAST_CUDA=0 builds without CUDA kernels." if cuda.nvcc else ""
             raise SystemExit(f"error: ctxfast: the extension did not build, see above.{hint}")
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -341,9 +318,7 @@ class BuildExtension(build_ext):
         os.replace(temporary, target)
         print(f"ctxfast: built {target.name}: CPU kernels with {compiler}")
         if cuda.nvcc:
-            print(
-                f"ctxfast: CUDA kernels with nvcc {cuda.version} for {', '.join(cuda.archs)} and PTX"
-            )
+            print(f"ctxfast: CUDA kernels with nvcc {cuda.version} for {', '.join(cuda.archs)} and PTX")
         else:
             print(f"ctxfast: no CUDA kernels: {cuda.reason}")
 
@@ -351,16 +326,10 @@ class BuildExtension(build_ext):
 def main() -> None:
     extensions = []
     if sys.platform == "linux":
-        every = [
-            str(path.relative_to(ROOT))
-            for path in sorted(CSRC.glob("*/*.c*"))
-            if path.parent.name != "tests"
-        ]
+        every = [str(path.relative_to(ROOT)) for path in sorted(CSRC.glob("*/*.c*")) if path.parent.name != "tests"]
         extensions = [Extension("ctxfast._C", sources=every)]
     else:
-        print(
-            f"ctxfast: no compiled extension on {sys.platform}: it is built on Linux only; plain PyTorch is used."
-        )
+        print(f"ctxfast: no compiled extension on {sys.platform}: it is built on Linux only.")
     setup(ext_modules=extensions, cmdclass={"build_ext": BuildExtension})
 
 

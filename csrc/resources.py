@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Registers, shared memory and spills of every CUDA kernel against the checked-in table ``resources.json``.
+"""Registers, shared memory and spills of every CUDA kernel against the table ``resources.json``.
 
-Compiles ``csrc/cuda/*.cu`` with nvcc alone (no GPU needed) for an A100 and an H100 and reads what ptxas reports. Any
-spill, any growth, and any kernel that only one side knows fails. ``--update`` rewrites the table: do that when the
-growth is meant, and say why in the commit.
+Compiles ``csrc/cuda/*.cu`` with nvcc alone (no GPU needed) for an A100 and an H100 and reads what
+ptxas reports. Any spill, any growth, and any kernel that only one side knows fails. ``--update``
+rewrites the table: do that when the growth is meant, and say why in the commit.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Resources = dict[str, int]
 
 
 def parse_ptxas(text: str) -> dict[str, Resources]:
-    """Mangled kernel name -> resources (bytes, registers a thread), from the output of ``nvcc -Xptxas -v``."""
+    """Mangled kernel name -> resources (bytes; registers a thread), from ``nvcc -Xptxas -v``."""
     kernels: dict[str, Resources] = {}
     current: Resources | None = None
     for line in text.splitlines():
@@ -39,12 +39,8 @@ def parse_ptxas(text: str) -> dict[str, Resources]:
             current = None  # a device function that was not inlined: its kernel's line counts it
         elif current is None:
             continue
-        elif found := re.search(
-            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line
-        ):
-            current["stack"], current["spill_stores"], current["spill_loads"] = map(
-                int, found.groups()
-            )
+        elif found := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line):
+            current["stack"], current["spill_stores"], current["spill_loads"] = map(int, found.groups())
         elif found := re.search(r"Used (\d+) registers", line):
             current["registers"] = int(found[1])
             shared = re.search(r"(\d+) bytes smem", line)
@@ -53,9 +49,9 @@ def parse_ptxas(text: str) -> dict[str, Resources]:
 
 
 def readable_name(demangled: str) -> str:
-    """``ns::kernel<args>`` of a demangled kernel: without return type, parameters and nvcc's name of the unnamed namespace.
+    """``ns::kernel<args>`` of a demangled kernel, without return type and parameters.
 
-    That name holds a hash of the file's path, so it differs between checkouts.
+    The unnamed namespace goes too: nvcc's name of it holds a hash of the file's path, so it differs between checkouts.
     """
     name = re.sub(r"\(anonymous namespace\)::|_GLOBAL__N__\w+::", "", demangled)
     name = re.sub(r"\([a-z ]+\)", "", name)  # casts of template arguments: (bool)1
@@ -69,34 +65,23 @@ def readable_name(demangled: str) -> str:
 
 
 def demangle(names: list[str]) -> dict[str, str]:
-    answer = subprocess.run(
-        ["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True
-    )
+    answer = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True)
     return dict(zip(names, map(readable_name, answer.stdout.splitlines())))
 
 
-def compare(
-    table: Mapping[str, Resources], measured: Mapping[str, Resources]
-) -> list[tuple[str, str]]:
-    """(kernel, problem) for every spill, growth, unknown and missing kernel; empty when all is well."""
+def compare(table: Mapping[str, Resources], measured: Mapping[str, Resources]) -> list[tuple[str, str]]:
+    """(kernel, problem) for every spill, growth, unknown and missing kernel; empty if there is none."""
     problems = []
     for kernel, now in sorted(measured.items()):
         if now["spill_stores"] or now["spill_loads"]:
-            problems.append(
-                (kernel, f"spills {now['spill_stores']} B stored, {now['spill_loads']} B loaded")
-            )
+            problems.append((kernel, f"spills {now['spill_stores']} B stored, {now['spill_loads']} B loaded"))
         if kernel not in table:
             problems.append((kernel, "is not in the table"))
             continue
         for column in ("registers", "shared", "stack"):
             if now[column] > table[kernel][column]:
-                problems.append(
-                    (kernel, f"{column} grew from {table[kernel][column]} to {now[column]}")
-                )
-    problems += [
-        (kernel, "is in the table but no longer compiled")
-        for kernel in sorted(set(table) - set(measured))
-    ]
+                problems.append((kernel, f"{column} grew from {table[kernel][column]} to {now[column]}"))
+    problems += [(kernel, "is in the table but no longer compiled") for kernel in sorted(set(table) - set(measured))]
     return problems
 
 
@@ -141,22 +126,16 @@ def find_nvcc() -> str:
     nvcc = shutil.which("nvcc", path=os.path.join(home, "bin")) if home else shutil.which("nvcc")
     if nvcc is None:
         where = f"{home}/bin (CUDA_HOME)" if home else "PATH"
-        raise SystemExit(
-            f"resources: no nvcc in {where}. Install the CUDA toolkit, or set CUDA_HOME to it."
-        )
+        raise SystemExit(f"resources: no nvcc in {where}. Install the CUDA toolkit, or set CUDA_HOME to it.")
     return nvcc
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--update", action="store_true", help="rewrite resources.json")
     options = parser.parse_args()
     nvcc = find_nvcc()
-    version_text = subprocess.run(
-        [nvcc, "--version"], capture_output=True, text=True, check=True
-    ).stdout
+    version_text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
     version = found[1] if (found := re.search(r"release (\d+\.\d+)", version_text)) else "unknown"
 
     jobs = [
@@ -175,9 +154,7 @@ def main() -> None:
         temporary = TABLE.with_name(TABLE.name + ".tmp")
         text = json.dumps({"nvcc": version, "kernels": measured}, indent=1, sort_keys=True)
         # One kernel a line: a diff then shows which kernel changed.
-        text = re.sub(
-            r"\{\s+([^{}]+?)\s+\}", lambda row: "{" + re.sub(r"\s+", " ", row[1]) + "}", text
-        )
+        text = re.sub(r"\{\s+([^{}]+?)\s+\}", lambda row: "{" + re.sub(r"\s+", " ", row[1]) + "}", text)
         temporary.write_text(text + "\n", encoding="utf-8")
         os.replace(temporary, TABLE)
         print(f"wrote {TABLE.name}: {len(measured)} kernels, nvcc {version}")
@@ -187,14 +164,8 @@ def main() -> None:
     for kernel, problem in problems:
         print(f"FAIL  {kernel}: {problem}", file=sys.stderr)
     if problems:
-        hint = (
-            ""
-            if known["nvcc"] == version
-            else f" (the table is of nvcc {known['nvcc']}, this is {version})"
-        )
-        raise SystemExit(
-            f"resources: {len(problems)} problems{hint}. If meant: csrc/resources.py --update, and say why."
-        )
+        hint = "" if known["nvcc"] == version else f" (the table is of nvcc {known['nvcc']}, this is {version})"
+        raise SystemExit(f"resources: {len(problems)} problems{hint}. If meant: csrc/resources.py --update.")
     print(f"resources: {len(measured)} kernels as in the table, no spills")
 
 

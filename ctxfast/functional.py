@@ -21,12 +21,26 @@ from torch import Tensor
 from ._core import registry
 from .ops import (
     add_layer_norm as _add_layer_norm,
+)
+from .ops import (
     attention as _attention,
+)
+from .ops import (
     char_cnn as _char_cnn,
+)
+from .ops import (
     embed_layer_norm as _embed_layer_norm,
+)
+from .ops import (
     linear_act as _linear_act,
+)
+from .ops import (
     linear_cross_entropy as _linear_cross_entropy,
+)
+from .ops import (
     lstm as _lstm,
+)
+from .ops import (
     scalar_mix as _scalar_mix,
 )
 
@@ -136,7 +150,12 @@ def _attention_args(
     dropout_p: float = 0.0,
 ) -> dict[str, Any]:
     return dict(
-        qkv=qkv, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, bias=bias, softmax_scale=softmax_scale, dropout_p=dropout_p
+        qkv=qkv,
+        cu_seqlens=cu_seqlens,
+        max_seqlen=max_seqlen,
+        bias=bias,
+        softmax_scale=softmax_scale,
+        dropout_p=dropout_p,
     )
 
 
@@ -182,7 +201,15 @@ def _add_layer_norm_args(
     eps: float = 1e-12,
     dropout_p: float = 0.0,
 ) -> dict[str, Any]:
-    return dict(x=x, residual=residual, weight=weight, bias=bias, x_bias=x_bias, eps=eps, dropout_p=dropout_p)
+    return dict(
+        x=x,
+        residual=residual,
+        weight=weight,
+        bias=bias,
+        x_bias=x_bias,
+        eps=eps,
+        dropout_p=dropout_p,
+    )
 
 
 def add_layer_norm(
@@ -218,12 +245,19 @@ def add_layer_norm(
     return registry.call(_add_layer_norm.SPEC, args, impl)
 
 
-def _linear_act_args(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str = "none") -> dict[str, Any]:
+def _linear_act_args(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str = "none"
+) -> dict[str, Any]:
     return dict(x=x, weight=weight, bias=bias, activation=activation)
 
 
 def linear_act(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str = "none", impl: str | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str = "none",
+    impl: str | None = None,
 ) -> Tensor:
     """``activation(x W^T + b)``.
 
@@ -382,7 +416,12 @@ def _scalar_mix_args(
 ) -> dict[str, Any]:
     layers = tensors.unbind(0) if isinstance(tensors, Tensor) else tuple(tensors)
     return dict(
-        tensors=layers, scalar_parameters=scalar_parameters, gamma=gamma, mask=mask, do_layer_norm=do_layer_norm, eps=eps
+        tensors=layers,
+        scalar_parameters=scalar_parameters,
+        gamma=gamma,
+        mask=mask,
+        do_layer_norm=do_layer_norm,
+        eps=eps,
     )
 
 
@@ -427,7 +466,14 @@ def _linear_cross_entropy_args(
     ignore_index: int = -100,
     reduction: str = "mean",
 ) -> dict[str, Any]:
-    return dict(hidden=hidden, weight=weight, labels=labels, bias=bias, ignore_index=ignore_index, reduction=reduction)
+    return dict(
+        hidden=hidden,
+        weight=weight,
+        labels=labels,
+        bias=bias,
+        ignore_index=ignore_index,
+        reduction=reduction,
+    )
 
 
 def linear_cross_entropy(

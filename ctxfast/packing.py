@@ -56,8 +56,7 @@ class Packing:
         """
         if not isinstance(attention_mask, Tensor):
             raise TypeError(
-                f"ctxfast.Packing: attention_mask is a {type(attention_mask).__name__}; expected a "
-                f"torch.Tensor."
+                f"ctxfast.Packing: attention_mask is a {type(attention_mask).__name__}; expected a torch.Tensor."
             )
         if attention_mask.dim() != 2:
             raise ValueError(
@@ -94,9 +93,7 @@ class Packing:
         # size is known.
         counts = is_real.flatten().cumsum(0)
         indices = torch.searchsorted(counts, torch.arange(1, total + 1, device=counts.device))
-        return cls(
-            indices, _offsets(per_row), max(host_lengths), batch_size, seqlen, tuple(host_lengths)
-        )
+        return cls(indices, _offsets(per_row), max(host_lengths), batch_size, seqlen, tuple(host_lengths))
 
     @classmethod
     def from_lengths(
@@ -121,28 +118,20 @@ class Packing:
         """
         if isinstance(lengths, Tensor):
             if lengths.dtype not in (torch.int64, torch.int32):
-                raise TypeError(
-                    f"ctxfast.Packing: lengths has dtype {lengths.dtype}; expected int64 or int32."
-                )
+                raise TypeError(f"ctxfast.Packing: lengths has dtype {lengths.dtype}; expected int64 or int32.")
             if lengths.dim() != 1:
-                raise ValueError(
-                    f"ctxfast.Packing: lengths has shape {tuple(lengths.shape)}; expected (batch,)."
-                )
+                raise ValueError(f"ctxfast.Packing: lengths has shape {tuple(lengths.shape)}; expected (batch,).")
             device = lengths.device if device is None else device
             lengths = lengths.tolist()
         try:
             host_lengths = tuple(map(operator.index, lengths))
         except TypeError as error:
-            raise TypeError(
-                f"ctxfast.Packing: lengths is {lengths!r}; expected integers."
-            ) from error
+            raise TypeError(f"ctxfast.Packing: lengths is {lengths!r}; expected integers.") from error
         longest = max(host_lengths, default=0)
         seqlen = longest if seqlen is None else seqlen
         if longest > seqlen or min(host_lengths, default=0) < 0:
             wrong = longest if longest > seqlen else min(host_lengths)
-            raise ValueError(
-                f"ctxfast.Packing: lengths holds {wrong}; expected values in 0..{seqlen} (seqlen)."
-            )
+            raise ValueError(f"ctxfast.Packing: lengths holds {wrong}; expected values in 0..{seqlen} (seqlen).")
         device = torch.device("cpu" if device is None else device)
         if sum(host_lengths) == len(host_lengths) * seqlen:
             return cls.full(len(host_lengths), seqlen, device)
@@ -161,9 +150,7 @@ class Packing:
         )
 
     @classmethod
-    def full(
-        cls, batch_size: int, seqlen: int, device: torch.device | str | None = None
-    ) -> Packing:
+    def full(cls, batch_size: int, seqlen: int, device: torch.device | str | None = None) -> Packing:
         """Packing of a batch without padding; reads nothing on the host, so it compiles and
         captures."""
         indices = torch.arange(batch_size * seqlen, device=device)
@@ -260,8 +247,7 @@ class Packing:
     def _check_device(self, method: str, name: str, value: Tensor) -> None:
         if value.device != self.device:
             raise ValueError(
-                f"ctxfast.Packing.{method}: {name} is on {value.device}; expected {self.device}, "
-                f"where the packing is."
+                f"ctxfast.Packing.{method}: {name} is on {value.device}; expected {self.device}, where the packing is."
             )
 
 

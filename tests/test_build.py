@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The build and the compiled extension itself: settings, facts, what it links to, and direct calls into ``_C``.
+"""The build and the compiled extension: settings, facts, what it links to, direct calls.
 
-Parity of the ops through their public functions is tested elsewhere; here arrays are numpy's and the oracle is a
-plain loop in float64.
+Parity of the ops through their public functions is tested elsewhere; here arrays are numpy's and the
+oracle is a plain loop in float64.
 """
 
 from __future__ import annotations
@@ -60,9 +60,7 @@ def test_build_info_tells_what_was_built() -> None:
         assert info["cuda_reason"] and not info["cuda_archs"]
 
 
-@pytest.mark.parametrize(
-    "text, mode", [(None, "auto"), ("", "auto"), ("AUTO", "auto"), ("0", "0"), (" 1 ", "1")]
-)
+@pytest.mark.parametrize("text, mode", [(None, "auto"), ("", "auto"), ("AUTO", "auto"), ("0", "0"), (" 1 ", "1")])
 def test_cuda_setting(build_script: ModuleType, text: str | None, mode: str) -> None:
     assert build_script.parse_cuda_mode(text) == mode
 
@@ -99,9 +97,7 @@ def test_arch_setting(build_script: ModuleType, text: str | None, archs: tuple[s
         ),
     ],
 )
-def test_wrong_settings_are_errors(
-    build_script: ModuleType, environ: dict[str, str], message: str
-) -> None:
+def test_wrong_settings_are_errors(build_script: ModuleType, environ: dict[str, str], message: str) -> None:
     with pytest.raises(build_script.SettingError, match=re.escape(message)):
         build_script.find_cuda(environ)
 
@@ -117,9 +113,7 @@ def test_missing_compilers(build_script: ModuleType) -> None:
 def test_wrong_setting_stops_the_build(tmp_path: Path) -> None:
     command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(tmp_path)]
     environ = {"PATH": "/usr/bin:/bin", "CTXFAST_CUDA": "maybe"}
-    answer = subprocess.run(
-        command, cwd=ROOT, env=environ, capture_output=True, text=True, check=False
-    )
+    answer = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, check=False)
     assert answer.returncode != 0
     assert "error: ctxfast: CTXFAST_CUDA is 'maybe'; expected auto, 0 or 1." in answer.stderr
 
@@ -128,29 +122,21 @@ def test_arch_flags(build_script: ModuleType) -> None:
     flags = build_script.gencode(("80", "90a"), "scalar_mix.cu")
     assert flags[-1] == "-gencode=arch=compute_90,code=compute_90"  # PTX for GPUs to come
     assert "-gencode=arch=compute_90a,code=sm_90a" in flags
-    assert build_script.gencode(("80", "90a"), "lstm_sm90a.cu") == [
-        "-gencode=arch=compute_90a,code=sm_90a"
-    ]
+    assert build_script.gencode(("80", "90a"), "lstm_sm90a.cu") == ["-gencode=arch=compute_90a,code=sm_90a"]
 
 
 def test_build_needs_no_torch() -> None:
     assert not re.search(r"^\s*(import|from) torch", (ROOT / "setup.py").read_text(), re.MULTILINE)
-    requires = re.search(
-        r"^requires = (\[.*\])", (ROOT / "pyproject.toml").read_text(), re.MULTILINE
-    )
+    requires = re.search(r"^requires = (\[.*\])", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     assert requires and "torch" not in requires[1]
 
 
 def test_kernels_know_neither_torch_nor_python() -> None:
-    sources = [
-        path for folder in ("include", "cpu", "cuda") for path in (CSRC / folder).rglob("*.*")
-    ]
+    sources = [path for folder in ("include", "cpu", "cuda") for path in (CSRC / folder).rglob("*.*")]
     assert len(sources) > 8
     for path in sources:
         for header in re.findall(r'#include\s*[<"]([^">]+)[">]', path.read_text()):
-            assert not re.match(r"(torch|ATen|c10|pybind11)/|Python\.h", header), (
-                f"{path.name} includes {header}"
-            )
+            assert not re.match(r"(torch|ATen|c10|pybind11)/|Python\.h", header), f"{path.name} includes {header}"
 
 
 # ---- the extension as a file
@@ -168,9 +154,7 @@ def test_loads_without_torch_driver_or_cuda_libraries() -> None:
         "    assert library not in maps, library\n"
         "print(module.cpu_isa())\n"
     )
-    answer = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False
-    )
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert answer.returncode == 0, answer.stderr
     assert answer.stdout.strip() == _C.cpu_isa()
 
@@ -179,9 +163,7 @@ def test_one_openmp_runtime() -> None:
     problem = Problem(batch=4, steps=2, hidden=256, proj_size=64, directions=1)
     problem.run(threads=2)  # enough work for two threads
     maps = Path("/proc/self/maps").read_text()
-    runtimes = {
-        Path(name).resolve() for name in re.findall(r"(/\S*lib[gi]?omp[\w.-]*\.so\S*)", maps)
-    }
+    runtimes = {Path(name).resolve() for name in re.findall(r"(/\S*lib[gi]?omp[\w.-]*\.so\S*)", maps)}
     assert len(runtimes) == 1, runtimes
 
 
@@ -213,12 +195,10 @@ def test_ptxas_output_is_understood(resources: ModuleType) -> None:
 
 
 def test_kernel_names_do_not_depend_on_the_checkout(resources: ModuleType) -> None:
-    name = "void ctxfast::_GLOBAL__N__b9dc9ec7_13_x_cu_781b14a9::x_kernel<float, (bool)1>(ctxfast::Params)"
+    hashed = "_GLOBAL__N__b9dc9ec7_13_x_cu_781b14a9"
+    name = f"void ctxfast::{hashed}::x_kernel<float, (bool)1>(ctxfast::Params)"
     assert resources.readable_name(name) == "ctxfast::x_kernel<float, 1>"
-    assert (
-        resources.readable_name("ctxfast::(anonymous namespace)::y_kernel(float*)")
-        == "ctxfast::y_kernel"
-    )
+    assert resources.readable_name("ctxfast::(anonymous namespace)::y_kernel(float*)") == "ctxfast::y_kernel"
 
 
 def test_resource_growth_and_spills_are_problems(resources: ModuleType) -> None:
@@ -249,7 +229,7 @@ def _address(array: np.ndarray | None) -> int:
 
 @dataclass
 class Problem:
-    """Random arguments of one call, run by the kernel and by a float64 loop. proj_size None: no projection."""
+    """Random arguments of one call, for the kernel and a float64 loop; proj_size None: no projection."""
 
     batch: int
     steps: int
@@ -269,14 +249,10 @@ class Problem:
         both = range(self.directions)
         gate_count = 4 * self.hidden
         self.gates = [normal(self.batch, self.steps, gate_count, scale=2) for _ in both]
-        self.weight_hh = [
-            normal(gate_count, self.size, scale=(self.size + 1) ** -0.5) for _ in both
-        ]
+        self.weight_hh = [normal(gate_count, self.size, scale=(self.size + 1) ** -0.5) for _ in both]
         self.weight_proj = None
         if self.proj_size is not None:
-            self.weight_proj = [
-                normal(self.size, self.hidden, scale=2 * (self.hidden + 1) ** -0.5) for _ in both
-            ]
+            self.weight_proj = [normal(self.size, self.hidden, scale=2 * (self.hidden + 1) ** -0.5) for _ in both]
         self.h_0 = normal(self.directions, self.batch, self.size)
         self.c_0 = normal(self.directions, self.batch, self.hidden)
         self.lengths = rng.integers(0, self.steps + 1, self.batch)
@@ -297,9 +273,7 @@ class Problem:
         lengths = self.lengths[pick].astype(np.int64)
         packed = []
         for r in range(self.directions):
-            packed.append(
-                np.empty(_C.lstm_packed_bytes(self.hidden, self.size, projected, dtype), np.uint8)
-            )
+            packed.append(np.empty(_C.lstm_packed_bytes(self.hidden, self.size, projected, dtype), np.uint8))
             proj = self.weight_proj[r] if projected else None
             _C.lstm_pack(
                 self.hidden,
@@ -390,7 +364,8 @@ PROBLEMS = [
 
 def _name(problem: Problem) -> str:
     clips = "-clips" if any(problem.clips) else ""
-    return f"B{problem.batch}-T{problem.steps}-H{problem.hidden}-P{problem.proj_size}-R{problem.directions}{clips}"
+    sizes = f"B{problem.batch}-T{problem.steps}-H{problem.hidden}-P{problem.proj_size}"
+    return f"{sizes}-R{problem.directions}{clips}"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -400,17 +375,13 @@ def test_lstm_against_float64(problem: Problem, dtype: str) -> None:
     for isa in RUNNABLE:
         for threads in (1, 2, 7):
             for name, value in problem.run(threads, isa, dtype).items():
-                np.testing.assert_allclose(
-                    value, expected[name], rtol=0, atol=2e-6, err_msg=f"{name} {isa} {threads}"
-                )
+                np.testing.assert_allclose(value, expected[name], rtol=0, atol=2e-6, err_msg=f"{name} {isa} {threads}")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("isa", RUNNABLE)
 @pytest.mark.parametrize("proj_size", [None, 72])
-def test_lstm_bits_depend_on_neither_threads_nor_batch(
-    proj_size: int | None, isa: str, dtype: str
-) -> None:
+def test_lstm_bits_depend_on_neither_threads_nor_batch(proj_size: int | None, isa: str, dtype: str) -> None:
     problem = Problem(13, 4, 290, proj_size, 2, seed=8)
     whole = problem.run(1, isa, dtype)
     for threads in (2, 3, 8):
@@ -420,17 +391,13 @@ def test_lstm_bits_depend_on_neither_threads_nor_batch(
         part = problem.run(2, isa, dtype, rows=rows)
         np.testing.assert_array_equal(part["output"], whole["output"][rows])
         for name in ("h_n", "c_n", "cells"):
-            np.testing.assert_array_equal(
-                part[name], whole[name][:, rows], err_msg=f"{name} {rows}"
-            )
+            np.testing.assert_array_equal(part[name], whole[name][:, rows], err_msg=f"{name} {rows}")
 
 
 @pytest.mark.parametrize("isa", RUNNABLE)
 def test_lstm_gate_functions_are_exact_to_float32(isa: str) -> None:
-    """With no recurrence, c = sigmoid(i) tanh(g): one value per cell, its relative error near float32's own."""
-    x = np.concatenate(
-        [np.linspace(-30, 30, 4001), np.geomspace(1e-30, 1, 300), -np.geomspace(1e-30, 1, 300)]
-    )
+    """Without recurrence c = sigmoid(i) tanh(g), its relative error near float32's own."""
+    x = np.concatenate([np.linspace(-30, 30, 4001), np.geomspace(1e-30, 1, 300), -np.geomspace(1e-30, 1, 300)])
     x = x.astype(np.float32)
     problem = Problem(1, 1, x.size, 0, 1)
     problem.lengths[:] = 1
@@ -454,17 +421,13 @@ def test_lstm_saturates_and_lets_nan_through(isa: str) -> None:
     problem.c_0[0, 0] = [1, 0.5, 1, 1, 1]
     out = problem.run(isa=isa)
     np.testing.assert_allclose(out["c_n"][0, 0], [1, 0.5, -1, 0, nan], atol=1e-7)
-    np.testing.assert_allclose(
-        out["h_n"][0, 0], [np.tanh(1), np.tanh(0.5), -np.tanh(1), 0, nan], atol=1e-6
-    )
+    np.testing.assert_allclose(out["h_n"][0, 0], [np.tanh(1), np.tanh(0.5), -np.tanh(1), 0, nan], atol=1e-6)
 
 
 def test_lstm_errs_as_little_as_torch() -> None:
     problem = Problem(6, 24, 256, 64, 1, seed=9)
     problem.lengths[:] = problem.steps
-    layer = torch.nn.LSTM(4 * 256, 256, proj_size=64, batch_first=True, bias=False).requires_grad_(
-        False
-    )
+    layer = torch.nn.LSTM(4 * 256, 256, proj_size=64, batch_first=True, bias=False).requires_grad_(False)
     layer.weight_ih_l0.copy_(torch.eye(4 * 256))
     layer.weight_hh_l0.copy_(torch.from_numpy(problem.weight_hh[0]))
     layer.weight_hr_l0.copy_(torch.from_numpy(problem.weight_proj[0]))
@@ -472,7 +435,8 @@ def test_lstm_errs_as_little_as_torch() -> None:
     theirs = layer(torch.from_numpy(problem.gates[0]), state)[0].numpy()
     exact = problem.expected("float32")["output"]
     ours = problem.run()["output"]
-    # Both are random walks of roundings: within the factor 2 that holds for every kernel, and nearer on the average.
+    # Both are random walks of roundings: within the factor 2 that holds for every kernel, and
+    # nearer on the average.
     assert np.abs(ours - exact).max() <= 2 * np.abs(theirs - exact).max()
     assert np.sqrt(np.mean((ours - exact) ** 2)) <= 1.5 * np.sqrt(np.mean((theirs - exact) ** 2))
 
@@ -518,16 +482,12 @@ def test_lstm_pack_takes_strides_and_rounds_to_nearest_even() -> None:
         np.testing.assert_array_equal(a, b)
     bits = np.unique(a.view(np.uint16))
     rounded = torch.from_numpy(np.concatenate([weight_hh.ravel(), weight_proj.ravel()])).bfloat16()
-    np.testing.assert_array_equal(
-        bits[bits != 0], np.unique(rounded.view(torch.int16).numpy().view(np.uint16))
-    )
+    np.testing.assert_array_equal(bits[bits != 0], np.unique(rounded.view(torch.int16).numpy().view(np.uint16)))
 
 
 def test_lstm_pack_takes_null_for_what_is_empty_only() -> None:
     _C.lstm_pack(0, 5, 0, 0, 0)  # no cells: torch gives an empty tensor the address 0
-    with pytest.raises(
-        ValueError, match="weight_proj is null; expected the address of 40 elements"
-    ):
+    with pytest.raises(ValueError, match="weight_proj is null; expected the address of 40 elements"):
         _C.lstm_pack(8, 5, 4, 0, 4)
     with pytest.raises(ValueError, match="weight_hh is null; expected the address of 256 elements"):
         _C.lstm_pack(8, 8, 0, 0, 4)
@@ -564,9 +524,7 @@ def test_lstm_bad_lengths() -> None:
     problem = Problem(2, 3, 8, 3, 1)
     for length in (4, -1):
         problem.lengths[1] = length
-        with pytest.raises(
-            ValueError, match=rf"lengths\[1\] is {length}; expected 0..3, the number of steps"
-        ):
+        with pytest.raises(ValueError, match=rf"lengths\[1\] is {length}; expected 0..3, the number of steps"):
             problem.run()
 
 

@@ -35,9 +35,7 @@ def shape(op: str, name: str, value: Tensor, expected: Sequence[int | None], leg
     if not ok:
         sizes = ", ".join("any" if want is None else str(int(want)) for want in expected)
         comma = "," if len(expected) == 1 else ""
-        raise ValueError(
-            f"ctxfast.{op}: {name} has shape {tuple(value.shape)}; expected {legend} = ({sizes}{comma})."
-        )
+        raise ValueError(f"ctxfast.{op}: {name} has shape {tuple(value.shape)}; expected {legend} = ({sizes}{comma}).")
 
 
 def floating(op: str, name: str, value: Tensor) -> None:
@@ -57,7 +55,14 @@ def integer(op: str, name: str, value: Tensor) -> None:
         )
 
 
-def same(op: str, lead: str, leader: Tensor, others: Iterable[tuple[str, Tensor | None]], *, dtype: bool = True) -> None:
+def same(
+    op: str,
+    lead: str,
+    leader: Tensor,
+    others: Iterable[tuple[str, Tensor | None]],
+    *,
+    dtype: bool = True,
+) -> None:
     """Raise unless every tensor lies on ``leader``'s device (ValueError) and, if asked, has its dtype (TypeError)."""
     for name, value in others:
         if value is None:

@@ -130,7 +130,9 @@ def register(spec: OpSpec) -> OpSpec:
         raise ValueError(f"ctxfast: op {spec.name!r} is registered twice.")
     for implementation in spec.impls:
         if implementation.name not in IMPL_NAMES:
-            raise ValueError(f"ctxfast.{spec.name}: implementation name {implementation.name!r} is not one of {IMPL_NAMES}.")
+            raise ValueError(
+                f"ctxfast.{spec.name}: implementation name {implementation.name!r} is not one of {IMPL_NAMES}."
+            )
     OPS[spec.name] = spec
     return spec
 
@@ -259,7 +261,7 @@ def use_impl(impl: str | None = None, **per_op: str) -> Iterator[None]:
 
 
 def read_environment() -> None:
-    """Take ``CTXFAST_IMPL``: one name for all ops, or ``op=name`` pairs with commas (called once, after the ops are in)."""
+    """Take ``CTXFAST_IMPL``, once all ops are in: one name for all of them, or ``op=name`` pairs with commas."""
     text = os.environ.get("CTXFAST_IMPL", "").strip()
     if not text:
         return

@@ -21,7 +21,7 @@ _TAGS = tuple(
 
 
 def allocate(size: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """An uninitialised contiguous tensor: launchers and fake kernels both allocate outputs here, so they cannot drift."""
+    """An uninitialised contiguous tensor. Launchers and fake kernels both allocate here, so they cannot drift."""
     return torch.empty(tuple(size), dtype=like.dtype if dtype is None else dtype, device=like.device)
 
 

@@ -24,7 +24,12 @@ def _stamp(tensor: Tensor) -> tuple[Any, ...]:
     version = -1 if tensor.is_inference() else tensor._version
     flat = tensor.detach().as_strided((tensor.numel(),), (1,)) if tensor.is_contiguous() else tensor.detach().flatten()
     sample = flat[:: max(1, flat.numel() // _SAMPLES)].contiguous()
-    return (tensor.data_ptr(), tuple(tensor.shape), version, sample.view(torch.uint8).numpy().tobytes())
+    return (
+        tensor.data_ptr(),
+        tuple(tensor.shape),
+        version,
+        sample.view(torch.uint8).numpy().tobytes(),
+    )
 
 
 class WeightCache:

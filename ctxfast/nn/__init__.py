@@ -4,16 +4,24 @@
 from __future__ import annotations
 
 from .attention import SelfAttention
+from .char_cnn import CharCnn
+from .elmo_lstm import ElmoLstm
 from .embeddings import Embeddings
 from .feed_forward import FeedForward
+from .highway import Highway
 from .layer_norm import AddLayerNorm, LayerNorm
+from .scalar_mix import ScalarMix
 from .transformer import TransformerLayer
 
 __all__ = [
     "AddLayerNorm",
+    "CharCnn",
+    "ElmoLstm",
     "Embeddings",
     "FeedForward",
+    "Highway",
     "LayerNorm",
+    "ScalarMix",
     "SelfAttention",
     "TransformerLayer",
 ]

@@ -57,9 +57,7 @@ class SelfAttention(nn.Module):
             hidden_size // num_heads,
         )
         self.dropout, self.impl = dropout, impl
-        self.qkv_weight = nn.Parameter(
-            torch.empty(3 * hidden_size, hidden_size, device=device, dtype=dtype)
-        )
+        self.qkv_weight = nn.Parameter(torch.empty(3 * hidden_size, hidden_size, device=device, dtype=dtype))
         self.qkv_bias = nn.Parameter(torch.empty(3 * hidden_size, device=device, dtype=dtype))
         self.reset_parameters()
 
@@ -80,14 +78,9 @@ class SelfAttention(nn.Module):
         return context.flatten(1)
 
     def extra_repr(self) -> str:
-        return (
-            f"{self.hidden_size}, num_heads={self.num_heads}, dropout={self.dropout}, "
-            f"impl={self.impl or 'auto'}"
-        )
+        return f"{self.hidden_size}, num_heads={self.num_heads}, dropout={self.dropout}, impl={self.impl or 'auto'}"
 
-    def _save_to_state_dict(
-        self, destination: dict[str, Any], prefix: str, keep_vars: bool
-    ) -> None:
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         for kind in ("weight", "bias"):
             fused = getattr(self, f"qkv_{kind}")
             slices = (fused if keep_vars else fused.detach()).chunk(3)
@@ -116,8 +109,7 @@ class SelfAttention(nn.Module):
                 if not isinstance(tensor, Tensor):
                     wrong = True
                     error_msgs.append(
-                        f'While copying the parameter named "{key}", expected a tensor but got '
-                        f"{type(tensor)}."
+                        f'While copying the parameter named "{key}", expected a tensor but got {type(tensor)}.'
                     )
                 elif tuple(tensor.shape) != expected:
                     wrong = True
@@ -129,8 +121,7 @@ class SelfAttention(nn.Module):
                 elif fused.is_meta and not tensor.is_meta and not is_assigned:
                     wrong = True
                     error_msgs.append(
-                        f"{key} cannot be copied to the meta device. Pass assign=True to keep its "
-                        f"tensor."
+                        f"{key} cannot be copied to the meta device. Pass assign=True to keep its tensor."
                     )
             if wrong or not given:
                 continue
@@ -140,14 +131,10 @@ class SelfAttention(nn.Module):
                         if key in given:
                             target.copy_(given[key])
             elif len({(tensor.dtype, tensor.device) for tensor in given.values()}) > 1:
-                error_msgs.append(
-                    f"{', '.join(given)} differ in dtype or device; they are kept as one parameter."
-                )
+                error_msgs.append(f"{', '.join(given)} differ in dtype or device; they are kept as one parameter.")
             elif len(given) == 3:
                 joined = torch.cat([given[key].detach() for key in keys])
-                setattr(
-                    self, f"qkv_{kind}", nn.Parameter(joined, requires_grad=fused.requires_grad)
-                )
+                setattr(self, f"qkv_{kind}", nn.Parameter(joined, requires_grad=fused.requires_grad))
             else:
                 error_msgs.append(
                     f"{', '.join(given)} cannot be assigned without the rest of query, key and "
@@ -156,6 +143,4 @@ class SelfAttention(nn.Module):
                 )
         names = {f"{prefix}{part}.{kind}" for part in _PARTS for kind in ("weight", "bias")}
         if strict:
-            unexpected_keys.extend(
-                key for key in state_dict if key.startswith(prefix) and key not in names
-            )
+            unexpected_keys.extend(key for key in state_dict if key.startswith(prefix) and key not in names)

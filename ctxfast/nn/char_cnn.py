@@ -41,9 +41,7 @@ class CharCnn(nn.Module):
         self.filters = tuple((width, count) for width, count in filters)
         self.activation, self.impl = activation, impl
         place = {"device": device, "dtype": dtype}
-        self._char_embedding_weights = nn.Parameter(
-            torch.empty(num_characters, embedding_dim, **place)
-        )
+        self._char_embedding_weights = nn.Parameter(torch.empty(num_characters, embedding_dim, **place))
         for i, (width, count) in enumerate(self.filters):
             self.add_module(f"char_conv_{i}", nn.Conv1d(embedding_dim, count, width, **place))
         self.reset_parameters()

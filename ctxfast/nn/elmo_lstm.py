@@ -15,15 +15,11 @@ State = tuple[Tensor, Tensor]
 class _Cell(nn.Module):
     """Parameters of one direction of one layer, under the names of AllenNLP's LstmCellWithProjection."""
 
-    def __init__(
-        self, input_size: int, hidden_size: int, cell_size: int, has_projection: bool, place: dict
-    ) -> None:
+    def __init__(self, input_size: int, hidden_size: int, cell_size: int, has_projection: bool, place: dict) -> None:
         super().__init__()
         self.input_linearity = nn.Linear(input_size, 4 * cell_size, bias=False, **place)
         self.state_linearity = nn.Linear(hidden_size, 4 * cell_size, bias=True, **place)
-        self.state_projection = (
-            nn.Linear(cell_size, hidden_size, bias=False, **place) if has_projection else None
-        )
+        self.state_projection = nn.Linear(cell_size, hidden_size, bias=False, **place) if has_projection else None
         self.reset_parameters()
 
     @torch.no_grad()
@@ -169,9 +165,7 @@ class ElmoLstm(nn.Module):
         initial_state: State | None,
     ) -> tuple[Tensor, State]:
         cells = self._cells(layer)
-        projections = (
-            [cell.state_projection.weight for cell in cells] if self.has_projection else None
-        )
+        projections = [cell.state_projection.weight for cell in cells] if self.has_projection else None
         if self.training and self.recurrent_dropout_probability > 0:
             return self._layer_with_dropout(cells, sides, lengths, initial_state)
         return functional.lstm(

@@ -58,9 +58,7 @@ class Embeddings(nn.Module):
     ) -> None:
         super().__init__()
         place = {"device": device, "dtype": dtype}
-        self.word_embeddings = nn.Embedding(
-            vocab_size, hidden_size, padding_idx=padding_idx, **place
-        )
+        self.word_embeddings = nn.Embedding(vocab_size, hidden_size, padding_idx=padding_idx, **place)
         self.position_embeddings = nn.Embedding(
             max_position_embeddings, hidden_size, padding_idx=position_padding_idx, **place
         )

@@ -30,9 +30,7 @@ class Intermediate(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., N) -> (..., intermediate_size)."""
-        return functional.linear_act(
-            x, self.dense.weight, self.dense.bias, activation=self.activation, impl=self.impl
-        )
+        return functional.linear_act(x, self.dense.weight, self.dense.bias, activation=self.activation, impl=self.impl)
 
     def extra_repr(self) -> str:
         return f"activation={self.activation}, impl={self.impl or 'auto'}"
@@ -64,9 +62,7 @@ class ProjectAddLayerNorm(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         """x (..., in_features), residual (..., N) -> (..., N)."""
-        return self.LayerNorm(
-            functional.linear_act(x, self.dense.weight, impl=self.impl), residual, self.dense.bias
-        )
+        return self.LayerNorm(functional.linear_act(x, self.dense.weight, impl=self.impl), residual, self.dense.bias)
 
     def extra_repr(self) -> str:
         return f"impl={self.impl or 'auto'}"
@@ -103,12 +99,8 @@ class FeedForward(nn.Module):
     ) -> None:
         super().__init__()
         place = {"device": device, "dtype": dtype}
-        self.intermediate = Intermediate(
-            hidden_size, intermediate_size, activation, impl=impl, **place
-        )
-        self.output = ProjectAddLayerNorm(
-            intermediate_size, hidden_size, eps=eps, dropout=dropout, impl=impl, **place
-        )
+        self.intermediate = Intermediate(hidden_size, intermediate_size, activation, impl=impl, **place)
+        self.output = ProjectAddLayerNorm(intermediate_size, hidden_size, eps=eps, dropout=dropout, impl=impl, **place)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., N) -> (..., N)."""

@@ -35,8 +35,7 @@ class Highway(nn.Module):
         super().__init__()
         self.input_dim, self.impl = input_dim, impl
         self._layers = nn.ModuleList(
-            nn.Linear(input_dim, 2 * input_dim, device=device, dtype=dtype)
-            for _ in range(num_layers)
+            nn.Linear(input_dim, 2 * input_dim, device=device, dtype=dtype) for _ in range(num_layers)
         )
         with torch.no_grad():
             for layer in self._layers:

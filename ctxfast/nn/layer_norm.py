@@ -43,9 +43,7 @@ class LayerNorm(nn.LayerNorm):
         is_plain = len(self.normalized_shape) == 1 and self.eps > 0
         if is_plain and weight is not None and bias is not None:
             if weight.dtype == bias.dtype == input.dtype:
-                return functional.add_layer_norm(
-                    input, None, weight, bias, eps=self.eps, impl=self.impl
-                )
+                return functional.add_layer_norm(input, None, weight, bias, eps=self.eps, impl=self.impl)
         return super().forward(input)
 
     def extra_repr(self) -> str:
@@ -84,9 +82,7 @@ class AddLayerNorm(nn.Module):
         nn.init.ones_(self.weight)
         nn.init.zeros_(self.bias)
 
-    def forward(
-        self, x: Tensor, residual: Tensor | None = None, x_bias: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None, x_bias: Tensor | None = None) -> Tensor:
         """x, residual (..., N) and x_bias (N,), the bias of the linear layer before -> (..., N)."""
         return functional.add_layer_norm(
             x, residual, self.weight, self.bias, x_bias,
@@ -94,7 +90,4 @@ class AddLayerNorm(nn.Module):
         )  # fmt: skip
 
     def extra_repr(self) -> str:
-        return (
-            f"{self.hidden_size}, eps={self.eps}, dropout={self.dropout}, "
-            f"impl={self.impl or 'auto'}"
-        )
+        return f"{self.hidden_size}, eps={self.eps}, dropout={self.dropout}, impl={self.impl or 'auto'}"

@@ -36,11 +36,7 @@ class ScalarMix(nn.Module):
         impl: str | None = None,
     ) -> None:
         super().__init__()
-        values = (
-            [0.0] * mixture_size
-            if initial_scalar_parameters is None
-            else list(initial_scalar_parameters)
-        )
+        values = [0.0] * mixture_size if initial_scalar_parameters is None else list(initial_scalar_parameters)
         if len(values) != mixture_size:
             raise ValueError(
                 f"ctxfast.ScalarMix: initial_scalar_parameters has {len(values)} values; expected {mixture_size}, one "
@@ -80,7 +76,4 @@ class ScalarMix(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        return (
-            f"mixture_size={self.mixture_size}, do_layer_norm={self.do_layer_norm}, "
-            f"impl={self.impl or 'auto'}"
-        )
+        return f"mixture_size={self.mixture_size}, do_layer_norm={self.do_layer_norm}, impl={self.impl or 'auto'}"

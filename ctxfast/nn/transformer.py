@@ -28,9 +28,7 @@ class AttentionBlock(nn.Module):
         super().__init__()
         place = {"device": device, "dtype": dtype}
         self.self = SelfAttention(hidden_size, num_heads, dropout=attention_dropout, **place)
-        self.output = ProjectAddLayerNorm(
-            hidden_size, hidden_size, eps=eps, dropout=dropout, **place
-        )
+        self.output = ProjectAddLayerNorm(hidden_size, hidden_size, eps=eps, dropout=dropout, **place)
 
     def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
         """x (T, N) -> (T, N)."""
@@ -82,9 +80,7 @@ class TransformerLayer(nn.Module):
             **place,
         )
         self.intermediate = Intermediate(hidden_size, intermediate_size, activation, **place)
-        self.output = ProjectAddLayerNorm(
-            intermediate_size, hidden_size, eps=eps, dropout=dropout, **place
-        )
+        self.output = ProjectAddLayerNorm(intermediate_size, hidden_size, eps=eps, dropout=dropout, **place)
 
     def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
         """x (T, N) packed tokens, cu_seqlens (S + 1,) int32, max_seqlen (the longest sequence, or

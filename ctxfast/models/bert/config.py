@@ -73,13 +73,9 @@ def read_json(path: Path, caller: str) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"{caller}: {path} is not valid JSON ({error}); the file may be cut short"
-        ) from error
+        raise ValueError(f"{caller}: {path} is not valid JSON ({error}); the file may be cut short") from error
     if not isinstance(value, dict):
-        raise ValueError(
-            f"{caller}: {path} holds a JSON {type(value).__name__}; expected an object"
-        )
+        raise ValueError(f"{caller}: {path} holds a JSON {type(value).__name__}; expected an object")
     return value
 
 
@@ -157,8 +153,7 @@ class BertConfig:
             raise _fail(
                 "max_position_embeddings",
                 self.max_position_embeddings,
-                f"more than pad_token_id + 1 = {self.position_offset} ({self.model_type} leaves "
-                "that many rows unused)",
+                f"more than pad_token_id + 1 = {self.position_offset} ({self.model_type} leaves that many rows unused)",
             )
         if self.position_embedding_type != "absolute":
             raise _fail(

@@ -112,9 +112,7 @@ class BertWithHead(Pretrained):
         """As ``Bert.gradient_checkpointing_enable``."""
         self.bert.gradient_checkpointing_enable(enabled)
 
-    def _encode(
-        self, inputs: tuple[Tensor | None, ...], options: dict[str, Any], *labels: Labels
-    ) -> BertOutput:
+    def _encode(self, inputs: tuple[Tensor | None, ...], options: dict[str, Any], *labels: Labels) -> BertOutput:
         """Checks the labels and runs the encoder."""
         if isinstance(inputs[0], Tensor) and inputs[0].dim() == 2:  # else Bert refuses it
             for given in labels:

@@ -57,9 +57,7 @@ class _Transform(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(T, N) -> (T, N)."""
-        return self.LayerNorm(
-            functional.linear_act(x, self.dense.weight, self.dense.bias, activation=self.activation)
-        )
+        return self.LayerNorm(functional.linear_act(x, self.dense.weight, self.dense.bias, activation=self.activation))
 
 
 class _Predictions(nn.Module):
@@ -74,9 +72,7 @@ class _Heads(nn.Module):
     """The ``cls`` of Hugging Face's names: ``predictions`` and ``seq_relationship``, where the
     model has them."""
 
-    def __init__(
-        self, config: BertConfig, *, predictions: bool = False, seq_relationship: bool = False
-    ) -> None:
+    def __init__(self, config: BertConfig, *, predictions: bool = False, seq_relationship: bool = False) -> None:
         super().__init__()
         if predictions:
             self.predictions = _Predictions(config)
@@ -119,9 +115,7 @@ class _MaskedLM(BertWithHead):
             labelled = (labels != IGNORE_INDEX).nonzero().flatten()
             hidden, labels = hidden.index_select(0, labelled), labels.index_select(0, labelled)
         hidden = self.cls.predictions.transform(hidden)
-        return functional.linear_cross_entropy(
-            hidden, decoder.weight, labels, decoder.bias, ignore_index=IGNORE_INDEX
-        )
+        return functional.linear_cross_entropy(hidden, decoder.weight, labels, decoder.bias, ignore_index=IGNORE_INDEX)
 
 
 def _after_loading(model: _MaskedLM, incompatible: Any) -> None:
@@ -218,9 +212,7 @@ class BertForPreTraining(_MaskedLM):
         relation = self.cls.seq_relationship
         nsp_logits = functional.linear_act(encoded.pooler_output, relation.weight, relation.bias)
         mlm_loss = None if labels is None else self._mlm_loss(encoded, labels)
-        nsp_loss = (
-            None if next_sentence_label is None else cross_entropy(nsp_logits, next_sentence_label)
-        )
+        nsp_loss = None if next_sentence_label is None else cross_entropy(nsp_logits, next_sentence_label)
         parts = [part for part in (mlm_loss, nsp_loss) if part is not None]
         is_wanted = labels is None if return_logits is None else return_logits
         return PreTrainingOutput(
@@ -260,9 +252,7 @@ class BertForNextSentencePrediction(BertWithHead):
         encoded = self._encode(inputs, options, Labels("labels", labels, 1, classes=2))
         relation = self.cls.seq_relationship
         logits = functional.linear_act(encoded.pooler_output, relation.weight, relation.bias)
-        return HeadOutput(
-            None if labels is None else cross_entropy(logits, labels), logits, encoded
-        )
+        return HeadOutput(None if labels is None else cross_entropy(logits, labels), logits, encoded)
 
 
 class BertForSequenceClassification(BertWithHead):
@@ -366,9 +356,7 @@ class BertForTokenClassification(BertWithHead):
         padding."""
         inputs = (input_ids, attention_mask, token_type_ids, position_ids, task_type_ids)
         encoded = self._encode(inputs, options, Labels("labels", labels, 2, self.config.num_labels))
-        hidden = F.dropout(
-            encoded.packed_last_hidden_state, self.config.head_dropout, self.training
-        )
+        hidden = F.dropout(encoded.packed_last_hidden_state, self.config.head_dropout, self.training)
         logits = functional.linear_act(hidden, self.classifier.weight, self.classifier.bias)
         loss = None if labels is None else cross_entropy(logits, encoded.packing.pack(labels))
         return HeadOutput(loss, encoded.packing.unpack(logits), encoded)
@@ -424,9 +412,7 @@ class BertForQuestionAnswering(BertWithHead):
             Labels("end_positions", end_positions, 1),
         )
         packing = encoded.packing
-        packed = functional.linear_act(
-            encoded.packed_last_hidden_state, self.qa_outputs.weight, self.qa_outputs.bias
-        )
+        packed = functional.linear_act(encoded.packed_last_hidden_state, self.qa_outputs.weight, self.qa_outputs.bias)
         logits = packing.unpack(packed, fill=torch.finfo(packed.dtype).min)
         start_logits, end_logits = logits.unbind(-1)
         loss = None

@@ -130,9 +130,7 @@ class Pretrained(nn.Module):
             if any(parameter.is_meta for parameter in own.values()):
                 for name, parameter in own.items():
                     fresh = torch.zeros(parameter.shape, **place)
-                    setattr(
-                        module, name, nn.Parameter(fresh, requires_grad=parameter.requires_grad)
-                    )
+                    setattr(module, name, nn.Parameter(fresh, requires_grad=parameter.requires_grad))
                 model._init_module(module)
         model.tie_weights()
         if missing:
@@ -143,9 +141,7 @@ class Pretrained(nn.Module):
             )
         return model.eval()
 
-    def save_pretrained(
-        self, directory: str | os.PathLike[str], *, overwrite: bool = False
-    ) -> list[Path]:
+    def save_pretrained(self, directory: str | os.PathLike[str], *, overwrite: bool = False) -> list[Path]:
         """Writes config.json and model.safetensors as Hugging Face lays them out.
 
         Args:
@@ -165,9 +161,7 @@ class Pretrained(nn.Module):
         state_dict.pop("cls.predictions.decoder.bias", None)
         if self.config.tie_word_embeddings:
             state_dict.pop("cls.predictions.decoder.weight", None)
-        return save_checkpoint(
-            directory, self.config, state_dict, task=self._task, overwrite=overwrite
-        )
+        return save_checkpoint(directory, self.config, state_dict, task=self._task, overwrite=overwrite)
 
 
 class Encoder(nn.Module):
@@ -211,9 +205,7 @@ class Pooler(nn.Module):
 
     def forward(self, x: Tensor, packing: Packing) -> Tensor:
         """(T, N) packed tokens -> (B, N); zeros for a text without tokens."""
-        pooled = functional.linear_act(
-            packing.first(x), self.dense.weight, self.dense.bias, activation="tanh"
-        )
+        pooled = functional.linear_act(packing.first(x), self.dense.weight, self.dense.bias, activation="tanh")
         if not packing.has_empty:
             return pooled
         is_empty = packing.cu_seqlens[1:] == packing.cu_seqlens[:-1]
@@ -324,9 +316,7 @@ class Bert(Pretrained):
             ValueError: wrong shapes and devices, ids outside their table, a sequence longer than
                 the position table.
         """
-        self._check(
-            input_ids, attention_mask, token_type_ids, position_ids, task_type_ids, check_inputs
-        )
+        self._check(input_ids, attention_mask, token_type_ids, position_ids, task_type_ids, check_inputs)
         batch_size, seqlen = input_ids.shape
         if attention_mask is None:
             packing = Packing.full(batch_size, seqlen, input_ids.device)

@@ -66,9 +66,7 @@ _TF_RENAMES = {
     "output_bias": "classifier.bias",
 }
 _TF_LAST = {"kernel": "weight", "gamma": "weight", "beta": "bias", "bias": "bias"}
-_TF_SLOT = re.compile(
-    r"(^|/)(adam_[mv]|\w*Optimizer(_\d+)?|Adam(_\d+)?|global_step|beta[12]_power)$"
-)
+_TF_SLOT = re.compile(r"(^|/)(adam_[mv]|\w*Optimizer(_\d+)?|Adam(_\d+)?|global_step|beta[12]_power)$")
 
 
 def backbone_shapes(config: BertConfig) -> dict[str, Shape]:
@@ -134,9 +132,7 @@ def from_torch_names(names: Iterable[str], config: BertConfig) -> dict[str, str]
                     key = ours + key.removeprefix(theirs)
                     break
         if key in taken:
-            raise ValueError(
-                f"ctxfast.load_checkpoint: names {taken[key]!r} and {name!r} both stand for {key!r}"
-            )
+            raise ValueError(f"ctxfast.load_checkpoint: names {taken[key]!r} and {name!r} both stand for {key!r}")
         taken[key] = name
         result[name] = key
     # The decoder's bias is stored twice, once or under either name.
@@ -184,9 +180,7 @@ def class_name(config: BertConfig, names: Iterable[str], task: str | None = None
         recorded = config.extra.get("architectures") or [""]
         task = next(
             (t for t in ("TokenClassification", "MultipleChoice") if str(recorded[0]).endswith(t)),
-            "SequenceClassification"
-            if "bert.pooler.dense.weight" in names
-            else "TokenClassification",
+            "SequenceClassification" if "bert.pooler.dense.weight" in names else "TokenClassification",
         )
     if task is not None:
         return f"{prefix}For{task}"
@@ -200,18 +194,14 @@ def class_name(config: BertConfig, names: Iterable[str], task: str | None = None
     return prefix + "Model"
 
 
-def to_torch_names(
-    config: BertConfig, names: Iterable[str], task: str | None = None
-) -> dict[str, str]:
+def to_torch_names(config: BertConfig, names: Iterable[str], task: str | None = None) -> dict[str, str]:
     """Maps names in normal form to those Hugging Face's class (see `class_name`) has.
 
     Raises ValueError for a head that the model type's classes do not have.
     """
     names = list(names)
     target = class_name(config, names, task)
-    prefix = (
-        "" if target.endswith("Model") else _FILE_PREFIX.get(config.model_type, "roberta") + "."
-    )
+    prefix = "" if target.endswith("Model") else _FILE_PREFIX.get(config.model_type, "roberta") + "."
     result = {}
     for name in names:
         key = name

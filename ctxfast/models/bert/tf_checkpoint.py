@@ -103,14 +103,10 @@ class TensorBundle:
             if not name.startswith("\0"):
                 self._variables[name] = _parse_entry(name, value, index)
         if not self.num_shards:
-            raise ValueError(
-                f"{_WHO}: {index} has no bundle header; it is not a TensorFlow checkpoint"
-            )
+            raise ValueError(f"{_WHO}: {index} has no bundle header; it is not a TensorFlow checkpoint")
         for shard in sorted({v.shard for v in self._variables.values()}):
             if not self.shard_path(shard).is_file():
-                raise FileNotFoundError(
-                    f"{_WHO}: {self.shard_path(shard)} does not exist, but {index.name} names it"
-                )
+                raise FileNotFoundError(f"{_WHO}: {self.shard_path(shard)} does not exist, but {index.name} names it")
 
     def _read_header(self, value: bytes) -> None:
         fields = dict(_fields(value, self.index_path))
@@ -120,9 +116,7 @@ class TensorBundle:
 
     def shard_path(self, shard: int) -> Path:
         """Path of data file number `shard`."""
-        return self.prefix.with_name(
-            f"{self.prefix.name}.data-{shard:05d}-of-{self.num_shards:05d}"
-        )
+        return self.prefix.with_name(f"{self.prefix.name}.data-{shard:05d}-of-{self.num_shards:05d}")
 
     @property
     def files(self) -> list[Path]:
@@ -154,9 +148,7 @@ class TensorBundle:
             raise KeyError(f"{_WHO}: {self.index_path} has no variable {name!r}")
         variable = self._variables[name]
         if variable.is_sliced:
-            raise ValueError(
-                f"{_WHO}: {name} is stored in slices (partitioned), which is not supported"
-            )
+            raise ValueError(f"{_WHO}: {name} is stored in slices (partitioned), which is not supported")
         dtype = _DTYPES.get(variable.dtype_code)
         if dtype is None:
             raise TypeError(f"{_WHO}: {name} has dtype {variable.dtype}, which is not supported")
@@ -171,14 +163,11 @@ class TensorBundle:
         end = variable.offset + variable.size
         if end > len(data):
             raise ValueError(
-                f"{_WHO}: {path} has {len(data)} bytes, but {name} ends at byte {end}; "
-                "the file is cut short"
+                f"{_WHO}: {path} has {len(data)} bytes, but {name} ends at byte {end}; the file is cut short"
             )
         raw = np.frombuffer(data, np.uint8, variable.size, variable.offset)
         if self.verify and variable.crc32c is not None and mask_crc(crc32c(raw)) != variable.crc32c:
-            raise ValueError(
-                f"{_WHO}: the checksum of {name} in {path} is wrong; the file is damaged"
-            )
+            raise ValueError(f"{_WHO}: the checksum of {name} in {path} is wrong; the file is damaged")
         array = raw.copy().view(dtype).reshape(variable.shape)
         if variable.dtype_code == _BFLOAT16:
             array = (array.astype(np.uint32) << 16).view(np.float32)
@@ -211,14 +200,11 @@ def _read_table(path: Path, verify: bool) -> Iterator[tuple[bytes, bytes]]:
     data = path.read_bytes()
     if len(data) < _FOOTER_BYTES:
         raise ValueError(
-            f"{_WHO}: {path} has {len(data)} bytes; expected at least {_FOOTER_BYTES}. "
-            "The file is cut short"
+            f"{_WHO}: {path} has {len(data)} bytes; expected at least {_FOOTER_BYTES}. The file is cut short"
         )
     footer = data[-_FOOTER_BYTES:]
     if struct.unpack("<Q", footer[-8:])[0] != _MAGIC:
-        raise ValueError(
-            f"{_WHO}: {path} does not end with the table magic; it is cut short or no index file"
-        )
+        raise ValueError(f"{_WHO}: {path} does not end with the table magic; it is cut short or no index file")
     try:
         _, _, at = _block_handle(footer, 0)
         offset, size, _ = _block_handle(footer, at)
@@ -379,9 +365,7 @@ def _parse_entry(name: str, value: bytes, path: Path) -> Variable:
         dtype = _DTYPES[code].name
     else:
         dtype = _DTYPE_NAMES.get(code, f"number {code}")
-    return Variable(
-        name, tuple(shape), dtype, code, numbers[3], numbers[4], numbers[5], crc, is_sliced
-    )
+    return Variable(name, tuple(shape), dtype, code, numbers[3], numbers[4], numbers[5], crc, is_sliced)
 
 
 def mask_crc(crc: int) -> int:

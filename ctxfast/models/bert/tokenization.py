@@ -166,9 +166,7 @@ class BertTokenizer:
         folder = path if path.is_dir() else path.parent
         named = path.name if path.is_file() and path.suffix in (".json", ".txt") else None
         settings = read_settings(folder)
-        tokenizer = open_tokenizer(
-            folder, settings, named, do_lower_case=do_lower_case, max_word_chars=max_word_chars
-        )
+        tokenizer = open_tokenizer(folder, settings, named, do_lower_case=do_lower_case, max_word_chars=max_word_chars)
         config = None
         if any((folder / name).is_file() for name in ("config.json", "bert_config.json")):
             config = BertConfig.from_json_file(find_config(folder))
@@ -181,9 +179,7 @@ class BertTokenizer:
         result = cls(
             tokenizer,
             special_tokens={
-                role: token_text(settings[f"{role}_token"])
-                for role in ROLES
-                if settings.get(f"{role}_token")
+                role: token_text(settings[f"{role}_token"]) for role in ROLES if settings.get(f"{role}_token")
             },
             max_length=max_length,
             single_type=config is not None and config.type_vocab_size == 1,
@@ -334,9 +330,7 @@ class BertTokenizer:
             As `encode`.
         """
         if pad_to_multiple_of < 1:
-            raise ValueError(
-                f"{_WHO}: pad_to_multiple_of is {pad_to_multiple_of}; expected at least 1"
-            )
+            raise ValueError(f"{_WHO}: pad_to_multiple_of is {pad_to_multiple_of}; expected at least 1")
         texts = list(texts)
         if texts and all(isinstance(text, Encoding) for text in texts):
             encodings = texts
@@ -390,9 +384,7 @@ class BertTokenizer:
         backend = self._backend_for_words() if words else self.backend
         call = backend.encode_batch if offsets else backend.encode_batch_fast
         rows = [list(text) for text in texts] if words else list(texts)
-        result = [
-            Encoding(rust, self.single_type) for rust in _run(call, rows, is_pretokenized=words)
-        ]
+        result = [Encoding(rust, self.single_type) for rust in _run(call, rows, is_pretokenized=words)]
         if limit is None:
             return result
         too_long = [i for i, encoding in enumerate(result) if len(encoding) > limit]
@@ -416,10 +408,7 @@ class BertTokenizer:
         if max_length < least:
             raise ValueError(f"{_WHO}: max_length is {max_length}; expected at least {least}")
         if self.max_length is not None and max_length > self.max_length:
-            raise ValueError(
-                f"{_WHO}: max_length is {max_length}; the model takes at most {self.max_length} "
-                "tokens"
-            )
+            raise ValueError(f"{_WHO}: max_length is {max_length}; the model takes at most {self.max_length} tokens")
         return max_length
 
     def _cutter(self, backend: Tokenizer, words: bool, limit: int) -> Tokenizer:
@@ -438,9 +427,7 @@ class BertTokenizer:
             stage = backend.pre_tokenizer
             if isinstance(stage, pre_tokenizers.ByteLevel) and not stage.add_prefix_space:
                 backend = _copy(backend)
-                backend.pre_tokenizer = pre_tokenizers.ByteLevel(
-                    add_prefix_space=True, use_regex=stage.use_regex
-                )
+                backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=stage.use_regex)
             self._words_backend = backend
         return self._words_backend
 

@@ -139,9 +139,7 @@ def _byte_level_bpe(vocab: Path, merges: Path, settings: dict[str, Any]) -> Toke
         if tokenizer.token_to_id(token) is None:
             raise ValueError(f"{_WHO}: {vocab} has no {token}")
         # <mask> takes the space before it, as in fairseq.
-        tokenizer.add_special_tokens(
-            [AddedToken(token, lstrip=token == "<mask>", normalized=False, special=True)]
-        )
+        tokenizer.add_special_tokens([AddedToken(token, lstrip=token == "<mask>", normalized=False, special=True)])
     add_prefix_space = bool(settings.get("add_prefix_space", False))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
     tokenizer.decoder = decoders.ByteLevel()
@@ -172,10 +170,7 @@ def _apply_wordpiece_settings(
             lowercase=old.lowercase if lower is None else lower,
         )
     elif do_lower_case is not None:
-        raise ValueError(
-            f"{_WHO}: do_lower_case is {do_lower_case}; this tokenizer has no such setting, "
-            "expected None"
-        )
+        raise ValueError(f"{_WHO}: do_lower_case is {do_lower_case}; this tokenizer has no such setting, expected None")
     if max_word_chars is not None:
         if not isinstance(tokenizer.model, WordPiece):
             raise ValueError(

@@ -110,9 +110,7 @@ def resolve_model(path_or_name: str | os.PathLike[str]) -> Path:
             looked.append(f"installed package {package}")
     raise FileNotFoundError(
         f"ctxfast.resolve_model: {os.fspath(path_or_name)!r} is no model on this machine. "
-        "Looked for: "
-        + "; ".join(looked)
-        + ". Nothing is downloaded: pass the folder that holds the model's files"
+        "Looked for: " + "; ".join(looked) + ". Nothing is downloaded: pass the folder that holds the model's files"
     )
 
 
@@ -169,9 +167,7 @@ def load_checkpoint(path_or_name: str | os.PathLike[str], *, gelu: str | None = 
         config = config.with_gelu(gelu)
     known = {**backbone_shapes(config), **POOLER_SHAPES, **HEAD_SHAPES}
     wanted = {theirs: ours for theirs, ours in mapping.items() if ours in known}
-    too_deep = [
-        ours for ours in mapping.values() if ours not in known and layer_of(ours) is not None
-    ]
+    too_deep = [ours for ours in mapping.values() if ours not in known and layer_of(ours) is not None]
     where = source.files[-1] if len(source.files) == 1 else source.files[0].parent
     _check_depth(config, too_deep, f"{where} and {config_path}")
     if not any(ours.startswith("bert.") for ours in wanted.values()):
@@ -186,13 +182,10 @@ def load_checkpoint(path_or_name: str | os.PathLike[str], *, gelu: str | None = 
     unexpected = tuple(sorted(theirs for theirs, ours in mapping.items() if ours not in known))
     if unexpected:
         warnings.warn(
-            f"{_WHO}: {where} has {len(unexpected)} tensors that were not used: "
-            f"{_some(unexpected)}",
+            f"{_WHO}: {where} has {len(unexpected)} tensors that were not used: {_some(unexpected)}",
             stacklevel=2,
         )
-    return Checkpoint(
-        config, state_dict, source.kind, model, (config_path, *source.files), unexpected
-    )
+    return Checkpoint(config, state_dict, source.kind, model, (config_path, *source.files), unexpected)
 
 
 def check_state_dict(
@@ -227,9 +220,7 @@ def check_state_dict(
         if tensor is None:
             continue
         if not tensor.is_floating_point():
-            raise TypeError(
-                f"{_WHO}: {name} has dtype {tensor.dtype}; expected floating point ({source})"
-            )
+            raise TypeError(f"{_WHO}: {name} has dtype {tensor.dtype}; expected floating point ({source})")
         _check_shape(config, name, tensor, shape, source)
         if tensor.numel():
             low, high = torch.aminmax(tensor)
@@ -288,10 +279,7 @@ def save_checkpoint(
         raise ValueError(f"{who}: names with no place in the file: {_some(unexpected)}")
     renamed = to_torch_names(config, state_dict, task)
     # safetensors refuses tensors that share memory, such as slices of one packed QKV weight.
-    tensors = {
-        renamed[name]: tensor.detach().to("cpu", copy=True).contiguous()
-        for name, tensor in state_dict.items()
-    }
+    tensors = {renamed[name]: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state_dict.items()}
     values = config.to_dict()
     values["architectures"] = [class_name(config, state_dict, task)]
     values.pop("torch_dtype", None)
@@ -329,18 +317,13 @@ def _check_depth(config: BertConfig, names: Iterable[str], source: str) -> None:
         )
 
 
-def _check_shape(
-    config: BertConfig, name: str, tensor: torch.Tensor, fields: tuple[str, ...], source: str
-) -> None:
+def _check_shape(config: BertConfig, name: str, tensor: torch.Tensor, fields: tuple[str, ...], source: str) -> None:
     got = tuple(tensor.shape)
     sizes = tuple(
-        got[i] if field == "labels" and i < len(got) else getattr(config, field, None)
-        for i, field in enumerate(fields)
+        got[i] if field == "labels" and i < len(got) else getattr(config, field, None) for i, field in enumerate(fields)
     )
     if got != sizes:
-        raise ValueError(
-            f"{_WHO}: {name} has shape {got}; expected ({', '.join(fields)}) = {sizes} ({source})"
-        )
+        raise ValueError(f"{_WHO}: {name} has shape {got}; expected ({', '.join(fields)}) = {sizes} ({source})")
 
 
 def _untie_or_drop(config: BertConfig, state_dict: dict[str, torch.Tensor]) -> BertConfig:
@@ -352,8 +335,7 @@ def _untie_or_drop(config: BertConfig, state_dict: dict[str, torch.Tensor]) -> B
     words = state_dict.get("bert.embeddings.word_embeddings.weight")
     if words is None or not torch.equal(words, decoder):
         warnings.warn(
-            f"{_WHO}: {name} differs from the word table, but the config ties them; the word "
-            "table is used",
+            f"{_WHO}: {name} differs from the word table, but the config ties them; the word table is used",
             stacklevel=3,
         )
     del state_dict[name]
@@ -427,9 +409,7 @@ def _shards(index: Path) -> list[Path]:
             raise ValueError(f"{_WHO}: {index} names {name!r}; expected a file beside it")
         paths.append(index.parent / name)
         if not paths[-1].is_file():
-            raise FileNotFoundError(
-                f"{_WHO}: {paths[-1]} does not exist, but {index.name} names it"
-            )
+            raise FileNotFoundError(f"{_WHO}: {paths[-1]} does not exist, but {index.name} names it")
     return paths
 
 
@@ -440,8 +420,7 @@ def _open_safetensors(files: list[Path]) -> _Source:
             handle = safe_open(path, framework="pt")
         except (SafetensorError, OSError) as error:
             raise ValueError(
-                f"{_WHO}: {path} ({path.stat().st_size} bytes) is cut short or no safetensors file "
-                f"({error})"
+                f"{_WHO}: {path} ({path.stat().st_size} bytes) is cut short or no safetensors file ({error})"
             ) from error
         where.update(dict.fromkeys(handle.keys(), handle))
     return _Source("safetensors", files, list(where), lambda name: where[name].get_tensor(name))
@@ -466,9 +445,7 @@ def _open_pickles(files: list[Path]) -> _Source:
                 f"file ({text.splitlines()[0] if text else type(error).__name__})"
             ) from error
         if not isinstance(values, dict):
-            raise ValueError(
-                f"{_WHO}: {path} holds a {type(values).__name__}; expected a dict of tensors"
-            )
+            raise ValueError(f"{_WHO}: {path} holds a {type(values).__name__}; expected a dict of tensors")
         tensors.update((k, v) for k, v in values.items() if isinstance(v, torch.Tensor))
     return _Source("pytorch", files, list(tensors), tensors.__getitem__)
 

@@ -16,11 +16,24 @@ def _check(args: Mapping[str, Any]) -> None:
     x = checks.tensor(_OP, "x", args["x"])
     checks.floating(_OP, "x", x)
     if x.dim() < 1 or x.shape[-1] < 1:
-        raise ValueError(f"ctxfast.add_layer_norm: x has shape {tuple(x.shape)}; expected (..., hidden_size) with hidden_size >= 1.")
+        raise ValueError(
+            f"ctxfast.add_layer_norm: x has shape {tuple(x.shape)}; expected (..., hidden_size) with hidden_size >= 1."
+        )
     size = x.shape[-1]
-    others = [("residual", args["residual"]), ("weight", args["weight"]), ("bias", args["bias"]), ("x_bias", args["x_bias"])]
+    others = [
+        ("residual", args["residual"]),
+        ("weight", args["weight"]),
+        ("bias", args["bias"]),
+        ("x_bias", args["x_bias"]),
+    ]
     if args["residual"] is not None:
-        checks.shape(_OP, "residual", checks.tensor(_OP, "residual", args["residual"]), tuple(x.shape), "the shape of x")
+        checks.shape(
+            _OP,
+            "residual",
+            checks.tensor(_OP, "residual", args["residual"]),
+            tuple(x.shape),
+            "the shape of x",
+        )
     for name in ("weight", "bias", "x_bias"):
         if args[name] is not None:
             checks.shape(_OP, name, checks.tensor(_OP, name, args[name]), (size,), "(hidden_size,)")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``add_layer_norm``: the definition, in plain PyTorch (Ba et al. 2016; post-LN residual block of Vaswani et al. 2017)."""
+"""``add_layer_norm``: the definition, in plain PyTorch (Ba et al. 2016; residual block of Vaswani et al. 2017)."""
 
 from __future__ import annotations
 

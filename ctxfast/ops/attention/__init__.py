@@ -24,13 +24,21 @@ def _check(args: Mapping[str, Any]) -> None:
         )
     checks.integer(_OP, "cu_seqlens", checks.tensor(_OP, "cu_seqlens", cu_seqlens))
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
-        raise ValueError(f"ctxfast.attention: cu_seqlens has shape {tuple(cu_seqlens.shape)}; expected (sequences + 1,).")
+        raise ValueError(
+            f"ctxfast.attention: cu_seqlens has shape {tuple(cu_seqlens.shape)}; expected (sequences + 1,)."
+        )
     checks.same(_OP, "qkv", qkv, [("cu_seqlens", cu_seqlens)], dtype=False)
     if not isinstance(max_seqlen, (int, torch.SymInt)):
         raise TypeError(f"ctxfast.attention: max_seqlen is a {type(max_seqlen).__name__}; expected an int.")
     _check_offsets(qkv, cu_seqlens, max_seqlen)
     if args["bias"] is not None:
-        checks.shape(_OP, "bias", checks.tensor(_OP, "bias", args["bias"]), (3, qkv.shape[2], qkv.shape[3]), "(3, heads, head_dim)")
+        checks.shape(
+            _OP,
+            "bias",
+            checks.tensor(_OP, "bias", args["bias"]),
+            (3, qkv.shape[2], qkv.shape[3]),
+            "(3, heads, head_dim)",
+        )
         checks.same(_OP, "qkv", qkv, [("bias", args["bias"])])
     checks.probability(_OP, "dropout_p", args["dropout_p"])
 
@@ -49,7 +57,10 @@ def _check_offsets(qkv: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int)
         )
     longest = int(lengths.max()) if lengths.numel() else 0
     if longest > max_seqlen:
-        raise ValueError(f"ctxfast.attention: max_seqlen is {max_seqlen}; expected at least {longest}, the longest sequence in cu_seqlens.")
+        raise ValueError(
+            f"ctxfast.attention: max_seqlen is {max_seqlen}; expected at least {longest}, "
+            f"the longest sequence in cu_seqlens."
+        )
 
 
 SPEC = registry.register(
@@ -62,7 +73,11 @@ SPEC = registry.register(
         check=_check,
         autocast="lower",
         impls=(
-            registry.Impl("cpu", "cpu", note="torch's fused attention per sequence, equal lengths together, no padding"),
+            registry.Impl(
+                "cpu",
+                "cpu",
+                note="torch's fused attention per sequence, equal lengths together, no padding",
+            ),
         ),
     )
 )

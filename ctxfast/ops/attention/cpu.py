@@ -65,7 +65,12 @@ def _backward(grad: Tensor, qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, sc
         d_scores = probs * (d_probs - (d_probs * probs).sum(-1, keepdim=True)) * scale
         d_query = torch.matmul(d_scores, key)
         d_key = torch.matmul(d_scores.transpose(-1, -2), query)
-        _put(out, length, starts, torch.stack((d_query, d_key, d_value)).permute(1, 3, 0, 2, 4).to(qkv.dtype))
+        _put(
+            out,
+            length,
+            starts,
+            torch.stack((d_query, d_key, d_value)).permute(1, 3, 0, 2, 4).to(qkv.dtype),
+        )
     return out
 
 

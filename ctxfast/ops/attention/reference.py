@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``attention``: the definition, in plain PyTorch (Vaswani et al. 2017, eq. 1; bidirectional as in BERT, Devlin et al. 2019).
+"""``attention``: the definition, in plain PyTorch (Vaswani et al. 2017, eq. 1; no causal mask).
 
 Packed rows are spread over a (sequences, max_seqlen) grid and masked there: it reads no value on the host, so it
 runs and compiles on any device, at the price of the padding that the real implementations avoid.

@@ -23,15 +23,31 @@ def _check(args: Mapping[str, Any]) -> None:
     checks.same(_OP, "char_embeddings", table, [("char_ids", char_ids)], dtype=False)
     checks.in_range(_OP, "char_ids", char_ids, 0, table.shape[0] - 1, "These are the rows of char_embeddings.")
     if len(weights) != len(biases) or not weights:
-        raise ValueError(f"ctxfast.char_cnn: conv_weights holds {len(weights)} tensors and conv_biases {len(biases)}; expected one of each per filter width.")
+        raise ValueError(
+            f"ctxfast.char_cnn: conv_weights holds {len(weights)} tensors and conv_biases {len(biases)}; "
+            f"expected one of each per filter width."
+        )
     for i, (weight, bias) in enumerate(zip(weights, biases)):
         name = f"conv_weights[{i}]"
-        checks.shape(_OP, name, checks.tensor(_OP, name, weight), (None, table.shape[1], None), "(filters, embedding size, width)")
+        checks.shape(
+            _OP,
+            name,
+            checks.tensor(_OP, name, weight),
+            (None, table.shape[1], None),
+            "(filters, embedding size, width)",
+        )
         if weight.shape[2] > char_ids.shape[1]:
             raise ValueError(
-                f"ctxfast.char_cnn: {name} has width {weight.shape[2]}; expected at most {char_ids.shape[1]}, the characters of a word in char_ids."
+                f"ctxfast.char_cnn: {name} has width {weight.shape[2]}; expected at most {char_ids.shape[1]}, "
+                f"the characters of a word in char_ids."
             )
-        checks.shape(_OP, f"conv_biases[{i}]", checks.tensor(_OP, f"conv_biases[{i}]", bias), (weight.shape[0],), "(filters,)")
+        checks.shape(
+            _OP,
+            f"conv_biases[{i}]",
+            checks.tensor(_OP, f"conv_biases[{i}]", bias),
+            (weight.shape[0],),
+            "(filters,)",
+        )
         checks.same(_OP, "char_embeddings", table, [(name, weight), (f"conv_biases[{i}]", bias)])
     checks.choice(_OP, "activation", args["activation"], ("relu", "tanh"))
 

@@ -16,13 +16,21 @@ def _check(args: Mapping[str, Any]) -> None:
     table = checks.tensor(_OP, "word_embeddings", args["word_embeddings"])
     checks.floating(_OP, "word_embeddings", table)
     if table.dim() != 2:
-        raise ValueError(f"ctxfast.embed_layer_norm: word_embeddings has shape {tuple(table.shape)}; expected (vocab_size, hidden_size).")
+        raise ValueError(
+            f"ctxfast.embed_layer_norm: word_embeddings has shape {tuple(table.shape)}; "
+            f"expected (vocab_size, hidden_size)."
+        )
     ids = checks.tensor(_OP, "input_ids", args["input_ids"])
     if ids.dim() != 1:
-        raise ValueError(f"ctxfast.embed_layer_norm: input_ids has shape {tuple(ids.shape)}; expected (tokens,), packed.")
+        raise ValueError(
+            f"ctxfast.embed_layer_norm: input_ids has shape {tuple(ids.shape)}; expected (tokens,), packed."
+        )
     if (args["task_type_ids"] is None) != (args["task_type_embeddings"] is None):
         missing = "task_type_ids" if args["task_type_ids"] is None else "task_type_embeddings"
-        raise ValueError(f"ctxfast.embed_layer_norm: {missing} is None; expected both task_type_ids and task_type_embeddings, or neither.")
+        raise ValueError(
+            f"ctxfast.embed_layer_norm: {missing} is None; "
+            f"expected both task_type_ids and task_type_embeddings, or neither."
+        )
     pairs = [
         ("input_ids", "word_embeddings"),
         ("position_ids", "position_embeddings"),
@@ -31,7 +39,10 @@ def _check(args: Mapping[str, Any]) -> None:
     if args["task_type_ids"] is not None:
         pairs.append(("task_type_ids", "task_type_embeddings"))
     for id_name, table_name in pairs:
-        index, rows = checks.tensor(_OP, id_name, args[id_name]), checks.tensor(_OP, table_name, args[table_name])
+        index, rows = (
+            checks.tensor(_OP, id_name, args[id_name]),
+            checks.tensor(_OP, table_name, args[table_name]),
+        )
         checks.integer(_OP, id_name, index)
         checks.shape(_OP, id_name, index, tuple(ids.shape), "(tokens,)")
         checks.shape(_OP, table_name, rows, (None, table.shape[1]), "(rows, hidden_size)")

@@ -14,7 +14,11 @@ _OP = "linear_act"
 
 
 def _check(args: Mapping[str, Any]) -> None:
-    x, weight, bias = checks.tensor(_OP, "x", args["x"]), checks.tensor(_OP, "weight", args["weight"]), args["bias"]
+    x, weight, bias = (
+        checks.tensor(_OP, "x", args["x"]),
+        checks.tensor(_OP, "weight", args["weight"]),
+        args["bias"],
+    )
     checks.floating(_OP, "x", x)
     if x.dim() < 1:
         raise ValueError("ctxfast.linear_act: x has shape (); expected (..., in_features).")

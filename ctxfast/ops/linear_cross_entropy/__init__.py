@@ -15,7 +15,10 @@ _OP = "linear_cross_entropy"
 
 
 def _check(args: Mapping[str, Any]) -> None:
-    hidden, weight = checks.tensor(_OP, "hidden", args["hidden"]), checks.tensor(_OP, "weight", args["weight"])
+    hidden, weight = (
+        checks.tensor(_OP, "hidden", args["hidden"]),
+        checks.tensor(_OP, "weight", args["weight"]),
+    )
     labels, bias = checks.tensor(_OP, "labels", args["labels"]), args["bias"]
     checks.floating(_OP, "hidden", hidden)
     checks.shape(_OP, "hidden", hidden, (None, None), "(rows, hidden_size)")
@@ -29,7 +32,14 @@ def _check(args: Mapping[str, Any]) -> None:
     checks.choice(_OP, "reduction", args["reduction"], ("mean", "sum", "none"))
     if labels.device.type == "cpu" and not torch.compiler.is_compiling():
         used = labels[labels != args["ignore_index"]]
-        checks.in_range(_OP, "labels", used, 0, weight.shape[0] - 1, f"Rows without a label hold ignore_index ({args['ignore_index']}).")
+        checks.in_range(
+            _OP,
+            "labels",
+            used,
+            0,
+            weight.shape[0] - 1,
+            f"Rows without a label hold ignore_index ({args['ignore_index']}).",
+        )
 
 
 SPEC = registry.register(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``linear_cross_entropy``: the definition, in plain PyTorch (softmax output layer; masked LM of Devlin et al. 2019)."""
+"""``linear_cross_entropy``: the definition, in plain PyTorch (masked LM output of Devlin et al. 2019)."""
 
 from __future__ import annotations
 

@@ -20,10 +20,16 @@ def _check(args: Mapping[str, Any]) -> None:
     directions = len(weight_ih)
     if directions not in (1, 2):
         raise ValueError(f"ctxfast.lstm: weight_ih holds {directions} tensors; expected one per direction, 1 or 2.")
-    for name, value in (("input", inputs), ("weight_hh", weight_hh), ("bias", bias), ("weight_proj", weight_proj)):
+    for name, value in (
+        ("input", inputs),
+        ("weight_hh", weight_hh),
+        ("bias", bias),
+        ("weight_proj", weight_proj),
+    ):
         if value is not None and len(value) != directions:
             raise ValueError(
-                f"ctxfast.lstm: {name} holds {len(value)} tensors; expected {directions}, one per direction as in weight_ih."
+                f"ctxfast.lstm: {name} holds {len(value)} tensors; "
+                f"expected {directions}, one per direction as in weight_ih."
             )
     lead = checks.tensor(_OP, "input", inputs[0])
     checks.floating(_OP, "input", lead)
@@ -43,7 +49,13 @@ def _check(args: Mapping[str, Any]) -> None:
                 f"gates stacked in the order i, f, g, o."
             )
         hidden, size = weight_hh[0].shape[0] // 4, weight_hh[0].shape[1]
-        checks.shape(_OP, "weight_hh", w_hh, (4 * hidden, size), "(4*hidden_size, proj_size), alike in both directions,")
+        checks.shape(
+            _OP,
+            "weight_hh",
+            w_hh,
+            (4 * hidden, size),
+            "(4*hidden_size, proj_size), alike in both directions,",
+        )
         checks.shape(_OP, "weight_ih", w_ih, (4 * hidden, x.shape[2]), "(4*hidden_size, input_size)")
         tensors = [("weight_ih", w_ih), ("weight_hh", w_hh), ("input", x)]
         if bias is not None:
@@ -56,7 +68,8 @@ def _check(args: Mapping[str, Any]) -> None:
         elif size != hidden:
             raise ValueError(
                 f"ctxfast.lstm: weight_hh has shape {tuple(w_hh.shape)}; expected (4*hidden_size, hidden_size) = "
-                f"({4 * hidden}, {hidden}) without weight_proj. Pass weight_proj of shape ({size}, {hidden}) for a projected LSTM."
+                f"({4 * hidden}, {hidden}) without weight_proj. "
+                f"Pass weight_proj of shape ({size}, {hidden}) for a projected LSTM."
             )
         checks.same(_OP, "input", lead, tensors)
     if lengths is not None:
@@ -66,7 +79,9 @@ def _check(args: Mapping[str, Any]) -> None:
         checks.in_range(_OP, "lengths", lengths, 0, steps, "A length cannot be longer than the input has steps.")
     if args["initial_state"] is not None:
         if len(args["initial_state"]) != 2:
-            raise ValueError(f"ctxfast.lstm: initial_state holds {len(args['initial_state'])} tensors; expected (h_0, c_0).")
+            raise ValueError(
+                f"ctxfast.lstm: initial_state holds {len(args['initial_state'])} tensors; expected (h_0, c_0)."
+            )
         h_0, c_0 = args["initial_state"]
         checks.shape(_OP, "initial_state[0]", checks.tensor(_OP, "initial_state[0]", h_0), (directions, batch, size),
                      "(directions, batch, proj_size)")  # fmt: skip
@@ -88,7 +103,11 @@ SPEC = registry.register(
         check=_check,
         autocast="lower",
         impls=(
-            registry.Impl("cpu", "cpu", note="C++: fp32 arithmetic, fp32 or bf16 weights, AVX2/AVX-512 chosen at run time"),
+            registry.Impl(
+                "cpu",
+                "cpu",
+                note="C++: fp32 arithmetic, fp32 or bf16 weights, AVX2/AVX-512 chosen at run time",
+            ),
         ),
         # Rounding errors of a recurrence add up over the steps.
         ceiling={torch.float32: 2e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1},

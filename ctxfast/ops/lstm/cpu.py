@@ -31,7 +31,14 @@ def _pack(weight_hh: Tensor, weight_proj: Tensor | None, bf16: bool) -> Tensor:
         hidden, size = hh.shape[0] // 4, hh.shape[1]
         kind = "bfloat16" if bf16 else "float32"
         packed = torch.empty(c.lstm_packed_bytes(hidden, size, proj is not None, kind), dtype=torch.uint8)
-        c.lstm_pack(hidden, size, hh.data_ptr(), 0 if proj is None else proj.data_ptr(), packed.data_ptr(), kind)
+        c.lstm_pack(
+            hidden,
+            size,
+            hh.data_ptr(),
+            0 if proj is None else proj.data_ptr(),
+            packed.data_ptr(),
+            kind,
+        )
         return packed
 
     sources = (weight_hh,) if weight_proj is None else (weight_hh, weight_proj)
@@ -289,11 +296,11 @@ def supports(args: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _flat(args: Mapping[str, Any]) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor | None, Tensor | None]:
+def _flat(
+    args: Mapping[str, Any],
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor | None, Tensor | None]:
     bias = args["bias"]
-    gates = [
-        F.linear(x, args["weight_ih"][r], None if bias is None else bias[r]) for r, x in enumerate(args["input"])
-    ]
+    gates = [F.linear(x, args["weight_ih"][r], None if bias is None else bias[r]) for r, x in enumerate(args["input"])]
     h_0, c_0 = args["initial_state"] if args["initial_state"] is not None else (None, None)
     return gates, list(args["weight_hh"]), list(args["weight_proj"] or ()), h_0, c_0
 

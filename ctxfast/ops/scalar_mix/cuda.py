@@ -56,14 +56,25 @@ def _backward(grad: Tensor, layers: Sequence[Tensor], weights: Tensor) -> list[T
 
 
 def _backward_fake(grad: Tensor, layers: Sequence[Tensor], weights: Tensor) -> list[Tensor]:
-    return [*(torch_ops.allocate(layer.shape, layer) for layer in layers), torch_ops.allocate(weights.shape, weights)]
+    return [
+        *(torch_ops.allocate(layer.shape, layer) for layer in layers),
+        torch_ops.allocate(weights.shape, weights),
+    ]
 
 
 _fwd = torch_ops.define(
-    "scalar_mix_cuda_fwd", "(Tensor[] layers, Tensor weights) -> Tensor", _forward, _forward_fake, "CUDA"
+    "scalar_mix_cuda_fwd",
+    "(Tensor[] layers, Tensor weights) -> Tensor",
+    _forward,
+    _forward_fake,
+    "CUDA",
 )
 _bwd = torch_ops.define(
-    "scalar_mix_cuda_bwd", "(Tensor grad, Tensor[] layers, Tensor weights) -> Tensor[]", _backward, _backward_fake, "CUDA"
+    "scalar_mix_cuda_bwd",
+    "(Tensor grad, Tensor[] layers, Tensor weights) -> Tensor[]",
+    _backward,
+    _backward_fake,
+    "CUDA",
 )
 
 
