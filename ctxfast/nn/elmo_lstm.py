@@ -231,7 +231,8 @@ class ElmoLstm(nn.Module):
             active = (t < lengths)[:, None]
             h, c = torch.where(active, h_new, h), torch.where(active, c_new, c)
             outputs[t] = torch.where(active, h_new, torch.zeros_like(h_new))
-        return torch.stack(outputs, dim=1), h, c
+        stacked = torch.stack(outputs, dim=1) if steps else x.new_zeros(batch, 0, h.shape[1])
+        return stacked, h, c
 
     def extra_repr(self) -> str:
         return (

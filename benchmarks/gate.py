@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parity before timing: a provider whose results are off gets no number."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ctxfast._core import registry
+
+from .cases import Case
+from .peers import Call, Outputs, Provider, oracle
+
+# Error allowed relative to the largest magnitude of the right result. Ops: their own ceilings in the table. Models:
+# a dozen layers add up, and peers round at other places.
+_MODEL_BOUND = {torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 1e-1}
+# A gradient is a sum over many rows of products that were each rounded.
+_GRADIENT_FACTOR = 3.0
+
+
+class ParityError(Exception):
+    """A provider's result is wrong; the text says which, by how much, and what was allowed."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The largest relative error among all outputs (and gradients), and what was allowed."""
+
+    error: float
+    bound: float
+
+
+class Gate:
+    """Holds the right results of one case and judges providers by them."""
+
+    def __init__(self, case: Case, args: Mapping[str, Any]) -> None:
+        self._case, self._args = case, args
+        self._right: dict[bool, tuple[Outputs, dict[str, Outputs], Outputs | None]] = {}
+
+    def right(self, provider: Provider) -> tuple[Outputs, dict[str, Outputs], Outputs | None]:
+        """Outputs, gradients and the gradients of the outputs they start from, as this provider must have them."""
+        # Only ctxfast rounds weights on request, so only there does the right result depend on who is asked.
+        key = provider.ours or not self._case.dtype_name.endswith("+bf16")
+        if key not in self._right:
+            self._right[key] = oracle(self._case, self._args, ours=key)
+        return self._right[key]
+
+    def bound(self, provider: Provider) -> float:
+        dtype = provider.dtype or self._case.dtype
+        if self._case.is_model:
+            return _MODEL_BOUND[dtype]
+        return registry.OPS[self._case.op].ceiling[dtype]
+
+    def judge(self, provider: Provider, outputs: Outputs, grads: dict[str, Outputs]) -> Verdict:
+        """Compare results in the case's layout; raises ParityError when they are off."""
+        right, right_grads, _ = self.right(provider)
+        bound = self.bound(provider)
+        worst = Verdict(0.0, bound)
+        pairs = [(f"output {i}", value, want, bound) for i, (value, want) in enumerate(zip(outputs, right))]
+        if len(outputs) != len(right):
+            raise ParityError(f"it returns {len(outputs)} tensors; expected {len(right)}")
+        for name, values in grads.items():
+            pairs += [(f"gradient of {name}", v, w, bound * _GRADIENT_FACTOR) for v, w in zip(values, right_grads[name])]
+        for name, value, want, limit in pairs:
+            error = relative_error(name, value, want)
+            if not error <= limit:
+                raise ParityError(f"{name} is off by {error:.1e} of the largest value; allowed {limit:.1e}")
+            if error / limit >= worst.error / worst.bound:
+                worst = Verdict(error, limit)
+        return worst
+
+
+def relative_error(name: str, value: Tensor, right: Tensor) -> float:
+    """max |value - right| / max |right|, in float64."""
+    if tuple(value.shape) != tuple(right.shape):
+        raise ParityError(f"{name} has shape {tuple(value.shape)}; expected {tuple(right.shape)}")
+    value, right = value.detach().double(), right.double()
+    if not bool(torch.isfinite(value).all()):
+        raise ParityError(f"{name} holds values that are not finite")
+    if right.numel() == 0:
+        return 0.0
+    scale = float(right.abs().max())
+    return float((value - right).abs().max()) / (scale or 1.0)
+
+
+def runner(call: Call, starts: Outputs | None, *, backward: bool) -> Callable[[], Any]:
+    """The function that is timed: a forward pass without autograd, or forward and backward.
+
+    ``starts``: gradients of the outputs, in the case's layout. The backward runner returns outputs and gradients.
+    """
+    if not backward:
+
+        def forward() -> Outputs:
+            with torch.no_grad():
+                return call.forward()
+
+        return forward
+    own = call.to_own(starts)
+    leaves = [leaf for tensors in call.leaves.values() for leaf in tensors]
+
+    def both() -> tuple[Outputs, tuple[Tensor, ...]]:
+        outputs = call.forward()
+        return outputs, torch.autograd.grad(outputs, leaves, own)
+
+    return both
+
+
+def results(call: Call, raw: Any, *, backward: bool) -> tuple[Outputs, dict[str, Outputs]]:
+    """What a runner returned, in the case's layout: outputs, and gradients by argument name."""
+    if not backward:
+        return call.to_case(raw), {}
+    outputs, grads = raw
+    rest = iter(grads)
+    by_name = {
+        name: tuple(call.leaf_to_case(name, next(rest)) for _ in tensors) for name, tensors in call.leaves.items()
+    }
+    return call.to_case(outputs), by_name

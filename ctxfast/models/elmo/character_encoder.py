@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ELMo's token encoder: characters of a batch of sentences to one vector a token, no context yet.
+
+Every distinct word of a batch is computed once. Sentence marks are put in place without a loop over sentences.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ... import functional
+from ...nn.char_cnn import CharCnn
+from ...nn.highway import Highway
+from .config import ElmoConfig
+from .tokenization import BEGIN_SENTENCE, END_SENTENCE, ElmoCharacterMapper
+
+# Words computed by one call when results must not depend on the batch: matrix libraries round differently for
+# different numbers of rows, so every call gets this many. 64 costs 2.5x on the highways of the original model against
+# one large product, 16 costs 7x, and a sentence alone pays for 64 words (measured on 2 AVX-512 cores).
+_FIXED_ROWS = 64
+
+
+def _multipliers(count: int) -> list[int]:
+    """``count`` odd 64-bit numbers, the same in every process (the generator of Steele et al. 2014)."""
+    values, state = [], 0
+    for _ in range(count):
+        state = (state + 0x9E3779B97F4A7C15) % 2**64
+        z = state
+        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) % 2**64
+        z = (z ^ (z >> 31)) | 1
+        values.append(z - 2**64 if z >= 2**63 else z)
+    return values
+
+
+def unique_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The distinct rows of (N, C) integers, (U, C), and for each row its place among them, (N,).
+
+    Rows are told apart by a 64-bit hash, which is much faster to sort than rows, and compared afterwards: should two
+    different rows ever share a hash, whole rows are sorted.
+    """
+    rows = rows.long()
+    factors = torch.tensor(_multipliers(rows.shape[1]), device=rows.device)
+    keys, inverse = torch.unique((rows * factors).sum(1), return_inverse=True)
+    order = torch.arange(rows.shape[0], device=rows.device)
+    first = torch.full_like(keys, rows.shape[0]).scatter_reduce_(0, inverse, order, "amin")
+    distinct = rows[first]
+    if not torch.equal(distinct[inverse], rows):
+        distinct, inverse = torch.unique(rows, dim=0, return_inverse=True)
+    return distinct, inverse
+
+
+def add_sentence_marks(
+    tokens: Tensor, mask: Tensor, begin: Tensor, end: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Put ``begin`` before and ``end`` after every sentence.
+
+    Args:
+        tokens: (B, T, N), right-padded.
+        mask: (B, T) bool, True at tokens.
+        begin, end: (N,).
+
+    Returns:
+        (B, T + 2, N), zeros past each ``end``, and its mask.
+    """
+    batch, steps, size = tokens.shape
+    lengths = mask.sum(1, keepdim=True)  # (B, 1)
+    position = torch.arange(steps + 2, device=tokens.device)[None]
+    edge = tokens.new_zeros(batch, 1, size)
+    inside = ((position >= 1) & (position <= lengths))[:, :, None]
+    longer = torch.cat([edge, tokens, edge], 1)
+    longer = torch.where(inside, longer, torch.zeros_like(longer))
+    longer = torch.where((position == 0)[:, :, None], begin, longer)
+    longer = torch.where((position == lengths + 1)[:, :, None], end, longer)
+    return longer, position < lengths + 2
+
+
+def remove_sentence_marks(tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Take the first and the last row of every sentence away: (B, T + 2, N) -> (B, T, N), zeros at padding."""
+    lengths = mask.sum(1, keepdim=True) - 2
+    inside = torch.arange(tokens.shape[1] - 2, device=tokens.device)[None] < lengths
+    return tokens[:, 1:-1].masked_fill(~inside[:, :, None], 0.0), inside
+
+
+def check_right_padded(mask: Tensor, name: str) -> None:
+    """Raise ValueError if a sentence has padding before a token (CPU tensors only: a GPU is never waited for)."""
+    if mask.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if bool((mask[:, 1:] & ~mask[:, :-1]).any()):
+        raise ValueError(
+            f"ctxfast.Elmo: {name} has zeros before a token; expected padding at the end of a sentence only."
+        )
+
+
+class ElmoCharacterEncoder(CharCnn):
+    """Characters to token vectors: convolutions, highways, projection.
+
+    Args:
+        config: sizes.
+        requires_grad: whether the parameters are trained.
+        impl: implementation of ``char_cnn`` and ``linear_act``; None chooses.
+
+    Parameters: those of ``CharCnn``, ``_highways._layers.k.{weight,bias}``, ``_projection.{weight,bias}``; the last two
+    are absent where the model has none.
+
+    Reference: AllenNLP's _ElmoCharacterEncoder.
+    """
+
+    def __init__(
+        self, config: ElmoConfig, requires_grad: bool = False, *, impl: str | None = None
+    ) -> None:
+        super().__init__(
+            262, config.char_embedding_dim, config.filters, config.activation, impl=impl
+        )
+        self.config = config
+        filters, size = config.num_filters, config.projection_dim
+        self._highways = (
+            Highway(filters, config.num_highways, impl=impl) if config.num_highways else None
+        )
+        self._projection = nn.Linear(filters, size) if config.has_cnn_projection else None
+        marks = ElmoCharacterMapper(max_characters=config.max_characters).rows(
+            [BEGIN_SENTENCE, END_SENTENCE]
+        )
+        self.register_buffer("_marks", torch.tensor(marks, device="cpu"), persistent=False)
+        self.requires_grad_(requires_grad)
+
+    def get_output_dim(self) -> int:
+        return self.config.projection_dim
+
+    def encode(self, words: Tensor, *, batch_invariant: bool = False) -> Tensor:
+        """Words as rows of character ids, (W, C) -> (W, P).
+
+        Args:
+            words: ids, see ``batch_to_ids``.
+            batch_invariant: compute a fixed number of words at a time, so that a word's vector has the same bits
+                whichever words stand beside it. On the CPU only; a GPU's products may differ in the last bits.
+        """
+        if not batch_invariant or words.device.type != "cpu" or torch.compiler.is_compiling():
+            return self._encode(words)
+        count = words.shape[0]
+        filled = torch.cat([words, words.new_zeros(-count % _FIXED_ROWS, words.shape[1])])
+        return torch.cat([self._encode(part) for part in filled.split(_FIXED_ROWS)])[:count]
+
+    def _encode(self, words: Tensor) -> Tensor:
+        vectors = self.features(words)
+        if self._highways is not None:
+            vectors = self._highways(vectors)
+        if self._projection is not None:
+            vectors = functional.linear_act(
+                vectors, self._projection.weight, self._projection.bias, impl=self.impl
+            )
+        return vectors
+
+    def encode_unique(self, rows: Tensor, *, batch_invariant: bool = False) -> Tensor:
+        """(N, C) -> (N, P), every distinct row computed once (each of them while torch.compile traces)."""
+        if torch.compiler.is_compiling() or rows.shape[0] == 0:
+            return self.encode(rows)
+        distinct, inverse = unique_rows(rows)
+        return self.encode(distinct, batch_invariant=batch_invariant)[inverse]
+
+    def mark_vectors(self, *, batch_invariant: bool = False) -> Tensor:
+        """Vectors of <S> and </S>, (2, P)."""
+        return self.encode(self._marks, batch_invariant=batch_invariant)
+
+    def forward(self, inputs: Tensor, *, batch_invariant: bool = False) -> dict[str, Tensor]:
+        """(B, T, C) character ids -> ``token_embedding`` (B, T + 2, P) and ``mask`` (B, T + 2) bool.
+
+        Sentence marks are added. Vectors past a sentence's end are those of an all-zero row, not zeros.
+        """
+        mask = (inputs > 0).any(dim=-1)
+        check_right_padded(mask, "inputs")
+        begin, end = self._marks.to(inputs.dtype)
+        marked, mask = add_sentence_marks(inputs, mask, begin, end)
+        vectors = self.encode_unique(marked.flatten(0, 1), batch_invariant=batch_invariant)
+        return {"token_embedding": vectors.unflatten(0, mask.shape), "mask": mask}

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What state the LSTMs of ELMo start a text from: carried from batch to batch, or fixed."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from .config import ElmoConfig
+
+State = tuple[Tensor, Tensor]
+
+
+def _usable(value: Tensor, like: Tensor) -> Tensor:
+    """``value`` on the device and in the dtype of ``like``; a copy if autograd could not save it otherwise."""
+    value = value.to(like)
+    if value.is_inference() and not torch.is_inference_mode_enabled():
+        return value.clone()
+    return value
+
+
+class CarriedState(nn.Module):
+    """The state each row of a batch ended in, from which the same row of the next batch starts (AllenNLP's rule).
+
+    A larger batch gets zeros for its new rows; a smaller one uses and changes the first rows only. Held in buffers
+    that follow the module to its device and stay out of its state_dict. Under DataParallel the replicas' states are
+    lost, as in AllenNLP.
+    """
+
+    def __init__(self, config: ElmoConfig) -> None:
+        super().__init__()
+        self._sizes = (config.num_layers, config.projection_dim, config.cell_size)
+        self.register_buffer("h", None, persistent=False)
+        self.register_buffer("c", None, persistent=False)
+
+    @property
+    def rows(self) -> int:
+        """Rows a state is held for."""
+        return 0 if self.h is None else self.h.shape[2]
+
+    def take(self, batch: int, like: Tensor) -> State:
+        """The state of the first ``batch`` rows: (L, 2, batch, P) and (L, 2, batch, H), in the dtype of ``like``."""
+        layers, size, cells = self._sizes
+        missing = batch - self.rows
+        if missing > 0:
+            fresh = [like.new_zeros(layers, 2, missing, width) for width in (size, cells)]
+            if self.rows:
+                fresh = [
+                    torch.cat([old.to(like), new], 2) for old, new in zip((self.h, self.c), fresh)
+                ]
+            self.h, self.c = fresh
+        return tuple(_usable(value[:, :, :batch], like) for value in (self.h, self.c))
+
+    def put(self, state: State) -> None:
+        """Keep the state the first rows ended in, cut off from the graph."""
+        batch = state[0].shape[2]
+        kept = []
+        for old, new in zip((self.h, self.c), state):
+            new = new.detach().to(old)
+            kept.append(new if batch == old.shape[2] else torch.cat([new, old[:, :, batch:]], 2))
+        self.h, self.c = kept
+
+    def reset(self, mask: Tensor | None = None) -> None:
+        """Forget all rows, or set those to zero where ``mask`` (rows,) is True."""
+        if mask is None:
+            self.h = self.c = None
+            return
+        mask = torch.as_tensor(mask)
+        if tuple(mask.shape) != (self.rows,):
+            raise ValueError(
+                f"ctxfast.Elmo: mask of reset_states has shape {tuple(mask.shape)}; expected (rows,) = ({self.rows},), "
+                f"the rows a state is held for."
+            )
+        if self.h is not None:
+            keep = ~mask.to(self.h.device, torch.bool)[None, None, :, None]
+            self.h, self.c = self.h * keep, self.c * keep
+
+
+class SteadyState(nn.Module):
+    """One fixed state every text starts from, whatever came before it and stands beside it in the batch."""
+
+    def __init__(self, config: ElmoConfig) -> None:
+        super().__init__()
+        self._sizes = (config.num_layers, config.projection_dim, config.cell_size)
+        self.register_buffer("h", None, persistent=False)
+        self.register_buffer("c", None, persistent=False)
+
+    @property
+    def is_set(self) -> bool:
+        return self.h is not None
+
+    def set(self, state: State, like: Tensor) -> None:
+        """h (L, 2, P) and c (L, 2, H), to the device and dtype of ``like``."""
+        layers, size, cells = self._sizes
+        for name, value, width in zip("hc", state, (size, cells)):
+            if tuple(value.shape) != (layers, 2, width):
+                raise ValueError(
+                    f"ctxfast.Elmo: steady state {name} has shape {tuple(value.shape)}; expected (layers, 2, size) = "
+                    f"{(layers, 2, width)}. It belongs to another model."
+                )
+        self.h, self.c = (value.detach().to(like) for value in state)
+
+    def clear(self) -> None:
+        self.h = self.c = None
+
+    def take(self, batch: int, like: Tensor) -> State:
+        return tuple(
+            _usable(value, like)[:, :, None].expand(-1, -1, batch, -1)
+            for value in (self.h, self.c)
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the state as safetensors (``h``, ``c``), under a temporary name first."""
+        if not self.is_set:
+            raise RuntimeError("ctxfast.Elmo: there is no steady state yet. Call calibrate() first.")
+        path = Path(path)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
+        try:
+            save_file({"h": self.h.contiguous(), "c": self.c.contiguous()}, temporary)
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+    def load(self, path: str | os.PathLike[str], like: Tensor) -> None:
+        """Read what ``save`` wrote."""
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"ctxfast.Elmo: there is no steady state file {path}.")
+        try:
+            tensors = load_file(path)
+            state = tensors["h"], tensors["c"]
+        except (SafetensorError, KeyError) as error:
+            raise ValueError(
+                f"ctxfast.Elmo: {path} holds no steady state ({error}); expected what save_steady_state wrote."
+            ) from error
+        self.set(state, like)
