@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .work import Work, op_work
+from .work import ELMO_ALPHABET, ELMO_CHARACTERS, ELMO_DEPTH, ELMO_FILTERS, Work, op_work, ragged_lengths
 
 SEED = 20180215
 MODELS = ("bert", "elmo")
@@ -25,11 +25,6 @@ RAGGED_32 = (
     121, 104, 96, 88, 82, 76, 71, 67, 63, 60, 57, 54, 51, 48, 46, 44,
     41, 39, 37, 35, 33, 31, 29, 27, 24, 22, 20, 18, 15, 12, 9, 7,
 )  # fmt: skip
-
-# ELMo's released filters (width, number), the characters of a word and the rows of the character table.
-ELMO_FILTERS = ((1, 32), (2, 32), (3, 64), (4, 128), (5, 256), (6, 512), (7, 1024))
-ELMO_CHARACTERS = 50
-ELMO_ALPHABET = 262
 
 ELMO = dict(I=512, H=4096, P=512, clip=3.0)
 
@@ -102,8 +97,8 @@ ROWS: tuple[Row, ...] = (
     Row("scalar_mix", "elmo 3 layers 32x32", dict(K=3, B=32, T=32, N=1024), "small"),
     Row("scalar_mix", "bert-base 13 layers 8x128", dict(K=13, B=8, T=128, N=768), "small"),
     # whole models, random weights -----------------------------------------------------------------------------------
-    Row("elmo", "original 1x20 words", dict(B=1, words=20), "small"),
-    Row("elmo", "original 32x20 words", dict(B=32, words=20)),
+    Row("elmo", "original 1x20 words", dict(B=1, words=20), "small", cpu=_BOTH_WEIGHTS),
+    Row("elmo", "original 32x20 words", dict(B=32, words=20), cpu=_BOTH_WEIGHTS),
     Row("bert", "minilm 1x16", dict(model="minilm", lengths=(16,)), "small", cpu=("float32", "bfloat16")),
     Row("bert", "minilm 1x128", dict(model="minilm", lengths=(128,)), "small", cpu=("float32", "bfloat16")),
     Row("bert", "minilm 8x128", dict(model="minilm", lengths=(128,) * 8), cpu=("float32", "bfloat16")),
@@ -148,6 +143,11 @@ class Case:
         return getattr(torch, self.dtype_name.partition("+")[0])
 
     @property
+    def rounds_weights(self) -> bool:
+        """Whether ctxfast is asked for bfloat16 weights under float32 arithmetic."""
+        return self.dtype_name.endswith("+bf16")
+
+    @property
     def grads(self) -> tuple[str, ...]:
         """Arguments whose gradient a forward+backward case computes and checks."""
         return GRADS[self.op] if self.backward else ()
@@ -162,12 +162,13 @@ class Case:
         random = torch.Generator().manual_seed(SEED)
         args = _MAKERS[self.op](random, **self.sizes)
         args = {name: _place(value, self.device, self.dtype) for name, value in args.items()}
-        if self.dtype_name.endswith("+bf16"):
+        if self.rounds_weights:
             args["weight_dtype"] = torch.bfloat16
         for name in self.grads:
             value = args[name]
-            for tensor in value if isinstance(value, (list, tuple)) else (value,):
-                tensor.requires_grad_()
+            for tensor in value if isinstance(value, tuple) else (value,):
+                if tensor is not None:
+                    tensor.requires_grad_()
         return args
 
 
@@ -233,13 +234,6 @@ def _ids(random: torch.Generator, high: int, *size: int, low: int = 0) -> Tensor
     return torch.randint(low, high, size, generator=random)
 
 
-def ragged_lengths(count: int, longest: int) -> tuple[int, ...]:
-    """``count`` lengths from ``longest`` down to about a quarter of it, in a fixed shuffled order."""
-    lengths = [max(1, round(longest * (1 - 0.75 * i / max(count - 1, 1)))) for i in range(count)]
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(SEED)).tolist()
-    return tuple(lengths[i] for i in order)
-
-
 def _lstm(
     random: torch.Generator, B: int, T: int, R: int, I: int, H: int,  # noqa: E741
     P: int | None = None, clip: float | None = None, ragged: bool = False,
@@ -299,8 +293,8 @@ def _embed_layer_norm(random: torch.Generator, T: int, N: int, V: int) -> dict[s
 def _char_cnn(random: torch.Generator, W: int) -> dict[str, Any]:
     return dict(
         char_ids=word_characters(random, W),
-        char_embeddings=_normal(random, ELMO_ALPHABET, 16),
-        conv_weights=tuple(_normal(random, n, 16, w, std=(16 * w) ** -0.5) for w, n in ELMO_FILTERS),
+        char_embeddings=_normal(random, ELMO_ALPHABET, ELMO_DEPTH),
+        conv_weights=tuple(_normal(random, n, ELMO_DEPTH, w, std=(ELMO_DEPTH * w) ** -0.5) for w, n in ELMO_FILTERS),
         conv_biases=tuple(_normal(random, n, std=0.1) for _, n in ELMO_FILTERS),
         activation="relu",
     )

@@ -43,8 +43,8 @@ class Gate:
 
     def right(self, provider: Provider) -> tuple[Outputs, dict[str, Outputs], Outputs | None]:
         """Outputs, gradients and the gradients of the outputs they start from, as this provider must have them."""
-        # Only ctxfast rounds weights on request, so only there does the right result depend on who is asked.
-        key = provider.ours or not self._case.dtype_name.endswith("+bf16")
+        # Only ctxfast's ops round weights on request, so only there does the right result depend on who is asked.
+        key = provider.ours or self._case.is_model or not self._case.rounds_weights
         if key not in self._right:
             self._right[key] = oracle(self._case, self._args, ours=key)
         return self._right[key]
@@ -52,7 +52,8 @@ class Gate:
     def bound(self, provider: Provider) -> float:
         dtype = provider.dtype or self._case.dtype
         if self._case.is_model:
-            return _MODEL_BOUND[dtype]
+            rounded = provider.ours and self._case.rounds_weights
+            return _MODEL_BOUND[torch.bfloat16 if rounded else dtype]
         return registry.OPS[self._case.op].ceiling[dtype]
 
     def judge(self, provider: Provider, outputs: Outputs, grads: dict[str, Outputs]) -> Verdict:
@@ -63,8 +64,12 @@ class Gate:
         pairs = [(f"output {i}", value, want, bound) for i, (value, want) in enumerate(zip(outputs, right))]
         if len(outputs) != len(right):
             raise ParityError(f"it returns {len(outputs)} tensors; expected {len(right)}")
+        if set(grads) != set(right_grads):
+            raise ParityError(f"it has gradients of {sorted(grads)}; expected those of {sorted(right_grads)}")
         for name, values in grads.items():
-            pairs += [(f"gradient of {name}", v, w, bound * _GRADIENT_FACTOR) for v, w in zip(values, right_grads[name])]
+            pairs += [
+                (f"gradient of {name}", v, w, bound * _GRADIENT_FACTOR) for v, w in zip(values, right_grads[name])
+            ]
         for name, value, want, limit in pairs:
             error = relative_error(name, value, want)
             if not error <= limit:

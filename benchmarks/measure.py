@@ -13,6 +13,7 @@ import os
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -142,13 +143,14 @@ def _prepare(
 ) -> Callable[[], Any] | None:
     """Build a provider's call and hold its first result to the gate; None (with the row filled in) if it does not run."""
     try:
-        call = provider.build(case, args)
-        # Outside the memory measurement: the right results.
+        # The right results come first: they must not count as memory of the first call.
         starts = gate.right(provider)[2]
-        if starts is not None and provider.dtype is not None:
-            starts = tuple(start.to(provider.dtype) for start in starts)
-        run = runner(call, starts, backward=case.backward)
-        raw, row.memory_mib = _peak_memory(run, case.device)
+        with warnings.catch_warnings():
+            if not provider.ours:  # what other libraries remark about themselves is not for our readers
+                warnings.simplefilter("ignore")
+            call = provider.build(case, args)
+            run = runner(call, starts, backward=case.backward)
+            raw, row.memory_mib = _peak_memory(run, case.device)
         verdict: Verdict = gate.judge(provider, *results(call, raw, backward=case.backward))
     except NotInstalled as error:
         row.status, row.note = "not installed", str(error)
@@ -157,7 +159,10 @@ def _prepare(
     except ParityError as error:
         row.status, row.note = "wrong", str(error)
     except Exception as error:  # a provider that breaks must not take the others' rows with it
-        row.status, row.note = "error", f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+        row.status, row.note = (
+            "error",
+            f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}",
+        )
         print(f"benchmarks: {case.id}: {provider.name}: {error}", file=sys.stderr)
     else:
         row.error, row.bound = verdict.error, verdict.bound

@@ -155,7 +155,7 @@ def providers(case: Case, *, compile: bool = False) -> list[Provider]:
 
 def _fits(case: Case, provider: Provider) -> bool:
     """A peer with a dtype of its own belongs to cases where ctxfast lowers precision too."""
-    return case.dtype_name.endswith("+bf16") and case.dtype != provider.dtype
+    return case.rounds_weights
 
 
 def _not_compiled(case: Case, args: Mapping[str, Any]) -> Call:

@@ -15,7 +15,12 @@ from .peers import Call, Leaves, Outputs, Provider, Unavailable, leaves_of
 
 # lstm ------------------------------------------------------------------------------------------------------------------
 
-_LSTM_NAMES = {"weight_ih": "weight_ih_l0", "weight_hh": "weight_hh_l0", "bias": "bias_ih_l0", "weight_proj": "weight_hr_l0"}
+_LSTM_NAMES = {
+    "weight_ih": "weight_ih_l0",
+    "weight_hh": "weight_hh_l0",
+    "bias": "bias_ih_l0",
+    "weight_proj": "weight_hr_l0",
+}
 _NO_CLIPS = "no clipping; the inputs stay inside the clips"
 
 
@@ -25,13 +30,12 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
     return tuple(_cast(item, dtype) for item in value) if isinstance(value, (list, tuple)) else value
 
 
-def _module_lstm(args: Mapping[str, Any], directions: Sequence[int], *, trained: bool) -> tuple[nn.LSTM, Leaves]:
+def module_lstm(args: Mapping[str, Any], directions: Sequence[int], *, trained: bool) -> tuple[nn.LSTM, Leaves]:
     """nn.LSTM holding the weights of these directions, and its parameters under the names of ctxfast's arguments."""
     hidden, size = args["weight_hh"][0].shape[0] // 4, args["weight_hh"][0].shape[1]
-    x = args["input"]
     with torch.device("meta"):
         module = nn.LSTM(
-            x.shape[2], hidden, batch_first=True, bidirectional=len(directions) == 2,
+            args["weight_ih"][0].shape[1], hidden, batch_first=True, bidirectional=len(directions) == 2,
             proj_size=size if args["weight_proj"] is not None else 0,
         )  # fmt: skip
     weights: dict[str, Tensor] = {}
@@ -54,8 +58,9 @@ def _build_nn_lstm(dtype: torch.dtype | None = None) -> Callable[[Case, Mapping[
     def build(case: Case, args: Mapping[str, Any]) -> Call:
         args = {name: _cast(value, dtype or case.dtype) for name, value in args.items()}
         lengths, x = args["lengths"], args["input"]
-        module, leaves = _module_lstm(args, range(len(args["weight_ih"])), trained=case.backward)
+        module, leaves = module_lstm(args, range(len(args["weight_ih"])), trained=case.backward)
         if lengths is None:
+
             def forward() -> Outputs:
                 output, (h, c) = module(x)
                 return output, h, c
@@ -91,8 +96,8 @@ def _build_two_lstms(case: Case, args: Mapping[str, Any]) -> Call:
         raise Unavailable("the case has one direction")
     if args["lengths"] is not None:
         raise Unavailable("flipping whole rows is wrong for rows of different lengths")
-    one, leaves = _module_lstm(args, (0,), trained=case.backward)
-    two, leaves_two = _module_lstm(args, (1,), trained=case.backward)
+    one, leaves = module_lstm(args, (0,), trained=case.backward)
+    two, leaves_two = module_lstm(args, (1,), trained=case.backward)
     both = {name: (*leaves[name], *leaves_two[name]) for name in leaves}
 
     def forward() -> Outputs:
@@ -157,7 +162,11 @@ def _build_loop(dtype: torch.dtype | None = None) -> Callable[[Case, Mapping[str
         host = [x.shape[1]] * x.shape[0] if lengths is None else lengths.tolist()
         order = sorted(range(len(host)), key=lambda row: -host[row])
         back = torch.tensor(order).argsort().to(x.device)
-        order_index, ordered, is_sorted = torch.tensor(order, device=x.device), [host[row] for row in order], lengths is None
+        order_index, ordered, is_sorted = (
+            torch.tensor(order, device=x.device),
+            [host[row] for row in order],
+            lengths is None,
+        )
         names = ("weight_ih", "weight_hh", "bias", "weight_proj")
 
         def forward() -> Outputs:
@@ -257,7 +266,11 @@ def _build_linear(case: Case, args: Mapping[str, Any]) -> Call:
 
 
 def _build_embeddings(case: Case, args: Mapping[str, Any]) -> Call:
-    kinds = (("input_ids", "word_embeddings"), ("token_type_ids", "token_type_embeddings"), ("position_ids", "position_embeddings"))
+    kinds = (
+        ("input_ids", "word_embeddings"),
+        ("token_type_ids", "token_type_embeddings"),
+        ("position_ids", "position_embeddings"),
+    )
     tables = [(args[ids], nn.Embedding.from_pretrained(args[table])) for ids, table in kinds]
     size = args["weight"].shape[0]
     with torch.device("meta"):

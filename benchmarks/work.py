@@ -6,6 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 
 @dataclass(frozen=True)
 class Work:
@@ -17,6 +19,13 @@ class Work:
     flops: float | None = None
     bytes: float | None = None
     tokens: int | None = None
+
+
+# ELMo's released filters (width, number), the characters of a word, their vectors' size, rows of their table.
+ELMO_FILTERS = ((1, 32), (2, 32), (3, 64), (4, 128), (5, 256), (6, 512), (7, 1024))
+ELMO_CHARACTERS = 50
+ELMO_DEPTH = 16
+ELMO_ALPHABET = 262
 
 
 @dataclass(frozen=True)
@@ -56,9 +65,7 @@ def op_work(op: str, sizes: dict[str, Any], itemsize: int, backward: bool) -> Wo
     if op == "embed_layer_norm":
         return Work(bytes=4.0 * sizes["T"] * sizes["N"] * itemsize, tokens=sizes["T"])
     if op == "char_cnn":
-        from .cases import ELMO_CHARACTERS, ELMO_FILTERS
-
-        windows = sum(n * w * 16 * (ELMO_CHARACTERS - w + 1) for w, n in ELMO_FILTERS)
+        windows = sum(n * w * ELMO_DEPTH * (ELMO_CHARACTERS - w + 1) for w, n in ELMO_FILTERS)
         return Work(flops=2.0 * sizes["W"] * windows)
     if op == "scalar_mix":
         return Work(bytes=(sizes["K"] + 1.0) * sizes["B"] * sizes["T"] * sizes["N"] * itemsize)
@@ -74,8 +81,13 @@ def op_work(op: str, sizes: dict[str, Any], itemsize: int, backward: bool) -> Wo
     raise ValueError(f"benchmarks: the work of op {op!r} is not declared; add it to benchmarks/work.py.")
 
 
+def ragged_lengths(count: int, longest: int) -> tuple[int, ...]:
+    """``count`` lengths from ``longest`` down to about a quarter of it, in a fixed shuffled order."""
+    lengths = [max(1, round(longest * (1 - 0.75 * i / max(count - 1, 1)))) for i in range(count)]
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(count)).tolist()
+    return tuple(lengths[i] for i in order)
+
+
 def lstm_tokens(sizes: dict[str, Any]) -> int:
     """Steps that carry a token, over the whole batch."""
-    from .cases import ragged_lengths
-
     return sum(ragged_lengths(sizes["B"], sizes["T"])) if sizes.get("ragged") else sizes["B"] * sizes["T"]

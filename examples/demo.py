@@ -81,7 +81,7 @@ def main() -> None:
     embedder = ctxfast.Embedder(MODEL)
     print_neighbours(f"BERT ({MODEL}, real weights): the vector of {WORD!r}, top layer", word_vectors(embedder))
 
-    config = ElmoConfig.original()
+    config = ElmoConfig.preset("original")
     elmo = ctxfast.Elmo.from_config(config, num_output_representations=1, dropout=0.0, seed=0, state="zero").eval()
     ids = ctxfast.batch_to_ids([sentence.split() for sentence in SENTENCES])
     with torch.inference_mode():

@@ -143,7 +143,8 @@ class ElmoLstm(nn.Module):
             outputs.append(output)
             h_n.append(h)
             c_n.append(c)
-            sides = output.split(self.hidden_size, dim=2)
+            # One matrix product over all rows wants them side by side; a strided view makes one per text.
+            sides = tuple(side.contiguous() for side in output.split(self.hidden_size, dim=2))
         return outputs, (torch.stack(h_n), torch.stack(c_n))
 
     def _check_state(self, inputs: Tensor, state: State | None) -> None:

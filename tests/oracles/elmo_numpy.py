@@ -42,9 +42,7 @@ class NumpyBiLm:
         with h5py.File(weights, "r") as file:
             file.visititems(
                 lambda name, item: (
-                    self.arrays.__setitem__(name, item[...].astype(dtype))
-                    if isinstance(item, h5py.Dataset)
-                    else None
+                    self.arrays.__setitem__(name, item[...].astype(dtype)) if isinstance(item, h5py.Dataset) else None
                 )
             )
         lstm = self.options["lstm"]
@@ -61,10 +59,7 @@ class NumpyBiLm:
     def zero_state(self) -> list[list[list[np.ndarray]]]:
         """state[layer][direction] = [h, c]."""
         return [
-            [
-                [np.zeros(self.projected, self.dtype), np.zeros(self.cells, self.dtype)]
-                for _ in range(2)
-            ]
+            [[np.zeros(self.projected, self.dtype), np.zeros(self.cells, self.dtype)] for _ in range(2)]
             for _ in range(self.layers)
         ]
 
@@ -90,17 +85,13 @@ class NumpyBiLm:
         for k in range(cnn.get("n_highway", 0)):
             group = f"CNN_high_{k}"
             carry = _sigmoid(y @ self.arrays[f"{group}/W_carry"] + self.arrays[f"{group}/b_carry"])
-            transform = np.maximum(
-                y @ self.arrays[f"{group}/W_transform"] + self.arrays[f"{group}/b_transform"], 0
-            )
+            transform = np.maximum(y @ self.arrays[f"{group}/W_transform"] + self.arrays[f"{group}/b_transform"], 0)
             y = carry * transform + (1 - carry) * y
         if "CNN_proj/W_proj" in self.arrays:
             y = y @ self.arrays["CNN_proj/W_proj"] + self.arrays["CNN_proj/b_proj"]
         return y
 
-    def _step(
-        self, x: np.ndarray, state: list[np.ndarray], layer: int, direction: int
-    ) -> np.ndarray:
+    def _step(self, x: np.ndarray, state: list[np.ndarray], layer: int, direction: int) -> np.ndarray:
         group = f"RNN_{direction}/RNN/MultiRNNCell/Cell{layer}/LSTMCell"
         h, c = state
         z = np.concatenate([x, h]) @ self.arrays[f"{group}/W_0"] + self.arrays[f"{group}/B"]
@@ -120,9 +111,7 @@ class NumpyBiLm:
         state[0], state[1] = h, c
         return h
 
-    def sentence(
-        self, words: list[str | bytes], state: list[list[list[np.ndarray]]]
-    ) -> list[np.ndarray]:
+    def sentence(self, words: list[str | bytes], state: list[list[list[np.ndarray]]]) -> list[np.ndarray]:
         """All layers (n + 2, 2P) of one sentence with <S> and </S>; ``state`` is moved to the sentence's end."""
         vectors = [self.word(word) for word in ["<S>", *words, "</S>"]]
         layers = [np.stack([np.concatenate([v, v]) for v in vectors])]

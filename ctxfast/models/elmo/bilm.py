@@ -28,6 +28,9 @@ from .tokenization import Word, batch_to_ids
 from .weights import load_weights
 
 _OP = "ctxfast.Elmo"
+# Below this many rows (texts times steps) MKL multiplies a layer's inputs in another order and rounds otherwise. Measured
+# for P up to 512 on AVX-512: 16 rows and more agree bit by bit.
+_FEWEST_ROWS = 16
 _STATES = ("carry", "steady", "zero")
 _Path = str | os.PathLike[str]
 
@@ -40,7 +43,8 @@ class ElmoBiLm(nn.Module):
         requires_grad: whether the parameters are trained.
         state: what the LSTMs start a text from. "carry": from where the same row of the batch before ended (AllenNLP;
             results depend on what came before). "steady": from one fixed state, see ``calibrate``; independent of
-            order and batch, and close to "carry". "zero": from zeros.
+            order and batch, and close to "carry". "zero": from zeros. In the last two a text's result on the CPU has
+            the same bits in every batch, unless the weights are being trained.
         weight_dtype: torch.bfloat16 rounds the recurrent weights to it; see ``ctxfast.lstm``.
         impl: implementation of every op; None chooses.
 
@@ -133,9 +137,7 @@ class ElmoBiLm(nn.Module):
         self._steady.load(path, self._weight)
 
     @torch.no_grad()
-    def calibrate(
-        self, sentences: Iterable[Sequence[Word]] | None = None, *, lanes: int = 4
-    ) -> State:
+    def calibrate(self, sentences: Iterable[Sequence[Word]] | None = None, *, lanes: int = 4) -> State:
         """Make the steady state: the mean of the states a running text leaves behind.
 
         Args:
@@ -188,10 +190,7 @@ class ElmoBiLm(nn.Module):
         """
         encoder = self._token_embedder
         ids = batch_to_ids([[word] for word in words], max_characters=self.config.max_characters)
-        table = [
-            encoder.encode(part, batch_invariant=True)
-            for part in ids[:, 0].to(encoder._marks.device).split(1024)
-        ]
+        table = [encoder.encode(part, batch_invariant=True) for part in ids[:, 0].to(encoder._marks.device).split(1024)]
         weight = torch.cat(table)
         weight[0] = 0
         is_trained = encoder._char_embedding_weights.requires_grad
@@ -201,17 +200,23 @@ class ElmoBiLm(nn.Module):
                 f"others through their characters.",
                 stacklevel=3,
             )
-        self._word_embedding = nn.Embedding.from_pretrained(
-            weight, freeze=not is_trained, padding_idx=0
-        )
+        self._word_embedding = nn.Embedding.from_pretrained(weight, freeze=not is_trained, padding_idx=0)
         self._cached_marks = encoder.mark_vectors(batch_invariant=True)
+
+    def _is_batch_invariant(self) -> bool:
+        """Whether a text's result keeps its bits whatever stands beside it: on the CPU, unless weights are trained.
+
+        Only where every text starts alike can it.
+        """
+        weight = self._weight
+        is_trained = torch.is_grad_enabled() and weight.requires_grad
+        is_traced = torch.compiler.is_compiling()
+        return self.state != "carry" and weight.device.type == "cpu" and not is_trained and not is_traced
 
     def _tokens(self, inputs: Tensor | None, word_inputs: Tensor | None) -> tuple[Tensor, Tensor]:
         """Token vectors (B, T + 2, P) with sentence marks, and their mask."""
         encoder = self._token_embedder
-        is_trained = torch.is_grad_enabled() and encoder._char_embedding_weights.requires_grad
-        # Only where every text starts alike can the bits of a result be its own.
-        is_invariant = self.state != "carry" and not is_trained
+        is_invariant = self._is_batch_invariant()
         if word_inputs is None:
             found = encoder(inputs, batch_invariant=is_invariant)
             return found["token_embedding"], found["mask"]
@@ -224,17 +229,15 @@ class ElmoBiLm(nn.Module):
         if bool(unknown.any()):  # reads the device: a vocabulary with unknown words cannot do without
             if inputs is None:
                 raise ValueError(
-                    f"{_OP}: word_inputs holds {int(word_inputs.max())}, not a word of the cached vocabulary of {size}; "
-                    f"expected inputs beside it, the characters of such words."
+                    f"{_OP}: word_inputs holds {int(word_inputs.max())}, outside the cached vocabulary of {size} "
+                    f"words; expected inputs beside it, the characters of such words."
                 )
             found = encoder.encode_unique(inputs[unknown], batch_invariant=is_invariant)
             vectors = vectors.masked_scatter(unknown[:, :, None], found.to(vectors.dtype))
         begin, end = self._cached_marks.to(vectors)
         return add_sentence_marks(vectors, mask, begin, end)
 
-    def forward(
-        self, inputs: Tensor | None, word_inputs: Tensor | None = None
-    ) -> dict[str, Tensor | list[Tensor]]:
+    def forward(self, inputs: Tensor | None, word_inputs: Tensor | None = None) -> dict[str, Tensor | list[Tensor]]:
         """Run the language model.
 
         Args:
@@ -254,16 +257,24 @@ class ElmoBiLm(nn.Module):
         if self.state == "steady" and not self._steady.is_set:
             self.calibrate()
         tokens, mask = self._tokens(inputs, word_inputs)
-        start = None
-        if self.state == "carry":
-            start = self._carried.take(tokens.shape[0], self._weight)
-        elif self.state == "steady":
-            start = self._steady.take(tokens.shape[0], self._weight)
-        layers, final = self._elmo_lstm.layers(tokens, mask.sum(1), start)
-        if self.state == "carry":
-            self._carried.put(final)
+        layers = self._lstm_layers(tokens, mask.sum(1))
         tokens = tokens.masked_fill(~mask[:, :, None], 0.0)
         return {"activations": [torch.cat([tokens, tokens], -1), *layers], "mask": mask}
+
+    def _lstm_layers(self, tokens: Tensor, lengths: Tensor) -> list[Tensor]:
+        """Every LSTM layer (B, T + 2, 2P), from the state that is asked for."""
+        batch, steps, size = tokens.shape
+        if self.state == "carry":
+            layers, final = self._elmo_lstm.layers(tokens, lengths, self._carried.take(batch, self._weight))
+            self._carried.put(final)
+            return layers
+        missing = -(-_FEWEST_ROWS // steps) - batch if batch and self._is_batch_invariant() else 0
+        if missing > 0:  # texts of length 0 cost next to nothing
+            tokens = torch.cat([tokens, tokens.new_zeros(missing, steps, size)])
+            lengths = torch.cat([lengths, lengths.new_zeros(missing)])
+        start = self._steady.take(tokens.shape[0], self._weight) if self.state == "steady" else None
+        layers, _ = self._elmo_lstm.layers(tokens, lengths, start)
+        return [layer[:batch] for layer in layers] if missing > 0 else layers
 
     def _check(self, inputs: Tensor | None, word_inputs: Tensor | None) -> None:
         width = self.config.max_characters

@@ -30,6 +30,4 @@ Nothing in the report suggests that the minister knew about the payments .
 It was getting dark , so we decided to go home .
 """
 
-SENTENCES: tuple[tuple[str, ...], ...] = tuple(
-    tuple(line.split()) for line in _TEXT.strip().splitlines()
-)
+SENTENCES: tuple[tuple[str, ...], ...] = tuple(tuple(line.split()) for line in _TEXT.strip().splitlines())

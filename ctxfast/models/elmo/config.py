@@ -92,15 +92,11 @@ class ElmoConfig:
         if self.activation not in _ACTIVATIONS:
             raise self._error("char_cnn.activation", self.activation, "'relu' or 'tanh'")
         if not isinstance(self.use_skip_connections, bool):
-            raise self._error(
-                "lstm.use_skip_connections", self.use_skip_connections, "true or false"
-            )
+            raise self._error("lstm.use_skip_connections", self.use_skip_connections, "true or false")
         keep("filters", self._checked_filters())
         for name in ("cell_clip", "proj_clip"):
             value = getattr(self, name)
-            if value is not None and (
-                isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0
-            ):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0):
                 raise self._error(f"lstm.{name}", value, "a number, or null or 0 for no clipping")
             keep(name, float(value) if value else None)
         self._check_projection(
@@ -135,9 +131,7 @@ class ElmoConfig:
         if getattr(self, name) is None:
             object.__setattr__(self, name, size != self.projection_dim)
         elif not getattr(self, name) and size != self.projection_dim:
-            raise self._error(
-                name, False, f"True: {what} differ from lstm.projection_dim {self.projection_dim}"
-            )
+            raise self._error(name, False, f"True: {what} differ from lstm.projection_dim {self.projection_dim}")
 
     @property
     def num_filters(self) -> int:
@@ -185,9 +179,7 @@ class ElmoConfig:
         try:
             options = json.loads(path.read_text(encoding="utf-8"))
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ValueError(
-                f"{_WHO}: {path} is not valid JSON ({error}). The file may be cut short."
-            ) from error
+            raise ValueError(f"{_WHO}: {path} is not valid JSON ({error}). The file may be cut short.") from error
         return cls.from_dict(options, source=str(path))
 
     @classmethod
@@ -198,11 +190,7 @@ class ElmoConfig:
         def section(parent: Any, name: str, path: str) -> Mapping[str, Any]:
             value = parent.get(name) if isinstance(parent, Mapping) else None
             if not isinstance(value, Mapping):
-                hint = (
-                    " Models without a character encoder are not supported."
-                    if path == "char_cnn"
-                    else ""
-                )
+                hint = " Models without a character encoder are not supported." if path == "char_cnn" else ""
                 raise ValueError(
                     f"{_WHO}: {path}{place} is {'missing' if value is None else repr(value)}; expected a dictionary of "
                     f"options.{hint}"

@@ -69,7 +69,7 @@ class ElmoEmbedder:
         ids = batch_to_ids(batch, max_characters=self.bilm.config.max_characters)
         found = self.bilm(ids.to(self.device))
         mask = found["mask"]
-        layers = [remove_sentence_marks(layer, mask)[0] for layer in found["activations"]]
+        layers = [remove_sentence_marks(layer, mask) for layer in found["activations"]]
         stacked = torch.stack(layers, 1).float().cpu().numpy()
         return [stacked[k, :, : len(sentence)].copy() for k, sentence in enumerate(batch)]
 
@@ -77,9 +77,7 @@ class ElmoEmbedder:
         """One sentence of tokens -> (L + 1, n, 2P) float32."""
         return self.embed_batch([sentence])[0]
 
-    def embed_sentences(
-        self, sentences: Iterable[Sequence[Word]], batch_size: int = 64
-    ) -> Iterator[np.ndarray]:
+    def embed_sentences(self, sentences: Iterable[Sequence[Word]], batch_size: int = 64) -> Iterator[np.ndarray]:
         """Many sentences, read as they are needed -> their arrays, in the order of the input."""
         if batch_size < 1:
             raise ValueError(f"{_OP}: batch_size is {batch_size!r}; expected 1 or more.")
@@ -112,9 +110,7 @@ class ElmoEmbedder:
                 reads as a path.
         """
         if output_format not in _FORMATS:
-            raise ValueError(
-                f"{_OP}: output_format is {output_format!r}; expected one of {', '.join(_FORMATS)}."
-            )
+            raise ValueError(f"{_OP}: output_format is {output_format!r}; expected one of {', '.join(_FORMATS)}.")
         target = Path(output_file_path)
         if target.exists():
             raise FileExistsError(f"{_OP}: {target} exists. Remove it, or choose another name.")
@@ -130,9 +126,7 @@ class ElmoEmbedder:
                     file.create_dataset(key, data=_formatted(layers, output_format))
                 if not forget_sentences and keys is None:
                     index = {sentence: str(number) for number, sentence in enumerate(sentences)}
-                    text = file.create_dataset(
-                        "sentence_to_index", (1,), dtype=h5py.string_dtype("utf-8")
-                    )
+                    text = file.create_dataset("sentence_to_index", (1,), dtype=h5py.string_dtype("utf-8"))
                     text[0] = json.dumps(index)
             os.chmod(temporary, 0o644)
             os.replace(temporary, target)

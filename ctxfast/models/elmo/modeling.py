@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ...nn.scalar_mix import ScalarMix
 from .bilm import ElmoBiLm
-from .character_encoder import remove_sentence_marks
+from .character_encoder import remove_sentence_marks, without_sentence_marks
 from .config import ElmoConfig
 from .states import State
 from .tokenization import Word
@@ -81,9 +81,7 @@ class Elmo(nn.Module):
         else:
             for name, value in files:
                 if value is None:
-                    raise ValueError(
-                        f"{_OP}: {name} is None; expected a path, or a language model as module."
-                    )
+                    raise ValueError(f"{_OP}: {name} is None; expected a path, or a language model as module.")
             self._elmo_lstm = ElmoBiLm.from_files(
                 options_file,
                 weight_file,
@@ -109,14 +107,10 @@ class Elmo(nn.Module):
             self.add_module(f"scalar_mix_{k}", mix)
 
     @staticmethod
-    def _check_alone(
-        files: list[tuple[str, Any]], state: str, weight_dtype: torch.dtype | None
-    ) -> None:
+    def _check_alone(files: list[tuple[str, Any]], state: str, weight_dtype: torch.dtype | None) -> None:
         for name, value in files:
             if value is not None:
-                raise ValueError(
-                    f"{_OP}: {name} is {os.fspath(value)!r}; expected None together with module."
-                )
+                raise ValueError(f"{_OP}: {name} is {os.fspath(value)!r}; expected None together with module.")
         if state != "carry" or weight_dtype is not None:
             raise ValueError(
                 f"{_OP}: state and weight_dtype belong to the language model; expected them to be set where module "
@@ -151,15 +145,12 @@ class Elmo(nn.Module):
             weight_dtype=weight_dtype,
             impl=impl,
         )
-        return cls(
-            num_output_representations=num_output_representations, module=bilm, impl=impl, **kwargs
-        )
+        return cls(num_output_representations=num_output_representations, module=bilm, impl=impl, **kwargs)
 
     def _bilm(self, what: str) -> ElmoBiLm:
         if not isinstance(self._elmo_lstm, ElmoBiLm):
             raise TypeError(
-                f"{_OP}: {what} needs ctxfast's own language model; module is a "
-                f"{type(self._elmo_lstm).__name__}."
+                f"{_OP}: {what} needs ctxfast's own language model; module is a {type(self._elmo_lstm).__name__}."
             )
         return self._elmo_lstm
 
@@ -188,9 +179,7 @@ class Elmo(nn.Module):
         """See ``ElmoBiLm.load_steady_state``."""
         self._bilm("load_steady_state").load_steady_state(path)
 
-    def forward(
-        self, inputs: Tensor, word_inputs: Tensor | None = None
-    ) -> dict[str, list[Tensor] | Tensor]:
+    def forward(self, inputs: Tensor, word_inputs: Tensor | None = None) -> dict[str, list[Tensor] | Tensor]:
         """Character ids to representations.
 
         Args:
@@ -218,20 +207,15 @@ class Elmo(nn.Module):
             word_inputs = None if word_inputs is None else word_inputs.flatten(0, len(lead) - 1)
         found = self._elmo_lstm(inputs, word_inputs)
         layers, mask = found["activations"], found["mask"]
-        representations = []
-        for k in range(self.num_output_representations):
-            mixed = getattr(self, f"scalar_mix_{k}")(layers, mask)
-            if self._keep_sentence_boundaries:
-                kept = mask
-            else:
-                mixed, kept = remove_sentence_marks(mixed, mask)
-            representations.append(self._dropout(mixed))
-        if not representations:
-            kept = mask
+        mixes = [getattr(self, f"scalar_mix_{k}")(layers, mask) for k in range(self.num_output_representations)]
+        if not self._keep_sentence_boundaries:
+            mixes = [remove_sentence_marks(mixed, mask) for mixed in mixes]
+            mask = without_sentence_marks(mask)
+        representations = [self._dropout(mixed) for mixed in mixes]
         if len(lead) > 1:
             representations = [mixed.unflatten(0, lead) for mixed in representations]
-            kept = kept.unflatten(0, lead)
-        return {"elmo_representations": representations, "mask": kept}
+            mask = mask.unflatten(0, lead)
+        return {"elmo_representations": representations, "mask": mask}
 
     def _leading(self, inputs: Tensor | None, word_inputs: Tensor | None) -> tuple[int, ...]:
         """All dimensions before the tokens'."""
@@ -243,9 +227,7 @@ class Elmo(nn.Module):
                     f"{_OP}: {name} is a {type(value).__name__}; expected a torch.Tensor. batch_to_ids makes it."
                 )
             if value.dim() <= inner:
-                legend = (
-                    "(batch, tokens, characters)" if name == "inputs" else "(batch, tokens)"
-                )
+                legend = "(batch, tokens, characters)" if name == "inputs" else "(batch, tokens)"
                 raise ValueError(
                     f"{_OP}: {name} has shape {tuple(value.shape)}; expected {legend}, or more leading dimensions."
                 )

@@ -20,9 +20,9 @@ State = tuple[Tensor, Tensor]
 def _usable(value: Tensor, like: Tensor) -> Tensor:
     """``value`` on the device and in the dtype of ``like``; a copy if autograd could not save it otherwise."""
     value = value.to(like)
-    if value.is_inference() and not torch.is_inference_mode_enabled():
-        return value.clone()
-    return value
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not value.is_inference():
+        return value
+    return value.clone()
 
 
 class CarriedState(nn.Module):
@@ -51,9 +51,7 @@ class CarriedState(nn.Module):
         if missing > 0:
             fresh = [like.new_zeros(layers, 2, missing, width) for width in (size, cells)]
             if self.rows:
-                fresh = [
-                    torch.cat([old.to(like), new], 2) for old, new in zip((self.h, self.c), fresh)
-                ]
+                fresh = [torch.cat([old.to(like), new], 2) for old, new in zip((self.h, self.c), fresh)]
             self.h, self.c = fresh
         return tuple(_usable(value[:, :, :batch], like) for value in (self.h, self.c))
 
@@ -110,10 +108,7 @@ class SteadyState(nn.Module):
         self.h = self.c = None
 
     def take(self, batch: int, like: Tensor) -> State:
-        return tuple(
-            _usable(value, like)[:, :, None].expand(-1, -1, batch, -1)
-            for value in (self.h, self.c)
-        )
+        return tuple(_usable(value, like)[:, :, None].expand(-1, -1, batch, -1) for value in (self.h, self.c))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the state as safetensors (``h``, ``c``), under a temporary name first."""

@@ -42,9 +42,7 @@ class ElmoCharacterMapper:
         ValueError: ``max_characters`` below 3, or a symbol outside 0..260.
     """
 
-    def __init__(
-        self, tokens_to_add: Mapping[str, int] | None = None, max_characters: int = MAX_CHARACTERS
-    ) -> None:
+    def __init__(self, tokens_to_add: Mapping[str, int] | None = None, max_characters: int = MAX_CHARACTERS) -> None:
         if max_characters < 3:
             raise ValueError(
                 f"ctxfast.ElmoCharacterMapper: max_characters is {max_characters!r}; expected 3 or more, a character "

@@ -72,7 +72,7 @@ def _same(name: str, *shape: int) -> _Part:
 
 def _parts(config: ElmoConfig) -> dict[str, _Part]:
     """Every parameter of the model by AllenNLP's name."""
-    size, cells, filters = config.projection_dim, config.cell_size, config.num_filters
+    size, filters = config.projection_dim, config.num_filters
     parts: dict[str, _Part] = {
         _CHAR_TABLE: _Part(
             {"char_embed": (_TABLE_ROWS, config.char_embedding_dim)},
@@ -127,9 +127,7 @@ def _cell_parts(config: ElmoConfig, direction: int, side: str, layer: int) -> di
         f"{name}.state_linearity.weight": _Part(
             matrix, (4 * cells, size), lambda a: _swap_gates(a)[size:].T, lambda a: ()
         ),
-        f"{name}.state_linearity.bias": _Part(
-            {f"{group}/B": (4 * cells,)}, (4 * cells,), _read_bias, _write_bias
-        ),
+        f"{name}.state_linearity.bias": _Part({f"{group}/B": (4 * cells,)}, (4 * cells,), _read_bias, _write_bias),
     }
     if config.has_lstm_projection:
         parts[f"{name}.state_projection.weight"] = _transposed(f"{group}/W_P_0", cells, size)
@@ -156,9 +154,7 @@ def _read_datasets(path: Path) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _check_datasets(
-    arrays: Mapping[str, np.ndarray], expected: Mapping[str, tuple[int, ...]], path: Path
-) -> None:
+def _check_datasets(arrays: Mapping[str, np.ndarray], expected: Mapping[str, tuple[int, ...]], path: Path) -> None:
     table = arrays.get("char_embed")
     if table is not None and len(table.shape) == 2 and table.shape[0] == _TABLE_ROWS + 1:
         raise ValueError(
@@ -185,19 +181,13 @@ def _check_datasets(
                 f"options.json belong to this file?"
             )
         if array.dtype.kind != "f":
-            raise TypeError(
-                f"{_LOAD}: {name} in {path} has dtype {array.dtype}; expected floating point."
-            )
+            raise TypeError(f"{_LOAD}: {name} in {path} has dtype {array.dtype}; expected floating point.")
         bad = int(array.size - np.isfinite(array).sum())
         if bad:
-            warnings.warn(
-                f"{_LOAD}: {name} in {path} holds {bad} values that are not finite.", stacklevel=4
-            )
+            warnings.warn(f"{_LOAD}: {name} in {path} holds {bad} values that are not finite.", stacklevel=4)
 
 
-def load_weights(
-    weight_file: str | os.PathLike[str], config: ElmoConfig
-) -> tuple[ElmoConfig, dict[str, Tensor]]:
+def load_weights(weight_file: str | os.PathLike[str], config: ElmoConfig) -> tuple[ElmoConfig, dict[str, Tensor]]:
     """Read an HDF5 weight file of AllenNLP or bilm-tf.
 
     Args:
@@ -243,8 +233,8 @@ def weights_from_state_dict(
 
     Args:
         state_dict: of AllenNLP's ``_ElmoBiLm`` or ``Elmo``, or of a model that holds one: whatever stands before the
-            biLM's names (``_elmo_lstm.``, ``_text_field_embedder.token_embedder_elmo._elmo._elmo_lstm.``) is dropped, and
-            names that are not the biLM's are left out.
+            biLM's names (``_elmo_lstm.``, or the path inside a whole model) is dropped, and names that are not the
+            biLM's are left out.
         config: sizes it must have.
 
     Returns:
@@ -256,13 +246,9 @@ def weights_from_state_dict(
     tables = [name for name in state_dict if name.endswith(_CHAR_TABLE)]
     if len(tables) != 1:
         found = f"{len(tables)} ({', '.join(tables)})" if tables else "none"
-        raise ValueError(
-            f"{_STATE}: state_dict has {found} of {_CHAR_TABLE}; expected exactly one ELMo model in it."
-        )
+        raise ValueError(f"{_STATE}: state_dict has {found} of {_CHAR_TABLE}; expected exactly one ELMo model in it.")
     prefix = tables[0][: -len(_CHAR_TABLE)]
-    found_names = {
-        name[len(prefix) :]: value for name, value in state_dict.items() if name.startswith(prefix)
-    }
+    found_names = {name[len(prefix) :]: value for name, value in state_dict.items() if name.startswith(prefix)}
     choices = {}
     if config.num_filters == config.projection_dim:
         choices["has_cnn_projection"] = "_token_embedder._projection.weight" in found_names
@@ -282,9 +268,7 @@ def weights_from_state_dict(
     own = ("_token_embedder.", "_elmo_lstm.forward_layer_", "_elmo_lstm.backward_layer_")
     extra = [name for name in found_names if name.startswith(own) and name not in result]
     if extra:
-        raise ValueError(
-            f"{_STATE}: state_dict also holds {', '.join(extra)}, which the config knows nothing of."
-        )
+        raise ValueError(f"{_STATE}: state_dict also holds {', '.join(extra)}, which the config knows nothing of.")
     return config, result
 
 
@@ -315,9 +299,7 @@ def save_weights(
         if path.exists() and not overwrite:
             raise FileExistsError(f"{_SAVE}: {path} exists. Pass overwrite=True to replace it.")
     config, tensors = weights_from_state_dict(state_dict, config)
-    arrays = {
-        name: value.detach().cpu().to(torch.float32).numpy() for name, value in tensors.items()
-    }
+    arrays = {name: value.detach().cpu().to(torch.float32).numpy() for name, value in tensors.items()}
     datasets: dict[str, np.ndarray] = {}
     for name, part in _parts(config).items():
         if name.endswith("input_linearity.weight"):

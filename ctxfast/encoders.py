@@ -1,0 +1,313 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One face for BERT and ELMo: lines of text in, the vectors that were asked for out.
+
+An encoder prepares texts (tokens, lengths) and encodes batches of prepared texts. Layers are chosen, tokens pooled and
+special tokens dropped on the device, so that only what was asked for is copied from it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .models.bert.modeling import Bert
+from .models.bert.tokenization import BertTokenizer, Encoding
+from .models.elmo.bilm import ElmoBiLm
+from .models.elmo.tokenization import batch_to_ids
+from .selection import Selection
+
+# How Google's feature extraction writes a pair of texts on one line.
+_PAIR = re.compile(r"^(.*) \|\|\| (.*)$")
+_SURROGATE = re.compile("[\udc80-\udcff]")
+
+Where = Callable[[int], str]
+
+
+@dataclass(slots=True)
+class Prepared:
+    """A text ready to be encoded.
+
+    Attributes:
+        length: tokens the model sees, special ones included: what a batch is measured by.
+        rows: vectors that come out of it.
+        data: what the encoder needs of it.
+        places: for words: where their vectors come from.
+        words: for words: these, as far as they have rows.
+        cut: tokens lost because the text was too long.
+    """
+
+    length: int
+    rows: int
+    data: Any
+    places: Any = None
+    words: Any = None
+    cut: int = 0
+
+
+class Encoder(Protocol):
+    """What ``Embedder`` needs of a model.
+
+    Attributes:
+        kind: "bert", "elmo".
+        num_layers: layers that can be chosen, the token layer counted as the first.
+        dim: size of a vector.
+        is_padded: whether padding costs time, so that batches are measured with it.
+        device: where it runs.
+        files: files the results depend on.
+    """
+
+    kind: str
+    num_layers: int
+    dim: int
+    is_padded: bool
+    device: torch.device
+    files: tuple[Path, ...]
+
+    def read_lines(self, lines: Sequence[bytes], selection: Selection) -> tuple[list[Any], int]:
+        """Lines of a file as ``prepare`` takes them, and how many bytes of them were no UTF-8 and were replaced."""
+
+    def prepare(self, texts: Sequence[Any], selection: Selection, where: Where, truncate: bool) -> list[Prepared]:
+        """Tokenise texts; ``where(i)`` names text i in an error."""
+
+    def encode(self, batch: Sequence[Prepared], selection: Selection) -> Tensor:
+        """(rows of the whole batch, layers, dim), floating point, on ``device``, still being computed perhaps."""
+
+    def tokens(self, item: Prepared, selection: Selection) -> list[str]:
+        """The tokens of a text, one for each of its rows at token level."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What is carried from batch to batch; {} where nothing is."""
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on from a ``state_dict``; {} starts anew."""
+
+
+def assemble(states: Sequence[Tensor], index: Tensor | None, lengths: Tensor | None, selection: Selection) -> Tensor:
+    """Rows of the chosen layers.
+
+    Args:
+        states: the chosen layers, (M, N) each; all layers with ``selection.is_average``.
+        index: (R,) rows to take; None for all rows.
+        lengths: (S,) numbers of successive rows to take the mean of (zeros for the mean of none); None for the rows
+            themselves.
+
+    Returns:
+        (R or S, layers, N) float32.
+    """
+    parts = []
+    for state in states:
+        if index is not None:
+            state = state.index_select(0, index)
+        state = state.float()
+        if lengths is not None:
+            # One row after another: the sum does not depend on what else is in the batch.
+            total = torch.segment_reduce(state, "sum", lengths=lengths, axis=0, unsafe=True)
+            state = total / lengths.clamp(min=1)[:, None]
+        if selection.is_average and parts:
+            parts[0] = parts[0] + state
+        else:
+            parts.append(state)
+    result = torch.stack(parts, 1)
+    if selection.is_average:
+        result = result / len(states)
+    return torch.nn.functional.normalize(result, dim=-1) if selection.normalize else result
+
+
+def _spans(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Row numbers start, start + 1, ..., ``counts`` of them, of every text."""
+    before = np.cumsum(counts) - counts
+    return np.arange(int(counts.sum())) + np.repeat(starts - before, counts)
+
+
+def _too_long(where: str, tokens: int, limit: int) -> ValueError:
+    return ValueError(
+        f"ctxfast.embed: {where} has {tokens} tokens, special ones included; expected at most {limit}, the positions of "
+        f"the model. Pass --truncate (truncate=True) to cut such texts, or split them."
+    )
+
+
+class BertEncoder:
+    """A BERT-family model behind the face of ``Encoder``.
+
+    Args:
+        model: in eval mode, on its device.
+        tokenizer: the model's.
+        files: files both were read from.
+    """
+
+    kind = "bert"
+    is_padded = False
+
+    def __init__(self, model: Bert, tokenizer: BertTokenizer, files: Sequence[Path] = ()) -> None:
+        self.model, self.tokenizer, self.files = model.eval(), tokenizer, tuple(files)
+        self.num_layers = model.config.num_hidden_layers + 1
+        self.dim = model.config.hidden_size
+        self.device = model.device
+        special = tokenizer.encode("a").special_tokens_mask
+        self._before = special.index(0)
+        self._after = special[::-1].index(0)
+
+    def read_lines(self, lines: Sequence[bytes], selection: Selection) -> tuple[list[Any], int]:
+        replaced = 0
+        texts: list[Any] = []
+        for line in lines:
+            try:
+                text = line.decode()
+            except UnicodeDecodeError:
+                text = line.decode("utf-8", "replace")
+                replaced += text.count("\ufffd") - line.count("\ufffd".encode())
+            texts.append(text)
+        if selection.unit == "words":
+            return [text.split() for text in texts], replaced
+        if selection.unit == "pairs":
+            found = [_PAIR.match(text.strip()) for text in texts]
+            return [pair.groups() if pair else text.strip() for pair, text in zip(found, texts)], replaced
+        return texts, replaced
+
+    def prepare(self, texts: Sequence[Any], selection: Selection, where: Where, truncate: bool) -> list[Prepared]:
+        if selection.unit == "words":
+            encodings = self.tokenizer.encode_words_batch(texts, truncation=True)
+        else:
+            encodings = self.tokenizer.encode_batch(texts, truncation=True)
+        result = []
+        special = 0 if selection.unit == "pairs" else self._before + self._after
+        for i, encoding in enumerate(encodings):
+            length = len(encoding)
+            if encoding.truncated and not truncate:
+                raise _too_long(where(i), length + encoding.truncated, self.tokenizer.max_length or length)
+            item = Prepared(length, length - special, encoding, cut=encoding.truncated)
+            if selection.level == "sentence":
+                item.rows = 1
+            elif selection.unit == "words":
+                item.places = self._word_places(encoding, texts[i], selection)
+                item.rows = len(item.places[-1])
+                item.words = texts[i][: item.rows]
+            result.append(item)
+        return result
+
+    @staticmethod
+    def _word_places(encoding: Encoding, words: Sequence[str], selection: Selection) -> tuple[np.ndarray, ...]:
+        """Positions of the tokens of words and, but for "all", how many of them belong to each word."""
+        ids = np.array([-1 if number is None else number for number in encoding.word_ids], dtype=np.int64)
+        positions = np.flatnonzero(ids >= 0)
+        if selection.word_pieces == "all":
+            return (positions,)
+        of_word = ids[positions]
+        # Of a text that was cut, words beyond the cut have no row.
+        count = int(of_word.max(initial=-1)) + 1 if encoding.truncated else len(words)
+        if selection.word_pieces == "first":
+            positions = positions[np.unique(of_word, return_index=True)[1]]
+            of_word = ids[positions]
+        # A word that leaves no token (a control character) has a row of zeros: the mean of none.
+        return positions, np.bincount(of_word, minlength=count)
+
+    def _plan(self, batch: Sequence[Prepared], selection: Selection) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """Rows to take of the packed tokens, and how many of them are one vector: see ``assemble``."""
+        lengths = np.array([item.length for item in batch], dtype=np.int64)
+        starts = np.cumsum(lengths) - lengths
+        if selection.level == "sentence":
+            return (starts, None) if selection.pooling == "cls" else (None, lengths)
+        if selection.unit == "pairs":
+            return None, None
+        if selection.unit == "text":
+            return _spans(starts + self._before, lengths - (self._before + self._after)), None
+        index = np.concatenate([item.places[0] + start for item, start in zip(batch, starts)])
+        if selection.word_pieces == "all":
+            return index, None
+        counts = np.concatenate([item.places[1] for item in batch])
+        return index, None if (counts == 1).all() else counts
+
+    @torch.inference_mode()
+    def encode(self, batch: Sequence[Prepared], selection: Selection) -> Tensor:
+        inputs = self.tokenizer.batch([item.data for item in batch])
+        inputs = {name: value.to(self.device, non_blocking=True) for name, value in inputs.items()}
+        top = self.num_layers - 1
+        needs_all = selection.layers != (top,)
+        found = self.model(**inputs, output_hidden_states=needs_all, return_packed=True)
+        states = [found.packed_hidden_states[k] for k in selection.layers] if needs_all else None
+        index, lengths = (
+            None if part is None else torch.from_numpy(part).to(self.device, non_blocking=True)
+            for part in self._plan(batch, selection)
+        )
+        return assemble(states or [found.packed_last_hidden_state], index, lengths, selection)
+
+    def tokens(self, item: Prepared, selection: Selection) -> list[str]:
+        tokens = item.data.tokens
+        if selection.unit == "pairs":
+            return tokens
+        if selection.unit == "text" or selection.level == "sentence":
+            return tokens[self._before : len(tokens) - self._after]
+        if selection.word_pieces == "all":
+            return [tokens[position] for position in item.places[0]]
+        return list(item.words)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        return
+
+
+class ElmoEncoder:
+    """An ELMo language model behind the face of ``Encoder``.
+
+    Args:
+        model: in eval mode, on its device.
+        files: files it was read from.
+    """
+
+    kind = "elmo"
+    is_padded = True
+
+    def __init__(self, model: ElmoBiLm, files: Sequence[Path] = ()) -> None:
+        self.model, self.files = model.eval(), tuple(files)
+        self.num_layers, self.dim = model.num_layers, model.config.output_dim
+        self.device = next(model.parameters()).device
+
+    def read_lines(self, lines: Sequence[bytes], selection: Selection) -> tuple[list[Any], int]:
+        # White space is Unicode's, as in AllenNLP; bytes that are no UTF-8 go to the model as they are.
+        texts = []
+        for line in lines:
+            text = line.decode("utf-8", "surrogateescape")
+            words = text.split()
+            if _SURROGATE.search(text):
+                words = [word.encode("utf-8", "surrogateescape") for word in words]
+            texts.append(words)
+        return texts, 0
+
+    def prepare(self, texts: Sequence[Any], selection: Selection, where: Where, truncate: bool) -> list[Prepared]:
+        result = []
+        for text in texts:
+            words = text.split() if isinstance(text, str) else list(text)
+            result.append(Prepared(len(words) + 2, 1 if selection.level == "sentence" else len(words), words))
+        return result
+
+    @torch.inference_mode()
+    def encode(self, batch: Sequence[Prepared], selection: Selection) -> Tensor:
+        ids = batch_to_ids([item.data for item in batch], max_characters=self.model.config.max_characters)
+        layers = self.model(ids.to(self.device, non_blocking=True))["activations"]
+        counts = np.array([len(item.data) for item in batch], dtype=np.int64)
+        # The row before a sentence's first word is the mark of its beginning.
+        starts = np.arange(len(batch)) * layers[0].shape[1] + 1
+        index = torch.from_numpy(_spans(starts, counts)).to(self.device, non_blocking=True)
+        lengths = torch.from_numpy(counts).to(self.device) if selection.level == "sentence" else None
+        return assemble([layers[k].flatten(0, 1) for k in selection.layers], index, lengths, selection)
+
+    def tokens(self, item: Prepared, selection: Selection) -> list[str]:
+        return [word.decode("utf-8", "replace") if isinstance(word, bytes) else word for word in item.data]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        carried = self.model._carried
+        return {} if carried.h is None else {"h": carried.h, "c": carried.c}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.model.reset_states()
+        if state:
+            self.model._carried.h, self.model._carried.c = (state[name].to(self.device) for name in "hc")

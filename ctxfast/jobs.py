@@ -1,0 +1,445 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Embedding a file into a file: windows of lines become shards in a work directory, shards become the output.
+
+A job can be killed at any moment; the same call goes on where it stood and makes the same file. The output has its
+name only when it is whole. Disk space for the vectors is needed twice while shards become the output.
+"""
+
+from __future__ import annotations
+
+import array
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import numpy as np
+import torch
+
+from . import corpus, writers
+from ._core.capability import facts
+from .corpus import Corpus, Position, Window
+from .encoders import Prepared
+from .selection import Layers, Selection
+from .shards import Done, Shard, WorkDirectory
+
+if TYPE_CHECKING:
+    from .embed import Embedder
+
+_Path = str | os.PathLike[str]
+# tokens so far, texts so far, share of the input that is done (None where it cannot be known)
+Progress = Callable[[int, int, float | None], None]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a job did.
+
+    Attributes:
+        output: the file.
+        done: counts over the whole job.
+        resumed: texts that an earlier run had done.
+        notes: sentences worth telling.
+    """
+
+    output: Path
+    done: Done
+    resumed: int
+    notes: tuple[str, ...]
+
+
+def check_target(output: _Path, format: str | None = None, *, overwrite: bool = False) -> str:
+    """The format of an output that may be written.
+
+    Raises:
+        FileExistsError: it exists, without ``overwrite``, and no unfinished job knows of it.
+        FileNotFoundError: its folder does not exist.
+        ValueError, RuntimeError: see ``writers.format_of``.
+    """
+    target = Path(output)
+    chosen = writers.format_of(target, format)
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"ctxfast.embed: the folder of output {target} does not exist.")
+    if target.is_dir():
+        raise FileExistsError(f"ctxfast.embed: output {target} is a directory; expected the name of a file.")
+    is_known = (target.parent / f"{target.name}.partial" / "finished.json").is_file()
+    if target.exists() and not overwrite and not is_known:
+        raise FileExistsError(f"ctxfast.embed: output {target} exists. Pass --overwrite to replace it.")
+    return chosen
+
+
+def embed_file(
+    embedder: Embedder,
+    input: _Path,
+    output: _Path,
+    *,
+    layers: Layers | None = None,
+    level: str = "token",
+    pooling: str = "mean",
+    normalize: bool = False,
+    words: bool = False,
+    word_pieces: str = "first",
+    format: str | None = None,
+    empty: str = "keep",
+    truncate: bool = False,
+    window: int = 4096,
+    forget_sentences: bool = False,
+    use_sentence_keys: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    stdin: BinaryIO | None = None,
+) -> Report:
+    """Embed a text file, a text a line, into a file; any length in constant memory.
+
+    Args:
+        input: the file (plain, .gz or .xz), or "-" for standard input, which is first copied into the work directory.
+        output: the file to make. Its suffix names the format: .hdf5, .h5, .safetensors, .npz, .jsonl, .parquet.
+        layers, level, pooling, normalize, word_pieces: as for ``Embedder``; layers None is "top", and the top four for
+            "extract-features".
+        words: lines are words with white space between them (always so for ELMo).
+        format: in place of the suffix; "extract-features" for the JSON lines of Google's extract_features.py, where
+            "a ||| b" is a pair of texts.
+        empty: what a blank line is: "keep" a text without tokens (zeros at sentence level with ELMo; with BERT the
+            vector of the empty text), "skip" it (lines keep their numbers), or "error".
+        truncate: cut texts that are too long for the model instead of raising.
+        window: lines that are read and sorted by length together, and lost by a kill.
+        forget_sentences: HDF5: leave ``sentence_to_index`` out.
+        use_sentence_keys: HDF5: name datasets by their sentences.
+        overwrite: replace an output, and drop unfinished work that does not fit these arguments.
+        progress: called now and then.
+        stdin: stream that "-" stands for; None for the process's.
+
+    Returns:
+        A ``Report``.
+
+    Raises:
+        ValueError: a wrong option, a line that cannot be embedded (the message has its number, counted from 1), or
+            unfinished work that belongs to other arguments.
+        FileExistsError, FileNotFoundError: files.
+        RuntimeError: another process is writing the same output.
+    """
+    target = Path(output)
+    chosen = check_target(target, format, overwrite=overwrite)
+    selection = _selection(embedder, chosen, layers, level, pooling, normalize, words, word_pieces)
+    if (forget_sentences or use_sentence_keys) and (chosen != "hdf5" or level != "token"):
+        option = "use_sentence_keys" if use_sentence_keys else "forget_sentences"
+        raise ValueError(f"ctxfast.embed: {option} is set; expected HDF5 at token level for it, not {chosen}, {level}.")
+    multiple = embedder.batch_size if embedder.state == "carry" else 1
+    source = None if os.fspath(input) == "-" else Corpus(input, empty=empty, window=window, multiple=multiple)
+    work = WorkDirectory(target)
+    try:
+        notes: list[str] = []
+        if source is None:
+            path = _spool(work, stdin or sys.stdin.buffer, overwrite, notes)
+            source = Corpus(path, empty=empty, window=window, multiple=multiple, name="standard input")
+            mark = {"sha256": corpus.digest(path)}
+        else:
+            mark = corpus.fingerprint(source.path)
+        job = _Job(embedder, selection, source, work, truncate, keeps_tokens=_needs_tokens(chosen, level))
+        manifest = job.manifest(mark, words, window)
+        resumed = job.claim(manifest, overwrite)
+        if work.is_published and resumed.is_last:
+            work.remove()
+            return Report(target, resumed, resumed.texts, ("The output was complete already.",))
+        if target.exists() and not overwrite:
+            raise FileExistsError(f"ctxfast.embed: output {target} exists. Pass --overwrite to replace it.")
+        if use_sentence_keys:
+            check_keys(source)
+        has_index = chosen == "hdf5" and level == "token" and not forget_sentences and not use_sentence_keys
+        done = job.run(resumed, progress, _INDEX_LIMIT if has_index else None)
+        if "modified_ns" in mark and corpus.fingerprint(source.path) != mark:
+            raise ValueError(f"ctxfast.embed: {source.name} changed while it was read. Run again with --overwrite.")
+        options = {"index": has_index, "keys": use_sentence_keys} if chosen == "hdf5" else {}
+        writers.write(chosen, work.output, job.layout(done), **options)
+        work.publish()
+        return Report(target, done, resumed.texts, (*notes, *_notes(done)))
+    except Exception:
+        # Work worth going on with stays; an error before any is done leaves nothing behind.
+        if work.path.is_dir() and work.count() == 0:
+            work.remove()
+        raise
+    finally:
+        work.release()
+
+
+_INDEX_LIMIT = writers.MAX_INDEX_BYTES
+
+
+def _needs_tokens(format: str, level: str) -> bool:
+    return format == "extract-features" or (level == "token" and format in ("jsonl", "parquet"))
+
+
+def _selection(
+    embedder: Embedder,
+    format: str,
+    layers: Layers | None,
+    level: str,
+    pooling: str,
+    normalize: bool,
+    words: bool,
+    word_pieces: str,
+) -> Selection:
+    unit = "words" if words else "text"
+    if format == "extract-features":
+        for name, wrong in (("level", level != "token"), ("words", words), ("layers", layers == "average")):
+            if wrong:
+                raise ValueError(
+                    f"ctxfast.embed: format is 'extract-features' with {name} set; it holds single layers of the tokens "
+                    f"of plain text."
+                )
+        unit = "pairs"
+        if layers is None:
+            layers = list(range(-1, -1 - min(4, embedder.num_layers - 1), -1))
+    return embedder.select(
+        layers="top" if layers is None else layers,
+        level=level,
+        pooling=pooling,
+        normalize=normalize,
+        unit=unit,
+        word_pieces=word_pieces,
+    )
+
+
+def _notes(done: Done) -> Iterator[str]:
+    if done.skipped:
+        yield f"{done.skipped} blank lines were skipped."
+    if done.cut_texts:
+        yield f"{done.cut_texts} lines were too long for the model and were cut; they lost {done.cut_tokens} tokens."
+    if done.replaced:
+        yield f"{done.replaced} invalid UTF-8 sequences were replaced by U+FFFD."
+
+
+def _spool(work: WorkDirectory, stream: BinaryIO, overwrite: bool, notes: list[str]) -> Path:
+    """Standard input as a file of the work directory; what a run before put there must be the same."""
+    kept, fresh = work.path / "input", work.path / "input.new"
+    if not kept.is_file() or work.count() == 0:
+        corpus.spool(stream, kept)
+        return kept
+    if corpus.spool(stream, fresh) == 0:
+        fresh.unlink()
+        notes.append(f"Standard input was empty; went on with what an earlier run had read.")
+    elif corpus.digest(fresh) == corpus.digest(kept):
+        fresh.unlink()
+    elif overwrite:
+        work.clear(keep=("input.new",))
+        os.replace(fresh, kept)
+    else:
+        fresh.unlink()
+        raise ValueError(
+            f"ctxfast.embed: standard input is not what the unfinished job in {work.path} had read. Give it that, or "
+            f"nothing (< /dev/null) to go on with its copy, or pass --overwrite to start anew."
+        )
+    return kept
+
+
+def check_keys(source: Corpus) -> None:
+    """Raise ValueError if lines cannot all be names of HDF5 datasets; 8 bytes of memory a line."""
+    hashes = array.array("Q")
+    for window in source.windows():
+        for number, text in zip(window.numbers, window.texts):
+            sentence = text.decode("utf-8", "replace").strip()
+            problem = writers.key_problem(sentence)
+            if problem:
+                raise ValueError(
+                    f"ctxfast.embed: line {number + 1} of {source.name} cannot be a key: {problem}. Leave "
+                    f"--use-sentence-keys out."
+                )
+            hashes.append(_hash(sentence))
+    ordered = np.sort(np.frombuffer(hashes, dtype=np.uint64)) if hashes else np.zeros(0, np.uint64)
+    repeated = set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
+    if not repeated:
+        return
+    seen: dict[str, int] = {}
+    for window in source.windows():
+        for number, text in zip(window.numbers, window.texts):
+            sentence = text.decode("utf-8", "replace").strip()
+            if _hash(sentence) not in repeated:
+                continue
+            if sentence in seen:
+                raise ValueError(
+                    f"ctxfast.embed: line {number + 1} of {source.name} is the same as line {seen[sentence] + 1}; "
+                    f"expected different sentences. Leave --use-sentence-keys out."
+                )
+            seen[sentence] = number
+
+
+def _hash(sentence: str) -> int:
+    return int.from_bytes(hashlib.blake2b(sentence.encode(), digest_size=8).digest(), "little")
+
+
+def _differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in sorted({*old, *new}):
+            yield from _differences(old.get(name), new.get(name), f"{path}.{name}" if path else name)
+    elif old != new and not _is_looser(path, old):
+        yield f"{path} was {old!r} and is {new!r} now"
+
+
+def _is_looser(path: str, old: Any) -> bool:
+    """Whether work done under an option is good under every other value: it met nothing that the option is about."""
+    return (path == "options.empty" and old == "error") or (path == "options.truncate" and old is False)
+
+
+class _Job:
+    """One run over the windows of a file."""
+
+    def __init__(
+        self,
+        embedder: Embedder,
+        selection: Selection,
+        source: Corpus,
+        work: WorkDirectory,
+        truncate: bool,
+        *,
+        keeps_tokens: bool,
+    ) -> None:
+        self.embedder, self.selection, self.source, self.work = embedder, selection, source, work
+        self.truncate, self.keeps_tokens = truncate, keeps_tokens
+        self.shape = (selection.depth, embedder.dim)
+        self.shards = 0
+
+    def manifest(self, mark: dict[str, Any], words: bool, window: int) -> dict[str, Any]:
+        """What the vectors depend on."""
+        embedder = self.embedder
+        known = facts()
+        options = {
+            **asdict(self.selection),
+            "layers": list(self.selection.layers),
+            "dtype": embedder.dtype.str,
+            "device": known["gpu"] if embedder.device.type == "cuda" else embedder.device.type,
+            "impl": embedder.impl,
+            "state": embedder.state if embedder.kind == "elmo" else None,
+            "batch_tokens": embedder.batch_tokens if embedder.state != "carry" else None,
+            "batch_size": embedder.batch_size if embedder.state == "carry" else None,
+            "window": window,
+            "empty": self.source.empty,
+            "truncate": self.truncate,
+            "words": words,
+            "tokens_kept": self.keeps_tokens,
+        }
+        return {
+            "versions": {"ctxfast": known["ctxfast"], "torch": torch.__version__},
+            "input": mark,
+            "model": {file.name: corpus.digest(file) for file in embedder.encoder.files},
+            "options": options,
+        }
+
+    def claim(self, manifest: dict[str, Any], overwrite: bool) -> Done:
+        """Take the work directory for this job: what is done already in it."""
+        work = self.work
+        count, old = work.count(), work.manifest
+        if count and old is not None:
+            changes = list(_differences(old, manifest))
+            if not changes:
+                self.shards = count
+                work.write_manifest(manifest)
+                return self._shard(count - 1).done
+            if not overwrite:
+                raise ValueError(
+                    f"ctxfast.embed: {work.path} holds unfinished work of another job: {'; '.join(changes[:3])}. Give "
+                    f"the same arguments to go on with it, or pass --overwrite to start anew."
+                )
+        work.clear(keep=("input",))
+        work.write_manifest(manifest)
+        return Done()
+
+    def _shard(self, number: int) -> Shard:
+        return self.work.shard(number, self.shape, self.embedder.dtype)
+
+    def layout(self, done: Done) -> writers.Layout:
+        selection, embedder = self.selection, self.embedder
+        return writers.Layout(
+            shards=lambda: map(self._shard, range(self.shards)),
+            texts=done.texts,
+            rows=done.rows,
+            level=selection.level,
+            depth=selection.depth,
+            dim=embedder.dim,
+            is_single=selection.is_single,
+            dtype=embedder.dtype,
+            layers=tuple(layer - embedder.num_layers for layer in selection.layers),
+            facts={
+                "level": selection.level,
+                "layers": "average" if selection.is_average else ",".join(map(str, selection.layers)),
+                "model": embedder.kind,
+            },
+        )
+
+    def run(self, done: Done, progress: Progress | None, text_limit: int | None) -> Done:
+        """Embed the windows that are not done."""
+        embedder = self.embedder
+        state = self._shard(self.shards - 1).state if self.shards else {}
+        embedder.encoder.load_state_dict({name: torch.from_numpy(value.copy()) for name, value in state.items()})
+        if done.is_last:
+            return done
+        start = Position(done.offset, done.line)
+        for window, items, replaced in _ahead(self._prepared(start)):
+            done = self._embed(window, items, replaced, done, progress)
+            if text_limit is not None and done.text_bytes > text_limit:
+                raise ValueError(writers.index_too_large())
+        return done
+
+    def _prepared(self, start: Position) -> Iterator[tuple[Window, list[Prepared], int]]:
+        for window in self.source.windows(start):
+            texts, replaced = self.embedder.encoder.read_lines(window.texts, self.selection)
+
+            def where(index: int, numbers: Sequence[int] = window.numbers) -> str:
+                return f"line {numbers[index] + 1} of {self.source.name}"
+
+            yield window, self.embedder.prepare(texts, self.selection, where, self.truncate), replaced
+
+    def _embed(
+        self, window: Window, items: list[Prepared], replaced: int, done: Done, progress: Progress | None
+    ) -> Done:
+        embedder, work = self.embedder, self.work
+        rows = [item.rows for item in items]
+        writer = work.write(self.shards, rows, self.shape, embedder.dtype)
+        all_tokens = sum(item.length for item in items)
+        tokens = texts = 0
+        for batch, values in embedder.encode(items, self.selection):
+            writer.put(batch, values)
+            tokens += sum(items[index].length for index in batch)
+            texts += len(batch)
+            if progress is not None:
+                offset = done.offset + (window.end.offset - done.offset) * tokens / max(all_tokens, 1)
+                size = self.source.size
+                progress(done.tokens + tokens, done.texts + texts, None if size is None else offset / max(size, 1))
+        writer.close()
+        now = Done(
+            offset=window.end.offset,
+            line=window.end.line,
+            is_last=window.is_last,
+            texts=done.texts + len(items),
+            rows=done.rows + sum(rows),
+            tokens=done.tokens + all_tokens,
+            text_bytes=done.text_bytes + sum(map(len, window.texts)),
+            skipped=done.skipped + window.skipped,
+            cut_texts=done.cut_texts + sum(1 for item in items if item.cut),
+            cut_tokens=done.cut_tokens + sum(item.cut for item in items),
+            replaced=done.replaced + replaced,
+        )
+        kept = []
+        if self.keeps_tokens:
+            names = (embedder.encoder.tokens(item, self.selection) for item in items)
+            kept = [json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") for row in names]
+        state = {name: value.float().cpu().numpy() for name, value in embedder.encoder.state_dict().items()}
+        work.finish(
+            self.shards, now, numbers=window.numbers, rows=rows, texts=window.texts, tokens=kept, state=state
+        )
+        self.shards += 1
+        return now
+
+
+def _ahead(windows: Iterator[Any]) -> Iterator[Any]:
+    """The same, with the next one made while the caller is at work on this one."""
+    end = object()
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        coming = pool.submit(next, windows, end)
+        while (window := coming.result()) is not end:
+            coming = pool.submit(next, windows, end)
+            yield window

@@ -1,0 +1,404 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmark suite's own arithmetic, gate, files and pages, on tiny cases."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from benchmarks import __main__ as command
+from benchmarks import cases, gate, measure, peers, peers_ops, report, results
+from benchmarks.cases import Case
+from benchmarks.measure import ResultRow, Settings
+from benchmarks.peers import Call, NotInstalled, Provider, Unavailable
+from ctxfast._core import registry
+
+TINY = {
+    "lstm": dict(B=3, T=4, R=2, I=5, H=6, P=4, clip=3.0),
+    "attention": dict(lengths=(4, 1, 3), H=2, D=8),
+    "add_layer_norm": dict(T=4, N=8),
+    "linear_act": dict(T=4, N=8, M=6, activation="gelu"),
+    "embed_layer_norm": dict(T=4, N=8, V=11),
+    "char_cnn": dict(W=3),
+    "scalar_mix": dict(K=3, B=2, T=3, N=4),
+    "linear_cross_entropy": dict(T=6, labelled=2, N=8, V=11),
+}
+QUICK = Settings(seconds=0.0)
+
+
+def tiny(op: str, *, backward: bool = False, dtype: str = "float32", **sizes) -> Case:
+    return Case(op, "tiny", {**TINY[op], **sizes}, dtype, backward, "cpu", "small")
+
+
+def row(
+    provider: str, ms: float | None, *, ours=False, chosen=False, case="op/w/float32/forward/cpu", **more
+) -> ResultRow:
+    op, workload, dtype, pass_name, device = case.split("/")
+    known = dict(median_ms=ms, p20_ms=ms, p80_ms=ms, error=0.0)
+    return ResultRow(case, op, workload, dtype, pass_name, device, provider, ours, chosen, **{**known, **more})
+
+
+def document(rows, **more) -> dict:
+    settings = dict(threads="2 threads", load_before=0.0)
+    facts = dict(cpu="A CPU, 2 threads", gpu="none", torch="2", python="3")
+    return dict(
+        schema=1, machine="a-cpu-2t", device="cpu", date="2026-01-02T03:04:05Z", commit="abc", dirty=False,
+        command="python -m benchmarks", facts=facts, instruction_sets=[], settings=settings, rows=list(rows),
+    ) | more  # fmt: skip
+
+
+def statuses(found) -> dict[str, str]:
+    return {each.provider: each.status for each in found}
+
+
+# the table
+
+
+@pytest.mark.parametrize("op", sorted(registry.OPS))
+def test_every_op_has_a_small_row_peers_and_declared_work(op):
+    selected = cases.select("cpu", "small", [op])
+    assert selected, f"add a small row for {op} to benchmarks/cases.py"
+    assert cases.select("cuda", "full", [op])
+    assert peers_ops.PEERS[op]
+    for case in selected:
+        assert case.work.flops or case.work.bytes
+
+
+def test_ids_are_unique_and_full_holds_small():
+    for device in ("cpu", "cuda"):
+        full = [case.id for case in cases.select(device, "full", models=True)]
+        assert len(full) == len(set(full))
+        assert {case.id for case in cases.select(device, "small", models=True)} < set(full)
+
+
+def test_select_keeps_what_is_asked_for():
+    assert {case.op for case in cases.select(ops=["scalar_mix"])} == {"scalar_mix"}
+    assert {case.op for case in cases.select(ops=["bert"])} == {"bert"}
+    assert not any(case.is_model for case in cases.select())
+    assert any(case.is_model for case in cases.select(models=True))
+    assert all("B32" in case.id for case in cases.select("cpu", "full", workloads=["B32"]))
+    with pytest.raises(ValueError, match="there is no op 'lstn'"):
+        cases.select(ops=["lstn"])
+
+
+def test_inputs_are_the_same_for_every_dtype():
+    narrow, wide = tiny("lstm", dtype="bfloat16").make(), tiny("lstm").make()
+    assert torch.equal(narrow["input"], wide["input"].bfloat16())
+    assert torch.equal(narrow["weight_hh"][1], wide["weight_hh"][1].bfloat16())
+
+
+def test_work_counts_tokens_not_padding():
+    case = tiny("attention")
+    assert case.work.flops == 4 * (16 + 1 + 9) * 2 * 8
+    ragged = tiny("lstm", ragged=True)
+    assert ragged.work.tokens == sum(ragged.make()["lengths"].tolist()) < 3 * 4
+    assert tiny("lstm").work.flops == 2 * 12 * 2 * (4 * 6 * (5 + 4) + 4 * 6)
+    assert tiny("lstm", backward=True).work.flops == 3 * tiny("lstm").work.flops
+
+
+# providers: every peer of every op passes its own gate
+
+_SPECIAL = [
+    tiny("lstm", ragged=True),
+    tiny("lstm", dtype="float32+bf16"),
+    tiny("lstm", P=None, clip=None, backward=True),
+    tiny("lstm", ragged=True, backward=True),
+    tiny("attention", lengths=(4, 4), backward=True),
+    tiny("linear_act", activation="none"),
+]
+_PEER_CASES = [
+    tiny(op, backward=back) for op in sorted(TINY) for back in (False, True) if not back or op in cases.GRADS
+]
+
+
+@pytest.mark.parametrize("case", [*_PEER_CASES, *_SPECIAL], ids=lambda case: f"{case.id} {case.sizes}")
+def test_providers_pass_their_gate(case):
+    found = measure.measure(case, peers.providers(case), QUICK)
+    assert {each.status for each in found} <= {"ok", "cannot run"}, [each.note for each in found]
+    timed = [each for each in found if each.status == "ok"]
+    assert all(each.samples >= measure.MIN_ROUNDS and each.error <= each.bound for each in timed)
+    assert sum(not each.ours for each in timed) >= 1
+    (chosen,) = [each for each in timed if each.chosen]
+    assert chosen.ratio == 1 and chosen.provider.startswith("ctxfast")
+    assert {f"ctxfast {impl.name}" for impl in registry.OPS[case.op].all_impls} <= set(statuses(found))
+
+
+def test_providers_that_do_not_run_keep_their_row():
+    def missing(case, args):
+        raise NotInstalled("not installed (pip install fastlib)")
+
+    def unable(case, args):
+        raise Unavailable("it has no masks")
+
+    def broken(case, args):
+        raise RuntimeError("first line\nsecond line")
+
+    case = tiny("add_layer_norm")
+    extra = [Provider("missing", missing), Provider("unable", unable), Provider("broken", broken)]
+    found = measure.measure(case, [*peers.providers(case), *extra], QUICK)
+    assert statuses(found)["missing"] == "not installed"
+    assert statuses(found)["unable"] == "cannot run"
+    assert statuses(found)["broken"] == "error"
+    text = results.case_table(found)
+    for words in ("not installed (pip install fastlib)", "it has no masks", "ERROR: RuntimeError: first line"):
+        assert words in text
+    assert "second line" not in text
+
+
+def test_provider_filter_leaves_a_row():
+    case = tiny("scalar_mix")
+    found = measure.measure(case, peers.providers(case), Settings(seconds=0.0, providers=("einsum",)))
+    assert statuses(found)["stack and einsum"] == "ok"
+    assert next(each for each in found if each.provider.startswith("sum of")).note.startswith("left out")
+
+
+# the gate
+
+
+def _wrong(change):
+    def build(case, args):
+        right = peers.providers(case)[-2].build(case, args)
+        return Call(lambda: tuple(change(out) for out in right.forward()), right.leaves)
+
+    return Provider("wrong", build)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda out: out * 1.01, "off by"),
+        (lambda out: out / 0, "not finite"),
+        (lambda out: out[:-1], "has shape"),
+    ],
+)
+def test_a_wrong_provider_gets_no_number_and_exit_code_1(change, words, capsys):
+    case = tiny("add_layer_norm")
+    found = measure.measure(case, [*peers.providers(case), _wrong(change)], QUICK)
+    bad = found[-1]
+    assert bad.status == "wrong" and words in bad.note
+    assert bad.median_ms is None and bad.ratio is None and bad.samples == 0
+    assert "WRONG" in results.case_table(found)
+    assert command._verdict(found) == 1 and command._verdict(found[:-1]) == 0
+    assert "add_layer_norm" in capsys.readouterr().err
+
+
+def test_a_wrong_gradient_is_seen():
+    def build(case, args):
+        x, residual, weight, bias, x_bias = (args[name] for name in case.grads)
+
+        def forward():
+            return (
+                torch.nn.functional.layer_norm(x + residual.detach() + x_bias, (8,), weight, bias, 1e-12)
+                + 0 * residual,
+            )
+
+        return Call(forward, peers.leaves_of(case, args))
+
+    (found,) = measure.measure(tiny("add_layer_norm", backward=True), [Provider("no residual gradient", build)], QUICK)
+    assert found.status == "wrong" and "gradient of residual" in found.note
+
+
+def test_relative_error():
+    right = torch.tensor([1.0, -4.0], dtype=torch.float64)
+    assert gate.relative_error("x", torch.tensor([1.0, -3.0]), right) == pytest.approx(0.25)
+    assert gate.relative_error("x", torch.empty(0), torch.empty(0)) == 0
+    with pytest.raises(gate.ParityError, match="has shape"):
+        gate.relative_error("x", torch.ones(3), right)
+
+
+def test_rounds_take_turns():
+    order = []
+
+    def provider(name):
+        def build(case, args):
+            def forward():
+                order.append(name)
+                return peers.providers(case)[0].build(case, args).forward()
+
+            return Call(forward)
+
+        return Provider(name, build)
+
+    measure.measure(tiny("add_layer_norm"), [provider(name) for name in "abc"], QUICK)
+    squeezed = "".join(name for i, name in enumerate(order) if i == 0 or order[i - 1] != name)
+    assert squeezed.endswith("abc" * measure.MIN_ROUNDS)
+
+
+# arithmetic
+
+
+def test_percentile_and_rounds():
+    assert measure.percentile([3.0, 1.0, 2.0], 0.5) == 2
+    assert measure.percentile([1.0, 2.0], 0.25) == 1.25
+    assert measure.percentile([5.0], 0.8) == 5
+    assert measure.rounds(1.0, 0.1) == 10
+    assert measure.rounds(1.0, 9.0) == measure.MIN_ROUNDS
+    assert measure.rounds(1.0, 0.0) == measure.MAX_ROUNDS
+
+
+@pytest.mark.parametrize(
+    "value, text",
+    [(None, "-"), (0, "0"), (1234.5, "1234"), (12.345, "12.3"), (0.01234, "0.0123"), (1.5e-6, "0.000002")],
+)
+def test_number(value, text):
+    assert results.number(value) == text
+
+
+def test_ratios_are_peer_over_ours():
+    rows = [
+        row("ctxfast cpu", 2.0, ours=True, chosen=True),
+        row("nn.LSTM", 5.0),
+        row("gone", None, status="cannot run"),
+    ]
+    measure._set_ratios(rows)
+    assert [each.ratio for each in rows] == [1.0, 2.5, None]
+    unchosen = [row("ctxfast cpu", None, ours=True, chosen=True, status="wrong"), row("nn.LSTM", 5.0)]
+    measure._set_ratios(unchosen)
+    assert unchosen[1].ratio is None
+
+
+# files
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("Intel(R) Xeon(R) Processor", "intel-xeon"),
+        ("NVIDIA H100 80GB HBM3", "nvidia-h100-80gb-hbm3"),
+        ("AMD EPYC 7B13 64-Core Processor", "amd-epyc-7b13-64"),
+        ("Intel(R) Core(TM) i7-8700 CPU @ 3.20GHz", "intel-i7-8700"),
+        ("", "unknown"),
+    ],
+)
+def test_slug(name, expected):
+    assert results.slug(name) == expected
+
+
+def test_result_files_come_back_and_are_complete(tmp_path):
+    case = tiny("scalar_mix")
+    found = measure.measure(case, peers.providers(case), QUICK)
+    description = results.describe("cpu", QUICK, "2 threads", ["--op", "scalar_mix"])
+    path = results.place(str(tmp_path / "new"), description)
+    results.save(path, description, found)
+    loaded = results.load(path)
+    assert path.name == f"{description['machine']}-{description['date'][:10]}-{description['commit']}.json"
+    assert [each.provider for each in loaded["rows"]] == [each.provider for each in found]
+    assert loaded["rows"][1].median_ms == pytest.approx(found[1].median_ms, rel=1e-4)
+    assert loaded["facts"]["torch"] == torch.__version__ and loaded["dirty"] in (True, False, None)
+    assert list(path.parent.iterdir()) == [path]  # no temporary file stays
+    assert results.place(str(tmp_path / "new"), description).stem == path.stem + "-2"
+    with pytest.raises(FileExistsError, match="--overwrite"):
+        results.place(str(path), description)
+    assert results.place(str(path), description, overwrite=True) == path
+
+
+@pytest.mark.parametrize("content, words", [("{", "is not JSON"), ("[]", "schema None"), ('{"schema": 9}', "schema 9")])
+def test_what_is_no_result_file_is_refused(tmp_path, content, words):
+    path = tmp_path / "x.json"
+    with pytest.raises(FileNotFoundError, match="there is no result file"):
+        results.load(path)
+    path.write_text(content)
+    with pytest.raises(ValueError, match=words):
+        results.load(path)
+    path.write_text(json.dumps({"schema": 1, "rows": [{"nonsense": 1}]}))
+    with pytest.raises(ValueError, match="cannot read"):
+        results.load(path)
+
+
+# pages
+
+
+@pytest.fixture
+def pages():
+    lost = "op/lost/float32/forward/cpu"
+    return document(
+        [
+            row("ctxfast cpu", 2.0, ours=True, chosen=True),
+            row("ctxfast reference", 6.0, ours=True),
+            row("ctxfast triton", 3.0, ours=True),
+            row("peer", 4.0),
+            row("gone", None, status="not installed", note="not installed (pip install gone)"),
+            row("ctxfast reference", 4.0, ours=True, chosen=True, case=lost),
+            row("quick peer", 1.0, case=lost),
+            row("bad peer", None, status="wrong", note="output 0 is off", case=lost),
+        ]
+    )
+
+
+def test_summaries(pages):
+    won, lost = report.summarise(pages["rows"])
+    assert won.ours.provider == "ctxfast cpu" and won.best.provider == "peer"
+    assert [each.provider for each in won.peers] == ["peer", "ctxfast reference"]
+    assert [each.provider for each in won.siblings] == ["ctxfast triton"]
+    assert won.ratio(won.best) == 2.0
+    assert lost.ratio(lost.best) == 0.25 and not lost.siblings
+
+
+def test_the_page_shows_losses_and_who_is_missing(pages):
+    text = report.markdown(pages, "plot.png")
+    assert "| op: w | float32 | cpu | 2 |" in text and "| peer | 2x | ctxfast reference 3x |" in text
+    assert "| quick peer | **0.25x** |" in text
+    assert "ctxfast triton, 1.5x" in text
+    assert "- gone: not installed (pip install gone) (1 case of op)" in text
+    assert "- bad peer: WRONG: output 0 is off" in text
+    assert "(plot.png)" in text
+
+
+def test_the_page_of_a_case_without_our_time():
+    rows = [row("ctxfast cpu", None, ours=True, chosen=True, status="wrong", note="output 0 is off"), row("peer", 4.0)]
+    assert "no time: wrong, output 0 is off" in report.markdown(document(rows))
+
+
+def test_page_and_plot_are_written_beside_the_file(pages, tmp_path):
+    pytest.importorskip("matplotlib", reason="needs matplotlib, for the plot")
+    page, picture = report.write(pages, tmp_path / "a.json")
+    assert page.name == "a.md" and "(a.png)" in page.read_text()
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    (only,) = report.write(document([row("peer", None, status="cannot run")]), tmp_path / "b.json")
+    assert only.name == "b.md"
+
+
+def test_compare():
+    old = document([row("a", 4.0), row("b", 4.0), row("c", 4.0), row("gone", 1.0), row("never", None)])
+    new = document([row("a", 2.0), row("b", 8.0), row("c", 4.1), row("new", 1.0), row("never", None)], commit="def")
+    lines = {line.rsplit(": ")[-1]: line for line in report.compare(old, new).splitlines() if ": " in line}
+    assert "2.00x  faster" in lines["a"] and "0.50x  slower" in lines["b"] and "same" in lines["c"]
+    assert "only new" in lines["new"] and "only old" in lines["gone"] and "never" not in lines
+    assert "different machines" in report.compare(old, document([], machine="other"))
+
+
+def test_noise_is_no_change():
+    old = row("a", 4.0, p20_ms=3.0, p80_ms=5.0)
+    new = row("a", 2.0, p20_ms=1.0, p80_ms=3.5)
+    assert report.verdict(old, new) == "same"
+    assert report.verdict(old, dataclasses.replace(new, p80_ms=2.9)) == "faster"
+
+
+# the command
+
+
+def test_command_runs_and_writes(tmp_path, capsys):
+    target = tmp_path / "r.json"
+    words = ["--op", "scalar_mix", "--case", "elmo", "--seconds", "0", "--json", str(target)]
+    assert command.main(words) == 0
+    output = capsys.readouterr()
+    assert "stack and einsum" in output.out and "[1/1" in output.err
+    saved = results.load(target)
+    assert str(tmp_path) not in json.dumps(saved, default=vars)
+    assert command.main(words) == 2 and "--overwrite" in capsys.readouterr().err
+    assert command.main(["--base", str(target), str(target)]) == 0
+    assert " 1.00x  same" in capsys.readouterr().out
+    assert command.main(["--base", str(target), str(tmp_path / "no.json")]) == 2
+
+
+def test_command_lists_and_refuses(capsys):
+    assert command.main(["--list", "--op", "lstm"]) == 0
+    assert all(line.startswith("lstm/") for line in capsys.readouterr().out.splitlines())
+    assert command.main(["--op", "lstm", "--case", "nothing like it"]) == 2
+    assert "no case is left" in capsys.readouterr().err
+    if not torch.cuda.is_available():
+        assert command.main(["--device", "cuda"]) == 2
+        assert "needs a GPU" in capsys.readouterr().err
