@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+HALF_AND_FLOAT = (torch.float32, torch.float16, torch.bfloat16)
 IMPL_NAMES = ("reference", "cpu", "triton", "cuda", "cuda_step")
 
 
@@ -36,11 +37,15 @@ class Case:
 
     ``make(device, dtype, seed)`` returns the keyword arguments of the public function; ``grads`` names the
     arguments whose gradients are compared (a name whose value is a sequence of tensors stands for all of them).
+    ``dtypes`` are those the case is meant for; gradients are compared in ``grad_dtypes``, fewer where the definition
+    has kinks (a maximum, a clip) that half-precision rounding crosses.
     """
 
     id: str
     make: Callable[[str, torch.dtype, int], dict[str, Any]]
     grads: tuple[str, ...] = ()
+    dtypes: tuple[torch.dtype, ...] = HALF_AND_FLOAT
+    grad_dtypes: tuple[torch.dtype, ...] = HALF_AND_FLOAT
 
 
 @dataclass(frozen=True)

@@ -108,6 +108,8 @@ def _forward_fake(
 
 def _previous(states: Tensor, initial: Tensor, lengths: Tensor | None, reverse: bool) -> Tensor:
     """The state before each step of (B, T, size), in the direction's own order; ``initial`` (B, size) comes first."""
+    if states.shape[1] == 0:
+        return states
     if not reverse:
         return torch.cat((initial[:, None], states[:, :-1]), dim=1)
     shifted = torch.cat((states[:, 1:], initial[:, None]), dim=1)

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Test cases of ``char_cnn``: ELMo's filter widths, words of one character, filters as wide as the word."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..._core.registry import Case
+from ..._core.samples import Sampler
+
+
+def _case(
+    name: str, *, W: int, filters: tuple[tuple[int, int], ...], C: int = 50, D: int = 4, V: int = 262, act: str = "relu"
+) -> Case:
+    def make(device: str, dtype: torch.dtype, seed: int) -> dict[str, Any]:
+        sample = Sampler(device, dtype, seed)
+        return dict(
+            char_ids=sample.integers(0, V, W, C),
+            char_embeddings=sample.normal(V, D),
+            conv_weights=[sample.normal(n, D, w, spread=(D * w) ** -0.5) for w, n in filters],
+            conv_biases=[sample.normal(n, spread=0.2) for _, n in filters],
+            activation=act,
+        )
+
+    # Rounding to half precision changes which position is the largest, and with it where the gradient goes.
+    return Case(name, make, ("char_embeddings", "conv_weights", "conv_biases"), grad_dtypes=(torch.float32,))
+
+
+_TINY = ((1, 4), (2, 8), (3, 16), (4, 32), (5, 64))
+
+CASES = (
+    _case("elmo-tiny", W=9, filters=_TINY),
+    _case("elmo-tiny-tanh", W=9, filters=_TINY, act="tanh"),
+    _case("elmo-widths", W=5, filters=((1, 32), (2, 32), (3, 64), (4, 128), (5, 64), (6, 32), (7, 33)), D=16),
+    _case("one-word", W=1, filters=_TINY),
+    _case("no-words", W=0, filters=_TINY),
+    _case("one-filter", W=3, filters=((3, 1),), D=1, V=5),
+    _case("whole-word", W=6, filters=((7, 5), (1, 3)), C=7, D=3),
+    _case("odd", W=33, filters=((2, 17), (4, 31)), C=11, D=5),
+    _case("large", W=70, filters=((1, 32), (3, 64), (7, 100)), D=16),
+)

@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Standing hazards, over every implementation in the table: layouts, uninitialised memory, writes out of bounds,
+changed inputs, repeatability, threads, streams, graph capture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from parity import FORWARD, arguments, check, combinations, convert, converted, device_of, flat, gradients, run, wide
+from torch import Tensor
+
+from ctxfast._core import torch_ops
+
+SEED = 5
+SENTINEL = 777.0
+# The cases a hazard is tried on: sizes that leave remainders, and the empty ones.
+CASES_PER_OP = 6
+
+
+def _parameters() -> list:
+    rows = []
+    for spec, implementation in combinations():
+        device = device_of(implementation)
+        marks = [pytest.mark.gpu] if device == "cuda" else []
+        chosen = 0
+        for case in spec.cases():
+            if chosen == CASES_PER_OP or case.id.startswith("large"):
+                continue
+            if device == "cpu" or torch.cuda.is_available():
+                kwargs = case.make(device, torch.float32, SEED)
+                if spec.supports(implementation, arguments(spec.name, kwargs)) is not None:
+                    continue
+            chosen += 1
+            name = f"{spec.name}-{implementation.name}-{case.id}"
+            rows.append(pytest.param(spec, implementation, case, id=name, marks=marks))
+    return rows
+
+
+every_row = pytest.mark.parametrize(("spec", "implementation", "case"), _parameters())
+
+
+def strided(tensor: Tensor) -> Tensor:
+    """The same values with gaps between elements and an odd offset from the start of the memory."""
+    if tensor.dim() == 0:
+        return tensor
+    wide_shape = (*tensor.shape[:-1], 2 * tensor.shape[-1] + 1)
+    memory = torch.full(wide_shape, SENTINEL, dtype=tensor.dtype, device=tensor.device)
+    view = memory[..., 1::2]
+    view.copy_(tensor)
+    return view
+
+
+def offset(tensor: Tensor) -> Tensor:
+    """The same values, contiguous, starting one element into the memory: not aligned to a vector register."""
+    memory = torch.full((tensor.numel() + 1,), SENTINEL, dtype=tensor.dtype, device=tensor.device)
+    view = memory[1:].view(tensor.shape)
+    view.copy_(tensor)
+    return view
+
+
+def transposed(tensor: Tensor) -> Tensor:
+    """The same values with the dimensions laid out in the opposite order."""
+    order = tuple(reversed(range(tensor.dim())))
+    return tensor.permute(order).contiguous().permute(order)
+
+
+def _compare(spec, implementation, case, kwargs: dict) -> None:
+    with torch.no_grad():
+        got = run(spec.name, kwargs, implementation.name)
+        reference = run(spec.name, kwargs, "reference")
+        oracle = run(spec.name, wide(kwargs), "reference")
+    for i, tensors in enumerate(zip(got, reference, oracle)):
+        check(f"output {i}", *tensors, torch.float32, spec.ceiling[torch.float32], FORWARD)
+
+
+@every_row
+@pytest.mark.parametrize("change", [strided, offset, transposed])
+def test_layouts(spec, implementation, case, change: Callable[[Tensor], Tensor]) -> None:
+    kwargs = case.make(device_of(implementation), torch.float32, SEED)
+    _compare(spec, implementation, case, converted(kwargs, change))
+
+
+@every_row
+def test_expanded_inputs(spec, implementation, case) -> None:
+    """Every row of every input is one and the same row in memory (stride 0)."""
+
+    def expanded(tensor: Tensor) -> Tensor:
+        return tensor[:1].expand(tensor.shape) if tensor.dim() > 1 and tensor.shape[0] else tensor
+
+    kwargs = case.make(device_of(implementation), torch.float32, SEED)
+    _compare(spec, implementation, case, converted(kwargs, expanded))
+
+
+@every_row
+def test_inputs_are_left_alone(spec, implementation, case) -> None:
+    kwargs = case.make(device_of(implementation), torch.float32, SEED)
+    before = [tensor.clone() for tensor in flat(list(kwargs.values()))]
+    gradients(spec.name, kwargs, case.grads, implementation.name)
+    with torch.no_grad():
+        run(spec.name, kwargs, implementation.name)
+    for old, new in zip(before, flat(list(kwargs.values()))):
+        assert torch.equal(old, new)
+
+
+@every_row
+def test_two_runs_are_bitwise_equal(spec, implementation, case) -> None:
+    if not implementation.bitwise_repeatable:
+        pytest.fail("an implementation that is not repeatable must say so in README and take another test")
+    kwargs = case.make(device_of(implementation), torch.float32, SEED)
+    first, first_grads, given = gradients(spec.name, kwargs, case.grads, implementation.name)
+    again, again_grads, _ = gradients(spec.name, kwargs, case.grads, implementation.name, given)
+    for one, two in zip(first, again):
+        assert torch.equal(one, two)
+    for (name, one), (_, two) in zip(first_grads, again_grads):
+        assert torch.equal(one, two), name
+
+
+@every_row
+def test_every_element_is_written(spec, implementation, case, monkeypatch) -> None:
+    """Outputs start as nan and lie between bands of sentinels: all must be written, and nothing beside them."""
+    bands: list[tuple[Tensor, Tensor]] = []
+    plain = torch_ops.allocate
+
+    def fenced(size, like, dtype=None) -> Tensor:
+        if torch._subclasses.fake_tensor.is_fake(like):
+            return plain(size, like, dtype)
+        dtype = like.dtype if dtype is None else dtype
+        count = int(torch.Size(size).numel())
+        pad = 64  # elements: keeps the alignment an allocator would give
+        if not dtype.is_floating_point:
+            return plain(size, like, dtype)
+        memory = torch.full((count + 2 * pad,), SENTINEL, dtype=dtype, device=like.device)
+        inside = memory[pad : pad + count]
+        inside.fill_(float("nan"))
+        bands.append((memory[:pad], memory[pad + count :]))
+        return inside.view(tuple(size))
+
+    monkeypatch.setattr(torch_ops, "allocate", fenced)
+    kwargs = case.make(device_of(implementation), torch.float32, SEED)
+    outputs, grads, _ = gradients(spec.name, kwargs, case.grads, implementation.name)
+    for tensor in [*outputs, *(grad for _, grad in grads)]:
+        assert not torch.isnan(tensor).any()
+    for low, high in bands:
+        assert (low == SENTINEL).all() and (high == SENTINEL).all()
+    if implementation.name != "reference":
+        assert bands, "outputs must come from torch_ops.allocate"
+
+
+@every_row
+def test_thread_counts(spec, implementation, case) -> None:
+    if device_of(implementation) != "cpu":
+        pytest.skip("not on this device: threads are the CPU's")
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            _compare(spec, implementation, case, case.make("cpu", torch.float32, SEED))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.gpu
+@every_row
+def test_side_stream(spec, implementation, case) -> None:
+    """Work is queued on the caller's stream: inputs that are still being made there are waited for."""
+    kwargs = case.make("cuda", torch.float32, SEED)
+    if spec.supports(implementation, arguments(spec.name, kwargs)) is not None:
+        pytest.skip("not on this device: the implementation is for the CPU")
+    with torch.no_grad():
+        expected = run(spec.name, kwargs, implementation.name)
+        torch.cuda.synchronize()
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(20_000_000)
+            late = converted(kwargs, lambda tensor: tensor.clone())
+            got = run(spec.name, late, implementation.name)
+        stream.synchronize()
+    for one, two in zip(expected, got):
+        assert torch.equal(one, two)
+
+
+@pytest.mark.gpu
+@every_row
+def test_graph_capture(spec, implementation, case) -> None:
+    """A captured call, replayed on other inputs, gives what an eager call gives."""
+    kwargs = case.make("cuda", torch.float32, SEED)
+    if implementation.device != "cuda" or spec.supports(implementation, arguments(spec.name, kwargs)) is not None:
+        pytest.skip("not on this device: the implementation is not a CUDA one")
+    with torch.no_grad():
+        run(spec.name, kwargs, implementation.name)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = run(spec.name, kwargs, implementation.name)
+        for tensor, new in zip(
+            flat(list(kwargs.values())), flat(list(case.make("cuda", torch.float32, SEED + 1).values()))
+        ):
+            tensor.copy_(new)
+        graph.replay()
+        expected = run(spec.name, kwargs, implementation.name)
+    for one, two in zip(expected, captured):
+        assert torch.equal(one, two)
+
+
+def test_helpers_keep_values() -> None:
+    tensor = torch.randn(3, 5)
+    for change in (strided, offset, transposed):
+        changed = change(tensor)
+        assert torch.equal(changed, tensor)
+        assert changed.stride() != tensor.stride() or changed.storage_offset()
+    assert convert((tensor, [tensor]), torch.neg)[1][0].equal(-tensor)
