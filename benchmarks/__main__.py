@@ -76,15 +76,21 @@ def _run(options: argparse.Namespace, argv: Sequence[str]) -> int:
         settings.threads = options.threads
     threads = measure.set_threads(settings.threads)
     description = results.describe(options.device, settings, threads, _without_paths(argv))
+    load = description["settings"]["load_before"]
+    if load > 0.5 and options.device == "cpu":
+        print(
+            f"load is {load}: other programs share these cores, so times will be off, and ratios too", file=sys.stderr
+        )
     path = None
     if options.json or options.report:
         path = results.place(options.json, description, overwrite=options.overwrite)
-    started, rows = time.monotonic(), []
+    started, others, rows = time.monotonic(), results.Others(), []
     for i, case in enumerate(selected):
         print(f"[{i + 1}/{len(selected)}, {time.monotonic() - started:.0f} s] {case.id}", file=sys.stderr, flush=True)
         found = measure.measure(case, providers(case, compile=settings.compile), settings)
         print(results.case_table(found), end="\n\n", flush=True)
         rows += found
+        description["settings"]["others_kept_busy"] = others.cores()
         if path is not None:  # after every case, so that a run that is stopped leaves what it has
             results.save(path, description, rows)
     print("* what ctxfast runs by itself; ratio: a row's time over that one's. Times: median, p20..p80.")

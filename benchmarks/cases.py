@@ -50,7 +50,7 @@ class Row:
 _BOTH_WEIGHTS = ("float32", "float32+bf16")
 
 ROWS: tuple[Row, ...] = (
-    # lstm -----------------------------------------------------------------------------------------------------------
+    # lstm
     Row("lstm", "elmo-original one direction B1 T32", dict(B=1, T=32, R=1, **ELMO), "small", cpu=_BOTH_WEIGHTS),
     Row("lstm", "elmo-original one direction B8 T32", dict(B=8, T=32, R=1, **ELMO), cpu=_BOTH_WEIGHTS),
     Row("lstm", "elmo-original one direction B32 T32", dict(B=32, T=32, R=1, **ELMO), cpu=_BOTH_WEIGHTS),
@@ -67,7 +67,7 @@ ROWS: tuple[Row, ...] = (
     Row("lstm", "biLSTM H512 B32 T128", dict(B=32, T=128, R=2, I=512, H=512), cpu=(), passes=("f", "fb")),
     Row("lstm", "biLSTM H512 B32 T32 ragged", dict(B=32, T=32, R=2, I=512, H=512, ragged=True)),
     Row("lstm", "biLSTM H1024 B8 T128", dict(B=8, T=128, R=2, I=512, H=1024), cpu=()),
-    # attention ------------------------------------------------------------------------------------------------------
+    # attention
     Row("attention", "bert-base 8x128", dict(lengths=(128,) * 8, H=12, D=64), "small", cpu=("float32", "bfloat16")),
     Row("attention", "bert-base 8x128", dict(lengths=(128,) * 8, H=12, D=64), passes=("fb",)),
     Row("attention", "minilm ragged 32 (fill 0.39)", dict(lengths=RAGGED_32, H=12, D=32), "small",
@@ -76,7 +76,7 @@ ROWS: tuple[Row, ...] = (
     Row("attention", "bert-base 64x128", dict(lengths=(128,) * 64, H=12, D=64), cpu=(), passes=("f", "fb")),
     Row("attention", "bert-base 32x512", dict(lengths=(512,) * 32, H=12, D=64), cpu=(), passes=("f", "fb")),
     Row("attention", "bert-base ragged 256", dict(lengths=RAGGED_32 * 8, H=12, D=64), cpu=()),
-    # the rest of an encoder layer -----------------------------------------------------------------------------------
+    # the rest of an encoder layer
     Row("add_layer_norm", "bert-base 1024 rows", dict(T=1024, N=768), "small"),
     Row("add_layer_norm", "bert-base 1024 rows", dict(T=1024, N=768), passes=("fb",)),
     Row("add_layer_norm", "bert-base 16384 rows", dict(T=16384, N=768), cpu=(), passes=("f", "fb")),
@@ -90,13 +90,13 @@ ROWS: tuple[Row, ...] = (
     Row("linear_cross_entropy", "bert-base MLM 20 of 128 rows", dict(T=128, labelled=20, N=768, V=30522), "small"),
     Row("linear_cross_entropy", "bert-base MLM 20 of 128 rows", dict(T=128, labelled=20, N=768, V=30522),
         passes=("fb",)),
-    # ELMo around its LSTM -------------------------------------------------------------------------------------------
+    # ELMo around its LSTM
     Row("char_cnn", "elmo-original 32 words", dict(W=32), "small"),
     Row("char_cnn", "elmo-original 256 words", dict(W=256)),
     Row("char_cnn", "elmo-original 4096 words", dict(W=4096), cpu=()),
     Row("scalar_mix", "elmo 3 layers 32x32", dict(K=3, B=32, T=32, N=1024), "small"),
     Row("scalar_mix", "bert-base 13 layers 8x128", dict(K=13, B=8, T=128, N=768), "small"),
-    # whole models, random weights -----------------------------------------------------------------------------------
+    # whole models, random weights
     Row("elmo", "original 1x20 words", dict(B=1, words=20), "small", cpu=_BOTH_WEIGHTS),
     Row("elmo", "original 32x20 words", dict(B=32, words=20), cpu=_BOTH_WEIGHTS),
     Row("bert", "minilm 1x16", dict(model="minilm", lengths=(16,)), "small", cpu=("float32", "bfloat16")),
@@ -208,7 +208,7 @@ def select(
     return found
 
 
-# inputs of the ops ----------------------------------------------------------------------------------------------------
+# inputs of the ops
 
 GRADS = {
     "lstm": ("input", "weight_ih", "weight_hh", "bias", "weight_proj"),

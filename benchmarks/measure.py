@@ -141,7 +141,7 @@ def measure(case: Case, providers: Sequence[Provider], settings: Settings) -> li
 def _prepare(
     case: Case, args: dict[str, Any], provider: Provider, gate: Gate, row: ResultRow
 ) -> Callable[[], Any] | None:
-    """Build a provider's call and hold its first result to the gate; None (with the row filled in) if it does not run."""
+    """A provider's timed function, its first result held to the gate; None, with the row filled in, if it fails."""
     try:
         # The right results come first: they must not count as memory of the first call.
         starts = gate.right(provider)[2]
@@ -170,7 +170,7 @@ def _prepare(
     return None
 
 
-# time ------------------------------------------------------------------------------------------------------------------
+# time
 
 
 def _time_cpu(runners: list[_Runner], seconds: float, *, flush: bool) -> None:
@@ -264,7 +264,7 @@ def _capture(run: Callable[[], Any], row: ResultRow) -> Callable[[], Any] | None
     return replay
 
 
-# memory ----------------------------------------------------------------------------------------------------------------
+# memory
 
 
 def _peak_memory(run: Callable[[], Any], device: str) -> tuple[Any, float | None]:
@@ -303,7 +303,7 @@ def _status_kib(field_name: str) -> float | None:
     return None
 
 
-# summary ---------------------------------------------------------------------------------------------------------------
+# summary
 
 
 def percentile(values: Sequence[float], share: float) -> float:

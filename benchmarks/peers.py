@@ -89,7 +89,7 @@ def flat(value: Any) -> Outputs:
     return tuple(tensor for item in value for tensor in flat(item))
 
 
-# ctxfast itself --------------------------------------------------------------------------------------------------------
+# ctxfast itself
 
 
 def _build_impl(impl: str) -> Callable[[Case, Mapping[str, Any]], Call]:
@@ -118,6 +118,7 @@ def chosen_impl(case: Case, args: Mapping[str, Any]) -> str:
 
 
 def _build_compiled(case: Case, args: Mapping[str, Any]) -> Call:
+    torch.compiler.reset()  # sizes seen in earlier cases would make this one compile for any size
     function = torch.compile(registry.OPS[case.op].reference)
     plain = functional.ARGS[case.op](**args)
     return Call(lambda: flat(function(**plain)), leaves_of(case, args))
@@ -131,7 +132,7 @@ def _op_providers(op: str) -> list[Provider]:
     return rows
 
 
-# everybody -------------------------------------------------------------------------------------------------------------
+# everybody
 
 
 def providers(case: Case, *, compile: bool = False) -> list[Provider]:
@@ -163,7 +164,7 @@ def _not_compiled(case: Case, args: Mapping[str, Any]) -> Call:
 
 
 def oracle(case: Case, args: Mapping[str, Any], *, ours: bool) -> tuple[Outputs, dict[str, Outputs], Outputs | None]:
-    """What every provider must return: outputs, gradients by argument, and the gradients of the outputs they start from.
+    """What every provider must return: outputs, gradients by argument, and the gradients these start from.
 
     An op: its reference in float64 on the same inputs, ``weight_dtype`` rounding included for ctxfast only (peers
     have no such argument and are held to the unrounded result). A model: ctxfast's model on references, in float32.

@@ -29,7 +29,7 @@ from .peers import Call, Outputs, Provider, Unavailable, require
 from .peers_ops import loop_direction, module_lstm
 from .work import BERT_SIZES, ELMO_CHARACTERS
 
-# BERT ------------------------------------------------------------------------------------------------------------------
+# BERT
 
 
 @functools.lru_cache(maxsize=1)
@@ -117,6 +117,7 @@ def _build_hf(case: Case, args: Mapping[str, Any]) -> Call:
 
 def _build_hf_compiled(case: Case, args: Mapping[str, Any]) -> Call:
     options = {"mode": "reduce-overhead"} if case.device == "cuda" else {}
+    torch.compiler.reset()  # as for ops: one case, one size
     model = torch.compile(_hf_bert(case, args), **options)
     call = _bert_call(model, args)
     if case.device != "cuda":
@@ -207,7 +208,7 @@ def _export_onnx(model: _Tuple, inputs: tuple[Tensor, Tensor], folder: Path, nam
     return str(fused)
 
 
-# ELMo ------------------------------------------------------------------------------------------------------------------
+# ELMo
 
 
 @functools.lru_cache(maxsize=1)
@@ -314,7 +315,7 @@ def _plain_elmo(weights: Mapping[str, Tensor], char_ids: Tensor, lstm: _Layer) -
     return (weights["scalar_mix_0.gamma"] * sum(w * layer for w, layer in zip(mix, layers)))[:, 1:-1]
 
 
-# tables ----------------------------------------------------------------------------------------------------------------
+# tables
 
 
 _latest_oracle: dict[str, Outputs] = {}

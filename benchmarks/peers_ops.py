@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .cases import Case
 from .peers import Call, Leaves, Outputs, Provider, Unavailable, leaves_of
 
-# lstm ------------------------------------------------------------------------------------------------------------------
+# lstm
 
 _LSTM_NAMES = {
     "weight_ih": "weight_ih_l0",
@@ -185,7 +185,7 @@ def _build_loop(dtype: torch.dtype | None = None) -> Callable[[Case, Mapping[str
     return build
 
 
-# attention -------------------------------------------------------------------------------------------------------------
+# attention
 
 
 def _padding(args: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
@@ -243,7 +243,7 @@ def _build_varlen(case: Case, args: Mapping[str, Any]) -> Call:
     return Call(forward, leaves_of(case, args))
 
 
-# layers of an encoder --------------------------------------------------------------------------------------------------
+# layers of an encoder
 
 
 def _build_layer_norm(case: Case, args: Mapping[str, Any]) -> Call:
@@ -290,7 +290,7 @@ def _build_labelled_rows(case: Case, args: Mapping[str, Any]) -> Call:
     return Call(forward, leaves_of(case, args))
 
 
-# ELMo around its LSTM --------------------------------------------------------------------------------------------------
+# ELMo around its LSTM
 
 
 def _build_conv1d(case: Case, args: Mapping[str, Any]) -> Call:

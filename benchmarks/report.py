@@ -82,7 +82,7 @@ def _is_peer(row: ResultRow) -> bool:
     return not row.ours or row.provider.startswith("ctxfast reference")
 
 
-# the page --------------------------------------------------------------------------------------------------------------
+# the page
 
 
 def markdown(document: dict[str, Any], plot: str | None = None) -> str:
@@ -106,11 +106,13 @@ def _machine_lines(document: dict[str, Any]) -> list[str]:
     dirty = " with changes that are not committed" if document["dirty"] else ""
     where = facts["gpu"] if document["device"] == "cuda" else facts["cpu"]
     sets = ", ".join(document["instruction_sets"])
+    versions = f"torch {facts['torch']}, Python {facts['python']}"
+    busy = settings.get("others_kept_busy")
+    load = "load of others unknown" if busy is None else f"other programs kept {number(busy)} cores busy meanwhile"
     lines = [
         f"- {where}" + (f"; {sets}" if document["device"] == "cpu" and sets else ""),
-        f"- commit {document['commit']}{dirty}; torch {facts['torch']}, Python {facts['python']}; `{document['command']}`",
-        f"- {settings['threads']}; load {settings['load_before']} before; every provider passed parity before it was timed; "
-        f"rounds in turn, medians",
+        f"- commit {document['commit']}{dirty}; {versions}; `{document['command']}`",
+        f"- {settings['threads']}; {load}; everybody passed parity before being timed; rounds in turn, medians",
     ]
     if document["device"] == "cuda":
         lines.append("- CUDA events; ops with a flushed L2 cache, models warm")
@@ -172,7 +174,7 @@ def _absent_lines(summaries: Sequence[Summary]) -> list[str]:
     return lines
 
 
-# the plot --------------------------------------------------------------------------------------------------------------
+# the plot
 
 _WIN, _LOSS, _DOT, _INK, _FAINT = "#1b7f79", "#c8553d", "#9aa3ad", "#22272e", "#e3e6ea"
 
@@ -263,7 +265,7 @@ def write(document: dict[str, Any], beside: str | os.PathLike[str]) -> list[Path
     return [page, *written]
 
 
-# comparison ------------------------------------------------------------------------------------------------------------
+# comparison
 
 
 def compare(old: dict[str, Any], new: dict[str, Any]) -> str:

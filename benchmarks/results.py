@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -85,9 +86,40 @@ def describe(device: str, settings: Settings, threads_line: str, command: Sequen
             "threads": threads_line,
             "cuda_graphs": settings.graphs,
             "torch_compile": settings.compile,
-            "load_before": round(os.getloadavg()[0], 2),
+            "load_before": load_average(),
         },
     }
+
+
+def load_average() -> float:
+    """Programs that wanted a core during the last minute."""
+    return round(os.getloadavg()[0], 2)
+
+
+class Others:
+    """How many cores other programs kept busy since this was made: what a noisy run is known by afterwards."""
+
+    def __init__(self) -> None:
+        self._start, self._busy = time.monotonic(), self._others()
+
+    @staticmethod
+    def _others() -> float | None:
+        """Seconds of core time the machine spent so far on all but this process and its children."""
+        try:
+            fields = Path("/proc/stat").read_text(encoding="ascii").split("\n", 1)[0].split()[1:]
+        except OSError:
+            return None
+        user, nice, system, _, _, irq, softirq, steal = map(int, fields[:8])
+        own = os.times()
+        mine = own.user + own.system + own.children_user + own.children_system
+        return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK") - mine
+
+    def cores(self) -> float | None:
+        """Mean over the time since; None where the system does not tell."""
+        now = self._others()
+        if now is None or self._busy is None:
+            return None
+        return round(max(0.0, now - self._busy) / max(time.monotonic() - self._start, 1e-9), 2)
 
 
 def stem(description: dict[str, Any]) -> str:
@@ -166,7 +198,7 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     return {**document, "rows": rows}
 
 
-# what people see while it runs ----------------------------------------------------------------------------------------
+# what people see while it runs
 
 
 def number(value: float | None, digits: int = 3) -> str:

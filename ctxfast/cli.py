@@ -7,13 +7,12 @@ Exit codes: 0 done, 2 wrong usage or input (one line on stderr says what), 1 any
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import os
+import re
 import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +38,9 @@ lines holds line numbers from 0. Messages count lines from 1.
 
 
 class _Parser(argparse.ArgumentParser):
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+
     def error(self, message: str) -> None:  # argparse prints the whole usage; one line is enough
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
@@ -57,14 +59,14 @@ def _add_embed(commands: Any) -> None:
     add("-o", "--output", required=True, metavar="OUT", help="file to make; its suffix names the format")
     add("--format", help="format by name: hdf5, safetensors, npz, jsonl, parquet, extract-features")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--layers", help="all, top, average, or numbers: 0 is the token layer, -1 the top (default: top)")
+    which.add_argument("--layers", help="all, top (default), average, or numbers: 0 is the token layer, -1 the top")
     for name in ("all", "top", "average"):
         which.add_argument(f"--{name}", dest="layers", action="store_const", const=name, help=f"--layers {name}")
     add("--level", default="token", help="token (default) or sentence")
     add("--pooling", default="mean", help="sentence level: mean over tokens (default), or cls, the first")
     add("--normalize", action="store_true", help="scale every vector to length 1")
     add("--tokens", action="store_true", help="lines are words with spaces between (always so for ELMo)")
-    add("--word-pieces", default="first", help="with --tokens: the first piece of a word (default), mean, or all pieces")
+    add("--word-pieces", default="first", help="with --tokens: first piece of a word (default), mean, or all")
     add("--empty", default="keep", help="blank lines: keep as texts without tokens (default), skip, or error")
     add("--skip-empty", dest="empty", action="store_const", const="skip", help="--empty skip")
     add("--truncate", action="store_true", help="cut lines that are too long for the model")
@@ -91,8 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_embed(commands)
     info = commands.add_parser("info", help="versions, build, and what each op would run")
     info.set_defaults(run=_info)
-    bench = commands.add_parser("bench", help="the benchmark suite of a checkout", add_help=False)
-    bench.add_argument("rest", nargs=argparse.REMAINDER)
+    bench = commands.add_parser("bench", help="the benchmark suite of a checkout; arguments go to it", add_help=False)
     bench.set_defaults(run=_bench)
     return parser
 
@@ -191,7 +192,7 @@ class _Bar(_Lines):
         super().__init__()
         from tqdm import tqdm
 
-        self._bar = tqdm(total=100.0, unit="%", bar_format="{desc}{percentage:5.1f}%|{bar}| {elapsed}<{remaining}{postfix}")
+        self._bar = tqdm(total=100.0, unit="%", bar_format="{percentage:5.1f}%|{bar}| {elapsed}<{remaining}{postfix}")
 
     def __call__(self, tokens: int, texts: int, share: float | None) -> None:
         rate = self.rate(tokens, time.monotonic())
@@ -224,8 +225,9 @@ def _print_report(report: Any, seconds: float) -> None:
 def _info(args: argparse.Namespace) -> int:
     import torch
 
-    from ._core.registry import OPS, explain_args
-    from .functional import show_config
+    from ._core.capability import show_config
+    from ._core.registry import OPS
+    from .functional import explain
 
     print(show_config())
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -234,7 +236,7 @@ def _info(args: argparse.Namespace) -> int:
         for spec in OPS.values():
             case = spec.cases()[0]
             with torch.inference_mode():
-                print(explain_args(spec, case.make(device, torch.float32, 0)))
+                print(explain(spec.name, **case.make(device, torch.float32, 0)))
     return 0
 
 
@@ -242,8 +244,8 @@ def _bench(args: argparse.Namespace) -> int:
     checkout = Path(__file__).resolve().parents[1]
     if not (checkout / "benchmarks" / "__main__.py").is_file():
         raise FileNotFoundError(
-            "ctxfast.bench: the benchmark suite is not here; it is part of the source tree, not of an installed package. "
-            "Clone the repository and run: make bench"
+            "ctxfast.bench: the benchmark suite is not here; it is part of the source tree, not of an installed "
+            "package. Clone the repository and run: make bench"
         )
     return subprocess.call([sys.executable, "-m", "benchmarks", *args.rest], cwd=checkout)
 
@@ -253,9 +255,24 @@ def _is_ours(error: Exception) -> bool:
     return str(error).startswith(("ctxfast.", "CTXFAST_"))
 
 
+def _joined_numbers(argv: Sequence[str]) -> list[str]:
+    """``--layers -1,-2`` as ``--layers=-1,-2``: argparse takes the numbers for an option."""
+    result: list[str] = []
+    for word in argv:
+        if result and result[-1] == "--layers" and re.match(r"-\d", word):
+            result[-1] += "=" + word
+        else:
+            result.append(word)
+    return result
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args, rest = parser.parse_known_args(_joined_numbers(sys.argv[1:] if argv is None else argv))
+    if rest and args.run is not _bench:
+        parser.error(f"unknown argument {rest[0]}")
+    args.rest = rest
     try:
         return args.run(args)
     except KeyboardInterrupt:

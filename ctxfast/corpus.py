@@ -88,7 +88,13 @@ class Corpus:
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], *, empty: str = "keep", window: int = 4096, multiple: int = 1, name: str = ""
+        self,
+        path: str | os.PathLike[str],
+        *,
+        empty: str = "keep",
+        window: int = 4096,
+        multiple: int = 1,
+        name: str = "",
     ) -> None:
         self.path = Path(path)
         self.name = name or str(path)

@@ -128,8 +128,8 @@ class Embedder:
             layers: "top", "all", "average" (their plain mean), a number or numbers: 0 is the token layer, -1 the top.
             pooling: at sentence level: "mean" over tokens, [CLS] and [SEP] included for BERT, or "cls", the first.
             normalize: scale every vector to length 1.
-            word_pieces: for BERT and lists of words: the "first" piece of each word (a vector a word), the "mean" of its
-                pieces (a vector a word), or "all" pieces. A word without a piece has zeros.
+            word_pieces: for BERT and lists of words: the "first" piece of each word (a vector a word), the "mean" of
+                its pieces (a vector a word), or "all" pieces. A word without a piece has zeros.
             truncate: cut texts longer than the model's positions instead of raising.
             output: "numpy", or "torch" for tensors on the model's device.
 
@@ -187,7 +187,9 @@ class Embedder:
     def _batches(self, items: Sequence[Prepared]) -> list[list[int]]:
         if self.state == "carry":
             return corpus.fixed_batches(len(items), self.batch_size)
-        return corpus.token_batches([item.length for item in items], self.batch_tokens, is_padded=self.encoder.is_padded)
+        return corpus.token_batches(
+            [item.length for item in items], self.batch_tokens, is_padded=self.encoder.is_padded
+        )
 
     def _encode(self, items: Sequence[Prepared], selection: Selection) -> Iterator[tuple[list[int], Tensor]]:
         for batch in self._batches(items):
@@ -290,7 +292,7 @@ def open_encoder(
     if model is None and files is None:
         raise ValueError("ctxfast.Embedder: model is None; expected a folder or a name, or an ELMo model's two files.")
     if model is not None and files is not None:
-        raise ValueError("ctxfast.Embedder: model is given beside options_file and weight_file; expected one or the other.")
+        raise ValueError("ctxfast.Embedder: model is given beside options_file; expected one or the other.")
     if files is None and Path(model).expanduser().is_dir():
         files = _elmo_files(Path(model).expanduser())
     if files is not None:
@@ -318,7 +320,9 @@ def _elmo_files(folder: Path) -> tuple[Path, Path] | None:
     found = f"It holds: {', '.join(names[:20]) or 'nothing'}{' ...' if len(names) > 20 else ''}."
     options = _the_one(names, ("options.json",), lambda name: "options" in name and name.endswith(".json"))
     tables = [name for name in names if name.endswith((".hdf5", ".h5"))]
-    weights = _the_one(tables, ("weights.hdf5",), lambda name: "weights" in name) or _the_one(tables, (), lambda _: True)
+    weights = _the_one(tables, ("weights.hdf5",), lambda name: "weights" in name) or _the_one(
+        tables, (), lambda _: True
+    )
     is_elmo = options is not None and bool(tables)
     is_bert = any(name in names for name in ("config.json", "bert_config.json")) or "0_Transformer" in names
     if is_elmo and is_bert:
@@ -336,8 +340,8 @@ def _elmo_files(folder: Path) -> tuple[Path, Path] | None:
             f"*weights*. Pass options_file and weight_file."
         )
     raise ValueError(
-        f"ctxfast.Embedder: {folder} is no model: expected config.json (BERT), or options.json with an HDF5 weight file "
-        f"(ELMo). {found}"
+        f"ctxfast.Embedder: {folder} is no model: expected config.json (BERT) or options.json with HDF5 weights (ELMo)."
+        f" {found}"
     )
 
 

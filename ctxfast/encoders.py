@@ -128,8 +128,8 @@ def _spans(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 def _too_long(where: str, tokens: int, limit: int) -> ValueError:
     return ValueError(
-        f"ctxfast.embed: {where} has {tokens} tokens, special ones included; expected at most {limit}, the positions of "
-        f"the model. Pass --truncate (truncate=True) to cut such texts, or split them."
+        f"ctxfast.embed: {where} has {tokens} tokens, special ones included; expected at most {limit}, the positions "
+        f"of the model. Pass --truncate (truncate=True) to cut such texts, or split them."
     )
 
 

@@ -189,8 +189,8 @@ def _selection(
         for name, wrong in (("level", level != "token"), ("words", words), ("layers", layers == "average")):
             if wrong:
                 raise ValueError(
-                    f"ctxfast.embed: format is 'extract-features' with {name} set; it holds single layers of the tokens "
-                    f"of plain text."
+                    f"ctxfast.embed: format is 'extract-features' with {name} set; it holds single layers of the "
+                    f"tokens of plain text."
                 )
         unit = "pairs"
         if layers is None:
@@ -207,11 +207,11 @@ def _selection(
 
 def _notes(done: Done) -> Iterator[str]:
     if done.skipped:
-        yield f"{done.skipped} blank lines were skipped."
+        yield f"blank lines skipped: {done.skipped}"
     if done.cut_texts:
-        yield f"{done.cut_texts} lines were too long for the model and were cut; they lost {done.cut_tokens} tokens."
+        yield f"lines too long for the model and cut: {done.cut_texts}; tokens they lost: {done.cut_tokens}"
     if done.replaced:
-        yield f"{done.replaced} invalid UTF-8 sequences were replaced by U+FFFD."
+        yield f"invalid UTF-8 sequences replaced by U+FFFD: {done.replaced}"
 
 
 def _spool(work: WorkDirectory, stream: BinaryIO, overwrite: bool, notes: list[str]) -> Path:
@@ -222,7 +222,7 @@ def _spool(work: WorkDirectory, stream: BinaryIO, overwrite: bool, notes: list[s
         return kept
     if corpus.spool(stream, fresh) == 0:
         fresh.unlink()
-        notes.append(f"Standard input was empty; went on with what an earlier run had read.")
+        notes.append("Standard input was empty; went on with what an earlier run had read.")
     elif corpus.digest(fresh) == corpus.digest(kept):
         fresh.unlink()
     elif overwrite:
@@ -428,9 +428,7 @@ class _Job:
             names = (embedder.encoder.tokens(item, self.selection) for item in items)
             kept = [json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") for row in names]
         state = {name: value.float().cpu().numpy() for name, value in embedder.encoder.state_dict().items()}
-        work.finish(
-            self.shards, now, numbers=window.numbers, rows=rows, texts=window.texts, tokens=kept, state=state
-        )
+        work.finish(self.shards, now, numbers=window.numbers, rows=rows, texts=window.texts, tokens=kept, state=state)
         self.shards += 1
         return now
 

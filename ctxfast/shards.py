@@ -184,9 +184,7 @@ class WorkDirectory:
         if self.path.exists():
             foreign = [] if self.path.is_dir() else [self.path.name]
             if not foreign:
-                foreign = [
-                    name for name in os.listdir(self.path) if not _OURS.fullmatch(name.removesuffix(".tmp"))
-                ]
+                foreign = [name for name in os.listdir(self.path) if not _OURS.fullmatch(name.removesuffix(".tmp"))]
             if foreign:
                 raise FileExistsError(
                     f"ctxfast.embed: {self.path} exists and is no work directory of an embedding job (it holds "

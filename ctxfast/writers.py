@@ -171,8 +171,8 @@ def _sentence_index(layout: Layout) -> bytes:
 
 def index_too_large() -> str:
     return (
-        f"ctxfast.embed: sentence_to_index would have more than {MAX_INDEX_BYTES >> 30} GiB; HDF5 keeps it as one string. "
-        f"Pass --forget-sentences, or choose another format."
+        f"ctxfast.embed: sentence_to_index would have more than {MAX_INDEX_BYTES >> 20} MiB; HDF5 keeps it as one "
+        f"string. Pass --forget-sentences, or choose another format."
     )
 
 
@@ -246,7 +246,7 @@ def _write_safetensors(path: Path, layout: Layout) -> None:
 
 
 def _write_npz(path: Path, layout: Layout) -> None:
-    """The arrays of ``_write_safetensors``; not compressed, so that ``np.load(..., mmap_mode)`` and copies are quick."""
+    """The arrays of ``_write_safetensors``, not compressed."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         for name, (dtype, shape, numbers) in _arrays(layout).items():
             member = zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0))
@@ -279,7 +279,7 @@ def _write_jsonl(path: Path, layout: Layout) -> None:
             text = json.dumps(item.text.decode("utf-8", "replace"), ensure_ascii=False)
             tokens = f'"tokens": {item.tokens.decode()}, ' if layout.level == "token" else ""
             numbers = _numbers(layout.shaped(item.values))
-            file.write(f'{{"index": {item.number}, "text": {text}, {tokens}"{field_name}: {numbers}}}\n')
+            file.write(f'{{"index": {item.number}, "text": {text}, {tokens}"{field_name}": {numbers}}}\n')
 
 
 def _write_extract_features(path: Path, layout: Layout) -> None:
@@ -319,7 +319,7 @@ def _write_parquet(path: Path, layout: Layout) -> None:
         data: dict[str, Any] = {
             "index": [item.number for item in items],
             "text": [item.text.decode("utf-8", "replace") for item in items],
-            "embedding": pyarrow.ListArray.from_arrays(pyarrow.array(ends, pyarrow.int32()), pyarrow.array(flat, number)),
+            "embedding": pyarrow.ListArray.from_arrays(ends.astype(np.int32), pyarrow.array(flat, number)),
         }
         if layout.level == "token":
             data["tokens"] = [json.loads(item.tokens) for item in items]

@@ -109,9 +109,7 @@ def gradients(
         [grad.to(device=output.device, dtype=output.dtype) for output, grad in reached],
         allow_unused=True,
     )
-    named = [
-        (name, torch.zeros_like(leaf) if grad is None else grad) for (name, leaf), grad in zip(leaves, found)
-    ]
+    named = [(name, torch.zeros_like(leaf) if grad is None else grad) for (name, leaf), grad in zip(leaves, found)]
     return outputs, named, given
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import time
 
 import pytest
 import torch
@@ -42,7 +44,7 @@ def row(
 
 
 def document(rows, **more) -> dict:
-    settings = dict(threads="2 threads", load_before=0.0)
+    settings = dict(threads="2 threads", load_before=0.0, others_kept_busy=0.25)
     facts = dict(cpu="A CPU, 2 threads", gpu="none", torch="2", python="3")
     return dict(
         schema=1, machine="a-cpu-2t", device="cpu", date="2026-01-02T03:04:05Z", commit="abc", dirty=False,
@@ -227,6 +229,44 @@ def test_rounds_take_turns():
     assert squeezed.endswith("abc" * measure.MIN_ROUNDS)
 
 
+class _Event:
+    """Stands in for a CUDA event: 2 ms pass between two records."""
+
+    clock = 0
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        _Event.clock += 2
+        self.at = _Event.clock
+
+    def elapsed_time(self, end: _Event) -> float:
+        return end.at - self.at
+
+
+def test_cuda_timing_takes_event_times(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Event", _Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: type("", (), {"L2_cache_size": 1 << 20}))
+    each = measure._Runner(row("a", None), lambda: time.sleep(1e-3))
+    measure._time_cuda([each], 0.0, flush=False)
+    assert set(each.times) == {2e-3} and len(each.times) == measure.MIN_ROUNDS * each.inner
+    assert each.row.timing == "CUDA events, warm"
+
+
+def test_what_no_cuda_graph_can_hold_says_so(monkeypatch):
+    def refuse(*args):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(torch.cuda, "Stream", refuse)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    found = row("a, CUDA graph", None)
+    assert measure._capture(lambda: None, found) is None
+    assert found.status == "cannot run" and found.note.endswith("when stream is capturing")
+
+
 # arithmetic
 
 
@@ -258,6 +298,15 @@ def test_ratios_are_peer_over_ours():
     unchosen = [row("ctxfast cpu", None, ours=True, chosen=True, status="wrong"), row("nn.LSTM", 5.0)]
     measure._set_ratios(unchosen)
     assert unchosen[1].ratio is None
+
+
+def test_others_do_not_count_this_process():
+    others = results.Others()
+    end = time.monotonic() + 0.3
+    while time.monotonic() < end:
+        pass
+    busy = others.cores()
+    assert busy is None or 0 <= busy < os.cpu_count() - 0.5
 
 
 # files
@@ -344,7 +393,7 @@ def test_the_page_shows_losses_and_who_is_missing(pages):
     assert "ctxfast triton, 1.5x" in text
     assert "- gone: not installed (pip install gone) (1 case of op)" in text
     assert "- bad peer: WRONG: output 0 is off" in text
-    assert "(plot.png)" in text
+    assert "(plot.png)" in text and "other programs kept 0.25 cores busy" in text
 
 
 def test_the_page_of_a_case_without_our_time():

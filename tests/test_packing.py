@@ -23,9 +23,7 @@ def _facts(packing: Packing) -> dict:
     )
 
 
-@pytest.mark.parametrize(
-    "dtype", [torch.bool, torch.int64, torch.int32, torch.uint8, torch.float32]
-)
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.int32, torch.uint8, torch.float32])
 def test_mask_with_holes_and_an_empty_row(dtype: torch.dtype) -> None:
     packing = Packing.from_mask(torch.tensor(HOLES).to(dtype))
     assert _facts(packing) == dict(
@@ -172,8 +170,7 @@ ERRORS = {
     "mask-4d": (
         lambda: Packing.from_mask(torch.ones(2, 1, 3, 3)),
         ValueError,
-        "attention_mask has shape (2, 1, 3, 3); expected (batch, seqlen). Masks that differ by "
-        "query",
+        "attention_mask has shape (2, 1, 3, 3); expected (batch, seqlen). Masks that differ by query",
     ),
     "mask-complex": (
         lambda: Packing.from_mask(torch.ones(1, 1, dtype=torch.complex64)),

@@ -85,7 +85,11 @@ def test_backward(spec, implementation, dtype, case) -> None:
 
 @pytest.mark.parametrize(
     ("spec", "implementation", "dtype", "case"),
-    [row for row in ROWS if row.values[2] is torch.float32 and row.values[0].name == "lstm" and "ragged" in row.values[3].id],
+    [
+        row
+        for row in ROWS
+        if row.values[2] is torch.float32 and row.values[0].name == "lstm" and "ragged" in row.values[3].id
+    ],
 )
 @pytest.mark.parametrize("used", [[0], [1], [2], [0, 2]], ids=["output", "h_n", "c_n", "output-and-c_n"])
 def test_backward_with_outputs_unused(spec, implementation, dtype, case, used) -> None:

@@ -86,10 +86,13 @@ def choice(op: str, name: str, value: Any, allowed: Sequence[Any]) -> None:
         raise ValueError(f"ctxfast.{op}: {name} is {value!r}; expected one of {listed}.")
 
 
-def positive(op: str, name: str, value: float | None, *, none_means: str) -> None:
-    """Raise ValueError unless ``value`` is None or a number above zero."""
-    if value is not None and not value > 0:
-        raise ValueError(f"ctxfast.{op}: {name} is {value!r}; expected a number above 0, or None for {none_means}.")
+def positive(op: str, name: str, value: float | None, *, none_means: str | None = None) -> None:
+    """Raise ValueError unless ``value`` is a number above zero, or None where that means something."""
+    if value is None and none_means is not None:
+        return
+    if value is None or not value > 0:
+        tail = f", or None for {none_means}" if none_means is not None else ""
+        raise ValueError(f"ctxfast.{op}: {name} is {value!r}; expected a number above 0{tail}.")
 
 
 def probability(op: str, name: str, value: float) -> None:

@@ -123,9 +123,7 @@ def test_old_bin_names(legacy: bool, tmp_path: Path) -> None:
     model = hf_model("BertForPreTraining")
     tensors = {
         "module."
-        + name.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
-            "LayerNorm.bias", "LayerNorm.beta"
-        ): tensor
+        + name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): tensor
         for name, tensor in model.state_dict().items()
     }
     tensors["bert.embeddings.position_ids"] = torch.arange(20)[None]
@@ -300,9 +298,7 @@ def test_resolve_model(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     (package / "model").mkdir()
     shutil.copy(folder / "config.json", package / "model")
     assert resolve_model("some-tiny-model") == package / "model"
-    with pytest.raises(
-        FileNotFoundError, match=r"is no model.*bert-base-unheard.*Nothing is downl"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"is no model.*bert-base-unheard.*Nothing is downl"):
         resolve_model("bert-base-unheard")
     with pytest.raises(FileNotFoundError, match="directory or file some-org/bert"):
         resolve_model("some-org/bert")

@@ -126,9 +126,7 @@ def test_only_labelled_rows_go_through_the_head() -> None:
     ours, _ = _pair("BertForMaskedLM")
     ids, labels = _ids(), _mlm_labels()
     seen = []
-    ours.cls.predictions.transform.register_forward_pre_hook(
-        lambda module, args: seen.append(args[0].shape[0])
-    )
+    ours.cls.predictions.transform.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[0]))
     ours(ids, MASK, labels=labels)
     assert seen == [int((labels != -100).sum())]
     at_padding = torch.where(MASK == 0, 5, -100)
@@ -321,9 +319,7 @@ def test_roberta_heads_from_hugging_face_files(model_type: str, tmp_path: Path) 
             loss = theirs(ids, attention_mask=MASK, labels=labels).loss
             _close(ours(ids, MASK, labels=labels).loss, loss)
         ours.save_pretrained(tmp_path / f"{task}-again")
-        again, report = type(theirs).from_pretrained(
-            tmp_path / f"{task}-again", output_loading_info=True
-        )
+        again, report = type(theirs).from_pretrained(tmp_path / f"{task}-again", output_loading_info=True)
         assert not report["missing_keys"] and not report["unexpected_keys"]
         for key, value in theirs.state_dict().items():
             assert torch.equal(value, again.state_dict()[key]), key
@@ -333,9 +329,7 @@ def test_missing_heads_start_at_random_with_a_warning(tmp_path: Path) -> None:
     encoder = Bert(BertConfig(**SIZES))
     encoder.save_pretrained(tmp_path)
     with pytest.warns(UserWarning) as caught:
-        model = heads.BertForTokenClassification.from_pretrained(
-            tmp_path, num_labels=["O", "B", "I"]
-        )
+        model = heads.BertForTokenClassification.from_pretrained(tmp_path, num_labels=["O", "B", "I"])
     assert len(caught) == 1
     assert str(caught[0].message) == (
         f"ctxfast.BertForTokenClassification: {tmp_path} has no classifier.weight, "
@@ -348,14 +342,10 @@ def test_missing_heads_start_at_random_with_a_warning(tmp_path: Path) -> None:
     for key, value in encoder.state_dict().items():
         if not key.startswith("pooler"):
             assert torch.equal(value, model.state_dict()[f"bert.{key}"])
-    with pytest.warns(
-        UserWarning, match=r"has no cls\.predictions\.bias, .*seq_relationship\.bias\. They"
-    ):
+    with pytest.warns(UserWarning, match=r"has no cls\.predictions\.bias, .*seq_relationship\.bias\. They"):
         model = BertForPreTraining.from_pretrained(tmp_path)
     assert model.cls.predictions.decoder.weight is model.bert.embeddings.word_embeddings.weight
-    assert torch.equal(
-        model.bert.embeddings.word_embeddings.weight, encoder.embeddings.word_embeddings.weight
-    )
+    assert torch.equal(model.bert.embeddings.word_embeddings.weight, encoder.embeddings.word_embeddings.weight)
     assert all(not parameter.is_meta for parameter in model.parameters())
     assert torch.isfinite(model(_ids()).prediction_logits).all()
 
@@ -422,8 +412,7 @@ ERRORS: dict[str, tuple[str, Callable[[torch.nn.Module], object], type[Exception
         "BertForMaskedLM",
         lambda m: m(_X, labels=_X.float()),
         TypeError,
-        "ctxfast.BertForMaskedLM: labels has dtype torch.float32; expected int64 or int32. Convert "
-        "it with .long().",
+        "ctxfast.BertForMaskedLM: labels has dtype torch.float32; expected int64 or int32. Convert it with .long().",
     ),
     "mlm-range": (
         "BertForMaskedLM",
@@ -448,8 +437,7 @@ ERRORS: dict[str, tuple[str, Callable[[torch.nn.Module], object], type[Exception
         "BertForSequenceClassification",
         lambda m: m(_X, labels=torch.zeros(2, 7)),
         ValueError,
-        "ctxfast.BertForSequenceClassification: labels has shape (2, 7); expected (batch, "
-        "num_labels) = (2, 3).",
+        "ctxfast.BertForSequenceClassification: labels has shape (2, 7); expected (batch, num_labels) = (2, 3).",
     ),
     "token-range": (
         "BertForTokenClassification",

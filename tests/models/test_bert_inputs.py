@@ -33,26 +33,22 @@ ERRORS: dict[str, tuple[Callable[[Bert], object], type[Exception], str]] = {
     "ids-float": (
         lambda m: m(_IDS.float()),
         TypeError,
-        "ctxfast.Bert: input_ids has dtype torch.float32; expected int64 or int32. Convert it with "
-        ".long().",
+        "ctxfast.Bert: input_ids has dtype torch.float32; expected int64 or int32. Convert it with .long().",
     ),
     "ids-1d": (
         lambda m: m(_IDS[0]),
         ValueError,
-        "ctxfast.Bert: input_ids has shape (4,); expected (batch, seqlen). One text alone is "
-        "input_ids[None].",
+        "ctxfast.Bert: input_ids has shape (4,); expected (batch, seqlen). One text alone is input_ids[None].",
     ),
     "ids-large": (
         lambda m: m(_IDS + 120),
         ValueError,
-        "ctxfast.Bert: input_ids holds 120; expected values in 0..119. The model has 120 rows for "
-        "them.",
+        "ctxfast.Bert: input_ids holds 120; expected values in 0..119. The model has 120 rows for them.",
     ),
     "ids-negative": (
         lambda m: m(_IDS - 1, check_inputs=True),
         ValueError,
-        "ctxfast.Bert: input_ids holds -1; expected values in 0..119. The model has 120 rows for "
-        "them.",
+        "ctxfast.Bert: input_ids holds -1; expected values in 0..119. The model has 120 rows for them.",
     ),
     "ids-long": (
         lambda m: m(torch.zeros(1, 65, dtype=torch.int64)),
@@ -63,8 +59,7 @@ ERRORS: dict[str, tuple[Callable[[Bert], object], type[Exception], str]] = {
     "ids-device": (
         lambda m: m(_META),
         ValueError,
-        "ctxfast.Bert: input_ids is on meta; expected cpu, where the model is. Move it with "
-        ".to('cpu').",
+        "ctxfast.Bert: input_ids is on meta; expected cpu, where the model is. Move it with .to('cpu').",
     ),
     "mask-kind": (
         lambda m: m(_IDS, [[1]]),
@@ -85,8 +80,7 @@ ERRORS: dict[str, tuple[Callable[[Bert], object], type[Exception], str]] = {
     "mask-device": (
         lambda m: m(_IDS, _META),
         ValueError,
-        "ctxfast.Bert: attention_mask is on meta; expected cpu, where the model is. Move it with "
-        ".to('cpu').",
+        "ctxfast.Bert: attention_mask is on meta; expected cpu, where the model is. Move it with .to('cpu').",
     ),
     "mask-additive": (
         lambda m: m(_IDS, torch.full((2, 4), -1e4)),
@@ -103,20 +97,17 @@ ERRORS: dict[str, tuple[Callable[[Bert], object], type[Exception], str]] = {
     "types-range": (
         lambda m: m(_IDS, None, _IDS + 2),
         ValueError,
-        "ctxfast.Bert: token_type_ids holds 2; expected values in 0..1. The model has 2 rows for "
-        "them.",
+        "ctxfast.Bert: token_type_ids holds 2; expected values in 0..1. The model has 2 rows for them.",
     ),
     "types-dtype": (
         lambda m: m(_IDS, None, _IDS.bool()),
         TypeError,
-        "ctxfast.Bert: token_type_ids has dtype torch.bool; expected int64 or int32. Convert it "
-        "with .long().",
+        "ctxfast.Bert: token_type_ids has dtype torch.bool; expected int64 or int32. Convert it with .long().",
     ),
     "positions-range": (
         lambda m: m(_IDS, position_ids=_IDS[:1] + 64),
         ValueError,
-        "ctxfast.Bert: position_ids holds 64; expected values in 0..63. The model has 64 rows for "
-        "them.",
+        "ctxfast.Bert: position_ids holds 64; expected values in 0..63. The model has 64 rows for them.",
     ),
     "positions-shape": (
         lambda m: m(_IDS, position_ids=_IDS[0]),
@@ -126,8 +117,7 @@ ERRORS: dict[str, tuple[Callable[[Bert], object], type[Exception], str]] = {
     "tasks-absent": (
         lambda m: m(_IDS, task_type_ids=_IDS),
         ValueError,
-        "ctxfast.Bert: task_type_ids is given; expected None, as this model has no task embedding "
-        "(use_task_id).",
+        "ctxfast.Bert: task_type_ids is given; expected None, as this model has no task embedding (use_task_id).",
     ),
 }
 
@@ -152,9 +142,7 @@ def test_bad_task_types_and_roberta_length() -> None:
 def test_heads_must_divide_the_hidden_size() -> None:
     with pytest.raises(ValueError) as caught:
         SelfAttention(10, 3)
-    assert str(caught.value) == (
-        "ctxfast.nn.SelfAttention: hidden_size is 10; expected a multiple of num_heads = 3."
-    )
+    assert str(caught.value) == ("ctxfast.nn.SelfAttention: hidden_size is 10; expected a multiple of num_heads = 3.")
 
 
 @pytest.mark.gpu

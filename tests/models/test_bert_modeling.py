@@ -37,9 +37,7 @@ def _ids(*shape: int) -> Tensor:
 @pytest.mark.parametrize("with_pooler", [True, False])
 def test_state_dict_has_hugging_face_names(with_pooler: bool) -> None:
     ours = _bert(with_pooler)
-    theirs = transformers.BertModel(
-        transformers.BertConfig(**ours.config.to_dict()), add_pooling_layer=with_pooler
-    )
+    theirs = transformers.BertModel(transformers.BertConfig(**ours.config.to_dict()), add_pooling_layer=with_pooler)
     want = theirs.state_dict()
     mine = ours.state_dict()
     assert mine.keys() == want.keys()
@@ -87,9 +85,7 @@ def test_partial_loads_are_reported() -> None:
     with pytest.raises(RuntimeError, match=r"Unexpected key.*attention\.self\.extra"):
         layer.load_state_dict({**state, **new})
     wrong = {**state, "attention.self.value.bias": torch.ones(9)}
-    with pytest.raises(
-        RuntimeError, match=r"size mismatch for attention\.self\.value\.bias.*\(9,\)"
-    ):
+    with pytest.raises(RuntimeError, match=r"size mismatch for attention\.self\.value\.bias.*\(9,\)"):
         layer.load_state_dict(wrong)
     with pytest.raises(RuntimeError, match="expected a tensor but got <class 'float'>"):
         layer.load_state_dict({**state, "attention.self.value.bias": 1.0})
@@ -170,9 +166,7 @@ def test_pooler_comes_with_the_file_that_has_one(tmp_path: Path) -> None:
     model = Bert.from_pretrained(tmp_path)
     assert model.pooler is None
     assert model(_ids(1, 3)).pooler_output is None
-    with pytest.warns(
-        UserWarning, match=r"ctxfast\.Bert: .* has no pooler\.dense\.weight, pooler\.dense\.bias"
-    ):
+    with pytest.warns(UserWarning, match=r"ctxfast\.Bert: .* has no pooler\.dense\.weight, pooler\.dense\.bias"):
         model = Bert.from_pretrained(tmp_path, add_pooling_layer=True)
     assert float(model.pooler.dense.weight.detach().std()) == pytest.approx(0.1, rel=0.1)
     assert not model.pooler.dense.bias.any()
@@ -256,9 +250,7 @@ def test_left_padding_pools_the_first_real_token() -> None:
 @pytest.mark.parametrize(
     ("dtype", "bound"), [(torch.float32, 2e-6), (torch.float64, 1e-14)], ids=["float32", "float64"]
 )
-def test_a_text_does_not_depend_on_its_batch(
-    hidden_size: int, dtype: torch.dtype, bound: float
-) -> None:
+def test_a_text_does_not_depend_on_its_batch(hidden_size: int, dtype: torch.dtype, bound: float) -> None:
     """Within rounding: matrix products of another number of rows may sum in another order."""
     sizes = dict(hidden_size=hidden_size, intermediate_size=2 * hidden_size)
     model = _bert(initializer_range=0.02, **sizes).to(dtype)
@@ -338,9 +330,7 @@ def test_bfloat16_module_runs_and_is_near() -> None:
     half = copy.deepcopy(model).bfloat16()
     got = half(ids, mask)
     assert got.last_hidden_state.dtype == got.pooler_output.dtype == torch.bfloat16
-    assert (
-        float((got.last_hidden_state.detach().float() - want.last_hidden_state).abs().max()) < 0.15
-    )
+    assert float((got.last_hidden_state.detach().float() - want.last_hidden_state).abs().max()) < 0.15
     got.last_hidden_state.float().square().sum().backward()
     assert all(torch.isfinite(p.grad).all() for p in half.parameters() if p.grad is not None)
 
@@ -399,9 +389,7 @@ def test_exports_without_a_mask() -> None:
         0: torch.export.Dim("batch", min=2, max=32),
         1: torch.export.Dim("seqlen", min=2, max=64),
     }
-    program = torch.export.export(
-        model, (_ids(2, 5),), dynamic_shapes={"input_ids": sizes}, strict=False
-    )
+    program = torch.export.export(model, (_ids(2, 5),), dynamic_shapes={"input_ids": sizes}, strict=False)
     ids = _ids(4, 9)
     got = program.module()(ids)
     assert torch.equal(got.last_hidden_state, model(ids).last_hidden_state)
@@ -445,9 +433,7 @@ def test_add_layer_norm_and_feed_forward_formulas() -> None:
 def test_modules_print_their_implementation() -> None:
     assert repr(LayerNorm(8)).endswith("impl=auto)")
     assert repr(SelfAttention(8, 2, impl="reference")).endswith("dropout=0.0, impl=reference)")
-    assert "impl=auto" in repr(AddLayerNorm(8)) and "impl=triton" in repr(
-        FeedForward(8, 9, impl="triton")
-    )
+    assert "impl=auto" in repr(AddLayerNorm(8)) and "impl=triton" in repr(FeedForward(8, 9, impl="triton"))
 
 
 def test_an_implementation_can_be_forced_on_one_module() -> None:

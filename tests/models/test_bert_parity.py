@@ -173,16 +173,13 @@ def test_gradients_of_every_parameter(model_type: str) -> None:
 def test_real_minilm_weights(minilm_dir: Path, shared_data: Path) -> None:
     stored = np.load(shared_data / "bert" / "minilm_l6_reference.npz")
     ids, types, mask = (
-        torch.from_numpy(stored[name]).long()
-        for name in ("input_ids", "token_type_ids", "attention_mask")
+        torch.from_numpy(stored[name]).long() for name in ("input_ids", "token_type_ids", "attention_mask")
     )
     model = Bert.from_pretrained(minilm_dir)
     with torch.no_grad():
         output = model(ids, mask, types, output_hidden_states=True)
         packing = output.packing
-        sums = torch.zeros(len(ids), 384).index_add_(
-            0, packing.rows, output.packed_last_hidden_state
-        )
+        sums = torch.zeros(len(ids), 384).index_add_(0, packing.rows, output.packed_last_hidden_state)
     mean = torch.nn.functional.normalize(sums / torch.tensor(packing.lengths)[:, None])
     real = mask.bool()
     for name, value in {
@@ -200,9 +197,7 @@ def test_real_minilm_weights(minilm_dir: Path, shared_data: Path) -> None:
 def test_old_bin_checkpoint(shared_data: Path) -> None:
     folder = shared_data / "bert" / "xsmall_dummy"
     ours = Bert.from_pretrained(folder)
-    theirs = transformers.BertModel.from_pretrained(
-        folder, attn_implementation="eager", dtype=torch.float32
-    ).eval()
+    theirs = transformers.BertModel.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
     ids, mask = torch.randint(250, (3, 8)), _masks(3, 8)["ragged"]
     assert _compare(ours, theirs, mask, input_ids=ids) <= 1e-5
 

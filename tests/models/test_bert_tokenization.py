@@ -206,9 +206,7 @@ def test_lone_surrogates_are_replaced(minilm) -> None:
     broken = tokenizer.encode("a \ud800 b")
     assert (broken.ids, broken.offsets) == (clean.ids, clean.offsets)
     assert tokenizer.encode_batch(["ok", "a \udc00 b"])[1].ids == clean.ids
-    assert (
-        tokenizer.encode_batch([("ok", "a \udc00 b")])[0].ids == tokenizer.encode("ok", "a b").ids
-    )
+    assert tokenizer.encode_batch([("ok", "a \udc00 b")])[0].ids == tokenizer.encode("ok", "a b").ids
     assert tokenizer.encode_words(["a", "\udfff", "b"]).word_ids == [None, 0, 2, None]
     assert tokenizer.tokenize("\ud83d x") == ["x"]
 
@@ -243,9 +241,7 @@ def test_batch(minilm) -> None:
     encodings = tokenizer.encode_batch(["a b", ("c", "d e f")])
     for name, tensor in tokenizer.batch(encodings).items():
         assert torch.equal(tensor, batch[name][:, :7])
-    assert {k: tuple(v.shape) for k, v in tokenizer.batch([]).items()} == dict.fromkeys(
-        batch, (0, 0)
-    )
+    assert {k: tuple(v.shape) for k, v in tokenizer.batch([]).items()} == dict.fromkeys(batch, (0, 0))
 
 
 def test_special_tokens_and_ids(minilm) -> None:
@@ -317,13 +313,9 @@ def roberta_folder(tmp_path: Path) -> Path:
     tokenizer.train_from_iterator(CORPUS, trainer)
     tokenizer.model.save(str(folder))
     # Without tokenizer.json so far: made by Hugging Face from vocab.json and merges.txt.
-    theirs = transformers.RobertaTokenizerFast(
-        str(folder / "vocab.json"), str(folder / "merges.txt")
-    )
+    theirs = transformers.RobertaTokenizerFast(str(folder / "vocab.json"), str(folder / "merges.txt"))
     theirs.save_pretrained(folder)
-    config = transformers.RobertaConfig(
-        vocab_size=330, max_position_embeddings=40, type_vocab_size=1, hidden_size=16
-    )
+    config = transformers.RobertaConfig(vocab_size=330, max_position_embeddings=40, type_vocab_size=1, hidden_size=16)
     config.num_attention_heads = 2
     config.save_pretrained(folder)
     return folder
@@ -331,9 +323,7 @@ def roberta_folder(tmp_path: Path) -> Path:
 
 def test_byte_level_bpe(roberta_folder: Path, tmp_path: Path) -> None:
     theirs = transformers.RobertaTokenizerFast.from_pretrained(roberta_folder)
-    prefixed = transformers.RobertaTokenizerFast.from_pretrained(
-        roberta_folder, add_prefix_space=True
-    )
+    prefixed = transformers.RobertaTokenizerFast.from_pretrained(roberta_folder, add_prefix_space=True)
     old = tmp_path / "old"
     old.mkdir()
     for name in ("vocab.json", "merges.txt", "config.json"):

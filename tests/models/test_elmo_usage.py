@@ -233,6 +233,39 @@ def test_exported_names() -> None:
     assert ctxfast.Elmo is Elmo and ctxfast.batch_to_ids is batch_to_ids
 
 
+@torch.no_grad()
+def test_exports_with_any_batch_size(files: tuple[Path, Path]) -> None:
+    elmo, ids = Elmo(*files, 1, dropout=0.0, state="zero").eval(), batch_to_ids(LINES)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(elmo, (ids,), dynamic_shapes=({0: batch},))
+    for lines in (LINES, LINES[3:]):
+        ids = torch.cat([batch_to_ids(lines), torch.zeros(len(lines), 7, 50, dtype=torch.int64)], 1)[:, :7]
+        found, expected = program.module()(ids), elmo(ids)
+        torch.testing.assert_close(found["elmo_representations"], expected["elmo_representations"])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("state", ["carry", "steady", "zero"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 2e-3), (torch.bfloat16, 1e-2)])
+def test_lower_precision(files: tuple[Path, Path], state: str, dtype: torch.dtype, tolerance: float) -> None:
+    ids = batch_to_ids(LINES)
+    plain, low, casting = (Elmo(*files, 1, dropout=0.0, state=state) for _ in range(3))
+    low.to(dtype)
+    for elmo in (plain, low, casting):
+        elmo.calibrate(LINES)
+    for _ in range(2):
+        expected = plain(ids)["elmo_representations"][0]
+        found = [low(ids)["elmo_representations"][0]]
+        with torch.autocast("cpu", dtype=dtype):
+            found.append(casting(ids)["elmo_representations"][0])
+        for mixed in found:
+            assert mixed.dtype == dtype
+            torch.testing.assert_close(mixed.float(), expected, atol=tolerance, rtol=0)
+    # States stay in the parameters' precision, whatever autocast does.
+    for kept in (casting._elmo_lstm._carried.h, casting._elmo_lstm._steady.h):
+        assert kept is None or kept.dtype == torch.float32
+
+
 _IDS = batch_to_ids([["a", "b"]])
 
 

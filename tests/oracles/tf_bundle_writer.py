@@ -155,9 +155,7 @@ def write_bundle(
     **table: int,
 ) -> None:
     """PREFIX.index and its data files; arrays named in `bfloat16` are stored cut to 16 bits."""
-    header = (
-        _number(1, shards) + (_number(2, 1) if big_endian else b"") + _message(3, _number(1, 1))
-    )
+    header = _number(1, shards) + (_number(2, 1) if big_endian else b"") + _message(3, _number(1, 1))
     entries = [(b"", header)]
     data = [bytearray() for _ in range(shards)]
     for number, name in enumerate(sorted(variables)):

@@ -28,8 +28,8 @@ from .tokenization import Word, batch_to_ids
 from .weights import load_weights
 
 _OP = "ctxfast.Elmo"
-# Below this many rows (texts times steps) MKL multiplies a layer's inputs in another order and rounds otherwise. Measured
-# for P up to 512 on AVX-512: 16 rows and more agree bit by bit.
+# Below this many rows (texts times steps) MKL multiplies a layer's inputs in another order and rounds otherwise.
+# Measured for P up to 512 on AVX-512: 16 rows and more agree bit by bit.
 _FEWEST_ROWS = 16
 _STATES = ("carry", "steady", "zero")
 _Path = str | os.PathLike[str]
@@ -122,6 +122,15 @@ class ElmoBiLm(nn.Module):
     def reset_states(self, mask: Tensor | None = None) -> None:
         """Forget the carried states, or set those of the rows where ``mask`` (rows,) is True to zero."""
         self._carried.reset(mask)
+
+    @property
+    def carried_state(self) -> State | None:
+        """The states that are carried, h (L, 2, rows, P) and c (L, 2, rows, H), or None; may be set, to go on later."""
+        return (self._carried.h, self._carried.c) if self._carried.rows else None
+
+    @carried_state.setter
+    def carried_state(self, state: State | None) -> None:
+        self._carried.set(state, self._weight)
 
     @property
     def steady_state(self) -> State | None:

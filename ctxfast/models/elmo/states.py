@@ -64,6 +64,21 @@ class CarriedState(nn.Module):
             kept.append(new if batch == old.shape[2] else torch.cat([new, old[:, :, batch:]], 2))
         self.h, self.c = kept
 
+    def set(self, state: State | None, like: Tensor) -> None:
+        """Go on from ``state``, to the device and dtype of ``like``."""
+        self.reset()
+        if state is None:
+            return
+        layers, size, cells = self._sizes
+        rows = state[0].shape[-2]
+        for name, value, width in zip("hc", state, (size, cells)):
+            if tuple(value.shape) != (layers, 2, rows, width):
+                raise ValueError(
+                    f"ctxfast.Elmo: carried state {name} has shape {tuple(value.shape)}; expected (layers, 2, rows, "
+                    f"size) = {(layers, 2, rows, width)}. It belongs to another model."
+                )
+        self.h, self.c = (value.detach().to(like) for value in state)
+
     def reset(self, mask: Tensor | None = None) -> None:
         """Forget all rows, or set those to zero where ``mask`` (rows,) is True."""
         if mask is None:

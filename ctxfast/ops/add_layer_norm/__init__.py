@@ -40,7 +40,7 @@ def _check(args: Mapping[str, Any]) -> None:
         elif name != "x_bias":
             raise TypeError(f"ctxfast.add_layer_norm: {name} is None; expected a tensor of shape ({size},).")
     checks.same(_OP, "x", x, others)
-    checks.positive(_OP, "eps", args["eps"], none_means="nothing")
+    checks.positive(_OP, "eps", args["eps"])
     checks.probability(_OP, "dropout_p", args["dropout_p"])
 
 

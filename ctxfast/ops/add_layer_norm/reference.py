@@ -19,7 +19,8 @@ def add_layer_norm(
     """See ``ctxfast.functional.add_layer_norm``."""
     if x_bias is not None:
         x = x + x_bias
-    x = F.dropout(x, dropout_p, training=dropout_p > 0)
+    if dropout_p > 0:
+        x = F.dropout(x, dropout_p)
     if residual is not None:
         x = residual + x
     # torch takes the statistics of half-precision rows in fp32.

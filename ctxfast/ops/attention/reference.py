@@ -39,7 +39,9 @@ def attention(
     # fp32 softmax for half precision; float64 stays float64.
     wide = torch.promote_types(qkv.dtype, torch.float32)
     scores = scores.to(wide).masked_fill(~inside[:, None, None, :], torch.finfo(wide).min)
-    weights = F.dropout(torch.softmax(scores, dim=-1), dropout_p, training=dropout_p > 0)
+    weights = torch.softmax(scores, dim=-1)
+    if dropout_p > 0:
+        weights = F.dropout(weights, dropout_p)
     context = torch.matmul(weights.to(qkv.dtype), value)  # (S, H, L, D)
     token = torch.arange(total, device=qkv.device)
     sequence = torch.searchsorted(cu_seqlens, token, right=True) - 1

@@ -52,7 +52,7 @@ def _check(args: Mapping[str, Any]) -> None:
     for name in ("weight", "bias"):
         checks.shape(_OP, name, checks.tensor(_OP, name, args[name]), (table.shape[1],), "(hidden_size,)")
         checks.same(_OP, "word_embeddings", table, [(name, args[name])])
-    checks.positive(_OP, "eps", args["eps"], none_means="nothing")
+    checks.positive(_OP, "eps", args["eps"])
     checks.probability(_OP, "dropout_p", args["dropout_p"])
 
 

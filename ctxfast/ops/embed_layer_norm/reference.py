@@ -30,4 +30,4 @@ def embed_layer_norm(
     if task_type_ids is not None:
         x = x + F.embedding(task_type_ids, task_type_embeddings)
     x = F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
-    return F.dropout(x, dropout_p, training=dropout_p > 0)
+    return F.dropout(x, dropout_p) if dropout_p > 0 else x

@@ -12,7 +12,15 @@ from ..._core.samples import Sampler
 
 
 def _case(
-    name: str, *, T: int, N: int, V: int, labelled: float = 0.5, bias: bool = True, reduction: str = "mean", ignore: int = -100
+    name: str,
+    *,
+    T: int,
+    N: int,
+    V: int,
+    labelled: float = 0.5,
+    bias: bool = True,
+    reduction: str = "mean",
+    ignore: int = -100,
 ) -> Case:
     def make(device: str, dtype: torch.dtype, seed: int) -> dict[str, Any]:
         sample = Sampler(device, dtype, seed)

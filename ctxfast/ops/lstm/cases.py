@@ -42,7 +42,9 @@ def _case(
             bias=per_direction(4 * H, spread=0.5) if bias else None,
             weight_proj=None if P is None else per_direction(P, H, spread=H**-0.5),
             lengths=None if lengths is None else sample.integers_given(lengths),
-            initial_state=(sample.normal(R, B, size, spread=0.5), sample.normal(R, B, H, spread=0.5)) if state else None,
+            initial_state=(sample.normal(R, B, size, spread=0.5), sample.normal(R, B, H, spread=0.5))
+            if state
+            else None,
             cell_clip=clip,
             proj_clip=clip,
             weight_dtype=weight_dtype,

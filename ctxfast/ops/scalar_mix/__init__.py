@@ -59,7 +59,7 @@ def _check(args: Mapping[str, Any]) -> None:
             "tensors[0] without its last dimension",
         )
         checks.same(_OP, "tensors[0]", first, [("mask", mask)], dtype=False)
-    checks.positive(_OP, "eps", args["eps"], none_means="nothing")
+    checks.positive(_OP, "eps", args["eps"])
 
 
 SPEC = registry.register(

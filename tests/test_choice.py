@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which implementation runs: impl= before use_impl before CTXFAST_IMPL before the table's order; never in silence."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import ctxfast
+from ctxfast._core import capability, registry
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def qkv() -> tuple[torch.Tensor, torch.Tensor, int]:
+    return torch.randn(6, 3, 2, 8), torch.tensor([0, 2, 6], dtype=torch.int32), 4
+
+
+def _used(qkv: tuple, **kwargs) -> str:
+    return ctxfast.explain("attention", *qkv, **kwargs).used
+
+
+def test_automatic_choice_takes_the_first_that_accepts(qkv) -> None:
+    assert _used(qkv) == "cpu"
+    assert _used((qkv[0].double(), *qkv[1:])) == "reference"
+
+
+def test_order_of_precedence(qkv) -> None:
+    with ctxfast.use_impl("reference"):
+        assert _used(qkv) == "reference"
+        assert _used(qkv, impl="cpu") == "cpu"
+        with ctxfast.use_impl(attention="cpu"):
+            assert _used(qkv) == "cpu"
+        assert _used(qkv) == "reference"
+    assert _used(qkv) == "cpu"
+
+
+def test_op_name_goes_before_the_name_for_all(qkv) -> None:
+    with ctxfast.use_impl("reference", attention="cpu"):
+        assert _used(qkv) == "cpu"
+        x = torch.randn(1, 2, 3)
+        assert ctxfast.explain("lstm", x, torch.randn(8, 3), torch.randn(8, 2)).used == "reference"
+
+
+def test_a_name_for_all_binds_only_ops_that_have_it(qkv) -> None:
+    with ctxfast.use_impl("cpu"):
+        assert _used(qkv) == "cpu"
+        assert ctxfast.explain("linear_act", torch.randn(2, 3), torch.randn(4, 3)).used == "reference"
+
+
+def test_use_impl_ends_with_its_block_even_after_an_error(qkv) -> None:
+    with pytest.raises(KeyError):
+        with ctxfast.use_impl("reference"):
+            raise KeyError("inside")
+    assert _used(qkv) == "cpu"
+    assert registry._requested == {}
+
+
+def test_what_is_asked_for_never_falls_back(qkv) -> None:
+    wide = (qkv[0].double(), *qkv[1:])
+    objection = "it takes float32, bfloat16 and float16 and qkv is torch.float64."
+    expected = (
+        f"ctxfast.attention: impl='cpu' was asked for and cannot run this call: {objection} "
+        f"Pass impl='reference', or leave impl out."
+    )
+    with pytest.raises(RuntimeError) as error:
+        ctxfast.attention(*wide, impl="cpu")
+    assert str(error.value) == expected
+    with ctxfast.use_impl("cpu"), pytest.raises(RuntimeError) as error:
+        ctxfast.attention(*wide)
+    assert str(error.value) == expected
+
+
+def test_unknown_names_list_the_known_ones(qkv) -> None:
+    with pytest.raises(ValueError, match=r"^ctxfast.attention: impl is 'fast'; expected one of cpu, reference\.$"):
+        ctxfast.attention(*qkv, impl="fast")
+    with pytest.raises(ValueError, match=r"^ctxfast.use_impl: impl is 'fast'; expected one of reference, cpu, triton"):
+        ctxfast.use_impl("fast").__enter__()
+    with pytest.raises(
+        ValueError, match=r"^ctxfast.use_impl: there is no op 'atention'; expected one of add_layer_norm,"
+    ):
+        ctxfast.use_impl(atention="cpu").__enter__()
+    with pytest.raises(ValueError, match=r"^ctxfast.explain: op is 'atention'; expected one of add_layer_norm, "):
+        ctxfast.explain("atention")
+
+
+def test_explain_has_a_reason_for_every_row(qkv) -> None:
+    for spec in registry.OPS.values():
+        kwargs = spec.cases()[0].make("cpu", torch.float32, 0)
+        explanation = ctxfast.explain(spec.name, **kwargs)
+        assert [name for name, _, _ in explanation.rows] == [impl.name for impl in spec.all_impls]
+        assert sum(verdict == "used" for _, verdict, _ in explanation.rows) == 1
+        for name, verdict, reason in explanation.rows:
+            assert reason, name
+            assert verdict != "no" or reason.endswith(".")
+    text = str(ctxfast.explain("attention", qkv[0].double(), *qkv[1:]))
+    assert text.splitlines()[0] == "ctxfast.attention:"
+    assert "cpu        no     it takes float32" in text
+
+
+def test_explain_checks_like_a_call(qkv) -> None:
+    with pytest.raises(ValueError, match="max_seqlen is 3; expected at least 4"):
+        ctxfast.explain("attention", qkv[0], qkv[1], 3)
+
+
+def _in_new_process(code: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**{k: v for k, v in os.environ.items() if k != "CTXFAST_IMPL"}, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+_EXPLAIN = (
+    "import torch, ctxfast; "
+    "q = torch.randn(4, 3, 1, 8); c = torch.tensor([0, 4]); x = torch.randn(1, 2, 3); "
+    "print(ctxfast.explain('attention', q, c, 4).used, "
+    "ctxfast.explain('lstm', x, torch.randn(8, 3), torch.randn(8, 2)).used)"
+)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [("", "cpu cpu"), ("reference", "reference reference"), ("attention=reference", "reference cpu"),
+     ("reference,lstm=cpu", "reference cpu")],
+)  # fmt: skip
+def test_environment(value, expected) -> None:
+    done = _in_new_process(_EXPLAIN, CTXFAST_IMPL=value)
+    assert done.stdout.split() == expected.split(), done.stderr
+
+
+def test_environment_that_cannot_be_read() -> None:
+    done = _in_new_process("import ctxfast", CTXFAST_IMPL="lstm=quick")
+    assert done.returncode != 0
+    assert "CTXFAST_IMPL='lstm=quick' cannot be read. ctxfast.lstm: impl is 'quick'; expected one of" in done.stderr
+
+
+def test_show_config_names_everything() -> None:
+    text = ctxfast.show_config()
+    for word in ("ctxfast", "torch", torch.__version__, "triton", "gpu", "extension", "cpu kernels", "cuda kernels"):
+        assert word in text
+    assert capability.extension() is not None

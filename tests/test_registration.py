@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Registered operators and the functions around them, under opcheck, torch.compile, torch.export and autocast."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from parity import (
+    FORWARD,
+    GRADIENT,
+    arguments,
+    check,
+    combinations,
+    converted,
+    device_of,
+    flat,
+    gradients,
+    public,
+    run,
+    wide,
+)
+from torch import nn
+
+from ctxfast._core import registry
+
+SEED = 7
+
+
+def _rows(count: int, *, kernels_only: bool = False) -> list:
+    """The first ``count`` cases that are not degenerate, for every implementation."""
+    rows = []
+    for spec, implementation in combinations():
+        if kernels_only and implementation.name == "reference":
+            continue
+        device = device_of(implementation)
+        marks = [pytest.mark.gpu] if device == "cuda" else []
+        taken = 0
+        for case in spec.cases():
+            kwargs = case.make("cpu", torch.float32, SEED)
+            if not case.grads or "large" in case.id or any(t.numel() == 0 for t in flat(list(kwargs.values()))):
+                continue
+            here = device == "cpu" or torch.cuda.is_available()
+            if here and spec.supports(implementation, arguments(spec.name, case.make(device, torch.float32, SEED))):
+                continue
+            name = f"{spec.name}-{implementation.name}-{case.id}"
+            rows.append(pytest.param(spec, implementation, case, id=name, marks=marks))
+            taken += 1
+            if taken == count:
+                break
+    return rows
+
+
+def _make(implementation: registry.Impl, case: registry.Case) -> dict[str, Any]:
+    return case.make(device_of(implementation), torch.float32, SEED)
+
+
+@pytest.mark.parametrize(("spec", "implementation", "case"), _rows(4, kernels_only=True))
+def test_opcheck(spec, implementation, case) -> None:
+    args = arguments(spec.name, _make(implementation, case))
+    with torch.no_grad():
+        calls = spec.module(implementation.name).raw_calls(args)
+    assert calls
+    for operator, operands in calls:
+        result = torch.library.opcheck(
+            operator, operands, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+        )
+        assert set(result.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize(("spec", "implementation", "case"), _rows(1, kernels_only=True))
+def test_raw_operators_refuse_gradients(spec, implementation, case) -> None:
+    args = arguments(spec.name, _make(implementation, case))
+    with torch.no_grad():
+        calls = spec.module(implementation.name).raw_calls(args)
+    for operator, operands in calls:
+        wanting = [
+            [t.detach().clone().requires_grad_() for t in operand]
+            if isinstance(operand, list) and operand
+            else operand.detach().clone().requires_grad_()
+            if isinstance(operand, torch.Tensor) and operand.is_floating_point()
+            else operand
+            for operand in operands
+        ]
+        with pytest.raises(RuntimeError, match="is the raw kernel and has no gradient of its own"):
+            operator(*wanting)
+
+
+@pytest.mark.parametrize(("spec", "implementation", "case"), _rows(2))
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_compile_fullgraph(spec, implementation, case, dynamic) -> None:
+    """Forward and backward through one graph give what an eager call gives."""
+    torch._dynamo.reset()
+    kwargs = _make(implementation, case)
+    eager, eager_grads, given = gradients(spec.name, kwargs, case.grads, implementation.name)
+    function = public(spec.name)
+    compiled = torch.compile(
+        lambda **kwargs: function(**kwargs, impl=implementation.name),
+        fullgraph=True,
+        backend="aot_eager",
+        dynamic=dynamic,
+    )
+    leaves = []
+    for name in case.grads:
+        leaves += [tensor.requires_grad_() for tensor in flat(kwargs[name])]
+    outputs = flat(compiled(**kwargs))
+    found = torch.autograd.grad(outputs, leaves, given, allow_unused=True)
+    for one, two in zip(outputs, eager):
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
+    for one, (name, two) in zip(found, eager_grads):
+        one = torch.zeros_like(two) if one is None else one
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("spec", "implementation", "case"), _rows(1))
+def test_compile_inductor(spec, implementation, case) -> None:
+    """The code torch.compile generates around an operator, by default, obeys the parity rule too."""
+    if spec.name == "lstm" and implementation.name == "reference":
+        kwargs = next(c for c in spec.cases() if c.id == "one").make("cpu", torch.float32, SEED)
+    else:
+        kwargs = _make(implementation, case)
+    torch._dynamo.reset()
+    function = public(spec.name)
+    with torch.no_grad():
+        compiled = torch.compile(lambda **kwargs: function(**kwargs, impl=implementation.name), fullgraph=True)
+        got = flat(compiled(**kwargs))
+        reference = run(spec.name, kwargs, "reference")
+        oracle = run(spec.name, wide(kwargs), "reference")
+    for i, tensors in enumerate(zip(got, reference, oracle)):
+        check(f"output {i}", *tensors, torch.float32, spec.ceiling[torch.float32], FORWARD)
+
+
+class _Call(nn.Module):
+    """One op as a module: its floating tensors become inputs."""
+
+    def __init__(self, op: str, impl: str, kwargs: dict[str, Any]) -> None:
+        super().__init__()
+        self.op, self.impl, self.kwargs = op, impl, kwargs
+
+    def forward(self, tensors: dict[str, Any]) -> Any:
+        return public(self.op)(**{**self.kwargs, **tensors}, impl=self.impl)
+
+
+@pytest.mark.parametrize(("spec", "implementation", "case"), _rows(1))
+def test_export(spec, implementation, case) -> None:
+    kwargs = _make(implementation, case)
+    tensors = {name: kwargs.pop(name) for name in list(kwargs) if flat(kwargs[name])}
+    module = _Call(spec.name, implementation.name, kwargs)
+    with torch.no_grad():
+        program = torch.export.export(module, (tensors,))
+        got = flat(program.module()(tensors))
+        expected = flat(module(tensors))
+    for one, two in zip(got, expected):
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
+    if implementation.name != "reference":
+        names = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+        assert any(name.startswith(f"ctxfast.{spec.name}_{implementation.name}") for name in names), names
+
+
+@pytest.mark.parametrize("spec", list(registry.OPS.values()), ids=lambda spec: spec.name)
+def test_autocast_column(spec) -> None:
+    """Under autocast an op computes in the dtype its column of the table says."""
+    case = next(case for case in spec.cases() if case.grads and "no-" not in case.id and "empty" not in case.id)
+    kwargs = case.make("cpu", torch.float32, SEED)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        got = run(spec.name, kwargs, "reference")[0]
+    if spec.autocast == "lower":
+        kwargs = converted(kwargs, torch.Tensor.bfloat16)
+    with torch.no_grad():
+        expected = run(spec.name, kwargs, "reference")[0]
+    assert got.dtype == expected.dtype
+    assert torch.equal(got, expected)
+
+
+def test_autocast_fp32_column_lifts_half_precision() -> None:
+    spec = registry.OPS["add_layer_norm"]
+    assert spec.autocast == "fp32"
+    kwargs = spec.cases()[0].make("cpu", torch.bfloat16, SEED)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert run("add_layer_norm", kwargs, "reference")[0].dtype == torch.float32
+    with torch.no_grad():
+        assert run("add_layer_norm", kwargs, "reference")[0].dtype == torch.bfloat16
+
+
+def test_gradient_factor_is_wider() -> None:
+    assert GRADIENT > FORWARD >= 1

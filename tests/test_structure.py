@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The house: who imports whom, where files stand, what an op must have."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ctxfast._core import registry
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "ctxfast"
+
+# Rooms from the ground up; a module imports only from its own room or from one below.
+ROOMS = [
+    ["_core"],
+    ["ops"],
+    ["functional"],
+    ["nn", "packing"],
+    ["models"],
+    ["corpus", "selection", "encoders", "shards", "writers", "jobs", "embed"],
+    ["training"],
+    ["cli"],
+]
+LEVEL = {name: level for level, names in enumerate(ROOMS) for name in names}
+# Files over 520 lines, each with its reason.
+LONG_FILES = {
+    "ctxfast/functional.py": "the public function of every op, with its documentation",
+}
+COMPILED = {("lstm", "cpu"), ("scalar_mix", "cuda")}
+
+
+def _modules() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def _imports(path: Path) -> list[tuple[str, ...]]:
+    """Absolute dotted names of everything a file imports, at any depth, as tuples."""
+    package = path.relative_to(ROOT).with_suffix("").parts
+    if path.name == "__init__.py":
+        package = package[:-1] + ("",)
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found += [tuple(alias.name.split(".")) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: -node.level] if node.level else ()
+            base += tuple(node.module.split(".")) if node.module else ()
+            found += [(*base, alias.name) for alias in node.names]
+    return found
+
+
+def _room(parts: tuple[str, ...]) -> str | None:
+    return parts[1] if len(parts) > 1 and parts[0] == "ctxfast" and parts[1] in LEVEL else None
+
+
+def test_every_module_has_a_room() -> None:
+    homeless = [
+        path.name
+        for path in _modules()
+        if path.relative_to(PACKAGE).parts[0].removesuffix(".py") not in {*LEVEL, "__init__"}
+    ]
+    assert homeless == []
+
+
+@pytest.mark.parametrize("path", _modules(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_down(path) -> None:
+    own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    if own == "__init__":  # the front door shows what every room has
+        return
+    for name in _imports(path):
+        room = _room(name)
+        where = f"{path.relative_to(ROOT)} imports {'.'.join(name)}, which stands above it"
+        assert room is None or LEVEL[room] <= LEVEL[own], where
+
+
+def test_core_knows_no_op() -> None:
+    names = re.compile("|".join(rf"\b{name}\b" for name in registry.OPS if name != "attention"))
+    for path in (PACKAGE / "_core").glob("*.py"):
+        code = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(code):
+            if isinstance(node, ast.Name):
+                assert not names.fullmatch(node.id), f"{path.name} names {node.id}"
+
+
+@pytest.mark.parametrize("spec", list(registry.OPS.values()), ids=lambda spec: spec.name)
+def test_an_op_has_everything_under_its_name(spec) -> None:
+    folder = PACKAGE / "ops" / spec.name
+    for name in ("__init__.py", "reference.py", "cases.py"):
+        assert (folder / name).is_file(), f"ops/{spec.name}/{name}"
+    assert spec.reference.__name__ == spec.name
+    assert spec.cite and spec.summary
+    benchmark_rows = (ROOT / "benchmarks" / "cases.py").read_text(encoding="utf-8")
+    assert f'"{spec.name}"' in benchmark_rows, "no benchmark row"
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    row = next((line for line in readme.splitlines() if line.startswith(f"| `{spec.name}` |")), None)
+    assert row is not None, "no README row"
+    for implementation in spec.impls:
+        assert re.search(rf"\b{implementation.name}\b", row), f"README's row of {spec.name} lacks {implementation.name}"
+        module = folder / f"{implementation.name}.py"
+        assert module.is_file()
+        names = {node.name for node in ast.parse(module.read_text()).body if isinstance(node, ast.FunctionDef)}
+        assert {spec.name, "supports", "raw_calls"} <= names
+        if (spec.name, implementation.name) in COMPILED:
+            assert (ROOT / "csrc" / "include" / "ctxfast" / f"{spec.name}.h").is_file()
+            assert (ROOT / "csrc" / "bindings" / f"{spec.name}.cpp").is_file()
+            assert list((ROOT / "csrc" / implementation.name).glob(f"{spec.name}*"))
+
+
+def test_implementations_do_not_import_one_another() -> None:
+    for spec in registry.OPS.values():
+        for implementation in spec.impls:
+            path = PACKAGE / "ops" / spec.name / f"{implementation.name}.py"
+            for name in _imports(path):
+                assert name[:2] != ("ctxfast", "ops"), f"{path.relative_to(ROOT)} imports {'.'.join(name)}"
+
+
+def test_references_import_only_torch() -> None:
+    allowed = {"torch", "math", "collections", "__future__", "typing"}
+    for path in (PACKAGE / "ops").glob("*/reference.py"):
+        assert {name[0] for name in _imports(path)} <= allowed, path
+
+
+def test_environment_is_read_in_core_only() -> None:
+    for path in _modules():
+        if "_core" not in path.parts:
+            text = path.read_text(encoding="utf-8")
+            assert "os.environ" not in text and "getenv" not in text, path
+
+
+def test_only_core_loads_the_extension() -> None:
+    for path in _modules():
+        if "_core" not in path.parts:
+            assert not any("_C" in name for name in _imports(path)), path
+
+
+def test_triton_is_imported_in_its_own_modules_only() -> None:
+    for path in _modules():
+        if path.name != "triton.py":
+            assert not any(name[0] == "triton" for name in _imports(path)), path
+
+
+def test_kernels_know_neither_torch_nor_python() -> None:
+    forbidden = re.compile(r"#\s*include\s*[<\"](torch|ATen|c10|pybind11|Python\.h)")
+    files = [
+        path for part in ("include", "cpu", "cuda") for path in (ROOT / "csrc" / part).rglob("*") if path.is_file()
+    ]
+    assert len(files) > 5
+    for path in files:
+        assert not forbidden.search(path.read_text(encoding="utf-8")), path
+
+
+def test_files_are_short() -> None:
+    long = {}
+    for pattern in (
+        "ctxfast/**/*.py",
+        "csrc/**/*.c*",
+        "csrc/**/*.h",
+        "tests/**/*.py",
+        "benchmarks/**/*.py",
+        "setup.py",
+    ):
+        for path in ROOT.glob(pattern):
+            lines = path.read_text(encoding="utf-8").count("\n")
+            name = str(path.relative_to(ROOT))
+            if lines > 520 and name not in LONG_FILES and "build" not in path.parts:
+                long[name] = lines
+    assert long == {}
+
+
+def test_no_vague_rooms() -> None:
+    assert not [path for path in _modules() if path.name in ("utils.py", "common.py", "helpers.py", "misc.py")]
+
+
+def test_import_is_light() -> None:
+    """`import ctxfast` touches no GPU and loads no tokenizer, HDF5, Triton or Hugging Face library."""
+    code = (
+        "import sys, torch, ctxfast\n"
+        "assert not torch.cuda.is_initialized()\n"
+        "heavy = {'triton', 'transformers', 'tokenizers', 'h5py', 'pyarrow', 'matplotlib'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+        "for name in ctxfast.__all__:\n"
+        "    getattr(ctxfast, name)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
