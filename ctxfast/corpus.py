@@ -22,7 +22,7 @@ EMPTY_RULES = ("keep", "skip", "error")
 # A file without line ends must not fill the memory before anything says so.
 MAX_LINE_BYTES = 16 << 20
 # A window holds no more text than this, however many lines were allowed: what is being worked on is lost by a kill.
-_WINDOW_BYTES = 4 << 20
+_WINDOW_BYTES = 1 << 20
 _BOM = b"\xef\xbb\xbf"
 _EDGE_BYTES = 1 << 16
 _BLOCK_BYTES = 1 << 20

@@ -26,6 +26,8 @@ STATES = ("steady", "zero", "carry")
 DTYPES = ("float32", "float16")
 # Tokens of a batch: enough to fill the device; more only costs memory.
 _BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
+# The vectors of a batch, all layers asked for, stay below this: two batches are in memory at a time.
+_BATCH_BYTES = 256 << 20
 # AllenNLP's number of sentences in a batch: with carried states results depend on it.
 _CARRY_BATCH = 64
 _MODEL_SUFFIXES = (".json", ".txt", ".safetensors", ".bin", ".model", ".pt", ".pth")
@@ -46,7 +48,8 @@ class Embedder:
             or "carry" (AllenNLP's rule: row k of a batch goes on from row k of the batch before; ``reset`` forgets).
         dtype: "float32", or "float16": vectors are float16, and on a GPU the model computes in it; on a CPU it computes
             in float32 still.
-        batch_tokens: most tokens of a batch (padding counts for ELMo); None for 2048 on a CPU, 16384 on a GPU.
+        batch_tokens: most tokens of a batch (padding counts for ELMo); None for 2048 on a CPU, 16384 on a GPU, or what
+            256 MiB of vectors allow.
         batch_size: texts of a batch with state "carry", where results depend on it (64, AllenNLP's).
         options_file, weight_file: files of an ELMo model that do not lie together.
 
@@ -91,7 +94,7 @@ class Embedder:
         self.kind, self.num_layers, self.dim = model.kind, model.num_layers, model.dim
         if state == "carry" and self.kind != "elmo":
             raise ValueError(f"ctxfast.Embedder: state is 'carry'; expected an ELMo model for it, not {self.kind}.")
-        self.batch_tokens = batch_tokens or _BATCH_TOKENS.get(self.device.type, _BATCH_TOKENS["cuda"])
+        self.batch_tokens = batch_tokens
         self.batch_size = batch_size
 
     def __repr__(self) -> str:
@@ -184,15 +187,21 @@ class Embedder:
     def prepare(self, texts: Sequence[Any], selection: Selection, where: Where, truncate: bool) -> list[Prepared]:
         return self.encoder.prepare(texts, selection, where, truncate)
 
-    def _batches(self, items: Sequence[Prepared]) -> list[list[int]]:
+    def token_budget(self, selection: Selection) -> int:
+        """Most tokens of a batch."""
+        if self.batch_tokens is not None:
+            return self.batch_tokens
+        usual = _BATCH_TOKENS.get(self.device.type, _BATCH_TOKENS["cuda"])
+        return max(min(usual, _BATCH_BYTES // (4 * selection.depth * self.dim)), 1)
+
+    def _batches(self, items: Sequence[Prepared], selection: Selection) -> list[list[int]]:
         if self.state == "carry":
             return corpus.fixed_batches(len(items), self.batch_size)
-        return corpus.token_batches(
-            [item.length for item in items], self.batch_tokens, is_padded=self.encoder.is_padded
-        )
+        lengths = [item.length for item in items]
+        return corpus.token_batches(lengths, self.token_budget(selection), is_padded=self.encoder.is_padded)
 
     def _encode(self, items: Sequence[Prepared], selection: Selection) -> Iterator[tuple[list[int], Tensor]]:
-        for batch in self._batches(items):
+        for batch in self._batches(items, selection):
             with self._implementation():
                 values = self.encoder.encode([items[index] for index in batch], selection)
             yield batch, values.to(torch.float32 if self.dtype.itemsize == 4 else torch.float16)
@@ -300,7 +309,7 @@ def open_encoder(
         return ElmoEncoder(bilm.to(device, computes_in), files)
     path = resolve_model(model)
     folder = path if path.is_dir() else path.parent
-    bert = Bert.from_pretrained(path, dtype=computes_in, device=device)
+    bert = Bert.from_pretrained(path, dtype=computes_in, device=device, add_pooling_layer=False)
     # A checkpoint of TensorFlow is several files that begin alike.
     files = [
         file

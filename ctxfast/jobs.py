@@ -314,7 +314,7 @@ class _Job:
             "device": known["gpu"] if embedder.device.type == "cuda" else embedder.device.type,
             "impl": embedder.impl,
             "state": embedder.state if embedder.kind == "elmo" else None,
-            "batch_tokens": embedder.batch_tokens if embedder.state != "carry" else None,
+            "batch_tokens": embedder.token_budget(self.selection) if embedder.state != "carry" else None,
             "batch_size": embedder.batch_size if embedder.state == "carry" else None,
             "window": window,
             "empty": self.source.empty,

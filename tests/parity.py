@@ -2,9 +2,9 @@
 """The parity rule, once for all ops.
 
 The oracle is the reference in float64, started from the very numbers the implementation gets. An implementation may
-err at most ``FORWARD`` (gradients: ``GRADIENT``) times what the reference errs in the same dtype, plus ``FLOOR`` ulps of
-the largest magnitude, so that a luckily exact reference fails nobody; and never more than the op's ceiling, so that a
-bad reference excuses nobody.
+err at most ``FORWARD`` (gradients: ``GRADIENT``) times what the reference errs in the same dtype, plus ``FLOOR`` ulps
+of the largest magnitude, so that a luckily exact reference fails nobody; and never more than the op's ceiling, so that
+a bad reference excuses nobody.
 """
 
 from __future__ import annotations

@@ -79,6 +79,14 @@ def test_strings_are_split_by_elmo(fake):
     assert fake.tokens(texts) == WORDS and fake.tokens(WORDS) == WORDS
 
 
+def test_default_budgets(fake):
+    wide = FakeEncoder()
+    wide.dim = 1 << 20
+    everything, top = fake.select(layers="all"), fake.select()
+    assert Embedder(FakeEncoder()).token_budget(everything) == 2048 and fake.token_budget(top) == 8
+    assert Embedder(wide).token_budget(top) == 64 and Embedder(wide).token_budget(everything) == 21
+
+
 def test_batches_and_own_memory(fake):
     results = fake(WORDS)
     assert fake.encoder.batches == [[10], [6], [3, 1], [0]] or fake.encoder.batches == [[10], [6], [3, 1, 0]]

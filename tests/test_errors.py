@@ -32,8 +32,8 @@ def _good(op: str) -> dict[str, Any]:
             token_type_embeddings=t(2, 8), weight=t(8), bias=t(8), task_type_ids=ids, task_type_embeddings=t(3, 8),
         ),
         "char_cnn": dict(
-            char_ids=torch.zeros(3, 6, dtype=torch.int64), char_embeddings=t(9, 4), conv_weights=[t(5, 4, 2), t(7, 4, 6)],
-            conv_biases=[t(5), t(7)], activation="relu",
+            char_ids=torch.zeros(3, 6, dtype=torch.int64), char_embeddings=t(9, 4),
+            conv_weights=[t(5, 4, 2), t(7, 4, 6)], conv_biases=[t(5), t(7)], activation="relu",
         ),
         "scalar_mix": dict(tensors=[t(2, 3, 4)] * 2, scalar_parameters=t(2), gamma=t(1), mask=torch.ones(2, 3).bool(),
                            do_layer_norm=True),

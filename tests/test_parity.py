@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every (op, implementation, dtype, case) of the table against the float64 reference; nothing here knows an op by name."""
+"""Every (op, implementation, dtype, case) of the table against the float64 reference."""
 
 from __future__ import annotations
 
