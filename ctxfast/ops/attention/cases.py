@@ -37,6 +37,7 @@ def _case(
 
 
 CASES = (
+    _case("tiny", (3, 0, 2), H=2, D=4, bias=True),
     _case("one-token", (1,), H=1, D=32),
     _case("single-tokens", (1, 1, 1), H=2, D=64),
     _case("bert-like", (16, 9, 12), H=4, D=64, bias=True),

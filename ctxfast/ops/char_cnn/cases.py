@@ -31,6 +31,7 @@ def _case(
 _TINY = ((1, 4), (2, 8), (3, 16), (4, 32), (5, 64))
 
 CASES = (
+    _case("tiny", W=4, filters=((1, 2), (3, 3)), C=5, D=3, V=9),
     _case("elmo-tiny", W=9, filters=_TINY),
     _case("elmo-tiny-tanh", W=9, filters=_TINY, act="tanh"),
     _case("elmo-widths", W=5, filters=((1, 32), (2, 32), (3, 64), (4, 128), (5, 64), (6, 32), (7, 33)), D=16),

@@ -34,6 +34,7 @@ def _case(name: str, *, T: int, N: int, V: int = 50, padding: int | None = None,
 
 
 CASES = (
+    _case("tiny", T=7, N=6, V=5, task=True),
     _case("bert-base", T=19, N=768),
     _case("minilm", T=65, N=384, padding=0),
     _case("roberta-padding", T=40, N=64, padding=1),
