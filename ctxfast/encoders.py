@@ -304,10 +304,8 @@ class ElmoEncoder:
         return [word.decode("utf-8", "replace") if isinstance(word, bytes) else word for word in item.data]
 
     def state_dict(self) -> dict[str, Tensor]:
-        carried = self.model._carried
-        return {} if carried.h is None else {"h": carried.h, "c": carried.c}
+        carried = self.model.carried_state
+        return {} if carried is None else dict(zip("hc", carried))
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.model.reset_states()
-        if state:
-            self.model._carried.h, self.model._carried.c = (state[name].to(self.device) for name in "hc")
+        self.model.carried_state = (state["h"], state["c"]) if state else None

@@ -31,7 +31,6 @@ _SUFFIXES = {
     ".safetensors": "safetensors",
     ".npz": "npz",
     ".jsonl": "jsonl",
-    ".json": "jsonl",
     ".parquet": "parquet",
 }
 # One HDF5 string holds all sentences: HDF5 cannot write it piece by piece.
