@@ -16,8 +16,9 @@ from .cases import Case
 from .peers import Call, Outputs, Provider, oracle
 
 # Error allowed relative to the largest magnitude of the right result. Ops: their own ceilings in the table. Models:
-# a dozen layers add up, and peers round at other places.
-_MODEL_BOUND = {torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 1e-1}
+# a dozen layers add up, and peers round at other places. In bfloat16 the worst element of BERT-Base's pooler is off by
+# 0.11 to 0.14 for everybody (Hugging Face, OpenVINO, ctxfast; random weights, 2026-11-23).
+_MODEL_BOUND = {torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 2e-1}
 # A gradient is a sum over many rows of products that were each rounded.
 _GRADIENT_FACTOR = 3.0
 
