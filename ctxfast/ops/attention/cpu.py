@@ -28,15 +28,26 @@ def _groups(cu_seqlens: Tensor) -> list[tuple[int, list[int]]]:
     return list(groups.items())
 
 
+def _adjoining(packed: Tensor, length: int, starts: list[int]) -> Tensor | None:
+    """Sequences of one length that lie one after another, as a view (n, length, ...) of the packed rows; else None."""
+    first, count = starts[0], len(starts)
+    if any(start != first + i * length for i, start in enumerate(starts)):
+        return None
+    return packed[first : first + length * count].unflatten(0, (count, length))
+
+
 def _take(packed: Tensor, length: int, starts: list[int]) -> Tensor:
     """Rows of the sequences of one length: (n, length, ...); a view when they lie one after another."""
-    first = starts[0]
-    if all(start == first + i * length for i, start in enumerate(starts)):
-        return packed[first : first + length * len(starts)].unflatten(0, (len(starts), length))
-    return torch.stack([packed[start : start + length] for start in starts])
+    view = _adjoining(packed, length, starts)
+    return torch.stack([packed[start : start + length] for start in starts]) if view is None else view
 
 
 def _put(out: Tensor, length: int, starts: list[int], rows: Tensor) -> None:
+    """Write rows (n, length, ...) where ``_take`` read them."""
+    view = _adjoining(out, length, starts)
+    if view is not None:
+        view.copy_(rows)
+        return
     for i, start in enumerate(starts):
         out[start : start + length] = rows[i]
 
