@@ -7,7 +7,6 @@ import json
 import os
 import re
 import subprocess
-import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 
 from ctxfast._core import capability
+from ctxfast._core.files import replacing
 
 from .measure import ResultRow, Settings
 
@@ -151,15 +151,8 @@ def place(target: str | None, description: dict[str, Any], *, overwrite: bool = 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file under a temporary name beside its place, then move it there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def save(path: Path, description: dict[str, Any], rows: Iterable[ResultRow]) -> None:

@@ -21,26 +21,12 @@ from torch import Tensor
 from ._core import registry
 from .ops import (
     add_layer_norm as _add_layer_norm,
-)
-from .ops import (
     attention as _attention,
-)
-from .ops import (
     char_cnn as _char_cnn,
-)
-from .ops import (
     embed_layer_norm as _embed_layer_norm,
-)
-from .ops import (
     linear_act as _linear_act,
-)
-from .ops import (
     linear_cross_entropy as _linear_cross_entropy,
-)
-from .ops import (
     lstm as _lstm,
-)
-from .ops import (
     scalar_mix as _scalar_mix,
 )
 

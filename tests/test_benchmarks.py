@@ -11,8 +11,7 @@ import time
 import pytest
 import torch
 
-from benchmarks import __main__ as command
-from benchmarks import cases, gate, measure, peers, peers_ops, report, results
+from benchmarks import __main__ as command, cases, gate, measure, peers, peers_ops, report, results
 from benchmarks.cases import Case
 from benchmarks.measure import ResultRow, Settings
 from benchmarks.peers import Call, NotInstalled, Provider, Unavailable

@@ -101,11 +101,16 @@ def probability(op: str, name: str, value: float) -> None:
         raise ValueError(f"ctxfast.{op}: {name} is {value!r}; expected a probability, 0 <= {name} < 1.")
 
 
+def is_readable(value: Tensor) -> bool:
+    """Whether values may be read: on the CPU, outside tracing. A GPU is never waited for."""
+    if value.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return not isinstance(value, torch._subclasses.FakeTensor)
+
+
 def in_range(op: str, name: str, value: Tensor, low: int, high: int, hint: str = "") -> None:
-    """Raise ValueError unless every element lies in ``low..high`` (CPU tensors only: a GPU is never waited for)."""
-    if value.device.type != "cpu" or torch.compiler.is_compiling() or value.numel() == 0:
-        return
-    if isinstance(value, torch._subclasses.FakeTensor):
+    """Raise ValueError unless every element lies in ``low..high``, where values may be read."""
+    if not is_readable(value) or value.numel() == 0:
         return
     least, most = int(value.min()), int(value.max())
     if least < low or most > high:

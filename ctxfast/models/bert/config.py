@@ -6,9 +6,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
+
+from ..._core.files import replacing
 
 ROBERTA_TYPES = ("roberta", "xlm-roberta", "camembert")
 MODEL_TYPES = ("bert", *ROBERTA_TYPES, "ernie")
@@ -56,16 +57,9 @@ def _fail(field: str, got: object, expected: str) -> ValueError:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes `value` as JSON under a temporary name beside `path`, then moves it into place."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(value, file, indent=2, ensure_ascii=False)
-            file.write("\n")
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2, ensure_ascii=False)
+        file.write("\n")
 
 
 def read_json(path: Path, caller: str) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import tokenizers
 import torch
 from tokenizers import Tokenizer, pre_tokenizers
 
+from ..._core.files import replacing
 from .config import BertConfig, write_json
 from .tokenizer_files import ROLES, find_special_tokens, open_tokenizer, read_settings, token_text
 from .weights import find_config, resolve_model
@@ -357,12 +358,8 @@ class BertTokenizer:
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / "tokenizer.json"
-        temporary = directory / f".tokenizer.json.{os.getpid()}"
-        try:
+        with replacing(path) as temporary:
             self.backend.save(str(temporary))
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
         settings = dict(self._settings)
         settings.update((f"{role}_token", token) for role, token in self.special_tokens.items())
         if self.max_length is not None:

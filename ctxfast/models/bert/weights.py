@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import os
-import tempfile
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ..._core.files import replacing
 from .config import BertConfig, read_json, write_json
 from .names import (
     HEAD_SHAPES,
@@ -287,15 +287,8 @@ def save_checkpoint(
     if len(dtypes) == 1:
         values["dtype"] = str(dtypes.pop()).removeprefix("torch.")
     directory.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=directory, prefix=".model.safetensors.")
-    os.close(handle)
-    try:
+    with replacing(weights_path) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, weights_path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
     # Last, so that a folder with a config.json has whole weights.
     write_json(config_path, values)
     return [config_path, weights_path]

@@ -6,11 +6,12 @@ from __future__ import annotations
 import copy
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from ..._core.files import replacing
 
 _WHO = "ctxfast.ElmoConfig"
 _ACTIVATIONS = ("relu", "tanh")
@@ -246,14 +247,6 @@ class ElmoConfig:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write options.json, under a temporary name first."""
-        path = Path(path)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(self.to_dict(), file, indent=2)
-                file.write("\n")
-            os.chmod(name, 0o644)
-            os.replace(name, path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
+        with replacing(Path(path)) as temporary, open(temporary, "w", encoding="utf-8") as file:
+            json.dump(self.to_dict(), file, indent=2)
+            file.write("\n")

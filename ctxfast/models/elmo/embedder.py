@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
@@ -14,6 +13,7 @@ import h5py
 import numpy as np
 import torch
 
+from ..._core.files import replacing
 from .bilm import ElmoBiLm
 from .character_encoder import remove_sentence_marks
 from .tokenization import Word, batch_to_ids, lazy_batches
@@ -116,23 +116,15 @@ class ElmoEmbedder:
             raise FileExistsError(f"{_OP}: {target} exists. Remove it, or choose another name.")
         sentences, name = _read_sentences(input_file)
         keys = _sentence_keys(sentences, name) if use_sentence_keys else None
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        os.close(handle)
-        try:
-            with h5py.File(temporary, "w") as file:
-                split = (sentence.split() for sentence in sentences)
-                for number, layers in enumerate(self.embed_sentences(split, batch_size)):
-                    key = keys[number] if keys else str(number)
-                    file.create_dataset(key, data=_formatted(layers, output_format))
-                if not forget_sentences and keys is None:
-                    index = {sentence: str(number) for number, sentence in enumerate(sentences)}
-                    text = file.create_dataset("sentence_to_index", (1,), dtype=h5py.string_dtype("utf-8"))
-                    text[0] = json.dumps(index)
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, target)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        with replacing(target) as temporary, h5py.File(temporary, "w") as file:
+            split = (sentence.split() for sentence in sentences)
+            for number, layers in enumerate(self.embed_sentences(split, batch_size)):
+                key = keys[number] if keys else str(number)
+                file.create_dataset(key, data=_formatted(layers, output_format))
+            if not forget_sentences and keys is None:
+                index = {sentence: str(number) for number, sentence in enumerate(sentences)}
+                text = file.create_dataset("sentence_to_index", (1,), dtype=h5py.string_dtype("utf-8"))
+                text[0] = json.dumps(index)
 
 
 def _formatted(layers: np.ndarray, output_format: str) -> np.ndarray:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
 
 import torch
@@ -12,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..._core.files import replacing
 from .config import ElmoConfig
 
 State = tuple[Tensor, Tensor]
@@ -25,19 +25,34 @@ def _usable(value: Tensor, like: Tensor) -> Tensor:
     return value.clone()
 
 
-class CarriedState(nn.Module):
-    """The state each row of a batch ended in, from which the same row of the next batch starts (AllenNLP's rule).
-
-    A larger batch gets zeros for its new rows; a smaller one uses and changes the first rows only. Held in buffers
-    that follow the module to its device and stay out of its state_dict. Under DataParallel the replicas' states are
-    lost, as in AllenNLP.
-    """
+class _HeldState(nn.Module):
+    """h and c in buffers that follow the module to its device and stay out of its state_dict."""
 
     def __init__(self, config: ElmoConfig) -> None:
         super().__init__()
         self._sizes = (config.num_layers, config.projection_dim, config.cell_size)
         self.register_buffer("h", None, persistent=False)
         self.register_buffer("c", None, persistent=False)
+
+    def _hold(self, state: State, like: Tensor, kind: str, legend: str, *rows: int) -> None:
+        """Keep h (L, 2, *rows, P) and c (L, 2, *rows, H) on the device and in the dtype of ``like``."""
+        layers, size, cells = self._sizes
+        for name, value, width in zip("hc", state, (size, cells)):
+            expected = (layers, 2, *rows, width)
+            if tuple(value.shape) != expected:
+                raise ValueError(
+                    f"ctxfast.Elmo: {kind} state {name} has shape {tuple(value.shape)}; expected ({legend}) = "
+                    f"{expected}. It belongs to another model."
+                )
+        self.h, self.c = (value.detach().to(like) for value in state)
+
+
+class CarriedState(_HeldState):
+    """The state each row of a batch ended in, from which the same row of the next batch starts (AllenNLP's rule).
+
+    A larger batch gets zeros for its new rows; a smaller one uses and changes the first rows only. Under DataParallel
+    the replicas' states are lost, as in AllenNLP.
+    """
 
     @property
     def rows(self) -> int:
@@ -69,15 +84,7 @@ class CarriedState(nn.Module):
         self.reset()
         if state is None:
             return
-        layers, size, cells = self._sizes
-        rows = state[0].shape[-2]
-        for name, value, width in zip("hc", state, (size, cells)):
-            if tuple(value.shape) != (layers, 2, rows, width):
-                raise ValueError(
-                    f"ctxfast.Elmo: carried state {name} has shape {tuple(value.shape)}; expected (layers, 2, rows, "
-                    f"size) = {(layers, 2, rows, width)}. It belongs to another model."
-                )
-        self.h, self.c = (value.detach().to(like) for value in state)
+        self._hold(state, like, "carried", "layers, 2, rows, size", state[0].shape[-2])
 
     def reset(self, mask: Tensor | None = None) -> None:
         """Forget all rows, or set those to zero where ``mask`` (rows,) is True."""
@@ -95,14 +102,8 @@ class CarriedState(nn.Module):
             self.h, self.c = self.h * keep, self.c * keep
 
 
-class SteadyState(nn.Module):
+class SteadyState(_HeldState):
     """One fixed state every text starts from, whatever came before it and stands beside it in the batch."""
-
-    def __init__(self, config: ElmoConfig) -> None:
-        super().__init__()
-        self._sizes = (config.num_layers, config.projection_dim, config.cell_size)
-        self.register_buffer("h", None, persistent=False)
-        self.register_buffer("c", None, persistent=False)
 
     @property
     def is_set(self) -> bool:
@@ -110,14 +111,7 @@ class SteadyState(nn.Module):
 
     def set(self, state: State, like: Tensor) -> None:
         """h (L, 2, P) and c (L, 2, H), to the device and dtype of ``like``."""
-        layers, size, cells = self._sizes
-        for name, value, width in zip("hc", state, (size, cells)):
-            if tuple(value.shape) != (layers, 2, width):
-                raise ValueError(
-                    f"ctxfast.Elmo: steady state {name} has shape {tuple(value.shape)}; expected (layers, 2, size) = "
-                    f"{(layers, 2, width)}. It belongs to another model."
-                )
-        self.h, self.c = (value.detach().to(like) for value in state)
+        self._hold(state, like, "steady", "layers, 2, size")
 
     def clear(self) -> None:
         self.h = self.c = None
@@ -129,16 +123,8 @@ class SteadyState(nn.Module):
         """Write the state as safetensors (``h``, ``c``), under a temporary name first."""
         if not self.is_set:
             raise RuntimeError("ctxfast.Elmo: there is no steady state yet. Call calibrate() first.")
-        path = Path(path)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
-        try:
+        with replacing(Path(path)) as temporary:
             save_file({"h": self.h.contiguous(), "c": self.c.contiguous()}, temporary)
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
 
     def load(self, path: str | os.PathLike[str], like: Tensor) -> None:
         """Read what ``save`` wrote."""

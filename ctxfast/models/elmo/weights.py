@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import tempfile
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..._core.files import replacing
 from .config import ElmoConfig
 
 _LOAD, _SAVE, _STATE = (
@@ -308,17 +308,9 @@ def save_weights(
             datasets[dataset] = _swap_gates(np.concatenate([arrays[name].T, recurrent.T]))
         else:
             datasets.update(zip(part.datasets, part.write(arrays[name])))
-    handle, temporary = tempfile.mkstemp(dir=weights_path.parent, prefix=f".{weights_path.name}.")
-    os.close(handle)
-    try:
-        with h5py.File(temporary, "w") as file:
-            for name, array in datasets.items():
-                file.create_dataset(name, data=np.ascontiguousarray(array, dtype=np.float32))
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, weights_path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with replacing(weights_path) as temporary, h5py.File(temporary, "w") as file:
+        for name, array in datasets.items():
+            file.create_dataset(name, data=np.ascontiguousarray(array, dtype=np.float32))
     config.save(options_path)
 
 

@@ -44,18 +44,17 @@ def _check(args: Mapping[str, Any]) -> None:
 
 
 def _check_offsets(qkv: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int) -> None:
-    """On the CPU the offsets are read: they must rise from 0 to the number of rows in steps of at most max_seqlen."""
-    if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
+    """Where the offsets may be read, they must rise from 0 to the number of rows in steps of at most max_seqlen."""
+    if not checks.is_readable(cu_seqlens):
         return
-    if isinstance(cu_seqlens, torch._subclasses.FakeTensor):
-        return
-    lengths = cu_seqlens[1:] - cu_seqlens[:-1]
-    if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != qkv.shape[0] or bool((lengths < 0).any()):
+    offsets = cu_seqlens.tolist()
+    lengths = [end - start for start, end in zip(offsets, offsets[1:])]
+    if offsets[0] != 0 or offsets[-1] != qkv.shape[0] or min(lengths, default=0) < 0:
         raise ValueError(
-            f"ctxfast.attention: cu_seqlens runs from {int(cu_seqlens[0])} to {int(cu_seqlens[-1])}; expected offsets "
+            f"ctxfast.attention: cu_seqlens runs from {offsets[0]} to {offsets[-1]}; expected offsets "
             f"that never fall, from 0 to the {qkv.shape[0]} rows of qkv."
         )
-    longest = int(lengths.max()) if lengths.numel() else 0
+    longest = max(lengths, default=0)
     if longest > max_seqlen:
         raise ValueError(
             f"ctxfast.attention: max_seqlen is {max_seqlen}; expected at least {longest}, "

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..._core import checks, registry
-from .reference import ACTIVATIONS
-from .reference import linear_act as reference
+from .reference import ACTIVATIONS, linear_act as reference
 
 _OP = "linear_act"
 
