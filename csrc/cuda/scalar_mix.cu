@@ -2,13 +2,11 @@
 // scalar_mix, forward and backward. Not yet run on a GPU: compiled and its resources checked only.
 //
 // Bound by memory: every element is read and written once (grad_output once per group of 8 inputs).
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
 #include <algorithm>
 
 #include "ctxfast/scalar_mix.h"
+#include "device.cuh"
+#include "launch.cuh"
 
 namespace ctxfast {
 namespace {
@@ -21,6 +19,7 @@ constexpr int64_t kMaxBlocks = 2048;
 constexpr int kElements = 8;
 // Inputs whose weight gradients one block sums in registers at once.
 constexpr int kGroup = 8;
+constexpr size_t kReduceBytes = kThreads / 32 * sizeof(float);
 
 // kElements values in one or two 16-byte accesses.
 template <typename T>
@@ -28,16 +27,9 @@ struct alignas(16) Pack {
   T values[kElements];
 };
 
-__device__ inline float to_float(float value) { return value; }
-__device__ inline float to_float(__half value) { return __half2float(value); }
-__device__ inline float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
-__device__ inline void from_float(float value, float* to) { *to = value; }
-__device__ inline void from_float(float value, __half* to) { *to = __float2half_rn(value); }
-__device__ inline void from_float(float value, __nv_bfloat16* to) { *to = __float2bfloat16_rn(value); }
-
 // Elements first..first+7 of n as float; those past the end are 0.
 template <typename T, bool kAligned>
-__device__ inline void load(const void* base, int64_t first, int64_t n, float (&values)[kElements]) {
+CTXFAST_DEVICE void load(const void* base, int64_t first, int64_t n, float (&values)[kElements]) {
   const T* from = static_cast<const T*>(base) + first;
   if (kAligned && first + kElements <= n) {
     const Pack<T> pack = *reinterpret_cast<const Pack<T>*>(from);
@@ -50,17 +42,17 @@ __device__ inline void load(const void* base, int64_t first, int64_t n, float (&
 }
 
 template <typename T, bool kAligned>
-__device__ inline void store(void* base, int64_t first, int64_t n, const float (&values)[kElements]) {
+CTXFAST_DEVICE void store(void* base, int64_t first, int64_t n, const float (&values)[kElements]) {
   T* to = static_cast<T*>(base) + first;
   if (kAligned && first + kElements <= n) {
     Pack<T> pack;
 #pragma unroll
-    for (int j = 0; j < kElements; ++j) from_float(values[j], &pack.values[j]);
+    for (int j = 0; j < kElements; ++j) pack.values[j] = from_float<T>(values[j]);
     *reinterpret_cast<Pack<T>*>(to) = pack;
   } else {
 #pragma unroll
     for (int j = 0; j < kElements; ++j) {
-      if (first + j < n) from_float(values[j], to + j);
+      if (first + j < n) to[j] = from_float<T>(values[j]);
     }
   }
 }
@@ -69,14 +61,14 @@ __device__ inline void store(void* base, int64_t first, int64_t n, const float (
 template <typename T, bool kAligned>
 __global__ void __launch_bounds__(kThreads)
     scalar_mix_forward_kernel(const __grid_constant__ ScalarMixForwardParams p) {
-  const int64_t stride = int64_t{gridDim.x} * kThreads * kElements;
-  for (int64_t i = (int64_t{blockIdx.x} * kThreads + threadIdx.x) * kElements; i < p.numel; i += stride) {
+  const int64_t stride = int64_t{grid_size()} * kThreads * kElements;
+  for (int64_t i = (int64_t{block_index()} * kThreads + thread_index()) * kElements; i < p.numel; i += stride) {
     float sum[kElements] = {};
 #pragma unroll 2
     for (int k = 0; k < p.num_inputs; ++k) {
       float x[kElements];
       load<T, kAligned>(p.inputs[k], i, p.numel, x);
-      const float weight = __ldg(p.weights + k);
+      const float weight = load_constant(p.weights + k);
 #pragma unroll
       for (int j = 0; j < kElements; ++j) sum[j] = fmaf(weight, x[j], sum[j]);
     }
@@ -85,29 +77,28 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // Sum over the block, the same order always; valid in thread 0. `shared` holds kThreads / 32 floats.
-__device__ inline float block_sum(float value, float* shared) {
+CTXFAST_DEVICE float block_sum(float value, float* shared) {
 #pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) value += __shfl_down_sync(0xffffffffu, value, offset);
-  __syncthreads();  // the previous sum's readers are done
-  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = value;
-  __syncthreads();
+  for (int offset = 16; offset > 0; offset /= 2) value += shuffle_down(value, offset);
+  block_sync();  // the previous sum's readers are done
+  if (thread_index() % 32 == 0) shared[thread_index() / 32] = value;
+  block_sync();
   value = 0;
-  if (threadIdx.x == 0) {
+  if (thread_index() == 0) {
     for (int warp = 0; warp < kThreads / 32; ++warp) value += shared[warp];
   }
   return value;
 }
 
 // Grid: blocks along x as in the forward pass; y: groups of kGroup inputs. Writes grad_inputs, and one partial sum per
-// input and block into the workspace (K, gridDim.x). Shared memory: 32 bytes.
+// input and block into the workspace (K, grid_size()). Shared memory: 32 bytes.
 template <typename T, bool kAligned, bool kGradWeights>
 __global__ void __launch_bounds__(kThreads)
     scalar_mix_backward_kernel(const __grid_constant__ ScalarMixBackwardParams p) {
-  [[maybe_unused]] __shared__ float shared[kThreads / 32];
-  const int first_input = blockIdx.y * kGroup;
-  const int64_t stride = int64_t{gridDim.x} * kThreads * kElements;
+  const int first_input = block_index_y() * kGroup;
+  const int64_t stride = int64_t{grid_size()} * kThreads * kElements;
   [[maybe_unused]] float sum[kGroup] = {};
-  for (int64_t i = (int64_t{blockIdx.x} * kThreads + threadIdx.x) * kElements; i < p.numel; i += stride) {
+  for (int64_t i = (int64_t{block_index()} * kThreads + thread_index()) * kElements; i < p.numel; i += stride) {
     float grad[kElements];
     load<T, kAligned>(p.grad_output, i, p.numel, grad);
 #pragma unroll
@@ -121,7 +112,7 @@ __global__ void __launch_bounds__(kThreads)
         for (int j = 0; j < kElements; ++j) sum[g] = fmaf(grad[j], x[j], sum[g]);
       }
       if (p.grad_inputs[k] != nullptr) {
-        const float weight = __ldg(p.weights + k);
+        const float weight = load_constant(p.weights + k);
         float dx[kElements];
 #pragma unroll
         for (int j = 0; j < kElements; ++j) dx[j] = weight * grad[j];
@@ -134,20 +125,25 @@ __global__ void __launch_bounds__(kThreads)
     for (int g = 0; g < kGroup; ++g) {
       const int k = first_input + g;
       if (k >= p.num_inputs) break;
-      const float total = block_sum(sum[g], shared);
-      if (threadIdx.x == 0) p.workspace[int64_t{k} * gridDim.x + blockIdx.x] = total;
+      const float total = block_sum(sum[g], reinterpret_cast<float*>(shared_memory()));
+      if (thread_index() == 0) p.workspace[int64_t{k} * grid_size() + block_index()] = total;
     }
   }
 }
 
+struct ReduceParams {
+  const float* partial;  // (K, blocks)
+  int blocks;
+  float* grad_weights;  // (K)
+};
+
 // Grid: one block per input. partial (K, blocks) -> grad_weights (K). Shared memory: 32 bytes.
-__global__ void __launch_bounds__(kThreads)
-    scalar_mix_reduce_kernel(const float* partial, int blocks, float* grad_weights) {
-  __shared__ float shared[kThreads / 32];
+__global__ void __launch_bounds__(kThreads) scalar_mix_reduce_kernel(const __grid_constant__ ReduceParams p) {
+  float* const shared = reinterpret_cast<float*>(shared_memory());
   float sum = 0;
-  for (int b = threadIdx.x; b < blocks; b += kThreads) sum += partial[int64_t{blockIdx.x} * blocks + b];
+  for (int b = thread_index(); b < p.blocks; b += kThreads) sum += p.partial[int64_t{block_index()} * p.blocks + b];
   const float total = block_sum(sum, shared);
-  if (threadIdx.x == 0) grad_weights[blockIdx.x] = total;
+  if (thread_index() == 0) p.grad_weights[block_index()] = total;
 }
 
 int64_t blocks_for(int64_t numel) { return std::min(ceil_div(numel, kThreads * kElements), kMaxBlocks); }
@@ -165,32 +161,23 @@ Status check_sizes(int64_t num_inputs, int64_t numel) {
 Status null_argument(const std::string& name) { return invalid(kOp, name, "null", "a device address"); }
 
 template <typename T>
-void launch_forward(const ScalarMixForwardParams& p, bool aligned, cudaStream_t stream) {
-  const unsigned blocks = static_cast<unsigned>(blocks_for(p.numel));
-  if (aligned) {
-    scalar_mix_forward_kernel<T, true><<<blocks, kThreads, 0, stream>>>(p);
-  } else {
-    scalar_mix_forward_kernel<T, false><<<blocks, kThreads, 0, stream>>>(p);
-  }
+cudaError_t launch_forward(const ScalarMixForwardParams& p, bool aligned, cudaStream_t stream) {
+  const LaunchConfig config{dim3(static_cast<unsigned>(blocks_for(p.numel))), kThreads};
+  return launch(aligned ? scalar_mix_forward_kernel<T, true> : scalar_mix_forward_kernel<T, false>, config, stream, p);
 }
 
 template <typename T, bool kAligned>
-void launch_backward_as(const ScalarMixBackwardParams& p, cudaStream_t stream) {
+cudaError_t launch_backward_as(const ScalarMixBackwardParams& p, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(blocks_for(p.numel)), static_cast<unsigned>(ceil_div(p.num_inputs, kGroup)));
-  if (p.grad_weights != nullptr) {
-    scalar_mix_backward_kernel<T, kAligned, true><<<grid, kThreads, 0, stream>>>(p);
-  } else {
-    scalar_mix_backward_kernel<T, kAligned, false><<<grid, kThreads, 0, stream>>>(p);
-  }
+  const LaunchConfig config{grid, kThreads, kReduceBytes};
+  return launch(p.grad_weights != nullptr ? scalar_mix_backward_kernel<T, kAligned, true>
+                                          : scalar_mix_backward_kernel<T, kAligned, false>,
+                config, stream, p);
 }
 
 template <typename T>
-void launch_backward(const ScalarMixBackwardParams& p, bool aligned, cudaStream_t stream) {
-  if (aligned) {
-    launch_backward_as<T, true>(p, stream);
-  } else {
-    launch_backward_as<T, false>(p, stream);
-  }
+cudaError_t launch_backward(const ScalarMixBackwardParams& p, bool aligned, cudaStream_t stream) {
+  return aligned ? launch_backward_as<T, true>(p, stream) : launch_backward_as<T, false>(p, stream);
 }
 
 }  // namespace
@@ -209,18 +196,19 @@ Status scalar_mix_forward(const ScalarMixForwardParams& p, CUstream_st* stream) 
     if (p.inputs[k] == nullptr) return null_argument("inputs[" + std::to_string(k) + "]");
     aligned = aligned && aligned16(p.inputs[k]);
   }
+  cudaError_t error = cudaErrorInvalidValue;
   switch (p.dtype) {
     case DType::kFloat32:
-      launch_forward<float>(p, aligned, stream);
+      error = launch_forward<float>(p, aligned, stream);
       break;
     case DType::kFloat16:
-      launch_forward<__half>(p, aligned, stream);
+      error = launch_forward<__half>(p, aligned, stream);
       break;
     case DType::kBFloat16:
-      launch_forward<__nv_bfloat16>(p, aligned, stream);
+      error = launch_forward<__nv_bfloat16>(p, aligned, stream);
       break;
   }
-  CTXFAST_CUDA_CHECK(kOp, cudaGetLastError());
+  CTXFAST_CUDA_CHECK(kOp, error);
   return {};
 }
 
@@ -242,23 +230,24 @@ Status scalar_mix_backward(const ScalarMixBackwardParams& p, CUstream_st* stream
       }
       aligned = aligned && aligned16(p.inputs[k]) && aligned16(p.grad_inputs[k]);
     }
+    cudaError_t error = cudaErrorInvalidValue;
     switch (p.dtype) {
       case DType::kFloat32:
-        launch_backward<float>(p, aligned, stream);
+        error = launch_backward<float>(p, aligned, stream);
         break;
       case DType::kFloat16:
-        launch_backward<__half>(p, aligned, stream);
+        error = launch_backward<__half>(p, aligned, stream);
         break;
       case DType::kBFloat16:
-        launch_backward<__nv_bfloat16>(p, aligned, stream);
+        error = launch_backward<__nv_bfloat16>(p, aligned, stream);
         break;
     }
-    CTXFAST_CUDA_CHECK(kOp, cudaGetLastError());
+    CTXFAST_CUDA_CHECK(kOp, error);
   }
   if (p.grad_weights != nullptr) {
-    scalar_mix_reduce_kernel<<<static_cast<unsigned>(p.num_inputs), kThreads, 0, stream>>>(
-        p.workspace, static_cast<int>(blocks_for(p.numel)), p.grad_weights);
-    CTXFAST_CUDA_CHECK(kOp, cudaGetLastError());
+    const ReduceParams reduce{p.workspace, static_cast<int>(blocks_for(p.numel)), p.grad_weights};
+    const LaunchConfig config{dim3(static_cast<unsigned>(p.num_inputs)), kThreads, kReduceBytes};
+    CTXFAST_CUDA_CHECK(kOp, launch(scalar_mix_reduce_kernel, config, stream, reduce));
   }
   return {};
 }

@@ -2,12 +2,21 @@
 // scalar_mix on CUDA against a plain loop in double: every dtype, aligned or not, sizes around its tiles.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#include <cuda_runtime.h>
+#include <cuda_runtime_api.h>
 
 #include "check.h"
 #include "ctxfast/scalar_mix.h"
+#ifdef CTXFAST_EMULATE
+#include "emulator/emulator.h"
+#endif
 
 using namespace ctxfast;
+
+#ifdef CTXFAST_EMULATE
+constexpr const char* kProgram = "test_scalar_mix, emulated";
+#else
+constexpr const char* kProgram = "test_scalar_mix";
+#endif
 
 namespace {
 
@@ -30,8 +39,9 @@ T* to_device(const std::vector<float>& values, int64_t offset, std::vector<float
     seen->clear();
     for (const T value : host) seen->push_back(as_float(value));
   }
-  T* device = nullptr;
-  must(cudaMalloc(&device, (values.size() + offset + 1) * sizeof(T)));
+  void* memory = nullptr;
+  must(cudaMalloc(&memory, (values.size() + offset + 1) * sizeof(T)));
+  T* const device = static_cast<T*>(memory);
   must(cudaMemcpy(device + offset, host.data(), host.size() * sizeof(T), cudaMemcpyHostToDevice));
   return device + offset;
 }
@@ -97,11 +107,16 @@ void test(Report* report, const char* name, DType dtype, double eps, int64_t K, 
 int main() {
   int devices = 0;
   if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
-    std::printf("test_scalar_mix: not run, no GPU\n");
+    std::printf("%s: not run, no GPU\n", kProgram);
     return 0;
   }
+  int64_t large = 100003;
+#ifdef CTXFAST_EMULATE
+  emulator::set_schedule(1);
+  large = 20011;
+#endif
   Report report;
-  for (const int64_t n : {0, 1, 7, 8, 9, 2047, 2049, 100003}) {
+  for (const int64_t n : {int64_t{0}, int64_t{1}, int64_t{7}, int64_t{9}, int64_t{2047}, int64_t{2049}, large}) {
     for (const int64_t K : {1, 3, 13, 64}) {
       for (const int64_t offset : {0, 1}) {
         test<float>(&report, "fp32", DType::kFloat32, 1e-6, K, n, offset);
@@ -110,5 +125,5 @@ int main() {
       }
     }
   }
-  return report.finish("test_scalar_mix");
+  return report.finish(kProgram);
 }

@@ -34,7 +34,7 @@ constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 }  // namespace ctxfast
 
-#ifdef __CUDACC__
+#if defined(__CUDACC__) || defined(CTXFAST_EMULATE)
 // For functions that return Status: leaves with the CUDA error's own words. Never throws, never exits.
 #define CTXFAST_CUDA_CHECK(op, call)                                                                              \
   do {                                                                                                            \

@@ -1,0 +1,95 @@
+// SPDX-License-Identifier: Apache-2.0
+// How a kernel is started, and what its launcher may ask about the device. With -DCTXFAST_EMULATE: on the emulator.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+
+namespace ctxfast {
+
+struct LaunchConfig {
+  dim3 grid = dim3(1);
+  unsigned threads = 1;  // of a block
+  size_t shared_bytes = 0;
+  bool cooperative = false;  // all blocks resident at once, or the launch fails
+};
+
+struct DeviceFacts {
+  int multiprocessors = 0;
+  int major = 0, minor = 0;
+  int shared_per_block = 0;  // bytes, with opt-in
+  bool cooperative = false;
+};
+
+}  // namespace ctxfast
+
+#ifdef CTXFAST_EMULATE
+#include "emulator/launch.h"
+#else
+
+namespace ctxfast {
+
+template <typename Params>
+cudaError_t launch(void (*kernel)(Params), const LaunchConfig& config, cudaStream_t stream, const Params& params) {
+  const void* function = reinterpret_cast<const void*>(kernel);
+  if (config.shared_bytes > 48 * 1024) {
+    const cudaError_t error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                   static_cast<int>(config.shared_bytes));
+    if (error != cudaSuccess) return error;
+  }
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeCooperative;
+  attribute.val.cooperative = 1;
+  cudaLaunchConfig_t launch_config = {};
+  launch_config.gridDim = config.grid;
+  launch_config.blockDim = dim3(config.threads);
+  launch_config.dynamicSmemBytes = config.shared_bytes;
+  launch_config.stream = stream;
+  launch_config.attrs = &attribute;
+  launch_config.numAttrs = config.cooperative ? 1 : 0;
+  void* arguments[] = {const_cast<Params*>(&params)};
+  return cudaLaunchKernelExC(&launch_config, function, arguments);
+}
+
+inline cudaError_t clear_async(void* memory, int byte, size_t bytes, cudaStream_t stream) {
+  return bytes == 0 ? cudaSuccess : cudaMemsetAsync(memory, byte, bytes, stream);
+}
+
+// How many blocks of the kernel the whole device holds at once.
+template <typename Params>
+cudaError_t resident_blocks(void (*kernel)(Params), unsigned threads, size_t shared_bytes, int* blocks) {
+  const void* function = reinterpret_cast<const void*>(kernel);
+  cudaError_t error =
+      cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+  if (error != cudaSuccess) return error;
+  int device = 0, multiprocessors = 0, each = 0;
+  if ((error = cudaGetDevice(&device)) != cudaSuccess) return error;
+  if ((error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device)) != cudaSuccess)
+    return error;
+  error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, function, static_cast<int>(threads), shared_bytes);
+  *blocks = each * multiprocessors;
+  return error;
+}
+
+inline cudaError_t device_facts(int device, DeviceFacts* facts) {
+  int cooperative = 0;
+  const struct {
+    int* value;
+    cudaDeviceAttr attribute;
+  } wanted[] = {{&facts->multiprocessors, cudaDevAttrMultiProcessorCount},
+                {&facts->major, cudaDevAttrComputeCapabilityMajor},
+                {&facts->minor, cudaDevAttrComputeCapabilityMinor},
+                {&facts->shared_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin},
+                {&cooperative, cudaDevAttrCooperativeLaunch}};
+  for (const auto& want : wanted) {
+    const cudaError_t error = cudaDeviceGetAttribute(want.value, want.attribute, device);
+    if (error != cudaSuccess) return error;
+  }
+  facts->cooperative = cooperative != 0;
+  return cudaSuccess;
+}
+
+}  // namespace ctxfast
+
+#endif  // CTXFAST_EMULATE
