@@ -174,6 +174,11 @@ def needs_grad(args: Mapping[str, Any]) -> bool:
     return False
 
 
+def requested() -> tuple[tuple[str, str], ...]:
+    """What ``use_impl`` and the environment ask for now, as a value to compare."""
+    return tuple(sorted(_requested.items()))
+
+
 def _requested_for(spec: OpSpec) -> str | None:
     name = _requested.get(spec.name)
     if name is not None:
