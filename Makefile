@@ -7,9 +7,9 @@ PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
 PYTEST_ARGS ?=
 RESULTS ?= benchmarks/results
-PARTS ?= build test bench
+PARTS ?= build csrc test bench
 
-.PHONY: help demo test lint format resources csrc-test bench gpu build clean
+.PHONY: help demo test lint format resources csrc-test sanitize bench gpu build clean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -38,6 +38,9 @@ test: build csrc-test  ## every test this machine can run
 csrc-test:       ## kernels against plain loops, no Python
 	$(MAKE) -C csrc/tests
 
+sanitize:        ## CUDA test programs under compute-sanitizer: memcheck and racecheck (needs a GPU)
+	$(MAKE) -C csrc/tests sanitize
+
 lint: $(VENV)/.built  ## ruff and clang-format
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -54,9 +57,12 @@ resources:       ## registers, shared memory and spills of every CUDA kernel aga
 bench: build     ## the benchmark suite; result files and report under benchmarks/results
 	$(PY) -m benchmarks --set full --models --report
 
-# On a machine with a GPU and its own torch: builds in place, then GPU tests, then GPU benchmarks. PARTS selects.
+# On a machine with a GPU and its own torch: builds in place, then the CUDA test programs, GPU tests, GPU benchmarks.
+# PARTS selects; PARTS="sanitize" runs the programs under compute-sanitizer (minutes).
 gpu:             ## build, GPU tests and GPU benchmarks with the Python and torch that are installed
 	$(if $(filter build,$(PARTS)),$(PYTHON) setup.py build_ext --inplace)
+	$(if $(filter csrc,$(PARTS)),$(MAKE) csrc-test)
+	$(if $(filter sanitize,$(PARTS)),$(MAKE) sanitize)
 	$(if $(filter test,$(PARTS)),$(PYTHON) -m pytest tests -m gpu -q $(PYTEST_ARGS))
 	$(if $(filter bench,$(PARTS)),$(PYTHON) -m benchmarks --device cuda --set small --json $(RESULTS))
 

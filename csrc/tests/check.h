@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
+#include <cstdlib>
 #include <string>
 #include <vector>
 
@@ -23,6 +24,9 @@ struct Random {
     return values;
   }
 };
+
+// Whether the sizes that a sanitizer can follow are asked for.
+inline bool is_small() { return std::getenv("CTXFAST_SMALL") != nullptr; }
 
 // Counts checks and failures; a NaN anywhere fails.
 struct Report {

@@ -110,7 +110,7 @@ int main() {
     std::printf("%s: not run, no GPU\n", kProgram);
     return 0;
   }
-  int64_t large = 100003;
+  int64_t large = is_small() ? 4099 : 100003;
 #ifdef CTXFAST_EMULATE
   emulator::set_schedule(1);
   large = 20011;
