@@ -18,7 +18,7 @@ from torch import Tensor
 from .work import ELMO_ALPHABET, ELMO_CHARACTERS, ELMO_DEPTH, ELMO_FILTERS, Work, op_work, ragged_lengths
 
 SEED = 20180215
-MODELS = ("bert", "elmo")
+MODELS = ("bert", "bert_mlm", "elmo")
 
 # 32 texts as a sentence encoder meets them: the longest fills 121 columns, together they fill 0.39 of the rectangle.
 RAGGED_32 = (
@@ -111,6 +111,12 @@ ROWS: tuple[Row, ...] = (
         cpu=("float32", "bfloat16")),
     Row("bert", "bert-base 64x128", dict(model="bert-base", lengths=(128,) * 64), cpu=()),
     Row("bert", "bert-base ragged 256", dict(model="bert-base", lengths=RAGGED_32 * 8), cpu=()),
+    Row("bert", "bert-base 32x512", dict(model="bert-base", lengths=(512,) * 32), cpu=()),
+    Row("bert_mlm", "minilm step ragged 32 (fill 0.39)", dict(model="minilm", lengths=RAGGED_32)),
+    Row("bert_mlm", "bert-base step 32x128", dict(model="bert-base", lengths=(128,) * 32), cpu=(), cuda=("bfloat16",)),
+    Row("bert_mlm", "bert-base step 32x512", dict(model="bert-base", lengths=(512,) * 32), cpu=(), cuda=("bfloat16",)),
+    Row("bert_mlm", "bert-base step ragged 256", dict(model="bert-base", lengths=RAGGED_32 * 8), cpu=(),
+        cuda=("bfloat16",)),
 )  # fmt: skip
 
 
@@ -339,6 +345,13 @@ def _bert(random: torch.Generator, model: str, lengths: tuple[int, ...]) -> dict
     return dict(model=model, input_ids=ids, attention_mask=None if min(lengths) == columns else mask)
 
 
+def _bert_mlm(random: torch.Generator, model: str, lengths: tuple[int, ...]) -> dict[str, Any]:
+    args = _bert(random, model, lengths)
+    ids = args["input_ids"]
+    chosen = (torch.rand(ids.shape, generator=random) < 0.15) & (ids > 0)
+    return args | dict(input_ids=torch.where(chosen, 103, ids), labels=torch.where(chosen, ids, -100))
+
+
 def _elmo(random: torch.Generator, B: int, words: int) -> dict[str, Any]:
     return dict(char_ids=word_characters(random, B * words).view(B, words, ELMO_CHARACTERS))
 
@@ -353,5 +366,6 @@ _MAKERS: dict[str, Callable[..., dict[str, Any]]] = {
     "scalar_mix": _scalar_mix,
     "linear_cross_entropy": _linear_cross_entropy,
     "bert": _bert,
+    "bert_mlm": _bert_mlm,
     "elmo": _elmo,
 }

@@ -14,6 +14,7 @@ from ctxfast._core import registry
 
 from .cases import Case
 from .peers import Call, Outputs, Provider, oracle
+from .peers_training import LOSS_BOUND
 
 # Error allowed relative to the largest magnitude of the right result. Ops: their own ceilings in the table. Models:
 # a dozen layers add up, and peers round at other places. In bfloat16 the worst element of BERT-Base's pooler is off by
@@ -52,6 +53,8 @@ class Gate:
 
     def bound(self, provider: Provider) -> float:
         dtype = provider.dtype or self._case.dtype
+        if self._case.op == "bert_mlm":
+            return LOSS_BOUND
         if self._case.is_model:
             rounded = provider.ours and self._case.rounds_weights
             return _MODEL_BOUND[torch.bfloat16 if rounded else dtype]

@@ -141,9 +141,11 @@ def providers(case: Case, *, compile: bool = False) -> list[Provider]:
     Args:
         compile: run the torch.compile peers too; without it their rows say how to get them.
     """
-    from . import peers_models, peers_ops
+    from . import peers_models, peers_ops, peers_training
 
-    if case.is_model:
+    if case.op == "bert_mlm":
+        ours, peers, compiled = peers_training.OURS, peers_training.PEERS, peers_training.COMPILED
+    elif case.is_model:
         ours, peers, compiled = peers_models.OURS[case.op], peers_models.PEERS[case.op], peers_models.COMPILED[case.op]
     else:
         ours, peers = _op_providers(case.op), peers_ops.PEERS[case.op]
@@ -170,9 +172,10 @@ def oracle(case: Case, args: Mapping[str, Any], *, ours: bool) -> tuple[Outputs,
     have no such argument and are held to the unrounded result). A model: ctxfast's model on references, in float32.
     """
     if case.is_model:
-        from . import peers_models
+        from . import peers_models, peers_training
 
-        return peers_models.oracle(case, args), {}, None
+        source = peers_training if case.op == "bert_mlm" else peers_models
+        return source.oracle(case, args), {}, None
     wide = {name: _wide(value) for name, value in args.items()}
     if not ours:
         wide.pop("weight_dtype", None)

@@ -71,11 +71,12 @@ def op_work(op: str, sizes: dict[str, Any], itemsize: int, backward: bool) -> Wo
         return Work(bytes=(sizes["K"] + 1.0) * sizes["B"] * sizes["T"] * sizes["N"] * itemsize)
     if op == "linear_cross_entropy":
         return Work(flops=passes * 2.0 * sizes["labelled"] * sizes["N"] * sizes["V"])
-    if op == "bert":
+    if op in ("bert", "bert_mlm"):
+        passes = 3 if op == "bert_mlm" else 1
         lengths, s = sizes["lengths"], BERT_SIZES[sizes["model"]]
         per_token = 2.0 * (4 * s.hidden**2 + 2 * s.hidden * s.feed_forward)
         attended = 4.0 * sum(n * n for n in lengths) * s.hidden
-        return Work(flops=s.layers * (sum(lengths) * per_token + attended), tokens=sum(lengths))
+        return Work(flops=passes * s.layers * (sum(lengths) * per_token + attended), tokens=sum(lengths))
     if op == "elmo":
         return Work(tokens=sizes["B"] * sizes["words"])
     raise ValueError(f"benchmarks: the work of op {op!r} is not declared; add it to benchmarks/work.py.")
