@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where words, phrases and entities stand in a text, and which word pieces begin one: what knowledge masking masks.
+
+A source gives spans of characters; ``begins`` carries them over to pieces. A piece's flags say which units begin with
+it, so units survive the cutting and joining that makes pretraining pairs.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from ..models.bert.tokenization import Encoding
+
+WORD, PHRASE, ENTITY = 1, 2, 4
+KINDS = {"word": WORD, "phrase": PHRASE, "entity": ENTITY}
+# A piece and its flags travel as one integer: id | flags << FLAG_SHIFT.
+FLAG_SHIFT = 24
+ID_MASK = (1 << FLAG_SHIFT) - 1
+
+
+class Span(NamedTuple):
+    """Characters ``start`` to ``end`` (not included) are one unit; ``kind``: "word", "phrase" or "entity"."""
+
+    start: int
+    end: int
+    kind: str
+
+
+class SpanSource(Protocol):
+    """Finds spans in a text."""
+
+    def spans(self, text: str) -> list[Span]:
+        """Spans in any order; they may overlap, the longer one counts."""
+
+
+class Gazetteer:
+    """Spans of a list of phrases or names, found by Aho-Corasick in one pass over the text, longest first.
+
+    Args:
+        entries: the strings to find.
+        kind: "word", "phrase" or "entity".
+        ignore_case: find them in any case.
+
+    In scripts with spaces a match counts only where words begin and end; Chinese and Japanese match anywhere.
+
+    Raises:
+        ValueError: an unknown kind, or no entries.
+        ModuleNotFoundError: ahocorasick-rs is not installed.
+    """
+
+    def __init__(self, entries: Iterable[str], kind: str = "entity", *, ignore_case: bool = True) -> None:
+        try:
+            import ahocorasick_rs
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                "ctxfast.training.Gazetteer needs ahocorasick-rs: pip install 'ctxfast[pretrain]'."
+            ) from error
+        if kind not in KINDS:
+            raise ValueError(f"ctxfast.training.Gazetteer: kind is {kind!r}; expected one of {', '.join(KINDS)}.")
+        self.kind, self.ignore_case = kind, ignore_case
+        cleaned = {self._folded(" ".join(entry.split())) for entry in entries}
+        cleaned.discard("")
+        if not cleaned:
+            raise ValueError("ctxfast.training.Gazetteer: entries has no text; expected one phrase or name each.")
+        self.size = len(cleaned)
+        # Overlapping matches: which of them counts depends on word boundaries.
+        self._matcher = ahocorasick_rs.AhoCorasick(sorted(cleaned))
+
+    @classmethod
+    def from_file(
+        cls, path: str | os.PathLike[str], kind: str = "entity", *, column: int = 0, ignore_case: bool = True
+    ) -> Gazetteer:
+        """Entries from a text file, one a line; with tabs, the given column.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: a line without that column (its number is named), or a file without entries.
+        """
+        entries = []
+        for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+            if not line.strip():
+                continue
+            fields = line.split("\t")
+            if column >= len(fields):
+                raise ValueError(
+                    f"ctxfast.training.Gazetteer: {path}, line {number} has {len(fields)} columns; "
+                    f"expected more than column={column}."
+                )
+            entries.append(fields[column])
+        return cls(entries, kind, ignore_case=ignore_case)
+
+    def _folded(self, text: str) -> str:
+        if not self.ignore_case:
+            return text
+        # Letter by letter, so that places stay: "İ".lower() has two characters.
+        return "".join(low if len(low := letter.lower()) == 1 else letter for letter in text)
+
+    def spans(self, text: str) -> list[Span]:
+        folded = self._folded(text)
+        found = []
+        for _, start, end in self._matcher.find_matches_as_indexes(folded, overlapping=True):
+            if _is_boundary(folded, start) and _is_boundary(folded, end):
+                found.append(Span(start, end, self.kind))
+        return found
+
+
+class SegmentedText:
+    """Text that comes with its words apart by spaces (Chinese too): each stretch between spaces is a word."""
+
+    def spans(self, text: str) -> list[Span]:
+        found, start = [], None
+        for place, letter in enumerate(text + " "):
+            if letter.isspace():
+                if start is not None:
+                    found.append(Span(start, place, "word"))
+                start = None
+            elif start is None:
+                start = place
+        return found
+
+
+class ChineseWords:
+    """Words of Chinese text, by jieba.
+
+    Args:
+        user_dictionary: file of further words, as jieba reads it.
+
+    Raises:
+        ModuleNotFoundError: jieba is not installed.
+    """
+
+    def __init__(self, user_dictionary: str | os.PathLike[str] | None = None) -> None:
+        try:
+            import jieba
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                "ctxfast.training.ChineseWords needs jieba: pip install 'ctxfast[pretrain]'."
+            ) from error
+        jieba.setLogLevel(60)
+        self._tokenizer = jieba.Tokenizer()
+        if user_dictionary is not None:
+            self._tokenizer.load_userdict(os.fspath(user_dictionary))
+
+    def spans(self, text: str) -> list[Span]:
+        return [Span(start, end, "word") for word, start, end in self._tokenizer.tokenize(text) if not word.isspace()]
+
+
+def _is_spaced(letter: str) -> bool:
+    """Whether a letter belongs to a script that sets spaces between words."""
+    return letter.isalnum() and not ("\u3040" <= letter <= "\u30ff" or "\u3400" <= letter <= "\u9fff")
+
+
+def _is_boundary(text: str, place: int) -> bool:
+    if place == 0 or place == len(text):
+        return True
+    return not (_is_spaced(text[place - 1]) and _is_spaced(text[place]))
+
+
+def begins(encoding: Encoding, spans: Sequence[Span]) -> list[int]:
+    """Flags of every piece of an encoded text without special tokens: which units begin with it.
+
+    A unit at a level runs from a piece with that level's flag up to the next. Where no span of a kind lies, its units
+    are words; words are the tokenizer's own where no "word" span lies. A span that begins or ends inside a piece takes
+    the whole piece. Of spans of one kind that overlap the longer one counts, of equally long ones the first.
+    """
+    offsets, word_ids = encoding.offsets, encoding.word_ids
+    own = [i == 0 or word_ids[i] is None or word_ids[i] != word_ids[i - 1] for i in range(len(offsets))]
+    words = _joined(own, offsets, [span for span in spans if span.kind == "word"])
+    flags = [WORD if begin else 0 for begin in words]
+    for kind in ("phrase", "entity"):
+        for i, begin in enumerate(_joined(words, offsets, [span for span in spans if span.kind == kind])):
+            flags[i] |= KINDS[kind] if begin else 0
+    return flags
+
+
+def _joined(starts: Sequence[bool], offsets: Sequence[tuple[int, int]], spans: Sequence[Span]) -> list[bool]:
+    """``starts`` with every span's pieces made one unit."""
+    found = list(starts)
+    taken = [False] * len(found)
+    for span in sorted(spans, key=lambda span: (span.start - span.end, span.start)):
+        inside = _pieces(offsets, span)
+        if not inside or any(taken[i] for i in inside):
+            continue
+        for i in inside:
+            taken[i], found[i] = True, False
+        found[inside[0]] = True
+        after = inside[-1] + 1
+        if after < len(found):
+            found[after] = True
+    return found
+
+
+def _pieces(offsets: Sequence[tuple[int, int]], span: Span) -> range:
+    touched = [i for i, (start, end) in enumerate(offsets) if start < span.end and end > span.start]
+    return range(touched[0], touched[-1] + 1) if touched else range(0)
