@@ -169,8 +169,9 @@ def attention(
     Returns:
         (T, H, D), in the dtype of ``qkv``.
 
-    Numerics: softmax in float32 (float64 for float64); deterministic without dropout.
-    Implementations: reference (any device and dtype), cpu (float32, bfloat16, float16; no dropout).
+    Numerics: softmax in float32 (float64 for float64); deterministic without dropout, and with it for a given seed.
+    Implementations: reference (any device and dtype), cpu (float32, bfloat16, float16; no dropout), triton (CUDA;
+    float32, bfloat16, float16; D up to 128).
     Reference: Vaswani et al. 2017, equation 1; Devlin et al. 2019.
     """
     args = _attention_args(qkv, cu_seqlens, max_seqlen, bias, softmax_scale=softmax_scale, dropout_p=dropout_p)

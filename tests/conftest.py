@@ -12,6 +12,10 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 
+# Without a GPU, Triton's kernels are tested in its interpreter. It must be told before triton is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 
 def _data_folder() -> Path | None:
     for candidate in (os.environ.get("CTXFAST_TEST_DATA"), ROOT.parent / "shared" / "data"):

@@ -78,7 +78,9 @@ def test_what_is_asked_for_never_falls_back(qkv) -> None:
 
 
 def test_unknown_names_list_the_known_ones(qkv) -> None:
-    with pytest.raises(ValueError, match=r"^ctxfast.attention: impl is 'fast'; expected one of cpu, reference\.$"):
+    with pytest.raises(
+        ValueError, match=r"^ctxfast.attention: impl is 'fast'; expected one of cpu, triton, reference\.$"
+    ):
         ctxfast.attention(*qkv, impl="fast")
     with pytest.raises(ValueError, match=r"^ctxfast.use_impl: impl is 'fast'; expected one of reference, cpu, triton"):
         ctxfast.use_impl("fast").__enter__()

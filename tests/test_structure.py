@@ -117,7 +117,9 @@ def test_implementations_do_not_import_one_another() -> None:
         for implementation in spec.impls:
             path = PACKAGE / "ops" / spec.name / f"{implementation.name}.py"
             for name in _imports(path):
-                assert name[:2] != ("ctxfast", "ops"), f"{path.relative_to(ROOT)} imports {'.'.join(name)}"
+                # Parts of its own op that are no implementation may be shared or split off.
+                is_part = name[:3] == ("ctxfast", "ops", spec.name) and name[3] not in registry.IMPL_NAMES
+                assert is_part or name[:2] != ("ctxfast", "ops"), f"{path.relative_to(ROOT)} imports {'.'.join(name)}"
 
 
 def test_references_import_only_torch() -> None:
@@ -141,7 +143,7 @@ def test_only_core_loads_the_extension() -> None:
 
 def test_triton_is_imported_in_its_own_modules_only() -> None:
     for path in _modules():
-        if path.name != "triton.py":
+        if not path.name.startswith("triton"):
             assert not any(name[0] == "triton" for name in _imports(path)), path
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import platform
 import sys
 from functools import lru_cache
@@ -55,6 +56,20 @@ def why_no_cuda() -> str | None:
         f"CUDA kernels were not compiled ({info.get('cuda_reason') or 'no reason recorded'}). "
         f"Install the CUDA toolkit and rebuild with CTXFAST_CUDA=1 pip install --force-reinstall ."
     )
+
+
+def is_triton_interpreted() -> bool:
+    """Whether Triton runs its kernels in Python, on CPU tensors (TRITON_INTERPRET=1): for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def why_no_triton(device: torch.device) -> str | None:
+    """None if Triton kernels can run on this device, else one sentence why not."""
+    if device.type == "cuda" or (device.type == "cpu" and is_triton_interpreted()):
+        if importlib.util.find_spec("triton") is None:
+            return "Triton is not installed (pip install triton)."
+        return None
+    return f"it runs on a CUDA GPU and the inputs are on {device}."
 
 
 def _version(distribution: str) -> str:

@@ -27,6 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import capability
+
 HALF_AND_FLOAT = (torch.float32, torch.float16, torch.bfloat16)
 IMPL_NAMES = ("reference", "cpu", "triton", "cuda", "cuda_step")
 
@@ -108,6 +110,10 @@ class OpSpec:
         """None, or the sentence why this implementation cannot run these arguments."""
         if implementation.name == "reference":
             return None
+        if implementation.name == "triton":
+            objection = capability.why_no_triton(next(tensors(args)).device)
+            if objection is not None:
+                return objection
         return self.module(implementation.name).supports(args)
 
     def function(self, implementation: Impl) -> Callable[..., Any]:
@@ -202,8 +208,9 @@ def resolve(spec: OpSpec, args: Mapping[str, Any], impl: str | None = None) -> I
                 f"Pass impl='reference', or leave impl out."
             )
         return chosen
+    device = next(tensors(args)).device.type
     for candidate in spec.impls:
-        if spec.supports(candidate, args) is None:
+        if candidate.device == device and spec.supports(candidate, args) is None:
             return candidate
     return REFERENCE
 

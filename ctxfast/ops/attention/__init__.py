@@ -77,6 +77,7 @@ SPEC = registry.register(
                 "cpu",
                 note="torch's fused attention per sequence, equal lengths together, no padding",
             ),
+            registry.Impl("triton", "cuda", note="one pass over packed rows, with backward; not yet run on a GPU"),
         ),
     )
 )

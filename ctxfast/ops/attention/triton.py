@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``attention`` in Triton: packed, forward and backward, dropout from a counter. Not yet run on a GPU.
+
+The forward keeps its result and lse (H, T); the backward makes the probabilities again. Every sum has a fixed order
+and no kernel uses atomics: two runs are equal to the last bit. Nothing is read back to the host: grids come from
+max_seqlen and the number of sequences, and programs past a sequence's end leave at once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from ..._core import capability, torch_ops
+from . import triton_backward, triton_forward, triton_plan
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_MAX_HEAD_DIM = 128
+_LOG2_E = math.log2(math.e)
+
+
+def _plan(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> triton_plan.Plan:
+    # The interpreter, which computes on the CPU, is given the tiles of an H100.
+    major = torch.cuda.get_device_capability(qkv.device)[0] if qkv.is_cuda else 9
+    mean = qkv.shape[0] / (cu_seqlens.shape[0] - 1)
+    return triton_plan.choose(qkv.shape[3], qkv.element_size(), major, max_seqlen, mean)
+
+
+def _on_device(tensor: Tensor) -> AbstractContextManager:
+    """Triton launches on the current device."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def _is_empty(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> bool:
+    return qkv.numel() == 0 or cu_seqlens.shape[0] == 1 or max_seqlen == 0
+
+
+def _dropout(dropout_p: float) -> tuple[int, float]:
+    """Threshold on 16 random bits, and one over the share it keeps."""
+    threshold = min(round(dropout_p * 65536), 65535)
+    return threshold, 65536 / (65536 - threshold)
+
+
+def _precision(dtype: torch.dtype) -> str:
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def _options(qkv: Tensor, bias: Tensor | None, seeds: Tensor | None) -> dict[str, Any]:
+    """What every kernel is compiled for."""
+    head_dim = qkv.shape[3]
+    return dict(
+        D=head_dim, BLOCK_D=triton_plan.block_d(head_dim), HAS_BIAS=bias is not None, DROPOUT=seeds is not None,
+        PRECISION=_precision(qkv.dtype),
+    )  # fmt: skip
+
+
+def _forward(
+    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, bias: Tensor | None, softmax_scale: float,
+    dropout_p: float, seeds: Tensor | None, save_lse: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    out, lse = _forward_fake(qkv, cu_seqlens, max_seqlen, bias, softmax_scale, dropout_p, seeds, save_lse)
+    if _is_empty(qkv, cu_seqlens, max_seqlen):
+        return out, lse
+    tokens, _, heads, _ = qkv.shape
+    sequences = cu_seqlens.shape[0] - 1
+    tile = _plan(qkv, cu_seqlens, max_seqlen).forward
+    bias = None if bias is None else bias.contiguous()
+    options = _options(qkv, bias, seeds) | dict(
+        NEGATIVE=softmax_scale < 0, SAVE_LSE=save_lse, num_warps=tile.warps, num_stages=tile.stages
+    )
+    pointers = (qkv, bias, cu_seqlens, out, lse, seeds)
+    numbers = (abs(softmax_scale) * _LOG2_E, *_dropout(dropout_p), *qkv.stride())
+    with _on_device(qkv):
+        if tile.pairs:
+            pairs = sequences * heads
+            triton_forward.forward_pairs[(triton.cdiv(pairs, tile.pairs),)](
+                *pointers, tokens, heads, pairs, *numbers, BLOCK_L=tile.rows, PAIRS=tile.pairs, **options
+            )
+        else:
+            blocks = triton.cdiv(max_seqlen, tile.rows)
+            triton_forward.forward_blocks[(heads * blocks * sequences,)](
+                *pointers, tokens, heads, blocks, *numbers, BLOCK_M=tile.rows, BLOCK_N=tile.columns,
+                SINGLE=max_seqlen <= tile.columns, **options,
+            )  # fmt: skip
+    return out, lse
+
+
+def _forward_fake(
+    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, bias: Tensor | None, softmax_scale: float,
+    dropout_p: float, seeds: Tensor | None, save_lse: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    tokens, _, heads, head_dim = qkv.shape
+    out = torch_ops.allocate((tokens, heads, head_dim), qkv)
+    return out, torch_ops.allocate((heads, tokens if save_lse else 0), qkv, torch.float32)
+
+
+def _backward(
+    grad: Tensor, qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, bias: Tensor | None, softmax_scale: float,
+    dropout_p: float, seeds: Tensor | None, out: Tensor, lse: Tensor,
+) -> Tensor:  # fmt: skip
+    grad_qkv = torch_ops.allocate(qkv.shape, qkv)
+    if _is_empty(qkv, cu_seqlens, max_seqlen):
+        return grad_qkv
+    tokens, _, heads, _ = qkv.shape
+    sequences = cu_seqlens.shape[0] - 1
+    plan = _plan(qkv, cu_seqlens, max_seqlen)
+    bias = None if bias is None else bias.contiguous()
+    options = _options(qkv, bias, seeds)
+    numbers = (softmax_scale * _LOG2_E, softmax_scale, *_dropout(dropout_p), *qkv.stride(), *grad.stride())
+    with _on_device(qkv):
+        if plan.whole is None:
+            delta = torch_ops.allocate(lse.shape, lse)
+            tile, blocks = plan.query, triton.cdiv(max_seqlen, plan.query.rows)
+            triton_backward.backward_query[(heads * blocks * sequences,)](
+                qkv, bias, cu_seqlens, out, lse, delta, grad, grad_qkv, seeds, tokens, heads, blocks, *numbers,
+                BLOCK_M=tile.rows, BLOCK_N=tile.columns, num_warps=tile.warps, num_stages=tile.stages, **options,
+            )  # fmt: skip
+            tile, blocks = plan.key, triton.cdiv(max_seqlen, plan.key.columns)
+            triton_backward.backward_key[(heads * blocks * sequences,)](
+                qkv, bias, cu_seqlens, lse, delta, grad, grad_qkv, seeds, tokens, heads, blocks, *numbers,
+                BLOCK_M=tile.rows, BLOCK_N=tile.columns, num_warps=tile.warps, num_stages=tile.stages, **options,
+            )  # fmt: skip
+            return grad_qkv
+        tile, pairs = plan.whole, sequences * heads
+        pointers = (qkv, bias, cu_seqlens, lse, grad, grad_qkv, seeds)
+        options = options | dict(BLOCK_L=tile.rows, num_warps=tile.warps, num_stages=tile.stages)
+        if tile.pairs:
+            triton_backward.backward_pairs[(triton.cdiv(pairs, tile.pairs),)](
+                *pointers, tokens, heads, pairs, *numbers, PAIRS=tile.pairs, **options
+            )
+        else:
+            triton_backward.backward_whole[(pairs,)](*pointers, tokens, heads, *numbers, **options)
+    return grad_qkv
+
+
+def _backward_fake(
+    grad: Tensor, qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, bias: Tensor | None, softmax_scale: float,
+    dropout_p: float, seeds: Tensor | None, out: Tensor, lse: Tensor,
+) -> Tensor:  # fmt: skip
+    return torch_ops.allocate(qkv.shape, qkv)
+
+
+_DEVICE = "CPU" if capability.is_triton_interpreted() else "CUDA"
+_fwd = torch_ops.define(
+    "attention_triton_fwd",
+    "(Tensor qkv, Tensor cu_seqlens, SymInt max_seqlen, Tensor? bias, float softmax_scale, float dropout_p, "
+    "Tensor? seeds, bool save_lse) -> (Tensor, Tensor)",
+    _forward, _forward_fake, _DEVICE,
+)  # fmt: skip
+_bwd = torch_ops.define(
+    "attention_triton_bwd",
+    "(Tensor grad, Tensor qkv, Tensor cu_seqlens, SymInt max_seqlen, Tensor? bias, float softmax_scale, "
+    "float dropout_p, Tensor? seeds, Tensor out, Tensor lse) -> Tensor",
+    _backward, _backward_fake, _DEVICE,
+)  # fmt: skip
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, qkv: Tensor, bias: Tensor | None, cu_seqlens: Tensor, max_seqlen: int, softmax_scale: float,
+        dropout_p: float, seeds: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        out, lse = _fwd(qkv, cu_seqlens, max_seqlen, bias, softmax_scale, dropout_p, seeds, True)
+        ctx.save_for_backward(qkv, bias, cu_seqlens, seeds, out, lse)
+        ctx.numbers = (max_seqlen, softmax_scale, dropout_p)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        qkv, bias, cu_seqlens, seeds, out, lse = ctx.saved_tensors
+        max_seqlen, softmax_scale, dropout_p = ctx.numbers
+        grad_qkv = _bwd(grad, qkv, cu_seqlens, max_seqlen, bias, softmax_scale, dropout_p, seeds, out, lse)
+        grad_bias = grad_qkv.sum(0) if ctx.needs_input_grad[1] else None
+        return (grad_qkv if ctx.needs_input_grad[0] else None), grad_bias, None, None, None, None, None
+
+
+def supports(args: Mapping[str, Any]) -> str | None:
+    """None, or why the Triton kernels cannot run this call."""
+    qkv = args["qkv"]
+    if qkv.dtype not in _DTYPES:
+        return f"it takes float32, float16 and bfloat16 and qkv is {qkv.dtype}."
+    if qkv.dtype == torch.bfloat16 and qkv.device.type == "cpu":
+        return "Triton's interpreter gets products of bfloat16 wrong."
+    if qkv.shape[3] > _MAX_HEAD_DIM:
+        return f"it takes heads of at most {_MAX_HEAD_DIM} and head_dim is {qkv.shape[3]}."
+    return None
+
+
+def _scale(qkv: Tensor, softmax_scale: float | None) -> float:
+    return 1.0 / math.sqrt(qkv.shape[3]) if softmax_scale is None else softmax_scale
+
+
+def _seeds(qkv: Tensor, dropout_p: float) -> Tensor | None:
+    """Seed and offset of this call's mask, drawn on the device: a captured graph draws new ones at every replay."""
+    return torch.randint(-(2**63), 2**63 - 1, (2,), device=qkv.device) if dropout_p > 0 else None
+
+
+def attention(
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    bias: Tensor | None,
+    softmax_scale: float | None,
+    dropout_p: float,
+) -> Tensor:
+    """See ``ctxfast.functional.attention``."""
+    scale, seeds = _scale(qkv, softmax_scale), _seeds(qkv, dropout_p)
+    if torch.is_grad_enabled() and (qkv.requires_grad or (bias is not None and bias.requires_grad)):
+        return _Attention.apply(qkv, bias, cu_seqlens, max_seqlen, scale, dropout_p, seeds)
+    return _fwd(qkv, cu_seqlens, max_seqlen, bias, scale, dropout_p, seeds, False)[0]
+
+
+def raw_calls(args: Mapping[str, Any]) -> list[tuple[Any, tuple]]:
+    """The registered operators behind one call, with arguments for torch.library.opcheck."""
+    qkv, bias, dropout_p = args["qkv"], args["bias"], args["dropout_p"]
+    rest = (bias, _scale(qkv, args["softmax_scale"]), dropout_p, _seeds(qkv, dropout_p))
+    forward = (qkv, args["cu_seqlens"], args["max_seqlen"], *rest, True)
+    out, lse = _fwd(*forward)
+    return [(_fwd, forward), (_bwd, (torch.randn_like(out), *forward[:-1], out, lse))]

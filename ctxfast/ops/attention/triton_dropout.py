@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Dropout of attention weights from a counter: every kernel draws the same mask, and none stores it.
+
+The counter is (query, key, sequence and head, offset), the generator Philox4x32 with 7 rounds, the fewest that pass
+BigCrush (Salmon et al. 2011).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+_ROUNDS = tl.constexpr(7)
+
+
+@triton.jit
+def is_kept(seeds, pair, query, key, threshold):
+    """Which weights stay: 16 random bits each, kept where they reach ``threshold``.
+
+    ``query`` and ``key`` are indices inside the sequence that broadcast to the tile. One draw of 128 bits serves the
+    eight weights whose indices differ in bit 3 of the query and bits 3 and 0 of the key: in the accumulator layout of
+    mma these lie in one thread, so the compiler draws once for them (a transposed tile finds four of the eight).
+    """
+    seed, offset = tl.load(seeds), tl.load(seeds + 1)
+    rows = (query >> 4) * 8 + (query & 7)
+    columns = (key >> 4) * 4 + ((key & 7) >> 1)
+    first, second, third, fourth = tl.philox(seed, rows, columns, pair, offset.to(tl.int32), _ROUNDS)
+    low = tl.where((key & 8) == 0, first, second)
+    high = tl.where((key & 8) == 0, third, fourth)
+    word = tl.where((query & 8) == 0, low, high)
+    bits = tl.where((key & 1) == 0, word & 0xFFFF, word >> 16)
+    return bits.to(tl.int32) >= threshold

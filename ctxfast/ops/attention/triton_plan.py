@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the Triton kernels of ``attention`` are cut: a table instead of a search at run time.
+
+A search would time dozens of variants in a user's first batches and give different bits on different days. The table
+was made without a GPU: the starting point is a probe on an H100 (64 x 64 tiles with 4 warps were best from 128 to 512
+tokens), the rest are the largest tiles that neither spill (tests/ops/test_attention_resources.py) nor push the blocks
+per SM below two. To be tuned on GPUs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How one kernel is cut: tiles of ``rows`` queries x ``columns`` keys.
+
+    ``pairs`` above 0: so many (sequence, head) pairs a program, each of at most ``rows`` tokens and each in one warp.
+    """
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int = 1
+    pairs: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The tiles of all passes for sequences of at most ``longest`` tokens (0: of any length).
+
+    The backward is one kernel that holds a sequence whole (``whole``), or one over queries and one over keys.
+    """
+
+    longest: int
+    forward: Tile
+    whole: Tile | None = None
+    query: Tile | None = None
+    key: Tile | None = None
+
+
+def _pairs(rows: int) -> Tile:
+    return Tile(rows, rows, warps=4, pairs=4)
+
+
+# In order of length; the last plan of every list takes any. By head_dim rounded up to a power of two, 32 at least.
+#
+# float16 and bfloat16 on sm_90: accumulators of wgmma leave room for a whole backward up to 128 tokens.
+_HOPPER = {
+    32: (
+        Plan(16, _pairs(16), whole=_pairs(16)),
+        Plan(32, _pairs(32), whole=_pairs(32)),
+        Plan(64, Tile(64, 64, 4), whole=Tile(64, 64, 4)),
+        Plan(128, Tile(64, 128, 4), whole=Tile(128, 128, 8)),
+        Plan(0, Tile(64, 64, 4, 2), query=Tile(64, 64, 4, 2), key=Tile(64, 64, 4, 2)),
+    ),
+    64: (
+        Plan(16, _pairs(16), whole=_pairs(16)),
+        Plan(32, _pairs(32), whole=Tile(32, 32, 2)),
+        Plan(64, Tile(64, 64, 4), whole=Tile(64, 64, 4)),
+        Plan(128, Tile(64, 128, 4), whole=Tile(128, 128, 8)),
+        Plan(0, Tile(64, 64, 4, 2), query=Tile(64, 64, 4, 2), key=Tile(32, 64, 4, 2)),
+    ),
+    128: (
+        Plan(16, _pairs(16), whole=_pairs(16)),
+        Plan(32, Tile(32, 32, 4), whole=Tile(32, 32, 4)),
+        Plan(64, Tile(64, 64, 4), whole=Tile(64, 64, 4)),
+        Plan(0, Tile(64, 64, 4, 2), query=Tile(64, 32, 4, 2), key=Tile(32, 64, 8)),
+    ),
+}
+# The same dtypes everywhere else (mma.sync): operands lie in registers too, so tiles are smaller.
+_OTHERS = {
+    32: (
+        *_HOPPER[32][:3],
+        Plan(0, Tile(64, 64, 4, 2), query=Tile(64, 64, 4, 2), key=Tile(64, 64, 4, 2)),
+    ),
+    64: (
+        *_HOPPER[64][:2],
+        Plan(64, Tile(64, 64, 4), query=Tile(64, 32, 4, 2), key=Tile(32, 64, 4, 2)),
+        Plan(0, Tile(64, 64, 4, 2), query=Tile(64, 64, 4, 2), key=Tile(32, 64, 4, 2)),
+    ),
+    128: (
+        *_HOPPER[128][:2],
+        Plan(64, Tile(64, 64, 8), whole=Tile(64, 64, 8)),
+        Plan(0, Tile(64, 64, 8, 2), query=Tile(64, 32, 4), key=Tile(64, 32, 8)),
+    ),
+}
+# float32 has no tensor cores in full precision: plain multiply-adds, whose operands fill registers soon.
+_FLOAT32 = {
+    32: (
+        Plan(16, _pairs(16), whole=_pairs(16)),
+        Plan(32, Tile(32, 32, 4), whole=Tile(32, 32, 4)),
+        Plan(0, Tile(32, 32, 8), query=Tile(32, 32, 8), key=Tile(32, 32, 8)),
+    ),
+    64: (
+        Plan(16, _pairs(16), whole=Tile(16, 16, 4)),
+        Plan(32, Tile(32, 32, 4), whole=Tile(32, 32, 4)),
+        Plan(0, Tile(32, 32, 8), query=Tile(32, 32, 8), key=Tile(32, 32, 8)),
+    ),
+    128: (Plan(0, Tile(32, 32, 8), query=Tile(16, 16, 8), key=Tile(16, 16, 8)),),
+}
+
+
+def block_d(head_dim: int) -> int:
+    """head_dim rounded up to what a product takes; masks hide the rest."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def plans(head_dim: int, itemsize: int, major: int) -> tuple[Plan, ...]:
+    """All plans for heads of this size, elements of this many bytes and compute capability ``major``."""
+    table = _FLOAT32 if itemsize == 4 else _HOPPER if major == 9 else _OTHERS
+    return table[max(32, block_d(head_dim))]
+
+
+def choose(head_dim: int, itemsize: int, major: int, max_seqlen: int, mean: float) -> Plan:
+    """The plan of a batch. ``mean`` is tokens by sequences, which the host knows.
+
+    A tile made for the longest sequence is mostly empty when the mean is below half of it: such a batch is looped over
+    in the smaller tiles of the last plan.
+    """
+    *short, last = plans(head_dim, itemsize, major)
+    for plan in short:
+        if max_seqlen <= plan.longest:
+            return plan if plan.longest <= 64 or mean > plan.longest / 2 else last
+    return last
