@@ -33,11 +33,20 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 DEFAULT_ARCHS = "80;86;89;90a"
-# A source whose name ends so is compiled with these flags, on x86-64 only, and chosen at run time.
+# A source whose name ends so is compiled with these flags where the compiler takes them, and chosen at run time.
 ISA_FLAGS = {
     "_avx2.cpp": ("-mavx2", "-mfma"),
+    "_avxvnni.cpp": ("-mavx2", "-mfma", "-mavxvnni"),
     "_avx512.cpp": ("-mavx512f", "-mavx2", "-mfma", "-mprefer-vector-width=512"),
-}
+    "_avx512vnni.cpp": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni", "-mavx2", "-mfma",
+                        "-mprefer-vector-width=512"),
+    "_avx512bf16.cpp": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni", "-mavx512bf16", "-mavx2", "-mfma",
+                        "-mprefer-vector-width=512"),
+    "_amx.cpp": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni", "-mavx512bf16", "-mavx2", "-mfma",
+                 "-mamx-tile", "-mamx-int8", "-mamx-bf16", "-mprefer-vector-width=512"),
+}  # fmt: skip
+# Sources named so round every operation by itself, so that all instruction sets give the same bits.
+EXACT = ("_narrow_", ("-ffp-contract=off",))
 # A CUDA source whose name ends so uses instructions only this architecture has.
 ARCH_ONLY = {"_sm90a.cu": "90a"}
 
@@ -163,10 +172,22 @@ def find_ninja() -> str:
     return on_path
 
 
-def sources(cuda: Cuda) -> list[Path]:
-    """Every source of this build, in order."""
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
-    chosen = [path for path in sorted(CSRC.glob("cpu/*.cpp")) if x86 or not path.name.endswith(tuple(ISA_FLAGS))]
+def accepted_isas(cxx: list[str]) -> list[str]:
+    """The suffixes of ISA_FLAGS whose flags this compiler takes: none on other processors than x86-64."""
+
+    def takes(flags: tuple[str, ...]) -> bool:
+        command = [*cxx, *flags, "-x", "c++", "-E", os.devnull]
+        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return []
+    return [suffix for suffix, flags in ISA_FLAGS.items() if takes(flags)]
+
+
+def sources(cuda: Cuda, isas: list[str]) -> list[Path]:
+    """Every source of this build, in order; ``isas`` as from ``accepted_isas``."""
+    left_out = tuple(set(ISA_FLAGS) - set(isas))
+    chosen = [path for path in sorted(CSRC.glob("cpu/*.cpp")) if not path.name.endswith(left_out)]
     chosen += sorted(CSRC.glob("bindings/*.cpp"))
     if cuda.nvcc:
         for path in sorted(CSRC.glob("cuda/*.cu")):
@@ -174,6 +195,12 @@ def sources(cuda: Cuda) -> list[Path]:
             if all(arch in cuda.archs for arch in needs):
                 chosen.append(path)
     return chosen
+
+
+def cpu_flags(name: str) -> list[str]:
+    """Flags of one source under csrc/cpu."""
+    flags = [flag for suffix, listed in ISA_FLAGS.items() if name.endswith(suffix) for flag in listed]
+    return [*flags, *EXACT[1]] if EXACT[0] in name else flags
 
 
 def build_info_header(version: str, compiler: str, cuda: Cuda) -> str:
@@ -207,7 +234,9 @@ def ninja_file(cxx: list[str], cuda: Cuda, target: Path, folder: Path) -> str:
         return shlex.join(words).replace("$", "$$")
 
     includes = [f"-I{CSRC / 'include'}", f"-I{folder}"]
+    isas = accepted_isas(cxx)
     define = [f"-DCTXFAST_SM90A={int('90a' in cuda.archs)}"]
+    isa_defines = [f"-DCTXFAST_{suffix[1:-4].upper()}=1" for suffix in isas]
     cxx_flags = [
         "-std=c++17",
         "-O3",
@@ -220,7 +249,7 @@ def ninja_file(cxx: list[str], cuda: Cuda, target: Path, folder: Path) -> str:
         "-ffp-contract=fast",
     ]
     python_flags = [f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}"]
-    compile_cxx = command([*cxx, *cxx_flags, *includes, *define])
+    compile_cxx = command([*cxx, *cxx_flags, *includes, *define, *isa_defines])
     lines = [
         "ninja_required_version = 1.5",
         "rule cxx",
@@ -258,7 +287,7 @@ def ninja_file(cxx: list[str], cuda: Cuda, target: Path, folder: Path) -> str:
         libraries = ["-ldl", "-lpthread", "-lrt"]
     lines += ["rule link", f"  command = {command(link)} $in -o $out {command(libraries)}"]
     objects = []
-    for source in sources(cuda):
+    for source in sources(cuda, isas):
         obj = f"{source.parent.name}_{source.stem}.o"
         rule, flags = "cxx", []
         if source.suffix == ".cu":
@@ -266,7 +295,7 @@ def ninja_file(cxx: list[str], cuda: Cuda, target: Path, folder: Path) -> str:
         elif source.parent.name == "bindings":
             flags = python_flags
         else:
-            flags = [flag for suffix, listed in ISA_FLAGS.items() if source.name.endswith(suffix) for flag in listed]
+            flags = cpu_flags(source.name)
         lines += [f"build {obj}: {rule} {escaped(source)}", f"  flags = {command(flags)}"]
         objects.append(obj)
     lines += [

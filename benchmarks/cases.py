@@ -34,8 +34,8 @@ class Row:
     """One line of the table below.
 
     ``passes``: "f" forward, "fb" forward and backward. ``size``: "small" rows are run by the small and the full set.
-    ``cpu`` and ``cuda`` list the dtypes measured there; an empty one leaves the device out. "float32+bf16" stands for
-    float32 arithmetic with ``weight_dtype=torch.bfloat16``.
+    ``cpu`` and ``cuda`` list the dtypes measured there; an empty one leaves the device out. "float32+bf16" and
+    "float32+int8" stand for float32 inputs with ``weight_dtype=torch.bfloat16`` and ``torch.int8``.
     """
 
     op: str
@@ -47,16 +47,16 @@ class Row:
     cuda: tuple[str, ...] = ("float16", "bfloat16")
 
 
-_BOTH_WEIGHTS = ("float32", "float32+bf16")
+_EVERY_WEIGHT = ("float32", "float32+bf16", "float32+int8")
 
 ROWS: tuple[Row, ...] = (
     # lstm
-    Row("lstm", "elmo-original one direction B1 T32", dict(B=1, T=32, R=1, **ELMO), "small", cpu=_BOTH_WEIGHTS),
-    Row("lstm", "elmo-original one direction B8 T32", dict(B=8, T=32, R=1, **ELMO), cpu=_BOTH_WEIGHTS),
-    Row("lstm", "elmo-original one direction B32 T32", dict(B=32, T=32, R=1, **ELMO), cpu=_BOTH_WEIGHTS),
-    Row("lstm", "elmo-original both directions B1 T32", dict(B=1, T=32, R=2, **ELMO), cpu=_BOTH_WEIGHTS, cuda=()),
+    Row("lstm", "elmo-original one direction B1 T32", dict(B=1, T=32, R=1, **ELMO), "small", cpu=_EVERY_WEIGHT),
+    Row("lstm", "elmo-original one direction B8 T32", dict(B=8, T=32, R=1, **ELMO), cpu=_EVERY_WEIGHT),
+    Row("lstm", "elmo-original one direction B32 T32", dict(B=32, T=32, R=1, **ELMO), cpu=_EVERY_WEIGHT),
+    Row("lstm", "elmo-original both directions B1 T32", dict(B=1, T=32, R=2, **ELMO), cpu=_EVERY_WEIGHT, cuda=()),
     Row("lstm", "elmo-original both directions B32 T32 ragged",
-        dict(B=32, T=32, R=2, ragged=True, **ELMO), cpu=_BOTH_WEIGHTS),
+        dict(B=32, T=32, R=2, ragged=True, **ELMO), cpu=_EVERY_WEIGHT),
     Row("lstm", "elmo-original both directions B1 T128", dict(B=1, T=128, R=2, **ELMO), "small", cpu=()),
     Row("lstm", "elmo-original both directions B8 T128", dict(B=8, T=128, R=2, **ELMO), cpu=()),
     Row("lstm", "elmo-original both directions B32 T128", dict(B=32, T=128, R=2, **ELMO), cpu=(), passes=("f", "fb")),
@@ -97,8 +97,8 @@ ROWS: tuple[Row, ...] = (
     Row("scalar_mix", "elmo 3 layers 32x32", dict(K=3, B=32, T=32, N=1024), "small"),
     Row("scalar_mix", "bert-base 13 layers 8x128", dict(K=13, B=8, T=128, N=768), "small"),
     # whole models, random weights
-    Row("elmo", "original 1x20 words", dict(B=1, words=20), "small", cpu=_BOTH_WEIGHTS),
-    Row("elmo", "original 32x20 words", dict(B=32, words=20), cpu=_BOTH_WEIGHTS),
+    Row("elmo", "original 1x20 words", dict(B=1, words=20), "small", cpu=_EVERY_WEIGHT),
+    Row("elmo", "original 32x20 words", dict(B=32, words=20), cpu=_EVERY_WEIGHT),
     Row("bert", "minilm 1x16", dict(model="minilm", lengths=(16,)), "small", cpu=("float32", "bfloat16")),
     Row("bert", "minilm 1x128", dict(model="minilm", lengths=(128,)), "small", cpu=("float32", "bfloat16")),
     Row("bert", "minilm 8x128", dict(model="minilm", lengths=(128,) * 8), cpu=("float32", "bfloat16")),
@@ -149,9 +149,9 @@ class Case:
         return getattr(torch, self.dtype_name.partition("+")[0])
 
     @property
-    def rounds_weights(self) -> bool:
-        """Whether ctxfast is asked for bfloat16 weights under float32 arithmetic."""
-        return self.dtype_name.endswith("+bf16")
+    def weight_dtype(self) -> torch.dtype | None:
+        """What ctxfast is asked to round the factors of products to, the inputs being float32."""
+        return {"": None, "bf16": torch.bfloat16, "int8": torch.int8}[self.dtype_name.partition("+")[2]]
 
     @property
     def grads(self) -> tuple[str, ...]:
@@ -168,8 +168,8 @@ class Case:
         random = torch.Generator().manual_seed(SEED)
         args = _MAKERS[self.op](random, **self.sizes)
         args = {name: _place(value, self.device, self.dtype) for name, value in args.items()}
-        if self.rounds_weights:
-            args["weight_dtype"] = torch.bfloat16
+        if self.weight_dtype is not None:
+            args["weight_dtype"] = self.weight_dtype
         for name in self.grads:
             value = args[name]
             for tensor in value if isinstance(value, tuple) else (value,):

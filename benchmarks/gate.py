@@ -41,28 +41,26 @@ class Gate:
 
     def __init__(self, case: Case, args: Mapping[str, Any]) -> None:
         self._case, self._args = case, args
-        self._right: dict[bool, tuple[Outputs, dict[str, Outputs], Outputs | None]] = {}
+        self._right: tuple[Outputs, dict[str, Outputs], Outputs | None] | None = None
 
-    def right(self, provider: Provider) -> tuple[Outputs, dict[str, Outputs], Outputs | None]:
-        """Outputs, gradients and the gradients of the outputs they start from, as this provider must have them."""
-        # Only ctxfast's ops round weights on request, so only there does the right result depend on who is asked.
-        key = provider.ours or self._case.is_model or not self._case.rounds_weights
-        if key not in self._right:
-            self._right[key] = oracle(self._case, self._args, ours=key)
-        return self._right[key]
+    @property
+    def right(self) -> tuple[Outputs, dict[str, Outputs], Outputs | None]:
+        """Outputs, gradients and the gradients of the outputs they start from, as every provider must have them."""
+        if self._right is None:
+            self._right = oracle(self._case, self._args)
+        return self._right
 
     def bound(self, provider: Provider) -> float:
         dtype = provider.dtype or self._case.dtype
         if self._case.op == "bert_mlm":
             return LOSS_BOUND
-        if self._case.is_model:
-            rounded = provider.ours and self._case.rounds_weights
-            return _MODEL_BOUND[torch.bfloat16 if rounded else dtype]
-        return registry.OPS[self._case.op].ceiling[dtype]
+        if provider.ours and self._case.weight_dtype is not None:
+            dtype = torch.bfloat16  # held to the unrounded result, as a peer in bfloat16 is
+        return _MODEL_BOUND[dtype] if self._case.is_model else registry.OPS[self._case.op].ceiling[dtype]
 
     def judge(self, provider: Provider, outputs: Outputs, grads: dict[str, Outputs]) -> Verdict:
         """Compare results in the case's layout; raises ParityError when they are off."""
-        right, right_grads, _ = self.right(provider)
+        right, right_grads, _ = self.right
         bound = self.bound(provider)
         worst = Verdict(0.0, bound)
         pairs = [(f"output {i}", value, want, bound) for i, (value, want) in enumerate(zip(outputs, right))]

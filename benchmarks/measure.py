@@ -144,7 +144,7 @@ def _prepare(
     """A provider's timed function, its first result held to the gate; None, with the row filled in, if it fails."""
     try:
         # The right results come first: they must not count as memory of the first call.
-        starts = gate.right(provider)[2]
+        starts = gate.right[2]
         with warnings.catch_warnings():
             if not provider.ours:  # what other libraries remark about themselves is not for our readers
                 warnings.simplefilter("ignore")

@@ -158,18 +158,18 @@ def providers(case: Case, *, compile: bool = False) -> list[Provider]:
 
 def _fits(case: Case, provider: Provider) -> bool:
     """A peer with a dtype of its own belongs to cases where ctxfast lowers precision too."""
-    return case.rounds_weights
+    return case.weight_dtype is not None
 
 
 def _not_compiled(case: Case, args: Mapping[str, Any]) -> Call:
     raise Unavailable("left out: compiling takes long (pass --compile)")
 
 
-def oracle(case: Case, args: Mapping[str, Any], *, ours: bool) -> tuple[Outputs, dict[str, Outputs], Outputs | None]:
+def oracle(case: Case, args: Mapping[str, Any]) -> tuple[Outputs, dict[str, Outputs], Outputs | None]:
     """What every provider must return: outputs, gradients by argument, and the gradients these start from.
 
-    An op: its reference in float64 on the same inputs, ``weight_dtype`` rounding included for ctxfast only (peers
-    have no such argument and are held to the unrounded result). A model: ctxfast's model on references, in float32.
+    An op: its reference in float64 on the same inputs, without ``weight_dtype``: whoever rounds is held to the
+    unrounded result. A model: ctxfast's model on references, in float32.
     """
     if case.is_model:
         from . import peers_models, peers_training
@@ -177,8 +177,7 @@ def oracle(case: Case, args: Mapping[str, Any], *, ours: bool) -> tuple[Outputs,
         source = peers_training if case.op == "bert_mlm" else peers_models
         return source.oracle(case, args), {}, None
     wide = {name: _wide(value) for name, value in args.items()}
-    if not ours:
-        wide.pop("weight_dtype", None)
+    wide.pop("weight_dtype", None)
     function = getattr(functional, case.op)
     if not case.backward:
         with torch.no_grad():

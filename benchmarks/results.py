@@ -208,7 +208,7 @@ def number(value: float | None, digits: int = 3) -> str:
 
 def dtype_words(name: str) -> str:
     """A case's dtype for readers."""
-    return name.replace("+bf16", ", bf16 weights")
+    return name.replace("+bf16", ", bf16 products").replace("+int8", ", int8 products")
 
 
 def speed(row: ResultRow) -> str:

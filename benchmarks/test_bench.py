@@ -44,7 +44,7 @@ def test_row(benchmark, latest: _Latest, case: Case, provider: Provider) -> None
         call = provider.build(case, args)
     except Unavailable as reason:
         pytest.skip(str(reason))
-    run = runner(call, gate.right(provider)[2], backward=case.backward)
+    run = runner(call, gate.right[2], backward=case.backward)
     verdict = gate.judge(provider, *results(call, run(), backward=case.backward))
 
     def synchronised() -> Any:

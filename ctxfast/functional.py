@@ -107,16 +107,19 @@ def lstm(
         initial_state: (h_0 (R, B, P), c_0 (R, B, H)); None for zeros.
         cell_clip: bound on ``|c|``, applied before tanh and carried on; None for none.
         proj_clip: bound on ``|h|`` after the projection; None for none.
-        weight_dtype: torch.bfloat16 rounds ``weight_hh`` and ``weight_proj`` to it (half the memory traffic on a
-            CPU); arithmetic stays in the input's dtype. None keeps them as they are.
+        weight_dtype: how both factors of every matrix product are held (``W_ih x``, ``W_hh h``, ``W_proj m``).
+            torch.bfloat16 rounds them to it; torch.int8 rounds each row of a weight, and each vector at each step, to
+            1/127 of its largest magnitude. Sums, gates and cells keep the input's dtype, on a CPU float32. Gradients
+            pass straight through the rounding. None keeps everything as it is.
         impl: name of an implementation; None chooses.
 
     Returns:
         output (B, T, R*P), [forward | backward], zero past a row's length; and (h_n (R, B, P), c_n (R, B, H)), the
         state at each row's own end. A row of length 0 keeps its initial state.
 
-    Numerics: float32 within 1e-5 of float64; deterministic. A clipped value passes no gradient.
-    Implementations: reference (any device and dtype), cpu (float32).
+    Numerics: float32 within 1e-5 of float64; deterministic. A clipped value passes no gradient. cpu: a row's bits
+    depend neither on the other rows nor on threads; int8 gives the same bits on every instruction set.
+    Implementations: reference (any device and dtype), cpu (float32, bfloat16, float16, in float32 inside).
     Reference: Sak et al. 2014; Peters et al. 2018; the cell of AllenNLP's LstmCellWithProjection.
     """
     args = _lstm_args(

@@ -114,9 +114,16 @@ def gradients(
 
 
 def check(
-    what: str, got: Tensor, reference: Tensor, oracle: Tensor, dtype: torch.dtype, ceiling: float, factor: float
+    what: str,
+    got: Tensor,
+    reference: Tensor,
+    oracle: Tensor,
+    dtype: torch.dtype,
+    ceiling: float,
+    factor: float,
+    tolerance: float | None = None,
 ) -> None:
-    """Raise AssertionError unless ``got`` obeys the rule of this module."""
+    """Raise AssertionError unless ``got`` obeys the rule of this module, or its case's own ``tolerance``."""
     assert got.shape == oracle.shape, f"{what}: shape {tuple(got.shape)}, expected {tuple(oracle.shape)}"
     if oracle.numel() == 0:
         return
@@ -127,6 +134,8 @@ def check(
     worst, rms = float(error.max()), float(error.square().mean().sqrt())
     allowed = factor * float((reference - oracle).abs().max()) + FLOOR * torch.finfo(dtype).eps * largest
     bound = min(allowed, factor / FORWARD * ceiling * max(largest, 1e-3))
+    if tolerance is not None:
+        bound = factor / FORWARD * tolerance * max(largest, 1e-3)
     where = tuple(int(i) for i in torch.unravel_index(error.argmax(), error.shape))
     assert worst <= bound, (
         f"{what}: largest error {worst:.3e} (rms {rms:.3e}) at {where}: got {float(got[where]):.8g}, expected "

@@ -105,6 +105,7 @@ def test_work_counts_tokens_not_padding():
 _SPECIAL = [
     tiny("lstm", ragged=True),
     tiny("lstm", dtype="float32+bf16"),
+    tiny("lstm", dtype="float32+int8"),
     tiny("lstm", P=None, clip=None, backward=True),
     tiny("lstm", ragged=True, backward=True),
     tiny("attention", lengths=(4, 4), backward=True),

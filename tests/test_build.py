@@ -16,8 +16,8 @@ from ctxfast import _C
 
 ROOT = Path(__file__).resolve().parents[1]
 CSRC = ROOT / "csrc"
-ISAS = ("generic", "avx2", "avx512")
-RUNNABLE = ISAS[: ISAS.index(_C.cpu_isa()) + 1]
+ISAS = ("generic", "avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16", "amx")
+RUNNABLE = _C.cpu_isas()
 
 
 def _load(path: Path) -> ModuleType:

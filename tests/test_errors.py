@@ -101,7 +101,7 @@ TABLE = [
     ("lstm", dict(proj_clip=0.0), ValueError,
      _L + "proj_clip is 0.0; expected a number above 0, or None for no clipping."),
     ("lstm", dict(weight_dtype=torch.float16), ValueError,
-     _L + "weight_dtype is torch.float16; expected one of None, torch.bfloat16."),
+     _L + "weight_dtype is torch.float16; expected one of None, torch.bfloat16, torch.int8."),
     # attention
     ("attention", dict(qkv=_T(5, 2, 2, 4)), ValueError,
      _A + "qkv has shape (5, 2, 2, 4); expected (tokens, 3, heads, head_dim): the packed query, key and value rows. "

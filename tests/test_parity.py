@@ -65,7 +65,7 @@ def test_forward(spec, implementation, dtype, case) -> None:
     for i, tensors in enumerate(zip(got, reference, oracle)):
         # A loss comes out of half-precision logits as float32: its error is still that of the inputs' dtype.
         assert tensors[0].dtype == tensors[1].dtype
-        check(f"output {i}", *tensors, dtype, spec.ceiling[dtype], FORWARD)
+        check(f"output {i}", *tensors, dtype, spec.ceiling[dtype], FORWARD, case.tolerance)
 
 
 _GRADIENT_ROWS = [row for row in ROWS if row.values[3].grads and row.values[2] in row.values[3].grad_dtypes]
@@ -80,7 +80,7 @@ def test_backward(spec, implementation, dtype, case) -> None:
     _, oracle, _ = gradients(spec.name, wide(kwargs), case.grads, "reference", given)
     assert [name for name, _ in got] == [name for name, _ in oracle] != []
     for (name, mine), (_, plain), (_, right) in zip(got, reference, oracle):
-        check(f"gradient of {name}", mine, plain, right, dtype, spec.ceiling[dtype], GRADIENT)
+        check(f"gradient of {name}", mine, plain, right, dtype, spec.ceiling[dtype], GRADIENT, case.tolerance)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_backward_with_outputs_unused(spec, implementation, dtype, case, used) -
     _, reference, _ = gradients(spec.name, kwargs, case.grads, "reference", given, used=pick)
     _, oracle, _ = gradients(spec.name, wide(kwargs), case.grads, "reference", given, used=pick)
     for (name, mine), (_, plain), (_, right) in zip(got, reference, oracle):
-        check(f"gradient of {name}", mine, plain, right, dtype, spec.ceiling[dtype], GRADIENT)
+        check(f"gradient of {name}", mine, plain, right, dtype, spec.ceiling[dtype], GRADIENT, case.tolerance)
 
 
 @pytest.mark.parametrize(("spec", "implementation"), list(combinations()), ids=lambda value: value.name)

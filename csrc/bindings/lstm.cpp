@@ -1,17 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0
-// ctxfast._C.lstm_*: the CPU recurrence (csrc/include/ctxfast/lstm.h).
+// ctxfast._C.lstm_*: the CPU input product and recurrence (csrc/include/ctxfast/lstm.h).
 //
 // Addresses are integers, 0 where a pointer may be null; strides are in elements. ValueError for bad arguments,
-// RuntimeError when memory or threads are not to be had. dtype, of the packed weights: "float32" or "bfloat16".
+// RuntimeError when memory or threads are not to be had. dtype, of the products' factors: "float32", "bfloat16",
+// "int8". isa: "auto" or one of cpu_isas().
 //
 //   lstm_packed_bytes(hidden, proj_size, has_proj, dtype="float32") -> int
 //   lstm_pack(hidden, proj_size, weight_hh, weight_proj, packed, dtype="float32", weight_hh_strides=None,
 //             weight_proj_strides=None)
 //       weight_hh (4H, P), weight_proj (P, H) or 0; strides (row, column), None: contiguous.
+//   lstm_input_packed_bytes(hidden, input, dtype="float32") -> int
+//   lstm_pack_input(hidden, input, weight_ih, packed, dtype="float32", weight_ih_strides=None)
+//       weight_ih (4H, I); strides (row, column), None: contiguous.
+//   lstm_input(rows, input, hidden, x, x_stride, packed, dtype, bias, gates, threads=1, isa="auto")
+//       x (rows, I), gates (rows, 4H), bias (4H) or 0.
 //   lstm_forward(batch, steps, hidden, proj_size, has_proj, gates, gates_strides, packed, dtype, lengths, h_0, c_0,
 //                output, output_strides, h_n, c_n, cells=0, cell_clip=0.0, proj_clip=0.0, threads=1, isa="auto")
 //       gates, packed: one address per direction (1 or 2); gates_strides: one (batch, time) per direction;
-//       lengths (B,) int64 or 0; isa: "auto" or one that cpu_isa() includes.
+//       lengths (B,) int64 or 0.
 #include "ctxfast/lstm.h"
 
 #include <optional>
@@ -29,8 +35,24 @@ using Strides = std::pair<int64_t, int64_t>;
 
 namespace {
 
+ctxfast::DType factors(const std::string& name) {
+  if (name == "float32") return ctxfast::DType::kFloat32;
+  if (name == "bfloat16") return ctxfast::DType::kBFloat16;
+  if (name == "int8") return ctxfast::DType::kInt8;
+  throw py::value_error(ctxfast::invalid("lstm", "dtype", "'" + name + "'", "'float32', 'bfloat16' or 'int8'").message);
+}
+
+ctxfast::Isa isa_named(const std::string& name) {
+  ctxfast::Isa isa;
+  if (ctxfast::find_isa(name, &isa)) return isa;
+  std::string known = "'auto'";
+  for (const ctxfast::Isa runs : ctxfast::runnable_isas()) known += std::string(", '") + ctxfast::isa_name(runs) + "'";
+  throw py::value_error(
+      ctxfast::invalid("lstm", "isa", "'" + name + "'", known + ": what is compiled and this machine runs").message);
+}
+
 LstmShape shape_of(int64_t hidden, int64_t proj_size, bool has_proj, const std::string& dtype) {
-  return {hidden, proj_size, has_proj, dtype_named("lstm", dtype, false)};
+  return {hidden, proj_size, has_proj, factors(dtype)};
 }
 
 int64_t packed_bytes(int64_t hidden, int64_t proj_size, bool has_proj, const std::string& dtype) {
@@ -57,6 +79,46 @@ void pack(int64_t hidden, int64_t proj_size, Address weight_hh, Address weight_p
   throw_unless_ok(status);
 }
 
+int64_t input_packed_bytes(int64_t hidden, int64_t input, const std::string& dtype) {
+  return ctxfast::lstm_input_packed_bytes({hidden, input, factors(dtype)});
+}
+
+void pack_input(int64_t hidden, int64_t input, Address weight_ih, Address packed, const std::string& dtype,
+                std::optional<Strides> strides) {
+  ctxfast::LstmPackInputParams params;
+  params.shape = {hidden, input, factors(dtype)};
+  params.weight_ih = pointer<const float>(weight_ih);
+  const Strides ih = strides.value_or(Strides(input, 1));
+  params.weight_ih_strides[0] = ih.first, params.weight_ih_strides[1] = ih.second;
+  params.packed = pointer<void>(packed);
+  ctxfast::Status status;
+  {
+    py::gil_scoped_release release;
+    status = ctxfast::lstm_pack_input(params);
+  }
+  throw_unless_ok(status);
+}
+
+void input_product(int64_t rows, int64_t input, int64_t hidden, Address x, int64_t x_stride, Address packed,
+                   const std::string& dtype, Address bias, Address gates, int64_t threads, const std::string& isa) {
+  ctxfast::LstmInputParams params;
+  params.shape = {hidden, input, factors(dtype)};
+  params.rows = rows;
+  params.x = pointer<const float>(x);
+  params.x_stride = x_stride;
+  params.packed = pointer<const void>(packed);
+  params.bias = pointer<const float>(bias);
+  params.gates = pointer<float>(gates);
+  params.threads = threads;
+  params.isa = isa_named(isa);
+  ctxfast::Status status;
+  {
+    py::gil_scoped_release release;
+    status = ctxfast::lstm_input(params);
+  }
+  throw_unless_ok(status);
+}
+
 void forward(int64_t batch, int64_t steps, int64_t hidden, int64_t proj_size, bool has_proj,
              const std::vector<Address>& gates, const std::vector<Strides>& gates_strides,
              const std::vector<Address>& packed, const std::string& dtype, Address lengths, Address h_0, Address c_0,
@@ -71,12 +133,7 @@ void forward(int64_t batch, int64_t steps, int64_t hidden, int64_t proj_size, bo
                           std::to_string(gates_strides.size()) + ", " + std::to_string(packed.size()) +
                           " entries; expected one per direction, 1 or 2.");
   }
-  if (!ctxfast::find_isa(isa, &params.isa)) {
-    throw py::value_error(ctxfast::invalid("lstm", "isa", "'" + isa + "'",
-                                           std::string("'auto', or an instruction set up to '") +
-                                               ctxfast::isa_name(ctxfast::best_isa()) + "', the best this machine runs")
-                              .message);
-  }
+  params.isa = isa_named(isa);
   params.batch = batch;
   params.steps = steps;
   params.directions = static_cast<int64_t>(directions);
@@ -113,6 +170,11 @@ void bind_lstm(py::module_& m) {
   m.def("lstm_packed_bytes", &packed_bytes, arg("hidden"), arg("proj_size"), arg("has_proj"), arg("dtype") = "float32");
   m.def("lstm_pack", &pack, arg("hidden"), arg("proj_size"), arg("weight_hh"), arg("weight_proj"), arg("packed"),
         arg("dtype") = "float32", arg("weight_hh_strides") = py::none(), arg("weight_proj_strides") = py::none());
+  m.def("lstm_input_packed_bytes", &input_packed_bytes, arg("hidden"), arg("input"), arg("dtype") = "float32");
+  m.def("lstm_pack_input", &pack_input, arg("hidden"), arg("input"), arg("weight_ih"), arg("packed"),
+        arg("dtype") = "float32", arg("weight_ih_strides") = py::none());
+  m.def("lstm_input", &input_product, arg("rows"), arg("input"), arg("hidden"), arg("x"), arg("x_stride"),
+        arg("packed"), arg("dtype"), arg("bias"), arg("gates"), arg("threads") = 1, arg("isa") = "auto");
   m.def("lstm_forward", &forward, arg("batch"), arg("steps"), arg("hidden"), arg("proj_size"), arg("has_proj"),
         arg("gates"), arg("gates_strides"), arg("packed"), arg("dtype"), arg("lengths"), arg("h_0"), arg("c_0"),
         arg("output"), arg("output_strides"), arg("h_n"), arg("c_n"), arg("cells") = 0, arg("cell_clip") = 0.0f,

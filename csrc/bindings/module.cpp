@@ -3,8 +3,9 @@
 // strings.
 //
 //   build_info() -> dict    version, compiler, cuda, cuda_version, cuda_archs, cuda_reason, cpu_isas: facts of this
-//   build cpu_isa() -> str        the best instruction set compiled that this machine runs: "generic", "avx2" or
-//   "avx512"
+//                           build
+//   cpu_isas() -> list      the instruction sets compiled that this machine runs, the best one last
+//   cpu_isa() -> str        the last of them
 //
 // Ops: see lstm.cpp and scalar_mix.cpp beside this file.
 #include "bindings.h"
@@ -41,6 +42,11 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of ctxfast. Private: use the functions of ctxfast.functional.";
   m.def("build_info", &build_info);
   m.def("cpu_isa", [] { return ctxfast::isa_name(ctxfast::best_isa()); });
+  m.def("cpu_isas", [] {
+    std::vector<std::string> names;
+    for (const ctxfast::Isa isa : ctxfast::runnable_isas()) names.emplace_back(ctxfast::isa_name(isa));
+    return names;
+  });
   bind_lstm(m);
   bind_scalar_mix(m);
 }

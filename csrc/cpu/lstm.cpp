@@ -3,6 +3,7 @@
 #include "ctxfast/lstm.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -27,6 +28,17 @@ constexpr const char* kOp = "lstm";
 constexpr int64_t kWorkPerThread = 16384;
 constexpr size_t kAlignment = 64;
 
+// `terms`: of the longest sum.
+Status check_dtype(DType dtype, int64_t terms) {
+  if (dtype == DType::kFloat16) return invalid(kOp, "dtype", "float16", "float32, bfloat16 or int8");
+  // 255 * 127 * terms must stay below 2^31.
+  if (dtype == DType::kInt8 && terms > 65536) {
+    return invalid(kOp, "hidden or input size", std::to_string(terms),
+                   "at most 65536 for int8, whose sums are 32 bits");
+  }
+  return {};
+}
+
 Status check_shape(const LstmShape& shape) {
   if (shape.hidden < 0) return invalid(kOp, "hidden", std::to_string(shape.hidden), "0 or more");
   if (shape.proj_size < 0) return invalid(kOp, "proj_size", std::to_string(shape.proj_size), "0 or more");
@@ -34,10 +46,13 @@ Status check_shape(const LstmShape& shape) {
     return invalid(kOp, "proj_size", std::to_string(shape.proj_size),
                    "hidden = " + std::to_string(shape.hidden) + ", as there is no projection");
   }
-  if (shape.dtype != DType::kFloat32 && shape.dtype != DType::kBFloat16) {
-    return invalid(kOp, "dtype", "float16", "float32 or bfloat16");
-  }
-  return {};
+  return check_dtype(shape.dtype, std::max(shape.hidden, shape.proj_size));
+}
+
+Status check_input_shape(const LstmInputShape& shape) {
+  if (shape.hidden < 0) return invalid(kOp, "hidden", std::to_string(shape.hidden), "0 or more");
+  if (shape.input < 0) return invalid(kOp, "input", std::to_string(shape.input), "0 or more");
+  return check_dtype(shape.dtype, shape.input);
 }
 
 Status check_pointer(const char* name, const void* address, int64_t elements) {
@@ -47,19 +62,24 @@ Status check_pointer(const char* name, const void* address, int64_t elements) {
   return {};
 }
 
-bool is_bf16(const LstmShape& shape) { return shape.dtype == DType::kBFloat16; }
-
-// Words of 4 bytes of a panel with `size` terms per sum.
-int64_t panel_words(const LstmShape& shape, int64_t size) {
-  return (is_bf16(shape) ? ceil_div(size, 2) : size) * kLstmPanel;
+// Words of a column with `size` terms.
+int64_t column_words(DType dtype, int64_t size) {
+  if (dtype == DType::kFloat32) return size;
+  return round_up(ceil_div(size, dtype == DType::kInt8 ? 4 : 2), kLstmTileWords);
 }
 
+int64_t panel_words(DType dtype, int64_t size) {
+  return column_words(dtype, size) * kLstmPanel + (dtype == DType::kInt8 ? kLstmInt8Header : 0);
+}
+
+int64_t block_words(DType dtype) { return dtype == DType::kFloat32 ? kLstmBlock : kLstmNarrowBlock; }
+
 int64_t gate_words(const LstmShape& shape) {
-  return ceil_div(shape.hidden, kLstmPanelCells) * panel_words(shape, shape.proj_size);
+  return ceil_div(shape.hidden, kLstmPanelCells) * panel_words(shape.dtype, shape.proj_size);
 }
 
 int64_t proj_words(const LstmShape& shape) {
-  return shape.has_projection ? ceil_div(shape.proj_size, kLstmPanel) * panel_words(shape, shape.hidden) : 0;
+  return shape.has_projection ? ceil_div(shape.proj_size, kLstmPanel) * panel_words(shape.dtype, shape.hidden) : 0;
 }
 
 uint32_t bf16_bits(float value) {
@@ -69,20 +89,73 @@ uint32_t bf16_bits(float value) {
   return (bits + 0x7fffu + ((bits >> 16) & 1)) >> 16;
 }
 
-// One panel: 64 columns given by their weights' first elements (null: a column of zeros).
-void pack_panel(const float* const* columns, int64_t stride, int64_t size, bool bf16, uint32_t* to) {
-  for (int64_t k = 0; k < size; k += bf16 ? 2 : 1, to += kLstmPanel) {
-    for (int column = 0; column < kLstmPanel; ++column) {
-      const float* from = columns[column];
-      const float value = from ? from[k * stride] : 0.0f;
-      if (bf16) {
-        const float next = from && k + 1 < size ? from[(k + 1) * stride] : 0.0f;
-        to[column] = bf16_bits(value) | bf16_bits(next) << 16;
-      } else {
-        std::memcpy(to + column, &value, sizeof value);
+// A column of int8 words, its scale and the sum of its weights. A weight that is no number makes the scale NaN.
+void pack_int8_column(const float* from, int64_t stride, int64_t size, uint32_t* header, uint32_t* words) {
+  float most = 0;
+  bool finite = true;
+  for (int64_t k = 0; k < size; ++k) {
+    most = std::max(most, std::fabs(from[k * stride]));
+    finite = finite && std::isfinite(from[k * stride]);
+  }
+  const bool there = finite && most > 1e-30f;
+  const float scale = there ? most / 127.0f : finite ? 0.0f : NAN, steps = there ? 127.0f / most : 0.0f;
+  int32_t sum = 0;
+  for (int64_t k = 0; there && k < size; ++k) {
+    const int32_t whole = static_cast<int32_t>(std::nearbyint(from[k * stride] * steps));
+    sum += whole;
+    words[k / 4 * kLstmPanel] |= (static_cast<uint32_t>(whole) & 0xffu) << (8 * (k % 4));
+  }
+  sum *= 128;
+  std::memcpy(header, &scale, sizeof scale);
+  std::memcpy(header + kLstmPanel, &sum, sizeof sum);
+}
+
+// One panel: 64 columns given by their weights' first elements (null: a column of zeros). Returns where the next goes.
+uint32_t* pack_panel(const float* const* columns, int64_t stride, int64_t size, DType dtype, uint32_t* to) {
+  uint32_t* const end = to + panel_words(dtype, size);
+  std::fill(to, end, 0u);
+  uint32_t* const words = dtype == DType::kInt8 ? to + kLstmInt8Header : to;
+  for (int column = 0; column < kLstmPanel; ++column) {
+    const float* from = columns[column];
+    if (from == nullptr) continue;
+    if (dtype == DType::kInt8) {
+      pack_int8_column(from, stride, size, to + column, words + column);
+    } else if (dtype == DType::kBFloat16) {
+      for (int64_t k = 0; k < size; ++k) {
+        words[k / 2 * kLstmPanel + column] |= bf16_bits(from[k * stride]) << (16 * (k % 2));
       }
+    } else {
+      for (int64_t k = 0; k < size; ++k) std::memcpy(words + k * kLstmPanel + column, from + k * stride, 4);
     }
   }
+  return end;
+}
+
+// Panels of 16 cells with their four gates, from a (4H, size) matrix.
+uint32_t* pack_gates(const float* weight, const int64_t* strides, int64_t hidden, int64_t size, DType dtype,
+                     uint32_t* to) {
+  const float* columns[kLstmPanel];
+  for (int64_t cell = 0; cell < hidden; cell += kLstmPanelCells) {
+    for (int column = 0; column < kLstmPanel; ++column) {
+      const int64_t gate = column / kLstmPanelCells, at = cell + column % kLstmPanelCells;
+      columns[column] = at < hidden ? weight + (gate * hidden + at) * strides[0] : nullptr;
+    }
+    to = pack_panel(columns, strides[1], size, dtype, to);
+  }
+  return to;
+}
+
+// Panels of 64 rows of a (count, size) matrix.
+uint32_t* pack_rows(const float* weight, const int64_t* strides, int64_t count, int64_t size, DType dtype,
+                    uint32_t* to) {
+  const float* columns[kLstmPanel];
+  for (int64_t first = 0; first < count; first += kLstmPanel) {
+    for (int column = 0; column < kLstmPanel; ++column) {
+      columns[column] = first + column < count ? weight + (first + column) * strides[0] : nullptr;
+    }
+    to = pack_panel(columns, strides[1], size, dtype, to);
+  }
+  return to;
 }
 
 // Weights are streamed whole at every step: with 2 MiB pages far fewer address translations miss. Only advice.
@@ -133,79 +206,141 @@ Status check(const LstmParams& p) {
   return {};
 }
 
-// Everything one call needs besides the caller's arrays: one allocation, used by one direction after the other.
+// One allocation for everything a call needs besides the caller's arrays.
 class Workspace {
  public:
-  Workspace(const LstmParams& p, int64_t threads, bool split) : H_(p.shape.hidden), P_(p.shape.proj_size), B_(p.batch) {
-    // One cache line more than the rows need: rows 4096 floats apart would all fall into the same cache sets.
-    ld_h_ = round_up(P_, kLstmPanel) + 16;
-    ld_m_ = round_up(H_, kLstmPanel) + 16;
-    h_ = reserve((p.shape.has_projection ? 1 : 2) * B_ * ld_h_);
-    m_ = reserve(p.shape.has_projection ? B_ * ld_m_ : 0);
-    c_ = reserve(ceil_div(H_, kLstmPanelCells) * B_ * kLstmPanelCells);
-    scratch_ = reserve(threads * B_ * kLstmPanel);
-    has_partial_ = split;
-    partial_ = reserve(split ? ceil_div(H_, kLstmBlock) * ceil_div(P_, kLstmPanel) * B_ * kLstmPanel : 0);
+  // Floats (or 32-bit words), aligned; returns where they will be.
+  size_t reserve(int64_t words) {
+    const size_t at = size_;
+    size_ += static_cast<size_t>(round_up(words, kAlignment / 4));
+    return at;
+  }
+  Status allocate() {
     memory_.reset(static_cast<float*>(std::aligned_alloc(kAlignment, std::max<size_t>(size_ * 4, kAlignment))));
+    if (memory_) return {};
+    return runtime_error(kOp, "no memory for a workspace of " + std::to_string(size_ * 4) + " bytes.");
   }
-
-  bool there() const { return memory_ != nullptr; }
-  size_t bytes() const { return size_ * 4; }
-
-  void fill(LstmJob* job) const {
-    float* base = memory_.get();
-    job->h = base + h_;
-    job->m = base + m_;
-    job->c = base + c_;
-    job->scratch = base + scratch_;
-    job->partial = has_partial_ ? base + partial_ : nullptr;
-    job->ld_h = ld_h_;
-    job->ld_m = ld_m_;
-  }
+  float* floats(size_t at) const { return memory_.get() + at; }
+  uint32_t* words(size_t at) const { return reinterpret_cast<uint32_t*>(memory_.get() + at); }
 
  private:
   struct Free {
     void operator()(float* memory) const { std::free(memory); }
   };
-  size_t reserve(int64_t floats) {
-    const size_t at = size_;
-    size_ += static_cast<size_t>(round_up(floats, kAlignment / 4));
-    return at;
-  }
-  int64_t H_, P_, B_, ld_h_, ld_m_;
-  size_t size_ = 0, h_, m_, c_, scratch_, partial_;
-  bool has_partial_;
+  size_t size_ = 0;
   std::unique_ptr<float, Free> memory_;
 };
 
-struct Call {
+// The part of a job that lies in the workspace; used by one direction after the other.
+Status fill_workspace(const LstmParams& p, int64_t threads, bool split, Workspace* memory, LstmJob* job) {
+  const int64_t H = p.shape.hidden, P = p.shape.proj_size;
+  const DType dtype = p.shape.dtype;
+  const bool projection = p.shape.has_projection, narrow = dtype != DType::kFloat32;
+  const int64_t B = round_up(p.batch, kLstmTileRows);
+  job->ld_batch = B;
+  // One cache line more than the rows need: rows 4096 floats apart would all fall into the same cache sets.
+  job->ld_h = round_up(P, kLstmPanel) + 16;
+  job->ld_m = round_up(H, kLstmPanel) + 16;
+  job->ld_h_words = narrow ? column_words(dtype, P) + 16 : job->ld_h;
+  job->ld_m_words = narrow ? column_words(dtype, H) + 16 : job->ld_m;
+  const size_t h = memory->reserve((projection || narrow ? 1 : 2) * B * job->ld_h);
+  const size_t m = memory->reserve(projection ? B * job->ld_m : 0);
+  const size_t c = memory->reserve(ceil_div(H, kLstmPanelCells) * B * kLstmPanelCells);
+  const size_t scratch = memory->reserve(threads * B * kLstmPanel);
+  const int64_t blocks = ceil_div(column_words(dtype, H), block_words(dtype));
+  const size_t partial = memory->reserve(split ? blocks * ceil_div(P, kLstmPanel) * B * kLstmPanel : 0);
+  const size_t h_words = memory->reserve(narrow ? B * job->ld_h_words : 0);
+  const size_t m_words = memory->reserve(narrow && projection ? B * job->ld_m_words : 0);
+  const size_t h_scale = memory->reserve(B), m_scale = memory->reserve(B);
+  const Status status = memory->allocate();
+  if (!status.ok()) return status;
+  job->h = memory->floats(h);
+  job->m = memory->floats(m);
+  job->c = memory->floats(c);
+  job->scratch = memory->floats(scratch);
+  job->partial = split ? memory->floats(partial) : nullptr;
+  job->h_words = memory->words(narrow ? h_words : h);
+  job->m_words = memory->words(narrow ? m_words : m);
+  job->h_scale = memory->floats(h_scale);
+  job->m_scale = memory->floats(m_scale);
+  return {};
+}
+
+struct ForwardCall {
   LstmJob jobs[kLstmMaxDirections];
   int64_t directions;
   void (*run)(const LstmJob&, int, int);
 };
 
-void run_call(void* context, int index, int count) {
-  const Call& call = *static_cast<Call*>(context);
+void run_forward(void* context, int index, int count) {
+  const ForwardCall& call = *static_cast<ForwardCall*>(context);
   for (int64_t r = 0; r < call.directions; ++r) call.run(call.jobs[r], index, count);
 }
 
-auto kernel_for(Isa isa) {
-  switch (isa) {
-#if defined(__x86_64__)
-    case Isa::kAvx512:
-      return &lstm_run_avx512;
-    case Isa::kAvx2:
-      return &lstm_run_avx2;
+struct InputCall {
+  LstmInputJob job;
+  void (*run)(const LstmInputJob&, int, int);
+};
+
+void run_input(void* context, int index, int count) {
+  const InputCall& call = *static_cast<InputCall*>(context);
+  call.run(call.job, index, count);
+}
+
+// The best kernels that `isa` includes.
+const LstmKernels& kernels_for(DType dtype, Isa isa) {
+  if (dtype == DType::kFloat32) {
+#if CTXFAST_AVX512
+    if (isa >= Isa::kAvx512) return lstm_float32_avx512;
 #endif
-    default:
-      return &lstm_run_generic;
+#if CTXFAST_AVX2
+    if (isa >= Isa::kAvx2) return lstm_float32_avx2;
+#endif
+    return lstm_float32_generic;
   }
+  if (dtype == DType::kBFloat16) {
+#if CTXFAST_AMX
+    if (isa >= Isa::kAmx) return lstm_bfloat16_amx;
+#endif
+#if CTXFAST_AVX512BF16
+    if (isa >= Isa::kAvx512Bf16) return lstm_bfloat16_avx512bf16;
+#endif
+#if CTXFAST_AVX512
+    if (isa >= Isa::kAvx512) return lstm_bfloat16_avx512;
+#endif
+#if CTXFAST_AVX2
+    if (isa >= Isa::kAvx2) return lstm_bfloat16_avx2;
+#endif
+    return lstm_bfloat16_generic;
+  }
+#if CTXFAST_AMX
+  if (isa >= Isa::kAmx) return lstm_int8_amx;
+#endif
+#if CTXFAST_AVX512VNNI
+  if (isa >= Isa::kAvx512Vnni) return lstm_int8_avx512vnni;
+#endif
+#if CTXFAST_AVXVNNI
+  if (isa == Isa::kAvxVnni) return lstm_int8_avxvnni;
+#endif
+#if CTXFAST_AVX2
+  if (isa >= Isa::kAvx2) return lstm_int8_avx2;
+#endif
+  return lstm_int8_generic;
+}
+
+int64_t threads_for(int64_t work, int64_t most) {
+  return std::clamp<int64_t>(work / kWorkPerThread, 1, std::min<int64_t>(most, 1024));
+}
+
+Status run_on(int64_t threads, void (*body)(void*, int, int), void* call) {
+  if (run_parallel(threads, body, call)) return {};
+  return runtime_error(kOp, std::to_string(threads) + " threads could not be started.");
 }
 
 }  // namespace
 
 int64_t lstm_packed_bytes(const LstmShape& shape) {
-  if (shape.hidden <= 0 || shape.proj_size <= 0) return 0;
+  if (shape.hidden < 0 || shape.proj_size < 0) return 0;
   return 4 * (gate_words(shape) + proj_words(shape));
 }
 
@@ -218,22 +353,57 @@ Status lstm_pack(const LstmPackParams& params) {
   CTXFAST_RETURN_IF_ERROR(check_pointer("packed", params.packed, lstm_packed_bytes(shape)));
   advise_huge_pages(params.packed, lstm_packed_bytes(shape));
   uint32_t* to = static_cast<uint32_t*>(params.packed);
-  const float* columns[kLstmPanel];
-  for (int64_t cell = 0; cell < H; cell += kLstmPanelCells, to += panel_words(shape, P)) {
-    for (int column = 0; column < kLstmPanel; ++column) {
-      const int64_t gate = column / kLstmPanelCells, at = cell + column % kLstmPanelCells;
-      columns[column] = at < H ? params.weight_hh + (gate * H + at) * params.weight_hh_strides[0] : nullptr;
-    }
-    pack_panel(columns, params.weight_hh_strides[1], P, is_bf16(shape), to);
-  }
-  for (int64_t first = 0; shape.has_projection && first < P; first += kLstmPanel, to += panel_words(shape, H)) {
-    for (int column = 0; column < kLstmPanel; ++column) {
-      const int64_t at = first + column;
-      columns[column] = at < P ? params.weight_proj + at * params.weight_proj_strides[0] : nullptr;
-    }
-    pack_panel(columns, params.weight_proj_strides[1], H, is_bf16(shape), to);
-  }
+  to = pack_gates(params.weight_hh, params.weight_hh_strides, H, P, shape.dtype, to);
+  if (shape.has_projection) pack_rows(params.weight_proj, params.weight_proj_strides, P, H, shape.dtype, to);
   return {};
+}
+
+int64_t lstm_input_packed_bytes(const LstmInputShape& shape) {
+  if (shape.hidden < 0 || shape.input < 0) return 0;
+  return 4 * ceil_div(shape.hidden, kLstmPanelCells) * panel_words(shape.dtype, shape.input);
+}
+
+Status lstm_pack_input(const LstmPackInputParams& params) {
+  const LstmInputShape& shape = params.shape;
+  CTXFAST_RETURN_IF_ERROR(check_input_shape(shape));
+  CTXFAST_RETURN_IF_ERROR(check_pointer("weight_ih", params.weight_ih, 4 * shape.hidden * shape.input));
+  CTXFAST_RETURN_IF_ERROR(check_pointer("packed", params.packed, lstm_input_packed_bytes(shape)));
+  advise_huge_pages(params.packed, lstm_input_packed_bytes(shape));
+  pack_gates(params.weight_ih, params.weight_ih_strides, shape.hidden, shape.input, shape.dtype,
+             static_cast<uint32_t*>(params.packed));
+  return {};
+}
+
+Status lstm_input(const LstmInputParams& p) {
+  const int64_t H = p.shape.hidden, I = p.shape.input, M = p.rows;
+  CTXFAST_RETURN_IF_ERROR(check_input_shape(p.shape));
+  if (M < 0) return invalid(kOp, "rows", std::to_string(M), "0 or more");
+  if (p.threads < 1) return invalid(kOp, "threads", std::to_string(p.threads), "1 or more");
+  CTXFAST_RETURN_IF_ERROR(check_pointer("x", p.x, M * I));
+  CTXFAST_RETURN_IF_ERROR(check_pointer("packed", p.packed, lstm_input_packed_bytes(p.shape)));
+  CTXFAST_RETURN_IF_ERROR(check_pointer("gates", p.gates, M * 4 * H));
+  if (M == 0 || H == 0) return {};
+  const int64_t threads = threads_for(M * 4 * H * I, p.threads);
+  const bool narrow = p.shape.dtype != DType::kFloat32;
+  InputCall call;
+  LstmInputJob& job = call.job;
+  job.rows = M, job.input = I, job.hidden = H;
+  job.x = p.x, job.ld_x = p.x_stride;
+  job.weight = p.packed, job.bias = p.bias, job.gates = p.gates;
+  job.ld_words = narrow ? column_words(p.shape.dtype, I) + 16 : p.x_stride;
+  Workspace memory;
+  const size_t scratch = memory.reserve(threads * kLstmInputRows * kLstmPanel);
+  const size_t words = memory.reserve(narrow ? (M + kLstmInputRows) * job.ld_words : 0);
+  const size_t scale = memory.reserve(narrow ? M + kLstmInputRows : 0);
+  CTXFAST_RETURN_IF_ERROR(memory.allocate());
+  job.scratch = memory.floats(scratch);
+  // The float32 product reads x itself, word for word.
+  job.words = narrow ? memory.words(words) : const_cast<uint32_t*>(reinterpret_cast<const uint32_t*>(p.x));
+  job.scale = memory.floats(scale);
+  SpinBarrier barrier;
+  job.barrier = &barrier;
+  call.run = kernels_for(p.shape.dtype, p.isa).input;
+  return run_on(threads, run_input, &call);
 }
 
 Status lstm_forward(const LstmParams& p) {
@@ -249,22 +419,21 @@ Status lstm_forward(const LstmParams& p) {
   for (int64_t i = 0; i < B; ++i) length[i] = p.lengths ? p.lengths[row[i]] : T;
 
   const int64_t work = B * (4 * H * P + (p.shape.has_projection ? H * P : 0));
-  const int64_t threads = std::clamp<int64_t>(work / kWorkPerThread, 1, std::min<int64_t>(p.threads, 1024));
+  const int64_t threads = threads_for(work, p.threads);
   const bool split = p.shape.has_projection && threads > ceil_div(P, kLstmPanel);
-  const Workspace workspace(p, threads, split);
-  if (!workspace.there()) {
-    return runtime_error(kOp, "no memory for a workspace of " + std::to_string(workspace.bytes()) + " bytes.");
-  }
+  Workspace memory;
+  LstmJob shared;
+  CTXFAST_RETURN_IF_ERROR(fill_workspace(p, threads, split, &memory, &shared));
 
   SpinBarrier barrier;
-  Call call;
+  ForwardCall call;
   call.directions = p.directions;
-  call.run = kernel_for(p.isa);
+  call.run = kernels_for(p.shape.dtype, p.isa).forward;
   for (int64_t r = 0; r < p.directions; ++r) {
     LstmJob& job = call.jobs[r];
+    job = shared;
     job.batch = B, job.steps = T, job.hidden = H, job.proj_size = P;
     job.has_projection = p.shape.has_projection;
-    job.bf16 = is_bf16(p.shape);
     job.reverse = r == 1;
     job.cell_clip = p.cell_clip, job.proj_clip = p.proj_clip;
     job.gates = p.gates[r];
@@ -280,12 +449,8 @@ Status lstm_forward(const LstmParams& p) {
     job.cells = p.cells ? p.cells + r * B * T * H : nullptr;
     job.row = row.data(), job.length = length.data();
     job.barrier = &barrier;
-    workspace.fill(&job);
   }
-  if (!run_parallel(threads, run_call, &call)) {
-    return runtime_error(kOp, std::to_string(threads) + " threads could not be started.");
-  }
-  return {};
+  return run_on(threads, run_forward, &call);
 }
 
 }  // namespace ctxfast

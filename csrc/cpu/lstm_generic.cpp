@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // The compiler's baseline: SSE2 on x86-64, NEON on aarch64, with 16 registers at least.
-#define CTXFAST_LSTM_RUN lstm_run_generic
 #define CTXFAST_LANES 4
 #define CTXFAST_ROWS 3
 #define CTXFAST_VECTORS 4
 #define CTXFAST_VECTORS_1 8
-#include "lstm_body.h"
+#include "lstm_float32.h"
+
+CTXFAST_LSTM_KERNELS(lstm_float32_generic, Float32)

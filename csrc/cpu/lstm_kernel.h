@@ -7,20 +7,30 @@
 namespace ctxfast {
 
 // Packed weights lie in panels of 64 output columns: for the gates 16 cells x (i, f, g, o), for the projection 64
-// outputs. float32: [panel][k][64]. bfloat16: [panel][k / 2][64][2], so that one 32-bit word holds two k of a column;
-// an odd k count is padded with a zero weight.
+// outputs. A panel is [word][64] of 32-bit words, one word per column holding one k (float32), two k (bfloat16, the
+// lower in the low half) or four k (int8, the lowest in the low byte). bfloat16 and int8 panels are padded with zero
+// weights to a multiple of 16 words, one AMX tile. Before an int8 panel's words stand 64 float scales and 64 int32
+// sums 128 * (sum of the column's weights): vectors are held as value + 128, unsigned, as the dot products want them.
 constexpr int kLstmPanel = 64;
 constexpr int kLstmPanelCells = 16;
-// Sums over k run in blocks of this many terms, block sums added up in order: less rounding error than one long sum, a
-// panel's block stays in L1 while the row tiles pass over it, and blocks can be dealt out to threads without changing
-// a bit. Even, for bfloat16 pairs. 64, 128 and 256 are equally fast at B=1 and B=32; at B=8 64 wins by a tenth, and its
-// error is that of torch's own float32 product or less (2026-11, AVX-512, sums of 512 and 4096 terms).
+constexpr int kLstmTileWords = 16;
+constexpr int kLstmTileRows = 16;
+constexpr int kLstmInt8Header = 2 * kLstmPanel;
+// Sums over k run in blocks of this many words, block sums added up in order: less rounding error than one long sum, a
+// panel's block stays near while the row tiles pass over it, and blocks can be dealt out to threads without changing
+// a bit. float32: 64, 128 and 256 are equally fast at B=1 and B=32; at B=8 64 wins by a tenth, and its error is that of
+// torch's own float32 product or less (2026-11, AVX-512, sums of 512 and 4096 terms).
 constexpr int kLstmBlock = 64;
+constexpr int kLstmNarrowBlock = 256;
+// Rows of the input product that pass over a group of panels together, and panels of such a group: the rows stay in
+// L1, the panels in L2.
+constexpr int kLstmInputRows = 48;
+constexpr int kLstmInputPanels = 8;
 
 struct LstmJob {
   // sizes
   int64_t batch, steps, hidden, proj_size;
-  bool has_projection, bf16, reverse;
+  bool has_projection, reverse;
   float cell_clip, proj_clip;  // 0: off
   // caller's arrays of this direction
   const float* gates;
@@ -37,22 +47,47 @@ struct LstmJob {
   // rows in order of falling length: row[i] is the caller's row number, length[i] its length
   const int64_t* row;
   const int64_t* length;
-  // workspace
-  float* h;        // (1 or 2, batch, ld_h)
+  // workspace; "batch" here is a multiple of kLstmTileRows
+  float* h;        // (2 for float32 without projection, else 1; batch, ld_h)
   float* m;        // (batch, ld_m), with projection
   float* c;        // (gate panels, batch, 16)
-  float* partial;  // (blocks of hidden, batch, proj panels * 64); null: each thread sums its panels whole
+  float* partial;  // (blocks of hidden * proj panels, batch, 64); null: each thread sums its panels whole
   float* scratch;  // (threads, batch, 64)
-  int64_t ld_h, ld_m;
+  // what the products read: h and m rounded, or (float32) h and m themselves
+  uint32_t* h_words;  // (batch, ld_h_words)
+  uint32_t* m_words;  // (batch, ld_m_words)
+  float* h_scale;     // (batch), int8
+  float* m_scale;
+  int64_t ld_h, ld_m, ld_h_words, ld_m_words, ld_batch;
   void* barrier;
+};
+
+struct LstmInputJob {
+  int64_t rows, input, hidden;
+  const float* x;
+  int64_t ld_x;
+  const void* weight;
+  const float* bias;  // may be null
+  float* gates;       // (rows, 4 * hidden)
+  float* scratch;     // (threads, kLstmInputRows, 64)
+  uint32_t* words;    // (rows and kLstmInputRows more, ld_words): x rounded; null for float32
+  float* scale;       // (rows and kLstmInputRows more), int8
+  int64_t ld_words;
+  void* barrier;
+};
+
+// One set of kernels: one way to hold the factors, on one instruction set. Thread `index` of `count`.
+struct LstmKernels {
+  void (*forward)(const LstmJob& job, int index, int count);
+  void (*input)(const LstmInputJob& job, int index, int count);
 };
 
 // All threads meet here; lstm.cpp defines it.
 void lstm_barrier(void* barrier, int count);
 
-// The whole recurrence of one direction, thread `index` of `count`.
-void lstm_run_generic(const LstmJob& job, int index, int count);
-void lstm_run_avx2(const LstmJob& job, int index, int count);
-void lstm_run_avx512(const LstmJob& job, int index, int count);
+extern const LstmKernels lstm_float32_generic, lstm_float32_avx2, lstm_float32_avx512;
+extern const LstmKernels lstm_bfloat16_generic, lstm_bfloat16_avx2, lstm_bfloat16_avx512, lstm_bfloat16_avx512bf16;
+extern const LstmKernels lstm_bfloat16_amx;
+extern const LstmKernels lstm_int8_generic, lstm_int8_avx2, lstm_int8_avxvnni, lstm_int8_avx512vnni, lstm_int8_amx;
 
 }  // namespace ctxfast

@@ -30,14 +30,47 @@ struct Result {
 double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
 double clip(double x, double limit) { return limit > 0 ? std::min(std::max(x, -limit), limit) : x; }
 
-float rounded(float value, bool bf16) {
-  if (!bf16) return value;
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  bits = (bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000u;
-  std::memcpy(&value, &bits, 4);
-  return value;
+// A row of factors as products of this kind hold it.
+std::vector<double> held(std::vector<double> row, DType kind) {
+  float most = 0;
+  for (double& value : row) {
+    value = static_cast<float>(value);
+    most = std::max(most, std::fabs(static_cast<float>(value)));
+    if (kind != DType::kBFloat16) continue;
+    const float narrow = static_cast<float>(value);
+    uint32_t bits;
+    std::memcpy(&bits, &narrow, 4);
+    bits = (bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000u;
+    float nearest;
+    std::memcpy(&nearest, &bits, 4);
+    value = nearest;
+  }
+  for (double& value : row) {
+    if (kind == DType::kInt8 && most > 0) value = std::nearbyint(static_cast<float>(value) * (127 / most)) * most / 127;
+  }
+  return row;
 }
+
+double product(const std::vector<double>& x, const std::vector<double>& w) {
+  double sum = 0;
+  for (size_t k = 0; k < x.size(); ++k) sum += x[k] * w[k];
+  return sum;
+}
+
+std::vector<std::vector<double>> held_rows(const std::vector<float>& weight, int64_t rows, int64_t size, DType kind) {
+  std::vector<std::vector<double>> all;
+  for (int64_t i = 0; i < rows; ++i) {
+    all.push_back(held({weight.begin() + i * size, weight.begin() + (i + 1) * size}, kind));
+  }
+  return all;
+}
+
+const char* name_of(DType kind) {
+  return kind == DType::kFloat32 ? "fp32" : kind == DType::kBFloat16 ? "bf16" : "int8";
+}
+
+// Of rounded factors: h near the middle of two steps may go either way, one step in a sum.
+double limit_of(DType kind) { return kind == DType::kFloat32 ? 3e-6 : kind == DType::kBFloat16 ? 4e-3 : 2e-2; }
 
 Problem make(const Size& s, uint64_t seed, bool clips) {
   Random random(seed);
@@ -53,10 +86,10 @@ Problem make(const Size& s, uint64_t seed, bool clips) {
   return p;
 }
 
-Result run(const Problem& p, Isa isa, bool bf16, int64_t threads) {
+Result run(const Problem& p, Isa isa, DType kind, int64_t threads) {
   const Size& s = p.size;
   LstmParams params;
-  params.shape = {s.H, s.P, s.projection, bf16 ? DType::kBFloat16 : DType::kFloat32};
+  params.shape = {s.H, s.P, s.projection, kind};
   std::vector<std::vector<uint32_t>> packed;
   Result result;
   for (int64_t r = 0; r < s.R; ++r) {
@@ -90,31 +123,31 @@ Result run(const Problem& p, Isa isa, bool bf16, int64_t threads) {
   return result;
 }
 
-void compare(Report* report, const std::string& what, const Problem& p, const Result& got, bool bf16) {
+void compare(Report* report, const std::string& what, const Problem& p, const Result& got, DType kind) {
   const Size& s = p.size;
   std::vector<double> output(s.B * s.T * s.R * s.P), h_n(s.R * s.B * s.P), c_n(s.R * s.B * s.H);
   std::vector<double> cells(s.R * s.B * s.T * s.H);
   for (int64_t r = 0; r < s.R; ++r) {
+    const auto hh = held_rows(p.hh[r], 4 * s.H, s.P, kind), proj = held_rows(p.proj[r], s.P, s.H, kind);
     for (int64_t b = 0; b < s.B; ++b) {
       std::vector<double> h(p.h_0.begin() + (r * s.B + b) * s.P, p.h_0.begin() + (r * s.B + b + 1) * s.P);
       std::vector<double> c(p.c_0.begin() + (r * s.B + b) * s.H, p.c_0.begin() + (r * s.B + b + 1) * s.H);
       for (int64_t step = 0; step < p.lengths[b]; ++step) {
         const int64_t t = r == 0 ? step : p.lengths[b] - 1 - step;
         std::vector<double> m(s.H);
+        const std::vector<double> read_h = held(h, kind);
         for (int64_t j = 0; j < s.H; ++j) {
           double z[4];
           for (int64_t gate = 0; gate < 4; ++gate) {
-            z[gate] = p.gates[r][((b * s.T + t) * 4 + gate) * s.H + j];
-            for (int64_t k = 0; k < s.P; ++k) z[gate] += h[k] * rounded(p.hh[r][(gate * s.H + j) * s.P + k], bf16);
+            z[gate] = p.gates[r][((b * s.T + t) * 4 + gate) * s.H + j] + product(read_h, hh[gate * s.H + j]);
           }
           c[j] = clip(sigmoid(z[0]) * std::tanh(z[2]) + sigmoid(z[1]) * c[j], p.cell_clip);
           m[j] = sigmoid(z[3]) * std::tanh(c[j]);
           cells[((r * s.B + b) * s.T + t) * s.H + j] = c[j];
         }
+        const std::vector<double> read_m = held(m, kind);
         for (int64_t k = 0; k < s.P; ++k) {
-          double sum = s.projection ? 0 : m[k];
-          for (int64_t j = 0; s.projection && j < s.H; ++j) sum += m[j] * rounded(p.proj[r][k * s.H + j], bf16);
-          h[k] = clip(sum, p.proj_clip);
+          h[k] = clip(s.projection ? product(read_m, proj[k]) : m[k], p.proj_clip);
           output[((b * s.T + t) * s.R + r) * s.P + k] = h[k];
         }
       }
@@ -122,10 +155,46 @@ void compare(Report* report, const std::string& what, const Problem& p, const Re
       std::copy(c.begin(), c.end(), c_n.begin() + (r * s.B + b) * s.H);
     }
   }
-  report->near(what + " output", got.output, output, 3e-6);
-  report->near(what + " h_n", got.h_n, h_n, 3e-6);
-  report->near(what + " c_n", got.c_n, c_n, 3e-6);
-  report->near(what + " cells", got.cells, cells, 3e-6);
+  report->near(what + " output", got.output, output, limit_of(kind));
+  report->near(what + " h_n", got.h_n, h_n, limit_of(kind));
+  report->near(what + " c_n", got.c_n, c_n, limit_of(kind));
+  report->near(what + " cells", got.cells, cells, limit_of(kind));
+}
+
+// gates = x W^T + b, every instruction set and two thread counts.
+void test_input(Report* report, int64_t M, int64_t I, int64_t H) {
+  Random random(M + I + H);
+  const std::vector<float> x = random.fill(M * I, 1.0f), bias = random.fill(4 * H, 1.0f);
+  const std::vector<float> weight = random.fill(4 * H * I, 2.0f / std::sqrt(static_cast<float>(I) + 1));
+  for (const DType kind : {DType::kFloat32, DType::kBFloat16, DType::kInt8}) {
+    const auto rows = held_rows(x, M, I, kind), columns = held_rows(weight, 4 * H, I, kind);
+    std::vector<double> want;
+    for (int64_t i = 0; i < M; ++i) {
+      for (int64_t n = 0; n < 4 * H; ++n) want.push_back(bias[n] + product(rows[i], columns[n]));
+    }
+    LstmPackInputParams pack;
+    pack.shape = {H, I, kind};
+    std::vector<uint32_t> packed(lstm_input_packed_bytes(pack.shape) / 4);
+    pack.weight_ih = weight.data(), pack.packed = packed.data();
+    pack.weight_ih_strides[0] = I, pack.weight_ih_strides[1] = 1;
+    report->that("pack input", lstm_pack_input(pack).ok());
+    for (const Isa isa : runnable_isas()) {
+      std::vector<float> first;
+      for (const int64_t threads : {1, 3}) {
+        std::vector<float> gates(M * 4 * H, NAN);
+        LstmInputParams params;
+        params.shape = pack.shape;
+        params.rows = M, params.x = x.data(), params.x_stride = I, params.packed = packed.data();
+        params.bias = bias.data(), params.gates = gates.data(), params.threads = threads, params.isa = isa;
+        const std::string what = std::string("input ") + isa_name(isa) + " " + name_of(kind) + " M" +
+                                 std::to_string(M) + " I" + std::to_string(I) + " H" + std::to_string(H);
+        report->that(what, lstm_input(params).ok());
+        report->near(what, gates, want, 3e-6);
+        if (threads > 1) report->that(what + " same bits with 3 threads", gates == first);
+        first = gates;
+      }
+    }
+  }
 }
 
 }  // namespace
@@ -140,25 +209,31 @@ int main() {
   for (const Size& size : sizes) {
     for (const bool clips : {false, true}) {
       const Problem problem = make(size, ++seed, clips);
-      for (const Isa isa : compiled_isas()) {
-        if (isa > best_isa()) continue;
-        for (const bool bf16 : {false, true}) {
-          const Result one = run(problem, isa, bf16, 1);
-          const std::string what = std::string(isa_name(isa)) + (bf16 ? " bf16" : " fp32") + " B" +
-                                   std::to_string(size.B) + " T" + std::to_string(size.T) + " H" +
-                                   std::to_string(size.H) + " P" + std::to_string(size.P);
+      for (const DType kind : {DType::kFloat32, DType::kBFloat16, DType::kInt8}) {
+        Result first;
+        for (const Isa isa : runnable_isas()) {
+          const Result one = run(problem, isa, kind, 1);
+          const std::string what = std::string(isa_name(isa)) + " " + name_of(kind) + " B" + std::to_string(size.B) +
+                                   " T" + std::to_string(size.T) + " H" + std::to_string(size.H) + " P" +
+                                   std::to_string(size.P);
           report.that(what + " " + one.status.message, one.status.ok());
           if (!one.status.ok()) continue;
-          compare(&report, what, problem, one, bf16);
-          const Result many = run(problem, isa, bf16, 5);
+          compare(&report, what, problem, one, kind);
+          const Result many = run(problem, isa, kind, 5);
           report.that(what + " same bits with 5 threads", one.output == many.output && one.c_n == many.c_n);
+          if (isa == Isa::kGeneric) first = one;
+          const bool exact = kind == DType::kInt8 || (kind == DType::kBFloat16 && isa != Isa::kAmx);
+          if (exact) report.that(what + " same bits as generic", one.output == first.output && one.c_n == first.c_n);
         }
       }
     }
   }
+  test_input(&report, 1, 5, 3);
+  test_input(&report, 50, 300, 33);
+  test_input(&report, 7, 0, 16);
   Problem bad = make(sizes[1], 1, false);
   bad.lengths[2] = 8;
-  const Status status = run(bad, Isa::kGeneric, false, 1).status;
+  const Status status = run(bad, Isa::kGeneric, DType::kFloat32, 1).status;
   report.that("length past the end", status.code == Code::kInvalidArgument &&
                                          status.message.find("lengths[2] is 8; expected 0..7") != std::string::npos);
   return report.finish("test_lstm");

@@ -41,6 +41,8 @@ class Case:
     arguments whose gradients are compared (a name whose value is a sequence of tensors stands for all of them).
     ``dtypes`` are those the case is meant for; gradients are compared in ``grad_dtypes``, fewer where the definition
     has kinks (a maximum, a clip) that half-precision rounding crosses.
+    ``tolerance``, relative to the largest magnitude, stands in for the parity rule where the definition itself rounds
+    between products: a value near the middle of two steps goes either way, in one run of the reference as in another.
     """
 
     id: str
@@ -48,6 +50,7 @@ class Case:
     grads: tuple[str, ...] = ()
     dtypes: tuple[torch.dtype, ...] = HALF_AND_FLOAT
     grad_dtypes: tuple[torch.dtype, ...] = HALF_AND_FLOAT
+    tolerance: float | None = None
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import ctxfast
 from ctxfast._core import capability
+from ctxfast._core.rounding import rounded_rows
 from ctxfast.ops.lstm import cpu
 
 IMPLS = ["reference", "cpu"]
@@ -46,17 +47,56 @@ def _weights() -> tuple[torch.Tensor, dict]:
     return torch.randn(2, 3, 5), {k: [t.detach() for t in v] for k, v in _arguments(module).items()}
 
 
+ROUNDED = [torch.bfloat16, torch.int8]
+
+
 @pytest.mark.parametrize("impl", IMPLS)
-def test_bfloat16_weights_are_rounded_weights(impl) -> None:
+@pytest.mark.parametrize("dtype", ROUNDED, ids=str)
+def test_one_step_is_the_product_of_rounded_factors(impl, dtype) -> None:
+    """Nothing computed is rounded before the only product of h, so the definition holds to float32's last digits."""
     x, args = _weights()
-    rounded = {
-        **args,
-        **{name: [w.bfloat16().float() for w in args[name]] for name in ("weight_hh", "weight_proj")},
-    }
-    got, _ = ctxfast.lstm(x, **args, weight_dtype=torch.bfloat16, impl=impl)
-    expected, _ = ctxfast.lstm(x, **rounded, impl=impl)
-    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
-    assert not torch.equal(got, ctxfast.lstm(x, **args, impl=impl)[0])
+    x, h_0, c_0 = x[:, :1], torch.randn(1, 2, 4), torch.randn(1, 2, 12)
+    factors = {name: [rounded_rows(w, dtype) for w in args[name]] for name in ("weight_ih", "weight_hh")}
+    exact = {**args, **factors, "weight_proj": None, "bias": None}
+    z = x[:, 0].double()
+    z = rounded_rows(x, dtype)[:, 0].double() @ exact["weight_ih"][0].double().t()
+    z = z + rounded_rows(h_0[0], dtype).double() @ exact["weight_hh"][0].double().t() + args["bias"][0].double()
+    i, f, g, o = z.chunk(4, dim=1)
+    expected = torch.sigmoid(i) * torch.tanh(g) + torch.sigmoid(f) * c_0[0]
+    _, (_, c_n) = ctxfast.lstm(x, **args, initial_state=(h_0, c_0), weight_dtype=dtype, impl=impl)
+    torch.testing.assert_close(c_n[0].double(), expected, rtol=1e-6, atol=1e-6)
+    m = torch.sigmoid(o) * torch.tanh(expected)
+    proj = rounded_rows(args["weight_proj"][0], dtype).double()
+    h = rounded_rows(m.float(), dtype).double() @ proj.t()
+    output, _ = ctxfast.lstm(x, **args, initial_state=(h_0, c_0), weight_dtype=dtype, impl=impl)
+    torch.testing.assert_close(output[:, 0].double(), h, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ROUNDED, ids=str)
+def test_narrow_products_stay_near_wide_ones(dtype) -> None:
+    x, args = _weights()
+    wide, _ = ctxfast.lstm(x, **args, impl="cpu")
+    narrow, _ = ctxfast.lstm(x, **args, weight_dtype=dtype, impl="cpu")
+    assert not torch.equal(wide, narrow)
+    assert (wide - narrow).abs().max() < (0.004 if dtype is torch.bfloat16 else 0.02) * wide.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_inputs_run_wide_inside(dtype) -> None:
+    """Nearer to float64 than plain PyTorch in the same dtype, and gradients come in that dtype."""
+    x, args = _weights()
+    args = {name: [w.to(dtype).requires_grad_() for w in args[name]] for name in args}
+    x = x.to(dtype)
+    wide = {name: [w.detach().double() for w in args[name]] for name in args}
+    exact = ctxfast.lstm(x.double(), **wide, impl="reference")[0]
+    errors = {}
+    for impl in IMPLS:
+        output, (h_n, c_n) = ctxfast.lstm(x, **args, impl=impl)
+        assert output.dtype == h_n.dtype == c_n.dtype == dtype
+        errors[impl] = (output.double() - exact).square().mean()
+    assert errors["cpu"] <= errors["reference"]
+    for grad in torch.autograd.grad(output.sum(), [w for ws in args.values() for w in ws]):
+        assert grad.dtype == dtype
 
 
 @pytest.mark.parametrize(
@@ -82,10 +122,10 @@ def test_packed_weights_are_kept_and_let_go() -> None:
     x, args = _weights()
     gc.collect()
     before = len(cpu._packed)
-    first = cpu._pack(args["weight_hh"][0], args["weight_proj"][0], False)
-    assert cpu._pack(args["weight_hh"][0], args["weight_proj"][0], False) is first
+    first = cpu._pack(args["weight_hh"][0], args["weight_proj"][0], "float32")
+    assert cpu._pack(args["weight_hh"][0], args["weight_proj"][0], "float32") is first
     ctxfast.lstm(x, **args, weight_dtype=torch.bfloat16, impl="cpu")
-    assert len(cpu._packed) == before + 2  # float32 and bfloat16
+    assert len(cpu._packed) == before + 3  # recurrent weights in float32 and bfloat16, input weights in bfloat16
     del args
     gc.collect()
     assert len(cpu._packed) == before
@@ -99,42 +139,60 @@ def test_inference_mode_and_its_tensors() -> None:
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_a_row_does_not_depend_on_its_batch() -> None:
-    """The recurrence gives a row the same bits alone and in company, at any thread count."""
-    gates = torch.randn(9, 5, 4 * 33)
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
+def test_a_row_does_not_depend_on_its_batch(kind) -> None:
+    """A row has the same bits alone and in company, at any thread count: input product and recurrence."""
+    x, ih, bias = torch.randn(19, 5, 70), torch.randn(4 * 33, 70), torch.randn(4 * 33)
     hh, proj = torch.randn(4 * 33, 17), torch.randn(17, 33)
-    lengths = torch.tensor([5, 1, 4, 0, 5, 2, 3, 5, 1])
-    fwd = torch.ops.ctxfast.lstm_cpu_fwd.default
-    whole = fwd([gates, gates], [hh, hh], [proj, proj], lengths, None, None, 0.0, 0.0, False, True)
+    lengths = torch.tensor([5, 1, 4, 0, 5, 2, 3, 5, 1, 5, 5, 4, 3, 2, 2, 5, 1, 5, 3])
+    product, fwd = torch.ops.ctxfast.lstm_cpu_input.default, torch.ops.ctxfast.lstm_cpu_fwd.default
+
+    def run(x: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        gates = product(x, ih, bias, kind)
+        return gates, *fwd([gates, gates], [hh, hh], [proj, proj], lengths, None, None, 0.0, 0.0, kind, True)
+
+    whole = run(x, lengths)
     before = torch.get_num_threads()
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            for row in range(9):
-                g, n = gates[row : row + 1], lengths[row : row + 1]
-                alone = fwd([g, g], [hh, hh], [proj, proj], n, None, None, 0.0, 0.0, False, True)
-                assert torch.equal(alone[0], whole[0][row : row + 1])
-                for i in (1, 2, 3):
+            for row in (0, 1, 3, 6, 11, 18):
+                alone = run(x[row : row + 1], lengths[row : row + 1])
+                for i in (0, 1):
+                    assert torch.equal(alone[i], whole[i][row : row + 1])
+                for i in (2, 3, 4):
                     assert torch.equal(alone[i], whole[i][:, row : row + 1])
     finally:
         torch.set_num_threads(before)
 
 
-def test_every_instruction_set_of_this_machine() -> None:
-    """Each compiled variant the processor can run agrees with the reference."""
-    c = capability.extension()
-    order = ("generic", "avx2", "avx512")
-    x, args = _weights()
-    expected, _ = ctxfast.lstm(x, **args, impl="reference")
-    gates = torch.nn.functional.linear(x, args["weight_ih"][0], args["bias"][0])
-    packed = cpu._pack(args["weight_hh"][0], args["weight_proj"][0], False)
-    for isa in order[: order.index(c.cpu_isa()) + 1]:
-        output, h_n, c_n = torch.empty(2, 3, 4), torch.empty(1, 2, 4), torch.empty(1, 2, 12)
-        c.lstm_forward(
-            2, 3, 12, 4, True, [gates.data_ptr()], [gates.stride()[:2]], [packed.data_ptr()], "float32", 0, 0, 0,
-            output.data_ptr(), output.stride()[:2], h_n.data_ptr(), c_n.data_ptr(), isa=isa,
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize(("batch", "size"), [(1, 33), (5, 130), (35, 70)])
+def test_every_instruction_set_of_this_machine(kind, batch, size) -> None:
+    """int8: the same bits everywhere. bfloat16: the same but for AMX. float32: the same but for the last digits."""
+    c, hidden = capability.extension(), 40
+    x, ih, bias = torch.randn(batch, size), torch.randn(4 * hidden, size) / size**0.5, torch.randn(4 * hidden)
+    hh, proj = torch.randn(4 * hidden, 20) / 4, torch.randn(20, hidden) / 6
+    packed, packed_ih = cpu._pack(hh, proj, kind), cpu._pack_input(ih, kind)
+    found = {}
+    for isa in c.cpu_isas():
+        gates = torch.full((batch, 4 * hidden), torch.nan)
+        c.lstm_input(
+            batch, size, hidden, x.data_ptr(), size, packed_ih.data_ptr(), kind, bias.data_ptr(), gates.data_ptr(),
+            isa=isa,
         )  # fmt: skip
-        torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-6)
+        steps = gates.repeat_interleave(2, dim=0).contiguous()
+        output, h_n, c_n = torch.empty(batch, 2, 20), torch.empty(1, batch, 20), torch.empty(1, batch, hidden)
+        c.lstm_forward(
+            batch, 2, hidden, 20, True, [steps.data_ptr()], [(8 * hidden, 4 * hidden)], [packed.data_ptr()], kind,
+            0, 0, 0, output.data_ptr(), output.stride()[:2], h_n.data_ptr(), c_n.data_ptr(), isa=isa,
+        )  # fmt: skip
+        found[isa] = (gates, output, c_n)
+    exact = {"float32": (), "bfloat16": set(found) - {"amx"}, "int8": set(found)}[kind]
+    for isa, tensors in found.items():
+        for one, two in zip(tensors, found["generic"]):
+            assert torch.equal(one, two) or isa not in exact
+            torch.testing.assert_close(one, two, rtol=1e-4, atol=2e-3 if kind == "bfloat16" else 3e-6)
 
 
 def test_double_backward_is_refused() -> None:

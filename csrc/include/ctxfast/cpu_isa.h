@@ -7,19 +7,24 @@
 
 namespace ctxfast {
 
-// In rising order of preference.
-enum class Isa { kGeneric, kAvx2, kAvx512 };
+// In rising order of preference. Not every machine that runs one runs all before it: kAvxVnni is AVX2 with 256-bit
+// integer dot products and knows no AVX-512. kAvx512Bf16 includes kAvx512Vnni, kAmx (int8 and bfloat16 tiles) both.
+enum class Isa { kGeneric, kAvx2, kAvxVnni, kAvx512, kAvx512Vnni, kAvx512Bf16, kAmx };
 
-// "generic", "avx2", "avx512".
+// "generic", "avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16", "amx".
 const char* isa_name(Isa isa);
 
-// What this build contains.
+// What this build contains, in the enumeration's order.
 std::vector<Isa> compiled_isas();
 
-// The best that is compiled and that processor and operating system run.
+// What is compiled and what processor and operating system run, in the enumeration's order; never empty.
+// The first call asks the operating system for AMX's tile registers on behalf of the process.
+const std::vector<Isa>& runnable_isas();
+
+// The last of runnable_isas().
 Isa best_isa();
 
-// True and *isa set if `name` is "auto" or an instruction set that best_isa() includes.
+// True and *isa set if `name` is "auto" or one of runnable_isas().
 bool find_isa(const std::string& name, Isa* isa);
 
 }  // namespace ctxfast

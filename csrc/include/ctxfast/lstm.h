@@ -1,15 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0
-// lstm: the recurrence of one layer, one or two directions, on the CPU.
+// lstm on the CPU: the input product of all steps, and the recurrence of one layer, one or two directions.
 //
-// Per row b and step, with z (4H) = gates[b, t] + W_hh h, order i, f, g, o:
+// lstm_input:    gates (M, 4H) = x (M, I) W_ih^T + b, for all rows and steps at once.
+// lstm_forward:  per row b and step, with z (4H) = gates[b, t] + W_hh h, order i, f, g, o:
 //   c = clip(sigmoid(i) tanh(g) + sigmoid(f) c, cell_clip)
 //   m = sigmoid(o) tanh(c)
 //   h = clip(W_proj m, proj_clip)     (h = clip(m, proj_clip) without projection; then P = H)
-// The input product gates = W_ih x + b is made by the caller for all steps at once.
 //
-// Legend: B rows, T steps, H cells, P size of h, R directions. All sizes may be 0. All strides are in elements.
-// Arithmetic is float32 whatever the weights' type. The sum over k of one output element always runs in the same order:
-// a row's bits depend neither on the number of threads nor on the other rows.
+// dtype says how both factors of every matrix product are held; all else is float32:
+//   kFloat32   as they are
+//   kBFloat16  weights and vectors rounded to bfloat16 (nearest, ties to even), products summed in float32
+//   kInt8      weights rounded to 127 steps of their row's largest magnitude, vectors to 127 steps of the vector's
+//              largest magnitude (ties to even), products summed in int32, exactly. A vector with a NaN or an infinity
+//              gives NaN.
+//
+// Legend: B rows, T steps, I inputs, H cells, P size of h, R directions. All sizes may be 0. Strides are in elements.
+// The sum over k of one output element always runs in the same order: a row's bits depend neither on the number of
+// threads nor on the other rows. int8 gives the same bits on every instruction set, bfloat16 on all but AMX, whose
+// tiles sum in an order of their own.
 #pragma once
 
 #include <cstdint>
@@ -25,7 +33,7 @@ struct LstmShape {
   int64_t hidden = 0;     // H
   int64_t proj_size = 0;  // P
   bool has_projection = false;
-  DType dtype = DType::kFloat32;  // of the packed weights: kFloat32 or kBFloat16
+  DType dtype = DType::kFloat32;  // kFloat32, kBFloat16 or kInt8
 };
 
 struct LstmPackParams {
@@ -34,7 +42,7 @@ struct LstmPackParams {
   int64_t weight_hh_strides[2] = {0, 0};
   const float* weight_proj = nullptr;  // (P, H); null without projection
   int64_t weight_proj_strides[2] = {0, 0};
-  void* packed = nullptr;  // lstm_packed_bytes(shape) bytes, aligned to 4
+  void* packed = nullptr;  // lstm_packed_bytes(shape) bytes, aligned to 4; 64 is faster
 };
 
 struct LstmParams {
@@ -63,11 +71,40 @@ struct LstmParams {
   Isa isa = Isa::kGeneric;
 };
 
+struct LstmInputShape {
+  int64_t hidden = 0;  // H
+  int64_t input = 0;   // I
+  DType dtype = DType::kFloat32;
+};
+
+struct LstmPackInputParams {
+  LstmInputShape shape;
+  const float* weight_ih = nullptr;  // (4H, I)
+  int64_t weight_ih_strides[2] = {0, 0};
+  void* packed = nullptr;  // lstm_input_packed_bytes(shape) bytes, aligned to 4; 64 is faster
+};
+
+struct LstmInputParams {
+  LstmInputShape shape;
+  int64_t rows = 0;              // M
+  const float* x = nullptr;      // (M, I), last dimension contiguous
+  int64_t x_stride = 0;          // of M
+  const void* packed = nullptr;  // from lstm_pack_input with the same shape
+  const float* bias = nullptr;   // (4H); null: none
+  float* gates = nullptr;        // (M, 4H) contiguous
+  int64_t threads = 1;
+  Isa isa = Isa::kGeneric;
+};
+
 // Bytes of one direction's packed weights; negative sizes count as 0 (lstm_pack reports them).
 int64_t lstm_packed_bytes(const LstmShape& shape);
 
-// Brings one direction's weights into the order the kernels read them in; bfloat16 rounds to nearest even.
+// Brings one direction's weights into the order the kernels read them in, rounded as the dtype says.
 Status lstm_pack(const LstmPackParams& params);
+
+int64_t lstm_input_packed_bytes(const LstmInputShape& shape);
+Status lstm_pack_input(const LstmPackInputParams& params);
+Status lstm_input(const LstmInputParams& params);
 
 Status lstm_forward(const LstmParams& params);
 

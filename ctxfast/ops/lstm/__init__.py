@@ -90,7 +90,7 @@ def _check(args: Mapping[str, Any]) -> None:
         checks.same(_OP, "input", lead, [("initial_state[0]", h_0), ("initial_state[1]", c_0)])
     checks.positive(_OP, "cell_clip", args["cell_clip"], none_means="no clipping")
     checks.positive(_OP, "proj_clip", args["proj_clip"], none_means="no clipping")
-    checks.choice(_OP, "weight_dtype", args["weight_dtype"], (None, torch.bfloat16))
+    checks.choice(_OP, "weight_dtype", args["weight_dtype"], (None, torch.bfloat16, torch.int8))
 
 
 SPEC = registry.register(
@@ -106,7 +106,7 @@ SPEC = registry.register(
             registry.Impl(
                 "cpu",
                 "cpu",
-                note="C++: fp32 arithmetic, fp32 or bf16 weights, AVX2/AVX-512 chosen at run time",
+                note="C++: fp32, bf16 or int8 products; AVX2 to AVX-512 VNNI/BF16 and AMX chosen at run time",
             ),
         ),
         # Rounding errors of a recurrence add up over the steps.

@@ -52,12 +52,16 @@ def _case(
 
     grads = ["input", "weight_ih", "weight_hh"]
     grads += ["bias"] * bias + ["weight_proj"] * (P is not None) + ["initial_state"] * state
-    # Rounding to half precision moves values across a bound that clips many of them.
-    grad_dtypes = (torch.float32,) if clip is not None and clip < 1 else HALF_AND_FLOAT
-    return Case(name, make, tuple(grads), grad_dtypes=grad_dtypes)
+    # Rounding to half precision moves values across a bound that clips many of them, and flips gates that are steep.
+    grad_dtypes = (torch.float32,) if (clip is not None and clip < 1) or scale > 1 else HALF_AND_FLOAT
+    if weight_dtype is None:
+        return Case(name, make, tuple(grads), grad_dtypes=grad_dtypes)
+    return Case(name, make, tuple(grads), (torch.float32,), (torch.float32,), _TOLERANCE[weight_dtype])
 
 
-_BF16 = torch.bfloat16
+_BF16, _INT8 = torch.bfloat16, torch.int8
+# One step of rounding in h, seen in a sum over few terms.
+_TOLERANCE = {_BF16: 2e-3, _INT8: 1e-2}
 
 CASES = (
     _case("one", B=1, T=1, I=1, H=1),
@@ -79,5 +83,9 @@ CASES = (
     _case("large", B=6, T=12, I=64, H=512, P=128, R=2, lengths=(12, 12, 11, 9, 4, 1), clip=3.0),
     _case("large-plain", B=9, T=10, I=64, H=257, R=2),
     _case("bf16-weights", B=3, T=6, I=16, H=64, P=24, R=2, state=True, clip=3.0, weight_dtype=_BF16),
+    _case("int8-weights", B=3, T=6, I=16, H=64, P=24, R=2, state=True, clip=3.0, weight_dtype=_INT8),
+    _case("int8-weights-plain-odd", B=2, T=5, I=7, H=35, R=2, lengths=(5, 2), weight_dtype=_INT8),
+    _case("int8-weights-wide-batch", B=37, T=2, I=70, H=31, P=300, weight_dtype=_INT8),
+    _case("bf16-weights-wide-batch", B=37, T=2, I=70, H=31, P=300, weight_dtype=_BF16),
     _case("bf16-weights-plain-odd", B=2, T=5, I=7, H=35, R=2, lengths=(5, 2), weight_dtype=_BF16),
 )

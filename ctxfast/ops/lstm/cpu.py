@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``lstm`` on the CPU: all steps of all directions in one call of the compiled kernel.
+"""``lstm`` on the CPU: one call for the inputs of all steps, one for the recurrence of all directions and steps.
 
-The product of all inputs with ``weight_ih`` is one matrix product before it. Weights are packed once per parameter
-and found again by later calls. When a gradient is needed the kernel also stores the cell states; the backward pass
-recomputes all gates by one matrix product and walks the recurrence in plain PyTorch.
+Products run as ``weight_dtype`` says; bfloat16 inputs mean bfloat16 products, float16 inputs float32 ones. Gates and
+states are float32 inside. Weights are packed once per parameter and found again by later calls. When a gradient is
+needed the kernel also stores the cell states; the backward pass recomputes all gates by one matrix product and walks
+the recurrence in plain PyTorch.
 """
 
 from __future__ import annotations
@@ -15,38 +16,75 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..._core import capability, torch_ops
+from ..._core import capability, registry, torch_ops
+from ..._core.rounding import rounded_rows
 from ..._core.weight_cache import WeightCache
 
 _packed = WeightCache()
+# The kernel's word for how factors are held -> what the backward pass rounds to.
+_ROUNDING = {"float32": None, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
 
-def _pack(weight_hh: Tensor, weight_proj: Tensor | None, bf16: bool) -> Tensor:
+def _room(size: int) -> Tensor:
+    """``size`` bytes that begin on a cache line."""
+    memory = torch.empty(size + 64, dtype=torch.uint8)
+    start = -memory.data_ptr() % 64
+    return memory[start : start + size]
+
+
+def _pack(weight_hh: Tensor, weight_proj: Tensor | None, kind: str) -> Tensor:
     """The kernel's layout of one direction's recurrent and projection weights, from the cache if they are known."""
     c = capability.extension()
 
     def pack() -> Tensor:
-        hh = weight_hh.contiguous()
-        proj = None if weight_proj is None else weight_proj.contiguous()
+        hh = weight_hh.detach().float()
+        proj = None if weight_proj is None else weight_proj.detach().float()
         hidden, size = hh.shape[0] // 4, hh.shape[1]
-        kind = "bfloat16" if bf16 else "float32"
-        packed = torch.empty(c.lstm_packed_bytes(hidden, size, proj is not None, kind), dtype=torch.uint8)
+        packed = _room(c.lstm_packed_bytes(hidden, size, proj is not None, kind))
         c.lstm_pack(
-            hidden,
-            size,
-            hh.data_ptr(),
-            0 if proj is None else proj.data_ptr(),
-            packed.data_ptr(),
-            kind,
-        )
+            hidden, size, hh.data_ptr(), 0 if proj is None else proj.data_ptr(), packed.data_ptr(), kind,
+            hh.stride(), None if proj is None else proj.stride(),
+        )  # fmt: skip
         return packed
 
     sources = (weight_hh,) if weight_proj is None else (weight_hh, weight_proj)
-    return _packed.get(sources, bf16, pack)
+    return _packed.get(sources, kind, pack)
+
+
+def _pack_input(weight_ih: Tensor, kind: str) -> Tensor:
+    """The same for one direction's input weights."""
+    c = capability.extension()
+
+    def pack() -> Tensor:
+        weight = weight_ih.detach().float()
+        hidden, size = weight.shape[0] // 4, weight.shape[1]
+        packed = _room(c.lstm_input_packed_bytes(hidden, size, kind))
+        c.lstm_pack_input(hidden, size, weight.data_ptr(), packed.data_ptr(), kind, weight.stride())
+        return packed
+
+    return _packed.get((weight_ih,), f"input {kind}", pack)
 
 
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def _input(x: Tensor, weight_ih: Tensor, bias: Tensor | None, kind: str) -> Tensor:
+    gates = _input_fake(x, weight_ih, bias, kind)
+    rows = x.flatten(0, 1)
+    if rows.stride(1) != 1 or rows.stride(0) < rows.shape[1]:
+        rows = rows.contiguous()
+    bias = None if bias is None else bias.float().contiguous()
+    capability.extension().lstm_input(
+        rows=rows.shape[0], input=rows.shape[1], hidden=weight_ih.shape[0] // 4, x=rows.data_ptr(),
+        x_stride=rows.stride(0), packed=_pack_input(weight_ih, kind).data_ptr(), dtype=kind, bias=_address(bias),
+        gates=gates.data_ptr(), threads=torch.get_num_threads(),
+    )  # fmt: skip
+    return gates
+
+
+def _input_fake(x: Tensor, weight_ih: Tensor, bias: Tensor | None, kind: str) -> Tensor:
+    return torch_ops.allocate((x.shape[0], x.shape[1], weight_ih.shape[0]), x)
 
 
 def _forward(
@@ -58,23 +96,23 @@ def _forward(
     c_0: Tensor | None,
     cell_clip: float,  # 0: off
     proj_clip: float,
-    bf16: bool,
+    kind: str,
     save_cells: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     output, h_n, c_n, cells = _forward_fake(
-        gates, weight_hh, weight_proj, lengths, h_0, c_0, cell_clip, proj_clip, bf16, save_cells
+        gates, weight_hh, weight_proj, lengths, h_0, c_0, cell_clip, proj_clip, kind, save_cells
     )
     batch, steps, _ = gates[0].shape
     hidden, size = weight_hh[0].shape[0] // 4, weight_hh[0].shape[1]
     gates = [gate if gate.stride(2) == 1 else gate.contiguous() for gate in gates]
-    packed = [_pack(w, weight_proj[r] if weight_proj else None, bf16) for r, w in enumerate(weight_hh)]
+    packed = [_pack(w, weight_proj[r] if weight_proj else None, kind) for r, w in enumerate(weight_hh)]
     rows = None if lengths is None else lengths.to(torch.int64).contiguous()
     h_0 = None if h_0 is None else h_0.contiguous()
     c_0 = None if c_0 is None else c_0.contiguous()
     capability.extension().lstm_forward(
         batch=batch, steps=steps, hidden=hidden, proj_size=size, has_proj=bool(weight_proj),
         gates=[gate.data_ptr() for gate in gates], gates_strides=[gate.stride()[:2] for gate in gates],
-        packed=[weights.data_ptr() for weights in packed], dtype="bfloat16" if bf16 else "float32",
+        packed=[weights.data_ptr() for weights in packed], dtype=kind,
         lengths=_address(rows), h_0=_address(h_0), c_0=_address(c_0),
         output=output.data_ptr(), output_strides=output.stride()[:2], h_n=h_n.data_ptr(), c_n=c_n.data_ptr(),
         cells=cells.data_ptr() if save_cells else 0,
@@ -92,7 +130,7 @@ def _forward_fake(
     c_0: Tensor | None,
     cell_clip: float,
     proj_clip: float,
-    bf16: bool,
+    kind: str,
     save_cells: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The four outputs, uninitialised: output, h_n, c_n, and the cell states of every step (empty unless wanted)."""
@@ -134,11 +172,13 @@ def _backward_direction(
     cell_clip: float,
     proj_clip: float,
     reverse: bool,
+    rounding: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
     """Gradients of gates, weight_hh, weight_proj, h_0 and c_0 of one direction."""
     steps = gates.shape[1]
     h_before = _previous(output, h_0, lengths, reverse)
     c_before = _previous(cells, c_0, lengths, reverse)
+    h_before = rounded_rows(h_before, rounding)
     i, f, g, o = (gates + F.linear(h_before, weight_hh)).chunk(4, dim=2)
     i, f, g, o = torch.sigmoid(i), torch.sigmoid(f), torch.tanh(g), torch.sigmoid(o)
     tanh_c = torch.tanh(cells)
@@ -175,7 +215,7 @@ def _backward_direction(
     grad_weight_hh = flat.t() @ h_before.flatten(0, 1)
     grad_weight_proj = None
     if weight_proj is not None:
-        grad_weight_proj = grad_hidden.flatten(0, 1).t() @ (o * tanh_c).flatten(0, 1)
+        grad_weight_proj = grad_hidden.flatten(0, 1).t() @ rounded_rows(o * tanh_c, rounding).flatten(0, 1)
     return grad_gates, grad_weight_hh, grad_weight_proj, grad_h, grad_c
 
 
@@ -191,23 +231,23 @@ def _backward(
     cells: Tensor,
     cell_clip: float,
     proj_clip: float,
-    bf16: bool,
+    kind: str,
 ) -> list[Tensor]:
     """Gradients of every gates, weight_hh and weight_proj, then of h_0 and c_0."""
     size, hidden = weight_hh[0].shape[1], cells.shape[3]
     grad_output, grad_h, grad_c = grads
+    rounding = _ROUNDING[kind]
     results = []
     for r, gate in enumerate(gates):
-        hh, proj = weight_hh[r], weight_proj[r] if weight_proj else None
-        if bf16:
-            hh, proj = hh.bfloat16().float(), None if proj is None else proj.bfloat16().float()
+        hh = rounded_rows(weight_hh[r].float(), rounding)
+        proj = rounded_rows(weight_proj[r].float(), rounding) if weight_proj else None
         columns = slice(r * size, (r + 1) * size)
         results.append(
             _backward_direction(
                 grad_output[:, :, columns], grad_h[r], grad_c[r], gate, hh, proj, lengths,
                 output.new_zeros(output.shape[0], size) if h_0 is None else h_0[r],
                 output.new_zeros(output.shape[0], hidden) if c_0 is None else c_0[r],
-                output[:, :, columns], cells[r], cell_clip, proj_clip, r == 1,
+                output[:, :, columns], cells[r], cell_clip, proj_clip, r == 1, rounding,
             )
         )  # fmt: skip
     by_kind = list(zip(*results))
@@ -229,16 +269,19 @@ def _backward_fake(
     cells: Tensor,
     cell_clip: float,
     proj_clip: float,
-    bf16: bool,
+    kind: str,
 ) -> list[Tensor]:
     sources = [*gates, *weight_hh, *weight_proj, *grads[1:]]
-    return [torch_ops.allocate(source.shape, source) for source in sources]
+    return [torch_ops.allocate(source.shape, source, torch.float32) for source in sources]
 
 
+_in = torch_ops.define(
+    "lstm_cpu_input", "(Tensor x, Tensor weight_ih, Tensor? bias, str kind) -> Tensor", _input, _input_fake, "CPU"
+)
 _fwd = torch_ops.define(
     "lstm_cpu_fwd",
     "(Tensor[] gates, Tensor[] weight_hh, Tensor[] weight_proj, Tensor? lengths, Tensor? h_0, Tensor? c_0, "
-    "float cell_clip, float proj_clip, bool bf16, bool save_cells) -> (Tensor, Tensor, Tensor, Tensor)",
+    "float cell_clip, float proj_clip, str kind, bool save_cells) -> (Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
     "CPU",
@@ -246,11 +289,33 @@ _fwd = torch_ops.define(
 _bwd = torch_ops.define(
     "lstm_cpu_bwd",
     "(Tensor[] grads, Tensor[] gates, Tensor[] weight_hh, Tensor[] weight_proj, Tensor? lengths, Tensor? h_0, "
-    "Tensor? c_0, Tensor output, Tensor cells, float cell_clip, float proj_clip, bool bf16) -> Tensor[]",
+    "Tensor? c_0, Tensor output, Tensor cells, float cell_clip, float proj_clip, str kind) -> Tensor[]",
     _backward,
     _backward_fake,
     "CPU",
 )
+
+
+class _Input(torch.autograd.Function):
+    """``x W_ih^T + b`` in float32, gradients of the factors as the product read them."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_ih: Tensor, bias: Tensor | None, kind: str) -> Tensor:
+        ctx.save_for_backward(x, weight_ih, bias)
+        ctx.kind = kind
+        return _in(x, weight_ih, bias, kind)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight_ih, bias = ctx.saved_tensors
+        rounding, (of_x, of_weight, of_bias, _) = _ROUNDING[ctx.kind], ctx.needs_input_grad
+        rows = grad.flatten(0, 1)
+        return (
+            grad @ rounded_rows(weight_ih.float(), rounding) if of_x else None,
+            (rows.t() @ rounded_rows(x, rounding).flatten(0, 1)).to(weight_ih.dtype) if of_weight else None,
+            rows.sum(0).to(bias.dtype) if of_bias else None,
+            None,
+        )
 
 
 class _Lstm(torch.autograd.Function):
@@ -262,27 +327,28 @@ class _Lstm(torch.autograd.Function):
         directions: int,
         lengths: Tensor | None,
         clips: tuple[float, float],
-        bf16: bool,
+        kind: str,
         h_0: Tensor | None,
         c_0: Tensor | None,
         *weights: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         gates, hh, proj = (list(weights[i * directions : (i + 1) * directions]) for i in range(3))
-        output, h_n, c_n, cells = _fwd(gates, hh, proj, lengths, h_0, c_0, *clips, bf16, True)
+        output, h_n, c_n, cells = _fwd(gates, hh, proj, lengths, h_0, c_0, *clips, kind, True)
         ctx.save_for_backward(lengths, h_0, c_0, output, cells, *weights)
-        ctx.facts = (directions, clips, bf16)
+        ctx.facts = (directions, clips, kind)
         return output, h_n, c_n
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         lengths, h_0, c_0, output, cells, *weights = ctx.saved_tensors
-        directions, clips, bf16 = ctx.facts
+        directions, clips, kind = ctx.facts
         gates, hh, proj = (list(weights[i * directions : (i + 1) * directions]) for i in range(3))
-        *of_weights, of_h_0, of_c_0 = _bwd(list(grads), gates, hh, proj, lengths, h_0, c_0, output, cells, *clips, bf16)
+        *of_weights, of_h_0, of_c_0 = _bwd(list(grads), gates, hh, proj, lengths, h_0, c_0, output, cells, *clips, kind)
         if h_0 is None:
             of_h_0 = None
         if c_0 is None:
             of_c_0 = None
+        of_weights = [grad.to(weight.dtype) for grad, weight in zip(of_weights, weights)]
         return (None, None, None, None, of_h_0, of_c_0, *of_weights)
 
 
@@ -291,57 +357,55 @@ def supports(args: Mapping[str, Any]) -> str | None:
     x = args["input"][0]
     if x.device.type != "cpu":
         return f"it runs on the CPU and input is on {x.device}."
-    if x.dtype != torch.float32:
-        return f"it takes float32 and input is {x.dtype}; 16-bit weights are asked for by weight_dtype=torch.bfloat16."
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"it takes float32, bfloat16 and float16 and input is {x.dtype}."
+    rows, size = args["weight_hh"][0].shape
+    if args["weight_dtype"] is torch.int8 and max(rows // 4, size, x.shape[2]) > 65536:
+        return "its int8 sums take at most 65536 terms, and a weight matrix has more columns."
     if capability.extension() is None:
         return capability.why_no_extension()
     return None
 
 
-def _flat(
-    args: Mapping[str, Any],
-) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor | None, Tensor | None]:
-    bias = args["bias"]
-    gates = [F.linear(x, args["weight_ih"][r], None if bias is None else bias[r]) for r, x in enumerate(args["input"])]
-    h_0, c_0 = args["initial_state"] if args["initial_state"] is not None else (None, None)
-    return gates, list(args["weight_hh"]), list(args["weight_proj"] or ()), h_0, c_0
+def _kind(args: Mapping[str, Any]) -> str:
+    if args["weight_dtype"] is torch.int8:
+        return "int8"
+    bf16 = args["weight_dtype"] is torch.bfloat16 or args["input"][0].dtype is torch.bfloat16
+    return "bfloat16" if bf16 else "float32"
 
 
-def lstm(
-    input: Sequence[Tensor],
-    weight_ih: Sequence[Tensor],
-    weight_hh: Sequence[Tensor],
-    bias: Sequence[Tensor] | None,
-    weight_proj: Sequence[Tensor] | None,
-    lengths: Tensor | None,
-    initial_state: tuple[Tensor, Tensor] | None,
-    cell_clip: float | None,
-    proj_clip: float | None,
-    weight_dtype: torch.dtype | None,
-) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+def _wide_states(args: Mapping[str, Any]) -> tuple[Tensor | None, Tensor | None]:
+    return (None, None) if args["initial_state"] is None else tuple(state.float() for state in args["initial_state"])
+
+
+def lstm(**args: Any) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """See ``ctxfast.functional.lstm``."""
-    gates, hh, proj, h_0, c_0 = _flat(
-        dict(input=input, weight_ih=weight_ih, weight_hh=weight_hh, bias=bias, weight_proj=weight_proj,
-             initial_state=initial_state)
-    )  # fmt: skip
-    clips, bf16 = (cell_clip or 0.0, proj_clip or 0.0), weight_dtype is torch.bfloat16
-    sources = [*gates, *hh, *proj]
-    states = [state for state in (h_0, c_0) if state is not None]
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in [*sources, *states]):
-        output, h_n, c_n = _Lstm.apply(len(gates), lengths, clips, bf16, h_0, c_0, *sources)
+    inputs, weight_ih, bias = args["input"], args["weight_ih"], args["bias"]
+    hh, proj, lengths = list(args["weight_hh"]), list(args["weight_proj"] or ()), args["lengths"]
+    clips, kind, dtype = (args["cell_clip"] or 0.0, args["proj_clip"] or 0.0), _kind(args), inputs[0].dtype
+    h_0, c_0 = _wide_states(args)
+    wide = [x.float() for x in inputs] if inputs[0] is not inputs[-1] else [inputs[0].float()] * len(inputs)
+    biases = [None] * len(wide) if bias is None else bias
+    if registry.needs_grad(args):
+        gates = [_Input.apply(x, weight_ih[r], biases[r], kind) for r, x in enumerate(wide)]
+        output, h_n, c_n = _Lstm.apply(len(gates), lengths, clips, kind, h_0, c_0, *gates, *hh, *proj)
     else:
-        output, h_n, c_n, _ = _fwd(gates, hh, proj, lengths, h_0, c_0, *clips, bf16, False)
-    return output, (h_n, c_n)
+        gates = [_in(x, weight_ih[r], biases[r], kind) for r, x in enumerate(wide)]
+        output, h_n, c_n, _ = _fwd(gates, hh, proj, lengths, h_0, c_0, *clips, kind, False)
+    return output.to(dtype), (h_n.to(dtype), c_n.to(dtype))
 
 
 def raw_calls(args: Mapping[str, Any]) -> list[tuple[Any, tuple]]:
     """The registered operators behind one call, with arguments for torch.library.opcheck."""
-    gates, hh, proj, h_0, c_0 = _flat(args)
-    clips = (args["cell_clip"] or 0.0, args["proj_clip"] or 0.0)
-    bf16 = args["weight_dtype"] is torch.bfloat16
-    output, h_n, c_n, cells = _fwd(gates, hh, proj, args["lengths"], h_0, c_0, *clips, bf16, True)
+    hh, proj, lengths, kind = list(args["weight_hh"]), list(args["weight_proj"] or ()), args["lengths"], _kind(args)
+    clips, (h_0, c_0) = (args["cell_clip"] or 0.0, args["proj_clip"] or 0.0), _wide_states(args)
+    bias = args["bias"] or [None] * len(hh)
+    products = [(x.float(), args["weight_ih"][r], bias[r], kind) for r, x in enumerate(args["input"])]
+    gates = [_in(*product) for product in products]
+    output, h_n, c_n, cells = _fwd(gates, hh, proj, lengths, h_0, c_0, *clips, kind, True)
     grads = [torch.randn_like(output), torch.randn_like(h_n), torch.randn_like(c_n)]
     return [
-        (_fwd, (gates, hh, proj, args["lengths"], h_0, c_0, *clips, bf16, False)),
-        (_bwd, (grads, gates, hh, proj, args["lengths"], h_0, c_0, output, cells, *clips, bf16)),
+        (_in, products[0]),
+        (_fwd, (gates, hh, proj, lengths, h_0, c_0, *clips, kind, False)),
+        (_bwd, (grads, gates, hh, proj, lengths, h_0, c_0, output, cells, *clips, kind)),
     ]

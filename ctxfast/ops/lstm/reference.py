@@ -14,11 +14,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def _rounded(weight: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """``weight`` rounded to ``dtype`` and back; the gradient passes straight through the rounding."""
-    if dtype is None:
-        return weight
-    return weight + (weight.to(dtype).to(weight.dtype) - weight).detach()
+def _rounded(x: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """``x`` with its rows (last dimension) rounded to ``dtype``; the gradient passes straight through.
+
+    int8: whole steps, ties to even, of 1/127 of the row's largest magnitude.
+    """
+    if dtype is None or x.shape[-1] == 0:
+        return x
+    fixed = x.detach()
+    if dtype is torch.int8:
+        most = fixed.abs().amax(dim=-1, keepdim=True)
+        steps = torch.where(most > 1e-30, 127.0 / most, torch.zeros_like(most))
+        held = torch.round(fixed * steps) * (most / 127.0)
+    else:
+        held = fixed.to(dtype).to(x.dtype)
+    return held + (x - fixed)
 
 
 def _direction(
@@ -33,18 +43,21 @@ def _direction(
     reverse: bool,
     cell_clip: float | None,
     proj_clip: float | None,
+    dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     steps = x.shape[1]
-    gates_in = F.linear(x, weight_ih, bias)  # all steps at once: nothing in it waits for h
+    weight_ih, weight_hh = _rounded(weight_ih, dtype), _rounded(weight_hh, dtype)
+    weight_proj = None if weight_proj is None else _rounded(weight_proj, dtype)
+    gates_in = F.linear(_rounded(x, dtype), weight_ih, bias)  # all steps at once: nothing in it waits for h
     output: list[Tensor] = [h] * steps
     for t in reversed(range(steps)) if reverse else range(steps):
-        i, f, g, o = (gates_in[:, t] + F.linear(h, weight_hh)).chunk(4, dim=1)
+        i, f, g, o = (gates_in[:, t] + F.linear(_rounded(h, dtype), weight_hh)).chunk(4, dim=1)
         c_new = torch.sigmoid(i) * torch.tanh(g) + torch.sigmoid(f) * c
         if cell_clip is not None:
             c_new = c_new.clamp(-cell_clip, cell_clip)
         h_new = torch.sigmoid(o) * torch.tanh(c_new)
         if weight_proj is not None:
-            h_new = F.linear(h_new, weight_proj)
+            h_new = F.linear(_rounded(h_new, dtype), weight_proj)
         if proj_clip is not None:
             h_new = h_new.clamp(-proj_clip, proj_clip)
         if lengths is None:
@@ -73,15 +86,14 @@ def lstm(
     """See ``ctxfast.functional.lstm``; every per-direction argument is a sequence of R tensors."""
     outputs, h_n, c_n = [], [], []
     for r, x in enumerate(input):
-        proj = None if weight_proj is None else _rounded(weight_proj[r], weight_dtype)
         hidden, size = weight_hh[r].shape[0] // 4, weight_hh[r].shape[1]
         if initial_state is None:
             h, c = x.new_zeros(x.shape[0], size), x.new_zeros(x.shape[0], hidden)
         else:
             h, c = initial_state[0][r], initial_state[1][r]
         y, h, c = _direction(
-            x, weight_ih[r], _rounded(weight_hh[r], weight_dtype), None if bias is None else bias[r], proj,
-            lengths, h, c, r == 1, cell_clip, proj_clip,
+            x, weight_ih[r], weight_hh[r], None if bias is None else bias[r],
+            None if weight_proj is None else weight_proj[r], lengths, h, c, r == 1, cell_clip, proj_clip, weight_dtype,
         )  # fmt: skip
         outputs.append(y)
         h_n.append(h)

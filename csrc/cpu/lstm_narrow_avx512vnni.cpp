@@ -1,0 +1,8 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <immintrin.h>
+
+#define CTXFAST_LANES 16
+#define CTXFAST_DOT_INT8(sum, x, w) (WordVec) _mm512_dpbusd_epi32((__m512i)(sum), (__m512i)(x), (__m512i)(w))
+#include "lstm_narrow.h"
+
+CTXFAST_LSTM_KERNELS(lstm_int8_avx512vnni, Int8)
