@@ -110,7 +110,10 @@ CTXFAST_DEVICE void wait_for(uint4 (&v)[N], int count, Address address) {
     for (int i = 0; i < N; ++i) {
       if (!is_filled(v[i])) v[i] = load_relaxed(address(i));
     }
-    if (spins > kSpins) trap_with(1, count);
+    if (spins > kSpins) {
+      trap_with(1, count);
+      __builtin_unreachable();  // so that nothing is saved for after it
+    }
   }
 }
 
@@ -129,7 +132,8 @@ struct Part {
 
 template <int kTiles>
 CTXFAST_DEVICE Part part_of(int row_tiles, int warp) {
-  const int rows = row_tiles / 4, unit = kTiles == 1 ? warp : warp >> 2;
+  // The shuffle tells the compiler that a warp's lanes agree: wgmma runs on only where it is sure of that.
+  const int rows = row_tiles / 4, unit = shuffle(kTiles == 1 ? warp : warp >> 2, 0);
   return {unit & (rows - 1), unit / rows, (kTiles == 1 ? kWarps : kWarps / 4) / rows};
 }
 
@@ -178,18 +182,15 @@ CTXFAST_DEVICE void load_weights(const KernelParams& p, uint4 (&w)[kRegisterFrag
 
 CTXFAST_DEVICE uint32_t word(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
 
-// Four row tiles times 32 of K.
+// Four row tiles times 16 of K.
 template <typename T>
-CTXFAST_DEVICE void multiply_pair(float (&sums)[kMmaTiles][4], const uint4 (&w)[8], const uint4& v) {
+CTXFAST_DEVICE void multiply_step(float (&sums)[kMmaTiles][4], const uint4 (&w)[kMmaTiles], uint32_t low,
+                                  uint32_t high) {
+  const uint32_t b[2] = {low, high};
 #pragma unroll
-  for (int step = 0; step < 2; ++step) {
-    const uint32_t b[2] = {word(v, 2 * step), word(v, 2 * step + 1)};
-#pragma unroll
-    for (int t = 0; t < kMmaTiles; ++t) {
-      const uint4& f = w[2 * t + step];
-      const uint32_t a[4] = {f.x, f.y, f.z, f.w};
-      mma_16x8x16<T>(sums[t], a, b);
-    }
+  for (int t = 0; t < kMmaTiles; ++t) {
+    const uint32_t a[4] = {w[t].x, w[t].y, w[t].z, w[t].w};
+    mma_16x8x16<T>(sums[t], a, b);
   }
 }
 
@@ -211,15 +212,19 @@ CTXFAST_DEVICE void product_mma(const KernelParams& p, const uint4 (&w)[kRegiste
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
       if (first + i >= count) continue;
-      uint4 a[8];
-      if (i < 2 && first == 0) {
 #pragma unroll
-        for (int f = 0; f < 8; ++f) a[f] = w[(i & 1) * 8 + f];
-      } else {
+      for (int step = 0; step < 2; ++step) {
+        uint4 a[kMmaTiles];
 #pragma unroll
-        for (int f = 0; f < 8; ++f) a[f] = shared[((first + i - 2) * 8 + f) * 32];
+        for (int t = 0; t < kMmaTiles; ++t) {
+          if (i < 2 && first == 0) {
+            a[t] = w[(i & 1) * 8 + 2 * t + step];
+          } else {
+            a[t] = shared[((first + i - 2) * 8 + 2 * t + step) * 32];
+          }
+        }
+        multiply_step<T>(sums, a, word(v[i], 2 * step), word(v[i], 2 * step + 1));
       }
-      multiply_pair<T>(sums, a, v[i]);
     }
   }
   float4* partial = reinterpret_cast<float4*>(shared_memory() + p.at.partial);
@@ -240,12 +245,10 @@ CTXFAST_DEVICE void product_wgmma(const KernelParams& p, const uint4 (&w)[kRegis
   const int warp = warp_index(), lane = lane_index();
   const Part part = part_of<kTiles>(p.row_tiles, warp);
   const int members = kThreads / part.k_groups, member = part.row * 128 + (thread_index() & 127);
-  const int share = (p.pairs + part.k_groups - 1) / part.k_groups;
-  const int begin = share * part.k < p.pairs ? share * part.k : p.pairs;
-  const int end = begin + share < p.pairs ? begin + share : p.pairs;
+  const int share = p.pairs / part.k_groups, begin = share * part.k;
   unsigned char* at_h = shared_memory() + p.at.h;
   uint4* shared_h = reinterpret_cast<uint4*>(at_h);
-  const int vectors = (end - begin) * kTiles * 32;
+  const int vectors = share * kTiles * 32;
   for (int first = member, pass = 0; pass == 0 || first < vectors; first += kAtOnce * members, ++pass) {
     uint4 v[kAtOnce];
     const int count = first < vectors ? (vectors - first + members - 1) / members : 0;
@@ -268,9 +271,13 @@ CTXFAST_DEVICE void product_wgmma(const KernelParams& p, const uint4 (&w)[kRegis
 #pragma unroll
     for (int k = 0; k < kept; ++k) wgmma_rs<T, 8 * kTiles>(sums, w[k], b + k * (kTiles * 256 >> 4));
   }
-#pragma unroll 4
-  for (int k = 2 * begin + kept; k < 2 * end; ++k) {
-    wgmma_ss<T, 8 * kTiles>(sums, a + (k - kept) * (2048 >> 4), b + k * (kTiles * 256 >> 4));
+  const int first_step = 2 * begin + kept;
+  for (int k = 0; k < 2 * share - kept; k += 2) {
+    wgmma_fence();  // else the compiler adds one before every product
+#pragma unroll
+    for (int i = k; i < k + 2; ++i) {
+      wgmma_ss<T, 8 * kTiles>(sums, a + (first_step - kept + i) * (2048 >> 4), b + (first_step + i) * (kTiles * 256 >> 4));
+    }
   }
   wgmma_commit();
   wgmma_wait<0>();
@@ -347,13 +354,13 @@ CTXFAST_DEVICE N initial_h_of(const KernelParams& p, int direction, int row, int
 // NaN stays NaN.
 CTXFAST_DEVICE float clipped(float x, float bound) { return x > bound ? bound : x < -bound ? -bound : x; }
 
-template <typename T, int kTiles, bool kInRegisters>
+template <typename T, int kTiles, bool kProjected, bool kInRegisters>
 __global__ void __launch_bounds__(kThreads, 1) lstm_persistent_forward_kernel(const __grid_constant__ KernelParams p) {
   constexpr bool kMma = kTiles == 1;
   const int thread = thread_index(), warp = warp_index(), lane = lane_index();
   const int direction = block_index() % p.directions, block = block_index() / p.directions;
   const int cells = 4 * p.row_tiles, first_cell = block * cells;
-  const bool projected = p.cell_pairs > 0, projects = projected && 8 * block < p.size;
+  const bool projects = kProjected && 8 * block < p.size;
   const int k_groups = (kMma ? 64 : 16) / p.row_tiles;
 
   uint4 w[kRegisterFragments];
@@ -378,10 +385,10 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_persistent_forward_kernel(co
   // Publishing the block's cells: warps 8-15, one uint4 of 8 cells (`from8`) and a row each, in the slot's order.
   const int vector = thread - kThreads / 2;
   const bool publishes = vector >= 0 && vector < cells / 8 * kTiles * 8;
-  const bool for_mma = kMma || projected;
+  constexpr bool kForMma = kMma || kProjected;
   int from8 = 0, from_tile = 0, from_row = 0;
   if (publishes) {
-    if (for_mma) {
+    if constexpr (kForMma) {
       const int group = cells < 32 ? cells / 8 : 4, rest = vector / group;  // of 8 cells within a pair
       from8 = vector % group + rest / (8 * kTiles) * 4;
       from_row = rest % 8;
@@ -393,16 +400,15 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_persistent_forward_kernel(co
     }
   }
   const int from_k8 = first_cell / 8 + from8;
-  const int to_vector = for_mma ? slot_place<kTiles, true>(from_k8, from_tile, from_row)
-                                : slot_place<kTiles, false>(from_k8, from_tile, from_row);
-  // Finishing projected h: warp 2 n + e sums half e of tile n; lanes 0-15 then have two values of one row.
+  const int to_vector = slot_place<kTiles, kForMma>(from_k8, from_tile, from_row);
+  // Finishing kProjected h: warp 2 n + e sums half e of tile n; lanes 0-15 then have two values of one row.
   const bool finishes = projects && warp < 2 * kTiles;
   const int role = (warp & 1) * 16 + (lane & 15);
   const int h_row = 8 * (warp >> 1) + (role >> 2), h_k = 8 * block + 2 * (role & 3);
   const int h_word = finishes ? 4 * slot_place<kTiles, kMma>(block, warp >> 1, role >> 2) + (role & 3) : 0;
 
   // Round -1: h_0.
-  if (projected) {
+  if (kProjected) {
     if (finishes && lane < 16) {
       store_relaxed(reinterpret_cast<uint32_t*>(h_slot(-1)) + h_word,
                     filled(initial_h_of<T, uint32_t>(p, direction, h_row, h_k)));
@@ -436,7 +442,7 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_persistent_forward_kernel(co
       if (has_pair(j) && base + row_of(j) < p.batch) {
         const int64_t state = static_cast<int64_t>(direction) * p.batch + base + row_of(j);
         if (p.c_0 != nullptr) c[j] = p.c_0[state * p.hidden + first_cell + cell_of(j)];
-        if (!projected) kept_h[j] = to_float(initial_h<T>(p, direction, base + row_of(j), first_cell + cell_of(j)));
+        if (!kProjected) kept_h[j] = to_float(initial_h<T>(p, direction, base + row_of(j), first_cell + cell_of(j)));
       }
     }
     uint32_t kept_word = finishes ? initial_h_of<T, uint32_t>(p, direction, base + h_row, h_k) : 0;
@@ -465,7 +471,7 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_persistent_forward_kernel(co
         product_wgmma<T, kTiles, kInRegisters>(p, w, h_slot(round - 1), sums);
       }
       block_sync();
-      if (!projected && warp >= 8) fence();
+      if (!kProjected && warp >= 8) fence();
 
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) {
@@ -493,7 +499,7 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_persistent_forward_kernel(co
         const int length = lengths[row_of(j)];
         const bool active = step < length;
         if (active) c[j] = new_c;
-        if (!projected) {
+        if (!kProjected) {
           if (active) kept_h[j] = to_float(from_float<T>(clipped(m, p.proj_clip)));
           m = kept_h[j];
         }
@@ -514,7 +520,7 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_persistent_forward_kernel(co
       } else if (publishes) {
         const uint4 v = reinterpret_cast<const uint4*>(published)[(from8 * kTiles + from_tile) * 8 + from_row];
         const uint4 nothing = make_uint4(kEmpty, kEmpty, kEmpty, kEmpty);
-        if (projected) {
+        if (kProjected) {
           store_relaxed(m_slot(round) + to_vector, filled(v));
           if (round > 0) store_relaxed(m_slot(round - 1) + to_vector, nothing);
         } else {
@@ -536,7 +542,7 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_persistent_forward_kernel(co
           }
         }
       }
-      if (!projected) continue;
+      if constexpr (!kProjected) continue;
 
       if (projects) {
         project<T, kTiles>(p, m_slot(round));

@@ -71,7 +71,8 @@ Shape choose(const LstmPersistentDevice& device, int64_t batch, int64_t hidden, 
     for (const int cells : preferred[projected]) {
       if (hidden % cells != 0 || hidden / cells * directions > device.multiprocessors) continue;
       if (projected && size / 8 > hidden / cells) continue;
-      const bool may_keep = tiles > 1 && cells == 64 && size >= 16 * kRegisterFragments;
+      if (tiles > 1 && size / 32 % (64 / cells) != 0) continue;  // K groups take equal parts
+      const bool may_keep = projected && tiles > 1 && cells == 64 && size >= 16 * kRegisterFragments;
       for (int kept = 0; kept <= int{may_keep}; ++kept) {
         const Shape shape = shape_of(hidden, size, projected, cells, tiles, kept != 0);
         if (shape.shared_bytes <= device.shared_per_block) return shape;
@@ -107,14 +108,20 @@ std::string refusal_of(const LstmPersistentDevice& device, int64_t batch, int64_
 
 using Kernel = void (*)(KernelParams);
 
-template <typename T>
-Kernel kernel_of(const Shape& shape) {
-  if (shape.tiles == 1) return lstm_persistent_forward_kernel<T, 1, false>;
-  if (shape.tiles == 2) {
-    return shape.in_registers ? lstm_persistent_forward_kernel<T, 2, true>
-                              : lstm_persistent_forward_kernel<T, 2, false>;
+template <typename T, int kTiles>
+Kernel kernel_of(bool projected, bool in_registers) {
+  if (!projected) return lstm_persistent_forward_kernel<T, kTiles, false, false>;
+  if constexpr (kTiles > 1) {
+    if (in_registers) return lstm_persistent_forward_kernel<T, kTiles, true, true>;
   }
-  return shape.in_registers ? lstm_persistent_forward_kernel<T, 4, true> : lstm_persistent_forward_kernel<T, 4, false>;
+  return lstm_persistent_forward_kernel<T, kTiles, true, false>;
+}
+
+template <typename T>
+Kernel kernel_of(const Shape& shape, bool projected) {
+  if (shape.tiles == 1) return kernel_of<T, 1>(projected, shape.in_registers);
+  if (shape.tiles == 2) return kernel_of<T, 2>(projected, shape.in_registers);
+  return kernel_of<T, 4>(projected, shape.in_registers);
 }
 
 int64_t slots_bytes(const Shape& shape, int64_t values, int64_t directions) {
@@ -189,7 +196,8 @@ Status lstm_persistent_forward(const LstmPersistentForwardParams& p, const LstmP
   const Status status = check(p, plan);
   if (!status.ok()) return status;
   const Shape shape = choose(facts, p.batch, p.hidden, p.size, p.has_proj, p.directions);
-  const Kernel kernel = p.dtype == DType::kFloat16 ? kernel_of<__half>(shape) : kernel_of<__nv_bfloat16>(shape);
+  const Kernel kernel =
+      p.dtype == DType::kFloat16 ? kernel_of<__half>(shape, p.has_proj) : kernel_of<__nv_bfloat16>(shape, p.has_proj);
 
   KernelParams k = {};
   k.batch = static_cast<int>(p.batch), k.steps = static_cast<int>(p.steps);
