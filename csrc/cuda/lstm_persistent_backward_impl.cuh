@@ -44,285 +44,28 @@
 // fp32's range.
 #pragma once
 
-#include "device.cuh"
+#include "lstm_persistent_backward_parts.cuh"
 
 namespace ctxfast::lstm_backward {
 
-constexpr int kThreads = 256, kWarps = kThreads / 32;
-constexpr int kSlots = 5;
-constexpr uint32_t kEmpty = 0xFFFFFFFFu;
-constexpr int kSpins = 1 << 22;
-
-struct KernelParams {
-  const uint4* packed[2];  // per direction: [block][rows fragments][cells fragments], see cuda_backward.py
-  const uint2* z[2];       // (B, T, H) of four 16-bit gates
-  int64_t z_strides[2][2];  // of B and T, in uint2
-  const float* cells;      // (R, B, T, H)
-  const float* c_0;        // (R, B, H) or null
-  const void* output;      // (B, T, R P); read only with proj_clip
-  int64_t output_strides[2];
-  const void* grad_output;  // (B, T, R P) or null
-  int64_t grad_output_strides[2];
-  const float* grad_h_n;   // (R, B, P) or null
-  const float* grad_c_n;   // (R, B, H) or null
-  const int64_t* lengths;  // (B) or null
-  uint2* grad_gates[2];    // (B, T, H) of four
-  void* grad_hidden;       // (R, B, T, P) or null
-  float* grad_h_0;         // (R, B, P)
-  float* grad_c_0;         // (R, B, H)
-  uint4 *x, *d, *s;        // exchange, per direction [kSlots][kTiles][...]
-  uint32_t* cleared;       // per direction [blocks]
-  int directions, batch, steps, hidden, size;
-  int blocks, k_groups;             // of a direction
-  int row_pairs, cell_pairs;        // K of the two products of a block, in units of 32
-  float cell_clip, proj_clip;       // 0: off
-};
-
-CTXFAST_DEVICE bool full(const uint4& v) { return v.x != kEmpty && v.y != kEmpty && v.z != kEmpty && v.w != kEmpty; }
-CTXFAST_DEVICE uint32_t published(uint32_t word) { return word == kEmpty ? 0x7FFFFFFFu : word; }
-CTXFAST_DEVICE uint4 published(const uint4& v) {
-  return make_uint4(published(v.x), published(v.y), published(v.z), published(v.w));
-}
-CTXFAST_DEVICE uint32_t bits_of(float x) {
-  uint32_t word;
-  memcpy(&word, &x, sizeof(word));
-  return word;
-}
-CTXFAST_DEVICE float float_of(uint32_t word) {
-  float x;
-  memcpy(&x, &word, sizeof(x));
-  return x;
-}
-CTXFAST_DEVICE float4 floats_of(const uint4& v) {
-  return make_float4(float_of(v.x), float_of(v.y), float_of(v.z), float_of(v.w));
-}
-
-// One vector a lane, written by another block. All lanes of the warp come.
-CTXFAST_DEVICE uint4 wait(const uint4* p) {
-  uint4 v = load_relaxed(p);
-  for (int spins = 0; !all_sync(full(v)); ++spins) {
-    if (spins == kSpins) trap_with(1, spins);
-    if (!full(v)) v = load_relaxed(p);
-  }
-  return v;
-}
-
-// `count` of up to N kpairs at once: fragments of a warp, all loads under way before the first is looked at.
-template <int N, int kColumns>
-struct Arriving {
-  uint4 v[N * kColumns];
-
-  // from: of this lane in the warp's first kpair; kpairs are kWarps apart
-  CTXFAST_DEVICE void ask(const uint4* from, int count) {
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-#pragma unroll
-      for (int n = 0; n < kColumns; ++n) {
-        v[i * kColumns + n] =
-            i < count ? load_relaxed(from + (i * kWarps * kColumns + n) * 32) : make_uint4(0, 0, 0, 0);
-      }
-    }
-  }
-  CTXFAST_DEVICE void wait(const uint4* from) {
-    for (int spins = 0;; ++spins) {
-      bool here = true;
-#pragma unroll
-      for (int i = 0; i < N * kColumns; ++i) here = here && full(v[i]);
-      if (all_sync(here)) break;
-      if (spins == kSpins) trap_with(2, spins);
-#pragma unroll
-      for (int i = 0; i < N; ++i) {
-#pragma unroll
-        for (int n = 0; n < kColumns; ++n) {
-          if (!full(v[i * kColumns + n])) v[i * kColumns + n] = load_relaxed(from + (i * kWarps * kColumns + n) * 32);
-        }
-      }
-    }
-  }
-};
-
-template <typename T>
-CTXFAST_DEVICE void multiply(float (&d)[4], const uint4& weights, uint32_t b0, uint32_t b1) {
-  const uint32_t a[4] = {weights.x, weights.y, weights.z, weights.w}, b[2] = {b0, b1};
-  mma_16x8x16<T>(d, a, b);
-}
-
-// A warp's part of kTilesM x kColumns tiles of 16 x 8: kpairs warp, warp + 8, ... of `pairs`. The first kRegisters of them
-// have their weights in `held`, the others in shared memory: [kpair][2 k-steps][kTilesM][lane] from kpair 8 kRegisters.
-// from: exchanged [kpair][kColumns][lane].
-template <typename T, int kTilesM, int kColumns, int kRegisters, int kHeld>
-CTXFAST_DEVICE void product(float (&acc)[kTilesM][kColumns][4], const uint4 (&held)[kHeld], const uint4* weights,
-                            const uint4* from, int pairs) {
-  const int warp = warp_index(), lane = lane_index();
-  constexpr int kGroup = (kRegisters > 0 ? 4 : 8) / kColumns;
-  constexpr int kNext = kWarps * kColumns * 32;
-#pragma unroll
-  for (int m = 0; m < kTilesM; ++m) {
-#pragma unroll
-    for (int n = 0; n < kColumns; ++n) acc[m][n][0] = acc[m][n][1] = acc[m][n][2] = acc[m][n][3] = 0.0f;
-  }
-  const int count = pairs > warp ? (pairs - warp + kWarps - 1) / kWarps : 0;
-  from += warp * kColumns * 32 + lane;
-  weights += (warp * 2 * kTilesM) * 32 + lane;
-  Arriving<kGroup, kColumns> now, next;
-  now.ask(from, count);
-  static_assert(kRegisters % kGroup == 0, "whole groups in registers");
-#pragma unroll
-  for (int first = 0; first < kRegisters; first += kGroup) {
-    next.ask(from + (first + kGroup) * kNext, count - first - kGroup);
-    now.wait(from + first * kNext);
-#pragma unroll
-    for (int i = 0; i < kGroup; ++i) {
-#pragma unroll
-      for (int m = 0; m < kTilesM; ++m) {
-#pragma unroll
-        for (int n = 0; n < kColumns; ++n) {
-          const uint4& b = now.v[i * kColumns + n];
-          multiply<T>(acc[m][n], held[((first + i) * 2 + 0) * kTilesM + m], b.x, b.y);
-          multiply<T>(acc[m][n], held[((first + i) * 2 + 1) * kTilesM + m], b.z, b.w);
-        }
-      }
-    }
-    now = next;
-  }
-  for (int first = kRegisters; first < count; first += kGroup) {
-    if (first + kGroup < count) next.ask(from + (first + kGroup) * kNext, count - first - kGroup);
-    now.wait(from + first * kNext);
-#pragma unroll
-    for (int i = 0; i < kGroup; ++i) {
-      if (first + i >= count) break;
-      const uint4* at = weights + (first + i - kRegisters) * (kWarps * 2 * kTilesM * 32);
-#pragma unroll
-      for (int m = 0; m < kTilesM; ++m) {
-        const uint4 a0 = at[m * 32], a1 = at[(kTilesM + m) * 32];
-#pragma unroll
-        for (int n = 0; n < kColumns; ++n) {
-          const uint4& b = now.v[i * kColumns + n];
-          multiply<T>(acc[m][n], a0, b.x, b.y);
-          multiply<T>(acc[m][n], a1, b.z, b.w);
-        }
-      }
-    }
-    now = next;
-  }
-}
-
-// A warp's fragments to shared memory [warp][kTilesM][kColumns][lane], where `reduced` adds them up.
-template <int kTilesM, int kColumns>
-CTXFAST_DEVICE void store_fragments(float4* shared, const float (&acc)[kTilesM][kColumns][4]) {
-  float4* at = shared + warp_index() * kTilesM * kColumns * 32 + lane_index();
-#pragma unroll
-  for (int m = 0; m < kTilesM; ++m) {
-#pragma unroll
-    for (int n = 0; n < kColumns; ++n) {
-      const float(&v)[4] = acc[m][n];
-      at[(m * kColumns + n) * 32] = make_float4(v[0], v[1], v[2], v[3]);
-    }
-  }
-}
-
-// Sum over `kCount` warps from `first`, of fragment `at`.
-template <int kFragments, int kCount>
-CTXFAST_DEVICE float4 reduced(const float4* shared, int first, int at) {
-  float4 sum = shared[first * kFragments + at];
-#pragma unroll
-  for (int w = 1; w < kCount; ++w) {
-    const float4 v = shared[(first + w) * kFragments + at];
-    sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
-  }
-  return sum;
-}
-
-// Sum over groups of kLanes neighbouring lanes; all lanes get it.
-template <int kLanes>
-CTXFAST_DEVICE float4 sum_lanes(float4 v) {
-#pragma unroll
-  for (int mask = 1; mask < kLanes; mask *= 2) {
-    v.x += shuffle_xor(v.x, mask);
-    v.y += shuffle_xor(v.y, mask);
-    v.z += shuffle_xor(v.z, mask);
-    v.w += shuffle_xor(v.w, mask);
-  }
-  return v;
-}
-
-// What a cell's step is made of, read before the wait.
-struct CellFacts {
-  uint2 z = {0, 0};
-  float c = 0, before = 0;
-  bool active = false;
-};
-
-CTXFAST_DEVICE CellFacts load_cell(const KernelParams& p, int direction, int b, int t, int length, int cell) {
-  CellFacts facts;
-  facts.active = t < length;
-  if (!facts.active) return facts;
-  facts.z = load_streaming(p.z[direction] + b * p.z_strides[direction][0] + t * p.z_strides[direction][1] + cell);
-  const int64_t row = int64_t{direction} * p.batch + b;
-  const float* cells = p.cells + row * p.steps * p.hidden + cell;
-  facts.c = cells[int64_t{t} * p.hidden];
-  const bool first = direction == 0 ? t == 0 : t == length - 1;
-  if (!first) {
-    facts.before = cells[int64_t{direction == 0 ? t - 1 : t + 1} * p.hidden];
-  } else if (p.c_0 != nullptr) {
-    facts.before = p.c_0[row * p.hidden + cell];
-  }
-  return facts;
-}
-
-// dz (four gates, as two words) of one cell and batch row; dc is carried on. A row past its end passes everything by.
-template <typename T>
-CTXFAST_DEVICE uint2 cell_gradient(const CellFacts& facts, float dm, float cell_clip, float* dc) {
-  if (!facts.active) return make_uint2(0, 0);
-  const float2 z_if = unpack2<T>(facts.z.x), z_go = unpack2<T>(facts.z.y);
-  const float i = sigmoid_fast(z_if.x), f = sigmoid_fast(z_if.y), g = tanh_fast(z_go.x), o = sigmoid_fast(z_go.y);
-  const float tanh_c = tanh_fast(facts.c);
-  float total = *dc + dm * o * (1.0f - tanh_c * tanh_c);
-  if (cell_clip > 0.0f && !(fabsf(facts.c) < cell_clip)) total = 0.0f;
-  *dc = total * f;
-  return make_uint2(
-      published(pack2<T>(total * g * i * (1.0f - i), total * facts.before * f * (1.0f - f))),
-      published(pack2<T>(total * i * (1.0f - g * g), dm * tanh_c * o * (1.0f - o))));
-}
-
-// One value of dh: grad_output + carried, stopped by the clip of h. 0 for a row past its end.
-CTXFAST_DEVICE float total_dh(float grad, float h, float carried, float bound, bool active) {
-  if (!active || (bound > 0.0f && !(fabsf(h) < bound))) return 0.0f;
-  return grad + carried;
-}
-
-// Waits until every block of the direction has cleared the iterations before `wanted`. For one warp.
-CTXFAST_DEVICE void wait_cleared(const uint32_t* cleared, int blocks, int wanted) {
-  if (wanted <= 0) return;
-  for (int block = lane_index(); block < blocks; block += 32) {
-    for (int spins = 0; static_cast<int>(load_acquire(cleared + block)) < wanted; ++spins) {
-      if (spins == kSpins) trap_with(3, block);
-    }
-  }
-  warp_sync();
-}
-
 // Grid: directions x blocks, all resident. kColumns: tiles of 8 batch rows side by side. kRows: tiles of 16 rows of dh
-// of a block, 4 with K groups and 1 without. Shared memory: see shared_bytes in lstm_persistent_backward_sm90a.cu.
+// of a block, 4 with K groups and 1 without. Shared memory: see shape_of in lstm_persistent_backward_sm90a.cu.
 template <typename T, int kColumns, int kTiles, bool kProjected, int kRows, int kRegisters>
 __global__ void __launch_bounds__(kThreads, 1) lstm_persistent_backward_kernel(const __grid_constant__ KernelParams p) {
   static_assert(!kProjected || kRows == 4, "a projection comes with eight K groups");
-  constexpr int kFragments = kRows * kColumns * 32;              // of a block's rows of dh
-  constexpr int kCellFragments = (kProjected ? 4 : 1) * kColumns * 32;  // of its cells
+  constexpr bool kPartial = kRows == 4;              // dh meets from several K groups
+  constexpr int kFragments = kRows * kColumns * 32;  // of a block's rows of dh
   constexpr int kHeld = kRegisters > 0 ? kRegisters * 2 * kRows : 1;
-  constexpr bool kPartial = kRows == 4;                          // dh meets from several K groups
-  constexpr int kFinishing = kProjected ? 8 : 4;                 // threads that finish one fragment of dh together
-  constexpr int kGroupRows = 8 * kColumns * kTiles;
-  constexpr int kReduceTiles = kPartial ? 1 : kTiles;
-  const int tid = thread_index(), lane = lane_index(), q = lane >> 2, s = lane & 3;
+  constexpr int kVectors = kRegisters > 0 ? 4 : 8;     // see product
+  constexpr int kFinishing = kProjected ? 8 : 4;       // lanes that add one fragment of dh up
+  constexpr int kTileRows = 8 * kColumns;              // of the batch
+  constexpr int kKept = kProjected ? 2 : 1, kCells = kProjected ? 4 : 1;  // values of dh and dc of a thread
   const int direction = block_index() % p.directions, block = block_index() / p.directions;
-  const int row_group = block / p.k_groups, k_group = block % p.k_groups;
-  const int cell_blocks = p.hidden / 8;                          // kpairs of dz of all cells
 
   auto* weights = reinterpret_cast<uint4*>(shared_memory());
   uint4* cell_weights = weights + (p.row_pairs - kRegisters * kWarps) * (2 * kRows * 32);
   auto* reduce = reinterpret_cast<float4*>(cell_weights + (kProjected ? p.cell_pairs * 256 : 0));
-  int* length_of = reinterpret_cast<int*>(reduce + kReduceTiles * kWarps * kFragments);
+  int* length_of = reinterpret_cast<int*>(reduce + (kPartial ? 1 : kTiles) * kWarps * kFragments);
 
   uint4 held[kHeld];
   {
@@ -331,160 +74,138 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_persistent_backward_kernel(c
     if constexpr (kRegisters > 0) {
 #pragma unroll
       for (int i = 0; i < kHeld; ++i) {
-        const int pair = i / (2 * kRows) * kWarps + warp_index(), rest = i % (2 * kRows);
-        held[i] = packed[(pair * 2 * kRows + rest) * 32 + lane];
+        const int pair = i / (2 * kRows) * kWarps + warp_index();
+        held[i] = packed[(pair * 2 * kRows + i % (2 * kRows)) * 32 + lane_index()];
       }
     }
-    packed += kRegisters * kWarps * 2 * kRows * 32;
-    const int vectors = row_vectors + cell_vectors - kRegisters * kWarps * 2 * kRows * 32;
-    for (int i = tid; i < vectors; i += kThreads) weights[i] = packed[i];
+    constexpr int kInRegisters = kRegisters * kWarps * 2 * kRows * 32;
+    for (int i = thread_index(); i < row_vectors + cell_vectors - kInRegisters; i += kThreads) {
+      weights[i] = packed[kInRegisters + i];
+    }
   }
 
   // Exchange of this direction; a slot's tiles lie one behind the other.
-  const int x_tile = p.cell_pairs * kColumns * 32, d_tile = cell_blocks * kColumns * 32, s_tile = p.blocks * kFragments;
-  uint4* x = p.x + int64_t{direction} * kSlots * kTiles * x_tile;
-  uint4* d = p.d + int64_t{direction} * kSlots * kTiles * d_tile;
-  uint4* partial = p.s + int64_t{direction} * kSlots * kTiles * s_tile;
-  uint32_t* cleared = p.cleared + direction * p.blocks;
+  const int x_tile = p.cell_pairs * kColumns * 32, d_tile = p.hidden / 8 * kColumns * 32,
+            s_tile = p.blocks * kFragments;
+  const auto x_of = [&](int slot, int tile) { return p.x + ((anew(direction) * kSlots + slot) * kTiles + tile) * x_tile; };
+  const auto d_of = [&](int slot, int tile) { return p.d + ((anew(direction) * kSlots + slot) * kTiles + tile) * d_tile; };
+  const auto partial_of = [&](int slot, int tile) {
+    return p.s + ((anew(direction) * kSlots + slot) * kTiles + tile) * s_tile;
+  };
+  const auto finish_here = [&] {
+    return finish_of<kProjected, kPartial, kColumns>(anew(thread_index()), block, p.k_groups);
+  };
+  const auto form_here = [&] {
+    return form_of<kProjected, kPartial, kColumns>(anew(thread_index()), block, p.k_groups);
+  };
 
-  // The part of dh this thread finishes: with a projection rows `row` and `row` + 8 of one column in the first two of
-  // eight lanes; without, one cell and column in each of four.
-  const bool finishes = tid < 128 * kColumns;
-  const int part = tid % kFinishing, fragment = tid / kFinishing;
-  int finish_lane, finish_column, finish_tile, row;  // in the fragment; of 8 columns; row of P
-  if constexpr (kProjected) {
-    finish_lane = (k_group & 1) * 16 + fragment % 16;
-    finish_column = fragment / 16;
-    finish_tile = k_group >> 1;
-    row = row_group * 64 + finish_tile * 16 + (finish_lane >> 2);
-  } else {
-    finish_lane = fragment % 32;
-    finish_column = fragment / 32;
-    finish_tile = kPartial ? k_group : 0;
-    row = block * 16 + (finish_lane >> 2) + 8 * (part >> 1);
-  }
-  const int finish_batch = finish_column * 8 + 2 * (finish_lane & 3) + (part & 1);  // column of the tile
-  const bool keeps = finishes && (!kProjected || part < 2);
-  constexpr int kKept = kProjected ? 2 : 1;
-  // X: 32-bit words [kpair][kColumns][lane][4]
-  const int x_word = (((row_group * 2 + (k_group >> 2)) * kColumns + finish_column) * 32 +
-                      (finish_batch & 7) * 4 + ((finish_lane >> 2) & 3)) * 4 + (k_group & 3);
-
-  // The cells whose dz this thread forms.
-  constexpr int kCells = kProjected ? 4 : 1;
-  const bool forms = kProjected ? tid < kCellFragments : finishes;
-  const int form_lane = kProjected ? lane : finish_lane;
-  const int form_column = kProjected ? warp_index() % kColumns : finish_column;
-  const int form_tile = kProjected ? warp_index() / kColumns : 0;
-  const int cell = kProjected ? block * 64 + form_tile * 16 + q : row;
-  const int form_batch = kProjected ? form_column * 8 + 2 * s : finish_batch;
-  // D: vectors [kpair][kColumns][lane], for column form_batch
-  const int d_vector = (((kProjected ? block * 8 + form_tile * 2 : block * 2) + (form_lane >> 4)) * kColumns +
-                        form_column) * 32 + (form_batch & 7) * 4 + ((form_lane >> 2) & 3);
-  const bool publishes_d = forms && (kProjected || part < 2);
-
-  const float bound = to_float(from_float<T>(p.proj_clip));  // as a clipped h was rounded when it was stored
   int iteration = 0;
-  for (int b0 = 0; b0 < p.batch; b0 += kGroupRows) {
+  for (int b0 = 0; b0 < p.batch; b0 += kTileRows * kTiles) {
     block_sync();  // length_of is free
-    if (tid < kGroupRows) {
-      const int b = b0 + tid;
+    if (thread_index() < kTileRows * kTiles) {
+      const int b = b0 + thread_index();
       int length = 0;
       if (b < p.batch) length = p.lengths == nullptr ? p.steps : static_cast<int>(p.lengths[b]);
-      length_of[tid] = length;
+      length_of[thread_index()] = length;
     }
     block_sync();
     float carried[kTiles][kKept], dc[kTiles][kCells];
+    {
+      const Finish finish = finish_here();
+      const Form form = form_here();
 #pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
-      const int b = b0 + tile * 8 * kColumns + finish_batch;
+      for (int tile = 0; tile < kTiles; ++tile) {
+        const int b = b0 + tile * kTileRows + finish.batch;
 #pragma unroll
-      for (int j = 0; j < kKept; ++j) {
-        carried[tile][j] = keeps && b < p.batch && p.grad_h_n != nullptr
-                               ? p.grad_h_n[(int64_t{direction} * p.batch + b) * p.size + row + 8 * j]
-                               : 0.0f;
-      }
+        for (int j = 0; j < kKept; ++j) {
+          carried[tile][j] = finish.keeps && b < p.batch && p.grad_h_n != nullptr
+                                 ? p.grad_h_n[(int64_t{anew(direction)} * p.batch + b) * p.size + finish.row + 8 * j]
+                                 : 0.0f;
+        }
 #pragma unroll
-      for (int j = 0; j < kCells; ++j) {
-        const int of = b0 + tile * 8 * kColumns + form_batch + (j & 1);
-        dc[tile][j] = forms && of < p.batch && p.grad_c_n != nullptr
-                          ? p.grad_c_n[(int64_t{direction} * p.batch + of) * p.hidden + cell + 8 * (j >> 1)]
-                          : 0.0f;
+        for (int j = 0; j < kCells; ++j) {
+          const int of = b0 + tile * kTileRows + form.batch + (j & 1), cell = form.cell + 8 * (j >> 1);
+          dc[tile][j] = form.forms && of < p.batch && p.grad_c_n != nullptr
+                            ? p.grad_c_n[(int64_t{anew(direction)} * p.batch + of) * p.hidden + cell]
+                            : 0.0f;
+        }
       }
     }
 
+#pragma unroll 1
     for (int step = 0;; ++step, ++iteration) {
       const bool last = step == p.steps;
-      const int t = direction == 0 ? p.steps - 1 - step : step, t_before = direction == 0 ? t + 1 : t - 1;
-      const int slot = iteration % kSlots, slot_before = (iteration + kSlots - 1) % kSlots;
+      const int t = direction == 0 ? p.steps - 1 - step : step;
+      const int slot = iteration % kSlots;
 
       // collect
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
-        const int column = tile * 8 * kColumns + finish_batch, b = b0 + column;
+        const Finish finish = finish_here();
+        if (finish.fragment >= 128 * kColumns / kFinishing) continue;
+        const int column = tile * kTileRows + finish.batch, b = b0 + column;
+        const bool active = finish.keeps && !last && t < length_of[column];
+        const bool active_before = step > 0 && (direction == 0 ? t + 1 : t - 1) < length_of[column];
         CellFacts facts;
         float grad[kKept] = {}, h[kKept] = {};
-        bool active = false, active_before = false;
-        if (keeps) {
-          active = !last && t < length_of[column];
-          active_before = step > 0 && t_before < length_of[column];
-          const int64_t at = direction * p.size + row;
+        if (active) {
+          const int64_t at = direction * p.size + finish.row;
 #pragma unroll
           for (int j = 0; j < kKept; ++j) {
-            if (!active) continue;
             if (p.grad_output != nullptr) {
               grad[j] = to_float(static_cast<const T*>(
                   p.grad_output)[b * p.grad_output_strides[0] + t * p.grad_output_strides[1] + at + 8 * j]);
             }
             if (p.proj_clip > 0.0f) {
-              h[j] = to_float(static_cast<const T*>(
-                  p.output)[b * p.output_strides[0] + t * p.output_strides[1] + at + 8 * j]);
+              h[j] = to_float(
+                  static_cast<const T*>(p.output)[b * p.output_strides[0] + t * p.output_strides[1] + at + 8 * j]);
             }
           }
-          if constexpr (!kProjected) facts = load_cell(p, direction, b, t, last ? 0 : length_of[column], cell);
+          if constexpr (!kProjected) facts = load_cell(p, direction, b, t, length_of[column], finish.row);
         }
-        if (!finishes) continue;
         if (step > 0) {
           float4 sum;
           if constexpr (kPartial) {
-            const uint4* from = partial + (slot_before * kTiles + tile) * s_tile +
-                                (row_group * kFinishing + part) * kFragments +
-                                (finish_tile * kColumns + finish_column) * 32 + finish_lane;
-            sum = floats_of(wait(from));
+            const int slot_before = (iteration + kSlots - 1) % kSlots, first = block / p.k_groups * p.k_groups;
+            sum = floats_of(wait(partial_of(slot_before, tile) +
+                                 (first + finish.part) * kFragments + (finish.tile * kColumns + finish.column) * 32 +
+                                 finish.lane));
           } else {
-            sum = reduced<kFragments, 2>(reduce + tile * kWarps * kFragments, 2 * part, fragment);
+            sum = reduced<kFragments, 2>(reduce + tile * kWarps * kFragments, 2 * finish.part, finish.fragment);
           }
           sum = sum_lanes<kFinishing>(sum);
-          const float low = part & 1 ? sum.y : sum.x, high = part & 1 ? sum.w : sum.z;
+          const float low = finish.part & 1 ? sum.y : sum.x, high = finish.part & 1 ? sum.w : sum.z;
           if (active_before) {
             if constexpr (kProjected) {
               carried[tile][0] = low;
               carried[tile][1] = high;
             } else {
-              carried[tile][0] = part & 2 ? high : low;
+              carried[tile][0] = finish.part & 2 ? high : low;
             }
           }
         }
         if (last) continue;
+        const float bound = to_float(from_float<T>(p.proj_clip));  // as a clipped h was rounded when it was stored
         float total[kKept];
 #pragma unroll
         for (int j = 0; j < kKept; ++j) total[j] = total_dh(grad[j], h[j], carried[tile][j], bound, active);
-        if (keeps && b < p.batch && p.grad_hidden != nullptr) {
-          T* to = static_cast<T*>(p.grad_hidden) + ((int64_t{direction} * p.batch + b) * p.steps + t) * p.size + row;
+        if (finish.keeps && b < p.batch && p.grad_hidden != nullptr) {
+          T* to = static_cast<T*>(p.grad_hidden) + ((int64_t{anew(direction)} * p.batch + b) * p.steps + t) * p.size;
 #pragma unroll
-          for (int j = 0; j < kKept; ++j) to[8 * j] = from_float<T>(total[j]);
+          for (int j = 0; j < kKept; ++j) to[finish.row + 8 * j] = from_float<T>(total[j]);
         }
         if constexpr (kProjected) {
-          if (keeps) {
-            auto* to = reinterpret_cast<uint32_t*>(x + (slot * kTiles + tile) * x_tile);
-            store_relaxed(to + x_word, published(pack2<T>(total[0], total[1])));
+          if (finish.keeps) {
+            auto* to = reinterpret_cast<uint32_t*>(x_of(slot, tile));
+            store_relaxed(to + finish.x_word, published(pack2<T>(total[0], total[1])));
           }
         } else {
-          const uint2 dz = cell_gradient<T>(facts, total[0], p.cell_clip, &dc[tile][0]);
-          if (b < p.batch) p.grad_gates[direction][(int64_t{b} * p.steps + t) * p.hidden + cell] = dz;
+          const Form form = form_here();
+          const uint2 dz = cell_gradient<T>(facts, active, total[0], p.cell_clip, &dc[tile][0]);
+          if (b < p.batch) p.grad_gates[direction][(int64_t{b} * p.steps + t) * p.hidden + form.cell] = dz;
           const uint32_t if_8 = shuffle_xor(dz.x, 2), go_8 = shuffle_xor(dz.y, 2);  // of the cell eight further
-          if (publishes_d) {
-            store_relaxed(d + (slot * kTiles + tile) * d_tile + d_vector, make_uint4(dz.x, dz.y, if_8, go_8));
+          if (form.publishes) {
+            store_relaxed(d_of(slot, tile) + form.d_vector, make_uint4(dz.x, dz.y, if_8, go_8));
           }
         }
       }
@@ -496,31 +217,34 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_persistent_backward_kernel(c
 #pragma unroll
         for (int tile = 0; tile < kTiles; ++tile) {
           CellFacts facts[kCells];
-          if (forms) {
+          const Form form = form_here();
+          if (form.forms) {
 #pragma unroll
             for (int j = 0; j < kCells; ++j) {
-              const int column = tile * 8 * kColumns + form_batch + (j & 1);
-              facts[j] = load_cell(p, direction, b0 + column, t, length_of[column], cell + 8 * (j >> 1));
+              const int column = tile * kTileRows + form.batch + (j & 1);
+              facts[j] = load_cell(p, direction, b0 + column, t, length_of[column], form.cell + 8 * (j >> 1));
             }
           }
-          float acc[4][kColumns][4];
-          const uint4 none[1] = {};
-          product<T, 4, kColumns, 0, 1>(acc, none, cell_weights, x + (slot * kTiles + tile) * x_tile, p.cell_pairs);
-          store_fragments<4, kColumns>(reduce, acc);
+          {
+            float acc[4][kColumns][4];
+            short_product<T>(acc, cell_weights, x_of(slot, tile), p.cell_pairs);
+            store_fragments<4, kColumns>(reduce, acc);
+          }
           block_sync();
-          if (forms) {
-            const float4 sum = reduced<kCellFragments, kWarps>(reduce, 0, tid);
+          const Form again = form_here();
+          if (again.forms) {
+            const float4 sum = reduced<4 * kColumns * 32, kWarps>(reduce, 0, thread_index());
             const float dm[4] = {sum.x, sum.y, sum.z, sum.w};
             uint2 dz[4];
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
-              const int b = b0 + tile * 8 * kColumns + form_batch + (j & 1);
-              dz[j] = cell_gradient<T>(facts[j], dm[j], p.cell_clip, &dc[tile][j]);
+              const int column = tile * kTileRows + again.batch + (j & 1), b = b0 + column;
+              dz[j] = cell_gradient<T>(facts[j], t < length_of[column], dm[j], p.cell_clip, &dc[tile][j]);
               if (b < p.batch) {
-                p.grad_gates[direction][(int64_t{b} * p.steps + t) * p.hidden + cell + 8 * (j >> 1)] = dz[j];
+                p.grad_gates[direction][(int64_t{b} * p.steps + t) * p.hidden + again.cell + 8 * (j >> 1)] = dz[j];
               }
             }
-            uint4* to = d + (slot * kTiles + tile) * d_tile + d_vector;
+            uint4* to = d_of(slot, tile) + again.d_vector;
             store_relaxed(to, make_uint4(dz[0].x, dz[0].y, dz[2].x, dz[2].y));
             store_relaxed(to + 4, make_uint4(dz[1].x, dz[1].y, dz[3].x, dz[3].y));
           }
@@ -532,59 +256,69 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_persistent_backward_kernel(c
       if (iteration >= 2) {
         const int old = (iteration - 2) % kSlots;
         const uint4 empty = make_uint4(kEmpty, kEmpty, kEmpty, kEmpty);
+        const Finish finish = finish_here();
+        const Form form = form_here();
 #pragma unroll
         for (int tile = 0; tile < kTiles; ++tile) {
-          if (kProjected && keeps) {
-            store_relaxed(reinterpret_cast<uint32_t*>(x + (old * kTiles + tile) * x_tile) + x_word, kEmpty);
+          if (kProjected && finish.keeps) {
+            store_relaxed(reinterpret_cast<uint32_t*>(x_of(old, tile)) + finish.x_word, kEmpty);
           }
-          if (publishes_d) {
-            uint4* to = d + (old * kTiles + tile) * d_tile + d_vector;
+          if (form.publishes) {
+            uint4* to = d_of(old, tile) + form.d_vector;
             store_relaxed(to, empty);
             if (kProjected) store_relaxed(to + 4, empty);
           }
-          if (kPartial && tid < kFragments) {
-            store_relaxed(partial + (old * kTiles + tile) * s_tile + block * kFragments + tid, empty);
+          if (kPartial && thread_index() < kFragments) {
+            store_relaxed(partial_of(old, tile) + block * kFragments + thread_index(), empty);
           }
         }
       }
 
       // rows
-      if (warp_index() == kWarps - 1) wait_cleared(cleared, p.blocks, iteration + 2 - kSlots);
+      if (warp_index() == kWarps - 1) {
+        wait_cleared(p.cleared + direction * p.blocks, p.blocks, iteration + 2 - kSlots);
+      }
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
-        float acc[kRows][kColumns][4];
-        const uint4* from = d + (slot * kTiles + tile) * d_tile + k_group * p.row_pairs * kColumns * 32;
-        product<T, kRows, kColumns, kRegisters, kHeld>(acc, held, weights, from, p.row_pairs);
-        store_fragments<kRows, kColumns>(reduce + (kPartial ? 0 : tile * kWarps * kFragments), acc);
+        {
+          float acc[kRows][kColumns][4];
+          const int first_pair = block % p.k_groups * p.row_pairs;
+          const uint4* from = d_of(slot, tile) + first_pair * kColumns * 32;
+          product<T, kRows, kColumns, kRegisters, kVectors>(acc, held, weights, from, p.row_pairs);
+          store_fragments<kRows, kColumns>(reduce + (kPartial ? 0 : tile * kWarps * kFragments), acc);
+        }
         block_sync();
         if constexpr (kPartial) {
-          if (tid < kFragments) {
-            const float4 sum = reduced<kFragments, kWarps>(reduce, 0, tid);
+          if (thread_index() < kFragments) {
+            const float4 sum = reduced<kFragments, kWarps>(reduce, 0, thread_index());
             const uint4 words = make_uint4(bits_of(sum.x), bits_of(sum.y), bits_of(sum.z), bits_of(sum.w));
-            store_relaxed(partial + (slot * kTiles + tile) * s_tile + block * kFragments + tid, published(words));
+            store_relaxed(partial_of(slot, tile) + block * kFragments + thread_index(),
+                          published(words));
           }
           block_sync();  // `reduce` is free
         }
       }
-      if (iteration >= 2 && tid == kThreads - 1) store_release(cleared + block, static_cast<uint32_t>(iteration - 1));
+      if (iteration >= 2 && thread_index() == kThreads - 1) {
+        store_release(p.cleared + anew(direction * p.blocks + block), static_cast<uint32_t>(iteration - 1));
+      }
     }
 
     // What is left goes to the initial state.
+    const Finish finish = finish_here();
+    const Form form = form_here();
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
-      const int b = b0 + tile * 8 * kColumns + finish_batch;
-      if (keeps && b < p.batch) {
+      const int b = b0 + tile * kTileRows + finish.batch;
+      if (finish.keeps && b < p.batch) {
 #pragma unroll
         for (int j = 0; j < kKept; ++j) {
-          p.grad_h_0[(int64_t{direction} * p.batch + b) * p.size + row + 8 * j] = carried[tile][j];
+          p.grad_h_0[(int64_t{anew(direction)} * p.batch + b) * p.size + finish.row + 8 * j] = carried[tile][j];
         }
       }
 #pragma unroll
       for (int j = 0; j < kCells; ++j) {
-        const int of = b0 + tile * 8 * kColumns + form_batch + (j & 1);
-        if (forms && of < p.batch) {
-          p.grad_c_0[(int64_t{direction} * p.batch + of) * p.hidden + cell + 8 * (j >> 1)] = dc[tile][j];
-        }
+        const int of = b0 + tile * kTileRows + form.batch + (j & 1), cell = form.cell + 8 * (j >> 1);
+        if (form.forms && of < p.batch) p.grad_c_0[(int64_t{anew(direction)} * p.batch + of) * p.hidden + cell] = dc[tile][j];
       }
     }
   }
