@@ -8,7 +8,7 @@
 //
 // One step, last to first, of a tile of 8 kColumns rows of the batch:
 //   collect   partial sums of dh from the K groups meet, in fixed order; + grad_output; the clip of h.
-//             With a projection each block finishes 8 rows and publishes them (X); without, dh is of its own cells.
+//             With a projection each block finishes some rows and publishes them (X); without, dh is of its own cells.
 //   cells     with a projection: dm = Wp^T dh of the block's cells. Then dz and dc; publishes dz (D), stores grad_gates.
 //   rows      the block's part of dh of the step before: Wh^T dz. Publishes it as fp32 partial sums (S); with a single
 //             K group nothing is partial and it stays in shared memory.
@@ -52,15 +52,15 @@ namespace ctxfast::lstm_backward {
 // of a block, 4 with K groups and 1 without. Shared memory: see shape_of in lstm_persistent_backward_sm90a.cu.
 template <typename T, int kColumns, int kTiles, bool kProjected, int kRows, int kRegisters>
 __global__ void __launch_bounds__(kThreads, 1) lstm_persistent_backward_kernel(const __grid_constant__ KernelParams p) {
-  static_assert(!kProjected || kRows == 4, "a projection comes with eight K groups");
+  static_assert(!kProjected || kRows == 4, "a projection comes with K groups");
   constexpr bool kPartial = kRows == 4;              // dh meets from several K groups
   constexpr int kFragments = kRows * kColumns * 32;  // of a block's rows of dh
   constexpr int kHeld = kRegisters > 0 ? kRegisters * 2 * kRows : 1;
   constexpr int kVectors = kRegisters > 0 ? 4 : 8;     // see product
-  constexpr int kFinishing = kProjected ? 8 : 4;       // lanes that add one fragment of dh up
   constexpr int kTileRows = 8 * kColumns;              // of the batch
   constexpr int kKept = kProjected ? 2 : 1, kCells = kProjected ? 4 : 1;  // values of dh and dc of a thread
   const int direction = block_index() % p.directions, block = block_index() / p.directions;
+  const int k_shift = kProjected ? p.k_shift : kPartial ? 2 : 0;
 
   auto* weights = reinterpret_cast<uint4*>(shared_memory());
   uint4* cell_weights = weights + (p.row_pairs - kRegisters * kWarps) * (2 * kRows * 32);
@@ -93,10 +93,10 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_persistent_backward_kernel(c
     return p.s + ((anew(direction) * kSlots + slot) * kTiles + tile) * s_tile;
   };
   const auto finish_here = [&] {
-    return finish_of<kProjected, kPartial, kColumns>(anew(thread_index()), block, p.k_groups);
+    return finish_of<kProjected, kPartial, kColumns>(anew(thread_index()), block, k_shift);
   };
   const auto form_here = [&] {
-    return form_of<kProjected, kPartial, kColumns>(anew(thread_index()), block, p.k_groups);
+    return form_of<kProjected, kPartial, kColumns>(anew(thread_index()), block, k_shift);
   };
 
   int iteration = 0;
@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_persistent_backward_kernel(c
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
         const Finish finish = finish_here();
-        if (finish.fragment >= 128 * kColumns / kFinishing) continue;
+        if (warp_index() >= 4 * kColumns) continue;
         const int column = tile * kTileRows + finish.batch, b = b0 + column;
         const bool active = finish.keeps && !last && t < length_of[column];
         const bool active_before = step > 0 && (direction == 0 ? t + 1 : t - 1) < length_of[column];
@@ -166,14 +166,14 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_persistent_backward_kernel(c
         if (step > 0) {
           float4 sum;
           if constexpr (kPartial) {
-            const int slot_before = (iteration + kSlots - 1) % kSlots, first = block / p.k_groups * p.k_groups;
+            const int slot_before = (iteration + kSlots - 1) % kSlots, first = block >> k_shift << k_shift;
             sum = floats_of(wait(partial_of(slot_before, tile) +
                                  (first + finish.part) * kFragments + (finish.tile * kColumns + finish.column) * 32 +
                                  finish.lane));
           } else {
             sum = reduced<kFragments, 2>(reduce + tile * kWarps * kFragments, 2 * finish.part, finish.fragment);
           }
-          sum = sum_lanes<kFinishing>(sum);
+          sum = sum_lanes(sum, kPartial ? 1 << k_shift : 4);
           const float low = finish.part & 1 ? sum.y : sum.x, high = finish.part & 1 ? sum.w : sum.z;
           if (active_before) {
             if constexpr (kProjected) {
@@ -282,7 +282,7 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_persistent_backward_kernel(c
       for (int tile = 0; tile < kTiles; ++tile) {
         {
           float acc[kRows][kColumns][4];
-          const int first_pair = block % p.k_groups * p.row_pairs;
+          const int first_pair = (block & ((1 << k_shift) - 1)) * p.row_pairs;
           const uint4* from = d_of(slot, tile) + first_pair * kColumns * 32;
           product<T, kRows, kColumns, kRegisters, kVectors>(acc, held, weights, from, p.row_pairs);
           store_fragments<kRows, kColumns>(reduce + (kPartial ? 0 : tile * kWarps * kFragments), acc);

@@ -32,7 +32,7 @@ struct KernelParams {
   uint4 *x, *d, *s;        // exchange, per direction [kSlots][kTiles][...]
   uint32_t* cleared;       // per direction [blocks]
   int directions, batch, steps, hidden, size;
-  int blocks, k_groups;             // of a direction
+  int blocks, k_shift;              // of a direction; 2^k_shift K groups
   int row_pairs, cell_pairs;        // K of the two products of a block, in units of 32
   float cell_clip, proj_clip;       // 0: off
 };
@@ -235,11 +235,10 @@ CTXFAST_DEVICE float4 reduced(const float4* shared, int first, int at) {
   return sum;
 }
 
-// Sum over groups of kLanes neighbouring lanes; all lanes get it.
-template <int kLanes>
-CTXFAST_DEVICE float4 sum_lanes(float4 v) {
-#pragma unroll
-  for (int mask = 1; mask < kLanes; mask *= 2) {
+// Sum over groups of `lanes` (a power of 2) neighbouring lanes; all lanes get it.
+CTXFAST_DEVICE float4 sum_lanes(float4 v, int lanes) {
+#pragma unroll 1
+  for (int mask = 1; mask < lanes; mask *= 2) {
     v.x += shuffle_xor(v.x, mask);
     v.y += shuffle_xor(v.y, mask);
     v.z += shuffle_xor(v.z, mask);
@@ -303,7 +302,7 @@ CTXFAST_DEVICE void wait_cleared(const uint32_t* cleared, int blocks, int wanted
 }
 
 // The part of dh that a thread finishes: with a projection rows `row` and `row` + 8 of one column in the first two of
-// eight lanes; without, one cell and column in each of four.
+// a fragment's lanes (one a K group); without, one cell and column in each of four.
 struct Finish {
   int part, fragment;      // which of the lanes that add one fragment up; which of the block's fragments
   int lane, column, tile;  // the fragment's place: lane, 8 columns, 16 rows of dh
@@ -313,26 +312,30 @@ struct Finish {
 };
 
 template <bool kProjected, bool kPartial, int kColumns>
-CTXFAST_DEVICE Finish finish_of(int tid, int block, int k_groups) {
+CTXFAST_DEVICE Finish finish_of(int tid, int block, int k_shift) {
   Finish f;
-  const int k_group = block % k_groups, row_group = block / k_groups;
-  f.part = tid % (kProjected ? 8 : 4);
-  f.fragment = tid / (kProjected ? 8 : 4);
-  if constexpr (kProjected) {
-    f.lane = (k_group & 1) * 16 + f.fragment % 16;
-    f.column = f.fragment / 16;
-    f.tile = k_group >> 1;
-    f.row = row_group * 64 + f.tile * 16 + (f.lane >> 2);
+  const int k_group = block & ((1 << k_shift) - 1), row_group = block >> k_shift;
+  if constexpr (kPartial) {
+    // A row group's 4 tiles x 32 lanes, dealt out in order to its blocks; a thread for each K group's sum.
+    const int shift = 7 - k_shift;
+    f.part = tid & ((1 << k_shift) - 1);
+    f.fragment = tid >> k_shift;
+    f.column = f.fragment >> shift;
+    f.lane = (k_group << shift) + (f.fragment & ((1 << shift) - 1));
+    f.tile = f.lane / 32;
+    f.lane %= 32;
   } else {
-    f.lane = f.fragment % 32;
+    f.part = tid % 4;
+    f.fragment = tid / 4;
     f.column = f.fragment / 32;
-    f.tile = kPartial ? k_group : 0;
-    f.row = block * 16 + (f.lane >> 2) + 8 * (f.part >> 1);
+    f.lane = f.fragment % 32;
+    f.tile = 0;
   }
+  f.row = kProjected ? row_group * 64 + f.tile * 16 + (f.lane >> 2) : block * 16 + (f.lane >> 2) + 8 * (f.part >> 1);
   f.batch = f.column * 8 + 2 * (f.lane & 3) + (f.part & 1);
   f.keeps = tid < 128 * kColumns && (!kProjected || f.part < 2);
-  f.x_word = (((row_group * 2 + (k_group >> 2)) * kColumns + f.column) * 32 + (f.batch & 7) * 4 + (f.lane >> 2 & 3)) *
-                 4 + (k_group & 3);
+  const int pair = row_group * 2 + (f.tile >> 1), word = (f.tile & 1) * 2 + (f.lane >> 4);
+  f.x_word = ((pair * kColumns + f.column) * 32 + (f.batch & 7) * 4 + (f.lane >> 2 & 3)) * 4 + word;
   return f;
 }
 
@@ -345,7 +348,7 @@ struct Form {
 };
 
 template <bool kProjected, bool kPartial, int kColumns>
-CTXFAST_DEVICE Form form_of(int tid, int block, int k_groups) {
+CTXFAST_DEVICE Form form_of(int tid, int block, int k_shift) {
   Form f;
   int lane = tid % 32, column = tid / 32 % kColumns, pair = block * 8 + tid / (32 * kColumns) * 2;
   f.forms = tid < 128 * kColumns;
@@ -354,7 +357,7 @@ CTXFAST_DEVICE Form form_of(int tid, int block, int k_groups) {
     f.batch = column * 8 + 2 * (lane & 3);
     f.publishes = f.forms;
   } else {
-    const Finish finish = finish_of<kProjected, kPartial, kColumns>(tid, block, k_groups);
+    const Finish finish = finish_of<kProjected, kPartial, kColumns>(tid, block, k_shift);
     lane = finish.lane, column = finish.column, pair = block * 2;
     f.cell = finish.row;
     f.batch = finish.batch;

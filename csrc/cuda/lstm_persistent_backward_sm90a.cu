@@ -37,7 +37,7 @@ Shape shape_of(int64_t batch, int64_t hidden, int64_t size, bool projected, int6
   shape.tiles = batch <= 16 ? 1 : 2;
   const int64_t columns = 8 * shape.columns * shape.tiles;
   if (projected) {
-    shape.k_groups = 8;
+    shape.k_groups = static_cast<int>(hidden / size);
     shape.blocks = static_cast<int>(hidden / 64);
     shape.cell_pairs = static_cast<int>(size / 32);
   } else {
@@ -74,9 +74,11 @@ std::string refusal_of(int64_t hidden, int64_t size, bool projected, int64_t dir
     }
     return "";
   }
-  if (size < 64 || size > 512 || size % 64 != 0 || hidden != 8 * size) {
-    return "with a projection it takes proj_size 64 to 512 in multiples of 64 and hidden_size eight times that, not " +
-           sizes + ".";
+  const int64_t ratio = size > 0 && hidden % size == 0 ? hidden / size : 0;
+  const bool in_range = size >= 64 && size <= 512 && size % 64 == 0 && hidden <= 4096;
+  if (!in_range || (ratio != 2 && ratio != 4 && ratio != 8 && ratio != 16)) {
+    return "with a projection it takes proj_size 64 to 512 in multiples of 64 and hidden_size 2, 4, 8 or 16 times that, "
+           "at most 4096, not " + sizes + ".";
   }
   return "";
 }
@@ -175,7 +177,8 @@ Status lstm_persistent_backward(const LstmPersistentBackwardParams& p, CUstream_
   k.cleared = reinterpret_cast<uint32_t*>(exchange + exchanged);
   k.directions = static_cast<int>(p.directions), k.batch = static_cast<int>(p.batch);
   k.steps = static_cast<int>(p.steps), k.hidden = static_cast<int>(p.hidden), k.size = static_cast<int>(p.size);
-  k.blocks = shape.blocks, k.k_groups = shape.k_groups;
+  k.blocks = shape.blocks, k.k_shift = 0;
+  while (1 << k.k_shift < shape.k_groups) ++k.k_shift;
   k.row_pairs = shape.row_pairs, k.cell_pairs = shape.cell_pairs;
   k.cell_clip = p.cell_clip, k.proj_clip = p.proj_clip;
 
