@@ -207,6 +207,8 @@ Status scalar_mix_forward(const ScalarMixForwardParams& p, CUstream_st* stream) 
     case DType::kBFloat16:
       error = launch_forward<__nv_bfloat16>(p, aligned, stream);
       break;
+    case DType::kInt8:
+      return invalid(kOp, "dtype", "int8", "float32, float16 or bfloat16");
   }
   CTXFAST_CUDA_CHECK(kOp, error);
   return {};
@@ -241,6 +243,8 @@ Status scalar_mix_backward(const ScalarMixBackwardParams& p, CUstream_st* stream
       case DType::kBFloat16:
         error = launch_backward<__nv_bfloat16>(p, aligned, stream);
         break;
+      case DType::kInt8:
+        return invalid(kOp, "dtype", "int8", "float32, float16 or bfloat16");
     }
     CTXFAST_CUDA_CHECK(kOp, error);
   }
