@@ -33,7 +33,7 @@ LONG_FILES = {
     "ctxfast/functional.py": "the public function of every op, with its documentation",
     "csrc/cuda/lstm_persistent_forward_impl.cuh": "one kernel, with its schedule and why it is safe",
 }
-COMPILED = {("lstm", "cpu"), ("scalar_mix", "cuda")}
+COMPILED = {("lstm", "cpu"), ("lstm", "cuda_step"), ("scalar_mix", "cuda")}
 
 
 def _modules() -> list[Path]:

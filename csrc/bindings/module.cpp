@@ -48,5 +48,6 @@ PYBIND11_MODULE(_C, m) {
     return names;
   });
   bind_lstm(m);
+  bind_lstm_step(m);
   bind_scalar_mix(m);
 }

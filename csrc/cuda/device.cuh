@@ -217,7 +217,7 @@ CTXFAST_DEVICE uint32_t pack2(float low, float high) {
 template <typename T>
 CTXFAST_DEVICE float2 unpack2(uint32_t word) {
   T pair[2];
-  memcpy(pair, &word, sizeof(word));
+  memcpy(static_cast<void*>(pair), &word, sizeof(word));
   return make_float2(to_float(pair[0]), to_float(pair[1]));
 }
 

@@ -104,6 +104,11 @@ SPEC = registry.register(
         autocast="lower",
         impls=(
             registry.Impl(
+                "cuda_step",
+                "cuda",
+                note="any size from sm_80, one launch a step for both directions; not yet run on a GPU",
+            ),
+            registry.Impl(
                 "cpu",
                 "cpu",
                 note="C++: fp32, bf16 or int8 products; AVX2 to AVX-512 VNNI/BF16 and AMX chosen at run time",

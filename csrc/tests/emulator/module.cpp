@@ -1,0 +1,12 @@
+// SPDX-License-Identifier: Apache-2.0
+// The Python module ctxfast_emulated: the bindings of every CUDA kernel written against device.cuh, on the emulator.
+//
+//   set_schedule(seed)    see emulator.h
+#include "../../bindings/bindings.h"
+#include "emulator.h"
+
+PYBIND11_MODULE(ctxfast_emulated, m) {
+  m.def("set_schedule", &ctxfast::emulator::set_schedule);
+  bind_lstm_step(m);
+  bind_scalar_mix(m);
+}

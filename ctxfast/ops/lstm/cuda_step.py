@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``lstm`` on any GPU from sm_80 and of any size: one fused launch a step, both directions in it.
+
+Weights stream from the L2 cache at every step. Not yet run on a GPU: the kernels are run on the emulator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..._core import capability, torch_ops
+from ..._core.weight_cache import WeightCache
+from . import device
+
+_packed = WeightCache()
+
+
+def _fragments(matrix: Tensor) -> Tensor:
+    """(rows, K) -> the kernels' order: tiles of 16 rows by pairs of k-steps, zeros where the matrix ends.
+
+    16 bits: [tile][pair][step][8 rows][4][register][half of the rows][2], k = 32 pair + 8 (of 4) + 4 step + 2 register
+    + (of 2). float32: rows as they are.
+    """
+    rows, k = matrix.shape
+    matrix = F.pad(matrix, (0, -k % 32, 0, -rows % 16))
+    if matrix.dtype == torch.float32:
+        return matrix.contiguous()
+    parts = matrix.unflatten(0, (-1, 2, 8)).unflatten(3, (-1, 4, 2, 2, 2))  # tile half row pair four step register two
+    return parts.permute(0, 3, 5, 2, 4, 6, 1, 7).contiguous()
+
+
+def _gate_tiles(weight_hh: Tensor) -> Tensor:
+    """(4H, P) -> rows in tiles of 4 gates x 4 cells."""
+    gates = weight_hh.unflatten(0, (4, -1))
+    gates = F.pad(gates, (0, 0, 0, -gates.shape[1] % 4))
+    return gates.unflatten(1, (-1, 4)).transpose(0, 1).flatten(0, 2)
+
+
+_ORDERS = {
+    "gates": _gate_tiles,
+    "proj": lambda weight: weight,
+    "gates_t": lambda weight: device.cell_major(weight).t(),
+    "proj_t": lambda weight: weight.t(),
+}
+
+
+def _pack(kind: str, weights: Sequence[Tensor]) -> list[Tensor]:
+    def pack(weight: Tensor) -> Tensor:
+        if torch.is_grad_enabled() or weight.requires_grad:  # about to change: not worth keeping
+            return _fragments(_ORDERS[kind](weight.detach()))
+        return _packed.get((weight,), kind, lambda: _fragments(_ORDERS[kind](weight)))
+
+    return [pack(weight) for weight in weights]
+
+
+def _shape(gates: Sequence[Tensor], weight_hh: Sequence[Tensor], weight_proj: Sequence[Tensor]) -> dict[str, Any]:
+    batch, steps, hidden, _ = gates[0].shape
+    return dict(
+        batch=batch, steps=steps, hidden=hidden, size=weight_hh[0].shape[1], directions=len(gates),
+        has_proj=bool(weight_proj), dtype=device.DTYPES[gates[0].dtype],
+    )  # fmt: skip
+
+
+def _workspace(shape: Mapping[str, Any], backward: bool, like: Tensor) -> Tensor:
+    size = capability.extension().lstm_step_workspace_bytes(**shape, backward=backward)
+    return torch_ops.allocate((size,), like, torch.uint8)
+
+
+def _forward(
+    gates: Sequence[Tensor],
+    weight_hh: Sequence[Tensor],
+    weight_proj: Sequence[Tensor],
+    lengths: Tensor | None,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    cell_clip: float,
+    proj_clip: float,
+    save_cells: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    outputs = _forward_fake(gates, weight_hh, weight_proj, lengths, h_0, c_0, cell_clip, proj_clip, save_cells)
+    output, h_n, c_n, cells = outputs
+    shape = _shape(gates, weight_hh, weight_proj)
+    gates = [device.walkable(gate) for gate in gates]
+    packed_gates, packed_proj = _pack("gates", weight_hh), _pack("proj", weight_proj)
+    lengths = None if lengths is None else lengths.to(torch.int64).contiguous()
+    h_0, c_0 = (None if state is None else state.contiguous() for state in (h_0, c_0))
+    workspace = _workspace(shape, False, output)
+    with device.launching(output) as stream:
+        capability.extension().lstm_step_forward(
+            **shape, gates=[gate.data_ptr() for gate in gates], gates_strides=[gate.stride()[:2] for gate in gates],
+            packed_gates=[weights.data_ptr() for weights in packed_gates],
+            packed_proj=[weights.data_ptr() for weights in packed_proj],
+            lengths=device.address(lengths), h_0=device.address(h_0), c_0=device.address(c_0),
+            cell_clip=cell_clip, proj_clip=proj_clip, output=output.data_ptr(), h_n=h_n.data_ptr(),
+            c_n=c_n.data_ptr(), cells=cells.data_ptr() if save_cells else 0,
+            workspace=workspace.data_ptr(), workspace_bytes=workspace.numel(), stream=stream,
+        )  # fmt: skip
+    return outputs
+
+
+def _forward_fake(
+    gates: Sequence[Tensor],
+    weight_hh: Sequence[Tensor],
+    weight_proj: Sequence[Tensor],
+    lengths: Tensor | None,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    cell_clip: float,
+    proj_clip: float,
+    save_cells: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return device.forward_outputs(gates, weight_hh[0].shape[1], save_cells)
+
+
+def _backward(
+    z: Sequence[Tensor],
+    weight_hh: Sequence[Tensor],
+    weight_proj: Sequence[Tensor],
+    lengths: Tensor | None,
+    c_0: Tensor | None,
+    output: Tensor,
+    cells: Tensor,
+    grad_output: Tensor | None,
+    grad_h_n: Tensor | None,
+    grad_c_n: Tensor | None,
+    cell_clip: float,
+    proj_clip: float,
+) -> list[Tensor]:
+    results = device.backward_outputs(z, weight_hh[0].shape[1])
+    *grad_gates, grad_hidden, grad_h_0, grad_c_0 = results
+    shape = _shape(z, weight_hh, weight_proj)
+    z = [device.walkable(gates) for gates in z]
+    packed_gates, packed_proj = _pack("gates_t", weight_hh), _pack("proj_t", weight_proj)
+    lengths = None if lengths is None else lengths.to(torch.int64).contiguous()
+    output, cells = output.contiguous(), cells.contiguous()
+    grad_output = None if grad_output is None else grad_output.to(output.dtype).contiguous()
+    c_0, grad_h_n, grad_c_n = (
+        None if tensor is None else tensor.float().contiguous() for tensor in (c_0, grad_h_n, grad_c_n)
+    )
+    workspace = _workspace(shape, True, output)
+    with device.launching(output) as stream:
+        capability.extension().lstm_step_backward(
+            **shape, z=[gates.data_ptr() for gates in z], z_strides=[gates.stride()[:2] for gates in z],
+            packed_gates_t=[weights.data_ptr() for weights in packed_gates],
+            packed_proj_t=[weights.data_ptr() for weights in packed_proj],
+            lengths=device.address(lengths), c_0=device.address(c_0), cells=cells.data_ptr(),
+            output=output.data_ptr(), grad_output=device.address(grad_output), grad_h_n=device.address(grad_h_n),
+            grad_c_n=device.address(grad_c_n), cell_clip=cell_clip, proj_clip=proj_clip,
+            grad_gates=[grad.data_ptr() for grad in grad_gates], grad_hidden=grad_hidden.data_ptr(),
+            grad_h_0=grad_h_0.data_ptr(), grad_c_0=grad_c_0.data_ptr(),
+            workspace=workspace.data_ptr(), workspace_bytes=workspace.numel(), stream=stream,
+        )  # fmt: skip
+    return results
+
+
+def _backward_fake(
+    z: Sequence[Tensor],
+    weight_hh: Sequence[Tensor],
+    weight_proj: Sequence[Tensor],
+    lengths: Tensor | None,
+    c_0: Tensor | None,
+    output: Tensor,
+    cells: Tensor,
+    grad_output: Tensor | None,
+    grad_h_n: Tensor | None,
+    grad_c_n: Tensor | None,
+    cell_clip: float,
+    proj_clip: float,
+) -> list[Tensor]:
+    return device.backward_outputs(z, weight_hh[0].shape[1])
+
+
+_fwd = torch_ops.define("lstm_cuda_step_fwd", device.FWD_SCHEMA, _forward, _forward_fake, "CUDA")
+_bwd = torch_ops.define("lstm_cuda_step_bwd", device.BWD_SCHEMA, _backward, _backward_fake, "CUDA")
+_recurrence = device.recurrence(_fwd, _bwd)
+
+
+def supports(args: Mapping[str, Any]) -> str | None:
+    """None, or why the per-step kernels cannot run this call."""
+    return device.objection(args, tuple(device.DTYPES), (8, 0))
+
+
+def lstm(**args: Any) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """See ``ctxfast.functional.lstm``."""
+    return device.run(_fwd, _recurrence, args)
+
+
+def raw_calls(args: Mapping[str, Any]) -> list[tuple[Any, tuple]]:
+    """The registered operators behind one call, with arguments for torch.library.opcheck."""
+    return device.raw_calls(_fwd, _bwd, args)

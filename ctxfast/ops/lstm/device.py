@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ``lstm``'s CUDA implementations share: layouts, autograd, and the large products around the recurrence.
+
+The four gates of a cell lie side by side: gates are (B, T, H, 4), made by one product with the weights' rows in that
+order. The forward pass stores h (the output) and c; the backward pass makes all gates again by one product, a kernel
+walks the recurrence, and the weights' gradients are products over all steps of what it returns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..._core import capability
+from ..._core.weight_cache import WeightCache
+
+DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
+
+FWD_SCHEMA = (
+    "(Tensor[] gates, Tensor[] weight_hh, Tensor[] weight_proj, Tensor? lengths, Tensor? h_0, Tensor? c_0, "
+    "float cell_clip, float proj_clip, bool save_cells) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+BWD_SCHEMA = (
+    "(Tensor[] z, Tensor[] weight_hh, Tensor[] weight_proj, Tensor? lengths, Tensor? c_0, Tensor output, "
+    "Tensor cells, Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, float cell_clip, float proj_clip) "
+    "-> Tensor[]"
+)
+
+_input_weights = WeightCache()
+
+
+@contextmanager
+def launching(tensor: Tensor) -> Iterator[int]:
+    """The tensor's device made current; the handle of its stream."""
+    if not tensor.is_cuda:  # tests run the kernels on the CPU
+        yield 0
+        return
+    with torch.cuda.device(tensor.device):
+        yield torch.cuda.current_stream().cuda_stream
+
+
+def address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def cell_major(weight: Tensor) -> Tensor:
+    """(4H, ...) gate by gate -> (4H, ...) cell by cell."""
+    return weight.unflatten(0, (4, -1)).transpose(0, 1).flatten(0, 1)
+
+
+def gate_major(weight: Tensor) -> Tensor:
+    """The way back."""
+    return weight.unflatten(0, (-1, 4)).transpose(0, 1).flatten(0, 1)
+
+
+def input_gates(x: Tensor, weight_ih: Tensor, bias: Tensor | None) -> Tensor:
+    """W_ih x + b of all steps: (B, T, I) -> (B, T, H, 4)."""
+    sources = (weight_ih,) if bias is None else (weight_ih, bias)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in sources):
+        ordered = tuple(cell_major(tensor) for tensor in sources)
+    elif torch.compiler.is_compiling():
+        ordered = tuple(cell_major(tensor) for tensor in sources)
+    else:
+        ordered = _input_weights.get(sources, "cell major", lambda: tuple(cell_major(t.detach()) for t in sources))
+    return F.linear(x, *ordered).unflatten(2, (-1, 4))
+
+
+def previous(states: Tensor, initial: Tensor, lengths: Tensor | None, is_reverse: bool) -> Tensor:
+    """(B, T, ...) -> the state before each step in the direction's own order; ``initial`` (B, ...) comes first."""
+    if states.shape[1] == 0:
+        return states
+    if not is_reverse:
+        return torch.cat((initial[:, None], states[:, :-1]), dim=1)
+    shifted = torch.cat((states[:, 1:], initial[:, None]), dim=1)
+    if lengths is None:
+        return shifted
+    last = torch.arange(states.shape[1], device=states.device) == lengths[:, None] - 1
+    return torch.where(last[:, :, None], initial[:, None], shifted)
+
+
+def forward_outputs(gates: Sequence[Tensor], size: int, save_cells: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """output (B, T, R P), h_n (R, B, P), c_n (R, B, H) float32, cells (R, B, T, H) float32 or empty; uninitialised."""
+    batch, steps, hidden, _ = gates[0].shape
+    directions, like = len(gates), gates[0]
+    cells = (directions, batch, steps, hidden) if save_cells else (0,)
+    return (
+        like.new_empty((batch, steps, directions * size)),
+        like.new_empty((directions, batch, size)),
+        like.new_empty((directions, batch, hidden), dtype=torch.float32),
+        like.new_empty(cells, dtype=torch.float32),
+    )
+
+
+def backward_outputs(z: Sequence[Tensor], size: int) -> list[Tensor]:
+    """R of grad_gates (B, T, H, 4), grad_hidden (R, B, T, P), grad_h_0 and grad_c_0 in float32; uninitialised."""
+    batch, steps, hidden, _ = z[0].shape
+    directions, like = len(z), z[0]
+    return [
+        *(like.new_empty(tuple(gates.shape)) for gates in z),
+        like.new_empty((directions, batch, steps, size)),
+        like.new_empty((directions, batch, size), dtype=torch.float32),
+        like.new_empty((directions, batch, hidden), dtype=torch.float32),
+    ]
+
+
+def walkable(gates: Tensor) -> Tensor:
+    """Gates (B, T, H, 4) as they are if a kernel can walk them: dense in the last two dimensions, others in fours."""
+    hidden = gates.shape[2]
+    if gates.stride()[2:] == (4, 1) and gates.data_ptr() % 16 == 0:
+        if all(stride % 4 == 0 for stride in gates.stride()[:2]) or hidden == 0:
+            return gates
+    return gates.contiguous()
+
+
+def recurrence(fwd: Callable[..., Any], bwd: Callable[..., Any]) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """The differentiable recurrence of a pair of raw operators (``FWD_SCHEMA``, ``BWD_SCHEMA``)."""
+
+    class Recurrence(torch.autograd.Function):
+        """Tensors come flat: R gates, R weight_hh, R weight_proj (or none)."""
+
+        @staticmethod
+        def forward(
+            ctx: Any,
+            directions: int,
+            lengths: Tensor | None,
+            clips: tuple[float, float],
+            h_0: Tensor | None,
+            c_0: Tensor | None,
+            *tensors: Tensor,
+        ) -> tuple[Tensor, Tensor, Tensor]:
+            gates, hh, proj = (list(tensors[i * directions : (i + 1) * directions]) for i in range(3))
+            output, h_n, c_n, cells = fwd(gates, hh, proj, lengths, h_0, c_0, *clips, True)
+            ctx.save_for_backward(lengths, h_0, c_0, output, cells, *tensors)
+            ctx.facts = (directions, clips)
+            return output, h_n, c_n
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+            lengths, h_0, c_0, output, cells, *tensors = ctx.saved_tensors
+            directions, clips = ctx.facts
+            gates, hh, proj = (list(tensors[i * directions : (i + 1) * directions]) for i in range(3))
+            size = hh[0].shape[1]
+            before, z = [], []
+            for r in range(directions):
+                initial = output.new_zeros(output.shape[0], size) if h_0 is None else h_0[r]
+                h = previous(output[:, :, r * size : (r + 1) * size], initial, lengths, r == 1)
+                before.append(h)
+                z.append(gates[r] + F.linear(h, cell_major(hh[r])).unflatten(2, (-1, 4)))
+            *of_gates, of_hidden, of_h_0, of_c_0 = bwd(
+                z, hh, proj, lengths, c_0, output, cells, grads[0], grads[1].float(), grads[2], *clips
+            )
+            of_hh = [
+                gate_major(of_gates[r].flatten(2).flatten(0, 1).t() @ before[r].flatten(0, 1))
+                for r in range(directions)
+            ]
+            of_proj = []
+            for r in range(len(proj)):
+                m = (torch.sigmoid(z[r][..., 3].float()) * torch.tanh(cells[r])).to(output.dtype)
+                of_proj.append(of_hidden[r].flatten(0, 1).t() @ m.flatten(0, 1))
+            states = (
+                None if h_0 is None else of_h_0.to(h_0.dtype),
+                None if c_0 is None else of_c_0,
+            )
+            return (None, None, None, *states, *of_gates, *of_hh, *of_proj)
+
+    return Recurrence.apply
+
+
+def run(
+    fwd: Callable[..., Any],
+    differentiable: Callable[..., tuple[Tensor, Tensor, Tensor]],
+    args: Mapping[str, Any],
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """One call of ``lstm`` by these operators."""
+    gates, hh, proj, h_0, c_0, clips = flat(args)
+    sources = [tensor for tensor in (*gates, *hh, *proj, h_0, c_0) if tensor is not None]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in sources):
+        output, h_n, c_n = differentiable(len(gates), args["lengths"], clips, h_0, c_0, *gates, *hh, *proj)
+    else:
+        output, h_n, c_n, _ = fwd(gates, hh, proj, args["lengths"], h_0, c_0, *clips, False)
+    return output, (h_n, c_n.to(output.dtype))
+
+
+def flat(
+    args: Mapping[str, Any],
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor | None, Tensor | None, tuple[float, float]]:
+    """gates, weight_hh, weight_proj (empty without), h_0, c_0 (float32), clips (0: off) of a call's arguments."""
+    bias = args["bias"]
+    gates = [
+        input_gates(x, args["weight_ih"][r], None if bias is None else bias[r]) for r, x in enumerate(args["input"])
+    ]
+    h_0, c_0 = args["initial_state"] if args["initial_state"] is not None else (None, None)
+    clips = (args["cell_clip"] or 0.0, args["proj_clip"] or 0.0)
+    c_0 = None if c_0 is None else c_0.float()
+    return gates, list(args["weight_hh"]), list(args["weight_proj"] or ()), h_0, c_0, clips
+
+
+def raw_calls(fwd: Any, bwd: Any, args: Mapping[str, Any]) -> list[tuple[Any, tuple]]:
+    """The registered operators behind one call, with arguments for torch.library.opcheck."""
+    gates, hh, proj, h_0, c_0, clips = flat(args)
+    output, h_n, c_n, cells = fwd(gates, hh, proj, args["lengths"], h_0, c_0, *clips, True)
+    grads = (torch.randn_like(output), torch.randn_like(h_n).float(), torch.randn_like(c_n))
+    return [
+        (fwd, (gates, hh, proj, args["lengths"], h_0, c_0, *clips, False)),
+        (bwd, (gates, hh, proj, args["lengths"], c_0, output, cells, *grads, *clips)),
+    ]
+
+
+def objection(args: Mapping[str, Any], dtypes: Sequence[torch.dtype], capability_needed: tuple[int, int]) -> str | None:
+    """None, or why no CUDA kernel of these dtypes and capability can run this call."""
+    x = args["input"][0]
+    if x.device.type != "cuda":
+        return f"it runs on a CUDA GPU and input is on {x.device}."
+    if x.dtype not in dtypes:
+        names = ", ".join(DTYPES[dtype] for dtype in dtypes)
+        return f"it takes {names} and input is {x.dtype}."
+    if args["weight_dtype"] is not None:
+        return "weight_dtype is an option of the CPU implementation; cast the module to that dtype instead."
+    found = torch.cuda.get_device_capability(x.device)
+    if found < capability_needed:
+        wanted = "".join(map(str, capability_needed))
+        return f"it needs a GPU of compute capability sm_{wanted} and {x.device} has sm_{found[0]}{found[1]}."
+    return capability.why_no_cuda()
