@@ -26,6 +26,9 @@ RAGGED_32 = (
     41, 39, 37, 35, 33, 31, 29, 27, 24, 22, 20, 18, 15, 12, 9, 7,
 )  # fmt: skip
 
+# Mean 47 too, but with a few that fill the model's positions.
+LONG_TAIL_256 = tuple(512 if i % 64 == 0 else RAGGED_32[i * 7 % 32] * 5 // 6 for i in range(256))
+
 ELMO = dict(I=512, H=4096, P=512, clip=3.0)
 
 
@@ -73,9 +76,22 @@ ROWS: tuple[Row, ...] = (
     Row("attention", "minilm ragged 32 (fill 0.39)", dict(lengths=RAGGED_32, H=12, D=32), "small",
         cpu=("float32", "bfloat16")),
     Row("attention", "minilm ragged 32 (fill 0.39)", dict(lengths=RAGGED_32, H=12, D=32), passes=("fb",)),
+    Row("attention", "bert-base 1x128", dict(lengths=(128,), H=12, D=64), cpu=()),
     Row("attention", "bert-base 64x128", dict(lengths=(128,) * 64, H=12, D=64), cpu=(), passes=("f", "fb")),
+    Row("attention", "bert-base 64x128 dropout", dict(lengths=(128,) * 64, H=12, D=64, dropout=0.1), cpu=(),
+        passes=("fb",)),
+    Row("attention", "bert-base 256x128", dict(lengths=(128,) * 256, H=12, D=64), cpu=()),
     Row("attention", "bert-base 32x512", dict(lengths=(512,) * 32, H=12, D=64), cpu=(), passes=("f", "fb")),
-    Row("attention", "bert-base ragged 256", dict(lengths=RAGGED_32 * 8, H=12, D=64), cpu=()),
+    Row("attention", "bert-base 32x512 dropout", dict(lengths=(512,) * 32, H=12, D=64, dropout=0.1), cpu=(),
+        passes=("fb",)),
+    Row("attention", "bert-base ragged 256", dict(lengths=RAGGED_32 * 8, H=12, D=64), cpu=(), passes=("f", "fb")),
+    Row("attention", "bert-base ragged 256 dropout", dict(lengths=RAGGED_32 * 8, H=12, D=64, dropout=0.1), cpu=(),
+        passes=("fb",)),
+    Row("attention", "bert-base ragged 256 to 512", dict(lengths=LONG_TAIL_256, H=12, D=64), cpu=(),
+        passes=("f", "fb")),
+    Row("attention", "minilm 64x128", dict(lengths=(128,) * 64, H=12, D=32), cpu=(), passes=("f", "fb")),
+    Row("attention", "minilm ragged 1024", dict(lengths=RAGGED_32 * 32, H=12, D=32), cpu=(), passes=("f", "fb")),
+    Row("attention", "minilm 1024x16", dict(lengths=(16,) * 1024, H=12, D=32), cpu=(), passes=("f", "fb")),
     # the rest of an encoder layer
     Row("add_layer_norm", "bert-base 1024 rows", dict(T=1024, N=768), "small"),
     Row("add_layer_norm", "bert-base 1024 rows", dict(T=1024, N=768), passes=("fb",)),
@@ -162,6 +178,11 @@ class Case:
     def work(self) -> Work:
         """Arithmetic, memory traffic and tokens that the case needs, whoever runs it."""
         return op_work(self.op, self.sizes, self.dtype.itemsize, self.backward)
+
+    @property
+    def timed_only(self) -> dict[str, Any]:
+        """Arguments that only the timed calls get: with dropout on, results have nothing to be held to."""
+        return {"dropout_p": self.sizes["dropout"]} if "dropout" in self.sizes else {}
 
     def make(self) -> dict[str, Any]:
         """The keyword arguments of the public function (an op), or the inputs of a model."""
@@ -257,7 +278,9 @@ def _lstm(
     return args | (dict(cell_clip=clip, proj_clip=clip) if clip else {})
 
 
-def _attention(random: torch.Generator, lengths: tuple[int, ...], H: int, D: int) -> dict[str, Any]:
+def _attention(
+    random: torch.Generator, lengths: tuple[int, ...], H: int, D: int, dropout: float = 0.0
+) -> dict[str, Any]:
     offsets = torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
     qkv = _normal(random, sum(lengths), 3, H, D)
     return dict(qkv=qkv, cu_seqlens=offsets, max_seqlen=max(lengths), bias=_normal(random, 3, H, D, std=0.1))

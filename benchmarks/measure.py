@@ -108,7 +108,7 @@ def measure(case: Case, providers: Sequence[Provider], settings: Settings) -> li
     """The rows of one case, in the order of ``providers``; nothing is raised for a provider that fails."""
     args = case.make()
     gate = Gate(case, args)
-    chosen = "ctxfast" if case.is_model else f"ctxfast {chosen_impl(case, args)}"
+    chosen = "ctxfast" if case.is_model else f"ctxfast {chosen_impl(case, args | case.timed_only)}"
     rows: list[ResultRow] = []
     runners: list[_Runner] = []
     for provider in providers:
@@ -152,6 +152,10 @@ def _prepare(
             run = runner(call, starts, backward=case.backward)
             raw, row.memory_mib = _peak_memory(run, case.device)
         verdict: Verdict = gate.judge(provider, *results(call, raw, backward=case.backward))
+        if case.timed_only:
+            del call, run, raw
+            run = runner(provider.build(case, args | case.timed_only), starts, backward=case.backward)
+            _, row.memory_mib = _peak_memory(run, case.device)
     except NotInstalled as error:
         row.status, row.note = "not installed", str(error)
     except Unavailable as error:

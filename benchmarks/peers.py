@@ -56,7 +56,7 @@ class Provider:
     """A row of the comparison: its name, what builds its call, and what a reader must know.
 
     ``ours``: an implementation of ctxfast. ``note`` stands beside the row. ``dtype`` is set where a peer computes in
-    another dtype than the case; parity is then judged by that dtype's bound.
+    another dtype than the case; parity is then judged by that dtype's bound. ``device``: the only kind it exists for.
     """
 
     name: str
@@ -64,6 +64,7 @@ class Provider:
     note: str = ""
     ours: bool = False
     dtype: torch.dtype | None = None
+    device: str | None = None
 
 
 def require(module: str, distribution: str | None = None) -> None:
@@ -152,13 +153,15 @@ def providers(case: Case, *, compile: bool = False) -> list[Provider]:
         compiled = (Provider("torch.compile of the reference", _build_compiled),)
     if not compile:
         compiled = [replace(provider, build=_not_compiled) for provider in compiled]
-    fitting = [provider for provider in peers if not provider.dtype or _fits(case, provider)]
+    fitting = [provider for provider in peers if _fits(case, provider)]
     return [*ours, *fitting, *compiled]
 
 
 def _fits(case: Case, provider: Provider) -> bool:
-    """A peer with a dtype of its own belongs to cases where ctxfast lowers precision too."""
-    return case.weight_dtype is not None
+    """A peer with a dtype of its own belongs to cases where ctxfast lowers precision too; one of a device to it."""
+    if provider.device not in (None, case.device):
+        return False
+    return provider.dtype is None or case.weight_dtype is not None
 
 
 def _not_compiled(case: Case, args: Mapping[str, Any]) -> Call:

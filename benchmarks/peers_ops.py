@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .cases import Case
 from .peers import Call, Leaves, Outputs, Provider, Unavailable, leaves_of
@@ -198,7 +201,7 @@ def _padding(args: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     return row, inside, inside.flatten().nonzero()[:, 0]
 
 
-def _build_sdpa(use_mask: bool) -> Callable[[Case, Mapping[str, Any]], Call]:
+def _build_sdpa(use_mask: bool, backend: str | None = None) -> Callable[[Case, Mapping[str, Any]], Call]:
     def build(case: Case, args: Mapping[str, Any]) -> Call:
         row, inside, places = _padding(args)
         if not use_mask and not bool(inside.all()):
@@ -207,15 +210,26 @@ def _build_sdpa(use_mask: bool) -> Callable[[Case, Mapping[str, Any]], Call]:
         qkv = args["qkv"].detach()[row].masked_fill(~inside[:, :, None, None, None], 0)  # (S, L, 3, H, D)
         qkv.requires_grad_(case.backward)
         bias, mask = args["bias"], inside[:, None, None, :] if use_mask else None
+        dropout = args.get("dropout_p", 0.0)
 
         def forward() -> Outputs:
             query, key, value = (qkv + bias).permute(2, 0, 3, 1, 4)
-            context = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+            with nullcontext() if backend is None else sdpa_kernel(SDPBackend.__members__[backend]):
+                context = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
             return (context.transpose(1, 2),)  # (S, L, H, D)
 
         def to_own(grads: Outputs) -> Outputs:
             return (grads[0][row].masked_fill(~inside[:, :, None, None], 0),)
 
+        if backend is not None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # why each other backend was passed over
+                try:
+                    forward()
+                except RuntimeError as error:
+                    if "No available kernel" not in str(error) and "No viable backend" not in str(error):
+                        raise
+                    raise Unavailable("this backend does not take the case") from None
         return Call(
             forward,
             {"qkv": (qkv,), "bias": (bias,)} if case.backward else None,
@@ -230,6 +244,8 @@ def _build_sdpa(use_mask: bool) -> Callable[[Case, Mapping[str, Any]], Call]:
 def _build_varlen(case: Case, args: Mapping[str, Any]) -> Call:
     if case.device != "cuda":
         raise Unavailable("torch.nn.attention.varlen runs on CUDA only")
+    if args.get("dropout_p"):
+        raise Unavailable("it has no dropout")
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -356,6 +372,16 @@ PEERS: dict[str, tuple[Provider, ...]] = {
     "attention": (
         Provider("SDPA padded, key mask", _build_sdpa(True), "padding not timed"),
         Provider("SDPA padded, no mask", _build_sdpa(False), "padding not timed"),
+        *(
+            Provider(name, _build_sdpa("key mask" in name, backend), "padding not timed", device="cuda")
+            for name, backend in (
+                ("SDPA padded, key mask, cuDNN", "CUDNN_ATTENTION"),
+                ("SDPA padded, key mask, mem-efficient", "EFFICIENT_ATTENTION"),
+                ("SDPA padded, no mask, cuDNN", "CUDNN_ATTENTION"),
+                ("SDPA padded, no mask, flash", "FLASH_ATTENTION"),
+                ("SDPA padded, no mask, mem-efficient", "EFFICIENT_ATTENTION"),
+            )
+        ),
         Provider("torch varlen_attn", _build_varlen),
     ),
     "add_layer_norm": (Provider("F.layer_norm after adds", _build_layer_norm),),

@@ -109,6 +109,8 @@ _SPECIAL = [
     tiny("lstm", P=None, clip=None, backward=True),
     tiny("lstm", ragged=True, backward=True),
     tiny("attention", lengths=(4, 4), backward=True),
+    tiny("attention", dropout=0.5),
+    tiny("attention", dropout=0.5, backward=True),
     tiny("linear_act", activation="none"),
 ]
 _PEER_CASES = [

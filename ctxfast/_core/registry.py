@@ -70,6 +70,17 @@ class Impl:
     bitwise_repeatable: bool = True
 
 
+def _load(path: str) -> bool:
+    """Import a module. torch.compile runs this while it traces, where it would refuse the import itself."""
+    if path not in sys.modules:
+        importlib.import_module(path)
+    return True
+
+
+# What torch.compiler.assume_constant_result sets; calling that would import all of torch.compile, and Triton with it.
+_load._dynamo_marked_constant = True
+
+
 @dataclass(frozen=True)
 class OpSpec:
     """One op: definition, implementations (fastest first, the reference last and implied), check, autocast rule.
@@ -105,9 +116,8 @@ class OpSpec:
 
     def module(self, name: str) -> ModuleType:
         """The module ``name`` of the op's package."""
-        path = f"{self.package}.{name}"
-        loaded = sys.modules.get(path)
-        return loaded if loaded is not None else importlib.import_module(path)
+        _load(f"{self.package}.{name}")
+        return getattr(sys.modules[self.package], name)
 
     def supports(self, implementation: Impl, args: Mapping[str, Any]) -> str | None:
         """None, or the sentence why this implementation cannot run these arguments."""
@@ -152,10 +162,7 @@ def register(spec: OpSpec) -> OpSpec:
 
 
 def load_implementations() -> None:
-    """Import every implementation but Triton's (a kernel language is imported on first use only).
-
-    An import in the middle of a call would break the graph when that call is the first and is being compiled.
-    """
+    """Import every implementation but Triton's (a kernel language is imported on first use only)."""
     for spec in OPS.values():
         for implementation in spec.impls:
             if implementation.name != "triton":

@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import math
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +24,7 @@ from ctxfast.ops.attention import triton_plan
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SPEC = registry.OPS["attention"]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def _packed(lengths: list[int], H: int, D: int, dtype: torch.dtype, seed: int = 0) -> dict:
@@ -79,6 +83,31 @@ def test_a_thousand_short_sequences() -> None:
 def test_every_plan(lengths, D) -> None:
     """Each row of the table, ragged enough at the end for the looped kernels."""
     _compare(_packed(lengths, 2, D, torch.float16))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+def test_ragged_batch_that_searches_its_blocks(dtype) -> None:
+    """One long sequence among short and empty ones, at the ends too; every row must find its program."""
+    lengths = [0, 1, 0, 170, 64, 0, 3, 63, 2, 65, 0]
+    for size in (32, 64):
+        assert triton_plan.grid(sum(lengths), len(lengths), max(lengths), size).search == 32
+    _compare(_packed(lengths, 2, 32, dtype))
+
+
+def test_grid_holds_every_block() -> None:
+    """Sequence i begins at block start // size + i: what the kernels count on, for thousands of random batches."""
+    drawn = random.Random(0)
+    for _ in range(2000):
+        lengths = [drawn.choice([0, 1, drawn.randint(0, 300)]) for _ in range(drawn.randint(1, 40))]
+        size = drawn.choice([16, 32, 64])
+        starts = [sum(lengths[:i]) for i in range(len(lengths))]
+        begins = [start // size + i for i, start in enumerate(starts)]
+        grid = triton_plan.grid(sum(lengths), len(lengths), max(lengths), size)
+        programs = sum(lengths) // size + len(lengths)
+        assert grid.programs == (programs if grid.search else -(-max(lengths) // size) * len(lengths))
+        assert not grid.search or grid.search >= len(lengths)
+        for begin, end, length in zip(begins, [*begins[1:], programs], lengths):
+            assert end - begin >= -(-length // size)
 
 
 def test_plans_choose_by_length_and_filling() -> None:
@@ -194,7 +223,7 @@ def test_dropout_near_one_stays_finite() -> None:
     assert torch.isfinite(ctxfast.attention(**kwargs, dropout_p=0.99999, impl="triton")).all()
 
 
-# layouts and refusals
+# layouts, refusals, compilation
 
 
 def test_padded_and_permuted_memory() -> None:
@@ -221,3 +250,18 @@ def test_refusals_say_why() -> None:
         ctxfast.attention(**kwargs, impl="triton")
     with pytest.raises(RuntimeError, match="it takes float32, float16 and bfloat16 and qkv is torch.float64."):
         ctxfast.attention(**wide(kwargs), impl="triton")
+
+
+def test_first_call_may_be_compiled() -> None:
+    """Triton is imported on first use, and that use may be torch.compile's trace."""
+    code = (
+        "import sys, torch, ctxfast\n"
+        f"qkv = torch.randn(6, 3, 2, 16, device={DEVICE!r}, requires_grad=True)\n"
+        f"offsets = torch.tensor([0, 2, 6], dtype=torch.int32, device={DEVICE!r})\n"
+        "call = lambda qkv: ctxfast.attention(qkv, offsets, 4, dropout_p=0.1, impl='triton')\n"
+        "assert 'ctxfast.ops.attention.triton' not in sys.modules\n"
+        "torch.compile(call, fullgraph=True, backend='aot_eager')(qkv).sum().backward()\n"
+        "assert torch.isfinite(qkv.grad).all()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr

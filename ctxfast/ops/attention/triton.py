@@ -83,10 +83,10 @@ def _forward(
                 *pointers, tokens, heads, pairs, *numbers, BLOCK_L=tile.rows, PAIRS=tile.pairs, **options
             )
         else:
-            blocks = triton.cdiv(max_seqlen, tile.rows)
-            triton_forward.forward_blocks[(heads * blocks * sequences,)](
-                *pointers, tokens, heads, blocks, *numbers, BLOCK_M=tile.rows, BLOCK_N=tile.columns,
-                SINGLE=max_seqlen <= tile.columns, **options,
+            grid = triton_plan.grid(tokens, sequences, max_seqlen, tile.rows)
+            triton_forward.forward_blocks[(heads * grid.programs,)](
+                *pointers, tokens, sequences, heads, grid.blocks, *numbers, BLOCK_M=tile.rows, BLOCK_N=tile.columns,
+                SINGLE=max_seqlen <= tile.columns, SEARCH=grid.search, **options,
             )  # fmt: skip
     return out, lse
 
@@ -116,15 +116,17 @@ def _backward(
     with _on_device(qkv):
         if plan.whole is None:
             delta = torch_ops.allocate(lse.shape, lse)
-            tile, blocks = plan.query, triton.cdiv(max_seqlen, plan.query.rows)
-            triton_backward.backward_query[(heads * blocks * sequences,)](
-                qkv, bias, cu_seqlens, out, lse, delta, grad, grad_qkv, seeds, tokens, heads, blocks, *numbers,
-                BLOCK_M=tile.rows, BLOCK_N=tile.columns, num_warps=tile.warps, num_stages=tile.stages, **options,
+            tile, grid = plan.query, triton_plan.grid(tokens, sequences, max_seqlen, plan.query.rows)
+            triton_backward.backward_query[(heads * grid.programs,)](
+                qkv, bias, cu_seqlens, out, lse, delta, grad, grad_qkv, seeds, tokens, sequences, heads, grid.blocks,
+                *numbers, BLOCK_M=tile.rows, BLOCK_N=tile.columns, SEARCH=grid.search,
+                num_warps=tile.warps, num_stages=tile.stages, **options,
             )  # fmt: skip
-            tile, blocks = plan.key, triton.cdiv(max_seqlen, plan.key.columns)
-            triton_backward.backward_key[(heads * blocks * sequences,)](
-                qkv, bias, cu_seqlens, lse, delta, grad, grad_qkv, seeds, tokens, heads, blocks, *numbers,
-                BLOCK_M=tile.rows, BLOCK_N=tile.columns, num_warps=tile.warps, num_stages=tile.stages, **options,
+            tile, grid = plan.key, triton_plan.grid(tokens, sequences, max_seqlen, plan.key.columns)
+            triton_backward.backward_key[(heads * grid.programs,)](
+                qkv, bias, cu_seqlens, lse, delta, grad, grad_qkv, seeds, tokens, sequences, heads, grid.blocks,
+                *numbers, BLOCK_M=tile.rows, BLOCK_N=tile.columns, SEARCH=grid.search,
+                num_warps=tile.warps, num_stages=tile.stages, **options,
             )  # fmt: skip
             return grad_qkv
         tile, pairs = plan.whole, sequences * heads

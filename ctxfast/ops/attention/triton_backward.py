@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from .triton_dropout import is_kept
-from .triton_forward import load_bias, load_bias_pairs, load_pairs, load_rows
+from .triton_forward import load_bias, load_bias_pairs, load_pairs, load_rows, locate
 
 
 @triton.jit
@@ -50,21 +50,16 @@ def _query_step(
     return tl.dot(d_scores.to(k.dtype), k, d_q, input_precision=PRECISION)
 
 
-@triton.jit(do_not_specialize=["tokens", "heads", "blocks", "threshold"])
+@triton.jit(do_not_specialize=["tokens", "sequences", "heads", "blocks", "threshold"])
 def backward_query(
     qkv, bias, cu_seqlens, out, lse, delta, grad_out, grad_qkv, seeds,
-    tokens, heads, blocks, scale, softmax_scale, threshold, rescale,
+    tokens, sequences, heads, blocks, scale, softmax_scale, threshold, rescale,
     stride_t, stride_p, stride_h, stride_d, grad_stride_t, grad_stride_h, grad_stride_d,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, SEARCH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dQ of one block of queries, and delta (H, T), which ``backward_key`` reads. Grid as in ``forward_blocks``."""
-    program = tl.program_id(0)
-    head = program % heads
-    first = (program // heads) % blocks * BLOCK_M
-    sequence = program // (heads * blocks)
-    start = tl.load(cu_seqlens + sequence).to(tl.int64)
-    length = (tl.load(cu_seqlens + sequence + 1) - start).to(tl.int32)
+    """dQ of one block of queries, and delta (H, T), which ``backward_key`` reads. Grid: see ``locate``."""
+    sequence, head, start, length, first = locate(cu_seqlens, sequences, heads, blocks, BLOCK_M, SEARCH)
     if first >= length:
         return
     pair = sequence * heads + head
@@ -126,21 +121,16 @@ def _key_step(
     return d_k, d_v, d_sums
 
 
-@triton.jit(do_not_specialize=["tokens", "heads", "blocks", "threshold"])
+@triton.jit(do_not_specialize=["tokens", "sequences", "heads", "blocks", "threshold"])
 def backward_key(
     qkv, bias, cu_seqlens, lse, delta, grad_out, grad_qkv, seeds,
-    tokens, heads, blocks, scale, softmax_scale, threshold, rescale,
+    tokens, sequences, heads, blocks, scale, softmax_scale, threshold, rescale,
     stride_t, stride_p, stride_h, stride_d, grad_stride_t, grad_stride_h, grad_stride_d,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, SEARCH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV of one block of keys. Grid as in ``forward_blocks``, over blocks of BLOCK_N keys."""
-    program = tl.program_id(0)
-    head = program % heads
-    first = (program // heads) % blocks * BLOCK_N
-    sequence = program // (heads * blocks)
-    start = tl.load(cu_seqlens + sequence).to(tl.int64)
-    length = (tl.load(cu_seqlens + sequence + 1) - start).to(tl.int32)
+    """dK and dV of one block of keys. Grid: see ``locate``."""
+    sequence, head, start, length, first = locate(cu_seqlens, sequences, heads, blocks, BLOCK_N, SEARCH)
     if first >= length:
         return
     pair = sequence * heads + head

@@ -15,6 +15,32 @@ from .triton_dropout import is_kept
 
 
 @triton.jit
+def locate(cu_seqlens, sequences, heads, blocks, BLOCK: tl.constexpr, SEARCH: tl.constexpr):
+    """What this program works on: sequence, head, the sequence's first row and length, the block's first row in it.
+
+    Heads are fastest (neighbouring heads share memory lines). SEARCH 0: ``blocks`` programs a sequence, and
+    those past its end have nothing to do. Otherwise a power of two above ``sequences``: sequence i begins at block
+    cu_seqlens[i] // BLOCK + i, which leaves room for all of its blocks, and a program finds its own by counting.
+    """
+    program = tl.program_id(0)
+    head = program % heads
+    block = program // heads
+    if SEARCH == 0:
+        sequence = block // blocks
+        first = block % blocks * BLOCK
+        start = tl.load(cu_seqlens + sequence).to(tl.int64)
+    else:
+        index = tl.arange(0, SEARCH)
+        starts = tl.load(cu_seqlens + index, mask=index < sequences, other=0)
+        begins = (starts // BLOCK).to(tl.int32) + index
+        sequence = tl.sum(((begins <= block) & (index < sequences)).to(tl.int32)) - 1
+        start = tl.load(cu_seqlens + sequence).to(tl.int64)
+        first = (block - sequence - (start // BLOCK).to(tl.int32)) * BLOCK
+    length = (tl.load(cu_seqlens + sequence + 1) - start).to(tl.int32)
+    return sequence, head, start, length, first
+
+
+@triton.jit
 def load_rows(base, row, stride_t, stride_d, length, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Rows ``row`` of one head, (rows, BLOCK_D), zeros past ``length`` and past D."""
     column = tl.arange(0, BLOCK_D)
@@ -69,25 +95,20 @@ def _attend(
     return largest, total, kept, context
 
 
-@triton.jit(do_not_specialize=["tokens", "heads", "blocks", "threshold"])
+@triton.jit(do_not_specialize=["tokens", "sequences", "heads", "blocks", "threshold"])
 def forward_blocks(
-    qkv, bias, cu_seqlens, out, lse, seeds, tokens, heads, blocks, scale, threshold, rescale,
+    qkv, bias, cu_seqlens, out, lse, seeds, tokens, sequences, heads, blocks, scale, threshold, rescale,
     stride_t, stride_p, stride_h, stride_d,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, NEGATIVE: tl.constexpr, SAVE_LSE: tl.constexpr,
-    SINGLE: tl.constexpr, PRECISION: tl.constexpr,
+    SINGLE: tl.constexpr, SEARCH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One block of queries of one head of one sequence: qkv (T, 3, H, D) -> out (T, H, D), lse (H, T) in log2.
 
-    Grid: heads x blocks x sequences, heads fastest (neighbouring heads share memory lines). SINGLE: no sequence has
-    more than BLOCK_N tokens, so a head's keys and values are loaded once and softmax takes one pass.
+    Grid: see ``locate``; a program without queries leaves at once. SINGLE: no sequence has more than BLOCK_N tokens, so
+    a head's keys and values are loaded once and softmax takes one pass.
     """
-    program = tl.program_id(0)
-    head = program % heads
-    first = (program // heads) % blocks * BLOCK_M
-    sequence = program // (heads * blocks)
-    start = tl.load(cu_seqlens + sequence).to(tl.int64)
-    length = (tl.load(cu_seqlens + sequence + 1) - start).to(tl.int32)
+    sequence, head, start, length, first = locate(cu_seqlens, sequences, heads, blocks, BLOCK_M, SEARCH)
     if first >= length:
         return
     pair = sequence * heads + head

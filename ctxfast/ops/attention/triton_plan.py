@@ -124,3 +124,26 @@ def choose(head_dim: int, itemsize: int, major: int, max_seqlen: int, mean: floa
         if max_seqlen <= plan.longest:
             return plan if plan.longest <= 64 or mean > plan.longest / 2 else last
     return last
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Programs per head of a kernel over blocks of a sequence, and how each finds its block (see ``locate``)."""
+
+    programs: int
+    blocks: int
+    search: int
+
+
+def grid(tokens: int, sequences: int, max_seqlen: int, size: int) -> Grid:
+    """The grid over blocks of ``size`` tokens, from what the host knows.
+
+    In a ragged batch most programs of a grid made for the longest sequence would start for nothing, and a start holds
+    a place on an SM for as long as a load takes. Where at least a third is saved, programs look for their block in
+    cu_seqlens instead: one more load, which all wait for. It is read whole, so this ends at 2,048 sequences.
+    """
+    blocks = -(-max_seqlen // size)
+    fewer = tokens // size + sequences
+    if sequences <= 2048 and 1.5 * fewer <= blocks * sequences:
+        return Grid(fewer, blocks, max(32, 1 << (sequences - 1).bit_length()))
+    return Grid(blocks * sequences, blocks, 0)
