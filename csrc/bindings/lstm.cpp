@@ -15,9 +15,11 @@
 //   lstm_input(rows, input, hidden, x, x_stride, packed, dtype, bias, gates, threads=1, isa="auto")
 //       x (rows, I), gates (rows, 4H), bias (4H) or 0.
 //   lstm_forward(batch, steps, hidden, proj_size, has_proj, gates, gates_strides, packed, dtype, lengths, h_0, c_0,
-//                output, output_strides, h_n, c_n, cells=0, cell_clip=0.0, proj_clip=0.0, threads=1, isa="auto")
+//                output, output_strides, h_n, c_n, cells=0, cell_clip=0.0, proj_clip=0.0, threads=1, isa="auto",
+//                input=-1, packed_input=[], bias=[])
 //       gates, packed: one address per direction (1 or 2); gates_strides: one (batch, time) per direction;
-//       lengths (B,) int64 or 0.
+//       lengths (B,) int64 or 0. With input 0 or more, gates holds x (B, T, input) instead, packed_input and bias
+//       (addresses or 0) what turns it into gates.
 #include "ctxfast/lstm.h"
 
 #include <optional>
@@ -123,7 +125,8 @@ void forward(int64_t batch, int64_t steps, int64_t hidden, int64_t proj_size, bo
              const std::vector<Address>& gates, const std::vector<Strides>& gates_strides,
              const std::vector<Address>& packed, const std::string& dtype, Address lengths, Address h_0, Address c_0,
              Address output, Strides output_strides, Address h_n, Address c_n, Address cells, float cell_clip,
-             float proj_clip, int64_t threads, const std::string& isa) {
+             float proj_clip, int64_t threads, const std::string& isa, int64_t input,
+             const std::vector<Address>& packed_input, const std::vector<Address>& bias) {
   LstmParams params;
   params.shape = shape_of(hidden, proj_size, has_proj, dtype);
   const size_t directions = gates.size();
@@ -133,14 +136,25 @@ void forward(int64_t batch, int64_t steps, int64_t hidden, int64_t proj_size, bo
                           std::to_string(gates_strides.size()) + ", " + std::to_string(packed.size()) +
                           " entries; expected one per direction, 1 or 2.");
   }
+  const bool from_x = input >= 0;
+  if (from_x && (packed_input.size() != directions || bias.size() != directions)) {
+    throw py::value_error("ctxfast.lstm: packed_input, bias have " + std::to_string(packed_input.size()) + ", " +
+                          std::to_string(bias.size()) + " entries; expected one per direction, as in gates.");
+  }
+  params.from_x = from_x;
+  params.input = from_x ? input : 0;
   params.isa = isa_named(isa);
   params.batch = batch;
   params.steps = steps;
   params.directions = static_cast<int64_t>(directions);
   for (size_t r = 0; r < directions; ++r) {
-    params.gates[r] = pointer<const float>(gates[r]);
-    params.gates_strides[r][0] = gates_strides[r].first;
-    params.gates_strides[r][1] = gates_strides[r].second;
+    (from_x ? params.x : params.gates)[r] = pointer<const float>(gates[r]);
+    int64_t (&strides)[2] = (from_x ? params.x_strides : params.gates_strides)[r];
+    strides[0] = gates_strides[r].first, strides[1] = gates_strides[r].second;
+    if (from_x) {
+      params.packed_input[r] = pointer<const void>(packed_input[r]);
+      params.bias[r] = pointer<const float>(bias[r]);
+    }
     params.packed[r] = pointer<const void>(packed[r]);
   }
   params.lengths = pointer<const int64_t>(lengths);
@@ -178,5 +192,6 @@ void bind_lstm(py::module_& m) {
   m.def("lstm_forward", &forward, arg("batch"), arg("steps"), arg("hidden"), arg("proj_size"), arg("has_proj"),
         arg("gates"), arg("gates_strides"), arg("packed"), arg("dtype"), arg("lengths"), arg("h_0"), arg("c_0"),
         arg("output"), arg("output_strides"), arg("h_n"), arg("c_n"), arg("cells") = 0, arg("cell_clip") = 0.0f,
-        arg("proj_clip") = 0.0f, arg("threads") = 1, arg("isa") = "auto");
+        arg("proj_clip") = 0.0f, arg("threads") = 1, arg("isa") = "auto", arg("input") = -1,
+        arg("packed_input") = std::vector<Address>(), arg("bias") = std::vector<Address>());
 }

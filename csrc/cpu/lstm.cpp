@@ -188,7 +188,15 @@ Status check(const LstmParams& p) {
   const int64_t weights = gate_words(p.shape) + proj_words(p.shape);
   for (int64_t r = 0; r < R; ++r) {
     const std::string entry = "[" + std::to_string(r) + "]";
-    CTXFAST_RETURN_IF_ERROR(check_pointer(("gates" + entry).c_str(), p.gates[r], B * T * 4 * H));
+    if (!p.from_x) {
+      CTXFAST_RETURN_IF_ERROR(check_pointer(("gates" + entry).c_str(), p.gates[r], B * T * 4 * H));
+    } else {
+      const LstmInputShape shape = {H, p.input, p.shape.dtype};
+      CTXFAST_RETURN_IF_ERROR(check_input_shape(shape));
+      CTXFAST_RETURN_IF_ERROR(check_pointer(("x" + entry).c_str(), p.x[r], B * T * p.input));
+      CTXFAST_RETURN_IF_ERROR(
+          check_pointer(("packed_input" + entry).c_str(), p.packed_input[r], lstm_input_packed_bytes(shape)));
+    }
     CTXFAST_RETURN_IF_ERROR(check_pointer(("packed" + entry).c_str(), p.packed[r], weights));
     if (reinterpret_cast<uintptr_t>(p.packed[r]) % 4 != 0) {
       return invalid(kOp, "packed" + entry, "at an address that is no multiple of 4", "4-byte alignment");
@@ -246,12 +254,19 @@ Status fill_workspace(const LstmParams& p, int64_t threads, bool split, Workspac
   const size_t h = memory->reserve((projection || narrow ? 1 : 2) * B * job->ld_h);
   const size_t m = memory->reserve(projection ? B * job->ld_m : 0);
   const size_t c = memory->reserve(ceil_div(H, kLstmPanelCells) * B * kLstmPanelCells);
-  const size_t scratch = memory->reserve(threads * B * kLstmPanel);
+  const size_t scratch = memory->reserve(threads * std::max<int64_t>(B, kLstmInputRows) * kLstmPanel);
   const int64_t blocks = ceil_div(column_words(dtype, H), block_words(dtype));
   const size_t partial = memory->reserve(split ? blocks * ceil_div(P, kLstmPanel) * B * kLstmPanel : 0);
   const size_t h_words = memory->reserve(narrow ? B * job->ld_h_words : 0);
   const size_t m_words = memory->reserve(narrow && projection ? B * job->ld_m_words : 0);
   const size_t h_scale = memory->reserve(B), m_scale = memory->reserve(B);
+  const bool chunks = p.from_x;
+  job->chunk_steps = std::clamp<int64_t>(kLstmChunkRows / p.batch, 1, std::max<int64_t>(p.steps, 1));
+  job->chunk_rows = job->chunk_steps * p.batch;
+  job->ld_x_words = column_words(dtype, p.input) + 16;
+  const size_t chunk = memory->reserve(chunks ? ceil_div(H, kLstmPanelCells) * job->chunk_rows * kLstmPanel : 0);
+  const size_t x_words = memory->reserve(chunks ? (job->chunk_rows + kLstmInputRows) * job->ld_x_words : 0);
+  const size_t x_scale = memory->reserve(job->chunk_rows);
   const Status status = memory->allocate();
   if (!status.ok()) return status;
   job->h = memory->floats(h);
@@ -263,6 +278,9 @@ Status fill_workspace(const LstmParams& p, int64_t threads, bool split, Workspac
   job->m_words = memory->words(narrow ? m_words : m);
   job->h_scale = memory->floats(h_scale);
   job->m_scale = memory->floats(m_scale);
+  job->chunk = chunks ? memory->floats(chunk) : nullptr;
+  job->x_words = memory->words(x_words);
+  job->x_scale = memory->floats(x_scale);
   return {};
 }
 
@@ -384,21 +402,19 @@ Status lstm_input(const LstmInputParams& p) {
   CTXFAST_RETURN_IF_ERROR(check_pointer("gates", p.gates, M * 4 * H));
   if (M == 0 || H == 0) return {};
   const int64_t threads = threads_for(M * 4 * H * I, p.threads);
-  const bool narrow = p.shape.dtype != DType::kFloat32;
   InputCall call;
   LstmInputJob& job = call.job;
   job.rows = M, job.input = I, job.hidden = H;
   job.x = p.x, job.ld_x = p.x_stride;
   job.weight = p.packed, job.bias = p.bias, job.gates = p.gates;
-  job.ld_words = narrow ? column_words(p.shape.dtype, I) + 16 : p.x_stride;
+  job.ld_words = column_words(p.shape.dtype, I) + 16;
   Workspace memory;
   const size_t scratch = memory.reserve(threads * kLstmInputRows * kLstmPanel);
-  const size_t words = memory.reserve(narrow ? (M + kLstmInputRows) * job.ld_words : 0);
-  const size_t scale = memory.reserve(narrow ? M + kLstmInputRows : 0);
+  const size_t words = memory.reserve((M + kLstmInputRows) * job.ld_words);
+  const size_t scale = memory.reserve(M + kLstmInputRows);
   CTXFAST_RETURN_IF_ERROR(memory.allocate());
   job.scratch = memory.floats(scratch);
-  // The float32 product reads x itself, word for word.
-  job.words = narrow ? memory.words(words) : const_cast<uint32_t*>(reinterpret_cast<const uint32_t*>(p.x));
+  job.words = memory.words(words);
   job.scale = memory.floats(scale);
   SpinBarrier barrier;
   job.barrier = &barrier;
@@ -438,6 +454,9 @@ Status lstm_forward(const LstmParams& p) {
     job.cell_clip = p.cell_clip, job.proj_clip = p.proj_clip;
     job.gates = p.gates[r];
     job.gates_batch = p.gates_strides[r][0], job.gates_time = p.gates_strides[r][1];
+    job.input = p.input;
+    job.x = p.x[r], job.x_batch = p.x_strides[r][0], job.x_time = p.x_strides[r][1];
+    job.weight_input = p.packed_input[r], job.bias = p.bias[r];
     job.weight_gates = p.packed[r];
     job.weight_proj = static_cast<const uint32_t*>(p.packed[r]) + gate_words(p.shape);
     job.h_0 = p.h_0 ? p.h_0 + r * B * P : nullptr;

@@ -36,14 +36,16 @@ void begin(const LstmJob& job, int index, int count) {
       for (int64_t j = 0; job.c_0 && j < there; ++j) c[j] = job.c_0[job.row[i] * job.hidden + cell + j];
     }
   }
+  // Words past a row's end meet weights of zero, and zero times whatever memory held could be NaN.
+  const auto clear = [index, count](uint32_t* words, int64_t size) {
+    const Share share(size, index, count);
+    fill_zero(reinterpret_cast<float*>(words) + share.from, share.to - share.from);
+  };
   if constexpr (!Kind::kDirect) {
-    // Words past a row's end meet weights of zero, and zero times whatever memory held could be NaN.
-    const Share all_rows(job.ld_batch, index, count);
-    for (int64_t i = all_rows.from; i < all_rows.to; ++i) {
-      for (int64_t k = 0; k < job.ld_h_words; ++k) job.h_words[i * job.ld_h_words + k] = 0;
-      for (int64_t k = 0; job.has_projection && k < job.ld_m_words; ++k) job.m_words[i * job.ld_m_words + k] = 0;
-    }
+    clear(job.h_words, job.ld_batch * job.ld_h_words);
+    if (job.has_projection) clear(job.m_words, job.ld_batch * job.ld_m_words);
   }
+  if (job.chunk) clear(job.x_words, (job.chunk_rows + kLstmInputRows) * job.ld_x_words);
 }
 
 // h_n and c_n: the state each row stopped with.
@@ -65,27 +67,70 @@ void finish(const LstmJob& job, int index, int count) {
   }
 }
 
-// One step of 16 cells for the first `rows` rows: gates, then c, then m or, without projection, the next h.
+// The input product of one panel of 16 cells for all rows of the chunk: W_ih x + b.
 template <class Kind>
-void step_cells(const LstmJob& job, int64_t s, int64_t rows, int64_t panel, float* z) {
+void fill_chunk(const LstmJob& job, int64_t rows, int64_t panel, float* z) {
+  const int64_t cell = panel * kCells, there = less(kCells, job.hidden - cell);
+  const uint32_t* weight = static_cast<const uint32_t*>(job.weight_input) + panel * panel_size<Kind>(job.input);
+  Vec bias[kPanel / kLanes] = {};
+  for (int at = 0; job.bias && at < kPanel; at += kLanes) {
+    const int64_t j = at % kCells;
+    if (j < there) bias[at / kLanes] = load_some(job.bias + at / kCells * job.hidden + cell + j, there - j);
+  }
+  for (int64_t from = 0; from < rows; from += Kind::kInputRows) {
+    const int64_t some = less(Kind::kInputRows, rows - from);
+    const uint32_t* after = from + some < rows ? weight : weight + panel_size<Kind>(job.input);
+    panel_product<Kind>(some, job.x_words + from * job.ld_x_words, job.ld_x_words, weight, job.input, 0,
+                        blocks_of<Kind>(job.input), after, z);
+    float* to = job.chunk + (panel * job.chunk_rows + from) * kPanel;
+    for (int64_t i = 0; i < some; ++i) {
+      const float scale = Kind::kScaled ? job.x_scale[from + i] : 1.0f;
+      for (int at = 0; at < kPanel; at += kLanes) {
+        const Vec sum = Kind::value(z + i * kPanel + at, weight + at, scale);
+        store(to + i * kPanel + at, sum + bias[at / kLanes]);
+      }
+    }
+  }
+}
+
+// Where W_ih x + b of a row's cells lies: in the caller's array, or in the chunk, whose row `at` belongs to it.
+struct InputGates {
+  const float* from;
+  int64_t per_gate;
+  InputGates(const LstmJob& job, int64_t panel, int64_t i, int64_t s, int64_t at) {
+    if (!job.chunk) {
+      from = job.gates + job.row[i] * job.gates_batch + time_of(job, i, s) * job.gates_time + panel * kCells;
+      per_gate = job.hidden;
+    } else {
+      from = job.chunk + (panel * job.chunk_rows + at + i) * kPanel;
+      per_gate = kCells;
+    }
+  }
+};
+
+// One step of 16 cells for the first `rows` rows: gates, then c, then m or, without projection, the next h. Row `at` of
+// the chunk, if there is one, is the step's first; `after` is the panel whose turn comes next.
+template <class Kind>
+void step_cells(const LstmJob& job, int64_t s, int64_t rows, int64_t panel, int64_t at, int64_t after, float* z) {
   const int64_t cell = panel * kCells, there = less(kCells, job.hidden - cell);
   const int64_t old = two_buffers<Kind>(job) ? s & 1 : 0, next = two_buffers<Kind>(job) ? 1 - old : 0;
-  const uint32_t* weight = static_cast<const uint32_t*>(job.weight_gates) + panel * panel_size<Kind>(job.proj_size);
+  const uint32_t* weights = static_cast<const uint32_t*>(job.weight_gates);
+  const uint32_t* weight = weights + panel * panel_size<Kind>(job.proj_size);
   for (int64_t i = 0; i < rows; ++i) {  // on their way while the product runs
-    const float* gates = job.gates + job.row[i] * job.gates_batch + time_of(job, i, s) * job.gates_time + cell;
-    for (int gate = 0; gate < 4; ++gate) __builtin_prefetch(gates + gate * job.hidden);
+    const InputGates gates(job, panel, i, s, at);
+    for (int gate = 0; gate < 4; ++gate) __builtin_prefetch(gates.from + gate * gates.per_gate);
   }
   panel_product<Kind>(rows, job.h_words + old * job.ld_batch * job.ld_h, job.ld_h_words, weight, job.proj_size, 0,
-                      blocks_of<Kind>(job.proj_size), z);
+                      blocks_of<Kind>(job.proj_size), weights + after * panel_size<Kind>(job.proj_size), z);
   for (int64_t i = 0; i < rows; ++i) {
     const int64_t row = job.row[i], t = time_of(job, i, s);
-    const float* gates = job.gates + row * job.gates_batch + t * job.gates_time + cell;
+    const InputGates gates(job, panel, i, s, at);
     const float scale = Kind::kScaled ? job.h_scale[i] : 1.0f;
     float* state = job.c + (panel * job.ld_batch + i) * kCells;
     for (int64_t j = 0; j < there; j += kLanes) {
       Vec gate[4];
       for (int g = 0; g < 4; ++g) {
-        gate[g] = load_some(gates + g * job.hidden + j, there - j) +
+        gate[g] = load_some(gates.from + g * gates.per_gate + j, there - j) +
                   Kind::value(z + i * kPanel + g * kCells + j, weight + g * kCells + j, scale);
       }
       const Vec entered = sigmoid(gate[0]) * tanh(gate[2]);
@@ -129,7 +174,7 @@ void project(const LstmJob& job, int64_t s, int64_t rows, int index, int count, 
     const Share share(panels, index, count);
     for (int64_t panel = share.from; panel < share.to; ++panel) {
       const uint32_t* w = weight + panel * size;
-      panel_product<Kind>(rows, job.m_words, job.ld_m_words, w, job.hidden, 0, blocks, z);
+      panel_product<Kind>(rows, job.m_words, job.ld_m_words, w, job.hidden, 0, blocks, w + size, z);
       for (int64_t i = 0; i < rows; ++i) store_h<Kind>(job, s, i, panel, w, z + i * kPanel);
     }
     return;
@@ -137,7 +182,9 @@ void project(const LstmJob& job, int64_t s, int64_t rows, int index, int count, 
   const Share share(panels * blocks, index, count);
   for (int64_t unit = share.from; unit < share.to; ++unit) {
     const int64_t panel = unit / blocks, block = unit % blocks;
-    panel_product<Kind>(rows, job.m_words, job.ld_m_words, weight + panel * size, job.hidden, block, block + 1,
+    const uint32_t* w = weight + panel * size;
+    const uint32_t* after = w + Kind::kHeader + (block + 1) * Kind::kBlock * kPanel;
+    panel_product<Kind>(rows, job.m_words, job.ld_m_words, w, job.hidden, block, block + 1, after,
                         job.partial + unit * job.ld_batch * kPanel);
   }
   lstm_barrier(job.barrier, count);
@@ -155,34 +202,63 @@ void project(const LstmJob& job, int64_t s, int64_t rows, int index, int count, 
 
 // Rows of h or m as the words the products read.
 template <class Kind>
-void prepare(int64_t rows, const float* x, int64_t ld_x, int64_t size, uint32_t* words, int64_t ld_words, float* scale,
-             int index, int count) {
+void prepare_rows(int64_t rows, const float* x, int64_t ld_x, int64_t size, uint32_t* words, int64_t ld_words,
+                  float* scale, int index, int count) {
   if constexpr (!Kind::kDirect) {
     const Share share(rows, index, count);
     for (int64_t i = share.from; i < share.to; ++i) Kind::prepare(x + i * ld_x, size, words + i * ld_words, scale + i);
   }
 }
 
+// Rows of x of the steps that begin with s as words, one step's after the other's. Returns how many they are.
+template <class Kind>
+int64_t prepare_chunk(const LstmJob& job, int64_t s, int64_t rows, int index, int count) {
+  int64_t all = 0;
+  for (int64_t t = s; t < less(s + job.chunk_steps, job.length[0]); ++t) {
+    while (job.length[rows - 1] <= t) --rows;
+    const Share share(rows, index, count);
+    for (int64_t i = share.from; i < share.to; ++i) {
+      const float* x = job.x + job.row[i] * job.x_batch + time_of(job, i, t) * job.x_time;
+      Kind::prepare(x, job.input, job.x_words + (all + i) * job.ld_x_words, job.x_scale + all + i);
+    }
+    all += rows;
+  }
+  return all;
+}
+
 template <class Kind>
 void forward(const LstmJob& job, int index, int count) {
   Kind::enter();
-  float* z = job.scratch + index * job.ld_batch * kPanel;
+  float* z = job.scratch + index * (job.ld_batch > kLstmInputRows ? job.ld_batch : kLstmInputRows) * kPanel;
   begin<Kind>(job, index, count);
   lstm_barrier(job.barrier, count);
   const Share panels(panels_of(job.hidden, kCells), index, count);
   const int64_t steps = job.batch ? job.length[0] : 0;
-  int64_t rows = job.batch;
+  int64_t rows = job.batch, at = 0;
   for (int64_t s = 0; s < steps; ++s) {
     while (job.length[rows - 1] <= s) --rows;
+    if (job.chunk && s % job.chunk_steps == 0) {
+      // The chunk before was read by this thread alone.
+      const int64_t chunk = prepare_chunk<Kind>(job, s, rows, index, count);
+      lstm_barrier(job.barrier, count);
+      for (int64_t panel = panels.from; panel < panels.to; ++panel) fill_chunk<Kind>(job, chunk, panel, z);
+      at = 0;
+    }
     if (!Kind::kDirect) {
-      prepare<Kind>(rows, job.h, job.ld_h, job.proj_size, job.h_words, job.ld_h_words, job.h_scale, index, count);
+      prepare_rows<Kind>(rows, job.h, job.ld_h, job.proj_size, job.h_words, job.ld_h_words, job.h_scale, index, count);
       lstm_barrier(job.barrier, count);
     }
-    for (int64_t panel = panels.from; panel < panels.to; ++panel) step_cells<Kind>(job, s, rows, panel, z);
+    // Up and down in turn: the weights read last are still in the cache when the next step begins with them.
+    const int64_t turn = s & 1 ? -1 : 1;
+    int64_t panel = s & 1 ? panels.to - 1 : panels.from;
+    for (int64_t left = panels.to - panels.from; left > 0; --left, panel += turn) {
+      step_cells<Kind>(job, s, rows, panel, at, left > 1 ? panel + turn : panel, z);
+    }
+    at += rows;
     lstm_barrier(job.barrier, count);
     if (!job.has_projection) continue;
     if (!Kind::kDirect) {
-      prepare<Kind>(rows, job.m, job.ld_m, job.hidden, job.m_words, job.ld_m_words, job.m_scale, index, count);
+      prepare_rows<Kind>(rows, job.m, job.ld_m, job.hidden, job.m_words, job.ld_m_words, job.m_scale, index, count);
       lstm_barrier(job.barrier, count);
     }
     project<Kind>(job, s, rows, index, count, z);
@@ -197,15 +273,13 @@ void forward(const LstmJob& job, int index, int count) {
 template <class Kind>
 void input(const LstmInputJob& job, int index, int count) {
   Kind::enter();
-  if constexpr (!Kind::kDirect) {
-    const Share rows(job.rows + kLstmInputRows, index, count);
-    for (int64_t i = rows.from; i < rows.to; ++i) {
-      uint32_t* words = job.words + i * job.ld_words;
-      for (int64_t k = 0; k < job.ld_words; ++k) words[k] = 0;
-      if (i < job.rows) Kind::prepare(job.x + i * job.ld_x, job.input, words, job.scale + i);
-    }
-    lstm_barrier(job.barrier, count);
+  const Share share(job.rows + kLstmInputRows, index, count);
+  for (int64_t i = share.from; i < share.to; ++i) {
+    uint32_t* words = job.words + i * job.ld_words;
+    fill_zero(reinterpret_cast<float*>(words), job.ld_words);
+    if (i < job.rows) Kind::prepare(job.x + i * job.ld_x, job.input, words, job.scale + i);
   }
+  lstm_barrier(job.barrier, count);
   float* z = job.scratch + index * kLstmInputRows * kPanel;
   const Share panels(panels_of(job.hidden, kCells), index, count);
   const int64_t size = panel_size<Kind>(job.input), blocks = blocks_of<Kind>(job.input);
@@ -216,7 +290,8 @@ void input(const LstmInputJob& job, int index, int count) {
       for (int64_t panel = group; panel < end; ++panel) {
         const uint32_t* weight = static_cast<const uint32_t*>(job.weight) + panel * size;
         const int64_t cell = panel * kCells, there = less(kCells, job.hidden - cell);
-        panel_product<Kind>(rows, job.words + from * job.ld_words, job.ld_words, weight, job.input, 0, blocks, z);
+        panel_product<Kind>(rows, job.words + from * job.ld_words, job.ld_words, weight, job.input, 0, blocks,
+                            weight + (panel + 1 < end ? size : (group - panel) * size), z);
         for (int gate = 0; gate < 4; ++gate) {
           const int64_t column = gate * job.hidden + cell;
           for (int64_t j = 0; j < there; j += kLanes) {

@@ -17,6 +17,10 @@ struct Float32 {
   static Sum dot(Sum sum, Spread x, WordVec w) { return sum + x * (Vec)w; }
   static Vec value(const float* z, const uint32_t*, float) { return load(z); }
   static void add(float* z, const float* more) { store(z, load(z) + load(more)); }
+  // Into rows of the workspace, whose distance suits the cache; h and m lie there already.
+  static void prepare(const float* x, int64_t size, uint32_t* words, float*) {
+    __builtin_memcpy(words, x, sizeof(float) * size);
+  }
   static void enter() {}
   static void leave() {}
 };

@@ -26,15 +26,22 @@ constexpr int kLstmNarrowBlock = 256;
 // L1, the panels in L2.
 constexpr int kLstmInputRows = 48;
 constexpr int kLstmInputPanels = 8;
+// Rows (of several steps) whose input product the recurrence makes at once: enough to read W_ih seldom, few enough to
+// stay in the cache until their step comes.
+constexpr int kLstmChunkRows = 128;
 
 struct LstmJob {
   // sizes
   int64_t batch, steps, hidden, proj_size;
   bool has_projection, reverse;
   float cell_clip, proj_clip;  // 0: off
-  // caller's arrays of this direction
+  // caller's arrays of this direction: gates or, where there is a chunk, x, from which they are made
   const float* gates;
   int64_t gates_batch, gates_time;
+  const float* x;
+  int64_t input, x_batch, x_time;
+  const void* weight_input;
+  const float* bias;  // may be null
   const void* weight_gates;
   const void* weight_proj;
   const float* h_0;  // may be null
@@ -52,7 +59,12 @@ struct LstmJob {
   float* m;        // (batch, ld_m), with projection
   float* c;        // (gate panels, batch, 16)
   float* partial;  // (blocks of hidden * proj panels, batch, 64); null: each thread sums its panels whole
-  float* scratch;  // (threads, batch, 64)
+  float* scratch;  // (threads, batch or kLstmInputRows if that is more, 64)
+  // gates made from x: (gate panels, chunk_rows, 64), and those rows of x as words
+  float* chunk;       // null: from gates
+  uint32_t* x_words;  // (chunk_rows and kLstmInputRows more, ld_x_words)
+  float* x_scale;
+  int64_t chunk_rows, chunk_steps, ld_x_words;
   // what the products read: h and m rounded, or (float32) h and m themselves
   uint32_t* h_words;  // (batch, ld_h_words)
   uint32_t* m_words;  // (batch, ld_m_words)

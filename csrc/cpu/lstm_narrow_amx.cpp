@@ -11,6 +11,7 @@ namespace ctxfast {
 namespace {
 
 constexpr int64_t kPanelBytes = 4 * kPanel;
+constexpr int64_t kFewRows = 4;
 
 struct alignas(64) TileShapes {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -89,7 +90,11 @@ struct Tiles : Base {
 
   // Memory of x and z reaches to a multiple of 16 rows.
   static void panel_product(int64_t rows, const uint32_t* x, int64_t ld, const uint32_t* panel, int64_t size,
-                            int64_t first, int64_t last, float* z) {
+                            int64_t first, int64_t last, const uint32_t* after, float* z) {
+    if constexpr (kInt8) {
+      // The same bits, and a few rows leave the tiles idle.
+      if (rows <= kFewRows) return vector_product<Base>(rows, x, ld, panel, size, first, last, after, z);
+    }
     const int64_t end = Base::words(size);
     // int8 sums are exact, so one pass; bfloat16 block sums are added up as everywhere.
     const int64_t step = kInt8 ? (last - first) * Base::kBlock : Base::kBlock;

@@ -88,20 +88,28 @@ void block_product(int64_t rows, const uint32_t* x, int64_t ld_x, const uint32_t
   }
 }
 
-// z (rows, 64) = x (rows, size) times blocks `first` to `last` of a panel. AMX's kinds bring their own.
+// z (rows, 64) = x (rows, size) times blocks `first` to `last` of a panel; `after` is read next. AMX's kinds bring
+// their own.
+template <class Kind>
+void vector_product(int64_t rows, const uint32_t* x, int64_t ld_x, const uint32_t* panel, int64_t size, int64_t first,
+                    int64_t last, const uint32_t* after, float* z) {
+  const int64_t words = Kind::words(size);
+  if (first >= last) fill_zero(z, rows * kPanel);
+  for (int64_t block = first; block < last; ++block) {
+    const int64_t k = block * Kind::kBlock, count = less(words - k, Kind::kBlock);
+    const uint32_t* w = panel + Kind::kHeader + k * kPanel;
+    const uint32_t* next = block + 1 < last ? w + count * kPanel : after;
+    block_product<Kind>(rows, x + k, ld_x, w, count, next, block == first, z);
+  }
+}
+
 template <class Kind>
 void panel_product(int64_t rows, const uint32_t* x, int64_t ld_x, const uint32_t* panel, int64_t size, int64_t first,
-                   int64_t last, float* z) {
+                   int64_t last, const uint32_t* after, float* z) {
   if constexpr (Kind::kTiles) {
-    Kind::panel_product(rows, x, ld_x, panel, size, first, last, z);
+    Kind::panel_product(rows, x, ld_x, panel, size, first, last, after, z);
   } else {
-    const int64_t words = Kind::words(size);
-    if (first >= last) fill_zero(z, rows * kPanel);
-    for (int64_t block = first; block < last; ++block) {
-      const int64_t k = block * Kind::kBlock, count = less(words - k, Kind::kBlock);
-      const uint32_t* w = panel + Kind::kHeader + k * kPanel;
-      block_product<Kind>(rows, x + k, ld_x, w, count, w + count * kPanel, block == first, z);
-    }
+    vector_product<Kind>(rows, x, ld_x, panel, size, first, last, after, z);
   }
 }
 

@@ -51,8 +51,15 @@ struct LstmParams {
   int64_t steps = 0;       // T
   int64_t directions = 1;  // R; direction 1 runs from each row's own last step to its first
 
+  // Either gates or, with from_x, x and what turns it into gates a piece at a time: no array of all gates then.
+  bool from_x = false;
   const float* gates[kLstmMaxDirections] = {};        // (B, T, 4H), last dimension contiguous
   int64_t gates_strides[kLstmMaxDirections][2] = {};  // of B and T
+  int64_t input = 0;                                  // I
+  const float* x[kLstmMaxDirections] = {};            // (B, T, I), last dimension contiguous
+  int64_t x_strides[kLstmMaxDirections][2] = {};      // of B and T
+  const void* packed_input[kLstmMaxDirections] = {};  // from lstm_pack_input with the same H, I and dtype
+  const float* bias[kLstmMaxDirections] = {};         // (4H); null: none
   const void* packed[kLstmMaxDirections] = {};        // from lstm_pack with the same shape
   const int64_t* lengths = nullptr;                   // (B), 0..T; null: T everywhere
   const float* h_0 = nullptr;                         // (R, B, P) contiguous; null: zeros

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``lstm`` on the CPU: one call for the inputs of all steps, one for the recurrence of all directions and steps.
+"""``lstm`` on the CPU: one call of the compiled kernel for all directions and steps.
 
 Products run as ``weight_dtype`` says; bfloat16 inputs mean bfloat16 products, float16 inputs float32 ones. Gates and
 states are float32 inside. Weights are packed once per parameter and found again by later calls. When a gradient is
-needed the kernel also stores the cell states; the backward pass recomputes all gates by one matrix product and walks
+needed the input product of all steps is a call of its own, and the kernel also stores the cell states; the backward
+pass recomputes all gates by one matrix product and walks
 the recurrence in plain PyTorch.
 """
 
@@ -87,8 +88,8 @@ def _input_fake(x: Tensor, weight_ih: Tensor, bias: Tensor | None, kind: str) ->
     return torch_ops.allocate((x.shape[0], x.shape[1], weight_ih.shape[0]), x)
 
 
-def _forward(
-    gates: Sequence[Tensor],  # R of (B, T, 4H), W_ih x + b
+def _recurrence(
+    gates: Sequence[Tensor],  # R of (B, T, 4H), W_ih x + b; or of x (B, T, I), with `from_x`
     weight_hh: Sequence[Tensor],
     weight_proj: Sequence[Tensor],  # empty: no projection
     lengths: Tensor | None,
@@ -97,11 +98,10 @@ def _forward(
     cell_clip: float,  # 0: off
     proj_clip: float,
     kind: str,
-    save_cells: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    output, h_n, c_n, cells = _forward_fake(
-        gates, weight_hh, weight_proj, lengths, h_0, c_0, cell_clip, proj_clip, kind, save_cells
-    )
+    outputs: tuple[Tensor, Tensor, Tensor, Tensor],  # output, h_n, c_n, cells (empty: not wanted)
+    **from_x: Any,
+) -> None:
+    output, h_n, c_n, cells = outputs
     batch, steps, _ = gates[0].shape
     hidden, size = weight_hh[0].shape[0] // 4, weight_hh[0].shape[1]
     gates = [gate if gate.stride(2) == 1 else gate.contiguous() for gate in gates]
@@ -115,10 +115,26 @@ def _forward(
         packed=[weights.data_ptr() for weights in packed], dtype=kind,
         lengths=_address(rows), h_0=_address(h_0), c_0=_address(c_0),
         output=output.data_ptr(), output_strides=output.stride()[:2], h_n=h_n.data_ptr(), c_n=c_n.data_ptr(),
-        cells=cells.data_ptr() if save_cells else 0,
-        cell_clip=cell_clip, proj_clip=proj_clip, threads=torch.get_num_threads(),
+        cells=cells.data_ptr(), cell_clip=cell_clip, proj_clip=proj_clip, threads=torch.get_num_threads(), **from_x,
     )  # fmt: skip
-    return output, h_n, c_n, cells
+
+
+def _forward(
+    gates: Sequence[Tensor],
+    weight_hh: Sequence[Tensor],
+    weight_proj: Sequence[Tensor],
+    lengths: Tensor | None,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    cell_clip: float,
+    proj_clip: float,
+    kind: str,
+    save_cells: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    args = (gates, weight_hh, weight_proj, lengths, h_0, c_0, cell_clip, proj_clip, kind)
+    outputs = _forward_fake(*args, save_cells)
+    _recurrence(*args, outputs)
+    return outputs
 
 
 def _forward_fake(
@@ -142,6 +158,46 @@ def _forward_fake(
         torch_ops.allocate((directions, batch, hidden), gates[0]),
         torch_ops.allocate((directions, batch, steps, hidden) if save_cells else (0,), gates[0]),
     )
+
+
+def _whole(
+    x: Sequence[Tensor],  # R of (B, T, I)
+    weight_ih: Sequence[Tensor],
+    bias: Sequence[Tensor],  # empty: none
+    weight_hh: Sequence[Tensor],
+    weight_proj: Sequence[Tensor],
+    lengths: Tensor | None,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    cell_clip: float,
+    proj_clip: float,
+    kind: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    outputs = _forward_fake(x, weight_hh, weight_proj, lengths, h_0, c_0, cell_clip, proj_clip, kind, False)
+    packed = [_pack_input(weight, kind) for weight in weight_ih]
+    biases = [b.float().contiguous() for b in bias]
+    _recurrence(
+        x, weight_hh, weight_proj, lengths, h_0, c_0, cell_clip, proj_clip, kind, outputs,
+        input=x[0].shape[2], packed_input=[weight.data_ptr() for weight in packed],
+        bias=[b.data_ptr() for b in biases] or [0] * len(packed),
+    )  # fmt: skip
+    return outputs[:3]
+
+
+def _whole_fake(
+    x: Sequence[Tensor],
+    weight_ih: Sequence[Tensor],
+    bias: Sequence[Tensor],
+    weight_hh: Sequence[Tensor],
+    weight_proj: Sequence[Tensor],
+    lengths: Tensor | None,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    cell_clip: float,
+    proj_clip: float,
+    kind: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _forward_fake(x, weight_hh, weight_proj, lengths, h_0, c_0, cell_clip, proj_clip, kind, False)[:3]
 
 
 def _previous(states: Tensor, initial: Tensor, lengths: Tensor | None, reverse: bool) -> Tensor:
@@ -278,6 +334,14 @@ def _backward_fake(
 _in = torch_ops.define(
     "lstm_cpu_input", "(Tensor x, Tensor weight_ih, Tensor? bias, str kind) -> Tensor", _input, _input_fake, "CPU"
 )
+_run = torch_ops.define(
+    "lstm_cpu_run",
+    "(Tensor[] x, Tensor[] weight_ih, Tensor[] bias, Tensor[] weight_hh, Tensor[] weight_proj, Tensor? lengths, "
+    "Tensor? h_0, Tensor? c_0, float cell_clip, float proj_clip, str kind) -> (Tensor, Tensor, Tensor)",
+    _whole,
+    _whole_fake,
+    "CPU",
+)
 _fwd = torch_ops.define(
     "lstm_cpu_fwd",
     "(Tensor[] gates, Tensor[] weight_hh, Tensor[] weight_proj, Tensor? lengths, Tensor? h_0, Tensor? c_0, "
@@ -385,13 +449,12 @@ def lstm(**args: Any) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     clips, kind, dtype = (args["cell_clip"] or 0.0, args["proj_clip"] or 0.0), _kind(args), inputs[0].dtype
     h_0, c_0 = _wide_states(args)
     wide = [x.float() for x in inputs] if inputs[0] is not inputs[-1] else [inputs[0].float()] * len(inputs)
-    biases = [None] * len(wide) if bias is None else bias
     if registry.needs_grad(args):
+        biases = [None] * len(wide) if bias is None else bias
         gates = [_Input.apply(x, weight_ih[r], biases[r], kind) for r, x in enumerate(wide)]
         output, h_n, c_n = _Lstm.apply(len(gates), lengths, clips, kind, h_0, c_0, *gates, *hh, *proj)
     else:
-        gates = [_in(x, weight_ih[r], biases[r], kind) for r, x in enumerate(wide)]
-        output, h_n, c_n, _ = _fwd(gates, hh, proj, lengths, h_0, c_0, *clips, kind, False)
+        output, h_n, c_n = _run(wide, list(weight_ih), list(bias or ()), hh, proj, lengths, h_0, c_0, *clips, kind)
     return output.to(dtype), (h_n.to(dtype), c_n.to(dtype))
 
 
@@ -404,7 +467,9 @@ def raw_calls(args: Mapping[str, Any]) -> list[tuple[Any, tuple]]:
     gates = [_in(*product) for product in products]
     output, h_n, c_n, cells = _fwd(gates, hh, proj, lengths, h_0, c_0, *clips, kind, True)
     grads = [torch.randn_like(output), torch.randn_like(h_n), torch.randn_like(c_n)]
+    weights = (list(args["weight_ih"]), list(args["bias"] or ()), hh, proj)
     return [
+        (_run, ([product[0] for product in products], *weights, lengths, h_0, c_0, *clips, kind)),
         (_in, products[0]),
         (_fwd, (gates, hh, proj, lengths, h_0, c_0, *clips, kind, False)),
         (_bwd, (grads, gates, hh, proj, lengths, h_0, c_0, output, cells, *clips, kind)),
