@@ -206,7 +206,6 @@ Status lstm_persistent_forward(const LstmPersistentForwardParams& p, const LstmP
   k.row_tiles = shape.cells / 4;
   k.pairs = k.size / 32;
   k.cell_pairs = p.has_proj ? k.hidden / 32 : 0;
-  k.batch_tiles = static_cast<int>(ceil_div(p.batch, plan.tile_rows));
   k.shares_h = shape.shares_h;
   k.at = shape.at;
   for (int64_t r = 0; r < p.directions; ++r) {

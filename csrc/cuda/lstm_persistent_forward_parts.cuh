@@ -1,0 +1,309 @@
+// SPDX-License-Identifier: Apache-2.0
+// The persistent forward recurrence: parameters, exchange between blocks, products. The whole: the _impl.cuh beside it.
+#pragma once
+
+#include "device.cuh"
+
+namespace ctxfast::lstm_forward {
+
+constexpr int kThreads = 512, kWarps = 16;
+constexpr int kSlots = 4;
+constexpr uint32_t kEmpty = 0xFFFFFFFFu;
+// About a second: a peer answers within microseconds, or never.
+constexpr int kSpins = 1 << 21;
+// k-steps of 16 whose weights a warp (its 16 or 64 gate rows) keeps in registers: 64 of them.
+constexpr int kRegisterFragments = 16;
+constexpr int kMmaTiles = 4;  // row tiles of a warp, mma.sync
+
+// Bytes from the start of shared memory.
+struct SharedPlaces {
+  int projection, h, partial, published, sums, lengths;
+};
+
+struct KernelParams {
+  int batch, steps, hidden, size, directions;  // size: P, or H without projection
+  int row_tiles;                               // of a block: C / 4
+  int pairs;                                   // 32s of K = P
+  int cell_pairs;                              // 32s of H with a projection, else 0
+  bool shares_h;                               // published values and sums lie where h lay
+  SharedPlaces at;
+  const uint4* packed[2];       // [block] gate weights, then [P / 8] projection weights
+  const uint2* gates[2];        // (B, T, H) of four 16-bit gates
+  int64_t gates_strides[2][2];  // of B and T, in uint2
+  const int64_t* lengths;       // or null
+  const void* h_0;              // or null
+  const float* c_0;             // or null
+  float cell_clip, proj_clip;   // infinity: off
+  void* output;
+  int64_t output_strides[2];
+  void* h_n;
+  float* c_n;
+  float* cells;    // or null
+  uint4* h_slots;  // [directions][kSlots][pairs][kTiles][32]
+  uint4* m_slots;  // [directions][kSlots][cell_pairs][kTiles][32]
+};
+
+// The thread's index, but for the compiler a new number each time: what follows from it is computed anew where it is
+// needed (a few instructions), not kept in registers over all steps.
+CTXFAST_DEVICE int thread_anew() {
+  int thread = thread_index();
+  asm volatile("" : "+r"(thread));
+  return thread;
+}
+
+CTXFAST_DEVICE uint32_t filled(uint32_t word) { return word == kEmpty ? 0x7FFF7FFFu : word; }
+CTXFAST_DEVICE uint4 filled(uint4 v) { return make_uint4(filled(v.x), filled(v.y), filled(v.z), filled(v.w)); }
+CTXFAST_DEVICE bool is_filled(uint4 v) { return v.x != kEmpty && v.y != kEmpty && v.z != kEmpty && v.w != kEmpty; }
+
+// Waits for the first `count` of N vectors, address(i). All loads are under way before the first is looked at: one
+// after another they cost 1.7 us a step at B = 32 (H100).
+template <int N, typename Address>
+CTXFAST_DEVICE void wait_for(uint4 (&v)[N], int count, Address address) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    v[i] = make_uint4(0, 0, 0, 0);
+    if (i < count) v[i] = load_relaxed(address(i));
+  }
+  for (int spins = 0;; ++spins) {
+    bool all = true;
+#pragma unroll
+    for (int i = 0; i < N; ++i) all = all && is_filled(v[i]);
+    if (all) return;
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      if (!is_filled(v[i])) v[i] = load_relaxed(address(i));
+    }
+    if (spins > kSpins) {
+      trap_with(1, count);
+      __builtin_unreachable();  // so that nothing is saved for after it
+    }
+  }
+}
+
+// A slot's uint4 of 8 consecutive k (k8 = k / 8) of one row of a tile. For mma: lane 4 row + k8 % 4 of a warp reads 8
+// k, word j of which is register j % 2 of k-step j / 2 of a pair; the other operand's k are permuted alike: k = 32 pair
+// + 8 (lane % 4) + 4 step + 2 register + element. For wgmma: 8 x 8 core matrices.
+template <int kTiles, bool kForMma>
+CTXFAST_DEVICE int slot_place(int k8, int tile, int row) {
+  return kForMma ? (((k8 >> 2) * kTiles + tile) * 8 + row) * 4 + (k8 & 3) : (k8 * kTiles + tile) * 8 + row;
+}
+
+// Where a warp, or a warpgroup, stands in the product: `row` of the rows' groups, K group `k` of `k_groups`.
+struct Part {
+  int row, k, k_groups;
+};
+
+template <int kTiles>
+CTXFAST_DEVICE Part part_of(int row_tiles, int warp) {
+  // The shuffle tells the compiler that a warp's lanes agree: wgmma runs on only where it is sure of that.
+  const int rows = row_tiles / 4, unit = shuffle(kTiles == 1 ? warp : warp >> 2, 0);
+  return {unit & (rows - 1), unit / rows, (kTiles == 1 ? kWarps : kWarps / 4) / rows};
+}
+
+// The weights that stay: registers `w`, and what is left in shared memory.
+template <int kTiles, bool kInRegisters>
+CTXFAST_DEVICE void load_weights(const KernelParams& p, uint4 (&w)[kRegisterFragments], int direction, int block) {
+  const int thread = thread_index(), warp = warp_index(), lane = lane_index();
+  uint4* shared = reinterpret_cast<uint4*>(shared_memory());
+  const Part part = part_of<kTiles>(p.row_tiles, warp);
+  const int64_t block_vectors = static_cast<int64_t>(p.row_tiles) * p.pairs * 64;
+  const uint4* weights = p.packed[direction] + block * block_vectors;
+  if constexpr (kTiles == 1) {
+    // [tile][pair][step][lane]
+    const int left = (p.pairs + part.k_groups - 1) / part.k_groups - 2;  // of the warp with most, in shared memory
+    const auto from = [&](int i, int t, int step) {
+      return weights[(((part.row * kMmaTiles + t) * p.pairs + part.k + i * part.k_groups) * 2 + step) * 32 + lane];
+    };
+#pragma unroll
+    for (int f = 0; f < kRegisterFragments; ++f) {
+      w[f] = make_uint4(0, 0, 0, 0);
+      if (part.k + (f >> 3) * part.k_groups < p.pairs) w[f] = from(f >> 3, (f >> 1) & 3, f & 1);
+    }
+    for (int i = 2; part.k + i * part.k_groups < p.pairs; ++i) {
+      for (int f = 0; f < 8; ++f) shared[((warp * left + i - 2) * 8 + f) * 32 + lane] = from(i, f >> 1, f & 1);
+    }
+  } else {
+    // [64 rows][k-step] of 2 KB: registers' order for the first steps if they are kept there, else core matrices
+    constexpr int kept = kInRegisters ? kRegisterFragments : 0;
+    const int steps = 2 * p.pairs, vectors = (steps - kept) * 128;
+    if constexpr (kInRegisters) {
+#pragma unroll
+      for (int k = 0; k < kept; ++k) w[k] = weights[(part.row * steps + k) * 128 + (warp & 3) * 32 + lane];
+    }
+    for (int group = 0; group < p.row_tiles / 4; ++group) {
+      for (int i = thread; i < vectors; i += kThreads) {
+        shared[group * vectors + i] = weights[(group * steps + kept) * 128 + i];
+      }
+    }
+  }
+  if (8 * block < p.size && p.cell_pairs > 0) {
+    uint4* to = reinterpret_cast<uint4*>(shared_memory() + p.at.projection);
+    const uint4* from = p.packed[direction] + p.hidden / (4 * p.row_tiles) * block_vectors;
+    for (int i = thread; i < p.cell_pairs * 32; i += kThreads) to[i] = from[block * p.cell_pairs * 32 + i];
+  }
+}
+
+CTXFAST_DEVICE uint32_t word(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
+
+// Four row tiles times 16 of K.
+template <typename T>
+CTXFAST_DEVICE void multiply_step(float (&sums)[kMmaTiles][4], const uint4 (&w)[kMmaTiles], uint32_t low,
+                                  uint32_t high) {
+  const uint32_t b[2] = {low, high};
+#pragma unroll
+  for (int t = 0; t < kMmaTiles; ++t) {
+    const uint32_t a[4] = {w[t].x, w[t].y, w[t].z, w[t].w};
+    mma_16x8x16<T>(sums[t], a, b);
+  }
+}
+
+// Products of mma.sync: h from its slot straight into registers; partial sums to shared memory.
+template <typename T>
+CTXFAST_DEVICE void product_mma(const KernelParams& p, const uint4 (&w)[kRegisterFragments], const uint4* h) {
+  const int thread = thread_anew(), warp = thread >> 5, lane = thread & 31;
+  const Part part = part_of<1>(p.row_tiles, warp);
+  const int count = part.k < p.pairs ? (p.pairs - part.k + part.k_groups - 1) / part.k_groups : 0;
+  const int left = (p.pairs + part.k_groups - 1) / part.k_groups - 2;
+  const uint4* shared = reinterpret_cast<const uint4*>(shared_memory()) + warp * left * 256 + lane;
+  float sums[kMmaTiles][4] = {};
+  const auto address = [&](int i) { return h + (part.k + i * part.k_groups) * 32 + lane; };
+  constexpr int kAtOnce = 4;
+  for (int first = 0; first < count; first += kAtOnce) {
+    uint4 v[kAtOnce];
+    wait_for(v, count - first, [&](int i) { return address(first + i); });
+    warp_sync();
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (first + i >= count) continue;
+#pragma unroll
+      for (int step = 0; step < 2; ++step) {
+        uint4 a[kMmaTiles];
+#pragma unroll
+        for (int t = 0; t < kMmaTiles; ++t) {
+          if (i < 2 && first == 0) {
+            a[t] = w[(i & 1) * 8 + 2 * t + step];
+          } else {
+            a[t] = shared[((first + i - 2) * 8 + 2 * t + step) * 32];
+          }
+        }
+        multiply_step<T>(sums, a, word(v[i], 2 * step), word(v[i], 2 * step + 1));
+      }
+    }
+  }
+  float4* partial = reinterpret_cast<float4*>(shared_memory() + p.at.partial);
+#pragma unroll
+  for (int t = 0; t < kMmaTiles; ++t) {
+    partial[(part.k * p.row_tiles + part.row * kMmaTiles + t) * 32 + lane] =
+        make_float4(sums[t][0], sums[t][1], sums[t][2], sums[t][3]);
+  }
+}
+
+// Products of wgmma: h, or the K group's part of it, by way of shared memory. Partial sums go to shared memory if there
+// are several K groups.
+template <typename T, int kTiles, bool kInRegisters>
+CTXFAST_DEVICE void product_wgmma(const KernelParams& p, const uint4 (&w)[kRegisterFragments], const uint4* h,
+                                  float (&sums)[kTiles][4]) {
+  constexpr int kept = kInRegisters ? kRegisterFragments : 0;
+  constexpr int kAtOnce = kInRegisters ? kTiles : 8;
+  const int thread = thread_anew(), warp = thread >> 5, lane = thread & 31;
+  const Part part = part_of<kTiles>(p.row_tiles, warp);
+  const int members = kThreads / part.k_groups, member = part.row * 128 + (thread & 127);
+  const int share = p.pairs / part.k_groups, begin = share * part.k;
+  unsigned char* at_h = shared_memory() + p.at.h;
+  uint4* shared_h = reinterpret_cast<uint4*>(at_h);
+  const int vectors = share * kTiles * 32;
+  for (int first = member, pass = 0; pass == 0 || first < vectors; first += kAtOnce * members, ++pass) {
+    uint4 v[kAtOnce];
+    const int count = first < vectors ? (vectors - first + members - 1) / members : 0;
+    const uint4* from = h + begin * kTiles * 32 + first;
+    wait_for(v, count, [&](int i) { return from + i * members; });
+    if (p.shares_h && pass == 0) block_sync();  // the sums of the step before have been read
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (i < count) shared_h[begin * kTiles * 32 + first + i * members] = v[i];
+    }
+  }
+  shared_written();
+  barrier_sync(1 + part.k, members);
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) sums[n][0] = sums[n][1] = sums[n][2] = sums[n][3] = 0;
+  const uint64_t b = wgmma_descriptor(at_h, kTiles * 128, 128);
+  const uint64_t a = wgmma_descriptor(shared_memory() + part.row * (2 * p.pairs - kept) * 2048, 1024, 128);
+  wgmma_fence();
+  if constexpr (kInRegisters) {
+#pragma unroll
+    for (int k = 0; k < kept; ++k) wgmma_rs<T, 8 * kTiles>(sums, w[k], b + k * (kTiles * 256 >> 4));
+  }
+  const int first_step = 2 * begin + kept;
+  for (int k = 0; k < 2 * share - kept; k += 2) {
+    wgmma_fence();  // else the compiler adds one before every product
+#pragma unroll
+    for (int i = k; i < k + 2; ++i) {
+      wgmma_ss<T, 8 * kTiles>(sums, a + (first_step - kept + i) * (2048 >> 4),
+                              b + (first_step + i) * (kTiles * 256 >> 4));
+    }
+  }
+  wgmma_commit();
+  wgmma_wait<0>();
+  if (part.k_groups > 1) {
+    float4* partial = reinterpret_cast<float4*>(shared_memory() + p.at.partial);
+    const int row_tile = part.row * 4 + (warp & 3);
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+      partial[((part.k * p.row_tiles + row_tile) * kTiles + n) * 32 + lane] =
+          make_float4(sums[n][0], sums[n][1], sums[n][2], sums[n][3]);
+    }
+  }
+}
+
+// 8 rows of W_proj times all m, gathered from their slot; the warps' sums to shared memory:
+// [tile][half of the lanes][warp][16] of float2: row of the batch lane / 4, rows 2 (lane % 4) and the next of W_proj.
+template <typename T, int kTiles, bool kInRegisters>
+CTXFAST_DEVICE void project(const KernelParams& p, const uint4* m) {
+  const int thread = thread_anew(), warp = thread >> 5, lane = thread & 31;
+  constexpr int kAtOnce = kInRegisters && kTiles == 4 ? 1 : 8 / kTiles;  // pairs
+  constexpr int kHalves = kTiles == 1 ? 1 : kTiles / 2;
+  const uint4* weights = reinterpret_cast<const uint4*>(shared_memory() + p.at.projection) + lane;
+  const int count = warp < p.cell_pairs ? (p.cell_pairs - warp + kWarps - 1) / kWarps : 0;
+  float sums[kHalves][4] = {};
+  for (int first = 0; first < count; first += kAtOnce) {
+    uint4 v[kAtOnce * kTiles];
+    const uint4* from = m + (warp + first * kWarps) * kTiles * 32 + lane;
+    wait_for(v, (count - first) * kTiles,
+             [&](int i) { return from + ((i / kTiles) * kWarps * kTiles + i % kTiles) * 32; });
+    warp_sync();
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (first + i >= count) continue;
+      const uint4 f = weights[(warp + (first + i) * kWarps) * 32];
+#pragma unroll
+      for (int step = 0; step < 2; ++step) {
+        const uint32_t b[2] = {word(f, 2 * step), word(f, 2 * step + 1)};
+#pragma unroll
+        for (int half = 0; half < kHalves; ++half) {
+          // Two tiles of 8 batch rows are the 16 rows of the product; one leaves half of it empty.
+          const uint4& low = v[i * kTiles + 2 * half];
+          uint32_t a[4] = {word(low, 2 * step), 0, word(low, 2 * step + 1), 0};
+          if constexpr (kTiles > 1) {
+            const uint4& high = v[i * kTiles + 2 * half + 1];
+            a[1] = word(high, 2 * step);
+            a[3] = word(high, 2 * step + 1);
+          }
+          mma_16x8x16<T>(sums[half], a, b);
+        }
+      }
+    }
+  }
+  float2* to = reinterpret_cast<float2*>(shared_memory() + p.at.sums);
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+    to[((2 * n + (lane >> 4)) * kWarps + warp) * 16 + (lane & 15)] =
+        make_float2(sums[n >> 1][2 * (n & 1)], sums[n >> 1][2 * (n & 1) + 1]);
+  }
+}
+
+CTXFAST_DEVICE float clipped(float x, float bound) {  // NaN stays NaN
+  return x > bound ? bound : x < -bound ? -bound : x;
+}
+
+}  // namespace ctxfast::lstm_forward
