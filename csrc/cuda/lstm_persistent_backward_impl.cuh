@@ -109,7 +109,10 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_persistent_backward_kernel(c
     if (thread_index() < kTileRows * kTiles) {
       const int b = b0 + thread_index();
       int length = 0;
-      if (b < p.batch) length = p.lengths == nullptr ? p.steps : static_cast<int>(p.lengths[b]);
+      if (b < p.batch) {
+        length = p.steps;
+        if (p.lengths != nullptr && p.lengths[b] < p.steps) length = static_cast<int>(p.lengths[b]);
+      }
       length_of[thread_index()] = length;
     }
     block_sync();

@@ -39,7 +39,7 @@ def test_weights_lie_as_the_kernel_reads_them(
     # Every weight once: in W_hh^T's part and in W_proj^T's.
     assert torch.equal(packed[:, :of_hh].flatten().sort().values, hh.flatten())
     for block, kpair, step, tile in ((0, 0, 0, 0), (1, kpairs - 1, 1, tiles - 1), (packed.shape[0] - 1, 1, 0, 0)):
-        where = k_groups and (block % k_groups) * kpairs + kpair
+        where = (block % k_groups) * kpairs + kpair
         cells = [where // 2 * 16 + step * 8 + where % 2 * 4 + s for s in range(4)]
         # Two columns of a lane are gates i, f; eight further are g, o.
         columns = [gate * hidden + cell for gates in ((0, 1), (2, 3)) for cell in cells for gate in gates]
