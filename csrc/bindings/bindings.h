@@ -13,6 +13,7 @@
 
 void bind_lstm(pybind11::module_& m);
 void bind_lstm_step(pybind11::module_& m);
+void bind_lstm_persistent_backward(pybind11::module_& m);
 void bind_scalar_mix(pybind11::module_& m);
 
 // ValueError for arguments, RuntimeError for everything else.

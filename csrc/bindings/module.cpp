@@ -7,7 +7,7 @@
 //   cpu_isas() -> list      the instruction sets compiled that this machine runs, the best one last
 //   cpu_isa() -> str        the last of them
 //
-// Ops: see lstm.cpp and scalar_mix.cpp beside this file.
+// Ops: see lstm.cpp, lstm_persistent_backward.cpp and scalar_mix.cpp beside this file.
 #include "bindings.h"
 #include "ctxfast/cpu_isa.h"
 #include "ctxfast_build_info.h"
@@ -49,5 +49,6 @@ PYBIND11_MODULE(_C, m) {
   });
   bind_lstm(m);
   bind_lstm_step(m);
+  bind_lstm_persistent_backward(m);
   bind_scalar_mix(m);
 }

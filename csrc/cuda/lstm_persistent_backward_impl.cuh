@@ -9,8 +9,9 @@
 // One step, last to first, of a tile of 8 kColumns rows of the batch:
 //   collect   partial sums of dh from the K groups meet, in fixed order; + grad_output; the clip of h.
 //             With a projection each block finishes some rows and publishes them (X); without, dh is of its own cells.
-//   cells     with a projection: dm = Wp^T dh of the block's cells. Then dz and dc; publishes dz (D), stores grad_gates.
-//   rows      the block's part of dh of the step before: Wh^T dz. Publishes it as fp32 partial sums (S); with a single
+//   cells     with a projection: dm = Wp^T dh of the block's cells. Then dz and dc; publishes dz (D), stores
+//   grad_gates. rows      the block's part of dh of the step before: Wh^T dz. Publishes it as fp32 partial sums (S);
+//   with a single
 //             K group nothing is partial and it stays in shared memory.
 // kTiles tiles take turns phase by phase, so that one tile's waiting is the other's work.
 //
@@ -23,23 +24,24 @@
 //
 // Why that is safe:
 // 1. A word is cleared only after every reader has read it. Let a block be past `collect` of iteration n + 2 in the
-//    threads that clear. (a) With a projection it has seen X of n + 2 of all blocks (block_sync joins its threads): each
-//    was published after its block had read S of n + 1, hence after all its own reads of iteration n. (b) With K groups
-//    and no projection, it has seen S of n + 1 of all K groups of its row group: published after their blocks had read
-//    D of n + 1 of their K group, together D of n + 1 of all blocks; each of those was published after its block had
-//    read S of n, and S of n of every row group was published after D of n was read. (c) With one K group it has read
-//    D of n + 1 of all blocks, published after they had read D of n. Every "published after it had read" is program
-//    order with a dependency (the value, or the loop that could not end before), block_sync, or both.
+//    threads that clear. (a) With a projection it has seen X of n + 2 of all blocks (block_sync joins its threads):
+//    each was published after its block had read S of n + 1, hence after all its own reads of iteration n. (b) With K
+//    groups and no projection, it has seen S of n + 1 of all K groups of its row group: published after their blocks
+//    had read D of n + 1 of their K group, together D of n + 1 of all blocks; each of those was published after its
+//    block had read S of n, and S of n of every row group was published after D of n was read. (c) With one K group it
+//    has read D of n + 1 of all blocks, published after they had read D of n. Every "published after it had read" is
+//    program order with a dependency (the value, or the loop that could not end before), block_sync, or both.
 // 2. A clear precedes the next write of its word: same thread, program order.
 // 3. A reader of iteration m never sees the word of iteration m - kSlots: clear, block_sync, release by one thread;
-//    acquire by a thread of the reader's block, block_sync, read: the clear happens before the read, so the read returns
-//    the clear or what comes after it. Before the first kSlots iterations the launcher's clear on the stream does this.
+//    acquire by a thread of the reader's block, block_sync, read: the clear happens before the read, so the read
+//    returns the clear or what comes after it. Before the first kSlots iterations the launcher's clear on the stream
+//    does this.
 // 4. Nobody waits for ever: an announcement waits for nothing of its own or a later iteration, and what a block
 //    waits for in a phase was published by phases before it, of blocks that are all resident (cooperative launch).
 // Every spin is bounded and traps.
 //
-// Numbers. Sums in fp32, in an order fixed by the sizes alone; no atomics. Partial sums and carried dh are fp32; dh at a
-// step and dz are rounded to the weights' dtype where they enter a product, as a loop in that dtype rounds them. In
+// Numbers. Sums in fp32, in an order fixed by the sizes alone; no atomics. Partial sums and carried dh are fp32; dh at
+// a step and dz are rounded to the weights' dtype where they enter a product, as a loop in that dtype rounds them. In
 // fp16 a dz below 6e-8 is 0 and one above 65504 infinite: scaling the loss is the caller's, as with cuDNN; bf16 has
 // fp32's range.
 #pragma once
@@ -56,8 +58,8 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_persistent_backward_kernel(c
   constexpr bool kPartial = kRows == 4;              // dh meets from several K groups
   constexpr int kFragments = kRows * kColumns * 32;  // of a block's rows of dh
   constexpr int kHeld = kRegisters > 0 ? kRegisters * 2 * kRows : 1;
-  constexpr int kVectors = kRegisters > 0 ? 4 : 8;     // see product
-  constexpr int kTileRows = 8 * kColumns;              // of the batch
+  constexpr int kVectors = kRegisters > 0 ? 4 : 8;                        // see product
+  constexpr int kTileRows = 8 * kColumns;                                 // of the batch
   constexpr int kKept = kProjected ? 2 : 1, kCells = kProjected ? 4 : 1;  // values of dh and dc of a thread
   const int direction = block_index() % p.directions, block = block_index() / p.directions;
   const int k_shift = kProjected ? p.k_shift : kPartial ? 2 : 0;
@@ -87,17 +89,19 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_persistent_backward_kernel(c
   // Exchange of this direction; a slot's tiles lie one behind the other.
   const int x_tile = p.cell_pairs * kColumns * 32, d_tile = p.hidden / 8 * kColumns * 32,
             s_tile = p.blocks * kFragments;
-  const auto x_of = [&](int slot, int tile) { return p.x + ((anew(direction) * kSlots + slot) * kTiles + tile) * x_tile; };
-  const auto d_of = [&](int slot, int tile) { return p.d + ((anew(direction) * kSlots + slot) * kTiles + tile) * d_tile; };
+  const auto x_of = [&](int slot, int tile) {
+    return p.x + ((anew(direction) * kSlots + slot) * kTiles + tile) * x_tile;
+  };
+  const auto d_of = [&](int slot, int tile) {
+    return p.d + ((anew(direction) * kSlots + slot) * kTiles + tile) * d_tile;
+  };
   const auto partial_of = [&](int slot, int tile) {
     return p.s + ((anew(direction) * kSlots + slot) * kTiles + tile) * s_tile;
   };
   const auto finish_here = [&] {
     return finish_of<kProjected, kPartial, kColumns>(anew(thread_index()), block, k_shift);
   };
-  const auto form_here = [&] {
-    return form_of<kProjected, kPartial, kColumns>(anew(thread_index()), block, k_shift);
-  };
+  const auto form_here = [&] { return form_of<kProjected, kPartial, kColumns>(anew(thread_index()), block, k_shift); };
 
   int iteration = 0;
   for (int b0 = 0; b0 < p.batch; b0 += kTileRows * kTiles) {
@@ -105,7 +109,10 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_persistent_backward_kernel(c
     if (thread_index() < kTileRows * kTiles) {
       const int b = b0 + thread_index();
       int length = 0;
-      if (b < p.batch) length = p.lengths == nullptr ? p.steps : static_cast<int>(p.lengths[b]);
+      if (b < p.batch) {
+        length = p.steps;
+        if (p.lengths != nullptr && p.lengths[b] < p.steps) length = static_cast<int>(p.lengths[b]);
+      }
       length_of[thread_index()] = length;
     }
     block_sync();
@@ -167,9 +174,8 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_persistent_backward_kernel(c
           float4 sum;
           if constexpr (kPartial) {
             const int slot_before = (iteration + kSlots - 1) % kSlots, first = block >> k_shift << k_shift;
-            sum = floats_of(wait(partial_of(slot_before, tile) +
-                                 (first + finish.part) * kFragments + (finish.tile * kColumns + finish.column) * 32 +
-                                 finish.lane));
+            sum = floats_of(wait(partial_of(slot_before, tile) + (first + finish.part) * kFragments +
+                                 (finish.tile * kColumns + finish.column) * 32 + finish.lane));
           } else {
             sum = reduced<kFragments, 2>(reduce + tile * kWarps * kFragments, 2 * finish.part, finish.fragment);
           }
@@ -292,8 +298,7 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_persistent_backward_kernel(c
           if (thread_index() < kFragments) {
             const float4 sum = reduced<kFragments, kWarps>(reduce, 0, thread_index());
             const uint4 words = make_uint4(bits_of(sum.x), bits_of(sum.y), bits_of(sum.z), bits_of(sum.w));
-            store_relaxed(partial_of(slot, tile) + block * kFragments + thread_index(),
-                          published(words));
+            store_relaxed(partial_of(slot, tile) + block * kFragments + thread_index(), published(words));
           }
           block_sync();  // `reduce` is free
         }
@@ -318,7 +323,8 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_persistent_backward_kernel(c
 #pragma unroll
       for (int j = 0; j < kCells; ++j) {
         const int of = b0 + tile * kTileRows + form.batch + (j & 1), cell = form.cell + 8 * (j >> 1);
-        if (form.forms && of < p.batch) p.grad_c_0[(int64_t{anew(direction)} * p.batch + of) * p.hidden + cell] = dc[tile][j];
+        if (form.forms && of < p.batch)
+          p.grad_c_0[(int64_t{anew(direction)} * p.batch + of) * p.hidden + cell] = dc[tile][j];
       }
     }
   }

@@ -13,12 +13,12 @@ constexpr uint32_t kEmpty = 0xFFFFFFFFu;
 constexpr int kSpins = 1 << 22;
 
 struct KernelParams {
-  const uint4* packed[2];  // per direction: [block][rows fragments][cells fragments], see cuda_backward.py
-  const uint2* z[2];       // (B, T, H) of four 16-bit gates
+  const uint4* packed[2];   // per direction: [block][rows fragments][cells fragments], see cuda_backward.py
+  const uint2* z[2];        // (B, T, H) of four 16-bit gates
   int64_t z_strides[2][2];  // of B and T, in uint2
-  const float* cells;      // (R, B, T, H)
-  const float* c_0;        // (R, B, H) or null
-  const void* output;      // (B, T, R P); read only with proj_clip
+  const float* cells;       // (R, B, T, H)
+  const float* c_0;         // (R, B, H) or null
+  const void* output;       // (B, T, R P); read only with proj_clip
   int64_t output_strides[2];
   const void* grad_output;  // (B, T, R P) or null
   int64_t grad_output_strides[2];
@@ -32,9 +32,9 @@ struct KernelParams {
   uint4 *x, *d, *s;        // exchange, per direction [kSlots][kTiles][...]
   uint32_t* cleared;       // per direction [blocks]
   int directions, batch, steps, hidden, size;
-  int blocks, k_shift;              // of a direction; 2^k_shift K groups
-  int row_pairs, cell_pairs;        // K of the two products of a block, in units of 32
-  float cell_clip, proj_clip;       // 0: off
+  int blocks, k_shift;         // of a direction; 2^k_shift K groups
+  int row_pairs, cell_pairs;   // K of the two products of a block, in units of 32
+  float cell_clip, proj_clip;  // 0: off
 };
 
 // x, of which the compiler knows nothing any more: what is made of it is made anew in each phase of each step, and does
@@ -217,7 +217,7 @@ CTXFAST_DEVICE void store_fragments(float4* shared, const float (&acc)[kTilesM][
   for (int m = 0; m < kTilesM; ++m) {
 #pragma unroll
     for (int n = 0; n < kColumns; ++n) {
-      const float(&v)[4] = acc[m][n];
+      const float (&v)[4] = acc[m][n];
       at[(m * kColumns + n) * 32] = make_float4(v[0], v[1], v[2], v[3]);
     }
   }
@@ -279,9 +279,8 @@ CTXFAST_DEVICE uint2 cell_gradient(const CellFacts& facts, bool active, float dm
   float total = *dc + dm * o * (1.0f - tanh_c * tanh_c);
   if (cell_clip > 0.0f && !(fabsf(facts.c) < cell_clip)) total = 0.0f;
   *dc = total * f;
-  return make_uint2(
-      published(pack2<T>(total * g * i * (1.0f - i), total * facts.before * f * (1.0f - f))),
-      published(pack2<T>(total * i * (1.0f - g * g), dm * tanh_c * o * (1.0f - o))));
+  return make_uint2(published(pack2<T>(total * g * i * (1.0f - i), total * facts.before * f * (1.0f - f))),
+                    published(pack2<T>(total * i * (1.0f - g * g), dm * tanh_c * o * (1.0f - o))));
 }
 
 // One value of dh: grad_output + carried, stopped by the clip of h. 0 for a row past its end.
@@ -339,8 +338,8 @@ CTXFAST_DEVICE Finish finish_of(int tid, int block, int k_shift) {
   return f;
 }
 
-// The cells whose dz a thread forms: with a projection `cell` and `cell` + 8 of columns `batch` and `batch` + 1; without,
-// the one it finishes dh of.
+// The cells whose dz a thread forms: with a projection `cell` and `cell` + 8 of columns `batch` and `batch` + 1;
+// without, the one it finishes dh of.
 struct Form {
   int cell, batch;
   int d_vector;  // in D: vectors [kpair][kColumns][lane]; of the next column 4 further

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Plan and launcher of the persistent backward recurrence. The kernel and its argument: lstm_persistent_backward_impl.cuh.
-// Not yet run on a GPU.
+// Plan and launcher of the persistent backward recurrence. The kernel and its argument:
+// lstm_persistent_backward_impl.cuh. Not yet run on a GPU.
 #include <algorithm>
 
 #include "ctxfast/lstm_persistent_backward.h"
@@ -13,10 +13,10 @@ namespace {
 using namespace lstm_backward;
 
 constexpr const char* kOp = "lstm";
-constexpr int kRegisterPairs = 4;        // kpairs of the weights a warp keeps in registers, where it must
-constexpr int64_t kVector = 16;          // bytes
-constexpr int64_t kSharedBytes = 232448;  // of a block on Hopper
-constexpr int64_t kFlagBytes = 1024;      // the `cleared` words of both directions, at the workspace's end
+constexpr int kRegisterPairs = 4;            // kpairs of the weights a warp keeps in registers, where it must
+constexpr int64_t kVector = 16;              // bytes
+constexpr int64_t kSharedBytes = 232448;     // of a block on Hopper
+constexpr int64_t kFlagBytes = 1024;         // the `cleared` words of both directions, at the workspace's end
 constexpr int64_t kGatherBytes = 64 * 1024;  // dz of one step that a block may read whole to save an exchange
 
 // Everything about a call that its sizes decide.
@@ -77,8 +77,10 @@ std::string refusal_of(int64_t hidden, int64_t size, bool projected, int64_t dir
   const int64_t ratio = size > 0 && hidden % size == 0 ? hidden / size : 0;
   const bool in_range = size >= 64 && size <= 512 && size % 64 == 0 && hidden <= 4096;
   if (!in_range || (ratio != 2 && ratio != 4 && ratio != 8 && ratio != 16)) {
-    return "with a projection it takes proj_size 64 to 512 in multiples of 64 and hidden_size 2, 4, 8 or 16 times that, "
-           "at most 4096, not " + sizes + ".";
+    return "with a projection it takes proj_size 64 to 512 in multiples of 64 and hidden_size 2, 4, 8 or 16 times "
+           "that, "
+           "at most 4096, not " +
+           sizes + ".";
   }
   return "";
 }
@@ -123,9 +125,9 @@ Status check(const LstmPersistentBackwardParams& p, const LstmPersistentBackward
   if (p.grad_h_0 == nullptr) return null_argument("grad_h_0");
   if (p.grad_c_0 == nullptr) return null_argument("grad_c_0");
   if (p.workspace == nullptr || p.workspace_bytes < plan.workspace_bytes ||
-      reinterpret_cast<uintptr_t>(p.workspace) % 256 != 0) {
+      reinterpret_cast<uintptr_t>(p.workspace) % 16 != 0) {
     return invalid(kOp, "workspace", std::to_string(p.workspace ? p.workspace_bytes : 0) + " bytes",
-                   std::to_string(plan.workspace_bytes) + " bytes, 256-byte aligned");
+                   std::to_string(plan.workspace_bytes) + " bytes, 16-byte aligned");
   }
   return {};
 }

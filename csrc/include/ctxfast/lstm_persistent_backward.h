@@ -48,7 +48,7 @@ struct LstmPersistentBackwardParams {
   void* grad_hidden = nullptr;       // (R, B, T, P): of h before its clip, 0 past a row's end; null: not wanted
   float* grad_h_0 = nullptr;         // (R, B, P)
   float* grad_c_0 = nullptr;         // (R, B, H)
-  void* workspace = nullptr;         // plan.workspace_bytes, 256-byte aligned; need not be cleared
+  void* workspace = nullptr;         // plan.workspace_bytes, 16-byte aligned; need not be cleared
   int64_t workspace_bytes = 0;
   float cell_clip = 0, proj_clip = 0;  // 0: off
 };
