@@ -65,5 +65,6 @@ SPEC = registry.register(
         reference=reference,
         check=_check,
         autocast="keep",
+        impls=(registry.Impl("triton", "cuda", note="gathered and normalised in one pass; not yet run on a GPU"),),
     )
 )

@@ -37,5 +37,8 @@ SPEC = registry.register(
         reference=reference,
         check=_check,
         autocast="lower",
+        impls=(
+            registry.Impl("triton", "cuda", note="cuBLAS, then bias and activation in one pass; not yet run on a GPU"),
+        ),
     )
 )

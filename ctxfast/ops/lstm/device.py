@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..._core import capability
+from ..._core import capability, torch_ops
 from ..._core.weight_cache import WeightCache
 
 DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
@@ -89,10 +89,10 @@ def forward_outputs(gates: Sequence[Tensor], size: int, save_cells: bool) -> tup
     directions, like = len(gates), gates[0]
     cells = (directions, batch, steps, hidden) if save_cells else (0,)
     return (
-        like.new_empty((batch, steps, directions * size)),
-        like.new_empty((directions, batch, size)),
-        like.new_empty((directions, batch, hidden), dtype=torch.float32),
-        like.new_empty(cells, dtype=torch.float32),
+        torch_ops.allocate((batch, steps, directions * size), like),
+        torch_ops.allocate((directions, batch, size), like),
+        torch_ops.allocate((directions, batch, hidden), like, torch.float32),
+        torch_ops.allocate(cells, like, torch.float32),
     )
 
 
@@ -101,10 +101,10 @@ def backward_outputs(z: Sequence[Tensor], size: int) -> list[Tensor]:
     batch, steps, hidden, _ = z[0].shape
     directions, like = len(z), z[0]
     return [
-        *(like.new_empty(tuple(gates.shape)) for gates in z),
-        like.new_empty((directions, batch, steps, size)),
-        like.new_empty((directions, batch, size), dtype=torch.float32),
-        like.new_empty((directions, batch, hidden), dtype=torch.float32),
+        *(torch_ops.allocate(gates.shape, gates) for gates in z),
+        torch_ops.allocate((directions, batch, steps, size), like),
+        torch_ops.allocate((directions, batch, size), like, torch.float32),
+        torch_ops.allocate((directions, batch, hidden), like, torch.float32),
     ]
 
 
