@@ -144,7 +144,8 @@ def test_every_element_is_written(spec, implementation, case, monkeypatch) -> No
         assert not torch.isnan(tensor).any()
     for low, high in bands:
         assert (low == SENTINEL).all() and (high == SENTINEL).all()
-    if implementation.name != "reference":
+    # A product without activation is torch's own and allocates nothing here.
+    if implementation.name != "reference" and kwargs.get("activation") != "none":
         assert bands, "outputs must come from torch_ops.allocate"
 
 
