@@ -158,9 +158,9 @@ Status check(const LstmPersistentForwardParams& p, const LstmPersistentForwardPl
     return unaligned("output");
   if (!aligned(p.h_0, 16)) return unaligned("h_0");
   if (!aligned(p.h_n, 16)) return unaligned("h_n");
-  if (p.workspace == nullptr || p.workspace_bytes < plan.workspace_bytes || !aligned(p.workspace, 256)) {
+  if (p.workspace == nullptr || p.workspace_bytes < plan.workspace_bytes || !aligned(p.workspace, 16)) {
     return invalid(kOp, "workspace", std::to_string(p.workspace ? p.workspace_bytes : 0) + " bytes",
-                   std::to_string(plan.workspace_bytes) + " bytes, 256-byte aligned");
+                   std::to_string(plan.workspace_bytes) + " bytes, 16-byte aligned");
   }
   return {};
 }

@@ -56,7 +56,7 @@ struct LstmPersistentForwardParams {
   float* c_n = nullptr;            // (R, B, H)
   float* cells = nullptr;          // (R, B, T, H): c of every step; null: not wanted
 
-  void* workspace = nullptr;  // plan.workspace_bytes, 256-byte aligned; need not be cleared
+  void* workspace = nullptr;  // plan.workspace_bytes, 16-byte aligned; need not be cleared
   int64_t workspace_bytes = 0;
 };
 
