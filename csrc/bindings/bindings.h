@@ -12,6 +12,7 @@
 #include "ctxfast/common.h"
 
 void bind_lstm(pybind11::module_& m);
+void bind_lstm_persistent(pybind11::module_& m);
 void bind_lstm_step(pybind11::module_& m);
 void bind_lstm_persistent_backward(pybind11::module_& m);
 void bind_scalar_mix(pybind11::module_& m);

@@ -48,6 +48,7 @@ PYBIND11_MODULE(_C, m) {
     return names;
   });
   bind_lstm(m);
+  bind_lstm_persistent(m);
   bind_lstm_step(m);
   bind_lstm_persistent_backward(m);
   bind_scalar_mix(m);

@@ -138,8 +138,9 @@ struct Finisher {
   CTXFAST_DEVICE int word(int block) const { return 4 * slot_place<kTiles, kTiles == 1>(block, tile, tile_row) + pair; }
 };
 
-// The gates' part that does not depend on h: loads under way while h is waited for.
-template <int kTiles>
+// The gates' part that does not depend on h: loads under way while h is waited for. Of a pair of cells the even one's
+// thread loads i and f of both, the other g and o.
+template <typename T, int kTiles>
 CTXFAST_DEVICE void load_gates(const KernelParams& p, const Walk& at, uint2 (&gates)[kTiles]) {
   const Pieces<kTiles> pieces(p);
 #pragma unroll
@@ -148,9 +149,12 @@ CTXFAST_DEVICE void load_gates(const KernelParams& p, const Walk& at, uint2 (&ga
     if (!pieces.has(j)) continue;
     const int length = lengths_of(p)[pieces.row(j)];
     if (at.step >= length) continue;
-    gates[j] = load_streaming(p.gates[at.direction] + (at.base + pieces.row(j)) * p.gates_strides[at.direction][0] +
-                              at.time_of(length) * p.gates_strides[at.direction][1] + at.block * 4 * p.row_tiles +
-                              pieces.cell(j));
+    const int cell = at.block * 4 * p.row_tiles + pieces.cell(j);
+    const T* from = static_cast<const T*>(p.gates[at.direction]) +
+                    (at.base + pieces.row(j)) * p.gates_strides[at.direction][0] +
+                    at.time_of(length) * p.gates_strides[at.direction][1] + (cell & 1) * 2 * p.hidden + (cell & ~1);
+    gates[j] =
+        make_uint2(*reinterpret_cast<const uint32_t*>(from), *reinterpret_cast<const uint32_t*>(from + p.hidden));
   }
 }
 
@@ -181,7 +185,11 @@ CTXFAST_DEVICE void advance_cells(const KernelParams& p, const Walk& at, const u
     // Lanes 0-15 hold i and g, the others f and o, of two rows of the batch; each takes one row.
     const bool low = lane < 16;
     const float other0 = shuffle_xor(low ? z.y : z.x, 16), other1 = shuffle_xor(low ? z.w : z.z, 16);
-    const float2 given_if = unpack2<T>(gates[j].x), given_go = unpack2<T>(gates[j].y);
+    const bool odd = lane & 4;
+    const uint32_t lows = (gates[j].x & 0xFFFFu) | gates[j].y << 16,
+                   highs = gates[j].x >> 16 | (gates[j].y & 0xFFFF0000u);
+    const uint32_t other = shuffle_xor(odd ? lows : highs, 4);
+    const float2 given_if = unpack2<T>(odd ? other : lows), given_go = unpack2<T>(odd ? highs : other);
     const float i = given_if.x + (low ? z.x : other0), f = given_if.y + (low ? other0 : z.y);
     const float g = given_go.x + (low ? z.z : other1), o = given_go.y + (low ? other1 : z.w);
     const float new_c = clipped(sigmoid_fast(i) * tanh_fast(g) + sigmoid_fast(f) * c[j], p.cell_clip);
@@ -326,7 +334,7 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_persistent_forward_kernel(co
   Walk at = {};
   at.direction = block_index() & (p.directions - 1), at.block = block_index() >> (p.directions - 1);
   uint4 w[kRegisterFragments];
-  load_weights<kTiles, kInRegisters>(p, w, at.direction, at.block);
+  load_weights<T, kTiles, kInRegisters>(p, w, at.direction, at.block);
   publish_initial<T, kTiles, kProjected>(p, at);
   for (at.base = 0; at.base < p.batch; at.base += 8 * kTiles) {
     float c[kTiles], h[kTiles];  // h: without projection
@@ -334,7 +342,7 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_persistent_forward_kernel(co
     begin_tile<T, kTiles, kProjected>(p, at, c, h, kept);
     for (at.step = 0; at.step < p.steps; ++at.step, ++at.round) {
       uint2 gates[kTiles];
-      load_gates<kTiles>(p, at, gates);
+      load_gates<T, kTiles>(p, at, gates);
       float sums[kTiles][4];
       const uint4* before = h_slot<kTiles>(p, at, at.round - 1);
       if constexpr (kTiles == 1) {

@@ -27,9 +27,12 @@ struct KernelParams {
   int cell_pairs;                              // 32s of H with a projection, else 0
   bool shares_h;                               // published values and sums lie where h lay
   SharedPlaces at;
-  const uint4* packed[2];       // [block] gate weights, then [P / 8] projection weights
-  const uint2* gates[2];        // (B, T, H) of four 16-bit gates
-  int64_t gates_strides[2][2];  // of B and T, in uint2
+  const void* weight_hh[2];  // (4H, P)
+  int64_t hh_stride[2];      // of a row; all strides in elements
+  const void* weight_proj[2];
+  int64_t proj_stride[2];
+  const void* gates[2];         // (B, T, 4H)
+  int64_t gates_strides[2][2];  // of B and T
   const int64_t* lengths;       // or null
   const void* h_0;              // or null
   const float* c_0;             // or null
@@ -100,46 +103,64 @@ CTXFAST_DEVICE Part part_of(int row_tiles, int warp) {
   return {unit & (rows - 1), unit / rows, (kTiles == 1 ? kWarps : kWarps / 4) / rows};
 }
 
-// The weights that stay: registers `w`, and what is left in shared memory.
-template <int kTiles, bool kInRegisters>
+// The weights that stay: registers `w`, and what is left in shared memory. Read where they lie, 16 bytes at a time.
+template <typename T, int kTiles, bool kInRegisters>
 CTXFAST_DEVICE void load_weights(const KernelParams& p, uint4 (&w)[kRegisterFragments], int direction, int block) {
-  const int thread = thread_index(), warp = warp_index(), lane = lane_index();
+  const int warp = warp_index(), lane = lane_index(), q = lane >> 2, s = lane & 3;
   uint4* shared = reinterpret_cast<uint4*>(shared_memory());
   const Part part = part_of<kTiles>(p.row_tiles, warp);
-  const int64_t block_vectors = static_cast<int64_t>(p.row_tiles) * p.pairs * 64;
-  const uint4* weights = p.packed[direction] + block * block_vectors;
+  // Row of a tile of 16: 4 gate + cell.
+  const auto at = [&](int tile, int row, int k) {
+    const int64_t of_all = static_cast<int64_t>(row >> 2) * p.hidden + (block * p.row_tiles + tile) * 4 + (row & 3);
+    return static_cast<const T*>(p.weight_hh[direction]) + of_all * p.hh_stride[direction] + k;
+  };
+  const auto vector = [&](int tile, int row, int k) { return *reinterpret_cast<const uint4*>(at(tile, row, k)); };
   if constexpr (kTiles == 1) {
-    // [tile][pair][step][lane]
     const int left = (p.pairs + part.k_groups - 1) / part.k_groups - 2;  // of the warp with most, in shared memory
-    const auto from = [&](int i, int t, int step) {
-      return weights[(((part.row * kMmaTiles + t) * p.pairs + part.k + i * part.k_groups) * 2 + step) * 32 + lane];
-    };
-#pragma unroll
-    for (int f = 0; f < kRegisterFragments; ++f) {
-      w[f] = make_uint4(0, 0, 0, 0);
-      if (part.k + (f >> 3) * part.k_groups < p.pairs) w[f] = from(f >> 3, (f >> 1) & 3, f & 1);
-    }
     for (int i = 2; part.k + i * part.k_groups < p.pairs; ++i) {
-      for (int f = 0; f < 8; ++f) shared[((warp * left + i - 2) * 8 + f) * 32 + lane] = from(i, f >> 1, f & 1);
+      for (int t = 0; t < kMmaTiles; ++t) {
+        const int tile = part.row * kMmaTiles + t, k = 32 * (part.k + i * part.k_groups) + 8 * s;
+        const uint4 low = vector(tile, q, k), high = vector(tile, q + 8, k);
+        uint4* to = shared + ((warp * left + i - 2) * 8 + 2 * t) * 32 + lane;
+        to[0] = make_uint4(low.x, high.x, low.y, high.y);
+        to[32] = make_uint4(low.z, high.z, low.w, high.w);
+      }
+    }
+#pragma unroll
+    for (int f = 0; f < kRegisterFragments; f += 2) {
+      const int pair = part.k + (f >> 3) * part.k_groups, tile = part.row * kMmaTiles + ((f >> 1) & 3);
+      w[f] = w[f + 1] = make_uint4(0, 0, 0, 0);
+      if (pair >= p.pairs) continue;
+      const uint4 low = vector(tile, q, 32 * pair + 8 * s), high = vector(tile, q + 8, 32 * pair + 8 * s);
+      w[f] = make_uint4(low.x, high.x, low.y, high.y);
+      w[f + 1] = make_uint4(low.z, high.z, low.w, high.w);
     }
   } else {
-    // [64 rows][k-step] of 2 KB: registers' order for the first steps if they are kept there, else core matrices
+    // Core matrices [64 rows][k-step][half of it][row][8], those of the first steps left out if they are in registers.
+    // A warp copies 8 rows times 32 of K at once: whole sectors in, no bank conflicts out.
     constexpr int kept = kInRegisters ? kRegisterFragments : 0;
-    const int steps = 2 * p.pairs, vectors = (steps - kept) * 128;
-    if constexpr (kInRegisters) {
-#pragma unroll
-      for (int k = 0; k < kept; ++k) w[k] = weights[(part.row * steps + k) * 128 + (warp & 3) * 32 + lane];
+    const int steps = 2 * p.pairs - kept, pairs = p.pairs - kept / 2;
+    for (int unit = warp; unit < p.row_tiles * 2 * pairs; unit += kWarps) {
+      const int row = unit / pairs * 8 + (lane & 7), k8 = unit % pairs * 4 + (lane >> 3);
+      shared[((row >> 6) * steps + (k8 >> 1)) * 128 + (k8 & 1) * 64 + (row & 63)] =
+          vector(row >> 4, row & 15, 16 * kept + 8 * k8);
     }
-    for (int group = 0; group < p.row_tiles / 4; ++group) {
-      for (int i = thread; i < vectors; i += kThreads) {
-        shared[group * vectors + i] = weights[(group * steps + kept) * 128 + i];
+    if constexpr (kInRegisters) {
+      const auto pair_of = [&](int row, int k) { return *reinterpret_cast<const uint32_t*>(at(warp, row, k)); };
+#pragma unroll
+      for (int f = 0; f < kept; ++f) {
+        const int k = 16 * f + 2 * s;
+        w[f] = make_uint4(pair_of(q, k), pair_of(q + 8, k), pair_of(q, k + 8), pair_of(q + 8, k + 8));
       }
     }
   }
-  if (8 * block < p.size && p.cell_pairs > 0) {
+  if (p.cell_pairs > 0 && 8 * block < p.size) {
     uint4* to = reinterpret_cast<uint4*>(shared_memory() + p.at.projection);
-    const uint4* from = p.packed[direction] + p.hidden / (4 * p.row_tiles) * block_vectors;
-    for (int i = thread; i < p.cell_pairs * 32; i += kThreads) to[i] = from[block * p.cell_pairs * 32 + i];
+    const T* from =
+        static_cast<const T*>(p.weight_proj[direction]) + (8 * block + q) * p.proj_stride[direction] + 8 * s;
+    for (int pair = warp; pair < p.cell_pairs; pair += kWarps) {
+      to[pair * 32 + lane] = *reinterpret_cast<const uint4*>(from + 32 * pair);
+    }
   }
 }
 

@@ -132,6 +132,10 @@ Status null_argument(const std::string& name) { return invalid(kOp, name, "null"
 
 bool aligned(const void* address, uintptr_t bytes) { return reinterpret_cast<uintptr_t>(address) % bytes == 0; }
 
+Status unaligned(const char* name) {
+  return invalid(kOp, name, "not aligned", "16-byte aligned, strides in multiples of 8 elements");
+}
+
 Status check(const LstmPersistentForwardParams& p, const LstmPersistentForwardPlan& plan) {
   if (!plan.refusal.empty()) return runtime_error(kOp, "the persistent recurrence cannot run this: " + plan.refusal);
   if (p.dtype == DType::kFloat32) return invalid(kOp, "dtype", "float32", "float16 or bfloat16");
@@ -139,23 +143,24 @@ Status check(const LstmPersistentForwardParams& p, const LstmPersistentForwardPl
   if (p.steps < 1) return invalid(kOp, "steps", std::to_string(p.steps), "1 or more");
   for (int64_t r = 0; r < p.directions; ++r) {
     if (p.gates[r] == nullptr) return null_argument("gates");
-    if (p.packed[r] == nullptr) return null_argument("packed");
-    if (!aligned(p.packed[r], 16)) return invalid(kOp, "packed", "not aligned", "16-byte aligned");
-    if (!aligned(p.gates[r], 8) || p.gates_strides[r][0] % 4 != 0 || p.gates_strides[r][1] % 4 != 0) {
-      return invalid(kOp, "gates", "not aligned", "8-byte aligned, strides in multiples of 4 elements");
+    if (!aligned(p.gates[r], 4) || p.gates_strides[r][0] % 2 != 0 || p.gates_strides[r][1] % 2 != 0) {
+      return invalid(kOp, "gates", "not aligned", "4-byte aligned, strides in multiples of 2 elements");
     }
+    if (p.weight_hh[r] == nullptr) return null_argument("weight_hh");
+    if (p.has_proj && p.weight_proj[r] == nullptr) return null_argument("weight_proj");
+    if (!aligned(p.weight_hh[r], 16) || p.weight_hh_stride[r] % 8 != 0) return unaligned("weight_hh");
+    if (!aligned(p.weight_proj[r], 16) || p.weight_proj_stride[r] % 8 != 0) return unaligned("weight_proj");
   }
   if (p.output == nullptr) return null_argument("output");
   if (p.h_n == nullptr) return null_argument("h_n");
   if (p.c_n == nullptr) return null_argument("c_n");
-  if (!aligned(p.output, 16) || p.output_strides[0] % 8 != 0 || p.output_strides[1] % 8 != 0) {
-    return invalid(kOp, "output", "not aligned", "16-byte aligned, strides in multiples of 8 elements");
-  }
-  if (!aligned(p.h_0, 16)) return invalid(kOp, "h_0", "not aligned", "16-byte aligned");
-  if (!aligned(p.h_n, 16)) return invalid(kOp, "h_n", "not aligned", "16-byte aligned");
-  if (p.workspace == nullptr || p.workspace_bytes < plan.workspace_bytes || !aligned(p.workspace, 256)) {
+  if (!aligned(p.output, 16) || p.output_strides[0] % 8 != 0 || p.output_strides[1] % 8 != 0)
+    return unaligned("output");
+  if (!aligned(p.h_0, 16)) return unaligned("h_0");
+  if (!aligned(p.h_n, 16)) return unaligned("h_n");
+  if (p.workspace == nullptr || p.workspace_bytes < plan.workspace_bytes || !aligned(p.workspace, 16)) {
     return invalid(kOp, "workspace", std::to_string(p.workspace ? p.workspace_bytes : 0) + " bytes",
-                   std::to_string(plan.workspace_bytes) + " bytes, 256-byte aligned");
+                   std::to_string(plan.workspace_bytes) + " bytes, 16-byte aligned");
   }
   return {};
 }
@@ -174,9 +179,6 @@ LstmPersistentForwardPlan lstm_persistent_forward_plan(const LstmPersistentDevic
   plan.cells = shape.cells;
   plan.blocks = shape.blocks;
   plan.tile_rows = 8 * shape.tiles;
-  plan.for_mma = shape.tiles == 1;
-  plan.register_steps = shape.in_registers ? kRegisterFragments : 0;
-  plan.packed_bytes = 2 * (4 * hidden * size + (has_proj ? hidden * size : 0));
   plan.shared_bytes = shape.shared_bytes;
   plan.workspace_bytes = slots_bytes(shape, size, directions) + (has_proj ? slots_bytes(shape, hidden, directions) : 0);
   return plan;
@@ -209,9 +211,10 @@ Status lstm_persistent_forward(const LstmPersistentForwardParams& p, const LstmP
   k.shares_h = shape.shares_h;
   k.at = shape.at;
   for (int64_t r = 0; r < p.directions; ++r) {
-    k.packed[r] = static_cast<const uint4*>(p.packed[r]);
-    k.gates[r] = static_cast<const uint2*>(p.gates[r]);
-    for (int i = 0; i < 2; ++i) k.gates_strides[r][i] = p.gates_strides[r][i] / 4;
+    k.weight_hh[r] = p.weight_hh[r], k.hh_stride[r] = p.weight_hh_stride[r];
+    k.weight_proj[r] = p.weight_proj[r], k.proj_stride[r] = p.weight_proj_stride[r];
+    k.gates[r] = p.gates[r];
+    for (int i = 0; i < 2; ++i) k.gates_strides[r][i] = p.gates_strides[r][i];
   }
   k.lengths = p.lengths, k.h_0 = p.h_0, k.c_0 = p.c_0;
   k.cell_clip = bound(p.cell_clip), k.proj_clip = bound(p.proj_clip);

@@ -75,51 +75,6 @@ struct Sizes {
   }
 };
 
-// The layout of lstm_persistent_forward_impl.cuh, element by element: W_hh (4H, P), W_proj (P, H).
-template <typename T>
-std::vector<T> pack(const std::vector<T>& hh, const std::vector<T>& proj, const Sizes& z,
-                    const LstmPersistentForwardPlan& plan) {
-  std::vector<T> packed;
-  // Gate row of a 16-row tile: 4 gate + cell.
-  const auto weight = [&](int64_t tile, int64_t row, int64_t k) {
-    return hh[(row / 4 * z.H + tile * 4 + row % 4) * z.P + k];
-  };
-  if (plan.for_mma) {
-    for (int64_t tile = 0; tile < z.H / 4; ++tile) {
-      for (int64_t at = 0; at < z.P * 16; ++at) {  // pair, step, lane, half of K, half of rows, odd
-        const int64_t odd = at & 1, row_half = at >> 1 & 1, k_half = at >> 2 & 1, lane = at >> 3 & 31,
-                      step = at >> 8 & 1;
-        const int64_t k = (at >> 9) * 32 + lane % 4 * 8 + step * 4 + k_half * 2 + odd;
-        packed.push_back(weight(tile, row_half * 8 + lane / 4, k));
-      }
-    }
-  } else {
-    for (int64_t group = 0; group < z.H / 16; ++group) {
-      for (int64_t step = 0; step < z.P / 16; ++step) {
-        for (int64_t at = 0; at < 1024; ++at) {
-          if (step < plan.register_steps) {  // warp, lane, half of K, half of rows, odd
-            const int64_t odd = at & 1, row_half = at >> 1 & 1, k_half = at >> 2 & 1, lane = at >> 3 & 31,
-                          warp = at >> 8;
-            const int64_t k = step * 16 + k_half * 8 + lane % 4 * 2 + odd;
-            packed.push_back(weight(group * 4 + warp, row_half * 8 + lane / 4, k));
-          } else {  // half of K, row, k
-            const int64_t row = at >> 3 & 63, k = step * 16 + (at >> 9) * 8 + at % 8;
-            packed.push_back(weight(group * 4 + row / 16, row % 16, k));
-          }
-        }
-      }
-    }
-  }
-  for (int64_t row8 = 0; z.projected && row8 < z.P / 8; ++row8) {
-    for (int64_t pair = 0; pair < z.H / 32; ++pair) {
-      for (int64_t at = 0; at < 256; ++at) {  // row, k
-        packed.push_back(proj[(row8 * 8 + at / 32) * z.H + pair * 32 + at % 32]);
-      }
-    }
-  }
-  return packed;
-}
-
 double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
 
 LstmPersistentDevice device_facts_here() {
@@ -147,19 +102,18 @@ void test(Report* report, const char* dtype_name, DType dtype, double eps, const
   for (int64_t b = 0; z.ragged && b < B; ++b) lengths[b] = b == 1 ? 0 : random.below(steps + 1);
   const float of_weights = 1.5f / std::sqrt(static_cast<float>(P)), of_proj = 3.0f / std::sqrt(static_cast<float>(H));
   std::vector<std::vector<float>> gates(R), hh(R), proj(R);
-  std::vector<std::unique_ptr<Device<T>>> device_gates, device_packed;
-  const int64_t row_stride = steps * H * 4 + 8;
+  std::vector<std::unique_ptr<Device<T>>> device_gates, device_hh, device_proj;
+  const int64_t row_stride = steps * H * 4 + 2, hh_stride = P + 8, proj_stride = H + 16;
   for (int64_t r = 0; r < R; ++r) {
     gates[r] = random.fill(B * row_stride, 2);
-    hh[r] = random.fill(4 * H * P, of_weights);
-    proj[r] = random.fill(z.projected ? P * H : 0, of_proj);
-    const std::vector<T> w = rounded<T>(&hh[r]), m = rounded<T>(&proj[r]);
-    const std::vector<T> packed = pack<T>(w, m, z, plan);
-    report->that(what + " packed size", static_cast<int64_t>(packed.size() * sizeof(T)) == plan.packed_bytes);
-    device_packed.push_back(std::make_unique<Device<T>>(packed));
+    hh[r] = random.fill(4 * H * hh_stride, of_weights);
+    proj[r] = random.fill(z.projected ? P * proj_stride : 0, of_proj);
     device_gates.push_back(std::make_unique<Device<T>>(rounded<T>(&gates[r])));
+    device_hh.push_back(std::make_unique<Device<T>>(rounded<T>(&hh[r])));
+    device_proj.push_back(std::make_unique<Device<T>>(rounded<T>(&proj[r])));
     p.gates[r] = device_gates[r]->data;
-    p.packed[r] = device_packed[r]->data;
+    p.weight_hh[r] = device_hh[r]->data, p.weight_hh_stride[r] = hh_stride;
+    if (z.projected) p.weight_proj[r] = device_proj[r]->data, p.weight_proj_stride[r] = proj_stride;
     p.gates_strides[r][0] = row_stride, p.gates_strides[r][1] = H * 4;
   }
   std::vector<float> h_0 = random.fill(R * B * P, 0.8f), c_0 = random.fill(R * B * H, 1.2f);
@@ -211,8 +165,8 @@ void test(Report* report, const char* dtype_name, DType dtype, double eps, const
         for (int64_t cell = 0; cell < H; ++cell) {
           double four[4];
           for (int64_t gate = 0; gate < 4; ++gate) {
-            four[gate] = gates[r][b * row_stride + (t * H + cell) * 4 + gate];
-            const float* row = hh[r].data() + (gate * H + cell) * P;
+            four[gate] = gates[r][b * row_stride + (t * 4 + gate) * H + cell];
+            const float* row = hh[r].data() + (gate * H + cell) * hh_stride;
             for (int64_t k = 0; k < P; ++k) four[gate] += row[k] * h[k];
           }
           c[cell] = clip(sigmoid(four[0]) * std::tanh(four[2]) + sigmoid(four[1]) * c[cell], z.cell_clip);
@@ -221,7 +175,8 @@ void test(Report* report, const char* dtype_name, DType dtype, double eps, const
         }
         for (int64_t k = 0; k < P; ++k) {
           double sum = z.projected ? 0 : m[k];
-          for (int64_t cell = 0; z.projected && cell < H; ++cell) sum += proj[r][k * H + cell] * round_to(m[cell]);
+          for (int64_t cell = 0; z.projected && cell < H; ++cell)
+            sum += proj[r][k * proj_stride + cell] * round_to(m[cell]);
           h[k] = round_to(clip(sum, z.proj_clip));
           want[(b * steps + t) * R * P + r * P + k] = h[k];
         }

@@ -57,18 +57,20 @@ ODD = {
     "odd, projected": dict(B=9, T=2, H=13, P=5, clip=0.3, scale=2.0),
     "no steps": dict(B=3, T=0, H=8, ragged=False),
 }
+# For those that hold the weights on chip, in blocks of 16 and 64 cells.
+BLOCKS = {
+    "blocks, plain": dict(B=3, T=3, H=128),
+    "blocks, one of everything": dict(B=1, T=1, H=128, R=1, ragged=False, states=False),
+    "blocks, projected, clipped": dict(B=9, T=3, H=512, P=64, clip=0.3, scale=2.0),
+    "blocks, projected, one direction": dict(B=2, T=4, H=512, P=64, R=1, ragged=False),
+    "blocks, rows for several tiles": dict(B=33, T=2, H=128),
+    "blocks, projected, rows for several tiles": dict(B=33, T=2, H=512, P=64, states=False),
+}
+ALL = {**SIZES, **ODD, **BLOCKS}
 
 
 def _module(impl: str) -> Any:
     return SPEC.module(impl)
-
-
-def _runs(impl: str, dtype: torch.dtype, kwargs: dict[str, Any]) -> bool:
-    """Whether the implementation takes these sizes, whatever the device."""
-    takes = getattr(_module(impl), "sizes_objection", None)
-    if takes is not None:
-        return takes(parity.arguments("lstm", kwargs)) is None
-    return True
 
 
 def _call(impl: str, kwargs: dict[str, Any]) -> Any:
@@ -91,7 +93,7 @@ def _gradients(run: Any, kwargs: dict[str, Any]) -> tuple[list[Tensor], list[Ten
 @functools.cache
 def _wanted(dtype: torch.dtype, name: str, with_gradients: bool) -> Any:
     """Reference results in ``dtype`` and in float64."""
-    kwargs = _case(dtype, **{**SIZES, **ODD}[name])
+    kwargs = _case(dtype, **ALL[name])
 
     def run(kwargs: dict[str, Any]) -> Any:
         return reference(**parity.arguments("lstm", kwargs))
@@ -104,19 +106,16 @@ def _wanted(dtype: torch.dtype, name: str, with_gradients: bool) -> Any:
 def _combinations() -> list[Any]:
     found = []
     for impl in IMPLS:
-        for dtype in [*HALF, torch.float32]:
-            for name in [*SIZES, *ODD]:
-                if dtype == torch.float32 and impl == "cuda":
-                    continue  # weights on chip are 16-bit
-                if name in ODD and impl == "cuda":
-                    continue
+        on_chip = impl == "cuda"
+        for dtype in HALF if on_chip else [*HALF, torch.float32]:
+            for name in BLOCKS if on_chip else {**SIZES, **ODD}:
                 found.append(pytest.param(impl, dtype, name, id=f"{impl}-{str(dtype)[6:]}-{name}"))
     return found
 
 
 @pytest.mark.parametrize(("impl", "dtype", "name"), _combinations())
 def test_parity(impl: str, dtype: torch.dtype, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    kwargs = _case(dtype, **{**SIZES, **ODD}[name])
+    kwargs = _case(dtype, **ALL[name])
     with_gradients = name != "no steps"
     (reference_out, reference_grads), (oracle, oracle_grads) = _wanted(dtype, name, with_gradients)
     with emulated.kernels(monkeypatch, _module(impl), seed=1):
@@ -135,7 +134,7 @@ def test_parity(impl: str, dtype: torch.dtype, name: str, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_bits_do_not_depend_on_the_order_of_threads(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    kwargs = _case(torch.float16, B=9, T=3, H=128, P=32, clip=0.5, scale=2.0)
+    kwargs = _case(torch.float16, B=9, T=3, H=512, P=64, clip=0.5, scale=2.0)
     found = []
     for seed in (0, 1, 2):
         with emulated.kernels(monkeypatch, _module(impl), seed=seed):
@@ -147,7 +146,7 @@ def test_bits_do_not_depend_on_the_order_of_threads(impl: str, monkeypatch: pyte
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_inference_stores_no_cells_and_agrees(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    kwargs = _case(torch.float16, B=3, T=3, H=64)
+    kwargs = _case(torch.float16, B=3, T=3, H=128)
     with emulated.kernels(monkeypatch, _module(impl)):
         with torch.no_grad():
             plain = parity.flat(_call(impl, kwargs))
@@ -156,7 +155,7 @@ def test_inference_stores_no_cells_and_agrees(impl: str, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_changed_weights_are_packed_anew(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_changed_weights_are_seen(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
     kwargs = _case(torch.float16, B=2, T=2, H=64, R=1)
     with emulated.kernels(monkeypatch, _module(impl)), torch.no_grad():
         before = _call(impl, kwargs)[0]

@@ -18,15 +18,11 @@ struct LstmPersistentDevice {
   bool cooperative = false;
 };
 
-// How a call is laid out; `refusal` says why it cannot run, or is empty. A layout of the weights holds for all calls
-// with the same `cells`, `for_mma` and `register_steps`.
+// How a call is laid out; `refusal` says why it cannot run, or is empty.
 struct LstmPersistentForwardPlan {
-  int64_t cells = 0;           // of a block: 16, 32 or 64
-  int64_t blocks = 0;          // of a direction
-  int64_t tile_rows = 0;       // of the batch at once: 8, 16 or 32
-  bool for_mma = false;        // weights as operands of mma.m16n8k16, else for wgmma ...
-  int64_t register_steps = 0;  // ... the first so many k-steps of 16 of them as registers, the rest as core matrices
-  int64_t packed_bytes = 0;    // of a direction's weights
+  int64_t cells = 0;      // of a block: 16, 32 or 64
+  int64_t blocks = 0;     // of a direction
+  int64_t tile_rows = 0;  // of the batch at once: 8, 16 or 32
   int64_t shared_bytes = 0;
   int64_t workspace_bytes = 0;  // of a call
   std::string refusal;
@@ -41,10 +37,13 @@ Status lstm_persistent_device(int device, LstmPersistentDevice* facts);
 struct LstmPersistentForwardParams {
   int64_t batch = 0, steps = 0, hidden = 0, size = 0, directions = 0;
   bool has_proj = false;
-  DType dtype = DType::kFloat16;       // or kBFloat16: of gates, packed, h_0, output and h_n
-  const void* gates[2] = {};           // (B, T, H, 4): W_ih x + b, the gates i, f, g, o of a cell beside each other
-  int64_t gates_strides[2][2] = {};    // of B and T, in elements, multiples of 4
-  const void* packed[2] = {};          // plan.packed_bytes each: W_hh and W_proj as ctxfast/ops/lstm/cuda.py packs them
+  DType dtype = DType::kFloat16;     // or kBFloat16: of gates, weights, h_0, output and h_n
+  const void* gates[2] = {};         // (B, T, 4H): W_ih x + b, gates in the order i, f, g, o
+  int64_t gates_strides[2][2] = {};  // of B and T, in elements, multiples of 2
+  const void* weight_hh[2] = {};     // (4H, P), rows dense
+  int64_t weight_hh_stride[2] = {};  // of a row, in elements, multiple of 8
+  const void* weight_proj[2] = {};   // (P, H), rows dense; null without projection
+  int64_t weight_proj_stride[2] = {};
   const int64_t* lengths = nullptr;    // (B); null: all T
   const void* h_0 = nullptr;           // (R, B, P); null: zeros
   const float* c_0 = nullptr;          // (R, B, H); null: zeros
@@ -57,7 +56,7 @@ struct LstmPersistentForwardParams {
   float* c_n = nullptr;            // (R, B, H)
   float* cells = nullptr;          // (R, B, T, H): c of every step; null: not wanted
 
-  void* workspace = nullptr;  // plan.workspace_bytes, 256-byte aligned; need not be cleared
+  void* workspace = nullptr;  // plan.workspace_bytes, 16-byte aligned; need not be cleared
   int64_t workspace_bytes = 0;
 };
 

@@ -104,6 +104,11 @@ SPEC = registry.register(
         autocast="lower",
         impls=(
             registry.Impl(
+                "cuda",
+                "cuda",
+                note="Hopper: all steps in one launch, weights on chip, 16 bits; not yet run on a GPU",
+            ),
+            registry.Impl(
                 "cuda_step",
                 "cuda",
                 note="any size from sm_80, one launch a step for both directions; not yet run on a GPU",

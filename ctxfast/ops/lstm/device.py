@@ -175,9 +175,10 @@ def run(
     fwd: Callable[..., Any],
     differentiable: Callable[..., tuple[Tensor, Tensor, Tensor]],
     args: Mapping[str, Any],
+    gates_of: Callable[..., Tensor] = input_gates,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """One call of ``lstm`` by these operators."""
-    gates, hh, proj, h_0, c_0, clips = flat(args)
+    gates, hh, proj, h_0, c_0, clips = flat(args, gates_of)
     sources = [tensor for tensor in (*gates, *hh, *proj, h_0, c_0) if tensor is not None]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in sources):
         output, h_n, c_n = differentiable(len(gates), args["lengths"], clips, h_0, c_0, *gates, *hh, *proj)
@@ -187,22 +188,22 @@ def run(
 
 
 def flat(
-    args: Mapping[str, Any],
+    args: Mapping[str, Any], gates_of: Callable[..., Tensor] = input_gates
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor | None, Tensor | None, tuple[float, float]]:
     """gates, weight_hh, weight_proj (empty without), h_0, c_0 (float32), clips (0: off) of a call's arguments."""
     bias = args["bias"]
-    gates = [
-        input_gates(x, args["weight_ih"][r], None if bias is None else bias[r]) for r, x in enumerate(args["input"])
-    ]
+    gates = [gates_of(x, args["weight_ih"][r], None if bias is None else bias[r]) for r, x in enumerate(args["input"])]
     h_0, c_0 = args["initial_state"] if args["initial_state"] is not None else (None, None)
     clips = (args["cell_clip"] or 0.0, args["proj_clip"] or 0.0)
     c_0 = None if c_0 is None else c_0.float()
     return gates, list(args["weight_hh"]), list(args["weight_proj"] or ()), h_0, c_0, clips
 
 
-def raw_calls(fwd: Any, bwd: Any, args: Mapping[str, Any]) -> list[tuple[Any, tuple]]:
+def raw_calls(
+    fwd: Any, bwd: Any, args: Mapping[str, Any], gates_of: Callable[..., Tensor] = input_gates
+) -> list[tuple[Any, tuple]]:
     """The registered operators behind one call, with arguments for torch.library.opcheck."""
-    gates, hh, proj, h_0, c_0, clips = flat(args)
+    gates, hh, proj, h_0, c_0, clips = flat(args, gates_of)
     output, h_n, c_n, cells = fwd(gates, hh, proj, args["lengths"], h_0, c_0, *clips, True)
     grads = (torch.randn_like(output), torch.randn_like(h_n).float(), torch.randn_like(c_n))
     return [

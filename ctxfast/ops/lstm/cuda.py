@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``lstm`` on Hopper: all steps of both directions in one launch, the recurrent weights on chip.
+
+Weights and input gates are read where they lie; nothing is packed or kept between calls. The kernels need every block
+resident at once, so ``supports`` knows the device. Not yet run on a GPU: the kernels are run on the emulator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..._core import capability, registry, torch_ops
+from . import cuda_backward, device
+from .cuda_backward import _backward, _bwd
+
+_DTYPES = (torch.float16, torch.bfloat16)
+# The kernel takes more in tiles of 32, one after another; one launch a step overtakes it about here.
+_MAX_BATCH = 128
+
+
+@lru_cache
+def _facts(index: int) -> tuple[int, int, int, int, bool]:
+    """Multiprocessors, compute capability, shared memory of a block, cooperative launch of a CUDA device."""
+    return capability.extension().lstm_persistent_device(index)
+
+
+def _index(tensor: Tensor) -> int:
+    return tensor.device.index if tensor.is_cuda else 0  # tests run the kernels on the CPU
+
+
+def _input_gates(x: Tensor, weight_ih: Tensor, bias: Tensor | None) -> Tensor:
+    """W_ih x + b of all steps: (B, T, I) -> (B, T, H, 4), gate by gate in memory."""
+    return F.linear(x, weight_ih, bias).unflatten(2, (4, -1)).transpose(2, 3)
+
+
+def _walkable(gates: Tensor) -> Tensor:
+    """Gates (B, T, H, 4) with the cells of a gate side by side, as the kernel reads them."""
+    batch_stride, step_stride, *inner = gates.stride()
+    even = batch_stride % 2 == 0 and step_stride % 2 == 0 and gates.data_ptr() % 4 == 0
+    if inner == [1, gates.shape[2]] and even:
+        return gates
+    return gates.transpose(2, 3).contiguous().transpose(2, 3)
+
+
+def _dense_rows(weight: Tensor) -> Tensor:
+    if weight.stride(1) == 1 and weight.stride(0) % 8 == 0 and weight.data_ptr() % 16 == 0:
+        return weight
+    return weight.clone(memory_format=torch.contiguous_format)
+
+
+def _forward(
+    gates: Sequence[Tensor],
+    weight_hh: Sequence[Tensor],
+    weight_proj: Sequence[Tensor],
+    lengths: Tensor | None,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    cell_clip: float,
+    proj_clip: float,
+    save_cells: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    outputs = _forward_fake(gates, weight_hh, weight_proj, lengths, h_0, c_0, cell_clip, proj_clip, save_cells)
+    output, h_n, c_n, cells = outputs
+    batch, steps, hidden, _ = gates[0].shape
+    size, facts = weight_hh[0].shape[1], _facts(_index(output))
+    c = capability.extension()
+    plan = c.lstm_persistent_forward_plan(facts, batch, hidden, size, bool(weight_proj), len(gates))
+    if plan["refusal"]:
+        raise RuntimeError(f"ctxfast.lstm: impl='cuda' cannot run this call: {plan['refusal']} Leave impl out.")
+    gates = [_walkable(gate) for gate in gates]
+    weight_hh, weight_proj = [_dense_rows(w) for w in weight_hh], [_dense_rows(w) for w in weight_proj]
+    lengths = None if lengths is None else lengths.to(torch.int64).contiguous()
+    h_0 = None if h_0 is None else _dense_rows(h_0.flatten(0, 1))
+    c_0 = None if c_0 is None else c_0.contiguous()
+    workspace = torch_ops.allocate((plan["workspace_bytes"],), output, torch.uint8)
+    with device.launching(output) as stream:
+        c.lstm_persistent_forward(
+            device=facts, batch=batch, steps=steps, hidden=hidden, size=size, dtype=device.DTYPES[output.dtype],
+            gates=[gate.data_ptr() for gate in gates], gates_strides=[gate.stride()[:2] for gate in gates],
+            weight_hh=[w.data_ptr() for w in weight_hh], weight_hh_stride=[w.stride(0) for w in weight_hh],
+            weight_proj=[w.data_ptr() for w in weight_proj], weight_proj_stride=[w.stride(0) for w in weight_proj],
+            lengths=device.address(lengths), h_0=device.address(h_0), c_0=device.address(c_0),
+            output=output.data_ptr(), output_strides=output.stride()[:2], h_n=h_n.data_ptr(), c_n=c_n.data_ptr(),
+            cells=cells.data_ptr() if save_cells else 0,
+            workspace=workspace.data_ptr(), workspace_bytes=workspace.numel(),
+            cell_clip=cell_clip, proj_clip=proj_clip, stream=stream,
+        )  # fmt: skip
+    return outputs
+
+
+def _forward_fake(
+    gates: Sequence[Tensor],
+    weight_hh: Sequence[Tensor],
+    weight_proj: Sequence[Tensor],
+    lengths: Tensor | None,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    cell_clip: float,
+    proj_clip: float,
+    save_cells: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return device.forward_outputs(gates, weight_hh[0].shape[1], save_cells)
+
+
+_fwd = torch_ops.define("lstm_cuda_fwd", device.FWD_SCHEMA, _forward, _forward_fake, "CUDA")
+_recurrence = device.recurrence(_fwd, _bwd)
+
+
+def _refusal(index: int, hidden: int, size: int, has_proj: bool, directions: int, backward: bool) -> str | None:
+    """None, or why the device cannot hold such a layer; a constant of a compiled graph."""
+    facts = _facts(index)
+    # What runs for one row runs for any number, if need be in smaller tiles.
+    plan = capability.extension().lstm_persistent_forward_plan(facts, 1, hidden, size, has_proj, directions)
+    if plan["refusal"]:
+        return plan["refusal"]
+    return cuda_backward.refusal(1, hidden, size, has_proj, directions, facts[0]) if backward else None
+
+
+# What torch.compiler.assume_constant_result does; that function itself imports the compiler and Triton.
+_refusal._dynamo_marked_constant = True
+
+
+def sizes_objection(args: Mapping[str, Any]) -> str | None:
+    """None, or why the kernels cannot run these sizes on the input's device."""
+    x, weight_hh = args["input"][0], args["weight_hh"]
+    batch, steps, _ = x.shape
+    if batch == 0 or steps == 0:
+        return f"it needs a row and a step and input has {batch} rows of {steps} steps."
+    if batch > _MAX_BATCH:
+        return f"it takes at most {_MAX_BATCH} rows and input has {batch}."
+    hidden, size = weight_hh[0].shape[0] // 4, weight_hh[0].shape[1]
+    has_proj = args["weight_proj"] is not None
+    return _refusal(_index(x), hidden, size, has_proj, len(weight_hh), registry.needs_grad(args))
+
+
+def supports(args: Mapping[str, Any]) -> str | None:
+    """None, or why the persistent kernels cannot run this call."""
+    objection = device.objection(args, _DTYPES, (9, 0))
+    return sizes_objection(args) if objection is None else objection
+
+
+def lstm(**args: Any) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """See ``ctxfast.functional.lstm``."""
+    return device.run(_fwd, _recurrence, args, _input_gates)
+
+
+def raw_calls(args: Mapping[str, Any]) -> list[tuple[Any, tuple]]:
+    """The registered operators behind one call, with arguments for torch.library.opcheck."""
+    return device.raw_calls(_fwd, _bwd, args, _input_gates)
+
+
+__all__ = ["_backward", "lstm", "raw_calls", "sizes_objection", "supports"]

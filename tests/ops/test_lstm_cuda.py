@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the persistent ``lstm`` says about calls it cannot run, and that torch.compile can ask it. On the emulator."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import emulated
+import pytest
+import torch
+
+from ctxfast._core import capability
+from ctxfast.ops.lstm import cuda
+
+H100 = (132, 9, 0, 227 * 1024, True)
+
+
+@pytest.fixture(autouse=True)
+def _emulator(monkeypatch: pytest.MonkeyPatch) -> Any:
+    emulator = emulated.extension()
+    monkeypatch.setattr(capability, "extension", lambda: emulator)
+    facts = cuda._facts
+    facts.cache_clear()
+    yield
+    facts.cache_clear()
+
+
+def _args(
+    B: int, H: int, P: int | None = None, R: int = 2, T: int = 3, requires_grad: bool = False
+) -> dict[str, Any]:  # fmt: skip
+    """Arguments of a call that is never made: the weights have shapes and no memory."""
+    size = H if P is None else P
+
+    def weight(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.float16, device="meta", requires_grad=requires_grad)
+
+    return dict(
+        input=(torch.empty(B, T, 8, dtype=torch.float16),) * R,
+        weight_hh=tuple(weight(4 * H, size) for _ in range(R)),
+        weight_proj=None if P is None else tuple(weight(P, H) for _ in range(R)),
+    )
+
+
+@pytest.mark.parametrize("batch", [1, 8, 9, 32, 33, 128])
+@pytest.mark.parametrize("sizes", [(4096, 512), (2048, 256), (1024, 128), (128,), (256,), (512,), (768,), (1024,)])
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_takes_the_sizes_it_is_made_for(batch: int, sizes: tuple[int, ...], requires_grad: bool) -> None:
+    assert cuda.sizes_objection(_args(batch, *sizes, requires_grad=requires_grad)) is None
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (_args(129, 512), "it takes at most 128 rows and input has 129."),
+        (_args(0, 512), "it needs a row and a step and input has 0 rows of 3 steps."),
+        (_args(2, 512, T=0), "it needs a row and a step and input has 2 rows of 0 steps."),
+        (_args(2, 500), "it takes sizes in multiples of 32, not hidden_size 500 and proj_size 500."),
+        (_args(2, 2048), "the weights of hidden_size 2048 and proj_size 2048 in 2 directions do not fit on the chip"),
+        (_args(2, 96, requires_grad=True), "backwards, without a projection it takes hidden_size 128 to 1024"),
+    ],
+)
+def test_refusals_are_sentences(args: dict[str, Any], says: str) -> None:
+    assert cuda.sizes_objection(args).startswith(says)
+
+
+@pytest.mark.parametrize(
+    ("facts", "sizes", "says"),
+    [
+        ((132, 8, 0, 163 * 1024, True), (512,), "it needs a Hopper GPU (compute capability 9.0) and this one has 8.0."),
+        ((60, *H100[1:]), (4096, 512), "the weights of hidden_size 4096 and proj_size 512 in 2 directions do not fit"),
+        ((*H100[:4], False), (512,), "this device has no cooperative launch (all blocks resident at once)."),
+        ((132, 9, 0, 99 * 1024, True), (4096, 512), "the weights of hidden_size 4096 and proj_size 512"),
+    ],
+    ids=["other GPU", "part of a GPU", "no cooperative launch", "little shared memory"],
+)
+def test_refuses_devices(
+    facts: tuple[Any, ...], sizes: tuple[int, ...], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda, "_facts", lambda index: facts)
+    assert cuda.sizes_objection(_args(2, *sizes)).startswith(says)
+
+
+def test_refuses_the_cpu() -> None:
+    args = dict(_args(2, 512), weight_dtype=None)
+    assert cuda.supports(args) == "it runs on a CUDA GPU and input is on cpu."
+
+
+def test_a_compiled_graph_asks_at_compile_time() -> None:
+    @torch.compile(fullgraph=True, backend="eager")
+    def chosen(x: torch.Tensor, hh: torch.Tensor) -> torch.Tensor:
+        args = dict(input=(x,), weight_hh=(hh,), weight_proj=None)
+        return x + 1 if cuda.sizes_objection(args) is None else x - 1
+
+    x = torch.zeros(2, 3, 8)
+    assert chosen(x, torch.zeros(512, 128))[0, 0, 0] == 1
+    assert chosen(x, torch.zeros(400, 100))[0, 0, 0] == -1
+
+
+def test_gates_and_weights_are_read_where_they_lie() -> None:
+    gates = cuda._input_gates(torch.randn(2, 3, 8).half(), torch.randn(64, 8).half(), None)
+    assert gates.shape == (2, 3, 16, 4) and cuda._walkable(gates).data_ptr() == gates.data_ptr()
+    copied = cuda._walkable(gates.contiguous())
+    assert copied.stride()[2:] == (1, 16) and torch.equal(copied, gates)
+    wide = torch.randn(4, 24).half()
+    assert cuda._dense_rows(wide[:, :16]).data_ptr() == wide.data_ptr()
+    for awkward in (wide[:, 1:17], wide.t()[:8], torch.randn(4, 20).half()[:, :16]):
+        dense = cuda._dense_rows(awkward)
+        assert dense.is_contiguous() and dense.data_ptr() % 16 == 0 and torch.equal(dense, awkward)
