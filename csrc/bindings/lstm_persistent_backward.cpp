@@ -5,8 +5,8 @@
 // "float16" or "bfloat16". ValueError for bad arguments, RuntimeError for what cannot run here. The device of the
 // tensors must be current.
 //
-//   lstm_persistent_backward_plan(batch, hidden, size, has_proj, directions) -> dict of blocks, k_groups, rows,
-//       packed_bytes, workspace_bytes, refusal ("" if there is none); in a build without the kernel: a refusal
+//   lstm_persistent_backward_plan(batch, hidden, size, has_proj, directions) -> dict of blocks,
+//       workspace_bytes, refusal ("" if there is none); in a build without the kernel: a refusal
 //   lstm_persistent_backward(..., stream)
 #include "ctxfast/lstm_persistent_backward.h"
 
@@ -55,9 +55,6 @@ py::dict plan(int64_t batch, int64_t hidden, int64_t size, bool has_proj, int64_
   const ctxfast::LstmPersistentBackwardPlan found = plan_of(batch, hidden, size, has_proj, directions);
   py::dict result;
   result["blocks"] = found.blocks;
-  result["k_groups"] = found.k_groups;
-  result["rows"] = found.rows;
-  result["packed_bytes"] = found.packed_bytes;
   result["workspace_bytes"] = found.workspace_bytes;
   result["refusal"] = found.refusal;
   return result;
@@ -70,25 +67,29 @@ void check_count(const char* name, size_t count, size_t directions) {
           .message);
 }
 
-void backward(int64_t batch, int64_t steps, int64_t hidden, int64_t size, bool has_proj, const std::string& dtype,
-              const std::vector<Address>& packed, const std::vector<Address>& z, const std::vector<Strides>& z_strides,
-              Address cells, Address c_0, Address output, const Strides& output_strides, Address grad_output,
-              const Strides& grad_output_strides, Address grad_h_n, Address grad_c_n, Address lengths,
-              const std::vector<Address>& grad_gates, Address grad_hidden, Address grad_h_0, Address grad_c_0,
-              Address workspace, int64_t workspace_bytes, float cell_clip, float proj_clip, Address stream) {
+void backward(int64_t batch, int64_t steps, int64_t hidden, int64_t size, const std::string& dtype,
+              const std::vector<Address>& weight_hh, const std::vector<Address>& weight_proj,
+              const std::vector<Address>& z, const std::vector<Strides>& z_strides, Address cells, Address c_0,
+              Address output, const Strides& output_strides, Address grad_output, const Strides& grad_output_strides,
+              Address grad_h_n, Address grad_c_n, Address lengths, const std::vector<Address>& grad_gates,
+              Address grad_hidden, Address grad_h_0, Address grad_c_0, Address workspace, int64_t workspace_bytes,
+              float cell_clip, float proj_clip, Address stream) {
   ctxfast::LstmPersistentBackwardParams p;
   const size_t directions = z.size();
   if (directions < 1 || directions > 2) {
     throw py::value_error(ctxfast::invalid("lstm", "the number of z", std::to_string(directions), "1 or 2").message);
   }
-  check_count("packed", packed.size(), directions);
+  check_count("weight_hh", weight_hh.size(), directions);
+  if (!weight_proj.empty()) check_count("weight_proj", weight_proj.size(), directions);
   check_count("z_strides", z_strides.size(), directions);
   check_count("grad_gates", grad_gates.size(), directions);
-  p.batch = batch, p.steps = steps, p.hidden = hidden, p.size = size, p.has_proj = has_proj;
+  p.batch = batch, p.steps = steps, p.hidden = hidden, p.size = size;
+  p.has_proj = !weight_proj.empty();
   p.directions = static_cast<int64_t>(directions);
   p.dtype = dtype_named("lstm", dtype, true);
   for (size_t r = 0; r < directions; ++r) {
-    p.packed[r] = pointer<const void>(packed[r]);
+    p.weight_hh[r] = pointer<const void>(weight_hh[r]);
+    if (p.has_proj) p.weight_proj[r] = pointer<const void>(weight_proj[r]);
     p.z[r] = pointer<const void>(z[r]);
     p.grad_gates[r] = pointer<void>(grad_gates[r]);
     for (int i = 0; i < 2; ++i) p.z_strides[r][i] = z_strides[r][i];
@@ -125,8 +126,8 @@ void bind_lstm_persistent_backward(py::module_& m) {
   using py::arg;
   m.def("lstm_persistent_backward_plan", &plan, arg("batch"), arg("hidden"), arg("size"), arg("has_proj"),
         arg("directions"));
-  m.def("lstm_persistent_backward", &backward, arg("batch"), arg("steps"), arg("hidden"), arg("size"), arg("has_proj"),
-        arg("dtype"), arg("packed"), arg("z"), arg("z_strides"), arg("cells"), arg("c_0"), arg("output"),
+  m.def("lstm_persistent_backward", &backward, arg("batch"), arg("steps"), arg("hidden"), arg("size"), arg("dtype"),
+        arg("weight_hh"), arg("weight_proj"), arg("z"), arg("z_strides"), arg("cells"), arg("c_0"), arg("output"),
         arg("output_strides"), arg("grad_output"), arg("grad_output_strides"), arg("grad_h_n"), arg("grad_c_n"),
         arg("lengths"), arg("grad_gates"), arg("grad_hidden"), arg("grad_h_0"), arg("grad_c_0"), arg("workspace"),
         arg("workspace_bytes"), arg("cell_clip"), arg("proj_clip"), arg("stream"));

@@ -69,20 +69,42 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_persistent_backward_kernel(c
   auto* reduce = reinterpret_cast<float4*>(cell_weights + (kProjected ? p.cell_pairs * 256 : 0));
   int* length_of = reinterpret_cast<int*>(reduce + (kPartial ? 1 : kTiles) * kWarps * kFragments);
 
+  // Weights, turned into fragments on the way in. A warp loads the kpairs it will use itself.
   uint4 held[kHeld];
   {
-    const int row_vectors = p.row_pairs * 2 * kRows * 32, cell_vectors = kProjected ? p.cell_pairs * 256 : 0;
-    const uint4* packed = p.packed[direction] + int64_t{block} * (row_vectors + cell_vectors);
-    if constexpr (kRegisters > 0) {
+    uint4* stage = reinterpret_cast<uint4*>(reduce) + warp_index() * kRows * 32;
+    const int stride = p.size / 8, first_pair = (block & ((1 << k_shift) - 1)) * p.row_pairs;
+    const uint4* matrix = p.weight_hh[direction] + (block >> k_shift) * 2 * kRows;
+    RawPair<kRows> raw;
+    uint4 fragments[2][kRows];
+#pragma unroll 1
+    for (int i = kRegisters * kWarps + warp_index(); i < p.row_pairs; i += kWarps) {
+      raw.load(matrix, stride, [&](int half, int k) { return row_of_hh(p.hidden, first_pair + i, half, k); });
+      raw.to_fragments(fragments, stage);
+      uint4* to = weights + (i - kRegisters * kWarps) * 2 * kRows * 32 + lane_index();
 #pragma unroll
-      for (int i = 0; i < kHeld; ++i) {
-        const int pair = i / (2 * kRows) * kWarps + warp_index();
-        held[i] = packed[(pair * 2 * kRows + i % (2 * kRows)) * 32 + lane_index()];
+      for (int j = 0; j < 2 * kRows; ++j) to[j * 32] = fragments[j / kRows][j % kRows];
+    }
+    if constexpr (kProjected) {
+#pragma unroll 1
+      for (int i = warp_index(); i < p.cell_pairs; i += kWarps) {
+        raw.load(p.weight_proj[direction] + block * 8, p.hidden / 8,
+                 [&](int half, int k) { return row_of_proj(i, half, k); });
+        raw.to_fragments(fragments, stage);
+        uint4* to = cell_weights + i * 256 + lane_index();
+#pragma unroll
+        for (int j = 0; j < 2 * kRows; ++j) to[j * 32] = fragments[j / kRows][j % kRows];
       }
     }
-    constexpr int kInRegisters = kRegisters * kWarps * 2 * kRows * 32;
-    for (int i = thread_index(); i < row_vectors + cell_vectors - kInRegisters; i += kThreads) {
-      weights[i] = packed[kInRegisters + i];
+    if constexpr (kRegisters > 0) {
+#pragma unroll
+      for (int i = 0; i < kRegisters; ++i) {
+        const int pair = first_pair + i * kWarps + warp_index();
+        raw.load(matrix, stride, [&](int half, int k) { return row_of_hh(p.hidden, pair, half, k); });
+        raw.to_fragments(fragments, stage);
+#pragma unroll
+        for (int j = 0; j < 2 * kRows; ++j) held[i * 2 * kRows + j] = fragments[j / kRows][j % kRows];
+      }
     }
   }
 
@@ -99,9 +121,11 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_persistent_backward_kernel(c
     return p.s + ((anew(direction) * kSlots + slot) * kTiles + tile) * s_tile;
   };
   const auto finish_here = [&] {
-    return finish_of<kProjected, kPartial, kColumns>(anew(thread_index()), block, k_shift);
+    return finish_of<kProjected, kPartial, kColumns>(anew(thread_index()), anew(block), k_shift);
   };
-  const auto form_here = [&] { return form_of<kProjected, kPartial, kColumns>(anew(thread_index()), block, k_shift); };
+  const auto form_here = [&] {
+    return form_of<kProjected, kPartial, kColumns>(anew(thread_index()), anew(block), k_shift);
+  };
 
   int iteration = 0;
   for (int b0 = 0; b0 < p.batch; b0 += kTileRows * kTiles) {
@@ -173,7 +197,7 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_persistent_backward_kernel(c
         if (step > 0) {
           float4 sum;
           if constexpr (kPartial) {
-            const int slot_before = (iteration + kSlots - 1) % kSlots, first = block >> k_shift << k_shift;
+            const int slot_before = (iteration + kSlots - 1) % kSlots, first = anew(block) >> k_shift << k_shift;
             sum = floats_of(wait(partial_of(slot_before, tile) + (first + finish.part) * kFragments +
                                  (finish.tile * kColumns + finish.column) * 32 + finish.lane));
           } else {

@@ -13,12 +13,13 @@ constexpr uint32_t kEmpty = 0xFFFFFFFFu;
 constexpr int kSpins = 1 << 22;
 
 struct KernelParams {
-  const uint4* packed[2];   // per direction: [block][rows fragments][cells fragments], see cuda_backward.py
-  const uint2* z[2];        // (B, T, H) of four 16-bit gates
-  int64_t z_strides[2][2];  // of B and T, in uint2
-  const float* cells;       // (R, B, T, H)
-  const float* c_0;         // (R, B, H) or null
-  const void* output;       // (B, T, R P); read only with proj_clip
+  const uint4* weight_hh[2];    // (4H, P)
+  const uint4* weight_proj[2];  // (P, H)
+  const uint2* z[2];            // (B, T, H) of four 16-bit gates
+  int64_t z_strides[2][2];      // of B and T, in uint2
+  const float* cells;           // (R, B, T, H)
+  const float* c_0;             // (R, B, H) or null
+  const void* output;           // (B, T, R P); read only with proj_clip
   int64_t output_strides[2];
   const void* grad_output;  // (B, T, R P) or null
   int64_t grad_output_strides[2];
@@ -113,6 +114,57 @@ template <typename T>
 CTXFAST_DEVICE void multiply(float (&d)[4], const uint4& weights, uint32_t b0, uint32_t b1) {
   const uint32_t a[4] = {weights.x, weights.y, weights.z, weights.w}, b[2] = {b0, b1};
   mma_16x8x16<T>(d, a, b);
+}
+
+// A kpair's 2 x 16 rows of K, 16 kTilesM columns, from a matrix with K along its rows: as the vectors of a warp's
+// lanes.
+template <int kTilesM>
+struct RawPair {
+  uint4 v[2][kTilesM];
+
+  // matrix: of the first column; stride: of its rows, in vectors; row_of(k-step, row of 16): where that row of K lies
+  template <typename RowOf>
+  CTXFAST_DEVICE void load(const uint4* matrix, int stride, RowOf row_of) {
+#pragma unroll
+    for (int step = 0; step < 2; ++step) {
+#pragma unroll
+      for (int i = 0; i < kTilesM; ++i) {
+        const int at = i * 32 + lane_index(), row = at / (2 * kTilesM), chunk = at % (2 * kTilesM);
+        v[step][i] = matrix[int64_t{row_of(step, row)} * stride + chunk];
+      }
+    }
+  }
+  // A fragments of the transposed matrix, by way of `stage`: 32 kTilesM vectors of the warp's own. Chunks of 8 columns
+  // are turned within a row, so that ldmatrix finds its rows in different banks.
+  CTXFAST_DEVICE void to_fragments(uint4 (&fragments)[2][kTilesM], uint4* stage) const {
+    constexpr int kChunks = 2 * kTilesM;
+    const int lane = lane_index(), k = (lane >> 4) * 8 + (lane & 7);
+#pragma unroll
+    for (int step = 0; step < 2; ++step) {
+#pragma unroll
+      for (int i = 0; i < kTilesM; ++i) {
+        const int at = i * 32 + lane, row = at / kChunks, chunk = at % kChunks;
+        stage[row * kChunks + (chunk ^ (row & (kChunks - 1)))] = v[step][i];
+      }
+      warp_sync();
+#pragma unroll
+      for (int m = 0; m < kTilesM; ++m) {
+        uint32_t r[4];
+        ldmatrix_x4_trans(r, stage + k * kChunks + ((m * 2 + (lane >> 3 & 1)) ^ (k & (kChunks - 1))));
+        fragments[step][m] = make_uint4(r[0], r[1], r[2], r[3]);
+      }
+      warp_sync();
+    }
+  }
+};
+
+// Row of W_hh in kpair `pair` of all cells: k-step `step`, row k of 16. See cell_gradient's words for the order.
+CTXFAST_DEVICE int row_of_hh(int hidden, int pair, int step, int k) {
+  return ((k >> 3) * 2 + (k & 1)) * hidden + (pair >> 1) * 16 + step * 8 + (pair & 1) * 4 + (k >> 1 & 3);
+}
+// Row of W_proj: dh in the order in which blocks finish it, rows q and q + 8 of 16 in one word.
+CTXFAST_DEVICE int row_of_proj(int pair, int step, int k) {
+  return pair * 32 + step * 16 + (k & 1) * 8 + (k >> 3) * 4 + (k >> 1 & 3);
 }
 
 // One kpair of fragments into the sums.

@@ -27,7 +27,7 @@ struct Shape {
   int registers = 0;           // kRegisterPairs or 0
   int blocks = 0, k_groups = 0, row_pairs = 0, cell_pairs = 0;
   int64_t x_bytes = 0, d_bytes = 0, s_bytes = 0;  // of both directions
-  int64_t packed_bytes = 0, shared_bytes = 0;
+  int64_t shared_bytes = 0;
 };
 
 Shape shape_of(int64_t batch, int64_t hidden, int64_t size, bool projected, int64_t directions) {
@@ -52,7 +52,6 @@ Shape shape_of(int64_t batch, int64_t hidden, int64_t size, bool projected, int6
   const int64_t cell_bytes = int64_t{shape.cell_pairs} * 256 * kVector;
   const int64_t fragments = shape.rows * shape.columns * 32;
   const int64_t rest = fragments * kWarps * kVector * (shape.rows == 4 ? 1 : shape.tiles) + columns * 4;
-  shape.packed_bytes = (row_bytes + cell_bytes) * shape.blocks;
   if (row_bytes + cell_bytes + rest > kSharedBytes) shape.registers = kRegisterPairs;
   shape.shared_bytes =
       row_bytes + cell_bytes + rest - int64_t{shape.registers} * kWarps * 2 * shape.rows * 32 * kVector;
@@ -112,7 +111,12 @@ Status check(const LstmPersistentBackwardParams& p, const LstmPersistentBackward
   if (p.steps < 0) return invalid(kOp, "steps", std::to_string(p.steps), "0 or more");
   if (p.batch == 0) return {};
   for (int64_t r = 0; r < p.directions; ++r) {
-    if (p.packed[r] == nullptr) return null_argument("packed");
+    if (p.weight_hh[r] == nullptr) return null_argument("weight_hh");
+    if (p.has_proj && p.weight_proj[r] == nullptr) return null_argument("weight_proj");
+    for (const void* weight : {p.weight_hh[r], p.weight_proj[r]}) {
+      if (reinterpret_cast<uintptr_t>(weight) % 16 != 0)
+        return invalid(kOp, "a weight", "not aligned", "16-byte aligned");
+    }
     if (p.steps == 0) continue;
     if (p.z[r] == nullptr) return null_argument("z");
     if (p.grad_gates[r] == nullptr) return null_argument("grad_gates");
@@ -141,9 +145,6 @@ LstmPersistentBackwardPlan lstm_persistent_backward_plan(int64_t batch, int64_t 
   if (!plan.refusal.empty()) return plan;
   const Shape shape = shape_of(batch, hidden, size, has_proj, directions);
   plan.blocks = shape.blocks;
-  plan.k_groups = shape.k_groups;
-  plan.rows = 16 * shape.rows;
-  plan.packed_bytes = shape.packed_bytes;
   plan.workspace_bytes = shape.x_bytes + shape.d_bytes + shape.s_bytes + kFlagBytes;
   return plan;
 }
@@ -158,7 +159,8 @@ Status lstm_persistent_backward(const LstmPersistentBackwardParams& p, CUstream_
 
   KernelParams k = {};
   for (int64_t r = 0; r < p.directions; ++r) {
-    k.packed[r] = static_cast<const uint4*>(p.packed[r]);
+    k.weight_hh[r] = static_cast<const uint4*>(p.weight_hh[r]);
+    k.weight_proj[r] = static_cast<const uint4*>(p.weight_proj[r]);
     k.z[r] = static_cast<const uint2*>(p.z[r]);
     k.z_strides[r][0] = p.z_strides[r][0] / 4;
     k.z_strides[r][1] = p.z_strides[r][1] / 4;

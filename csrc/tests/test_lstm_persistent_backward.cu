@@ -77,36 +77,6 @@ struct Sizes {
   }
 };
 
-// The layout of lstm_persistent_backward_impl.cuh, element by element: W_hh (4H, P), W_proj (P, H).
-template <typename T>
-std::vector<T> pack(const std::vector<T>& hh, const std::vector<T>& proj, const Sizes& z,
-                    const LstmPersistentBackwardPlan& plan) {
-  std::vector<T> packed;
-  const int64_t tiles = plan.rows / 16, kpairs = z.H / 8 / plan.k_groups;
-  for (int64_t block = 0; block < plan.blocks; ++block) {
-    const int64_t row_group = block / plan.k_groups, k_group = block % plan.k_groups;
-    for (int64_t pair = 0; pair < kpairs; ++pair) {
-      for (int64_t at = 0; at < 2 * tiles * 256; ++at) {  // k-step, tile, lane, half of K, half of rows, odd
-        const int64_t odd = at & 1, row_half = at >> 1 & 1, k_half = at >> 2 & 1, lane = at >> 3 & 31;
-        const int64_t tile = (at >> 8) % tiles, k_step = (at >> 8) / tiles, global = k_group * kpairs + pair;
-        const int64_t cell = global / 2 * 16 + k_step * 8 + global % 2 * 4 + lane % 4, gate = k_half * 2 + odd;
-        const int64_t row = row_group * plan.rows + tile * 16 + row_half * 8 + lane / 4;
-        packed.push_back(hh[(gate * z.H + cell) * z.P + row]);
-      }
-    }
-    for (int64_t pair = 0; z.projected && pair < z.P / 32; ++pair) {
-      for (int64_t at = 0; at < 8 * 256; ++at) {
-        const int64_t odd = at & 1, row_half = at >> 1 & 1, k_half = at >> 2 & 1, lane = at >> 3 & 31;
-        const int64_t tile = (at >> 8) % 4, k_step = (at >> 8) / 4;
-        const int64_t cell = block * 64 + tile * 16 + row_half * 8 + lane / 4;
-        const int64_t row = pair * 32 + k_step * 16 + odd * 8 + k_half * 4 + lane % 4;
-        packed.push_back(proj[row * z.H + cell]);
-      }
-    }
-  }
-  return packed;
-}
-
 double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
 
 struct Gradients {
@@ -128,18 +98,17 @@ void test(Report* report, const char* dtype_name, DType dtype, double eps, const
   for (int64_t b = 0; z.ragged && b < B; ++b) lengths[b] = b == 1 ? 0 : random.below(steps + 1);
   const float of_weights = 1.5f / std::sqrt(static_cast<float>(P)), of_proj = 3.0f / std::sqrt(static_cast<float>(H));
   std::vector<std::vector<float>> gates(R), hh(R), proj(R);
-  std::vector<std::unique_ptr<Device<T>>> device_z, device_packed, device_gates;
+  std::vector<std::unique_ptr<Device<T>>> device_z, device_hh, device_proj, device_gates;
   for (int64_t r = 0; r < R; ++r) {
     gates[r] = random.fill(B * steps * H * 4, 2);
     hh[r] = random.fill(4 * H * P, of_weights);
     proj[r] = random.fill(z.projected ? P * H : 0, of_proj);
-    const std::vector<T> w = rounded<T>(&hh[r]), m = rounded<T>(&proj[r]);
-    const std::vector<T> packed = pack<T>(w, m, z, plan);
-    report->that(what + " packed size", static_cast<int64_t>(packed.size() * sizeof(T)) == plan.packed_bytes);
-    device_packed.push_back(std::make_unique<Device<T>>(packed));
+    device_hh.push_back(std::make_unique<Device<T>>(rounded<T>(&hh[r])));
+    device_proj.push_back(std::make_unique<Device<T>>(rounded<T>(&proj[r])));
     device_z.push_back(std::make_unique<Device<T>>(rounded<T>(&gates[r])));
     device_gates.push_back(std::make_unique<Device<T>>(B * steps * H * 4));
-    p.packed[r] = device_packed[r]->data;
+    p.weight_hh[r] = device_hh[r]->data;
+    if (z.projected) p.weight_proj[r] = device_proj[r]->data;
     p.z[r] = device_z[r]->data;
     p.z_strides[r][0] = steps * H * 4, p.z_strides[r][1] = H * 4;
     p.grad_gates[r] = device_gates[r]->data;

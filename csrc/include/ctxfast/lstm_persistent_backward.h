@@ -18,9 +18,6 @@ namespace ctxfast {
 // How a call is laid out; `refusal` says why it cannot run, or is empty.
 struct LstmPersistentBackwardPlan {
   int64_t blocks = 0;           // of a direction
-  int64_t k_groups = 0;         // a block multiplies 1 / k_groups of dz ...
-  int64_t rows = 0;             // ... into so many rows of dh
-  int64_t packed_bytes = 0;     // of a direction's weights
   int64_t workspace_bytes = 0;  // of a call
   std::string refusal;
 };
@@ -31,13 +28,14 @@ LstmPersistentBackwardPlan lstm_persistent_backward_plan(int64_t batch, int64_t 
 struct LstmPersistentBackwardParams {
   int64_t batch = 0, steps = 0, hidden = 0, size = 0, directions = 0;
   bool has_proj = false;
-  DType dtype = DType::kFloat16;  // or kBFloat16: of z, packed, output, grad_output, grad_gates and grad_hidden
-  const void* packed[2] = {};     // plan.packed_bytes each: W_hh and W_proj as cuda_backward.py packs them
-  const void* z[2] = {};          // (B, T, H, 4): gates before their nonlinearity
-  int64_t z_strides[2][2] = {};   // of B and T, in elements, multiples of 4
-  const float* cells = nullptr;   // (R, B, T, H), after the clip
-  const float* c_0 = nullptr;     // (R, B, H); null: zeros
-  const void* output = nullptr;   // (B, T, R P); needed with proj_clip only
+  DType dtype = DType::kFloat16;    // or kBFloat16: of weights, z, output, grad_output, grad_gates and grad_hidden
+  const void* weight_hh[2] = {};    // (4H, P), 16-byte aligned, as all weights
+  const void* weight_proj[2] = {};  // (P, H)
+  const void* z[2] = {};            // (B, T, H, 4): gates before their nonlinearity
+  int64_t z_strides[2][2] = {};     // of B and T, in elements, multiples of 4
+  const float* cells = nullptr;     // (R, B, T, H), after the clip
+  const float* c_0 = nullptr;       // (R, B, H); null: zeros
+  const void* output = nullptr;     // (B, T, R P); needed with proj_clip only
   int64_t output_strides[2] = {};
   const void* grad_output = nullptr;  // (B, T, R P); null: zeros
   int64_t grad_output_strides[2] = {};
