@@ -8,7 +8,7 @@ the same numbers. Letters are those of ``ctxfast.functional``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +52,18 @@ class Row:
 
 _EVERY_WEIGHT = ("float32", "float32+bf16", "float32+int8")
 
+
+def _bilstm_rows() -> Iterator[Row]:
+    """Plain biLSTMs as taggers and parsers have them, T = 128, over sizes and batches; trained ones too."""
+    for hidden in (256, 512, 1024):
+        for batch in (1, 8, 16, 32, 128):
+            passes = ("f",) if batch == 16 else ("f", "fb")
+            for ragged in (False, True) if batch > 1 else (False,):
+                name = f"biLSTM H{hidden} B{batch} T128" + " packed" * ragged
+                sizes = dict(B=batch, T=128, R=2, I=512, H=hidden, ragged=ragged)
+                yield Row("lstm", name, sizes, cpu=(), cuda=("float16",), passes=passes)
+
+
 ROWS: tuple[Row, ...] = (
     # lstm
     Row("lstm", "elmo-original one direction B1 T32", dict(B=1, T=32, R=1, **ELMO), "small", cpu=_EVERY_WEIGHT),
@@ -63,13 +75,17 @@ ROWS: tuple[Row, ...] = (
     Row("lstm", "elmo-original both directions B1 T128", dict(B=1, T=128, R=2, **ELMO), "small", cpu=()),
     Row("lstm", "elmo-original both directions B8 T128", dict(B=8, T=128, R=2, **ELMO), cpu=()),
     Row("lstm", "elmo-original both directions B32 T128", dict(B=32, T=128, R=2, **ELMO), cpu=(), passes=("f", "fb")),
-    Row("lstm", "elmo-original both directions B128 T128", dict(B=128, T=128, R=2, **ELMO), cpu=()),
+    Row("lstm", "elmo-original both directions B128 T128", dict(B=128, T=128, R=2, **ELMO), cpu=(), passes=("f", "fb")),
+    Row("lstm", "elmo-original both directions B8 T128", dict(B=8, T=128, R=2, **ELMO), cpu=(), passes=("fb",)),
+    Row("lstm", "elmo-original both directions B32 T128 packed",
+        dict(B=32, T=128, R=2, ragged=True, **ELMO), cpu=(), passes=("f", "fb")),
     Row("lstm", "elmo-original one direction B8 T16", dict(B=8, T=16, R=1, **ELMO), passes=("fb",), cuda=()),
     Row("lstm", "biLSTM H512 B8 T32", dict(B=8, T=32, R=2, I=512, H=512), "small"),
     Row("lstm", "biLSTM H512 B8 T32", dict(B=8, T=32, R=2, I=512, H=512), passes=("fb",)),
-    Row("lstm", "biLSTM H512 B32 T128", dict(B=32, T=128, R=2, I=512, H=512), cpu=(), passes=("f", "fb")),
     Row("lstm", "biLSTM H512 B32 T32 ragged", dict(B=32, T=32, R=2, I=512, H=512, ragged=True)),
-    Row("lstm", "biLSTM H1024 B8 T128", dict(B=8, T=128, R=2, I=512, H=1024), cpu=()),
+    Row("lstm", "biLSTM H256 B1 T32", dict(B=1, T=32, R=2, I=512, H=256), cuda=()),
+    Row("lstm", "biLSTM H1024 B1 T32", dict(B=1, T=32, R=2, I=512, H=1024), cuda=()),
+    *_bilstm_rows(),
     # attention
     Row("attention", "bert-base 8x128", dict(lengths=(128,) * 8, H=12, D=64), "small", cpu=("float32", "bfloat16")),
     Row("attention", "bert-base 8x128", dict(lengths=(128,) * 8, H=12, D=64), passes=("fb",)),
@@ -177,7 +193,7 @@ class Case:
     @property
     def work(self) -> Work:
         """Arithmetic, memory traffic and tokens that the case needs, whoever runs it."""
-        return op_work(self.op, self.sizes, self.dtype.itemsize, self.backward)
+        return op_work(self.op, self.sizes, (self.weight_dtype or self.dtype).itemsize, self.backward)
 
     @property
     def timed_only(self) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from .cases import Case
+from .ceilings import floor_seconds
 from .gate import Gate, ParityError, Verdict, results, runner
 from .peers import NotInstalled, Provider, Unavailable, chosen_impl
 
@@ -56,6 +57,8 @@ class ResultRow:
     """One provider on one case. ``status``: "ok", "wrong", "error", "not installed" or "cannot run"; times if "ok".
 
     ``ratio``: this row's time over that of the implementation ctxfast chooses; above 1, ctxfast is faster.
+    ``us_per_step``, ``of_floor``: for recurrences, time a step, and the share of it that reading weights from memory
+    or the arithmetic would take (see ``ceilings``); above 1 where weights stay in caches or on the chip.
     ``memory_mib``: memory that the first call added at its peak. ``error``: relative to the largest right value.
     """
 
@@ -82,6 +85,8 @@ class ResultRow:
     gflops: float | None = None
     gbs: float | None = None
     tokens_per_s: float | None = None
+    us_per_step: float | None = None
+    of_floor: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return {name: value for name, value in asdict(self).items() if value is not None}
@@ -328,6 +333,10 @@ def _summarise(each: _Runner, case: Case) -> None:
     row.gflops = work.flops / median / 1e9 if work.flops else None
     row.gbs = work.bytes / median / 1e9 if work.bytes else None
     row.tokens_per_s = work.tokens / median if work.tokens else None
+    row.us_per_step = 1e6 * median / work.steps if work.steps else None
+    products = None if case.weight_dtype is torch.int8 else case.weight_dtype or case.dtype
+    floor = floor_seconds(work, case.device, products)
+    row.of_floor = None if floor is None else floor / median
 
 
 def _set_ratios(rows: list[ResultRow]) -> None:

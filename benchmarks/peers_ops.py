@@ -188,6 +188,29 @@ def _build_loop(dtype: torch.dtype | None = None) -> Callable[[Case, Mapping[str
     return build
 
 
+def _build_loop_graph(case: Case, args: Mapping[str, Any]) -> Call:
+    if case.device != "cuda":
+        raise Unavailable("CUDA graphs run on a GPU only")
+    if case.backward:
+        raise Unavailable("its forward pass only")
+    forward = _build_loop()(case, args).forward
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.no_grad(), torch.cuda.stream(side):
+        for _ in range(3):
+            forward()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        kept = forward()
+
+    def replay() -> Outputs:
+        graph.replay()
+        return kept
+
+    return Call(replay)
+
+
 # attention
 
 
@@ -364,6 +387,7 @@ def _build_mix_product(case: Case, args: Mapping[str, Any]) -> Call:
 PEERS: dict[str, tuple[Provider, ...]] = {
     "lstm": (
         Provider("Python loop (AllenNLP style)", _build_loop()),
+        Provider("Python loop in a CUDA graph", _build_loop_graph),
         Provider("nn.LSTM", _build_nn_lstm(), _NO_CLIPS),
         Provider("two nn.LSTM and flip", _build_two_lstms, _NO_CLIPS),
         Provider("Python loop, bfloat16", _build_loop(torch.bfloat16), dtype=torch.bfloat16),

@@ -212,9 +212,12 @@ def dtype_words(name: str) -> str:
 
 
 def speed(row: ResultRow) -> str:
-    """The rate that suits the case: tokens a second for models, else GFLOP/s or GB/s."""
+    """The rate that suits the case: tokens a second for models, time a step for recurrences, else GFLOP/s or GB/s."""
     if row.op in ("bert", "elmo") and row.tokens_per_s:
         return f"{row.tokens_per_s:,.0f} tok/s"
+    if row.us_per_step:
+        share = "" if row.of_floor is None else f", {number(row.of_floor)} of floor"
+        return f"{number(row.us_per_step)} us a step{share}"
     if row.gflops:
         return f"{number(row.gflops)} GFLOP/s"
     return f"{number(row.gbs)} GB/s" if row.gbs else ""

@@ -13,12 +13,15 @@ import torch
 class Work:
     """Floating-point operations (a multiply-add is two), bytes moved, tokens; None where it would say nothing.
 
-    A case declares ``flops`` if arithmetic bounds it and ``bytes`` if memory does.
+    A case declares ``flops`` if arithmetic bounds it and ``bytes`` if memory does. A recurrence declares its ``steps``,
+    which wait for one another, and ``step_bytes``, the weights that each of them multiplies by.
     """
 
     flops: float | None = None
     bytes: float | None = None
     tokens: int | None = None
+    steps: int | None = None
+    step_bytes: float | None = None
 
 
 # ELMo's released filters (width, number), the characters of a word, their vectors' size, rows of their table.
@@ -45,13 +48,21 @@ BERT_SIZES = {
 
 
 def op_work(op: str, sizes: dict[str, Any], itemsize: int, backward: bool) -> Work:
-    """The work of a case of ``op`` with these sizes; ``itemsize`` is bytes per element."""
+    """The work of a case of ``op`` with these sizes; ``itemsize`` is bytes per element (of weights, where
+    they are held in another dtype than the inputs)."""
     passes = 3 if backward else 1  # a product has two gradients, each a product of the same size
     if op == "lstm":
         hidden, steps = sizes["H"], lstm_tokens(sizes)
         size = sizes.get("P") or hidden
         per_step = 4 * hidden * (sizes["I"] + size) + (size * hidden if sizes.get("P") else 0)
-        return Work(flops=passes * 2.0 * steps * sizes["R"] * per_step, tokens=steps)
+        projection = size * hidden if sizes.get("P") else 0
+        weights = sizes["R"] * (4 * hidden * size + projection) * itemsize
+        return Work(
+            flops=passes * 2.0 * steps * sizes["R"] * per_step,
+            tokens=steps,
+            steps=sizes["T"],
+            step_bytes=(2.0 if backward else 1.0) * weights,
+        )
     if op == "attention":
         lengths, width = sizes["lengths"], sizes["H"] * sizes["D"]
         flops = 4.0 * sum(n * n for n in lengths) * width

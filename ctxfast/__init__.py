@@ -31,6 +31,8 @@ _LAZY = {
     "Embedder": "ctxfast.embed",
     "Elmo": "ctxfast.models.elmo.modeling",
     "ElmoEmbedder": "ctxfast.models.elmo.embedder",
+    "restore": "ctxfast.nn.swap",
+    "swap_in": "ctxfast.nn.swap",
     "batch_to_ids": "ctxfast.models.elmo.tokenization",
     "Bert": "ctxfast.models.bert.modeling",
     "BertConfig": "ctxfast.models.bert.config",

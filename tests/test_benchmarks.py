@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 
-from benchmarks import __main__ as command, cases, gate, measure, peers, peers_ops, report, results
+from benchmarks import __main__ as command, cases, ceilings, gate, measure, peers, peers_ops, report, results
 from benchmarks.cases import Case
 from benchmarks.measure import ResultRow, Settings
 from benchmarks.peers import Call, NotInstalled, Provider, Unavailable
@@ -98,6 +98,22 @@ def test_work_counts_tokens_not_padding():
     assert ragged.work.tokens == sum(ragged.make()["lengths"].tolist()) < 3 * 4
     assert tiny("lstm").work.flops == 2 * 12 * 2 * (4 * 6 * (5 + 4) + 4 * 6)
     assert tiny("lstm", backward=True).work.flops == 3 * tiny("lstm").work.flops
+
+
+def test_recurrences_know_their_floor(monkeypatch):
+    case = tiny("lstm")
+    assert case.work.steps == 4 and case.work.step_bytes == 2 * (4 * 6 * 4 + 4 * 6) * 4
+    assert tiny("lstm", dtype="float32+int8").work.step_bytes == case.work.step_bytes / 4
+    assert tiny("lstm", backward=True).work.step_bytes == 2 * case.work.step_bytes
+    monkeypatch.setattr(ceilings, "bytes_per_second", lambda device: 960.0)
+    monkeypatch.setattr(ceilings, "flops_per_second", lambda device, dtype: case.work.flops / 2)
+    assert ceilings.floor_seconds(case.work, "cpu", None) == 4.0  # 960 bytes a step, 4 steps
+    assert ceilings.floor_seconds(case.work, "cpu", torch.float32) == 4.0
+    monkeypatch.setattr(ceilings, "bytes_per_second", lambda device: 9600.0)
+    assert ceilings.floor_seconds(case.work, "cpu", torch.float32) == 2.0
+    assert ceilings.floor_seconds(tiny("attention").work, "cpu", torch.float32) is None
+    lstm = row("a", 2.0, us_per_step=15.6, of_floor=0.5)
+    assert results.speed(lstm) == "15.6 us a step, 0.5 of floor"
 
 
 # providers: every peer of every op passes its own gate

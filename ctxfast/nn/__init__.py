@@ -10,10 +10,12 @@ from .embeddings import Embeddings
 from .feed_forward import FeedForward
 from .highway import Highway
 from .layer_norm import AddLayerNorm, LayerNorm
+from .lstm import LSTM
 from .scalar_mix import ScalarMix
 from .transformer import TransformerLayer
 
 __all__ = [
+    "LSTM",
     "AddLayerNorm",
     "CharCnn",
     "ElmoLstm",

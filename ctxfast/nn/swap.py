@@ -1,0 +1,285 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Other people's models made faster in place: ``swap_in`` walks a model's modules, ``restore`` undoes it.
+
+A module is swapped by giving it another class, one that keeps its attributes and changes how it is computed. So the
+module stays the very same object: its parameters, buffers, hooks, device, dtype, mode, ties and names in state_dict
+are what they were, and restoring gives it back its class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import functional
+from .._core import registry
+from . import swap_transformers
+from .layer_norm import LayerNorm
+from .lstm import LSTM
+
+# In the __dict__ of a swapped module: its own class.
+_ORIGINAL = "_ctxfast_original"
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One line of the table: what a class is replaced by, and what speaks against it.
+
+    ``replacement()`` is the class; ``objection(module, impl)`` a sentence, or None. ``on_request``: swapped only where
+    ``only`` names it.
+    """
+
+    replacement: Callable[[], type[nn.Module]]
+    objection: Callable[[nn.Module, str | None], str | None]
+    on_request: bool = False
+
+
+def why_not(op: str, impl: str | None, **args: Any) -> str | None:
+    """None if a compiled implementation (or the one asked for) runs such a call, else the sentence why not."""
+    with torch.no_grad():
+        rows = functional.explain(op, **args).rows
+    if impl is not None and any(name == impl for name, _, _ in rows):
+        refusals = [reason for name, verdict, reason in rows if name == impl and verdict == "no"]
+        return f"impl={impl!r} was asked for: {refusals[0]}" if refusals else None
+    if any(verdict != "no" for name, verdict, _ in rows if name != "reference"):
+        return None
+    reasons = "; ".join(f"{name}: {reason.rstrip('.')}" for name, _, reason in rows if name != "reference")
+    return f"no compiled implementation of {op} runs it ({reasons})."
+
+
+def _lstm_objection(module: nn.LSTM, impl: str | None) -> str | None:
+    weights = [tensor for name, tensor in module.named_parameters() if name.startswith("weight")]
+    if any(type(weight) is not nn.Parameter for weight in weights) or len(weights) < 2:
+        return "its weights are not plain parameters (parametrised, pruned or lazy)."
+    if weights[0].is_meta:
+        return "its parameters are on the meta device; load them first."
+    args = dict(weight_ih=module.weight_ih_l0, weight_hh=module.weight_hh_l0)
+    if module.proj_size:
+        args["weight_proj"] = module.weight_hr_l0
+    return why_not("lstm", impl, input=weights[0].new_zeros(1, 1, module.input_size), **args)
+
+
+def _encoder_objection(module: nn.Module, impl: str | None) -> str | None:
+    objection = swap_transformers.objection(module)
+    if objection is not None:
+        return objection
+    parts = swap_transformers.parts_of(module.layer[0])
+    weight = parts.query.weight
+    if weight.is_meta:
+        return "its parameters are on the meta device; load them first."
+    qkv = weight.new_zeros(1, 3, parts.heads, weight.shape[0] // parts.heads)
+    offsets = torch.tensor([0, 1], dtype=torch.int32, device=weight.device)
+    return why_not("attention", impl, qkv=qkv, cu_seqlens=offsets, max_seqlen=1)
+
+
+def _encoder(name: str) -> _Entry:
+    return _Entry(lambda: swap_transformers.packed_class(name), _encoder_objection)
+
+
+# Full name of a class -> what becomes of its modules.
+_TABLE: dict[str, _Entry] = {
+    "torch.nn.modules.rnn.LSTM": _Entry(lambda: LSTM, _lstm_objection),
+    # By itself it gains nothing over torch's; it is there to choose an implementation of add_layer_norm.
+    "torch.nn.modules.normalization.LayerNorm": _Entry(lambda: LayerNorm, lambda module, impl: None, on_request=True),
+    **{name: _encoder(name) for name in swap_transformers.ENCODERS},
+}
+
+
+@dataclass(frozen=True)
+class SwapReport:
+    """What ``swap_in`` did.
+
+    Attributes:
+        swapped: (path, class before, class now) of every module that is swapped, those of earlier calls too.
+        near_misses: (path, sentence) of modules left alone though their kind is in the table, and of swapped modules
+            whose calls sometimes run as before.
+    """
+
+    swapped: tuple[tuple[str, str, str], ...]
+    near_misses: tuple[tuple[str, str], ...]
+
+    def __str__(self) -> str:
+        lines = [f"swapped {len(self.swapped)}:" if self.swapped else _NOTHING]
+        lines += [f"  {path}: {before} -> {now}" for path, before, now in self.swapped]
+        together: dict[str, list[str]] = {}
+        for path, sentence in self.near_misses:
+            together.setdefault(sentence, []).append(path)
+        if together:
+            lines.append("near misses:")
+        for sentence, paths in together.items():
+            more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+            lines.append(f"  {paths[0]}{more}: {sentence}")
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+_NOTHING = (
+    "nothing to swap: no module is a torch.nn.LSTM or an encoder of Transformers that ctxfast knows and can run faster."
+)
+
+
+def _full_name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _short_names() -> dict[str, str]:
+    return {name.rpartition(".")[2]: name for name in _TABLE}
+
+
+def _wanted(only: Iterable[str | type] | str | type | None) -> frozenset[str]:
+    """Full names of the classes to swap."""
+    if only is None:
+        return frozenset(name for name, entry in _TABLE.items() if not entry.on_request)
+    asked = [only] if isinstance(only, (str, type)) else list(only)
+    short, found = _short_names(), set()
+    for item in asked:
+        name = item.__name__ if isinstance(item, type) else item
+        if name not in short:
+            raise ValueError(
+                f"ctxfast.swap_in: only holds {name!r}; expected names of classes among {', '.join(sorted(short))}."
+            )
+        found.add(short[name])
+    return frozenset(found)
+
+
+def _opaque(module: nn.Module) -> str | None:
+    """Why nothing in this module and below can be swapped; None if it can be looked into."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return "it is TorchScript, whose code is fixed. Swap in first, then script."
+    kind = type(module)
+    if _full_name(kind) == "torch._dynamo.eval_frame.OptimizedModule" or module._compiled_call_impl is not None:
+        return "it is compiled already, and compiled code would not follow. Swap in first, then compile."
+    if ".quantized" in kind.__module__ and kind.__name__ in _short_names():
+        return "it is quantised, and its weights are packed for other kernels."
+    return None
+
+
+def _objection(module: nn.Module, name: str, impl: str | None) -> str | None:
+    """Why a module of a class in the table, or of a class made from one, stays as it is."""
+    kind = type(module)
+    base = next(each for each in kind.__mro__ if _full_name(each) == name)
+    if base is not kind:
+        if kind.forward is not base.forward:
+            return f"{kind.__name__} is a subclass of {base.__name__} with a forward of its own."
+        return f"{kind.__name__} is a subclass of {base.__name__}, which would lose its type."
+    if "forward" in module.__dict__:
+        return "its forward was replaced on the object, as wrappers do that move weights about."
+    return _TABLE[name].objection(module, impl)
+
+
+def _walk(module: nn.Module, path: str, above: tuple[nn.Module, ...], seen: set[nn.Module]) -> Iterator[tuple]:
+    """(path, module, modules above it), every module once; what is below an opaque one is left out."""
+    if module in seen:
+        return
+    seen.add(module)
+    yield path, module, above
+    if _opaque(module) is None:
+        for name, child in module.named_children():
+            yield from _walk(child, f"{path}.{name}" if path else name, (*above, module), seen)
+
+
+def swap_in(
+    model: nn.Module,
+    impl: str | None = None,
+    strict: bool = False,
+    only: Iterable[str | type] | str | type | None = None,
+) -> SwapReport:
+    """Make a model faster in place: its ``torch.nn.LSTM`` and the encoders of Hugging Face's BERT family.
+
+    Parameters stay the very same objects under the same names, state_dict, hooks, device, dtype, mode and tied
+    weights included; training, autocast, gradient checkpointing, copies and pickles go on. ``restore`` undoes it.
+    Swap in before compiling. A second call changes nothing more.
+
+    An encoder drops padding on its way in and puts zeros back in its place, so hidden states at padding differ from
+    Hugging Face's, which nothing should read. Calls that must see them run as before: attention weights are asked
+    for, a question-answering head scores padding, padding comes first in a row, masks differ by query, caches. A layer
+    runs as before while it, or a part of it, has hooks or is no longer a plain module (an adapter, say).
+    In training, dropout draws other numbers than the original does.
+
+    Args:
+        model: any module; also one that is swapped itself.
+        impl: implementation of the ops inside, where they have it; None chooses per call.
+        strict: raise if nothing can be swapped.
+        only: names of classes, or classes, to swap and no others: "LSTM", "BertEncoder", ... "LayerNorm" is swapped
+            only where named.
+
+    Returns:
+        What was swapped and what nearly was, with reasons; print it.
+
+    Raises:
+        TypeError: not a module.
+        ValueError: unknown names; or nothing to swap, if ``strict``. The model is then unchanged.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"ctxfast.swap_in: model is a {type(model).__name__}; expected a torch.nn.Module.")
+    if impl is not None and impl not in registry.IMPL_NAMES:
+        raise ValueError(
+            f"ctxfast.swap_in: impl is {impl!r}; expected None or one of {', '.join(registry.IMPL_NAMES)}."
+        )
+    wanted = _wanted(only)
+    plan: list[tuple[nn.Module, type[nn.Module], tuple[nn.Module, ...]]] = []
+    swapped: list[tuple[str, str, str]] = []
+    misses: list[tuple[str, str]] = []
+    for path, module, above in _walk(model, "", (), set()):
+        path, kind = path or "(the model)", type(module)
+        reason = _opaque(module)
+        if reason is not None:
+            misses.append((path, reason))
+            continue
+        before = module.__dict__.get(_ORIGINAL)
+        if before is not None:
+            swapped.append((path, before.__name__, _shown(kind)))
+            continue
+        name = next((_full_name(each) for each in kind.__mro__ if _full_name(each) in wanted), None)
+        if name is None:
+            if only is None and kind.__name__ in swap_transformers.NEAR_MISSES:
+                misses.append((path, swap_transformers.NEAR_MISSES[kind.__name__]))
+            continue
+        reason = _objection(module, name, impl)
+        if reason is not None:
+            misses.append((path, reason))
+            continue
+        replacement = _TABLE[name].replacement()
+        plan.append((module, replacement, above))
+        swapped.append((path, kind.__name__, _shown(replacement)))
+        if name in swap_transformers.ENCODERS and swap_transformers.reads_padding(above):
+            misses.append((path, swap_transformers.PADDING_IS_READ))
+    if strict and not swapped:
+        raise ValueError(f"ctxfast.swap_in: {SwapReport((), tuple(misses))}")
+    for module, replacement, above in plan:
+        module.__dict__[_ORIGINAL] = type(module)
+        module.__class__ = replacement
+        if impl is not None:
+            module.__dict__["impl"] = impl
+        if swap_transformers.reads_padding(above):
+            module.__dict__["padding_is_read"] = True
+    return SwapReport(tuple(swapped), tuple(misses))
+
+
+def _shown(kind: type) -> str:
+    return f"ctxfast.nn.{kind.__name__}" if kind in (LSTM, LayerNorm) else f"{kind.__name__}, packed"
+
+
+def restore(model: nn.Module) -> tuple[str, ...]:
+    """Undo ``swap_in``: every swapped module gets its class back; objects and values are what they were.
+
+    Returns:
+        The paths restored.
+    """
+    paths = []
+    for path, module in model.named_modules():
+        original = module.__dict__.get(_ORIGINAL)
+        if original is None:
+            continue
+        for name in (_ORIGINAL, "impl", "padding_is_read"):
+            module.__dict__.pop(name, None)
+        module.__class__ = original
+        if isinstance(module, nn.LSTM):
+            module._init_flat_weights()  # cuDNN wants weights side by side, which a move to a device undid meanwhile
+        paths.append(path or "(the model)")
+    return tuple(paths)
