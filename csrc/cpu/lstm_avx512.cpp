@@ -6,4 +6,6 @@
 #define CTXFAST_VECTORS_1 4
 #include "lstm_float32.h"
 
-CTXFAST_LSTM_KERNELS(lstm_float32_avx512, Float32)
+namespace ctxfast {
+extern const LstmKernels lstm_float32_avx512 = {&forward<Float32>, &backward<Float32>};
+}

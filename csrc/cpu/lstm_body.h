@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The input product and the recurrence, written once for every kind of product (lstm_product.h).
+// The recurrence with its input product, written once for every kind of product (lstm_product.h).
+#pragma once
+
 #include "lstm_product.h"
 
 namespace ctxfast {
@@ -25,6 +27,7 @@ void begin(const LstmJob& job, int index, int count) {
     for (int64_t t = job.length[i]; t < job.steps; ++t) {
       fill_zero(job.output + row * job.output_batch + t * job.output_time, job.proj_size);
       if (job.cells) fill_zero(job.cells + (row * job.steps + t) * job.hidden, job.hidden);
+      if (job.z) fill_zero(job.z + (row * job.steps + t) * 4 * job.hidden, 4 * job.hidden);
     }
   }
   const Share panels(panels_of(job.hidden, kCells), index, count);
@@ -132,6 +135,9 @@ void step_cells(const LstmJob& job, int64_t s, int64_t rows, int64_t panel, int6
       for (int g = 0; g < 4; ++g) {
         gate[g] = load_some(gates.from + g * gates.per_gate + j, there - j) +
                   Kind::value(z + i * kPanel + g * kCells + j, weight + g * kCells + j, scale);
+      }
+      for (int g = 0; job.z && g < 4; ++g) {
+        store_some(job.z + ((row * job.steps + t) * 4 + g) * job.hidden + cell + j, gate[g], there - j);
       }
       const Vec entered = sigmoid(gate[0]) * tanh(gate[2]);
       Vec c = sigmoid(gate[1]) * load(state + j) + entered;
@@ -270,51 +276,5 @@ void forward(const LstmJob& job, int index, int count) {
   Kind::leave();
 }
 
-template <class Kind>
-void input(const LstmInputJob& job, int index, int count) {
-  Kind::enter();
-  const Share share(job.rows + kLstmInputRows, index, count);
-  for (int64_t i = share.from; i < share.to; ++i) {
-    uint32_t* words = job.words + i * job.ld_words;
-    fill_zero(reinterpret_cast<float*>(words), job.ld_words);
-    if (i < job.rows) Kind::prepare(job.x + i * job.ld_x, job.input, words, job.scale + i);
-  }
-  lstm_barrier(job.barrier, count);
-  float* z = job.scratch + index * kLstmInputRows * kPanel;
-  const Share panels(panels_of(job.hidden, kCells), index, count);
-  const int64_t size = panel_size<Kind>(job.input), blocks = blocks_of<Kind>(job.input);
-  for (int64_t group = panels.from; group < panels.to; group += kLstmInputPanels) {
-    const int64_t end = less(group + kLstmInputPanels, panels.to);
-    for (int64_t from = 0; from < job.rows; from += Kind::kInputRows) {
-      const int64_t rows = less(Kind::kInputRows, job.rows - from);
-      for (int64_t panel = group; panel < end; ++panel) {
-        const uint32_t* weight = static_cast<const uint32_t*>(job.weight) + panel * size;
-        const int64_t cell = panel * kCells, there = less(kCells, job.hidden - cell);
-        panel_product<Kind>(rows, job.words + from * job.ld_words, job.ld_words, weight, job.input, 0, blocks,
-                            weight + (panel + 1 < end ? size : (group - panel) * size), z);
-        for (int gate = 0; gate < 4; ++gate) {
-          const int64_t column = gate * job.hidden + cell;
-          for (int64_t j = 0; j < there; j += kLanes) {
-            const Vec bias = job.bias ? load_some(job.bias + column + j, there - j) : Vec{};
-            for (int64_t i = 0; i < rows; ++i) {
-              const int64_t at = gate * kCells + j;
-              const float scale = Kind::kScaled ? job.scale[from + i] : 1.0f;
-              const Vec sum = Kind::value(z + i * kPanel + at, weight + at, scale) + bias;
-              store_some(job.gates + (from + i) * 4 * job.hidden + column + j, sum, there - j);
-            }
-          }
-        }
-      }
-    }
-  }
-  Kind::leave();
-}
-
 }  // namespace
 }  // namespace ctxfast
-
-// Defines the kernels `name` of one kind.
-#define CTXFAST_LSTM_KERNELS(name, Kind)                          \
-  namespace ctxfast {                                             \
-  extern const LstmKernels name = {&forward<Kind>, &input<Kind>}; \
-  }

@@ -1,5 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The float32 product: a word is one float. CTXFAST_ROWS, CTXFAST_VECTORS, CTXFAST_VECTORS_1 size the register tile.
+#pragma once
+
+#include "lstm_backward.h"
 #include "lstm_body.h"
 
 namespace ctxfast {

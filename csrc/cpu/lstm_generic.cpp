@@ -6,4 +6,6 @@
 #define CTXFAST_VECTORS_1 8
 #include "lstm_float32.h"
 
-CTXFAST_LSTM_KERNELS(lstm_float32_generic, Float32)
+namespace ctxfast {
+extern const LstmKernels lstm_float32_generic = {&forward<Float32>, &backward<Float32>};
+}

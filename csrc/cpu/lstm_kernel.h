@@ -51,6 +51,7 @@ struct LstmJob {
   float* h_n;
   float* c_n;
   float* cells;  // may be null
+  float* z;      // (B, T, 4H); may be null
   // rows in order of falling length: row[i] is the caller's row number, length[i] its length
   const int64_t* row;
   const int64_t* length;
@@ -74,24 +75,48 @@ struct LstmJob {
   void* barrier;
 };
 
-struct LstmInputJob {
-  int64_t rows, input, hidden;
-  const float* x;
-  int64_t ld_x;
-  const void* weight;
-  const float* bias;  // may be null
-  float* gates;       // (rows, 4 * hidden)
-  float* scratch;     // (threads, kLstmInputRows, 64)
-  uint32_t* words;    // (rows and kLstmInputRows more, ld_words): x rounded; null for float32
-  float* scale;       // (rows and kLstmInputRows more), int8
-  int64_t ld_words;
+// The way back of one direction, float32: from each row's last step to its first.
+struct LstmBackwardJob {
+  int64_t batch, steps, hidden, proj_size;
+  bool has_projection, reverse;
+  float cell_clip, proj_clip;  // 0: off
+  // caller's arrays of this direction
+  const float* z;  // (B, T, 4H): gates before their nonlinearities
+  float* grad_z;   // (B, T, 4H)
+  const float* cells;
+  const float* c_0;  // may be null
+  const float* output;
+  int64_t output_batch, output_time;
+  const float* grad_output;
+  int64_t grad_batch, grad_time;
+  const float* grad_h_n;
+  const float* grad_c_n;
+  const void* weight_hh;    // panels of 64 of P, terms 4H
+  const void* weight_proj;  // panels of 64 cells, terms P
+  float* grad_hidden;       // (B, T, P): gradient of h before its clip
+  float* m;                 // (B, T, H), with projection
+  float* grad_h_0;
+  float* grad_c_0;
+  const int64_t* row;
+  const int64_t* length;
+  // workspace
+  float* carried;  // (batch, ld_h): gradient of h from the step after
+  float* d_h;      // (batch, ld_h): of the step's h, before its clip
+  float* d_c;      // (panels of 64 cells, batch, 64)
+  float* d_z;      // (batch, ld_z)
+  float* partial;  // (proj panels, groups of kLstmBackwardGroup blocks, batch, 64)
+  float* scratch;  // (threads, batch, 64)
+  int64_t ld_h, ld_z;
   void* barrier;
 };
+
+// Blocks of the sum over 4H gates that one thread adds up by itself.
+constexpr int kLstmBackwardGroup = 16;
 
 // One set of kernels: one way to hold the factors, on one instruction set. Thread `index` of `count`.
 struct LstmKernels {
   void (*forward)(const LstmJob& job, int index, int count);
-  void (*input)(const LstmInputJob& job, int index, int count);
+  void (*backward)(const LstmBackwardJob& job, int index, int count);  // float32 only, else null
 };
 
 // All threads meet here; lstm.cpp defines it.

@@ -6,6 +6,8 @@
 //   CTXFAST_DOT_BF16(sum, x, w)   Vec: sum + odd products, then + even products, as vdpbf16ps rounds
 //   CTXFAST_DOT_INT8(sum, x, w)   WordVec: sum + four products of unsigned x and signed w
 // Without them: plain arithmetic, and AVX2's vpmaddubsw where that is.
+#pragma once
+
 #include "lstm_body.h"
 #if defined(__AVX2__)
 #include <immintrin.h>

@@ -126,5 +126,7 @@ typedef Tiles<Int8, true> Int8Tiles;
 }  // namespace
 }  // namespace ctxfast
 
-CTXFAST_LSTM_KERNELS(lstm_bfloat16_amx, Bfloat16Tiles)
-CTXFAST_LSTM_KERNELS(lstm_int8_amx, Int8Tiles)
+namespace ctxfast {
+extern const LstmKernels lstm_bfloat16_amx = {&forward<Bfloat16Tiles>, nullptr};
+extern const LstmKernels lstm_int8_amx = {&forward<Int8Tiles>, nullptr};
+}  // namespace ctxfast

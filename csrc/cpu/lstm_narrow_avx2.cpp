@@ -2,5 +2,7 @@
 #define CTXFAST_LANES 8
 #include "lstm_narrow.h"
 
-CTXFAST_LSTM_KERNELS(lstm_bfloat16_avx2, Bfloat16)
-CTXFAST_LSTM_KERNELS(lstm_int8_avx2, Int8)
+namespace ctxfast {
+extern const LstmKernels lstm_bfloat16_avx2 = {&forward<Bfloat16>, nullptr};
+extern const LstmKernels lstm_int8_avx2 = {&forward<Int8>, nullptr};
+}  // namespace ctxfast

@@ -3,4 +3,6 @@
 #define CTXFAST_LANES 16
 #include "lstm_narrow.h"
 
-CTXFAST_LSTM_KERNELS(lstm_bfloat16_avx512, Bfloat16)
+namespace ctxfast {
+extern const LstmKernels lstm_bfloat16_avx512 = {&forward<Bfloat16>, nullptr};
+}

@@ -5,4 +5,6 @@
 #define CTXFAST_DOT_BF16(sum, x, w) (Vec) _mm512_dpbf16_ps((__m512)(sum), (__m512bh)(x), (__m512bh)(w))
 #include "lstm_narrow.h"
 
-CTXFAST_LSTM_KERNELS(lstm_bfloat16_avx512bf16, Bfloat16)
+namespace ctxfast {
+extern const LstmKernels lstm_bfloat16_avx512bf16 = {&forward<Bfloat16>, nullptr};
+}

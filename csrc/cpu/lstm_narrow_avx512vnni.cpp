@@ -5,4 +5,6 @@
 #define CTXFAST_DOT_INT8(sum, x, w) (WordVec) _mm512_dpbusd_epi32((__m512i)(sum), (__m512i)(x), (__m512i)(w))
 #include "lstm_narrow.h"
 
-CTXFAST_LSTM_KERNELS(lstm_int8_avx512vnni, Int8)
+namespace ctxfast {
+extern const LstmKernels lstm_int8_avx512vnni = {&forward<Int8>, nullptr};
+}

@@ -6,4 +6,6 @@
 #define CTXFAST_DOT_INT8(sum, x, w) (WordVec) _mm256_dpbusd_avx_epi32((__m256i)(sum), (__m256i)(x), (__m256i)(w))
 #include "lstm_narrow.h"
 
-CTXFAST_LSTM_KERNELS(lstm_int8_avxvnni, Int8)
+namespace ctxfast {
+extern const LstmKernels lstm_int8_avxvnni = {&forward<Int8>, nullptr};
+}

@@ -2,5 +2,7 @@
 #define CTXFAST_LANES 4
 #include "lstm_narrow.h"
 
-CTXFAST_LSTM_KERNELS(lstm_bfloat16_generic, Bfloat16)
-CTXFAST_LSTM_KERNELS(lstm_int8_generic, Int8)
+namespace ctxfast {
+extern const LstmKernels lstm_bfloat16_generic = {&forward<Bfloat16>, nullptr};
+extern const LstmKernels lstm_int8_generic = {&forward<Int8>, nullptr};
+}  // namespace ctxfast

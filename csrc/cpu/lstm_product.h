@@ -9,6 +9,8 @@
 //   Spread, spread(w)   one word of a row, in every lane
 //   Sum, dot(s, x, w)   s + the products of one word of each column
 //   value(z, header, scale)  columns' finished sums as floats
+#pragma once
+
 #include "lstm_kernel.h"
 #include "lstm_vector.h"
 

@@ -18,6 +18,8 @@ struct Size {
 struct Problem {
   Size size;
   std::vector<float> gates[2], hh[2], proj[2], h_0, c_0;
+  int64_t input;                      // with from_x
+  std::vector<float> x, ih[2], bias;  // the same x and bias for both directions
   std::vector<int64_t> lengths;
   float cell_clip, proj_clip;
 };
@@ -74,10 +76,13 @@ double limit_of(DType kind) { return kind == DType::kFloat32 ? 3e-6 : kind == DT
 
 Problem make(const Size& s, uint64_t seed, bool clips) {
   Random random(seed);
-  Problem p{s, {}, {}, {}, {}, {}, {}, clips ? 1.0f : 0.0f, clips ? 0.4f : 0.0f};
+  Problem p{s, {}, {}, {}, {}, {}, random.below(90), {}, {}, {}, {}, clips ? 1.0f : 0.0f, clips ? 0.4f : 0.0f};
+  p.x = random.fill(s.B * s.T * p.input, 1.0f);
+  p.bias = random.fill(4 * s.H, 1.0f);
   for (int64_t r = 0; r < s.R; ++r) {
     p.gates[r] = random.fill(s.B * s.T * 4 * s.H, 4.0f);
     p.hh[r] = random.fill(4 * s.H * s.P, 2.0f / std::sqrt(static_cast<float>(s.P) + 1));
+    p.ih[r] = random.fill(4 * s.H * p.input, 2.0f / std::sqrt(static_cast<float>(p.input) + 1));
     p.proj[r] = random.fill(s.P * s.H, 2.0f / std::sqrt(static_cast<float>(s.H) + 1));
   }
   p.h_0 = random.fill(s.R * s.B * s.P, 1.0f);
@@ -86,11 +91,11 @@ Problem make(const Size& s, uint64_t seed, bool clips) {
   return p;
 }
 
-Result run(const Problem& p, Isa isa, DType kind, int64_t threads) {
+Result run(const Problem& p, Isa isa, DType kind, int64_t threads, bool from_x) {
   const Size& s = p.size;
   LstmParams params;
   params.shape = {s.H, s.P, s.projection, kind};
-  std::vector<std::vector<uint32_t>> packed;
+  std::vector<std::vector<uint32_t>> packed, packed_input;
   Result result;
   for (int64_t r = 0; r < s.R; ++r) {
     packed.emplace_back(lstm_packed_bytes(params.shape) / 4);
@@ -105,12 +110,26 @@ Result run(const Problem& p, Isa isa, DType kind, int64_t threads) {
     if (!result.status.ok()) return result;
     params.gates[r] = p.gates[r].data();
     params.gates_strides[r][0] = s.T * 4 * s.H, params.gates_strides[r][1] = 4 * s.H;
+    LstmPackInputParams pack_input;
+    pack_input.shape = {s.H, p.input, kind};
+    packed_input.emplace_back(lstm_input_packed_bytes(pack_input.shape) / 4);
+    pack_input.weight_ih = p.ih[r].data();
+    pack_input.weight_ih_strides[0] = p.input, pack_input.weight_ih_strides[1] = 1;
+    pack_input.packed = packed_input[r].data();
+    pack_input.threads = threads;
+    result.status = lstm_pack_input(pack_input);
+    if (!result.status.ok()) return result;
+    params.x[r] = p.x.data();
+    params.x_strides[r][0] = s.T * p.input, params.x_strides[r][1] = p.input;
+    params.packed_input[r] = packed_input[r].data();
+    params.bias[r] = p.bias.data();
     params.packed[r] = packed[r].data();
   }
   result.output.assign(s.B * s.T * s.R * s.P, NAN);
   result.h_n.assign(s.R * s.B * s.P, NAN);
   result.c_n.assign(s.R * s.B * s.H, NAN);
   result.cells.assign(s.R * s.B * s.T * s.H, NAN);
+  params.from_x = from_x, params.input = p.input;
   params.batch = s.B, params.steps = s.T, params.directions = s.R;
   params.lengths = p.lengths.data();
   params.h_0 = p.h_0.data(), params.c_0 = p.c_0.data();
@@ -123,11 +142,12 @@ Result run(const Problem& p, Isa isa, DType kind, int64_t threads) {
   return result;
 }
 
-void compare(Report* report, const std::string& what, const Problem& p, const Result& got, DType kind) {
+void compare(Report* report, const std::string& what, const Problem& p, const Result& got, DType kind, bool from_x) {
   const Size& s = p.size;
   std::vector<double> output(s.B * s.T * s.R * s.P), h_n(s.R * s.B * s.P), c_n(s.R * s.B * s.H);
   std::vector<double> cells(s.R * s.B * s.T * s.H);
   for (int64_t r = 0; r < s.R; ++r) {
+    const auto x = held_rows(p.x, s.B * s.T, p.input, kind), ih = held_rows(p.ih[r], 4 * s.H, p.input, kind);
     const auto hh = held_rows(p.hh[r], 4 * s.H, s.P, kind), proj = held_rows(p.proj[r], s.P, s.H, kind);
     for (int64_t b = 0; b < s.B; ++b) {
       std::vector<double> h(p.h_0.begin() + (r * s.B + b) * s.P, p.h_0.begin() + (r * s.B + b + 1) * s.P);
@@ -139,7 +159,9 @@ void compare(Report* report, const std::string& what, const Problem& p, const Re
         for (int64_t j = 0; j < s.H; ++j) {
           double z[4];
           for (int64_t gate = 0; gate < 4; ++gate) {
-            z[gate] = p.gates[r][((b * s.T + t) * 4 + gate) * s.H + j] + product(read_h, hh[gate * s.H + j]);
+            const int64_t n = gate * s.H + j, row = b * s.T + t;
+            z[gate] = from_x ? p.bias[n] + product(x[row], ih[n]) : p.gates[r][row * 4 * s.H + n];
+            z[gate] += product(read_h, hh[n]);
           }
           c[j] = clip(sigmoid(z[0]) * std::tanh(z[2]) + sigmoid(z[1]) * c[j], p.cell_clip);
           m[j] = sigmoid(z[3]) * std::tanh(c[j]);
@@ -161,39 +183,22 @@ void compare(Report* report, const std::string& what, const Problem& p, const Re
   report->near(what + " cells", got.cells, cells, limit_of(kind));
 }
 
-// gates = x W^T + b, every instruction set and two thread counts.
-void test_input(Report* report, int64_t M, int64_t I, int64_t H) {
-  Random random(M + I + H);
-  const std::vector<float> x = random.fill(M * I, 1.0f), bias = random.fill(4 * H, 1.0f);
-  const std::vector<float> weight = random.fill(4 * H * I, 2.0f / std::sqrt(static_cast<float>(I) + 1));
-  for (const DType kind : {DType::kFloat32, DType::kBFloat16, DType::kInt8}) {
-    const auto rows = held_rows(x, M, I, kind), columns = held_rows(weight, 4 * H, I, kind);
-    std::vector<double> want;
-    for (int64_t i = 0; i < M; ++i) {
-      for (int64_t n = 0; n < 4 * H; ++n) want.push_back(bias[n] + product(rows[i], columns[n]));
-    }
-    LstmPackInputParams pack;
-    pack.shape = {H, I, kind};
-    std::vector<uint32_t> packed(lstm_input_packed_bytes(pack.shape) / 4);
-    pack.weight_ih = weight.data(), pack.packed = packed.data();
-    pack.weight_ih_strides[0] = I, pack.weight_ih_strides[1] = 1;
-    report->that("pack input", lstm_pack_input(pack).ok());
-    for (const Isa isa : runnable_isas()) {
-      std::vector<float> first;
-      for (const int64_t threads : {1, 3}) {
-        std::vector<float> gates(M * 4 * H, NAN);
-        LstmInputParams params;
-        params.shape = pack.shape;
-        params.rows = M, params.x = x.data(), params.x_stride = I, params.packed = packed.data();
-        params.bias = bias.data(), params.gates = gates.data(), params.threads = threads, params.isa = isa;
-        const std::string what = std::string("input ") + isa_name(isa) + " " + name_of(kind) + " M" +
-                                 std::to_string(M) + " I" + std::to_string(I) + " H" + std::to_string(H);
-        report->that(what, lstm_input(params).ok());
-        report->near(what, gates, want, 3e-6);
-        if (threads > 1) report->that(what + " same bits with 3 threads", gates == first);
-        first = gates;
-      }
-    }
+void test(Report* report, const Problem& problem, DType kind, bool from_x) {
+  const Size& size = problem.size;
+  Result first;
+  for (const Isa isa : runnable_isas()) {
+    const Result one = run(problem, isa, kind, 1, from_x);
+    const std::string what = std::string(isa_name(isa)) + " " + name_of(kind) + (from_x ? " x" : "") + " B" +
+                             std::to_string(size.B) + " T" + std::to_string(size.T) + " H" + std::to_string(size.H) +
+                             " P" + std::to_string(size.P);
+    report->that(what + " " + one.status.message, one.status.ok());
+    if (!one.status.ok()) continue;
+    compare(report, what, problem, one, kind, from_x);
+    const Result many = run(problem, isa, kind, 5, from_x);
+    report->that(what + " same bits with 5 threads", one.output == many.output && one.c_n == many.c_n);
+    if (isa == Isa::kGeneric) first = one;
+    const bool exact = kind == DType::kInt8 || (kind == DType::kBFloat16 && isa != Isa::kAmx);
+    if (exact) report->that(what + " same bits as generic", one.output == first.output && one.c_n == first.c_n);
   }
 }
 
@@ -210,30 +215,13 @@ int main() {
     for (const bool clips : {false, true}) {
       const Problem problem = make(size, ++seed, clips);
       for (const DType kind : {DType::kFloat32, DType::kBFloat16, DType::kInt8}) {
-        Result first;
-        for (const Isa isa : runnable_isas()) {
-          const Result one = run(problem, isa, kind, 1);
-          const std::string what = std::string(isa_name(isa)) + " " + name_of(kind) + " B" + std::to_string(size.B) +
-                                   " T" + std::to_string(size.T) + " H" + std::to_string(size.H) + " P" +
-                                   std::to_string(size.P);
-          report.that(what + " " + one.status.message, one.status.ok());
-          if (!one.status.ok()) continue;
-          compare(&report, what, problem, one, kind);
-          const Result many = run(problem, isa, kind, 5);
-          report.that(what + " same bits with 5 threads", one.output == many.output && one.c_n == many.c_n);
-          if (isa == Isa::kGeneric) first = one;
-          const bool exact = kind == DType::kInt8 || (kind == DType::kBFloat16 && isa != Isa::kAmx);
-          if (exact) report.that(what + " same bits as generic", one.output == first.output && one.c_n == first.c_n);
-        }
+        for (const bool from_x : {false, true}) test(&report, problem, kind, from_x);
       }
     }
   }
-  test_input(&report, 1, 5, 3);
-  test_input(&report, 50, 300, 33);
-  test_input(&report, 7, 0, 16);
   Problem bad = make(sizes[1], 1, false);
   bad.lengths[2] = 8;
-  const Status status = run(bad, Isa::kGeneric, DType::kFloat32, 1).status;
+  const Status status = run(bad, Isa::kGeneric, DType::kFloat32, 1, false).status;
   report.that("length past the end", status.code == Code::kInvalidArgument &&
                                          status.message.find("lengths[2] is 8; expected 0..7") != std::string::npos);
   return report.finish("test_lstm");

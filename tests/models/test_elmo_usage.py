@@ -221,12 +221,14 @@ def test_compiles_into_one_graph(files: tuple[Path, Path], state: str) -> None:
 
 
 @torch.no_grad()
-def test_bfloat16_recurrent_weights(files: tuple[Path, Path]) -> None:
+@pytest.mark.parametrize(("dtype", "allowed"), [(torch.bfloat16, 0.004), (torch.int8, 0.012)], ids=str)
+def test_products_in_fewer_bits(files: tuple[Path, Path], dtype: torch.dtype, allowed: float) -> None:
+    """What rounding costs: 0.1 % and 0.3 % of the vectors' root mean square in AllenNLP's test model."""
     ids = batch_to_ids(LINES)
     exact = Elmo(*files, 1, dropout=0.0, state="zero")(ids)["elmo_representations"][0]
-    rounded = Elmo(*files, 1, dropout=0.0, state="zero", weight_dtype=torch.bfloat16)(ids)["elmo_representations"][0]
-    error = float((exact - rounded).abs().max())
-    assert 0 < error < 0.02
+    rounded = Elmo(*files, 1, dropout=0.0, state="zero", weight_dtype=dtype)(ids)["elmo_representations"][0]
+    error = float((exact - rounded).square().mean().sqrt() / exact.square().mean().sqrt())
+    assert 0 < error < allowed
 
 
 def test_exported_names() -> None:

@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// lstm on the CPU: the input product of all steps, and the recurrence of one layer, one or two directions.
+// lstm on the CPU: one layer, one or two directions.
 //
-// lstm_input:    gates (M, 4H) = x (M, I) W_ih^T + b, for all rows and steps at once.
-// lstm_forward:  per row b and step, with z (4H) = gates[b, t] + W_hh h, order i, f, g, o:
+// Per row b and step, with z (4H) = gates[b, t] + W_hh h and gates = W_ih x + b, order i, f, g, o:
 //   c = clip(sigmoid(i) tanh(g) + sigmoid(f) c, cell_clip)
 //   m = sigmoid(o) tanh(c)
 //   h = clip(W_proj m, proj_clip)     (h = clip(m, proj_clip) without projection; then P = H)
@@ -42,7 +41,8 @@ struct LstmPackParams {
   int64_t weight_hh_strides[2] = {0, 0};
   const float* weight_proj = nullptr;  // (P, H); null without projection
   int64_t weight_proj_strides[2] = {0, 0};
-  void* packed = nullptr;  // lstm_packed_bytes(shape) bytes, aligned to 4; 64 is faster
+  void* packed = nullptr;  // as many bytes as lstm_(backward_)packed_bytes(shape), aligned to 4; 64 is faster
+  int64_t threads = 1;
 };
 
 struct LstmParams {
@@ -73,6 +73,7 @@ struct LstmParams {
   float* h_n = nullptr;            // (R, B, P) contiguous: the state after each row's own last step
   float* c_n = nullptr;            // (R, B, H) contiguous
   float* cells = nullptr;          // (R, B, T, H) contiguous: c of every step; null: not wanted
+  float* z = nullptr;              // (R, B, T, 4H) contiguous: z of every step; null: not wanted
 
   int64_t threads = 1;  // at most so many; fewer where there is little to do
   Isa isa = Isa::kGeneric;
@@ -89,18 +90,7 @@ struct LstmPackInputParams {
   const float* weight_ih = nullptr;  // (4H, I)
   int64_t weight_ih_strides[2] = {0, 0};
   void* packed = nullptr;  // lstm_input_packed_bytes(shape) bytes, aligned to 4; 64 is faster
-};
-
-struct LstmInputParams {
-  LstmInputShape shape;
-  int64_t rows = 0;              // M
-  const float* x = nullptr;      // (M, I), last dimension contiguous
-  int64_t x_stride = 0;          // of M
-  const void* packed = nullptr;  // from lstm_pack_input with the same shape
-  const float* bias = nullptr;   // (4H); null: none
-  float* gates = nullptr;        // (M, 4H) contiguous
   int64_t threads = 1;
-  Isa isa = Isa::kGeneric;
 };
 
 // Bytes of one direction's packed weights; negative sizes count as 0 (lstm_pack reports them).
@@ -111,8 +101,42 @@ Status lstm_pack(const LstmPackParams& params);
 
 int64_t lstm_input_packed_bytes(const LstmInputShape& shape);
 Status lstm_pack_input(const LstmPackInputParams& params);
-Status lstm_input(const LstmInputParams& params);
 
 Status lstm_forward(const LstmParams& params);
+
+// The way back of one direction, in float32: gradients of z at every step and of the initial state. What is a product
+// over all steps (of the weights, of x) is left to the caller, who finds its factors in grad_z, grad_hidden and m.
+// A clipped value, |c| or |h| at its bound, passes no gradient.
+struct LstmBackwardParams {
+  LstmShape shape;  // dtype kFloat32
+  int64_t batch = 0;
+  int64_t steps = 0;
+  bool reverse = false;
+  float cell_clip = 0;
+  float proj_clip = 0;
+  const int64_t* lengths = nullptr;     // (B); null: T everywhere
+  const void* packed = nullptr;         // from lstm_pack_backward with the same shape
+  const float* z = nullptr;             // (B, T, 4H) contiguous, from lstm_forward
+  const float* cells = nullptr;         // (B, T, H) contiguous, from lstm_forward
+  const float* c_0 = nullptr;           // (B, H) contiguous; null: zeros
+  const float* output = nullptr;        // (B, T, P), last dimension contiguous
+  int64_t output_strides[2] = {};       // of B and T
+  const float* grad_output = nullptr;   // (B, T, P), last dimension contiguous
+  int64_t grad_output_strides[2] = {};  // of B and T
+  const float* grad_h_n = nullptr;      // (B, P) contiguous
+  const float* grad_c_n = nullptr;      // (B, H) contiguous
+  // Written in full, zeros past a row's length.
+  float* grad_z = nullptr;       // (B, T, 4H) contiguous
+  float* grad_hidden = nullptr;  // (B, T, P) contiguous: gradient of h before its clip
+  float* m = nullptr;            // (B, T, H) contiguous: what was projected; null without projection
+  float* grad_h_0 = nullptr;     // (B, P) contiguous
+  float* grad_c_0 = nullptr;     // (B, H) contiguous
+  int64_t threads = 1;
+  Isa isa = Isa::kGeneric;
+};
+
+int64_t lstm_backward_packed_bytes(const LstmShape& shape);
+Status lstm_pack_backward(const LstmPackParams& params);
+Status lstm_backward(const LstmBackwardParams& params);
 
 }  // namespace ctxfast

@@ -45,7 +45,8 @@ class ElmoBiLm(nn.Module):
             results depend on what came before). "steady": from one fixed state, see ``calibrate``; independent of
             order and batch, and close to "carry". "zero": from zeros. In the last two a text's result on the CPU has
             the same bits in every batch, unless the weights are being trained.
-        weight_dtype: torch.bfloat16 rounds the recurrent weights to it; see ``ctxfast.lstm``.
+        weight_dtype: torch.bfloat16 or torch.int8 for the products of the recurrent layers; see ``ctxfast.lstm``. What
+            it costs: vectors off by 0.4 % and 1.8 % of their root mean square (original size, random weights).
         impl: implementation of every op; None chooses.
 
     Parameters start as of no use: ``from_files`` and ``from_weights`` fill them.

@@ -32,7 +32,8 @@ class ElmoEmbedder:
         state: what a sentence starts from. "steady": a fixed state, so that a sentence always gets the same vectors
             (the default here); "carry": AllenNLP's rule, where row k of a batch goes on from row k of the batch
             before; "zero".
-        weight_dtype: torch.bfloat16 rounds the recurrent weights to it; see ``ctxfast.lstm``.
+        weight_dtype: torch.bfloat16 or torch.int8 for the products of the recurrent layers; see ``ctxfast.lstm``. What
+            it costs: vectors off by 0.4 % and 1.8 % of their root mean square (original size, random weights).
         impl: implementation of every op; None chooses.
 
     Attributes:

@@ -46,7 +46,8 @@ class Elmo(nn.Module):
         module: a language model to use in place of the two files: any module with ``num_layers`` that returns
             ``activations`` and ``mask`` as ``ElmoBiLm`` does.
         state: "carry" (AllenNLP's rule), "steady" or "zero", see ``ElmoBiLm``.
-        weight_dtype: torch.bfloat16 rounds the recurrent weights to it; see ``ctxfast.lstm``.
+        weight_dtype: torch.bfloat16 or torch.int8 for the products of the recurrent layers; see ``ctxfast.lstm``. What
+            it costs: vectors off by 0.4 % and 1.8 % of their root mean square (original size, random weights).
         impl: implementation of every op; None chooses.
 
     Raises:
