@@ -275,3 +275,11 @@ def test_kernels_do_not_spill() -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1] == "11 kernels, 0 spill"
+
+
+def test_old_gpus_are_refused(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (7, 5))
+    objection = capability.why_no_triton(torch.device("cuda", 0))
+    assert objection == "it needs a GPU of compute capability 8.0 or newer and this one has 7.5."
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (9, 0))
+    assert capability.why_no_triton(torch.device("cuda", 0)) is None
