@@ -63,13 +63,25 @@ def is_triton_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def compute_capability(index: int | None) -> tuple[int, int]:
+    """Compute capability of a GPU, None for the current one; a constant to torch.compile."""
+    return torch.cuda.get_device_capability(index)
+
+
+# As torch.compiler.assume_constant_result does; calling that would import all of torch.compile.
+compute_capability._dynamo_marked_constant = True
+
+
 def why_no_triton(device: torch.device) -> str | None:
     """None if Triton kernels can run on this device, else one sentence why not."""
-    if device.type == "cuda" or (device.type == "cpu" and is_triton_interpreted()):
-        if importlib.util.find_spec("triton") is None:
-            return "Triton is not installed (pip install triton)."
-        return None
-    return f"it runs on a CUDA GPU and the inputs are on {device}."
+    if device.type != "cuda" and not (device.type == "cpu" and is_triton_interpreted()):
+        return f"it runs on a CUDA GPU and the inputs are on {device}."
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)."
+    if device.type == "cuda" and compute_capability(device.index) < (8, 0):
+        major, minor = compute_capability(device.index)
+        return f"it needs a GPU of compute capability 8.0 or newer and this one has {major}.{minor}."
+    return None
 
 
 def _version(distribution: str) -> str:

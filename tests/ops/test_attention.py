@@ -161,11 +161,11 @@ def _mask(lengths: list[int], H: int, p: float, seed: int, max_seqlen: int, dtyp
 def test_dropout_mask_and_gradients(lengths) -> None:
     """The mask read out of the forward, put into plain PyTorch, gives the result and the gradients."""
     H, p, seed = 2, 0.3, 5
-    masks = _mask(lengths, H, p, seed, max(lengths), torch.float32)
+    masks = _mask(lengths, H, p, seed, max(lengths), torch.float16)
     kept = torch.cat([(mask > 0).float().flatten() for mask in masks])
     assert abs(float(kept.mean()) - (1 - p)) < 4 * math.sqrt(p * (1 - p) / kept.numel())
     for mask in masks:
-        torch.testing.assert_close(mask[mask > 0], torch.full_like(mask[mask > 0], 1 / (1 - p)), rtol=1e-4, atol=0)
+        torch.testing.assert_close(mask[mask > 0], torch.full_like(mask[mask > 0], 1 / (1 - p)), rtol=2e-3, atol=0)
 
     kwargs = _packed(lengths, H, 32, torch.float32)
     qkv, bias = kwargs["qkv"].requires_grad_(), kwargs["bias"].requires_grad_()
@@ -265,3 +265,21 @@ def test_first_call_may_be_compiled() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+def test_kernels_do_not_spill() -> None:
+    """BERT-Base's kernels for an H100, compiled without one; attention_resources.py alone does all of the table."""
+    script = Path(__file__).with_name("attention_resources.py")
+    done = subprocess.run(
+        [sys.executable, script, "--only", "sm_90 bfloat16 D64 dropout"], capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == "11 kernels, 0 spill"
+
+
+def test_old_gpus_are_refused(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (7, 5))
+    objection = capability.why_no_triton(torch.device("cuda", 0))
+    assert objection == "it needs a GPU of compute capability 8.0 or newer and this one has 7.5."
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (9, 0))
+    assert capability.why_no_triton(torch.device("cuda", 0)) is None

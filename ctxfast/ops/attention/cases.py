@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..._core.registry import Case
+from ..._core.registry import HALF_AND_FLOAT, Case
 from ..._core.samples import Sampler
 
 
@@ -21,6 +21,7 @@ def _case(
     slack: int = 0,
     scale: float | None = None,
     spread: float = 1.0,
+    dtypes: tuple[torch.dtype, ...] = HALF_AND_FLOAT,
 ) -> Case:
     def make(device: str, dtype: torch.dtype, seed: int) -> dict[str, Any]:
         sample = Sampler(device, dtype, seed)
@@ -33,7 +34,7 @@ def _case(
             softmax_scale=scale,
         )
 
-    return Case(name, make, ("qkv", "bias") if bias else ("qkv",))
+    return Case(name, make, ("qkv", "bias") if bias else ("qkv",), dtypes)
 
 
 CASES = (
@@ -54,5 +55,9 @@ CASES = (
     _case("max-seqlen-with-slack", (5, 8), H=2, D=32, slack=11),
     _case("own-scale", (6, 10), H=2, D=32, scale=0.5),
     _case("peaked", (24, 12), H=2, D=64, spread=6.0),
+    _case("none-one-two", (0, 1, 2), H=12, D=64, bias=True),
+    _case("model-limit", (512, 2), H=1, D=32, dtypes=(torch.float16, torch.bfloat16)),
+    _case("head-of-48", (37, 21), H=2, D=48, bias=True),
+    _case("negative-scale", (6, 40), H=2, D=32, bias=True, scale=-0.2),
     _case("many-short", tuple((i * 7) % 11 + 1 for i in range(60)), H=2, D=32),
 )

@@ -27,7 +27,7 @@ _LOG2_E = math.log2(math.e)
 
 def _plan(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> triton_plan.Plan:
     # The interpreter, which computes on the CPU, is given the tiles of an H100.
-    major = torch.cuda.get_device_capability(qkv.device)[0] if qkv.is_cuda else 9
+    major = capability.compute_capability(qkv.device.index)[0] if qkv.is_cuda else 9
     mean = qkv.shape[0] / (cu_seqlens.shape[0] - 1)
     return triton_plan.choose(qkv.shape[3], qkv.element_size(), major, max_seqlen, mean)
 

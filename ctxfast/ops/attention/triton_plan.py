@@ -2,9 +2,11 @@
 """How the Triton kernels of ``attention`` are cut: a table instead of a search at run time.
 
 A search would time dozens of variants in a user's first batches and give different bits on different days. The table
-was made without a GPU: the starting point is a probe on an H100 (64 x 64 tiles with 4 warps were best from 128 to 512
-tokens), the rest are the largest tiles that neither spill (tests/ops/test_attention_resources.py) nor push the blocks
-per SM below two. To be tuned on GPUs.
+was made without a GPU. Its start is a probe on an H100 (64 x 64 tiles with 4 warps were best from 128 to 512 tokens);
+the rest are the largest tiles that do not spill, with dropout and without (tests/ops/attention_resources.py compiles
+them all). Two things were tried by compiler alone: a second copy of the inner loop for whole blocks, without masks,
+took 203 registers instead of 128 (two blocks an SM instead of four), and so did a loop over blocks of queries inside
+a program. To be tuned on GPUs.
 """
 
 from __future__ import annotations
@@ -81,9 +83,10 @@ _OTHERS = {
         Plan(0, Tile(64, 64, 4, 2), query=Tile(64, 64, 4, 2), key=Tile(32, 64, 4, 2)),
     ),
     128: (
-        *_HOPPER[128][:2],
+        _HOPPER[128][0],
+        Plan(32, Tile(32, 32, 2), whole=Tile(32, 32, 4)),
         Plan(64, Tile(64, 64, 8), whole=Tile(64, 64, 8)),
-        Plan(0, Tile(64, 64, 8, 2), query=Tile(64, 32, 4), key=Tile(64, 32, 8)),
+        Plan(0, Tile(64, 64, 8, 2), query=Tile(64, 32, 4), key=Tile(32, 64, 8, 2)),
     ),
 }
 # float32 has no tensor cores in full precision: plain multiply-adds, whose operands fill registers soon.
