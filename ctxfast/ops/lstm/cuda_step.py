@@ -14,10 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..._core import capability, torch_ops
-from ..._core.weight_cache import WeightCache
 from . import device
-
-_packed = WeightCache()
 
 
 def _fragments(matrix: Tensor) -> Tensor:
@@ -50,12 +47,8 @@ _ORDERS = {
 
 
 def _pack(kind: str, weights: Sequence[Tensor]) -> list[Tensor]:
-    def pack(weight: Tensor) -> Tensor:
-        if torch.is_grad_enabled() or weight.requires_grad:  # about to change: not worth keeping
-            return _fragments(_ORDERS[kind](weight.detach()))
-        return _packed.get((weight,), kind, lambda: _fragments(_ORDERS[kind](weight)))
-
-    return [pack(weight) for weight in weights]
+    # At every call, some tens of microseconds for ELMo's layer: see device.input_gates.
+    return [_fragments(_ORDERS[kind](weight)) for weight in weights]
 
 
 def _shape(gates: Sequence[Tensor], weight_hh: Sequence[Tensor], weight_proj: Sequence[Tensor]) -> dict[str, Any]:

@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..._core import capability, torch_ops
-from ..._core.weight_cache import WeightCache
 
 DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
 
@@ -30,8 +29,6 @@ BWD_SCHEMA = (
     "Tensor cells, Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, float cell_clip, float proj_clip) "
     "-> Tensor[]"
 )
-
-_input_weights = WeightCache()
 
 
 @contextmanager
@@ -60,14 +57,8 @@ def gate_major(weight: Tensor) -> Tensor:
 
 def input_gates(x: Tensor, weight_ih: Tensor, bias: Tensor | None) -> Tensor:
     """W_ih x + b of all steps: (B, T, I) -> (B, T, H, 4)."""
-    sources = (weight_ih,) if bias is None else (weight_ih, bias)
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in sources):
-        ordered = tuple(cell_major(tensor) for tensor in sources)
-    elif torch.compiler.is_compiling():
-        ordered = tuple(cell_major(tensor) for tensor in sources)
-    else:
-        ordered = _input_weights.get(sources, "cell major", lambda: tuple(cell_major(t.detach()) for t in sources))
-    return F.linear(x, *ordered).unflatten(2, (-1, 4))
+    # Ordered at every call: to know on the host that weights on a GPU have not changed would mean waiting for it.
+    return F.linear(x, cell_major(weight_ih), None if bias is None else cell_major(bias)).unflatten(2, (-1, 4))
 
 
 def previous(states: Tensor, initial: Tensor, lengths: Tensor | None, is_reverse: bool) -> Tensor:
