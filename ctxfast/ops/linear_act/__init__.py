@@ -37,5 +37,12 @@ SPEC = registry.register(
         reference=reference,
         check=_check,
         autocast="lower",
+        impls=(
+            registry.Impl(
+                "triton",
+                "cuda",
+                note="product by cuBLAS, bias and activation in one pass, with backward; not yet run on a GPU",
+            ),
+        ),
     )
 )
