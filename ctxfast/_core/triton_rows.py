@@ -86,7 +86,8 @@ def load_tile(base, row, stride, inside, column, BLOCK_N: tl.constexpr):
 @triton.jit
 def statistics(z, inside, eps, N: tl.constexpr):
     """(mean, 1 / deviation, normalised rows) of rows that are zero where not ``inside``; two passes in registers."""
-    mean = tl.sum(z, 1) / N
+    # Rounded to nearest: a row of equal values must not be left with a variance, beside which eps 1e-12 is nothing.
+    mean = tl.div_rn(tl.sum(z, 1), N * 1.0)
     centred = tl.where(inside, z - mean[:, None], 0.0)
     variance = tl.sum(centred * centred, 1) / N
     rstd = tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
