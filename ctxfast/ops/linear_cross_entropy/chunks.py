@@ -38,6 +38,8 @@ def labelled(labels: Tensor, ignore_index: int) -> Tensor | None:
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """(rows, their hidden vectors, their logits) of one chunk after another; the logits' memory is used again."""
+    if rows == 0:
+        return
     classes = weight.shape[0]
     width = -(-classes // _ALIGNED) * _ALIGNED
     pieces = max(1, -(-rows * width * weight.element_size() // CHUNK_BYTES))
@@ -88,8 +90,6 @@ def gradients(
         chosen, labels, scale = hidden[index], labels[index], scale[index]
     else:
         chosen = hidden
-    if chosen.shape[0] == 0:
-        return outputs
     found = torch_ops.allocate(labels.shape, out)
     rows = torch_ops.allocate(chosen.shape, chosen)
     bias_sums = torch.zeros(grad_bias.shape, dtype=torch.float32, device=hidden.device)
