@@ -51,8 +51,10 @@ format: $(VENV)/.built  ## rewrite the tree in house style
 	$(PY) -m ruff format .
 	$(VENV)/bin/clang-format -i $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
 
-resources:       ## registers, shared memory and spills of every CUDA kernel against csrc/resources.json
+# The Triton kernels need torch and triton: the virtual environment's.
+resources: build  ## registers, shared memory and spills of every CUDA and Triton kernel against csrc/*resources.json
 	$(PYTHON) csrc/resources.py
+	$(PY) csrc/triton_resources.py
 
 bench: build     ## the benchmark suite; result files and report under benchmarks/results
 	$(PY) -m benchmarks --set full --models --report

@@ -115,13 +115,18 @@ ROWS: tuple[Row, ...] = (
     Row("linear_act", "bert-base FFN up 128 rows", dict(T=128, N=768, M=3072, activation="gelu"), "small"),
     Row("linear_act", "bert-base FFN up 1024 rows", dict(T=1024, N=768, M=3072, activation="gelu"),
         cpu=("float32", "bfloat16")),
+    Row("linear_act", "bert-base FFN up 16384 rows", dict(T=16384, N=768, M=3072, activation="gelu"), cpu=(),
+        passes=("f", "fb")),
     Row("linear_act", "bert-base FFN down 128 rows", dict(T=128, N=3072, M=768, activation="none"), "small"),
     Row("linear_act", "bert-base FFN down 1024 rows", dict(T=1024, N=3072, M=768, activation="none"),
         cpu=("float32", "bfloat16")),
     Row("embed_layer_norm", "bert-base 1024 tokens", dict(T=1024, N=768, V=30522), "small"),
+    Row("embed_layer_norm", "bert-base 16384 tokens", dict(T=16384, N=768, V=30522), cpu=(), passes=("f", "fb")),
     Row("linear_cross_entropy", "bert-base MLM 20 of 128 rows", dict(T=128, labelled=20, N=768, V=30522), "small"),
     Row("linear_cross_entropy", "bert-base MLM 20 of 128 rows", dict(T=128, labelled=20, N=768, V=30522),
         passes=("fb",)),
+    Row("linear_cross_entropy", "bert-base MLM 2457 of 16384 rows", dict(T=16384, labelled=2457, N=768, V=30522),
+        cpu=(), passes=("f", "fb")),
     # ELMo around its LSTM
     Row("char_cnn", "elmo-original 32 words", dict(W=32), "small"),
     Row("char_cnn", "elmo-original 256 words", dict(W=256)),
@@ -257,6 +262,14 @@ GRADS = {
     "lstm": ("input", "weight_ih", "weight_hh", "bias", "weight_proj"),
     "attention": ("qkv", "bias"),
     "add_layer_norm": ("x", "residual", "weight", "bias", "x_bias"),
+    "linear_act": ("x", "weight", "bias"),
+    "embed_layer_norm": (
+        "word_embeddings",
+        "position_embeddings",
+        "token_type_embeddings",
+        "weight",
+        "bias",
+    ),
     "linear_cross_entropy": ("hidden", "weight", "bias"),
 }
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .cases import Case
-from .peers import Call, Leaves, Outputs, Provider, Unavailable, leaves_of
+from .peers import Call, Leaves, Outputs, Provider, Unavailable, leaves_of, require
 
 # lstm
 
@@ -297,11 +297,13 @@ def _build_layer_norm(case: Case, args: Mapping[str, Any]) -> Call:
 
 def _build_linear(case: Case, args: Mapping[str, Any]) -> Call:
     x, weight, bias = args["x"], args["weight"], args["bias"]
-    with torch.device("meta"):
-        layer = nn.Linear(weight.shape[1], weight.shape[0])
-    layer.load_state_dict({"weight": weight, "bias": bias}, assign=True)
-    model = nn.Sequential(layer, nn.GELU()) if args["activation"] == "gelu" else layer
-    return Call(lambda: (model(x),), leaves_of(case, args))
+
+    # What the modules nn.Linear and nn.GELU call; a module would take copies of the leaves.
+    def forward() -> Outputs:
+        product = F.linear(x, weight, bias)
+        return (F.gelu(product) if args["activation"] == "gelu" else product,)
+
+    return Call(forward, leaves_of(case, args))
 
 
 def _build_embeddings(case: Case, args: Mapping[str, Any]) -> Call:
@@ -310,12 +312,15 @@ def _build_embeddings(case: Case, args: Mapping[str, Any]) -> Call:
         ("token_type_ids", "token_type_embeddings"),
         ("position_ids", "position_embeddings"),
     )
-    tables = [(args[ids], nn.Embedding.from_pretrained(args[table])) for ids, table in kinds]
-    size = args["weight"].shape[0]
-    with torch.device("meta"):
-        norm = nn.LayerNorm(size, eps=1e-12)
-    norm.load_state_dict({"weight": args["weight"], "bias": args["bias"]}, assign=True)
-    return Call(lambda: (norm(sum(table(ids) for ids, table in tables)),))
+    pairs = [(args[ids], args[table]) for ids, table in kinds]
+    weight, bias = args["weight"], args["bias"]
+
+    # What the modules nn.Embedding and nn.LayerNorm call.
+    def forward() -> Outputs:
+        x = sum(F.embedding(ids, table) for ids, table in pairs)
+        return (F.layer_norm(x, weight.shape, weight, bias, 1e-12),)
+
+    return Call(forward, leaves_of(case, args))
 
 
 def _build_labelled_rows(case: Case, args: Mapping[str, Any]) -> Call:
@@ -327,6 +332,24 @@ def _build_labelled_rows(case: Case, args: Mapping[str, Any]) -> Call:
         return (F.cross_entropy(logits, labels[rows]),)
 
     return Call(forward, leaves_of(case, args))
+
+
+def _build_liger_layer_norm(case: Case, args: Mapping[str, Any]) -> Call:
+    require("liger_kernel", "liger-kernel")
+    from liger_kernel.transformers.functional import liger_layer_norm
+
+    x, residual, x_bias = args["x"], args["residual"], args["x_bias"]
+    weight, bias, eps = args["weight"], args["bias"], args["eps"]
+    return Call(lambda: (liger_layer_norm(x + x_bias + residual, weight, bias, eps),), leaves_of(case, args))
+
+
+def _build_liger_loss(case: Case, args: Mapping[str, Any]) -> Call:
+    require("liger_kernel", "liger-kernel")
+    from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
+
+    hidden, weight, bias, labels = args["hidden"], args["weight"], args["bias"], args["labels"]
+    loss = LigerFusedLinearCrossEntropyLoss(ignore_index=-100)
+    return Call(lambda: (loss(weight, hidden, labels, bias),), leaves_of(case, args))
 
 
 # ELMo around its LSTM
@@ -408,7 +431,10 @@ PEERS: dict[str, tuple[Provider, ...]] = {
         ),
         Provider("torch varlen_attn", _build_varlen),
     ),
-    "add_layer_norm": (Provider("F.layer_norm after adds", _build_layer_norm),),
+    "add_layer_norm": (
+        Provider("F.layer_norm after adds", _build_layer_norm),
+        Provider("Liger layer_norm after adds", _build_liger_layer_norm, device="cuda"),
+    ),
     "linear_act": (Provider("nn.Linear and activation", _build_linear),),
     "embed_layer_norm": (Provider("nn.Embedding and nn.LayerNorm", _build_embeddings),),
     "char_cnn": (
@@ -419,5 +445,8 @@ PEERS: dict[str, tuple[Provider, ...]] = {
         Provider("sum of products (AllenNLP style)", _build_mix_loop),
         Provider("stack and einsum", _build_mix_product),
     ),
-    "linear_cross_entropy": (Provider("only labelled rows, F.cross_entropy", _build_labelled_rows),),
+    "linear_cross_entropy": (
+        Provider("only labelled rows, F.cross_entropy", _build_labelled_rows),
+        Provider("Liger fused linear cross entropy", _build_liger_loss, device="cuda"),
+    ),
 }

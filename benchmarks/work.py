@@ -74,7 +74,8 @@ def op_work(op: str, sizes: dict[str, Any], itemsize: int, backward: bool) -> Wo
     if op == "linear_act":
         return Work(flops=passes * 2.0 * sizes["T"] * sizes["N"] * sizes["M"])
     if op == "embed_layer_norm":
-        return Work(bytes=4.0 * sizes["T"] * sizes["N"] * itemsize, tokens=sizes["T"])
+        # Forward: three table rows in, one out. Backward: the gradient and the rows again, and three gradients out.
+        return Work(bytes=(11.0 if backward else 4.0) * sizes["T"] * sizes["N"] * itemsize, tokens=sizes["T"])
     if op == "char_cnn":
         windows = sum(n * w * ELMO_DEPTH * (ELMO_CHARACTERS - w + 1) for w, n in ELMO_FILTERS)
         return Work(flops=2.0 * sizes["W"] * windows)

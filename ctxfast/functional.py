@@ -228,7 +228,8 @@ def add_layer_norm(
         The shape and dtype of ``x``.
 
     Numerics: float32 statistics (float64 for float64); deterministic without dropout.
-    Implementations: reference (any device and dtype).
+    Implementations: reference (any device and dtype), triton (CUDA; float32, bfloat16, float16; hidden_size
+    up to 8192).
     Reference: Ba et al. 2016; Vaswani et al. 2017, section 3.1.
     """
     args = _add_layer_norm_args(x, residual, weight, bias, x_bias, eps=eps, dropout_p=dropout_p)
@@ -261,7 +262,8 @@ def linear_act(
     Returns:
         (..., N_out), in the dtype of ``x``.
 
-    Implementations: reference (any device and dtype).
+    Implementations: reference (any device and dtype), triton (CUDA; float32, bfloat16, float16; every
+    activation but none).
     Reference: Hendrycks & Gimpel 2016 (both forms of GELU); Devlin et al. 2019.
     """
     return registry.call(_linear_act.SPEC, _linear_act_args(x, weight, bias, activation=activation), impl)
@@ -338,7 +340,8 @@ def embed_layer_norm(
     Raises:
         ValueError: also for ids outside their table; on a GPU ids are not read, since that would wait for the device.
 
-    Implementations: reference (any device and dtype).
+    Implementations: reference (any device and dtype), triton (CUDA; float32, bfloat16, float16; hidden_size
+    up to 8192).
     Reference: Devlin et al. 2019, figure 2; Sun et al. 2020 (task embedding).
     """
     args = _embed_layer_norm_args(
@@ -490,7 +493,8 @@ def linear_cross_entropy(
     Returns:
         A scalar (float32; float64 for float64), or (T,) with "none".
 
-    Implementations: reference (any device and dtype).
+    Implementations: reference (any device and dtype), cpu and triton (CUDA) (float32, bfloat16, float16; labelled
+    rows only, never all logits at once; triton's number of labelled rows is read by the host once a call).
     Reference: Devlin et al. 2019, section 3.1.
     """
     args = _linear_cross_entropy_args(hidden, weight, labels, bias, ignore_index=ignore_index, reduction=reduction)

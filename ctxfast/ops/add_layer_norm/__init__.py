@@ -53,6 +53,6 @@ SPEC = registry.register(
         reference=reference,
         check=_check,
         autocast="fp32",
-        impls=(registry.Impl("triton", "cuda", note="one pass over memory, both ways; not yet run on a GPU"),),
+        impls=(registry.Impl("triton", "cuda", note="one pass over the rows, with backward; not yet run on a GPU"),),
     )
 )

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``add_layer_norm`` in Triton: bias, dropout, residual and LayerNorm in one pass, both ways. Not yet run on a GPU.
+"""``add_layer_norm`` in Triton: one pass over the rows, forward and backward. Not yet run on a GPU.
 
-The forward keeps its inputs, and mean and 1 / standard deviation of each row in float32; the backward makes the rest
-again. Sums over rows have a fixed order: partial sums of a fixed number of programs, then one sum over those.
+Kept for the backward: the inputs themselves, mean and 1 / deviation of every row in float32, and the seed of dropout,
+whose mask is drawn again. Statistics are taken in float32 in two passes over registers.
 """
 
 from __future__ import annotations
@@ -11,109 +11,125 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
-from ..._core import capability, torch_ops, triton_rows
+from ..._core import torch_ops, triton_rows
 from . import triton_kernels
 
-
-def _options(x: Tensor, residual: Tensor | None, x_bias: Tensor | None, seeds: Tensor | None) -> dict[str, Any]:
-    return dict(
-        HAS_RESIDUAL=residual is not None, HAS_X_BIAS=x_bias is not None, DROPOUT=seeds is not None,
-        **triton_rows.tile(x.shape[1]),
-    )  # fmt: skip
+MAX_SIZE = 8192  # elements of a row; more would leave the registers
 
 
-def _dense(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
+def forward_tile(size: int) -> dict[str, int]:
+    """One row a warp as long as it fits there: no warp then waits for another."""
+    block = triton_rows.block(size)
+    if triton_rows.IS_INTERPRETED:
+        return dict(BLOCK_N=block, ROWS=16, num_warps=1)
+    return dict(BLOCK_N=block, ROWS=1, num_warps=max(1, block // 1024))
+
+
+def backward_tile(size: int) -> dict[str, int]:
+    """Sixteen elements a thread: three sums of columns stay in registers beside them."""
+    block = triton_rows.block(size)
+    if triton_rows.IS_INTERPRETED:
+        return dict(BLOCK_N=block, ROWS=16, num_warps=1)
+    rows = max(1, 4096 // block)
+    return dict(BLOCK_N=block, ROWS=rows, num_warps=min(16, max(1, rows * block // 512)))
 
 
 def _forward(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, x_bias: Tensor | None,
-    eps: float, dropout_p: float, seeds: Tensor | None, save: bool,
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, x_bias: Tensor | None, eps: float,
+    dropout_p: float, seeds: Tensor | None, save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     out, mean, rstd = _forward_fake(x, residual, weight, bias, x_bias, eps, dropout_p, seeds, save)
-    x, residual, weight, bias, x_bias = (_dense(tensor) for tensor in (x, residual, weight, bias, x_bias))
-    if out.numel() == 0:
+    if x.numel() == 0:
         return out, mean, rstd
-    options = _options(x, residual, x_bias, seeds)
+    size, x = x.shape[-1], triton_rows.rows(x)
+    residual = None if residual is None else triton_rows.rows(residual)
+    x_bias = None if x_bias is None else x_bias.contiguous()
+    tile = forward_tile(size)
     with triton_rows.on_device(x):
-        triton_kernels.forward[(triton.cdiv(x.shape[0], options["BLOCK_ROWS"]),)](
-            x, residual, x_bias, weight, bias, seeds, out, mean, rstd, x.shape[0], x.shape[1], eps,
-            *triton_rows.dropout_numbers(dropout_p), SAVE=save, **options,
+        triton_kernels.forward[(-(-x.shape[0] // tile["ROWS"]),)](
+            x, residual, x_bias, weight.contiguous(), bias.contiguous(), out, mean, rstd, seeds, x.shape[0],
+            x.stride(0), 0 if residual is None else residual.stride(0), eps, *triton_rows.dropout_numbers(dropout_p),
+            N=size, HAS_RESIDUAL=residual is not None, HAS_BIAS=x_bias is not None, DROPOUT=seeds is not None,
+            SAVE=save, **tile,
         )  # fmt: skip
     return out, mean, rstd
 
 
 def _forward_fake(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, x_bias: Tensor | None,
-    eps: float, dropout_p: float, seeds: Tensor | None, save: bool,
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, x_bias: Tensor | None, eps: float,
+    dropout_p: float, seeds: Tensor | None, save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    statistics = (x.shape[0] if save else 0,)
-    return (
-        torch_ops.allocate(x.shape, x),
-        torch_ops.allocate(statistics, x, torch.float32),
-        torch_ops.allocate(statistics, x, torch.float32),
-    )
+    rows = x.numel() // x.shape[-1] if save else 0
+    mean, rstd = (torch_ops.allocate((rows,), x, torch.float32) for _ in range(2))
+    return torch_ops.allocate(x.shape, x), mean, rstd
 
 
 def _backward(
-    grad: Tensor, x: Tensor, residual: Tensor | None, weight: Tensor, x_bias: Tensor | None,
-    mean: Tensor, rstd: Tensor, dropout_p: float, seeds: Tensor | None,
-) -> list[Tensor]:  # fmt: skip
-    results = _backward_fake(grad, x, residual, weight, x_bias, mean, rstd, dropout_p, seeds)
-    grad_x, grad_residual, sums = results
-    rows, columns = x.shape
+    grad: Tensor, x: Tensor, residual: Tensor | None, weight: Tensor, x_bias: Tensor | None, mean: Tensor,
+    rstd: Tensor, dropout_p: float, seeds: Tensor | None, with_sums: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of the sum that was normalised, of x (empty without dropout: the same), weight, bias and x_bias."""
+    outputs = _backward_fake(grad, x, residual, weight, x_bias, mean, rstd, dropout_p, seeds, with_sums)
+    grad_sum, grad_x, *sums = outputs
+    sums = [each for each in sums if each.numel()]
     if x.numel() == 0:
-        sums.zero_()
-        return results
-    grad, x, residual, weight, x_bias = (_dense(tensor) for tensor in (grad, x, residual, weight, x_bias))
-    options = _options(x, residual, x_bias, seeds)
-    programs = min(triton.cdiv(rows, options["BLOCK_ROWS"]), triton_rows.PARTIAL_SUMS)
-    partial = torch_ops.allocate((programs, 3, columns), x, torch.float32)
+        for each in sums:
+            each.zero_()
+        return outputs
+    size, grad, x = x.shape[-1], triton_rows.rows(grad), triton_rows.rows(x)
+    residual = None if residual is None else triton_rows.rows(residual)
+    x_bias = None if x_bias is None else x_bias.contiguous()
+    tile = backward_tile(size)
+    count = triton_rows.programs(x, -(-x.shape[0] // tile["ROWS"]), 2)
+    partial = triton_rows.allocate_partial(len(sums), count, size, x) if with_sums else None
     with triton_rows.on_device(x):
-        triton_kernels.backward[(programs,)](
-            grad, x, residual, x_bias, weight, seeds, mean, rstd, grad_x, grad_residual, partial, rows, columns,
-            *triton_rows.dropout_numbers(dropout_p), SEPARATE=grad_residual.numel() > 0, **options,
+        triton_kernels.backward[(count,)](
+            grad, x, residual, x_bias, weight.contiguous(), mean, rstd, seeds, grad_sum, grad_x, partial, x.shape[0],
+            grad.stride(0), x.stride(0), 0 if residual is None else residual.stride(0),
+            *triton_rows.dropout_numbers(dropout_p),
+            N=size, HAS_RESIDUAL=residual is not None, HAS_BIAS=x_bias is not None, DROPOUT=seeds is not None,
+            SUMS=with_sums, **tile,
         )  # fmt: skip
-    torch.sum(partial, 0, out=sums)
-    return results
+        if with_sums:
+            triton_rows.column_sums(partial, sums)
+    return outputs
 
 
 def _backward_fake(
-    grad: Tensor, x: Tensor, residual: Tensor | None, weight: Tensor, x_bias: Tensor | None,
-    mean: Tensor, rstd: Tensor, dropout_p: float, seeds: Tensor | None,
-) -> list[Tensor]:  # fmt: skip
-    """grad_x, grad_residual (empty where it equals grad_x or there is none), sums (3, N): weight, bias, x_bias."""
-    is_separate = residual is not None and seeds is not None
-    return [
+    grad: Tensor, x: Tensor, residual: Tensor | None, weight: Tensor, x_bias: Tensor | None, mean: Tensor,
+    rstd: Tensor, dropout_p: float, seeds: Tensor | None, with_sums: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    size = x.shape[-1] if with_sums else 0
+    return (
         torch_ops.allocate(x.shape, x),
-        torch_ops.allocate(x.shape if is_separate else (0,), x),
-        torch_ops.allocate((3, x.shape[1]), x, torch.float32),
-    ]
+        torch_ops.allocate(x.shape if seeds is not None else (0,), x),
+        torch_ops.allocate((size,), weight),
+        torch_ops.allocate((size,), weight),
+        torch_ops.allocate((0 if x_bias is None else size,), weight),
+    )
 
 
-_DEVICE = "CPU" if capability.is_triton_interpreted() else "CUDA"
 _fwd = torch_ops.define(
     "add_layer_norm_triton_fwd",
     "(Tensor x, Tensor? residual, Tensor weight, Tensor bias, Tensor? x_bias, float eps, float dropout_p, "
     "Tensor? seeds, bool save) -> (Tensor, Tensor, Tensor)",
-    _forward, _forward_fake, _DEVICE,
+    _forward, _forward_fake, triton_rows.DISPATCH,
 )  # fmt: skip
 _bwd = torch_ops.define(
     "add_layer_norm_triton_bwd",
     "(Tensor grad, Tensor x, Tensor? residual, Tensor weight, Tensor? x_bias, Tensor mean, Tensor rstd, "
-    "float dropout_p, Tensor? seeds) -> Tensor[]",
-    _backward, _backward_fake, _DEVICE,
+    "float dropout_p, Tensor? seeds, bool with_sums) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward, _backward_fake, triton_rows.DISPATCH,
 )  # fmt: skip
 
 
 class _AddLayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, x_bias: Tensor | None,
-        eps: float, dropout_p: float, seeds: Tensor | None,
+        ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, x_bias: Tensor | None, eps: float,
+        dropout_p: float, seeds: Tensor | None,
     ) -> Tensor:  # fmt: skip
         out, mean, rstd = _fwd(x, residual, weight, bias, x_bias, eps, dropout_p, seeds, True)
         ctx.save_for_backward(x, residual, weight, x_bias, mean, rstd, seeds)
@@ -123,23 +139,23 @@ class _AddLayerNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, residual, weight, x_bias, mean, rstd, seeds = ctx.saved_tensors
-        grad_x, grad_residual, sums = _bwd(grad, x, residual, weight, x_bias, mean, rstd, ctx.dropout_p, seeds)
-        if residual is None:
-            grad_residual = None
-        elif seeds is None:
-            grad_residual = grad_x
-        of_weight, of_bias, of_x_bias = sums.to(weight.dtype)
-        return grad_x, grad_residual, of_weight, of_bias, None if x_bias is None else of_x_bias, None, None, None
+        wanted = ctx.needs_input_grad
+        with_sums = wanted[2] or wanted[3] or wanted[4]
+        grad_sum, grad_x, grad_weight, grad_bias, grad_x_bias = _bwd(
+            grad, x, residual, weight, x_bias, mean, rstd, ctx.dropout_p, seeds, with_sums
+        )
+        grads = (grad_sum if seeds is None else grad_x, grad_sum, grad_weight, grad_bias, grad_x_bias)
+        return (*(value if wants else None for value, wants in zip(grads, wanted)), None, None, None)
 
 
 def supports(args: Mapping[str, Any]) -> str | None:
     """None, or why the Triton kernels cannot run this call."""
-    return triton_rows.objection("x", args["x"], args["x"].shape[-1])
-
-
-def _rows(args: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
-    x, residual = args["x"], args["residual"]
-    return x.flatten(0, -2), None if residual is None else residual.flatten(0, -2)
+    x = args["x"]
+    if x.dtype not in triton_rows.DTYPES:
+        return f"it takes float32, float16 and bfloat16 and x is {x.dtype}."
+    if x.shape[-1] > MAX_SIZE:
+        return f"it takes rows of at most {MAX_SIZE} elements and x has {x.shape[-1]}."
+    return None
 
 
 def add_layer_norm(
@@ -152,22 +168,21 @@ def add_layer_norm(
     dropout_p: float,
 ) -> Tensor:
     """See ``ctxfast.functional.add_layer_norm``."""
-    args = dict(x=x, residual=residual, weight=weight, bias=bias, x_bias=x_bias)
-    rows, residual_rows = _rows(args)
     seeds = triton_rows.draw_seeds(x, dropout_p)
-    rest = (weight, bias, x_bias, eps, dropout_p, seeds)
-    if triton_rows.needs_grad(args, *args):
-        out = _AddLayerNorm.apply(rows, residual_rows, *rest)
-    else:
-        out = _fwd(rows, residual_rows, *rest, False)[0]
-    return out.view(x.shape)
+    if torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (x, residual, weight, bias, x_bias)
+    ):
+        return _AddLayerNorm.apply(x, residual, weight, bias, x_bias, eps, dropout_p, seeds)
+    return _fwd(x, residual, weight, bias, x_bias, eps, dropout_p, seeds, False)[0]
 
 
 def raw_calls(args: Mapping[str, Any]) -> list[tuple[Any, tuple]]:
     """The registered operators behind one call, with arguments for torch.library.opcheck."""
-    x, residual = _rows(args)
-    weight, bias, x_bias, dropout_p = args["weight"], args["bias"], args["x_bias"], args["dropout_p"]
-    seeds = triton_rows.draw_seeds(x, dropout_p)
-    forward = (x, residual, weight, bias, x_bias, args["eps"], dropout_p, seeds, True)
+    x, residual, weight, x_bias = args["x"], args["residual"], args["weight"], args["x_bias"]
+    dropout_p, seeds = args["dropout_p"], triton_rows.draw_seeds(x, args["dropout_p"])
+    forward = (x, residual, weight, args["bias"], x_bias, args["eps"], dropout_p, seeds, True)
     out, mean, rstd = _fwd(*forward)
-    return [(_fwd, forward), (_bwd, (torch.randn_like(out), x, residual, weight, x_bias, mean, rstd, dropout_p, seeds))]
+    return [
+        (_fwd, forward),
+        (_bwd, (torch.randn_like(out), x, residual, weight, x_bias, mean, rstd, dropout_p, seeds, True)),
+    ]

@@ -1,101 +1,99 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kernels of ``add_layer_norm`` in Triton: one pass over memory forwards, one backwards. Not yet run on a GPU."""
+"""Kernels of ``add_layer_norm`` in Triton: whole rows in registers. Not yet run on a GPU."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from ..._core.triton_rows import is_kept, moments
+from ..._core.triton_rows import is_kept, load_tile, normalised_gradient, statistics, store_partial
 
 
 @triton.jit
-def _load_sum(
-    x, residual, x_bias, seeds, row, column, inside, N, threshold, scale,
-    HAS_RESIDUAL: tl.constexpr, HAS_X_BIAS: tl.constexpr, DROPOUT: tl.constexpr, BLOCK: tl.constexpr,
+def _added(
+    x, residual, x_bias, seeds, row, inside, column, stride_x, stride_r, threshold, rescale,
+    N: tl.constexpr, BLOCK_N: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_BIAS: tl.constexpr,
+    DROPOUT: tl.constexpr,
 ):  # fmt: skip
-    """residual + dropout(x + x_bias) of some rows, float32, and what dropout kept."""
-    at = row[:, None] * N + column[None, :]
-    y = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-    if HAS_X_BIAS:
-        y += tl.load(x_bias + column, mask=column < N, other=0.0).to(tl.float32)[None, :]
+    """residual + dropout(x + x_bias) in float32, zeros where not ``inside``, and which elements were kept."""
+    z = load_tile(x, row, stride_x, inside, column, BLOCK_N)
     kept = inside
+    if HAS_BIAS:
+        z += tl.load(x_bias + column, mask=column < N, other=0.0).to(tl.float32)[None, :]
     if DROPOUT:
-        kept = is_kept(seeds, row, BLOCK, threshold)
-        y = tl.where(kept, y * scale, 0.0)
+        kept = is_kept(seeds, row[:, None], column[None, :], threshold)
+        z = tl.where(kept, z * rescale, 0.0)
     if HAS_RESIDUAL:
-        y += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
-    return y, kept
+        z += load_tile(residual, row, stride_r, inside, column, BLOCK_N)
+    return tl.where(inside, z, 0.0), kept
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["rows", "threshold"])
 def forward(
-    x, residual, x_bias, weight, bias, seeds, out, mean_out, rstd_out, T, N, eps, threshold, scale,
-    HAS_RESIDUAL: tl.constexpr, HAS_X_BIAS: tl.constexpr, DROPOUT: tl.constexpr, SAVE: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    x, residual, x_bias, weight, bias, out, mean, rstd, seeds, rows, stride_x, stride_r, eps, threshold, rescale,
+    N: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_BIAS: tl.constexpr,
+    DROPOUT: tl.constexpr, SAVE: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    column = tl.arange(0, BLOCK)
-    inside = (row < T)[:, None] & (column < N)[None, :]
-    y, _ = _load_sum(
-        x, residual, x_bias, seeds, row, column, inside, N, threshold, scale, HAS_RESIDUAL, HAS_X_BIAS, DROPOUT, BLOCK
-    )
-    y = tl.where(inside, y, 0.0)
-    mean, rstd = moments(y, inside, N, eps)
-    w = tl.load(weight + column, mask=column < N, other=0.0).to(tl.float32)
-    b = tl.load(bias + column, mask=column < N, other=0.0).to(tl.float32)
-    result = (y - mean[:, None]) * rstd[:, None] * w[None, :] + b[None, :]
-    tl.store(out + row[:, None] * N + column[None, :], result.to(out.dtype.element_ty), mask=inside)
+    """x, residual (rows, N) -> out (rows, N), mean and rstd (rows). Grid: blocks of ROWS rows."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK_N)
+    inside = (row < rows)[:, None] & (column < N)[None, :]
+    z, _ = _added(
+        x, residual, x_bias, seeds, row, inside, column, stride_x, stride_r, threshold, rescale,
+        N, BLOCK_N, HAS_RESIDUAL, HAS_BIAS, DROPOUT,
+    )  # fmt: skip
+    average, inverse, normal = statistics(z, inside, eps, N)
+    scale = tl.load(weight + column, mask=column < N, other=0.0).to(tl.float32)
+    shift = tl.load(bias + column, mask=column < N, other=0.0).to(tl.float32)
+    y = normal * scale[None, :] + shift[None, :]
+    tl.store(out + row[:, None] * N + column[None, :], y.to(out.dtype.element_ty), mask=inside)
     if SAVE:
-        tl.store(mean_out + row, mean, mask=row < T)
-        tl.store(rstd_out + row, rstd, mask=row < T)
+        tl.store(mean + row, average, mask=row < rows)
+        tl.store(rstd + row, inverse, mask=row < rows)
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["rows", "threshold"])
 def backward(
-    grad, x, residual, x_bias, weight, seeds, mean_in, rstd_in, grad_x, grad_residual, partial,
-    T, N, threshold, scale,
-    HAS_RESIDUAL: tl.constexpr, HAS_X_BIAS: tl.constexpr, DROPOUT: tl.constexpr, SEPARATE: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    grad, x, residual, x_bias, weight, mean, rstd, seeds, grad_sum, grad_x, partial,
+    rows, stride_g, stride_x, stride_r, threshold, rescale,
+    N: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_BIAS: tl.constexpr,
+    DROPOUT: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
-    """partial: (programs, 3, N) float32, this program's sums for weight, bias and x_bias.
+    """grad (rows, N) -> grad_sum, grad_x (rows, N), partial (3 or 2, programs, N).
 
-    SEPARATE: the residual's gradient differs from x's and is wanted.
+    grad_sum is the gradient of what was normalised, so of the residual; grad_x differs from it by dropout alone and is
+    stored only then. partial: sums of the gradients of weight, bias and x_bias over this program's rows.
     """
-    column = tl.arange(0, BLOCK)
-    w = tl.load(weight + column, mask=column < N, other=0.0).to(tl.float32)
-    of_weight = tl.zeros((BLOCK,), tl.float32)
-    of_bias = tl.zeros((BLOCK,), tl.float32)
-    of_x_bias = tl.zeros((BLOCK,), tl.float32)
-    first = tl.program_id(0).to(tl.int64) * BLOCK_ROWS
-    step = tl.num_programs(0).to(tl.int64) * BLOCK_ROWS
-    while first < T:
-        row = first + tl.arange(0, BLOCK_ROWS)
-        inside = (row < T)[:, None] & (column < N)[None, :]
-        y, kept = _load_sum(
-            x, residual, x_bias, seeds, row, column, inside, N, threshold, scale,
-            HAS_RESIDUAL, HAS_X_BIAS, DROPOUT, BLOCK,
+    program = tl.program_id(0)
+    column = tl.arange(0, BLOCK_N)
+    scale = tl.load(weight + column, mask=column < N, other=0.0).to(tl.float32)
+    sum_weight = tl.zeros([ROWS, BLOCK_N], tl.float32)
+    sum_bias = tl.zeros([ROWS, BLOCK_N], tl.float32)
+    sum_x = tl.zeros([ROWS, BLOCK_N], tl.float32)
+    for first in range(program * ROWS, rows, tl.num_programs(0) * ROWS):
+        row = (first + tl.arange(0, ROWS)).to(tl.int64)
+        inside = (row < rows)[:, None] & (column < N)[None, :]
+        z, kept = _added(
+            x, residual, x_bias, seeds, row, inside, column, stride_x, stride_r, threshold, rescale,
+            N, BLOCK_N, HAS_RESIDUAL, HAS_BIAS, DROPOUT,
         )  # fmt: skip
-        mean = tl.load(mean_in + row, mask=row < T, other=0.0)
-        rstd = tl.load(rstd_in + row, mask=row < T, other=0.0)
-        normed = tl.where(inside, (y - mean[:, None]) * rstd[:, None], 0.0)
+        average = tl.load(mean + row, mask=row < rows, other=0.0)
+        inverse = tl.load(rstd + row, mask=row < rows, other=0.0)
+        normal = tl.where(inside, (z - average[:, None]) * inverse[:, None], 0.0)
+        dy = load_tile(grad, row, stride_g, inside, column, BLOCK_N)
+        dz = tl.where(inside, normalised_gradient(dy * scale[None, :], normal, inverse, N), 0.0)
         at = row[:, None] * N + column[None, :]
-        dy = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
-        of_weight += tl.sum(dy * normed, 0)
-        of_bias += tl.sum(dy, 0)
-        dy = dy * w[None, :]
-        along = tl.sum(dy * normed, 1) / N
-        level = tl.sum(dy, 1) / N
-        d = (dy - level[:, None] - normed * along[:, None]) * rstd[:, None]
-        d = tl.where(inside, d, 0.0)
-        if SEPARATE:
-            tl.store(grad_residual + at, d.to(grad_residual.dtype.element_ty), mask=inside)
+        tl.store(grad_sum + at, dz.to(grad_sum.dtype.element_ty), mask=inside)
         if DROPOUT:
-            d = tl.where(kept, d * scale, 0.0)
-        tl.store(grad_x + at, d.to(grad_x.dtype.element_ty), mask=inside)
-        of_x_bias += tl.sum(d, 0)
-        first += step
-    to = partial + tl.program_id(0).to(tl.int64) * 3 * N + column
-    tl.store(to, of_weight, mask=column < N)
-    tl.store(to + N, of_bias, mask=column < N)
-    tl.store(to + 2 * N, of_x_bias, mask=column < N)
+            dz = tl.where(kept, dz * rescale, 0.0)
+            tl.store(grad_x + at, dz.to(grad_x.dtype.element_ty), mask=inside)
+        if SUMS:
+            sum_weight += dy * normal
+            sum_bias += dy
+            if HAS_BIAS:
+                sum_x += dz
+    if SUMS:
+        store_partial(partial, 0, program, tl.sum(sum_weight, 0), column, N)
+        store_partial(partial, 1, program, tl.sum(sum_bias, 0), column, N)
+        if HAS_BIAS:
+            store_partial(partial, 2, program, tl.sum(sum_x, 0), column, N)

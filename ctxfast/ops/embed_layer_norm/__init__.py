@@ -65,6 +65,10 @@ SPEC = registry.register(
         reference=reference,
         check=_check,
         autocast="keep",
-        impls=(registry.Impl("triton", "cuda", note="gathered and normalised in one pass; not yet run on a GPU"),),
+        impls=(
+            registry.Impl(
+                "triton", "cuda", note="gather, LayerNorm and dropout in one pass, with backward; not yet run on a GPU"
+            ),
+        ),
     )
 )

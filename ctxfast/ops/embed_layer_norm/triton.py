@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """``embed_layer_norm`` in Triton: gather, sum, LayerNorm and dropout in one pass. Not yet run on a GPU.
 
-The forward keeps ids, and mean and 1 / standard deviation of each row; the backward gathers again. Gradients of the
-tables are sums over rows of one id, by torch's own sorted reduction: the same bits every time.
+The backward gathers the rows again, makes the gradient of their sum once for all tables, and scatters it by torch's
+own embedding gradient: it sorts the ids and adds up equal ones in order, so it is repeatable to the last bit.
 """
 
 from __future__ import annotations
@@ -11,159 +11,192 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
-from ..._core import capability, torch_ops, triton_rows
+from ..._core import torch_ops, triton_rows
 from . import triton_kernels
+
+MAX_SIZE = 8192  # elements of a row; more would leave the registers
+
+
+def forward_tile(size: int) -> dict[str, int]:
+    """One row a warp as long as it fits there: no warp then waits for another."""
+    block = triton_rows.block(size)
+    if triton_rows.IS_INTERPRETED:
+        return dict(BLOCK_N=block, ROWS=16, num_warps=1)
+    return dict(BLOCK_N=block, ROWS=1, num_warps=max(1, block // 1024))
+
+
+def backward_tile(size: int) -> dict[str, int]:
+    """Sixteen elements a thread: two sums of columns stay in registers beside them."""
+    block = triton_rows.block(size)
+    if triton_rows.IS_INTERPRETED:
+        return dict(BLOCK_N=block, ROWS=16, num_warps=1)
+    rows = max(1, 4096 // block)
+    return dict(BLOCK_N=block, ROWS=rows, num_warps=min(16, max(1, rows * block // 512)))
 
 
 def _forward(
     ids: list[Tensor], tables: list[Tensor], weight: Tensor, bias: Tensor, eps: float, dropout_p: float,
     seeds: Tensor | None, save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """ids and tables: of words, positions, types and, where there are four, tasks."""
+    """ids: of words, positions, types and, if there are any, tasks (T each); tables in the same order."""
     out, mean, rstd = _forward_fake(ids, tables, weight, bias, eps, dropout_p, seeds, save)
     if out.numel() == 0:
         return out, mean, rstd
-    pointers = _pointers(ids, tables)
-    tile = triton_rows.tile(out.shape[1])
+    size = out.shape[1]
+    tile = forward_tile(size)
     with triton_rows.on_device(out):
-        triton_kernels.forward[(triton.cdiv(out.shape[0], tile["BLOCK_ROWS"]),)](
-            *pointers, weight.contiguous(), bias.contiguous(), seeds, out, mean, rstd, *out.shape, eps,
-            *triton_rows.dropout_numbers(dropout_p), HAS_TASKS=len(ids) == 4, DROPOUT=seeds is not None, SAVE=save,
-            **tile,
+        triton_kernels.forward[(-(-out.shape[0] // tile["ROWS"]),)](
+            *_four(ids), *_four(tables), weight.contiguous(), bias.contiguous(), out, mean, rstd, seeds,
+            out.shape[0], eps, *triton_rows.dropout_numbers(dropout_p),
+            N=size, HAS_TASK=len(ids) == 4, DROPOUT=seeds is not None, SAVE=save, **tile,
         )  # fmt: skip
     return out, mean, rstd
 
 
-def _pointers(ids: list[Tensor], tables: list[Tensor]) -> list[Tensor | None]:
-    missing = [None] * (4 - len(ids))
-    return [*(t.contiguous() for t in tables), *missing, *(i.contiguous() for i in ids), *missing]
+def _four(given: list[Tensor]) -> list[Tensor | None]:
+    return [*(tensor.contiguous() for tensor in given), *[None] * (4 - len(given))]
 
 
 def _forward_fake(
     ids: list[Tensor], tables: list[Tensor], weight: Tensor, bias: Tensor, eps: float, dropout_p: float,
     seeds: Tensor | None, save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    tokens = ids[0].shape[0]
-    statistics = (tokens if save else 0,)
-    return (
-        torch_ops.allocate((tokens, tables[0].shape[1]), tables[0]),
-        torch_ops.allocate(statistics, tables[0], torch.float32),
-        torch_ops.allocate(statistics, tables[0], torch.float32),
-    )
+    rows = ids[0].shape[0]
+    mean, rstd = (torch_ops.allocate((rows if save else 0,), weight, torch.float32) for _ in range(2))
+    return torch_ops.allocate((rows, weight.shape[0]), weight), mean, rstd
 
 
 def _backward(
     grad: Tensor, ids: list[Tensor], tables: list[Tensor], weight: Tensor, mean: Tensor, rstd: Tensor,
     dropout_p: float, seeds: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    grad_sum, sums = _backward_fake(grad, ids, tables, weight, mean, rstd, dropout_p, seeds)
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of the sum of the tables' rows (T, N), of weight and of bias."""
+    grad_sum, grad_weight, grad_bias = _backward_fake(grad, ids, tables, weight, mean, rstd, dropout_p, seeds)
     if grad.numel() == 0:
-        return grad_sum, sums.zero_()
-    tile = triton_rows.tile(grad.shape[1])
-    programs = min(triton.cdiv(grad.shape[0], tile["BLOCK_ROWS"]), triton_rows.PARTIAL_SUMS)
-    partial = torch_ops.allocate((programs, *sums.shape), sums)
+        return grad_sum, grad_weight.zero_(), grad_bias.zero_()
+    grad, size = triton_rows.rows(grad), grad.shape[1]
+    tile = backward_tile(size)
+    count = triton_rows.programs(grad, -(-grad.shape[0] // tile["ROWS"]), 2)
+    partial = triton_rows.allocate_partial(2, count, size, grad)
     with triton_rows.on_device(grad):
-        triton_kernels.backward[(programs,)](
-            grad.contiguous(), *_pointers(ids, tables), weight.contiguous(), seeds, mean, rstd, grad_sum, partial,
-            *grad.shape, *triton_rows.dropout_numbers(dropout_p), HAS_TASKS=len(ids) == 4, DROPOUT=seeds is not None,
-            **tile,
+        triton_kernels.backward[(count,)](
+            grad, *_four(ids), *_four(tables), weight.contiguous(), mean, rstd, seeds, grad_sum, partial,
+            grad.shape[0], grad.stride(0), *triton_rows.dropout_numbers(dropout_p),
+            N=size, HAS_TASK=len(ids) == 4, DROPOUT=seeds is not None, **tile,
         )  # fmt: skip
-    torch.sum(partial, 0, out=sums)
-    return grad_sum, sums
+        triton_rows.column_sums(partial, [grad_weight, grad_bias])
+    return grad_sum, grad_weight, grad_bias
 
 
 def _backward_fake(
     grad: Tensor, ids: list[Tensor], tables: list[Tensor], weight: Tensor, mean: Tensor, rstd: Tensor,
     dropout_p: float, seeds: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Gradient of the sum of embeddings (T, N), and sums (2, N) for weight and bias."""
-    return torch_ops.allocate(grad.shape, tables[0]), torch_ops.allocate((2, grad.shape[1]), grad, torch.float32)
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return (
+        torch_ops.allocate(grad.shape, grad),
+        torch_ops.allocate(weight.shape, weight),
+        torch_ops.allocate(weight.shape, weight),
+    )
 
 
-_DEVICE = "CPU" if capability.is_triton_interpreted() else "CUDA"
 _fwd = torch_ops.define(
     "embed_layer_norm_triton_fwd",
-    "(Tensor[] ids, Tensor[] tables, Tensor weight, Tensor bias, float eps, float dropout_p, Tensor? seeds, bool save) "
-    "-> (Tensor, Tensor, Tensor)",
-    _forward, _forward_fake, _DEVICE,
+    "(Tensor[] ids, Tensor[] tables, Tensor weight, Tensor bias, float eps, float dropout_p, Tensor? seeds, "
+    "bool save) -> (Tensor, Tensor, Tensor)",
+    _forward, _forward_fake, triton_rows.DISPATCH,
 )  # fmt: skip
 _bwd = torch_ops.define(
     "embed_layer_norm_triton_bwd",
     "(Tensor grad, Tensor[] ids, Tensor[] tables, Tensor weight, Tensor mean, Tensor rstd, float dropout_p, "
-    "Tensor? seeds) -> (Tensor, Tensor)",
-    _backward, _backward_fake, _DEVICE,
+    "Tensor? seeds) -> (Tensor, Tensor, Tensor)",
+    _backward, _backward_fake, triton_rows.DISPATCH,
 )  # fmt: skip
 
 
 class _EmbedLayerNorm(torch.autograd.Function):
-    """Tensors come flat: n ids, n tables, weight, bias."""
-
     @staticmethod
     def forward(
-        ctx: Any, count: int, eps: float, dropout_p: float, seeds: Tensor | None, paddings: tuple[int, ...],
-        *tensors: Tensor,
+        ctx: Any, eps: float, paddings: tuple[int, int], dropout_p: float, seeds: Tensor | None, weight: Tensor,
+        bias: Tensor, count: int, *ids_and_tables: Tensor,
     ) -> Tensor:  # fmt: skip
-        ids, tables, (weight, bias) = list(tensors[:count]), list(tensors[count : 2 * count]), tensors[2 * count :]
+        ids, tables = list(ids_and_tables[:count]), list(ids_and_tables[count:])
         out, mean, rstd = _fwd(ids, tables, weight, bias, eps, dropout_p, seeds, True)
-        ctx.save_for_backward(mean, rstd, seeds, weight, *ids, *tables)
-        ctx.facts = (count, dropout_p, paddings)
+        ctx.save_for_backward(seeds, weight, mean, rstd, *ids, *tables)
+        ctx.rest = (count, paddings, dropout_p)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        mean, rstd, seeds, weight, *tensors = ctx.saved_tensors
-        count, dropout_p, paddings = ctx.facts
-        ids, tables = tensors[:count], tensors[count:]
-        grad_sum, sums = _bwd(grad, ids, tables, weight, mean, rstd, dropout_p, seeds)
-        of_tables: list[Tensor | None] = []
-        for i, (index, table, padding) in enumerate(zip(ids, tables, paddings)):
-            wanted = ctx.needs_input_grad[5 + count + i]
-            of_tables.append(
-                torch.ops.aten.embedding_dense_backward(grad_sum, index, table.shape[0], padding, False)
-                if wanted
-                else None
-            )
-        of_weight, of_bias = sums.to(weight.dtype)
-        return (None,) * (5 + count) + (*of_tables, of_weight, of_bias)
+        seeds, weight, mean, rstd, *ids_and_tables = ctx.saved_tensors
+        count, paddings, dropout_p = ctx.rest
+        ids, tables = ids_and_tables[:count], ids_and_tables[count:]
+        grad_sum, grad_weight, grad_bias = _bwd(grad, ids, tables, weight, mean, rstd, dropout_p, seeds)
+        wanted = ctx.needs_input_grad[7 + count :]
+        # Rows of padding take no gradient: words and positions may have one, types and tasks have none.
+        grads = [
+            torch.ops.aten.embedding_dense_backward(grad_sum, index, table.shape[0], padding, False) if wants else None
+            for index, table, padding, wants in zip(ids, tables, (*paddings, -1, -1), wanted)
+        ]
+        return (None, None, None, None, grad_weight, grad_bias, None, *[None] * count, *grads)
 
 
 def supports(args: Mapping[str, Any]) -> str | None:
     """None, or why the Triton kernels cannot run this call."""
     table = args["word_embeddings"]
-    return triton_rows.objection("word_embeddings", table, table.shape[1])
+    if table.dtype not in triton_rows.DTYPES:
+        return f"it takes float32, float16 and bfloat16 and word_embeddings is {table.dtype}."
+    if table.shape[1] > MAX_SIZE:
+        return f"it takes rows of at most {MAX_SIZE} elements and word_embeddings has {table.shape[1]}."
+    return None
 
 
-def _lists(args: Mapping[str, Any]) -> tuple[list[Tensor], list[Tensor], tuple[int, ...]]:
-    """ids, tables, and of each table the row whose gradient is zero (-1: none)."""
-    ids = [args["input_ids"], args["position_ids"], args["token_type_ids"]]
-    tables = [args["word_embeddings"], args["position_embeddings"], args["token_type_embeddings"]]
-    paddings = [args["padding_idx"], args["position_padding_idx"], None]
-    if args["task_type_ids"] is not None:
-        ids.append(args["task_type_ids"])
-        tables.append(args["task_type_embeddings"])
-        paddings.append(None)
-    rows = [-1 if at is None else at % table.shape[0] for at, table in zip(paddings, tables)]
-    return ids, tables, tuple(rows)
+def _row(index: int | None, table: Tensor) -> int:
+    """A row of a table as the embedding gradient wants it: from the start, -1 for none."""
+    return -1 if index is None else index % table.shape[0]
 
 
-def embed_layer_norm(**args: Any) -> Tensor:
+def embed_layer_norm(
+    input_ids: Tensor,
+    position_ids: Tensor,
+    token_type_ids: Tensor,
+    word_embeddings: Tensor,
+    position_embeddings: Tensor,
+    token_type_embeddings: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    task_type_ids: Tensor | None,
+    task_type_embeddings: Tensor | None,
+    eps: float,
+    padding_idx: int | None,
+    position_padding_idx: int | None,
+    dropout_p: float,
+) -> Tensor:
     """See ``ctxfast.functional.embed_layer_norm``."""
-    ids, tables, paddings = _lists(args)
-    weight, bias, eps, dropout_p = args["weight"], args["bias"], args["eps"], args["dropout_p"]
-    seeds = triton_rows.draw_seeds(tables[0], dropout_p)
+    ids, tables = [input_ids, position_ids, token_type_ids], [word_embeddings, position_embeddings]
+    tables.append(token_type_embeddings)
+    if task_type_ids is not None:
+        ids.append(task_type_ids)
+        tables.append(task_type_embeddings)
+    seeds = triton_rows.draw_seeds(weight, dropout_p)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*tables, weight, bias)):
-        return _EmbedLayerNorm.apply(len(ids), eps, dropout_p, seeds, paddings, *ids, *tables, weight, bias)
+        paddings = (_row(padding_idx, word_embeddings), _row(position_padding_idx, position_embeddings))
+        return _EmbedLayerNorm.apply(eps, paddings, dropout_p, seeds, weight, bias, len(ids), *ids, *tables)
     return _fwd(ids, tables, weight, bias, eps, dropout_p, seeds, False)[0]
 
 
 def raw_calls(args: Mapping[str, Any]) -> list[tuple[Any, tuple]]:
     """The registered operators behind one call, with arguments for torch.library.opcheck."""
-    ids, tables, _ = _lists(args)
-    seeds = triton_rows.draw_seeds(tables[0], args["dropout_p"])
-    forward = (ids, tables, args["weight"], args["bias"], args["eps"], args["dropout_p"], seeds, True)
+    names = [("input_ids", "word_embeddings"), ("position_ids", "position_embeddings")]
+    names += [("token_type_ids", "token_type_embeddings"), ("task_type_ids", "task_type_embeddings")]
+    pairs = [(args[index], args[table]) for index, table in names if args[index] is not None]
+    ids, tables = [index for index, _ in pairs], [table for _, table in pairs]
+    weight, dropout_p = args["weight"], args["dropout_p"]
+    seeds = triton_rows.draw_seeds(weight, dropout_p)
+    forward = (ids, tables, weight, args["bias"], args["eps"], dropout_p, seeds, True)
     out, mean, rstd = _fwd(*forward)
-    backward = (torch.randn_like(out), ids, tables, args["weight"], mean, rstd, args["dropout_p"], seeds)
-    return [(_fwd, forward), (_bwd, backward)]
+    return [
+        (_fwd, forward),
+        (_bwd, (torch.randn_like(out), ids, tables, weight, mean, rstd, dropout_p, seeds)),
+    ]

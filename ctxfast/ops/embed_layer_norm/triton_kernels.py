@@ -1,89 +1,90 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kernels of ``embed_layer_norm`` in Triton: rows are gathered from the tables both ways. Not yet run on a GPU."""
+"""Kernels of ``embed_layer_norm`` in Triton: table rows gathered, summed and normalised in registers.
+
+Not yet run on a GPU.
+"""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from ..._core.triton_rows import is_kept, moments
+from ..._core.triton_rows import is_kept, load_tile, normalised_gradient, statistics, store_partial
 
 
 @triton.jit
-def _gather(table, ids, row, column, T, N, inside):
-    index = tl.load(ids + row, mask=row < T, other=0).to(tl.int64)
-    return tl.load(table + index[:, None] * N + column[None, :], mask=inside, other=0.0).to(tl.float32)
+def _gathered(ids, table, row, rows, inside, column, N: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Rows ``ids[row]`` of a contiguous table (any, N)."""
+    index = tl.load(ids + row, mask=row < rows, other=0).to(tl.int64)
+    return load_tile(table, index, N, inside, column, BLOCK_N)
 
 
 @triton.jit
-def _sum(
-    words, positions, types, tasks, word_ids, position_ids, type_ids, task_ids, row, column, T, N, inside,
-    HAS_TASKS: tl.constexpr,
+def _sum_of_tables(
+    ids, positions, types, tasks, word, position, kind, task, row, rows, inside, column,
+    N: tl.constexpr, BLOCK_N: tl.constexpr, HAS_TASK: tl.constexpr,
 ):  # fmt: skip
-    x = _gather(words, word_ids, row, column, T, N, inside) + _gather(types, type_ids, row, column, T, N, inside)
-    x += _gather(positions, position_ids, row, column, T, N, inside)
-    if HAS_TASKS:
-        x += _gather(tasks, task_ids, row, column, T, N, inside)
-    return x
+    z = _gathered(ids, word, row, rows, inside, column, N, BLOCK_N)
+    z += _gathered(types, kind, row, rows, inside, column, N, BLOCK_N)
+    z += _gathered(positions, position, row, rows, inside, column, N, BLOCK_N)
+    if HAS_TASK:
+        z += _gathered(tasks, task, row, rows, inside, column, N, BLOCK_N)
+    return z
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["rows", "threshold"])
 def forward(
-    words, positions, types, tasks, word_ids, position_ids, type_ids, task_ids, weight, bias, seeds,
-    out, mean_out, rstd_out, T, N, eps, threshold, scale,
-    HAS_TASKS: tl.constexpr, DROPOUT: tl.constexpr, SAVE: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    ids, positions, types, tasks, word, position, kind, task, weight, bias, out, mean, rstd, seeds,
+    rows, eps, threshold, rescale,
+    N: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr, HAS_TASK: tl.constexpr, DROPOUT: tl.constexpr,
+    SAVE: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    column = tl.arange(0, BLOCK)
-    inside = (row < T)[:, None] & (column < N)[None, :]
-    x = _sum(words, positions, types, tasks, word_ids, position_ids, type_ids, task_ids, row, column, T, N, inside,
-             HAS_TASKS)  # fmt: skip
-    mean, rstd = moments(x, inside, N, eps)
-    w = tl.load(weight + column, mask=column < N, other=0.0).to(tl.float32)
-    b = tl.load(bias + column, mask=column < N, other=0.0).to(tl.float32)
-    result = (x - mean[:, None]) * rstd[:, None] * w[None, :] + b[None, :]
+    """ids (rows), tables (any, N) -> out (rows, N), mean and rstd (rows). Grid: blocks of ROWS rows."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK_N)
+    inside = (row < rows)[:, None] & (column < N)[None, :]
+    z = _sum_of_tables(
+        ids, positions, types, tasks, word, position, kind, task, row, rows, inside, column, N, BLOCK_N, HAS_TASK
+    )
+    average, inverse, normal = statistics(z, inside, eps, N)
+    scale = tl.load(weight + column, mask=column < N, other=0.0).to(tl.float32)
+    shift = tl.load(bias + column, mask=column < N, other=0.0).to(tl.float32)
+    y = normal * scale[None, :] + shift[None, :]
     if DROPOUT:
-        result = tl.where(is_kept(seeds, row, BLOCK, threshold), result * scale, 0.0)
-    tl.store(out + row[:, None] * N + column[None, :], result.to(out.dtype.element_ty), mask=inside)
+        y = tl.where(is_kept(seeds, row[:, None], column[None, :], threshold), y * rescale, 0.0)
+    tl.store(out + row[:, None] * N + column[None, :], y.to(out.dtype.element_ty), mask=inside)
     if SAVE:
-        tl.store(mean_out + row, mean, mask=row < T)
-        tl.store(rstd_out + row, rstd, mask=row < T)
+        tl.store(mean + row, average, mask=row < rows)
+        tl.store(rstd + row, inverse, mask=row < rows)
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["rows", "threshold"])
 def backward(
-    grad, words, positions, types, tasks, word_ids, position_ids, type_ids, task_ids, weight, seeds,
-    mean_in, rstd_in, grad_sum, partial, T, N, threshold, scale,
-    HAS_TASKS: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    grad, ids, positions, types, tasks, word, position, kind, task, weight, mean, rstd, seeds, grad_sum, partial,
+    rows, stride_g, threshold, rescale,
+    N: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr, HAS_TASK: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
-    """grad_sum (T, N): of the sum of embeddings. partial (programs, 2, N) float32: sums for weight and bias."""
-    column = tl.arange(0, BLOCK)
-    w = tl.load(weight + column, mask=column < N, other=0.0).to(tl.float32)
-    of_weight = tl.zeros((BLOCK,), tl.float32)
-    of_bias = tl.zeros((BLOCK,), tl.float32)
-    first = tl.program_id(0).to(tl.int64) * BLOCK_ROWS
-    step = tl.num_programs(0).to(tl.int64) * BLOCK_ROWS
-    while first < T:
-        row = first + tl.arange(0, BLOCK_ROWS)
-        inside = (row < T)[:, None] & (column < N)[None, :]
-        x = _sum(words, positions, types, tasks, word_ids, position_ids, type_ids, task_ids, row, column, T, N,
-                 inside, HAS_TASKS)  # fmt: skip
-        mean = tl.load(mean_in + row, mask=row < T, other=0.0)
-        rstd = tl.load(rstd_in + row, mask=row < T, other=0.0)
-        normed = tl.where(inside, (x - mean[:, None]) * rstd[:, None], 0.0)
-        at = row[:, None] * N + column[None, :]
-        dy = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
+    """grad (rows, N) -> grad_sum (rows, N), the gradient of every table row read; partial (2, programs, N)."""
+    program = tl.program_id(0)
+    column = tl.arange(0, BLOCK_N)
+    scale = tl.load(weight + column, mask=column < N, other=0.0).to(tl.float32)
+    sum_weight = tl.zeros([ROWS, BLOCK_N], tl.float32)
+    sum_bias = tl.zeros([ROWS, BLOCK_N], tl.float32)
+    for first in range(program * ROWS, rows, tl.num_programs(0) * ROWS):
+        row = (first + tl.arange(0, ROWS)).to(tl.int64)
+        inside = (row < rows)[:, None] & (column < N)[None, :]
+        z = _sum_of_tables(
+            ids, positions, types, tasks, word, position, kind, task, row, rows, inside, column, N, BLOCK_N, HAS_TASK
+        )
+        average = tl.load(mean + row, mask=row < rows, other=0.0)
+        inverse = tl.load(rstd + row, mask=row < rows, other=0.0)
+        normal = tl.where(inside, (z - average[:, None]) * inverse[:, None], 0.0)
+        dy = load_tile(grad, row, stride_g, inside, column, BLOCK_N)
         if DROPOUT:
-            dy = tl.where(is_kept(seeds, row, BLOCK, threshold), dy * scale, 0.0)
-        of_weight += tl.sum(dy * normed, 0)
-        of_bias += tl.sum(dy, 0)
-        dy = dy * w[None, :]
-        along = tl.sum(dy * normed, 1) / N
-        level = tl.sum(dy, 1) / N
-        d = (dy - level[:, None] - normed * along[:, None]) * rstd[:, None]
-        tl.store(grad_sum + at, d.to(grad_sum.dtype.element_ty), mask=inside)
-        first += step
-    to = partial + tl.program_id(0).to(tl.int64) * 2 * N + column
-    tl.store(to, of_weight, mask=column < N)
-    tl.store(to + N, of_bias, mask=column < N)
+            dy = tl.where(is_kept(seeds, row[:, None], column[None, :], threshold), dy * rescale, 0.0)
+        dz = normalised_gradient(dy * scale[None, :], normal, inverse, N)
+        tl.store(grad_sum + row[:, None] * N + column[None, :], dz.to(grad_sum.dtype.element_ty), mask=inside)
+        sum_weight += dy * normal
+        sum_bias += dy
+    store_partial(partial, 0, program, tl.sum(sum_weight, 0), column, N)
+    store_partial(partial, 1, program, tl.sum(sum_bias, 0), column, N)

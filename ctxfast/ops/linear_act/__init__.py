@@ -38,7 +38,11 @@ SPEC = registry.register(
         check=_check,
         autocast="lower",
         impls=(
-            registry.Impl("triton", "cuda", note="cuBLAS, then bias and activation in one pass; not yet run on a GPU"),
+            registry.Impl(
+                "triton",
+                "cuda",
+                note="product by cuBLAS, bias and activation in one pass, with backward; not yet run on a GPU",
+            ),
         ),
     )
 )

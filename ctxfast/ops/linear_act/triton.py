@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``linear_act`` on a GPU: the product by cuBLAS, bias and activation in one pass after it. Not yet run on a GPU.
+"""``linear_act`` on a GPU: the product by cuBLAS, bias and activation in one Triton pass. Not yet run on a GPU.
 
-Without gradients relu and the tanh form of GELU go into cuBLASLt's own epilogue.
-With gradients the product alone is kept: the backward makes the activation's slope again, in the pass that also sums
-the bias's gradient.
+Of the layer's own values only the product is kept for the backward, which takes the activation's slope from it and adds
+up the bias gradient in the same pass. Where no gradient is wanted, relu and gelu_tanh are cuBLASLt's own epilogue.
 """
 
 from __future__ import annotations
@@ -13,31 +12,31 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor
 
-from ..._core import capability, torch_ops, triton_rows
+from ..._core import torch_ops, triton_rows
 from . import triton_kernels
 
-_TILE = dict(BLOCK_ROWS=16, BLOCK=256, num_warps=4)
 
-
-def _launch(kernel: Any, rows: int, programs: int, columns: int, like: Tensor, *arguments: Any, **options: Any) -> None:
-    with triton_rows.on_device(like):
-        kernel[(programs, triton.cdiv(columns, _TILE["BLOCK"]))](*arguments, rows, columns, **options, **_TILE)
+def tile(size: int) -> dict[str, int]:
+    """Eight elements a thread and load."""
+    block = min(1024, triton_rows.block(size))
+    if triton_rows.IS_INTERPRETED:
+        return dict(BLOCK_N=block, ROWS=32, num_warps=1)
+    return dict(BLOCK_N=block, ROWS=max(1, 2048 // block), num_warps=8)
 
 
 def _forward(product: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     out = _forward_fake(product, bias, activation)
     if product.numel() == 0:
         return out
-    product = product.contiguous()
-    rows, columns = product.shape
-    bias = None if bias is None else bias.contiguous()
-    _launch(
-        triton_kernels.forward, rows, triton.cdiv(rows, _TILE["BLOCK_ROWS"]), columns, product, product, bias, out,
-        HAS_BIAS=bias is not None, ACTIVATION=activation,
-    )  # fmt: skip
+    flat, chosen = product.reshape(-1, product.shape[-1]).contiguous(), tile(product.shape[-1])
+    across = -(-flat.shape[1] // chosen["BLOCK_N"])
+    with triton_rows.on_device(flat):
+        triton_kernels.forward[(across * -(-flat.shape[0] // chosen["ROWS"]),)](
+            flat, None if bias is None else bias.contiguous(), out, flat.shape[0],
+            N=flat.shape[1], ACTIVATION=activation, HAS_BIAS=bias is not None, **chosen,
+        )  # fmt: skip
     return out
 
 
@@ -45,37 +44,49 @@ def _forward_fake(product: Tensor, bias: Tensor | None, activation: str) -> Tens
     return torch_ops.allocate(product.shape, product)
 
 
-def _backward(grad: Tensor, product: Tensor, bias: Tensor | None, activation: str) -> tuple[Tensor, Tensor]:
-    grad_product, grad_bias = _backward_fake(grad, product, bias, activation)
+def _backward(
+    grad: Tensor, product: Tensor, bias: Tensor | None, activation: str, with_bias: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the product and of the bias (empty if not wanted)."""
+    grad_product, grad_bias = _backward_fake(grad, product, bias, activation, with_bias)
     if product.numel() == 0:
         return grad_product, grad_bias.zero_()
-    rows, columns = product.shape
-    programs = min(triton.cdiv(rows, _TILE["BLOCK_ROWS"]), triton_rows.PARTIAL_SUMS)
-    partial = torch_ops.allocate((programs, columns), product, torch.float32)
-    bias = None if bias is None else bias.contiguous()
-    _launch(
-        triton_kernels.backward, rows, programs, columns, product,
-        grad.contiguous(), product.contiguous(), bias, grad_product, partial,
-        HAS_BIAS=bias is not None, ACTIVATION=activation,
-    )  # fmt: skip
-    torch.sum(partial, 0, out=grad_bias)
+    size, chosen = product.shape[-1], tile(product.shape[-1])
+    grad, flat = triton_rows.rows(grad), product.reshape(-1, size).contiguous()
+    across = -(-size // chosen["BLOCK_N"])
+    count = triton_rows.programs(flat, -(-flat.shape[0] // chosen["ROWS"]), max(1, 8 // across))
+    partial = triton_rows.allocate_partial(1, count, size, flat) if with_bias else None
+    with triton_rows.on_device(flat):
+        triton_kernels.backward[(count, across)](
+            grad, flat, None if bias is None else bias.contiguous(), grad_product, partial, flat.shape[0],
+            grad.stride(0), N=size, ACTIVATION=activation, HAS_BIAS=bias is not None, SUMS=with_bias, **chosen,
+        )  # fmt: skip
+        if with_bias:
+            triton_rows.column_sums(partial, [grad_bias])
     return grad_product, grad_bias
 
 
-def _backward_fake(grad: Tensor, product: Tensor, bias: Tensor | None, activation: str) -> tuple[Tensor, Tensor]:
-    """Gradients of the product, and of the bias in float32."""
-    return torch_ops.allocate(product.shape, product), torch_ops.allocate((product.shape[1],), product, torch.float32)
+def _backward_fake(
+    grad: Tensor, product: Tensor, bias: Tensor | None, activation: str, with_bias: bool
+) -> tuple[Tensor, Tensor]:
+    size = product.shape[-1] if with_bias else 0
+    return torch_ops.allocate(product.shape, product), torch_ops.allocate((size,), product)
 
 
-_DEVICE = "CPU" if capability.is_triton_interpreted() else "CUDA"
 _fwd = torch_ops.define(
-    "linear_act_triton_fwd", "(Tensor product, Tensor? bias, str activation) -> Tensor",
-    _forward, _forward_fake, _DEVICE,
-)  # fmt: skip
+    "linear_act_triton_fwd",
+    "(Tensor product, Tensor? bias, str activation) -> Tensor",
+    _forward,
+    _forward_fake,
+    triton_rows.DISPATCH,
+)
 _bwd = torch_ops.define(
-    "linear_act_triton_bwd", "(Tensor grad, Tensor product, Tensor? bias, str activation) -> (Tensor, Tensor)",
-    _backward, _backward_fake, _DEVICE,
-)  # fmt: skip
+    "linear_act_triton_bwd",
+    "(Tensor grad, Tensor product, Tensor? bias, str activation, bool with_bias) -> (Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+    triton_rows.DISPATCH,
+)
 
 
 class _LinearAct(torch.autograd.Function):
@@ -89,34 +100,43 @@ class _LinearAct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, product = ctx.saved_tensors
-        grad_product, grad_bias = _bwd(grad, product, bias, ctx.activation)
-        of_x = grad_product @ weight if ctx.needs_input_grad[0] else None
-        of_weight = grad_product.t() @ x if ctx.needs_input_grad[1] else None
-        return of_x, of_weight, None if bias is None else grad_bias.to(bias.dtype), None
+        wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        grad_product, grad_bias = _bwd(grad, product, bias, ctx.activation, bias is not None and wants_bias)
+        grad_x = grad_product.matmul(weight) if wants_x else None
+        grad_weight = None
+        if wants_weight:
+            flat = grad_product.reshape(-1, weight.shape[0])
+            grad_weight = flat.t().matmul(x.reshape(-1, weight.shape[1]))
+        return grad_x, grad_weight, (grad_bias if wants_bias else None), None
 
 
 def supports(args: Mapping[str, Any]) -> str | None:
-    """None, or why the kernels cannot run this call."""
-    return triton_rows.objection("x", args["x"])
+    """None, or why the Triton kernels cannot run this call."""
+    x = args["x"]
+    if x.dtype not in triton_rows.DTYPES:
+        return f"it takes float32, float16 and bfloat16 and x is {x.dtype}."
+    if args["activation"] == "none":
+        return "there is no activation to fuse: torch's linear layer is all of it."
+    return None
 
 
 def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     """See ``ctxfast.functional.linear_act``."""
-    if activation == "none":
-        return F.linear(x, weight, bias)
-    rows = x.reshape(-1, x.shape[-1])
-    if triton_rows.needs_grad(dict(x=x, weight=weight, bias=bias), "x", "weight", "bias"):
-        out = _LinearAct.apply(rows, weight, bias, activation)
-    elif bias is not None and x.is_cuda and x.dtype != torch.float32 and activation in ("relu", "gelu_tanh"):
-        out = torch._addmm_activation(bias, rows, weight.t(), use_gelu=activation == "gelu_tanh")
-    else:
-        out = _fwd(F.linear(rows, weight), bias, activation)
-    return out.view(*x.shape[:-1], weight.shape[0])
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in (x, weight, bias)):
+        return _LinearAct.apply(x, weight, bias, activation)
+    # On the CPU torch's epilogue is the erf form.
+    if x.is_cuda and bias is not None and activation in ("relu", "gelu_tanh"):
+        flat = x.reshape(-1, x.shape[-1])
+        out = torch._addmm_activation(bias, flat, weight.t(), use_gelu=activation == "gelu_tanh")
+        return out.view(*x.shape[:-1], weight.shape[0])
+    return _fwd(F.linear(x, weight), bias, activation)
 
 
 def raw_calls(args: Mapping[str, Any]) -> list[tuple[Any, tuple]]:
     """The registered operators behind one call, with arguments for torch.library.opcheck."""
-    x, weight, bias = args["x"], args["weight"], args["bias"]
-    activation = "gelu" if args["activation"] == "none" else args["activation"]
-    product = F.linear(x.reshape(-1, x.shape[-1]), weight)
-    return [(_fwd, (product, bias, activation)), (_bwd, (torch.randn_like(product), product, bias, activation))]
+    bias, activation = args["bias"], args["activation"]
+    product = F.linear(args["x"], args["weight"])
+    return [
+        (_fwd, (product, bias, activation)),
+        (_bwd, (torch.randn_like(product), product, bias, activation, bias is not None)),
+    ]

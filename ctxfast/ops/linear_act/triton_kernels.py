@@ -1,77 +1,93 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kernels of ``linear_act`` in Triton: what comes after the product, both ways. Not yet run on a GPU."""
+"""Kernels of ``linear_act`` in Triton: bias and activation of a product, both ways. Not yet run on a GPU."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
+from ..._core.triton_rows import load_tile, store_partial
+
+_HALF_ROOT = tl.constexpr(0.7071067811865476)
+_GAUSS = tl.constexpr(0.3989422804014327)
+_TANH_FORM = tl.constexpr(0.7978845608028654)
+_CUBIC = tl.constexpr(0.044715)
+
 
 @triton.jit
 def _tanh(x):
-    return 2.0 * tl.sigmoid(2.0 * x) - 1.0
+    """Near zero, where 1 - 2 / (exp(2x) + 1) loses digits, the series is exact to float32."""
+    square = x * x
+    series = x * (1.0 + square * (-0.33333334 + square * (0.13333334 + square * -0.053968254)))
+    return tl.where(tl.abs(x) < 0.15, series, 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0))
 
 
 @triton.jit
-def _activate(x, ACTIVATION: tl.constexpr):
+def _activated(z, ACTIVATION: tl.constexpr):
     if ACTIVATION == "gelu":
-        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-    if ACTIVATION == "gelu_tanh":
-        return 0.5 * x * (1.0 + _tanh(0.7978845608028654 * x * (1.0 + 0.044715 * x * x)))
-    if ACTIVATION == "relu":
-        return tl.maximum(x, 0.0)
-    return _tanh(x)
+        return 0.5 * z * (1.0 + tl.erf(z * _HALF_ROOT))
+    elif ACTIVATION == "gelu_tanh":
+        return 0.5 * z * (1.0 + _tanh(_TANH_FORM * (z + _CUBIC * z * z * z)))
+    elif ACTIVATION == "relu":
+        # Written so that nan stays nan.
+        return tl.where(z <= 0.0, 0.0, z)
+    else:
+        return _tanh(z)
 
 
 @triton.jit
-def _slope(x, ACTIVATION: tl.constexpr):
+def _slope(z, ACTIVATION: tl.constexpr):
     if ACTIVATION == "gelu":
-        share = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
-        return share + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
-    if ACTIVATION == "gelu_tanh":
-        t = _tanh(0.7978845608028654 * x * (1.0 + 0.044715 * x * x))
-        return 0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * 0.7978845608028654 * (1.0 + 0.134145 * x * x)
-    if ACTIVATION == "relu":
-        return tl.where(x > 0.0, 1.0, 0.0)
-    t = _tanh(x)
-    return 1.0 - t * t
+        return 0.5 * (1.0 + tl.erf(z * _HALF_ROOT)) + z * _GAUSS * tl.exp(-0.5 * z * z)
+    elif ACTIVATION == "gelu_tanh":
+        inner = _tanh(_TANH_FORM * (z + _CUBIC * z * z * z))
+        return 0.5 * (1.0 + inner) + 0.5 * z * (1.0 - inner * inner) * _TANH_FORM * (1.0 + 3.0 * _CUBIC * z * z)
+    elif ACTIVATION == "relu":
+        return tl.where(z > 0.0, 1.0, 0.0)
+    else:
+        value = _tanh(z)
+        return 1.0 - value * value
 
 
-@triton.jit(do_not_specialize=["T"])
-def forward(
-    product, bias, out, T, M,
-    HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """out may be product itself."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = (row < T)[:, None] & (column < M)[None, :]
-    at = row[:, None] * M + column[None, :]
-    x = tl.load(product + at, mask=inside, other=0.0).to(tl.float32)
+@triton.jit
+def _load(product, bias, row, inside, column, N, BLOCK_N: tl.constexpr, HAS_BIAS: tl.constexpr):
+    z = load_tile(product, row, N, inside, column, BLOCK_N)
     if HAS_BIAS:
-        x += tl.load(bias + column, mask=column < M, other=0.0).to(tl.float32)[None, :]
-    tl.store(out + at, _activate(x, ACTIVATION).to(out.dtype.element_ty), mask=inside)
+        z += tl.load(bias + column, mask=column < N, other=0.0).to(tl.float32)[None, :]
+    return z
 
 
-@triton.jit(do_not_specialize=["T"])
-def backward(
-    grad, product, bias, grad_product, partial, T, M,
-    HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr,
+@triton.jit(do_not_specialize=["rows"])
+def forward(
+    product, bias, out, rows,
+    N: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr, ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """partial: (programs along rows, M) float32, their sums for the bias."""
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    of_bias = tl.zeros((BLOCK,), tl.float32)
-    first = tl.program_id(0).to(tl.int64) * BLOCK_ROWS
-    step = tl.num_programs(0).to(tl.int64) * BLOCK_ROWS
-    while first < T:
-        row = first + tl.arange(0, BLOCK_ROWS)
-        inside = (row < T)[:, None] & (column < M)[None, :]
-        at = row[:, None] * M + column[None, :]
-        x = tl.load(product + at, mask=inside, other=0.0).to(tl.float32)
-        if HAS_BIAS:
-            x += tl.load(bias + column, mask=column < M, other=0.0).to(tl.float32)[None, :]
-        d = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32) * _slope(x, ACTIVATION)
-        tl.store(grad_product + at, d.to(grad_product.dtype.element_ty), mask=inside)
-        of_bias += tl.sum(d, 0)
-        first += step
-    tl.store(partial + tl.program_id(0).to(tl.int64) * M + column, of_bias, mask=column < M)
+    """product (rows, N) -> out (rows, N). Grid: blocks of ROWS rows times blocks of columns, columns fastest."""
+    across = tl.cdiv(N, BLOCK_N)
+    row = (tl.program_id(0) // across).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(0) % across * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = (row < rows)[:, None] & (column < N)[None, :]
+    y = _activated(_load(product, bias, row, inside, column, N, BLOCK_N, HAS_BIAS), ACTIVATION)
+    tl.store(out + row[:, None] * N + column[None, :], y.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def backward(
+    grad, product, bias, grad_product, partial, rows, stride_g,
+    N: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr, ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr,
+    SUMS: tl.constexpr,
+):  # fmt: skip
+    """grad (rows, N) -> grad_product (rows, N), partial (1, programs, N). Grid: (shares of the rows, column blocks)."""
+    program = tl.program_id(0)
+    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    sums = tl.zeros([ROWS, BLOCK_N], tl.float32)
+    for first in range(program * ROWS, rows, tl.num_programs(0) * ROWS):
+        row = (first + tl.arange(0, ROWS)).to(tl.int64)
+        inside = (row < rows)[:, None] & (column < N)[None, :]
+        z = _load(product, bias, row, inside, column, N, BLOCK_N, HAS_BIAS)
+        dz = load_tile(grad, row, stride_g, inside, column, BLOCK_N) * _slope(z, ACTIVATION)
+        tl.store(grad_product + row[:, None] * N + column[None, :], dz.to(grad_product.dtype.element_ty), mask=inside)
+        if SUMS:
+            sums += dz
+    if SUMS:
+        store_partial(partial, 0, program, tl.sum(sums, 0), column, N)

@@ -49,5 +49,9 @@ SPEC = registry.register(
         reference=reference,
         check=_check,
         autocast="lower",
+        impls=(
+            registry.Impl("cpu", "cpu", note="labelled rows only, a chunk of their logits at a time"),
+            registry.Impl("triton", "cuda", note="labelled rows only, softmax in one kernel; not yet run on a GPU"),
+        ),
     )
 )

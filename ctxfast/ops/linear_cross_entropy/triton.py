@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``linear_cross_entropy`` on a GPU: labelled rows only, products by cuBLAS, softmax by Triton. Not yet run on a GPU.
+
+Each chunk of logits is read once for its losses and once to become its own gradient, in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..._core import torch_ops, triton_rows
+from . import recorded, triton_kernels
+
+
+def tile(classes: int) -> dict[str, int]:
+    """Sixteen elements a thread."""
+    block = min(4096, triton_rows.block(classes))
+    return dict(BLOCK_V=block, num_warps=max(1, block // 512))
+
+
+def _softmax(logits: Tensor, labels: Tensor, scale: Tensor | None, ignore_index: int) -> Tensor:
+    losses = torch_ops.allocate((logits.shape[0],), logits, torch.float32)
+    if losses.numel() == 0:
+        return losses
+    with triton_rows.on_device(logits):
+        triton_kernels.softmax[(logits.shape[0],)](
+            logits, labels.contiguous(), None if scale is None else scale.contiguous(), losses, logits.stride(0),
+            ignore_index, logits.shape[1], GRADIENT=scale is not None, **tile(logits.shape[1]),
+        )  # fmt: skip
+    return losses
+
+
+_operators = recorded.Operators("linear_cross_entropy_triton", _softmax, triton_rows.DISPATCH)
+
+
+def supports(args: Mapping[str, Any]) -> str | None:
+    """None, or why the Triton kernel cannot run this call."""
+    hidden = args["hidden"]
+    if hidden.dtype not in triton_rows.DTYPES:
+        return f"it takes float32, float16 and bfloat16 and hidden is {hidden.dtype}."
+    return None
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+) -> Tensor:
+    """See ``ctxfast.functional.linear_cross_entropy``."""
+    return recorded.call(_operators, hidden, weight, labels, bias, ignore_index, reduction)
+
+
+def raw_calls(args: Mapping[str, Any]) -> list[tuple[Any, tuple]]:
+    """The registered operators behind one call, with arguments for torch.library.opcheck."""
+    return recorded.raw_calls(_operators, args)
