@@ -115,6 +115,12 @@ def _build_hf(case: Case, args: Mapping[str, Any]) -> Call:
     return _bert_call(_hf_bert(case, args), args)
 
 
+def _build_swapped(case: Case, args: Mapping[str, Any]) -> Call:
+    model = _hf_bert(case, args)
+    ctxfast.swap_in(model, strict=True)
+    return _bert_call(model, args)
+
+
 def _build_hf_compiled(mode: str | None) -> Callable[[Case, Mapping[str, Any]], Call]:
     def build(case: Case, args: Mapping[str, Any]) -> Call:
         if mode is not None and case.device != "cuda":
@@ -348,6 +354,7 @@ OURS: dict[str, tuple[Provider, ...]] = {
     "bert": (
         Provider("ctxfast", _build_ctxfast_bert, "what Bert() runs", ours=True),
         Provider("ctxfast reference", _build_reference_bert, "every op on plain PyTorch", ours=True),
+        Provider("ctxfast swap_in", _build_swapped, "Hugging Face's model after ctxfast.swap_in", ours=True),
     ),
     "elmo": (
         Provider("ctxfast", _build_ctxfast_elmo, "what Elmo() runs", ours=True),

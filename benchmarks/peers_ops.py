@@ -6,12 +6,15 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import ctxfast
 
 from .cases import Case
 from .peers import Call, Leaves, Outputs, Provider, Unavailable, leaves_of, require
@@ -33,11 +36,13 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
     return tuple(_cast(item, dtype) for item in value) if isinstance(value, (list, tuple)) else value
 
 
-def module_lstm(args: Mapping[str, Any], directions: Sequence[int], *, trained: bool) -> tuple[nn.LSTM, Leaves]:
-    """nn.LSTM holding the weights of these directions, and its parameters under the names of ctxfast's arguments."""
+def module_lstm(
+    args: Mapping[str, Any], directions: Sequence[int], *, trained: bool, kind: Callable[..., nn.Module] = nn.LSTM
+) -> tuple[nn.Module, Leaves]:
+    """nn.LSTM, or another of its kind, with the weights of these directions; its parameters under ctxfast's names."""
     hidden, size = args["weight_hh"][0].shape[0] // 4, args["weight_hh"][0].shape[1]
     with torch.device("meta"):
-        module = nn.LSTM(
+        module = kind(
             args["weight_ih"][0].shape[1], hidden, batch_first=True, bidirectional=len(directions) == 2,
             proj_size=size if args["weight_proj"] is not None else 0,
         )  # fmt: skip
@@ -57,11 +62,15 @@ def module_lstm(args: Mapping[str, Any], directions: Sequence[int], *, trained: 
     return module, leaves
 
 
-def _build_nn_lstm(dtype: torch.dtype | None = None) -> Callable[[Case, Mapping[str, Any]], Call]:
+def _build_nn_lstm(
+    dtype: torch.dtype | None = None, *, is_ours: bool = False
+) -> Callable[[Case, Mapping[str, Any]], Call]:
     def build(case: Case, args: Mapping[str, Any]) -> Call:
+        options = {name: args.get(name) for name in ("cell_clip", "proj_clip", "weight_dtype")}
+        kind = partial(ctxfast.nn.LSTM, **options) if is_ours else nn.LSTM
         args = {name: _cast(value, dtype or case.dtype) for name, value in args.items()}
         lengths, x = args["lengths"], args["input"]
-        module, leaves = module_lstm(args, range(len(args["weight_ih"])), trained=case.backward)
+        module, leaves = module_lstm(args, range(len(args["weight_ih"])), trained=case.backward, kind=kind)
         if lengths is None:
 
             def forward() -> Outputs:
@@ -69,7 +78,7 @@ def _build_nn_lstm(dtype: torch.dtype | None = None) -> Callable[[Case, Mapping[
                 return output, h, c
 
             return Call(forward, {"input": (x,), **leaves} if case.backward else None)
-        if args["weight_proj"] is not None and x.device.type == "cpu" and not _packs_projection():
+        if not is_ours and args["weight_proj"] is not None and x.device.type == "cpu" and not _packs_projection():
             raise Unavailable("nn.LSTM(proj_size) takes no packed input on this device and torch")
         rows = lengths.cpu()
 
@@ -409,6 +418,7 @@ def _build_mix_product(case: Case, args: Mapping[str, Any]) -> Call:
 
 PEERS: dict[str, tuple[Provider, ...]] = {
     "lstm": (
+        Provider("ctxfast nn.LSTM", _build_nn_lstm(is_ours=True), "the module, fed as nn.LSTM is", ours=True),
         Provider("Python loop (AllenNLP style)", _build_loop()),
         Provider("Python loop in a CUDA graph", _build_loop_graph),
         Provider("nn.LSTM", _build_nn_lstm(), _NO_CLIPS),

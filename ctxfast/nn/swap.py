@@ -40,15 +40,17 @@ class _Entry:
 
 def why_not(op: str, impl: str | None, **args: Any) -> str | None:
     """None if a compiled implementation (or the one asked for) runs such a call, else the sentence why not."""
+    spec, device = registry.OPS[op], next(registry.tensors(args)).device.type
     with torch.no_grad():
         rows = functional.explain(op, **args).rows
     if impl is not None and any(name == impl for name, _, _ in rows):
         refusals = [reason for name, verdict, reason in rows if name == impl and verdict == "no"]
         return f"impl={impl!r} was asked for: {refusals[0]}" if refusals else None
-    if any(verdict != "no" for name, verdict, _ in rows if name != "reference"):
+    compiled = [row for row in rows if row[0] != "reference" and spec.impl(row[0]).device == device]
+    if any(verdict != "no" for _, verdict, _ in compiled):
         return None
-    reasons = "; ".join(f"{name}: {reason.rstrip('.')}" for name, _, reason in rows if name != "reference")
-    return f"no compiled implementation of {op} runs it ({reasons})."
+    reasons = "; ".join(f"{name}: {reason.rstrip('.')}" for name, _, reason in compiled)
+    return f"no compiled implementation of {op} runs it ({reasons or f'there is none for {device}'})."
 
 
 def _lstm_objection(module: nn.LSTM, impl: str | None) -> str | None:
