@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels cannot be compiled; before triton comes in
-os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import triton
@@ -91,7 +90,7 @@ def measure(kernel: Any, tile: Tile, constants: dict[str, Any], dtype: str, arch
         if name not in _UNKNOWN:
             attributes[(at,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    options = dict(num_warps=tile.warps, num_stages=tile.stages)
+    options = dict(num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])

@@ -61,6 +61,7 @@ def _options(qkv: Tensor, bias: Tensor | None, seeds: Tensor | None) -> dict[str
     return dict(
         D=head_dim, BLOCK_D=triton_plan.block_d(head_dim), HAS_BIAS=bias is not None, DROPOUT=seeds is not None,
         PRECISION="tf32" if _kind(qkv.dtype) == "tf32" else "ieee",
+        enable_fp_fusion=True,  # said, because Triton's default differs between versions
     )  # fmt: skip
 
 

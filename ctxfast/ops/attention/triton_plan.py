@@ -104,12 +104,8 @@ _FLOAT32 = {
     128: (Plan(0, Tile(32, 32, 8), query=Tile(16, 16, 8), key=Tile(16, 16, 8)),),
 }
 # float32 with its products rounded to TensorFloat-32 (torch.backends.cuda.matmul.allow_tf32).
-_TF32 = {
-    **{
-        size: (*_FLOAT32[size][:-1], Plan(0, Tile(32, 32, 4), query=Tile(32, 32, 4), key=Tile(32, 32, 4)))
-        for size in (32, 64)
-    },
-    128: _FLOAT32[128],
+_TF32 = _FLOAT32 | {
+    64: (*_FLOAT32[64][:-1], Plan(0, Tile(32, 32, 4), query=Tile(32, 32, 4), key=Tile(32, 32, 4))),
 }
 
 
