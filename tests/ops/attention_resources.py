@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels cannot be compiled; before triton comes in
-os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import triton
@@ -29,8 +28,13 @@ from triton.compiler import ASTSource
 from ctxfast.ops.attention import triton_backward, triton_forward, triton_plan
 from ctxfast.ops.attention.triton_plan import Plan, Tile
 
-# dtype -> Triton's name of it, bytes
-_DTYPES = {"float32": ("fp32", 4), "float16": ("fp16", 2), "bfloat16": ("bf16", 2)}
+# dtype -> Triton's name of it, kind of product; tf32 is float32 under torch.backends.cuda.matmul.allow_tf32
+_DTYPES = {
+    "float32": ("fp32", "float32"),
+    "tf32": ("fp32", "tf32"),
+    "float16": ("fp16", "half"),
+    "bfloat16": ("bf16", "half"),
+}
 _ARCHS = (80, 90)
 _HEAD_DIMS = (32, 48, 64, 128)
 # Arguments by type; what is not here is an int32. Those of the first two lines are in the tensors' own dtype.
@@ -43,7 +47,10 @@ _UNKNOWN = {"tokens", "sequences", "heads", "blocks", "pairs", "threshold", "sca
 
 def launches(head_dim: int, dtype: str, arch: int, dropout: bool) -> Iterator[tuple[str, Any, Tile, dict[str, Any]]]:
     """(name, kernel, tile, constexprs) of every launch that the table can choose."""
-    shared = dict(D=head_dim, BLOCK_D=triton_plan.block_d(head_dim), HAS_BIAS=True, DROPOUT=dropout, PRECISION="ieee")
+    shared = dict(
+        D=head_dim, BLOCK_D=triton_plan.block_d(head_dim), HAS_BIAS=True, DROPOUT=dropout,
+        PRECISION="tf32" if dtype == "tf32" else "ieee",
+    )  # fmt: skip
     for plan in triton_plan.plans(head_dim, _DTYPES[dtype][1], arch // 10):
         for name, kernel, tile, more in _launches_of(plan):
             yield f"up to {plan.longest or 'any'} {name}", kernel, tile, shared | more
@@ -83,7 +90,7 @@ def measure(kernel: Any, tile: Tile, constants: dict[str, Any], dtype: str, arch
         if name not in _UNKNOWN:
             attributes[(at,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    options = dict(num_warps=tile.warps, num_stages=tile.stages)
+    options = dict(num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])

@@ -23,6 +23,7 @@ if not torch.cuda.is_available() and not capability.is_triton_interpreted():
 from ctxfast.ops.attention import triton_plan
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 SPEC = registry.OPS["attention"]
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -111,21 +112,37 @@ def test_grid_holds_every_block() -> None:
 
 
 def test_plans_choose_by_length_and_filling() -> None:
-    for itemsize, major in ((2, 9), (2, 8), (2, 10), (4, 9)):
+    for kind, major in (("half", 9), ("half", 8), ("half", 10), ("float32", 9), ("tf32", 8)):
         for head_dim in (1, 16, 17, 32, 33, 64, 65, 128):
-            table = triton_plan.plans(head_dim, itemsize, major)
+            table = triton_plan.plans(head_dim, kind, major)
             assert table[-1].longest == 0 and [plan.longest for plan in table[:-1]] == sorted(
                 plan.longest for plan in table[:-1]
             )
             for longest in (1, 16, 17, 33, 65, 129, 4096):
-                plan = triton_plan.choose(head_dim, itemsize, major, longest, longest)
+                plan = triton_plan.choose(head_dim, kind, major, longest, longest)
                 assert plan.longest >= longest or plan is table[-1]
                 # A tile that is never looped over must hold the longest sequence.
                 assert plan.whole is None or plan.whole.rows >= longest
                 assert (plan.whole is None) == (plan.query is not None) == (plan.key is not None)
                 assert not plan.forward.pairs or plan.forward.rows >= longest
-    assert triton_plan.choose(64, 2, 9, 128, 100).longest == 128
-    assert triton_plan.choose(64, 2, 9, 128, 40).longest == 0
+    assert triton_plan.choose(64, "half", 9, 128, 100).longest == 128
+    assert triton_plan.choose(64, "half", 9, 128, 40).longest == 0
+
+
+def test_float32_takes_tensor_cores_only_when_allowed(monkeypatch) -> None:
+    """allow_tf32 is torch's switch for float32 products, and ours."""
+    kwargs = _packed([20, 40], 2, 64, torch.float32)
+    precisions = []
+    plain = triton_plan.choose
+    monkeypatch.setattr(triton_plan, "choose", lambda *args: precisions.append(args[1]) or plain(*args))
+    before = torch.backends.cuda.matmul.allow_tf32
+    try:
+        for allowed in (False, True):
+            torch.backends.cuda.matmul.allow_tf32 = allowed
+            run("attention", kwargs, "triton")
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+    assert precisions == ["float32", "tf32"]
 
 
 # dropout
@@ -234,7 +251,7 @@ def test_padded_and_permuted_memory() -> None:
     heads_first = kwargs["qkv"].permute(2, 1, 0, 3).contiguous().permute(2, 1, 0, 3)
     expected = run("attention", kwargs, "triton")[0]
     for qkv in (gaps[..., 4:36], heads_first):
-        assert torch.equal(run("attention", {**kwargs, "qkv": qkv}, "triton")[0], expected)
+        torch.testing.assert_close(run("attention", {**kwargs, "qkv": qkv}, "triton")[0], expected)
         _compare({**kwargs, "qkv": qkv})
 
 

@@ -2,8 +2,9 @@
 """``attention`` in Triton: packed, forward and backward, dropout from a counter. Not yet run on a GPU.
 
 The forward keeps its result and lse (H, T); the backward makes the probabilities again. Every sum has a fixed order
-and no kernel uses atomics: two runs are equal to the last bit. Nothing is read back to the host: grids come from
-max_seqlen and the number of sequences, and programs past a sequence's end leave at once.
+and no kernel uses atomics: two runs are equal to the last bit. The tiles, and with them the last bits, depend on the
+range max_seqlen falls in and on how full the batch is (triton_plan). Nothing is read back to the host: grids come from
+max_seqlen and the numbers of tokens and sequences, and programs past a sequence's end leave at once.
 """
 
 from __future__ import annotations
@@ -25,11 +26,18 @@ _MAX_HEAD_DIM = 128
 _LOG2_E = math.log2(math.e)
 
 
+def _kind(dtype: torch.dtype) -> str:
+    """How products are made, in the words of triton_plan."""
+    if dtype != torch.float32:
+        return "half"
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "float32"
+
+
 def _plan(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> triton_plan.Plan:
     # The interpreter, which computes on the CPU, is given the tiles of an H100.
     major = capability.compute_capability(qkv.device.index)[0] if qkv.is_cuda else 9
     mean = qkv.shape[0] / (cu_seqlens.shape[0] - 1)
-    return triton_plan.choose(qkv.shape[3], qkv.element_size(), major, max_seqlen, mean)
+    return triton_plan.choose(qkv.shape[3], _kind(qkv.dtype), major, max_seqlen, mean)
 
 
 def _on_device(tensor: Tensor) -> AbstractContextManager:
@@ -47,16 +55,13 @@ def _dropout(dropout_p: float) -> tuple[int, float]:
     return threshold, 65536 / (65536 - threshold)
 
 
-def _precision(dtype: torch.dtype) -> str:
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
-
-
 def _options(qkv: Tensor, bias: Tensor | None, seeds: Tensor | None) -> dict[str, Any]:
     """What every kernel is compiled for."""
     head_dim = qkv.shape[3]
     return dict(
         D=head_dim, BLOCK_D=triton_plan.block_d(head_dim), HAS_BIAS=bias is not None, DROPOUT=seeds is not None,
-        PRECISION=_precision(qkv.dtype),
+        PRECISION="tf32" if _kind(qkv.dtype) == "tf32" else "ieee",
+        enable_fp_fusion=True,  # said, because Triton's default differs between versions
     )  # fmt: skip
 
 

@@ -103,6 +103,10 @@ _FLOAT32 = {
     ),
     128: (Plan(0, Tile(32, 32, 8), query=Tile(16, 16, 8), key=Tile(16, 16, 8)),),
 }
+# float32 with its products rounded to TensorFloat-32 (torch.backends.cuda.matmul.allow_tf32).
+_TF32 = _FLOAT32 | {
+    64: (*_FLOAT32[64][:-1], Plan(0, Tile(32, 32, 4), query=Tile(32, 32, 4), key=Tile(32, 32, 4))),
+}
 
 
 def block_d(head_dim: int) -> int:
@@ -110,19 +114,20 @@ def block_d(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-def plans(head_dim: int, itemsize: int, major: int) -> tuple[Plan, ...]:
-    """All plans for heads of this size, elements of this many bytes and compute capability ``major``."""
-    table = _FLOAT32 if itemsize == 4 else _HOPPER if major == 9 else _OTHERS
+def plans(head_dim: int, kind: str, major: int) -> tuple[Plan, ...]:
+    """All plans for heads of this size, a kind of product ("half", "float32", "tf32") and compute capability."""
+    half = _HOPPER if major == 9 else _OTHERS
+    table = {"half": half, "float32": _FLOAT32, "tf32": _TF32}[kind]
     return table[max(32, block_d(head_dim))]
 
 
-def choose(head_dim: int, itemsize: int, major: int, max_seqlen: int, mean: float) -> Plan:
+def choose(head_dim: int, kind: str, major: int, max_seqlen: int, mean: float) -> Plan:
     """The plan of a batch. ``mean`` is tokens by sequences, which the host knows.
 
     A tile made for the longest sequence is mostly empty when the mean is below half of it: such a batch is looped over
     in the smaller tiles of the last plan.
     """
-    *short, last = plans(head_dim, itemsize, major)
+    *short, last = plans(head_dim, kind, major)
     for plan in short:
         if max_seqlen <= plan.longest:
             return plan if plan.longest <= 64 or mean > plan.longest / 2 else last
