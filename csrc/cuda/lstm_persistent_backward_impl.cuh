@@ -163,6 +163,23 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_persistent_backward_kernel(c
       }
     }
 
+    // Without a projection `collect` may have nothing to wait for: what it reads is asked for a step ahead.
+    [[maybe_unused]] HiddenFacts<kKept> hidden_ahead[kTiles];
+    [[maybe_unused]] CellFacts facts_ahead[kTiles];
+    const auto look_ahead = [&](int t) {
+      if constexpr (kProjected) return;
+      const Finish finish = finish_here();
+      if (!finish.keeps) return;
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {
+        const int column = tile * kTileRows + finish.batch, length = length_of[column];
+        if (t < 0 || t >= length) continue;
+        hidden_ahead[tile] = load_hidden<T, kKept>(p, anew(direction), b0 + column, t, finish.row);
+        facts_ahead[tile] = load_cell(p, anew(direction), b0 + column, t, length, finish.row);
+      }
+    };
+    look_ahead(direction == 0 ? p.steps - 1 : 0);
+
 #pragma unroll 1
     for (int step = 0;; ++step, ++iteration) {
       const bool last = step == p.steps;
@@ -175,24 +192,13 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_persistent_backward_kernel(c
         const Finish finish = finish_here();
         if (warp_index() >= 4 * kColumns) continue;
         const int column = tile * kTileRows + finish.batch, b = b0 + column;
-        const bool active = finish.keeps && !last && t < length_of[column];
+        const bool active = finish.keeps && t >= 0 && t < length_of[column];
         const bool active_before = step > 0 && (direction == 0 ? t + 1 : t - 1) < length_of[column];
-        CellFacts facts;
-        float grad[kKept] = {}, h[kKept] = {};
-        if (active) {
-          const int64_t at = direction * p.size + finish.row;
-#pragma unroll
-          for (int j = 0; j < kKept; ++j) {
-            if (p.grad_output != nullptr) {
-              grad[j] = to_float(static_cast<const T*>(
-                  p.grad_output)[b * p.grad_output_strides[0] + t * p.grad_output_strides[1] + at + 8 * j]);
-            }
-            if (p.proj_clip > 0.0f) {
-              h[j] = to_float(
-                  static_cast<const T*>(p.output)[b * p.output_strides[0] + t * p.output_strides[1] + at + 8 * j]);
-            }
-          }
-          if constexpr (!kProjected) facts = load_cell(p, direction, b, t, length_of[column], finish.row);
+        HiddenFacts<kKept> hidden;
+        if constexpr (kProjected) {
+          if (active) hidden = load_hidden<T, kKept>(p, anew(direction), b, t, finish.row);
+        } else {
+          hidden = hidden_ahead[tile];
         }
         if (step > 0) {
           float4 sum;
@@ -218,7 +224,8 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_persistent_backward_kernel(c
         const float bound = to_float(from_float<T>(p.proj_clip));  // as a clipped h was rounded when it was stored
         float total[kKept];
 #pragma unroll
-        for (int j = 0; j < kKept; ++j) total[j] = total_dh(grad[j], h[j], carried[tile][j], bound, active);
+        for (int j = 0; j < kKept; ++j)
+          total[j] = total_dh(hidden.grad[j], hidden.h[j], carried[tile][j], bound, active);
         if (finish.keeps && b < p.batch && p.grad_hidden != nullptr) {
           T* to = static_cast<T*>(p.grad_hidden) + ((int64_t{anew(direction)} * p.batch + b) * p.steps + t) * p.size;
 #pragma unroll
@@ -231,12 +238,12 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_persistent_backward_kernel(c
           }
         } else {
           const Form form = form_here();
-          const uint2 dz = cell_gradient<T>(facts, active, total[0], p.cell_clip, &dc[tile][0]);
-          if (b < p.batch) p.grad_gates[direction][(int64_t{b} * p.steps + t) * p.hidden + form.cell] = dz;
+          const uint2 dz = cell_gradient<T>(facts_ahead[tile], active, total[0], p.cell_clip, &dc[tile][0]);
           const uint32_t if_8 = shuffle_xor(dz.x, 2), go_8 = shuffle_xor(dz.y, 2);  // of the cell eight further
           if (form.publishes) {
             store_relaxed(d_of(slot, tile) + form.d_vector, make_uint4(dz.x, dz.y, if_8, go_8));
           }
+          if (b < p.batch) store_gates(p, anew(direction), b, t, form.cell, dz);
         }
       }
       if (last) break;
@@ -252,7 +259,7 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_persistent_backward_kernel(c
 #pragma unroll
             for (int j = 0; j < kCells; ++j) {
               const int column = tile * kTileRows + form.batch + (j & 1);
-              facts[j] = load_cell(p, direction, b0 + column, t, length_of[column], form.cell + 8 * (j >> 1));
+              facts[j] = load_cell(p, anew(direction), b0 + column, t, length_of[column], form.cell + 8 * (j >> 1));
             }
           }
           {
@@ -268,15 +275,17 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_persistent_backward_kernel(c
             uint2 dz[4];
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
-              const int column = tile * kTileRows + again.batch + (j & 1), b = b0 + column;
+              const int column = tile * kTileRows + again.batch + (j & 1);
               dz[j] = cell_gradient<T>(facts[j], t < length_of[column], dm[j], p.cell_clip, &dc[tile][j]);
-              if (b < p.batch) {
-                p.grad_gates[direction][(int64_t{b} * p.steps + t) * p.hidden + again.cell + 8 * (j >> 1)] = dz[j];
-              }
             }
             uint4* to = d_of(slot, tile) + again.d_vector;
             store_relaxed(to, make_uint4(dz[0].x, dz[0].y, dz[2].x, dz[2].y));
             store_relaxed(to + 4, make_uint4(dz[1].x, dz[1].y, dz[3].x, dz[3].y));
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+              const int b = b0 + tile * kTileRows + again.batch + (j & 1);
+              if (b < p.batch) store_gates(p, anew(direction), b, t, again.cell + 8 * (j >> 1), dz[j]);
+            }
           }
           block_sync();  // `reduce` is free
         }
@@ -305,6 +314,7 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_persistent_backward_kernel(c
       }
 
       // rows
+      look_ahead(direction == 0 ? t - 1 : t + 1);
       if (warp_index() == kWarps - 1) {
         wait_cleared(p.cleared + direction * p.blocks, p.blocks, iteration + 2 - kSlots);
       }

@@ -15,23 +15,23 @@ constexpr int kSpins = 1 << 22;
 struct KernelParams {
   const uint4* weight_hh[2];    // (4H, P)
   const uint4* weight_proj[2];  // (P, H)
-  const uint2* z[2];            // (B, T, H) of four 16-bit gates
-  int64_t z_strides[2][2];      // of B and T, in uint2
+  const uint16_t* z[2];         // (B, T, 4, H) of 16-bit gates
+  int64_t z_strides[2][2];      // of B and T
   const float* cells;           // (R, B, T, H)
   const float* c_0;             // (R, B, H) or null
   const void* output;           // (B, T, R P); read only with proj_clip
   int64_t output_strides[2];
   const void* grad_output;  // (B, T, R P) or null
   int64_t grad_output_strides[2];
-  const float* grad_h_n;   // (R, B, P) or null
-  const float* grad_c_n;   // (R, B, H) or null
-  const int64_t* lengths;  // (B) or null
-  uint2* grad_gates[2];    // (B, T, H) of four
-  void* grad_hidden;       // (R, B, T, P) or null
-  float* grad_h_0;         // (R, B, P)
-  float* grad_c_0;         // (R, B, H)
-  uint4 *x, *d, *s;        // exchange, per direction [kSlots][kTiles][...]
-  uint32_t* cleared;       // per direction [blocks]
+  const float* grad_h_n;    // (R, B, P) or null
+  const float* grad_c_n;    // (R, B, H) or null
+  const int64_t* lengths;   // (B) or null
+  uint16_t* grad_gates[2];  // (B, T, 4, H)
+  void* grad_hidden;        // (R, B, T, P) or null
+  float* grad_h_0;          // (R, B, P)
+  float* grad_c_0;          // (R, B, H)
+  uint4 *x, *d, *s;         // exchange, per direction [kSlots][kTiles][...]
+  uint32_t* cleared;        // per direction [blocks]
   int directions, batch, steps, hidden, size;
   int blocks, k_shift;         // of a direction; 2^k_shift K groups
   int row_pairs, cell_pairs;   // K of the two products of a block, in units of 32
@@ -301,14 +301,16 @@ CTXFAST_DEVICE float4 sum_lanes(float4 v, int lanes) {
 
 // What a cell's step is made of, read before the wait.
 struct CellFacts {
-  uint2 z = {0, 0};
+  uint16_t z[4] = {};
   float c = 0, before = 0;
 };
 
 CTXFAST_DEVICE CellFacts load_cell(const KernelParams& p, int direction, int b, int t, int length, int cell) {
   CellFacts facts;
-  if (t >= length) return facts;
-  facts.z = load_streaming(p.z[direction] + b * p.z_strides[direction][0] + t * p.z_strides[direction][1] + cell);
+  if (t < 0 || t >= length) return facts;
+  const uint16_t* z = p.z[direction] + b * p.z_strides[direction][0] + t * p.z_strides[direction][1] + cell;
+#pragma unroll
+  for (int gate = 0; gate < 4; ++gate) facts.z[gate] = z[gate * p.hidden];
   const int64_t row = int64_t{direction} * p.batch + b;
   const float* cells = p.cells + row * p.steps * p.hidden + cell;
   facts.c = cells[int64_t{t} * p.hidden];
@@ -321,11 +323,44 @@ CTXFAST_DEVICE CellFacts load_cell(const KernelParams& p, int direction, int b, 
   return facts;
 }
 
+// What goes into a thread's values of dh, read before the wait: of rows `row`, `row` + 8.
+template <int kKept>
+struct HiddenFacts {
+  float grad[kKept] = {}, h[kKept] = {};
+};
+
+template <typename T, int kKept>
+CTXFAST_DEVICE HiddenFacts<kKept> load_hidden(const KernelParams& p, int direction, int b, int t, int row) {
+  HiddenFacts<kKept> facts;
+  const int at = direction * p.size + row;
+#pragma unroll
+  for (int j = 0; j < kKept; ++j) {
+    if (p.grad_output != nullptr) {
+      const T* grad = static_cast<const T*>(p.grad_output);
+      facts.grad[j] = to_float(grad[b * p.grad_output_strides[0] + t * p.grad_output_strides[1] + at + 8 * j]);
+    }
+    if (p.proj_clip > 0.0f) {
+      const T* h = static_cast<const T*>(p.output);
+      facts.h[j] = to_float(h[b * p.output_strides[0] + t * p.output_strides[1] + at + 8 * j]);
+    }
+  }
+  return facts;
+}
+
+CTXFAST_DEVICE void store_gates(const KernelParams& p, int direction, int b, int t, int cell, const uint2& dz) {
+  uint16_t* to = p.grad_gates[direction] + (int64_t{b} * p.steps + t) * 4 * p.hidden + cell;
+  to[0] = static_cast<uint16_t>(dz.x);
+  to[p.hidden] = static_cast<uint16_t>(dz.x >> 16);
+  to[2 * p.hidden] = static_cast<uint16_t>(dz.y);
+  to[3 * p.hidden] = static_cast<uint16_t>(dz.y >> 16);
+}
+
 // dz (four gates, as two words) of one cell and batch row; dc is carried on. A row past its end passes everything by.
 template <typename T>
 CTXFAST_DEVICE uint2 cell_gradient(const CellFacts& facts, bool active, float dm, float cell_clip, float* dc) {
   if (!active) return make_uint2(0, 0);
-  const float2 z_if = unpack2<T>(facts.z.x), z_go = unpack2<T>(facts.z.y);
+  const float2 z_if = unpack2<T>(facts.z[0] | static_cast<uint32_t>(facts.z[1]) << 16),
+               z_go = unpack2<T>(facts.z[2] | static_cast<uint32_t>(facts.z[3]) << 16);
   const float i = sigmoid_fast(z_if.x), f = sigmoid_fast(z_if.y), g = tanh_fast(z_go.x), o = sigmoid_fast(z_go.y);
   const float tanh_c = tanh_fast(facts.c);
   float total = *dc + dm * o * (1.0f - tanh_c * tanh_c);

@@ -120,9 +120,6 @@ Status check(const LstmPersistentBackwardParams& p, const LstmPersistentBackward
     if (p.steps == 0) continue;
     if (p.z[r] == nullptr) return null_argument("z");
     if (p.grad_gates[r] == nullptr) return null_argument("grad_gates");
-    if (reinterpret_cast<uintptr_t>(p.z[r]) % 8 != 0 || p.z_strides[r][0] % 4 != 0 || p.z_strides[r][1] % 4 != 0) {
-      return invalid(kOp, "z", "not aligned", "8-byte aligned, strides in multiples of 4 elements");
-    }
   }
   if (p.steps > 0 && p.cells == nullptr) return null_argument("cells");
   if (p.steps > 0 && p.proj_clip > 0 && p.output == nullptr) return null_argument("output");
@@ -161,10 +158,10 @@ Status lstm_persistent_backward(const LstmPersistentBackwardParams& p, CUstream_
   for (int64_t r = 0; r < p.directions; ++r) {
     k.weight_hh[r] = static_cast<const uint4*>(p.weight_hh[r]);
     k.weight_proj[r] = static_cast<const uint4*>(p.weight_proj[r]);
-    k.z[r] = static_cast<const uint2*>(p.z[r]);
-    k.z_strides[r][0] = p.z_strides[r][0] / 4;
-    k.z_strides[r][1] = p.z_strides[r][1] / 4;
-    k.grad_gates[r] = static_cast<uint2*>(p.grad_gates[r]);
+    k.z[r] = static_cast<const uint16_t*>(p.z[r]);
+    k.z_strides[r][0] = p.z_strides[r][0];
+    k.z_strides[r][1] = p.z_strides[r][1];
+    k.grad_gates[r] = static_cast<uint16_t*>(p.grad_gates[r]);
   }
   for (int i = 0; i < 2; ++i) {
     k.output_strides[i] = p.output_strides[i];

@@ -173,7 +173,7 @@ void test(Report* report, const char* dtype_name, DType dtype, double eps, const
       const std::vector<float> got = device_gates[r]->floats();
       const int64_t of_row = steps * H * 4;
       same = same && std::equal(got.begin() + of_row, got.end(), first[3 + r].begin() + of_row);
-      is_nan = is_nan || std::isnan(got[((r == 0 ? lengths[0] : 1) - 1) * H * 4 + 3]) || z.proj_clip > 0;
+      is_nan = is_nan || std::isnan(got[((r == 0 ? lengths[0] : 1) - 1) * H * 4 + 3 * H]) || z.proj_clip > 0;
     }
     report->that(what + " NaN stays in its row", same && is_nan);
   }
@@ -203,9 +203,9 @@ void test(Report* report, const char* dtype_name, DType dtype, double eps, const
           dm = total;
         }
         for (int64_t cell = 0; cell < H; ++cell) {
-          const int64_t at = ((b * steps + t) * H + cell) * 4;
-          const double i = sigmoid(gates[r][at]), f = sigmoid(gates[r][at + 1]), g = std::tanh(gates[r][at + 2]);
-          const double o = sigmoid(gates[r][at + 3]), c = cells[((r * B + b) * steps + t) * H + cell];
+          const int64_t at = (b * steps + t) * 4 * H + cell;
+          const double i = sigmoid(gates[r][at]), f = sigmoid(gates[r][at + H]), g = std::tanh(gates[r][at + 2 * H]);
+          const double o = sigmoid(gates[r][at + 3 * H]), c = cells[((r * B + b) * steps + t) * H + cell];
           const bool first_step = step + 1 == lengths[b];
           const double c_before = !first_step ? cells[((r * B + b) * steps + before) * H + cell]
                                   : z.states  ? c_0[(r * B + b) * H + cell]
@@ -217,7 +217,7 @@ void test(Report* report, const char* dtype_name, DType dtype, double eps, const
           const double four[4] = {d_c * g * i * (1 - i), d_c * c_before * f * (1 - f), d_c * i * (1 - g * g),
                                   d_o * o * (1 - o)};
           for (int64_t gate = 0; gate < 4; ++gate) {
-            want_gates[r][at + gate] = dz[gate * H + cell] = four[gate];
+            want_gates[r][at + gate * H] = dz[gate * H + cell] = four[gate];
           }
         }
         dh = std::vector<double>(P);

@@ -31,8 +31,8 @@ struct LstmPersistentBackwardParams {
   DType dtype = DType::kFloat16;    // or kBFloat16: of weights, z, output, grad_output, grad_gates and grad_hidden
   const void* weight_hh[2] = {};    // (4H, P), 16-byte aligned, as all weights
   const void* weight_proj[2] = {};  // (P, H)
-  const void* z[2] = {};            // (B, T, H, 4): gates before their nonlinearity
-  int64_t z_strides[2][2] = {};     // of B and T, in elements, multiples of 4
+  const void* z[2] = {};            // (B, T, 4, H): gates before their nonlinearity, gate by gate
+  int64_t z_strides[2][2] = {};     // of B and T, in elements
   const float* cells = nullptr;     // (R, B, T, H), after the clip
   const float* c_0 = nullptr;       // (R, B, H); null: zeros
   const void* output = nullptr;     // (B, T, R P); needed with proj_clip only
@@ -42,7 +42,7 @@ struct LstmPersistentBackwardParams {
   const float* grad_h_n = nullptr;   // (R, B, P); null: zeros
   const float* grad_c_n = nullptr;   // (R, B, H); null: zeros
   const int64_t* lengths = nullptr;  // (B); null: all T
-  void* grad_gates[2] = {};          // (B, T, H, 4); 0 past a row's end
+  void* grad_gates[2] = {};          // (B, T, 4, H); 0 past a row's end
   void* grad_hidden = nullptr;       // (R, B, T, P): of h before its clip, 0 past a row's end; null: not wanted
   float* grad_h_0 = nullptr;         // (R, B, P)
   float* grad_c_0 = nullptr;         // (R, B, H)

@@ -2,8 +2,9 @@
 """The backward recurrence of ``lstm``'s persistent implementation (Hopper): all steps in one launch.
 
 Gradients of the gates, of h (before its clip) at every step and of the initial state, zeros past a row's length; the
-weights' gradients are products over all steps of what this returns. Weights are read where they lie: nothing is packed. Not yet run on a GPU: the kernel is run on
-the emulator.
+weights' gradients are products over all steps of what this returns. Weights are read where they lie, gates and their
+gradients lie gate by gate as a product with the weights makes them: nothing is packed. Not yet run on a GPU: the
+kernel is run on the emulator.
 """
 
 from __future__ import annotations
