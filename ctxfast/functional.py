@@ -237,9 +237,14 @@ def add_layer_norm(
 
 
 def _linear_act_args(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str = "none"
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str = "none",
+    weight_dtype: torch.dtype | None = None,
 ) -> dict[str, Any]:
-    return dict(x=x, weight=weight, bias=bias, activation=activation)
+    return dict(x=x, weight=weight, bias=bias, activation=activation, weight_dtype=weight_dtype)
 
 
 def linear_act(
@@ -248,6 +253,7 @@ def linear_act(
     bias: Tensor | None = None,
     *,
     activation: str = "none",
+    weight_dtype: torch.dtype | None = None,
     impl: str | None = None,
 ) -> Tensor:
     """``activation(x W^T + b)``.
@@ -257,16 +263,20 @@ def linear_act(
         weight: (N_out, N_in).
         bias: (N_out,); None for none.
         activation: "none", "gelu" (exact, erf), "gelu_tanh", "relu" or "tanh".
+        weight_dtype: how both factors of the product are held. None: as they are. torch.int8: each row of x and of
+            the weight in whole steps of 1/127 of its largest magnitude, products summed exactly.
         impl: name of an implementation; None chooses.
 
     Returns:
         (..., N_out), in the dtype of ``x``.
 
-    Implementations: reference (any device and dtype), triton (CUDA; float32, bfloat16, float16; every
-    activation but none).
+    Numerics: a row's result on the CPU does not depend on the other rows, to the last bit (impl cpu).
+    Implementations: reference (any device and dtype), cpu (oneDNN with packed weights; float32, bfloat16; int8
+    without gradient), triton (CUDA; float32, bfloat16, float16; every activation but none).
     Reference: Hendrycks & Gimpel 2016 (both forms of GELU); Devlin et al. 2019.
     """
-    return registry.call(_linear_act.SPEC, _linear_act_args(x, weight, bias, activation=activation), impl)
+    args = _linear_act_args(x, weight, bias, activation=activation, weight_dtype=weight_dtype)
+    return registry.call(_linear_act.SPEC, args, impl)
 
 
 def _embed_layer_norm_args(

@@ -57,6 +57,7 @@ class SelfAttention(nn.Module):
             hidden_size // num_heads,
         )
         self.dropout, self.impl = dropout, impl
+        self.weight_dtype: torch.dtype | None = None
         self.qkv_weight = nn.Parameter(torch.empty(3 * hidden_size, hidden_size, device=device, dtype=dtype))
         self.qkv_bias = nn.Parameter(torch.empty(3 * hidden_size, device=device, dtype=dtype))
         self.reset_parameters()
@@ -70,7 +71,7 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
         """x (T, N), cu_seqlens (S + 1,) int32, max_seqlen -> (T, N), heads side by side."""
         heads = (3, self.num_heads, self.head_dim)
-        qkv = functional.linear_act(x, self.qkv_weight).unflatten(-1, heads)
+        qkv = functional.linear_act(x, self.qkv_weight, weight_dtype=self.weight_dtype).unflatten(-1, heads)
         context = functional.attention(
             qkv, cu_seqlens, max_seqlen, self.qkv_bias.view(heads),
             dropout_p=self.dropout if self.training else 0.0, impl=self.impl,

@@ -27,10 +27,14 @@ class Intermediate(nn.Module):
         super().__init__()
         self.dense = nn.Linear(hidden_size, intermediate_size, device=device, dtype=dtype)
         self.activation, self.impl = activation, impl
+        self.weight_dtype: torch.dtype | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., N) -> (..., intermediate_size)."""
-        return functional.linear_act(x, self.dense.weight, self.dense.bias, activation=self.activation, impl=self.impl)
+        return functional.linear_act(
+            x, self.dense.weight, self.dense.bias,
+            activation=self.activation, weight_dtype=self.weight_dtype, impl=self.impl,
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
         return f"activation={self.activation}, impl={self.impl or 'auto'}"
@@ -59,10 +63,12 @@ class ProjectAddLayerNorm(nn.Module):
         self.dense = nn.Linear(in_features, hidden_size, device=device, dtype=dtype)
         self.LayerNorm = AddLayerNorm(hidden_size, eps, dropout, device=device, dtype=dtype)
         self.impl = impl
+        self.weight_dtype: torch.dtype | None = None
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         """x (..., in_features), residual (..., N) -> (..., N)."""
-        return self.LayerNorm(functional.linear_act(x, self.dense.weight, impl=self.impl), residual, self.dense.bias)
+        product = functional.linear_act(x, self.dense.weight, weight_dtype=self.weight_dtype, impl=self.impl)
+        return self.LayerNorm(product, residual, self.dense.bias)
 
     def extra_repr(self) -> str:
         return f"impl={self.impl or 'auto'}"

@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from ..._core import checks, registry
 from .reference import ACTIVATIONS, linear_act as reference
 
@@ -26,6 +28,7 @@ def _check(args: Mapping[str, Any]) -> None:
         checks.shape(_OP, "bias", checks.tensor(_OP, "bias", bias), (weight.shape[0],), "(out_features,)")
     checks.same(_OP, "x", x, [("weight", weight), ("bias", bias)])
     checks.choice(_OP, "activation", args["activation"], ACTIVATIONS)
+    checks.choice(_OP, "weight_dtype", args["weight_dtype"], (None, torch.int8))
 
 
 SPEC = registry.register(
@@ -38,6 +41,7 @@ SPEC = registry.register(
         check=_check,
         autocast="lower",
         impls=(
+            registry.Impl("cpu", "cpu", note="oneDNN with packed weights: float32, bfloat16, int8"),
             registry.Impl(
                 "triton",
                 "cuda",

@@ -11,7 +11,15 @@ from ..._core.registry import Case
 from ..._core.samples import Sampler
 
 
-def _case(name: str, shape: tuple[int, ...], out: int, activation: str, *, bias: bool = True) -> Case:
+def _case(
+    name: str,
+    shape: tuple[int, ...],
+    out: int,
+    activation: str,
+    *,
+    bias: bool = True,
+    weight_dtype: torch.dtype | None = None,
+) -> Case:
     def make(device: str, dtype: torch.dtype, seed: int) -> dict[str, Any]:
         sample = Sampler(device, dtype, seed)
         return dict(
@@ -19,8 +27,11 @@ def _case(name: str, shape: tuple[int, ...], out: int, activation: str, *, bias:
             weight=sample.normal(out, shape[-1], spread=max(shape[-1], 1) ** -0.5),
             bias=sample.normal(out, spread=0.5) if bias else None,
             activation=activation,
+            weight_dtype=weight_dtype,
         )
 
+    if weight_dtype is not None:  # a step more or less of a row moves the result by more than half precision's rounding
+        return Case(name, make, dtypes=(torch.float32,))
     return Case(name, make, ("x", "weight", *["bias"] * bias))
 
 
@@ -37,4 +48,7 @@ CASES = (
     _case("three-dimensions", (2, 3, 31), 17, "gelu"),
     _case("odd", (129, 63), 65, "gelu"),
     _case("large", (64, 768), 1023, "gelu"),
+    _case("int8", (13, 64), 96, "gelu", weight_dtype=torch.int8),
+    _case("int8-odd", (5, 33), 7, "tanh", bias=False, weight_dtype=torch.int8),
+    _case("int8-one-row", (1, 768), 127, "none", weight_dtype=torch.int8),
 )

@@ -115,12 +115,16 @@ def supports(args: Mapping[str, Any]) -> str | None:
     x = args["x"]
     if x.dtype not in triton_rows.DTYPES:
         return f"it takes float32, float16 and bfloat16 and x is {x.dtype}."
+    if args["weight_dtype"] is not None:
+        return "int8 products run on the CPU."
     if args["activation"] == "none":
         return "there is no activation to fuse: torch's linear layer is all of it."
     return None
 
 
-def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+def linear_act(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, weight_dtype: torch.dtype | None
+) -> Tensor:
     """See ``ctxfast.functional.linear_act``."""
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in (x, weight, bias)):
         return _LinearAct.apply(x, weight, bias, activation)

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``linear_act`` on the CPU: oneDNN's product over packed weights with the activation in its epilogue; int8 on request.
+
+Weights are packed once and found again by later calls. A row's bits do not depend on the rows beside it (torch's own
+product takes another kernel for few rows, and its sums another order).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..._core import registry, torch_ops
+from ..._core.weight_cache import WeightCache
+
+# activation -> oneDNN's post-operation and its algorithm
+_POST = {
+    "none": ("none", ""),
+    "gelu": ("gelu", "none"),
+    "gelu_tanh": ("gelu", "tanh"),
+    "relu": ("relu", ""),
+    "tanh": ("tanh", ""),
+}
+
+_packed = WeightCache()
+
+
+@lru_cache
+def _why_not(dtype: torch.dtype) -> str | None:
+    """None, or why this build of torch cannot multiply by oneDNN's packed weights: the operators are torch's own."""
+    if not torch.backends.mkldnn.is_available():
+        return "this build of torch has no oneDNN."
+    try:
+        x, weight = torch.ones(3, 4, dtype=dtype), torch.eye(4, dtype=dtype)
+        found = _product(x, torch.ops.mkldnn._reorder_linear_weight(weight, None), None, "none")
+    except (AttributeError, RuntimeError, NotImplementedError) as error:
+        return f"oneDNN does not run packed products of {dtype} here ({str(error).splitlines()[0]})."
+    return None if torch.equal(found, x) else f"oneDNN's packed product of {dtype} is wrong here."
+
+
+def _product(x: Tensor, packed: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    post, algorithm = _POST[activation]
+    # One row alone takes a kernel that sums in another order.
+    rows = x if x.shape[0] != 1 else x.expand(2, -1)
+    return torch.ops.mkldnn._linear_pointwise(rows.contiguous(), packed, bias, post, [], algorithm)[: x.shape[0]]
+
+
+def _narrow(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 rows (N_in, N_out) for torch's integer product, and the step of each, float32."""
+    most = weight.float().abs().amax(dim=1)
+    steps = torch.where(most > 1e-30, 127.0 / most, torch.zeros_like(most))
+    return torch.round(weight.float() * steps[:, None]).to(torch.int8).t(), most / 127.0
+
+
+def _narrow_product(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    narrow, weight_steps = _packed.get((weight,), "int8", lambda: _narrow(weight.detach()))
+    wide = x.float()
+    most = torch.linalg.vector_norm(wide, float("inf"), dim=1, keepdim=True)
+    steps = torch.where(most > 1e-30, 127.0 / most, torch.zeros_like(most))
+    sums = torch._int_mm((wide * steps).round_().to(torch.int8), narrow)
+    y = torch.mul(sums, most / 127.0)
+    y = y.mul_(weight_steps) if bias is None else torch.addcmul(bias.float(), y, weight_steps)
+    return _activated(y, activation).to(x.dtype)
+
+
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, is_int8: bool) -> Tensor:
+    if x.shape[0] == 0 or weight.shape[0] == 0:
+        return _forward_fake(x, weight, bias, activation, is_int8)
+    if is_int8:
+        return _narrow_product(x, weight, bias, activation)
+    # Packed for any number of rows.
+    packed = _packed.get((weight,), "oneDNN", lambda: torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None))
+    return _product(x, packed, bias, activation)
+
+
+def _forward_fake(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, is_int8: bool) -> Tensor:
+    return torch_ops.allocate((x.shape[0], weight.shape[0]), x)
+
+
+_fwd = torch_ops.define(
+    "linear_act_cpu_fwd", "(Tensor x, Tensor weight, Tensor? bias, str activation, bool is_int8) -> Tensor",
+    _forward, _forward_fake, "CPU",
+)  # fmt: skip
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _fwd(x, weight, bias, "none", False)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        wants_x, wants_weight, wants_bias = ctx.needs_input_grad
+        of_x = grad @ weight if wants_x else None
+        return of_x, grad.t() @ x if wants_weight else None, grad.sum(0) if wants_bias else None
+
+
+def _activated(y: Tensor, activation: str) -> Tensor:
+    if activation == "gelu":
+        return F.gelu(y)
+    if activation == "gelu_tanh":
+        return F.gelu(y, approximate="tanh")
+    if activation == "relu":
+        return F.relu(y)
+    return torch.tanh(y) if activation == "tanh" else y
+
+
+def supports(args: Mapping[str, Any]) -> str | None:
+    """None, or why oneDNN's packed product cannot run this call."""
+    x = args["x"]
+    if x.device.type != "cpu":
+        return f"it runs on the CPU and x is on {x.device}."
+    if x.dtype not in (torch.float32, torch.bfloat16):
+        return f"it takes float32 and bfloat16 and x is {x.dtype}."
+    if x.shape[-1] == 0:
+        return "oneDNN refuses rows without columns."
+    if args["weight_dtype"] is not None and registry.needs_grad(args):
+        return "its int8 product has no gradient."
+    return _why_not(x.dtype)
+
+
+def linear_act(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, weight_dtype: torch.dtype | None
+) -> Tensor:
+    """See ``ctxfast.functional.linear_act``."""
+    rows = x.reshape(-1, x.shape[-1])
+    if registry.needs_grad(dict(x=x, weight=weight, bias=bias)):
+        out = _activated(_Linear.apply(rows, weight, bias), activation)
+    else:
+        out = _fwd(rows, weight, bias, activation, weight_dtype is torch.int8)
+    return out.view(*x.shape[:-1], weight.shape[0])
+
+
+def raw_calls(args: Mapping[str, Any]) -> list[tuple[Any, tuple]]:
+    """The registered operators behind one call, with arguments for torch.library.opcheck."""
+    x = args["x"].reshape(-1, args["x"].shape[-1])
+    return [(_fwd, (x, args["weight"], args["bias"], args["activation"], args["weight_dtype"] is torch.int8))]
