@@ -45,6 +45,8 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: int) -> I
     pieces = max(1, -(-rows * width * weight.element_size() // CHUNK_BYTES))
     size = -(-rows // pieces)
     memory = torch_ops.allocate((size, width), weight)
+    # torch's bfloat16 product on the CPU (2.13) multiplies what lies between rows by zero: it must not hold a nan.
+    memory[:, classes:].zero_()
     for start in range(0, rows, size):
         part = slice(start, min(start + size, rows))
         piece = hidden[part]
