@@ -66,7 +66,6 @@ def backward(
     """
     program = tl.program_id(0)
     column = tl.arange(0, BLOCK_N)
-    scale = tl.load(weight + column, mask=column < N, other=0.0).to(tl.float32)
     sum_weight = tl.zeros([ROWS, BLOCK_N], tl.float32)
     sum_bias = tl.zeros([ROWS, BLOCK_N], tl.float32)
     sum_x = tl.zeros([ROWS, BLOCK_N], tl.float32)
@@ -80,6 +79,8 @@ def backward(
         average = tl.load(mean + row, mask=row < rows, other=0.0)
         inverse = tl.load(rstd + row, mask=row < rows, other=0.0)
         normal = tl.where(inside, (z - average[:, None]) * inverse[:, None], 0.0)
+        # Loaded for every tile: kept, it would cost the longest rows their last registers.
+        scale = tl.load(weight + column, mask=column < N, other=0.0).to(tl.float32)
         dy = load_tile(grad, row, stride_g, inside, column, BLOCK_N)
         dz = tl.where(inside, normalised_gradient(dy * scale[None, :], normal, inverse, N), 0.0)
         at = row[:, None] * N + column[None, :]
