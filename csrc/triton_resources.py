@@ -66,7 +66,7 @@ def launches() -> Iterator[Launch]:
                     shared | dict(SAVE=True),
                     op.forward_tile(size),
                 )
-                backward = shared | (dict(SUMS=True) if op is add_layer_norm else {})
+                backward = shared | (dict(SUMS=True, SUM_X=size <= 4096) if op is add_layer_norm else {})
                 yield f"{name} backward {where}", op.triton_kernels.backward, backward, op.backward_tile(size)
     for activation in ("gelu", "gelu_tanh", "relu", "tanh"):
         shared, kernels = dict(N=3072, ACTIVATION=activation, HAS_BIAS=True), linear_act.triton_kernels

@@ -57,12 +57,12 @@ def backward(
     grad, x, residual, x_bias, weight, mean, rstd, seeds, grad_sum, grad_x, partial,
     rows, stride_g, stride_x, stride_r, threshold, rescale,
     N: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_BIAS: tl.constexpr,
-    DROPOUT: tl.constexpr, SUMS: tl.constexpr,
+    DROPOUT: tl.constexpr, SUMS: tl.constexpr, SUM_X: tl.constexpr,
 ):  # fmt: skip
     """grad (rows, N) -> grad_sum, grad_x (rows, N), partial (3 or 2, programs, N).
 
     grad_sum is the gradient of what was normalised, so of the residual; grad_x differs from it by dropout alone and is
-    stored only then. partial: sums of the gradients of weight, bias and x_bias over this program's rows.
+    stored only then. partial: sums of the gradients of weight, bias and, with SUM_X, x_bias over this program's rows.
     """
     program = tl.program_id(0)
     column = tl.arange(0, BLOCK_N)
@@ -91,10 +91,10 @@ def backward(
         if SUMS:
             sum_weight += dy * normal
             sum_bias += dy
-            if HAS_BIAS:
+            if SUM_X:
                 sum_x += dz
     if SUMS:
         store_partial(partial, 0, program, tl.sum(sum_weight, 0), column, N)
         store_partial(partial, 1, program, tl.sum(sum_bias, 0), column, N)
-        if HAS_BIAS:
+        if SUM_X:
             store_partial(partial, 2, program, tl.sum(sum_x, 0), column, N)

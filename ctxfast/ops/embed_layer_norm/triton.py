@@ -32,7 +32,7 @@ def backward_tile(size: int) -> dict[str, int]:
     block = triton_rows.block(size)
     if triton_rows.IS_INTERPRETED:
         return dict(BLOCK_N=block, ROWS=16, num_warps=1)
-    rows = max(1, 2048 // block)
+    rows = max(1, 1024 // block)
     return dict(BLOCK_N=block, ROWS=rows, num_warps=min(16, rows * block // 256))
 
 
@@ -78,7 +78,7 @@ def _backward(
         return grad_sum, grad_weight.zero_(), grad_bias.zero_()
     grad, size = triton_rows.rows(grad), grad.shape[1]
     tile = backward_tile(size)
-    count = triton_rows.programs(grad, -(-grad.shape[0] // tile["ROWS"]), 2)
+    count = triton_rows.programs(grad, -(-grad.shape[0] // tile["ROWS"]), max(1, 16 // tile["num_warps"]))
     partial = triton_rows.allocate_partial(2, count, size, grad)
     with triton_rows.on_device(grad):
         triton_kernels.backward[(count,)](
