@@ -236,3 +236,17 @@ def test_longest_rows() -> None:
     with pytest.raises(RuntimeError, match="it takes rows of at most 8192 elements and x has 8193"):
         one = torch.ones(8193, device=DEVICE)
         ctxfast.add_layer_norm(one[None], None, one, one, impl="triton")
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_loss_differentiated_twice_adds_up(impl) -> None:
+    """The gradient kept from the forward is handed out, not used up; any other gradient of the loss scales it."""
+    kwargs = _loss_case("mean", torch.float32, "cpu" if impl == "cpu" else DEVICE)
+    weight = kwargs["weight"].requires_grad_()
+    loss = ctxfast.linear_cross_entropy(**kwargs, impl=impl)
+    loss.backward(retain_graph=True)
+    once = weight.grad.clone()
+    loss.backward(retain_graph=True)
+    torch.testing.assert_close(weight.grad, 2 * once)
+    (3 * loss).backward()
+    torch.testing.assert_close(weight.grad, 5 * once)
