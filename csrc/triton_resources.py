@@ -20,12 +20,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+os.environ["TRITON_DEFAULT_FP_FUSION"] = "1"  # products and sums fuse, as everywhere; left unset, Triton 3.9 asks
 os.environ["TRITON_INTERPRET"] = "0"  # interpreted kernels cannot be compiled; said before triton comes in
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import triton
 from resources import COLUMNS, Resources, compare, format_table, parse_ptxas
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from ctxfast._core import triton_rows
@@ -64,7 +66,7 @@ def launches() -> Iterator[Launch]:
                     shared | dict(SAVE=True),
                     op.forward_tile(size),
                 )
-                backward = shared | (dict(SUMS=True) if op is add_layer_norm else {})
+                backward = shared | (dict(SUMS=True, SUM_X=size <= 4096) if op is add_layer_norm else {})
                 yield f"{name} backward {where}", op.triton_kernels.backward, backward, op.backward_tile(size)
     for activation in ("gelu", "gelu_tanh", "relu", "tanh"):
         shared, kernels = dict(N=3072, ACTIVATION=activation, HAS_BIAS=True), linear_act.triton_kernels
@@ -96,10 +98,6 @@ def compiled(kernel: Any, constants: dict[str, Any], tile: dict[str, int], dtype
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(num_warps=warps))
 
 
-def ptxas() -> Path:
-    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
-
-
 def measure(kernel: Any, constants: dict[str, Any], tile: dict[str, int], dtype: str, arch: int) -> Resources:
     """What ptxas says of one launch."""
     ptx = compiled(kernel, constants, tile, dtype, arch).asm["ptx"]
@@ -107,8 +105,10 @@ def measure(kernel: Any, constants: dict[str, Any], tile: dict[str, int], dtype:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx, encoding="utf-8")
-        command = [ptxas(), f"-arch={target}", "-v", source, "-o", Path(folder) / "kernel.cubin"]
-        answer = subprocess.run(command, capture_output=True, text=True, check=True)
+        command = [get_ptxas(arch).path, f"-arch={target}", "-v", source, "-o", Path(folder) / "kernel.cubin"]
+        answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    if answer.returncode != 0:
+        raise SystemExit(f"triton_resources: ptxas refuses {kernel.__name__} for {target}:\n{answer.stderr}")
     (row,) = parse_ptxas(answer.stderr + answer.stdout).values()
     return {column: row[column] for column in COLUMNS}
 
@@ -118,6 +118,8 @@ def main() -> None:
     parser.add_argument("--update", action="store_true", help="rewrite triton_resources.json")
     parser.add_argument("--only", default="", help="keep rows that hold this text; others are not looked at")
     options = parser.parse_args()
+    if options.update and options.only:
+        parser.error("--update rewrites the whole table: leave --only out.")
     measured = {
         f"sm_{arch} {dtype} {name}": measure(kernel, constants, tile, dtype, arch)
         for arch in ARCHS

@@ -217,3 +217,36 @@ def test_outcome_is_what_run_gives(impl) -> None:
         plain = run("linear_cross_entropy", kwargs, impl)[0]
     kwargs["weight"].requires_grad_()
     assert torch.equal(run("linear_cross_entropy", kwargs, impl)[0].detach(), plain)
+
+
+@needs_triton
+def test_longest_rows() -> None:
+    """The sum over x's rows is then made beside the kernel."""
+    leaves = [_normal(3, 8192), _normal(3, 8192), _normal(8192), _normal(8192), _normal(8192)]
+    given = torch.randn(3, 8192, device=DEVICE)
+    for p in (0.0, P):
+        out = ctxfast.add_layer_norm(*leaves, dropout_p=p, impl="triton")
+        found = torch.autograd.grad(out, leaves, given)
+        torch.testing.assert_close(found[4], found[0].sum(0), rtol=1e-5, atol=1e-5)
+        if p == 0:
+            right = ctxfast.add_layer_norm(*leaves, impl="reference")
+            torch.testing.assert_close(out, right, rtol=1e-5, atol=1e-5)
+            for one, two in zip(found, torch.autograd.grad(right, leaves, given)):
+                torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
+    with pytest.raises(RuntimeError, match="it takes rows of at most 8192 elements and x has 8193"):
+        one = torch.ones(8193, device=DEVICE)
+        ctxfast.add_layer_norm(one[None], None, one, one, impl="triton")
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_loss_differentiated_twice_adds_up(impl) -> None:
+    """The gradient kept from the forward is handed out, not used up; any other gradient of the loss scales it."""
+    kwargs = _loss_case("mean", torch.float32, "cpu" if impl == "cpu" else DEVICE)
+    weight = kwargs["weight"].requires_grad_()
+    loss = ctxfast.linear_cross_entropy(**kwargs, impl=impl)
+    loss.backward(retain_graph=True)
+    once = weight.grad.clone()
+    loss.backward(retain_graph=True)
+    torch.testing.assert_close(weight.grad, 2 * once)
+    (3 * loss).backward()
+    torch.testing.assert_close(weight.grad, 5 * once)

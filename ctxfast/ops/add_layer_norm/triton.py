@@ -17,6 +17,7 @@ from ..._core import torch_ops, triton_rows
 from . import triton_kernels
 
 MAX_SIZE = 8192  # elements of a row; more would leave the registers
+_SUMMED_SIZE = 4096  # elements of a row beside whose gradient three sums of columns have room
 
 
 def forward_tile(size: int) -> dict[str, int]:
@@ -28,12 +29,12 @@ def forward_tile(size: int) -> dict[str, int]:
 
 
 def backward_tile(size: int) -> dict[str, int]:
-    """Sixteen elements a thread: three sums of columns stay in registers beside them."""
+    """Eight elements a thread (sixteen in the longest rows): three sums of columns stay in registers beside them."""
     block = triton_rows.block(size)
     if triton_rows.IS_INTERPRETED:
         return dict(BLOCK_N=block, ROWS=16, num_warps=1)
-    rows = max(1, 4096 // block)
-    return dict(BLOCK_N=block, ROWS=rows, num_warps=min(16, max(1, rows * block // 512)))
+    rows = max(1, 1024 // block)
+    return dict(BLOCK_N=block, ROWS=rows, num_warps=min(16, rows * block // 256))
 
 
 def _forward(
@@ -82,18 +83,23 @@ def _backward(
     residual = None if residual is None else triton_rows.rows(residual)
     x_bias = None if x_bias is None else x_bias.contiguous()
     tile = backward_tile(size)
-    count = triton_rows.programs(x, -(-x.shape[0] // tile["ROWS"]), 2)
-    partial = triton_rows.allocate_partial(len(sums), count, size, x) if with_sums else None
+    # The longest rows have no registers left for a third sum.
+    sum_x = x_bias is not None and with_sums and size <= _SUMMED_SIZE
+    kinds = sums if sum_x else sums[:2]
+    count = triton_rows.programs(x, -(-x.shape[0] // tile["ROWS"]), max(1, 16 // tile["num_warps"]))
+    partial = triton_rows.allocate_partial(len(kinds), count, size, x) if with_sums else None
     with triton_rows.on_device(x):
         triton_kernels.backward[(count,)](
             grad, x, residual, x_bias, weight.contiguous(), mean, rstd, seeds, grad_sum, grad_x, partial, x.shape[0],
             grad.stride(0), x.stride(0), 0 if residual is None else residual.stride(0),
             *triton_rows.dropout_numbers(dropout_p),
             N=size, HAS_RESIDUAL=residual is not None, HAS_BIAS=x_bias is not None, DROPOUT=seeds is not None,
-            SUMS=with_sums, **tile,
+            SUMS=with_sums, SUM_X=sum_x, **tile,
         )  # fmt: skip
         if with_sums:
-            triton_rows.column_sums(partial, sums)
+            triton_rows.column_sums(partial, kinds)
+        if len(kinds) < len(sums):
+            sums[2].copy_((grad_x if grad_x.numel() else grad_sum).view(-1, size).sum(0, dtype=torch.float32))
     return outputs
 
 

@@ -57,16 +57,15 @@ def backward(
     grad, x, residual, x_bias, weight, mean, rstd, seeds, grad_sum, grad_x, partial,
     rows, stride_g, stride_x, stride_r, threshold, rescale,
     N: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_BIAS: tl.constexpr,
-    DROPOUT: tl.constexpr, SUMS: tl.constexpr,
+    DROPOUT: tl.constexpr, SUMS: tl.constexpr, SUM_X: tl.constexpr,
 ):  # fmt: skip
     """grad (rows, N) -> grad_sum, grad_x (rows, N), partial (3 or 2, programs, N).
 
     grad_sum is the gradient of what was normalised, so of the residual; grad_x differs from it by dropout alone and is
-    stored only then. partial: sums of the gradients of weight, bias and x_bias over this program's rows.
+    stored only then. partial: sums of the gradients of weight, bias and, with SUM_X, x_bias over this program's rows.
     """
     program = tl.program_id(0)
     column = tl.arange(0, BLOCK_N)
-    scale = tl.load(weight + column, mask=column < N, other=0.0).to(tl.float32)
     sum_weight = tl.zeros([ROWS, BLOCK_N], tl.float32)
     sum_bias = tl.zeros([ROWS, BLOCK_N], tl.float32)
     sum_x = tl.zeros([ROWS, BLOCK_N], tl.float32)
@@ -80,6 +79,8 @@ def backward(
         average = tl.load(mean + row, mask=row < rows, other=0.0)
         inverse = tl.load(rstd + row, mask=row < rows, other=0.0)
         normal = tl.where(inside, (z - average[:, None]) * inverse[:, None], 0.0)
+        # Loaded for every tile: kept, it would cost the longest rows their last registers.
+        scale = tl.load(weight + column, mask=column < N, other=0.0).to(tl.float32)
         dy = load_tile(grad, row, stride_g, inside, column, BLOCK_N)
         dz = tl.where(inside, normalised_gradient(dy * scale[None, :], normal, inverse, N), 0.0)
         at = row[:, None] * N + column[None, :]
@@ -90,10 +91,10 @@ def backward(
         if SUMS:
             sum_weight += dy * normal
             sum_bias += dy
-            if HAS_BIAS:
+            if SUM_X:
                 sum_x += dz
     if SUMS:
         store_partial(partial, 0, program, tl.sum(sum_weight, 0), column, N)
         store_partial(partial, 1, program, tl.sum(sum_bias, 0), column, N)
-        if HAS_BIAS:
+        if SUM_X:
             store_partial(partial, 2, program, tl.sum(sum_x, 0), column, N)

@@ -23,11 +23,21 @@ def _tanh(x):
 
 
 @triton.jit
+def _gate(z):
+    """gelu_tanh is z times a sigmoid: that, and its derivative in its own argument, both without cancellation."""
+    argument = (z + z * z * z * _CUBIC) * (2.0 * _TANH_FORM)
+    small = tl.exp(-tl.abs(argument))
+    share = 1.0 / (1.0 + small)
+    return tl.where(argument >= 0.0, share, small * share), small * share * share
+
+
+@triton.jit
 def _activated(z, ACTIVATION: tl.constexpr):
     if ACTIVATION == "gelu":
         return 0.5 * z * (1.0 + tl.erf(z * _HALF_ROOT))
     elif ACTIVATION == "gelu_tanh":
-        return 0.5 * z * (1.0 + _tanh(_TANH_FORM * (z + _CUBIC * z * z * z)))
+        share, _ = _gate(z)
+        return z * share
     elif ACTIVATION == "relu":
         # Written so that nan stays nan.
         return tl.where(z <= 0.0, 0.0, z)
@@ -38,10 +48,10 @@ def _activated(z, ACTIVATION: tl.constexpr):
 @triton.jit
 def _slope(z, ACTIVATION: tl.constexpr):
     if ACTIVATION == "gelu":
-        return 0.5 * (1.0 + tl.erf(z * _HALF_ROOT)) + z * _GAUSS * tl.exp(-0.5 * z * z)
+        return 0.5 * (1.0 + tl.erf(z * _HALF_ROOT)) + z * tl.exp(-0.5 * z * z) * _GAUSS
     elif ACTIVATION == "gelu_tanh":
-        inner = _tanh(_TANH_FORM * (z + _CUBIC * z * z * z))
-        return 0.5 * (1.0 + inner) + 0.5 * z * (1.0 - inner * inner) * _TANH_FORM * (1.0 + 3.0 * _CUBIC * z * z)
+        share, growth = _gate(z)
+        return share + z * growth * (1.0 + z * z * (3.0 * _CUBIC)) * (2.0 * _TANH_FORM)
     elif ACTIVATION == "relu":
         return tl.where(z > 0.0, 1.0, 0.0)
     else:

@@ -45,6 +45,8 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: int) -> I
     pieces = max(1, -(-rows * width * weight.element_size() // CHUNK_BYTES))
     size = -(-rows // pieces)
     memory = torch_ops.allocate((size, width), weight)
+    # torch's bfloat16 product on the CPU (2.13) multiplies what lies between rows by zero: it must not hold a nan.
+    memory[:, classes:].zero_()
     for start in range(0, rows, size):
         part = slice(start, min(start + size, rows))
         piece = hidden[part]
@@ -83,8 +85,6 @@ def gradients(
     """
     outputs = gradients_fake(hidden, weight, labels, bias, ignore_index, scale, with_weight)
     out, grad_hidden, grad_weight, grad_bias = outputs
-    for each in outputs:
-        each.zero_()
     index = labelled(labels, ignore_index)
     if index is not None:
         chosen, labels, scale = hidden[index], labels[index], scale[index]
@@ -97,16 +97,21 @@ def gradients(
         found[part] = softmax(logits, labels[part], scale[part], ignore_index)
         torch.mm(logits, weight, out=rows[part])
         if with_weight:
-            grad_weight.addmm_(logits.t(), piece)
+            if part.start == 0:
+                torch.mm(logits.t(), piece, out=grad_weight)
+            else:
+                grad_weight.addmm_(logits.t(), piece)
             if bias is not None:
                 bias_sums += logits.sum(0, dtype=torch.float32)
     grad_bias.copy_(bias_sums)
+    if chosen.shape[0] == 0:
+        grad_weight.zero_()
     if index is None:
         out.copy_(found)
         grad_hidden.copy_(rows)
     else:
-        out.index_copy_(0, index, found)
-        grad_hidden.index_copy_(0, index, rows)
+        out.zero_().index_copy_(0, index, found)
+        grad_hidden.zero_().index_copy_(0, index, rows)
     return outputs
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._core import torch_ops
+from ..._core import checks, torch_ops
 from . import chunks
 
 
@@ -54,8 +54,11 @@ class _InForward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        wanted = ctx.needs_input_grad[1:4]
-        grads = [value * grad.to(value.dtype) if wants else None for value, wants in zip(ctx.saved_tensors, wanted)]
+        wanted, grads = ctx.needs_input_grad[1:4], ctx.saved_tensors
+        # The result of a loss is most often its end: its gradient is 1, seen where looking costs nothing.
+        if not (checks.is_readable(grad) and grad.item() == 1.0):
+            grads = [value * grad.to(value.dtype) for value in grads]
+        grads = [value if wants else None for value, wants in zip(grads, wanted)]
         return (None, *grads, None, None, None, None)
 
 
