@@ -2,7 +2,7 @@
 """Registers, shared memory and spills of every CUDA kernel against the table ``resources.json``.
 
 Compiles ``csrc/cuda/*.cu`` with nvcc alone (no GPU needed) for an A100 and an H100 and reads what
-ptxas reports. Any spill, any growth, and any kernel that only one side knows fails. ``--update``
+ptxas reports. Any spill, any growth, any kernel that only one side knows and any serialized wgmma fails. ``--update``
 rewrites the table: do that when the growth is meant, and say why in the commit.
 """
 
@@ -116,6 +116,8 @@ def measure(nvcc: str, source: Path, arch: str) -> dict[str, Resources]:
         answer = subprocess.run(command, capture_output=True, text=True, check=False)
     if answer.returncode != 0:
         raise SystemExit(f"resources: {source.name} does not compile for {arch}:\n{answer.stderr}")
+    if found := re.search(r".*wgmma.mma_async instructions are serialized.*", answer.stderr + answer.stdout):
+        raise SystemExit(f"resources: {source.name}: its products wait for one another: {found[0]}")
     kernels = parse_ptxas(answer.stderr + answer.stdout)
     names = demangle(list(kernels)) if kernels else {}
     return {f"{arch} {source.name} {names[name]}": row for name, row in kernels.items()}

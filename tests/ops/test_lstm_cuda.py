@@ -76,7 +76,7 @@ def test_refusals_are_sentences(args: dict[str, Any], says: str) -> None:
 def test_refuses_devices(
     facts: tuple[Any, ...], sizes: tuple[int, ...], says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cuda, "_facts", lambda index: facts)
+    monkeypatch.setattr(cuda, "_facts", lambda ordinal: facts)
     assert cuda.sizes_objection(_args(2, *sizes)).startswith(says)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from operator import index
 from typing import Any
 
 import torch
@@ -25,12 +26,12 @@ _MAX_BATCH = 128
 
 
 @lru_cache
-def _facts(index: int) -> tuple[int, int, int, int, bool]:
+def _facts(ordinal: int) -> tuple[int, int, int, int, bool]:
     """Multiprocessors, compute capability, shared memory of a block, cooperative launch of a CUDA device."""
-    return capability.extension().lstm_persistent_device(index)
+    return capability.extension().lstm_persistent_device(ordinal)
 
 
-def _index(tensor: Tensor) -> int:
+def _ordinal(tensor: Tensor) -> int:
     return tensor.device.index if tensor.is_cuda else 0  # tests run the kernels on the CPU
 
 
@@ -68,7 +69,7 @@ def _forward(
     outputs = _forward_fake(gates, weight_hh, weight_proj, lengths, h_0, c_0, cell_clip, proj_clip, save_cells)
     output, h_n, c_n, cells = outputs
     batch, steps, hidden, _ = gates[0].shape
-    size, facts = weight_hh[0].shape[1], _facts(_index(output))
+    size, facts = weight_hh[0].shape[1], _facts(_ordinal(output))
     c = capability.extension()
     plan = c.lstm_persistent_forward_plan(facts, batch, hidden, size, bool(weight_proj), len(gates))
     if plan["refusal"]:
@@ -112,9 +113,9 @@ _fwd = torch_ops.define("lstm_cuda_fwd", device.FWD_SCHEMA, _forward, _forward_f
 _recurrence = device.recurrence(_fwd, _bwd)
 
 
-def _refusal(index: int, hidden: int, size: int, has_proj: bool, directions: int, backward: bool) -> str | None:
+def _refusal(ordinal: int, hidden: int, size: int, has_proj: bool, directions: int, backward: bool) -> str | None:
     """None, or why the device cannot hold such a layer; a constant of a compiled graph."""
-    facts = _facts(index)
+    facts = _facts(ordinal)
     # What runs for one row runs for any number, if need be in smaller tiles.
     plan = capability.extension().lstm_persistent_forward_plan(facts, 1, hidden, size, has_proj, directions)
     if plan["refusal"]:
@@ -134,9 +135,10 @@ def sizes_objection(args: Mapping[str, Any]) -> str | None:
         return f"it needs a row and a step and input has {batch} rows of {steps} steps."
     if batch > _MAX_BATCH:
         return f"it takes at most {_MAX_BATCH} rows and input has {batch}."
-    hidden, size = weight_hh[0].shape[0] // 4, weight_hh[0].shape[1]
+    # Plain numbers, also where the compiler would let a size vary.
+    hidden, size = index(weight_hh[0].shape[0] // 4), index(weight_hh[0].shape[1])
     has_proj = args["weight_proj"] is not None
-    return _refusal(_index(x), hidden, size, has_proj, len(weight_hh), registry.needs_grad(args))
+    return _refusal(_ordinal(x), hidden, size, has_proj, len(weight_hh), registry.needs_grad(args))
 
 
 def supports(args: Mapping[str, Any]) -> str | None:
