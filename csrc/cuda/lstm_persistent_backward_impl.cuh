@@ -7,12 +7,13 @@
 // The weights stay on chip: in shared memory, with a first part in registers where they do not fit (kRegisters).
 //
 // One step, last to first, of a tile of 8 kColumns rows of the batch:
-//   collect   partial sums of dh from the K groups meet, in fixed order; + grad_output; the clip of h.
-//             With a projection each block finishes some rows and publishes them (X); without, dh is of its own cells.
-//   cells     with a projection: dm = Wp^T dh of the block's cells. Then dz and dc; publishes dz (D), stores
-//   grad_gates. rows      the block's part of dh of the step before: Wh^T dz. Publishes it as fp32 partial sums (S);
-//   with a single
-//             K group nothing is partial and it stays in shared memory.
+//   collect   partial sums of dh from the K groups meet, in fixed order; + grad_output; the clip of h. With a
+//   projection
+//             each block finishes some rows and publishes them (X); without, dh is of its own cells.
+//   cells     with a projection: dm = Wp^T dh of the block's cells. Then dz and dc; publishes dz (D) and stores it.
+//   rows      the block's part of dh of the step before, Wh^T dz, published as fp32 partial sums (S). With a single K
+//             group nothing is partial and it stays in shared memory.
+//
 // kTiles tiles take turns phase by phase, so that one tile's waiting is the other's work.
 //
 // Exchange. Everything lies in the layout that its reader's matrix instruction wants, and is its own flag: a word reads
@@ -39,6 +40,9 @@
 // 4. Nobody waits for ever: an announcement waits for nothing of its own or a later iteration, and what a block
 //    waits for in a phase was published by phases before it, of blocks that are all resident (cooperative launch).
 // Every spin is bounded and traps.
+//
+// Predicted, H100, 4096/512: 4 us a step at B <= 8 (three exchanges of 0.7 us; 256 KB of weights and sums through
+// shared memory), 6 at B = 32 (5,100 cycles of shared memory, the waits of one tile behind the other's work).
 //
 // Numbers. Sums in fp32, in an order fixed by the sizes alone; no atomics. Partial sums and carried dh are fp32; dh at
 // a step and dz are rounded to the weights' dtype where they enter a product, as a loop in that dtype rounds them. In
