@@ -8,8 +8,7 @@
 //
 // One step, last to first, of a tile of 8 kColumns rows of the batch:
 //   collect   partial sums of dh from the K groups meet, in fixed order; + grad_output; the clip of h. With a
-//   projection
-//             each block finishes some rows and publishes them (X); without, dh is of its own cells.
+//             projection a block finishes some rows and publishes them (X); without, dh is of its own cells.
 //   cells     with a projection: dm = Wp^T dh of the block's cells. Then dz and dc; publishes dz (D) and stores it.
 //   rows      the block's part of dh of the step before, Wh^T dz, published as fp32 partial sums (S). With a single K
 //             group nothing is partial and it stays in shared memory.
