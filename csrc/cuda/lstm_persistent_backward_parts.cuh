@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the persistent backward kernel is made of: exchange, products, who holds what, a cell's gradient.
+// What the persistent backward kernel is made of: exchange, weights, products, who holds what, a cell's gradient.
 // The whole and its reasons: lstm_persistent_backward_impl.cuh.
 #pragma once
 
@@ -10,6 +10,7 @@ namespace ctxfast::lstm_backward {
 constexpr int kThreads = 256, kWarps = kThreads / 32;
 constexpr int kSlots = 5;
 constexpr uint32_t kEmpty = 0xFFFFFFFFu;
+// Seconds: a peer answers within microseconds, or never. trap_with: 1 partial sums, 2 operands of a product, 3 clears.
 constexpr int kSpins = 1 << 22;
 
 struct KernelParams {

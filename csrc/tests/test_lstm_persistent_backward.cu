@@ -162,7 +162,7 @@ void test(Report* report, const char* dtype_name, DType dtype, double eps, const
   // NaNs whose bits are those of an empty slot: nobody waits for ever, other rows keep their bits.
   if (steps > 0 && B > 1) {
     std::vector<T> poisoned = device_grad.host();
-    std::memset(poisoned.data(), 0xFF, steps * R * P * sizeof(T));
+    std::memset(static_cast<void*>(poisoned.data()), 0xFF, steps * R * P * sizeof(T));
     const Device<T> device_poisoned(poisoned);
     p.grad_output = device_poisoned.data;
     const Status status = lstm_persistent_backward(p, nullptr);

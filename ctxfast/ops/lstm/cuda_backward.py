@@ -47,6 +47,25 @@ def _rows(tensor: Tensor | None) -> Tensor | None:
     return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
+def _by_gate(gates: Tensor) -> Tensor:
+    """(B, T, H, 4) with the cells of a gate side by side."""
+    if gates.stride()[2:] == (1, gates.shape[2]):
+        return gates
+    return gates.transpose(2, 3).contiguous().transpose(2, 3)
+
+
+def _outputs(z: Sequence[Tensor], size: int) -> list[Tensor]:
+    """As ``device.backward_outputs``, but grad_gates lie gate by gate; uninitialised."""
+    batch, steps, hidden, _ = z[0].shape
+    by_gate = [torch_ops.allocate((batch, steps, 4, hidden), gates).transpose(2, 3) for gates in z]
+    return [
+        *by_gate,
+        torch_ops.allocate((len(z), batch, steps, size), z[0]),
+        torch_ops.allocate((len(z), batch, size), z[0], torch.float32),
+        torch_ops.allocate((len(z), batch, hidden), z[0], torch.float32),
+    ]
+
+
 def _backward(
     z: Sequence[Tensor],  # R of (B, T, H, 4), gates before their nonlinearity
     weight_hh: Sequence[Tensor],
@@ -61,7 +80,7 @@ def _backward(
     cell_clip: float,  # 0: off
     proj_clip: float,
 ) -> list[Tensor]:
-    results = device.backward_outputs(z, weight_hh[0].shape[1])
+    results = _outputs(z, weight_hh[0].shape[1])
     *grad_gates, grad_hidden, grad_h_0, grad_c_0 = results
     batch, steps, hidden, _ = z[0].shape
     size = weight_hh[0].shape[1]
@@ -69,7 +88,7 @@ def _backward(
     if found["refusal"]:
         raise RuntimeError(f"ctxfast.lstm: impl='cuda' cannot run this call: backwards, {found['refusal']}")
     weight_hh, weight_proj = [_aligned(w) for w in weight_hh], [_aligned(w) for w in weight_proj]
-    z = [device.walkable(gates) for gates in z]
+    z = [_by_gate(gates) for gates in z]
     output, cells = _rows(output), cells.contiguous()
     grad_output = None if grad_output is None else _rows(grad_output.to(output.dtype))
     lengths = None if lengths is None else lengths.to(torch.int64).contiguous()
@@ -108,7 +127,7 @@ def _backward_fake(
     cell_clip: float,
     proj_clip: float,
 ) -> list[Tensor]:
-    return device.backward_outputs(z, weight_hh[0].shape[1])
+    return _outputs(z, weight_hh[0].shape[1])
 
 
 _bwd = torch_ops.define("lstm_cuda_bwd", device.BWD_SCHEMA, _backward, _backward_fake, "CUDA")

@@ -108,6 +108,26 @@ def walkable(gates: Tensor) -> Tensor:
     return gates.contiguous()
 
 
+def lie_by_gate(gates: Tensor) -> bool:
+    """Whether gates (B, T, H, 4) lie gate by gate in memory, as a product with the weights as they are makes them."""
+    return gates.stride(3) != 1
+
+
+def _all_gates(gates: Tensor, h_before: Tensor, weight_hh: Tensor) -> Tensor:
+    """Gates before their nonlinearity, of all steps, laid out as ``gates``."""
+    if lie_by_gate(gates):
+        return (gates.transpose(2, 3) + F.linear(h_before, weight_hh).unflatten(2, (4, -1))).transpose(2, 3)
+    return gates + F.linear(h_before, cell_major(weight_hh)).unflatten(2, (-1, 4))
+
+
+def _gate_product(of_gates: Tensor, h_before: Tensor) -> Tensor:
+    """The gradient of weight_hh, (4H, P), summed over rows and steps."""
+    by_gate = lie_by_gate(of_gates)
+    flat_gates = (of_gates.transpose(2, 3) if by_gate else of_gates).flatten(2).flatten(0, 1)
+    product = flat_gates.t() @ h_before.flatten(0, 1)
+    return product if by_gate else gate_major(product)
+
+
 def recurrence(fwd: Callable[..., Any], bwd: Callable[..., Any]) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     """The differentiable recurrence of a pair of raw operators (``FWD_SCHEMA``, ``BWD_SCHEMA``)."""
 
@@ -141,14 +161,11 @@ def recurrence(fwd: Callable[..., Any], bwd: Callable[..., Any]) -> Callable[...
                 initial = output.new_zeros(output.shape[0], size) if h_0 is None else h_0[r]
                 h = previous(output[:, :, r * size : (r + 1) * size], initial, lengths, r == 1)
                 before.append(h)
-                z.append(gates[r] + F.linear(h, cell_major(hh[r])).unflatten(2, (-1, 4)))
+                z.append(_all_gates(gates[r], h, hh[r]))
             *of_gates, of_hidden, of_h_0, of_c_0 = bwd(
                 z, hh, proj, lengths, c_0, output, cells, grads[0], grads[1].float(), grads[2], *clips
             )
-            of_hh = [
-                gate_major(of_gates[r].flatten(2).flatten(0, 1).t() @ before[r].flatten(0, 1))
-                for r in range(directions)
-            ]
+            of_hh = [_gate_product(of_gates[r], before[r]) for r in range(directions)]
             of_proj = []
             for r in range(len(proj)):
                 m = (torch.sigmoid(z[r][..., 3].float()) * torch.tanh(cells[r])).to(output.dtype)
