@@ -139,12 +139,12 @@ void step_cells(const LstmJob& job, int64_t s, int64_t rows, int64_t panel, int6
       for (int g = 0; job.z && g < 4; ++g) {
         store_some(job.z + ((row * job.steps + t) * 4 + g) * job.hidden + cell + j, gate[g], there - j);
       }
-      const Vec entered = sigmoid(gate[0]) * tanh(gate[2]);
+      const Vec entered = sigmoid_tanh(gate[0], gate[2]);
       Vec c = sigmoid(gate[1]) * load(state + j) + entered;
       c = clipped(c, job.cell_clip);
       store(state + j, c);
       if (job.cells) store_some(job.cells + (row * job.steps + t) * job.hidden + cell + j, c, there - j);
-      const Vec m = sigmoid(gate[3]) * tanh(c);
+      const Vec m = sigmoid_tanh(gate[3], c);
       if (job.has_projection) {
         store(job.m + i * job.ld_m + cell + j, m);
       } else {

@@ -22,10 +22,8 @@ constexpr int kLstmInt8Header = 2 * kLstmPanel;
 // torch's own float32 product or less (2026-11, AVX-512, sums of 512 and 4096 terms).
 constexpr int kLstmBlock = 64;
 constexpr int kLstmNarrowBlock = 256;
-// Rows of the input product that pass over a group of panels together, and panels of such a group: the rows stay in
-// L1, the panels in L2.
+// Rows of the input product that pass over a panel together: they stay in L1.
 constexpr int kLstmInputRows = 48;
-constexpr int kLstmInputPanels = 8;
 // Rows (of several steps) whose input product the recurrence makes at once: enough to read W_ih seldom, few enough to
 // stay in the cache until their step comes.
 constexpr int kLstmChunkRows = 128;

@@ -190,6 +190,15 @@ def test_every_instruction_set_of_this_machine(kind, batch, size) -> None:
             torch.testing.assert_close(one, two, rtol=1e-4, atol=2e-3 if kind == "bfloat16" else 3e-6)
 
 
+def test_int8_sums_have_a_longest() -> None:
+    x, wide = torch.zeros(1, 1, 65537), torch.zeros(4, 65537)
+    with pytest.raises(
+        RuntimeError, match="its int8 sums take at most 65536 terms, and a weight matrix has more columns"
+    ):
+        ctxfast.lstm(x, wide, torch.zeros(4, 1), weight_dtype=torch.int8, impl="cpu")
+    ctxfast.lstm(x, wide, torch.zeros(4, 1), weight_dtype=torch.bfloat16, impl="cpu")
+
+
 def test_double_backward_is_refused() -> None:
     x, args = _weights()
     x.requires_grad_()
