@@ -121,15 +121,15 @@ def test_outputs_gradients_and_identity(kind, head, dtype) -> None:
         assert torch.equal(value, before[name]), name
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(("attention", "impl"), [("sdpa", None), ("eager", None), ("sdpa", "reference")])
 @pytest.mark.parametrize("kind", KINDS)
-def test_hidden_states_and_forms_of_mask(kind, attention) -> None:
+def test_hidden_states_and_forms_of_mask(kind, attention, impl) -> None:
     model = _model(kind, attn_implementation=attention)
     masks = [MASK, MASK.bool(), MASK.float(), torch.ones_like(MASK), None]
     call = [dict(attention_mask=mask, output_hidden_states=True) for mask in masks]
     with torch.no_grad():
         expected = [_outputs(model, "Model", **kwargs) for kwargs in call]
-        assert ctxfast.swap_in(model).swapped
+        assert ctxfast.swap_in(model, impl).swapped
         for kwargs, right in zip(call, expected):
             found = _outputs(model, "Model", **kwargs)
             assert found.keys() == right.keys() and "hidden_states[2]" in found
@@ -159,6 +159,20 @@ def test_calls_left_to_the_original(call) -> None:
     expected = model(IDS, **call).last_hidden_state
     ctxfast.swap_in(model)
     assert torch.equal(model(IDS, **call).last_hidden_state, expected)
+
+
+@torch.no_grad()
+def test_dense_batches_run_as_before_on_a_cpu_unless_asked_for(monkeypatch) -> None:
+    model = _model("Bert")
+    expected = model(IDS).last_hidden_state
+    calls, run = [], swap_transformers._run_layer
+    monkeypatch.setattr(swap_transformers, "_run_layer", lambda *args: calls.append(1) or run(*args))
+    ctxfast.swap_in(model)
+    assert torch.equal(model(IDS).last_hidden_state, expected) and not calls
+    ctxfast.restore(model)
+    ctxfast.swap_in(model, impl="reference")
+    torch.testing.assert_close(model(IDS).last_hidden_state, expected, rtol=1e-4, atol=1e-5)
+    assert len(calls) == 2
 
 
 @torch.no_grad()
