@@ -318,6 +318,70 @@ def test_copies_pickles_and_idempotence() -> None:
         assert type(other.encoder) is transformers.models.xlm_roberta.modeling_xlm_roberta.XLMRobertaEncoder
 
 
+@torch.no_grad()
+def test_saves_as_the_original_and_compiles(tmp_path) -> None:
+    model = _model("Bert")
+    expected = model(IDS, attention_mask=MASK).last_hidden_state
+    ctxfast.swap_in(model)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path).eval()
+    assert type(loaded.encoder) is transformers.models.bert.modeling_bert.BertEncoder
+    assert torch.equal(loaded(IDS, attention_mask=MASK).last_hidden_state, expected)
+    compiled = torch.compile(model, backend="aot_eager")
+    found = compiled(IDS, attention_mask=MASK).last_hidden_state
+    torch.testing.assert_close(found[MASK == 1], expected[MASK == 1], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_real_weights(minilm_dir) -> None:
+    model = transformers.AutoModel.from_pretrained(minilm_dir).eval()
+    ids = torch.randint(1000, 20000, (2, 24), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[1, 9:] = 0
+    expected = model(ids, attention_mask=mask)
+    assert ctxfast.swap_in(model).swapped
+    found = model(ids, attention_mask=mask)
+    assert not found.last_hidden_state[1, 9:].any()
+    torch.testing.assert_close(
+        found.last_hidden_state[mask == 1], expected.last_hidden_state[mask == 1], rtol=1e-4, atol=1e-5
+    )
+    torch.testing.assert_close(found.pooler_output, expected.pooler_output, rtol=1e-4, atol=1e-5)
+
+
+def _wide(mask: Tensor) -> Tensor:
+    return mask.bool()[:, None, None].expand(-1, 1, 7, 7)
+
+
+def _added(low: float) -> Tensor:
+    return torch.where(_wide(MASK), 0.0, low)
+
+
+MASKS = {
+    "0 and 1": (MASK, True),
+    "repeated": (_wide(MASK), True),
+    "one for all texts": (_wide(MASK[1:2]), False),
+    "lowest float added": (_added(torch.finfo(torch.float32).min), True),
+    "infinity added": (_added(-torch.inf), True),
+    "a bias added": (_added(-torch.inf) + 0.5, None),
+    "a slight penalty": (_added(-3.0), None),
+    "by query": (_per_query(), None),
+    "by head": (_wide(MASK).expand(-1, 2, 7, 7), None),
+    "another length": (MASK[:, :5], None),
+    "padding first": (MASK.flip(1), None),
+    "no tensor": ("a block mask", None),
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_only_padding_masks_are_read(name) -> None:
+    mask, is_own = MASKS[name]
+    real = swap_transformers.real_tokens(mask, 3, 7)
+    if is_own is None:
+        assert real is None
+    else:
+        assert torch.equal(real, (MASK if is_own else MASK[1:2].expand(3, 7)).bool())
+
+
 class _SentenceEncoder(nn.Sequential):
     """A model around a model, as sentence-transformers has it."""
 
