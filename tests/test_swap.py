@@ -121,15 +121,15 @@ def test_outputs_gradients_and_identity(kind, head, dtype) -> None:
         assert torch.equal(value, before[name]), name
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(("attention", "impl"), [("sdpa", None), ("eager", None), ("sdpa", "reference")])
 @pytest.mark.parametrize("kind", KINDS)
-def test_hidden_states_and_forms_of_mask(kind, attention) -> None:
+def test_hidden_states_and_forms_of_mask(kind, attention, impl) -> None:
     model = _model(kind, attn_implementation=attention)
     masks = [MASK, MASK.bool(), MASK.float(), torch.ones_like(MASK), None]
     call = [dict(attention_mask=mask, output_hidden_states=True) for mask in masks]
     with torch.no_grad():
         expected = [_outputs(model, "Model", **kwargs) for kwargs in call]
-        assert ctxfast.swap_in(model).swapped
+        assert ctxfast.swap_in(model, impl).swapped
         for kwargs, right in zip(call, expected):
             found = _outputs(model, "Model", **kwargs)
             assert found.keys() == right.keys() and "hidden_states[2]" in found
@@ -159,6 +159,20 @@ def test_calls_left_to_the_original(call) -> None:
     expected = model(IDS, **call).last_hidden_state
     ctxfast.swap_in(model)
     assert torch.equal(model(IDS, **call).last_hidden_state, expected)
+
+
+@torch.no_grad()
+def test_dense_batches_run_as_before_on_a_cpu_unless_asked_for(monkeypatch) -> None:
+    model = _model("Bert")
+    expected = model(IDS).last_hidden_state
+    calls, run = [], swap_transformers._run_layer
+    monkeypatch.setattr(swap_transformers, "_run_layer", lambda *args: calls.append(1) or run(*args))
+    ctxfast.swap_in(model)
+    assert torch.equal(model(IDS).last_hidden_state, expected) and not calls
+    ctxfast.restore(model)
+    ctxfast.swap_in(model, impl="reference")
+    torch.testing.assert_close(model(IDS).last_hidden_state, expected, rtol=1e-4, atol=1e-5)
+    assert len(calls) == 2
 
 
 @torch.no_grad()
@@ -302,6 +316,70 @@ def test_copies_pickles_and_idempotence() -> None:
         assert torch.equal(other(IDS, attention_mask=MASK).last_hidden_state, expected)
         assert ctxfast.restore(other) == ("encoder",)
         assert type(other.encoder) is transformers.models.xlm_roberta.modeling_xlm_roberta.XLMRobertaEncoder
+
+
+@torch.no_grad()
+def test_saves_as_the_original_and_compiles(tmp_path) -> None:
+    model = _model("Bert")
+    expected = model(IDS, attention_mask=MASK).last_hidden_state
+    ctxfast.swap_in(model)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path).eval()
+    assert type(loaded.encoder) is transformers.models.bert.modeling_bert.BertEncoder
+    assert torch.equal(loaded(IDS, attention_mask=MASK).last_hidden_state, expected)
+    compiled = torch.compile(model, backend="aot_eager")
+    found = compiled(IDS, attention_mask=MASK).last_hidden_state
+    torch.testing.assert_close(found[MASK == 1], expected[MASK == 1], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_real_weights(minilm_dir) -> None:
+    model = transformers.AutoModel.from_pretrained(minilm_dir).eval()
+    ids = torch.randint(1000, 20000, (2, 24), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[1, 9:] = 0
+    expected = model(ids, attention_mask=mask)
+    assert ctxfast.swap_in(model).swapped
+    found = model(ids, attention_mask=mask)
+    assert not found.last_hidden_state[1, 9:].any()
+    torch.testing.assert_close(
+        found.last_hidden_state[mask == 1], expected.last_hidden_state[mask == 1], rtol=1e-4, atol=1e-5
+    )
+    torch.testing.assert_close(found.pooler_output, expected.pooler_output, rtol=1e-4, atol=1e-5)
+
+
+def _wide(mask: Tensor) -> Tensor:
+    return mask.bool()[:, None, None].expand(-1, 1, 7, 7)
+
+
+def _added(low: float) -> Tensor:
+    return torch.where(_wide(MASK), 0.0, low)
+
+
+MASKS = {
+    "0 and 1": (MASK, True),
+    "repeated": (_wide(MASK), True),
+    "one for all texts": (_wide(MASK[1:2]), False),
+    "lowest float added": (_added(torch.finfo(torch.float32).min), True),
+    "infinity added": (_added(-torch.inf), True),
+    "a bias added": (_added(-torch.inf) + 0.5, None),
+    "a slight penalty": (_added(-3.0), None),
+    "by query": (_per_query(), None),
+    "by head": (_wide(MASK).expand(-1, 2, 7, 7), None),
+    "another length": (MASK[:, :5], None),
+    "padding first": (MASK.flip(1), None),
+    "no tensor": ("a block mask", None),
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_only_padding_masks_are_read(name) -> None:
+    mask, is_own = MASKS[name]
+    real = swap_transformers.real_tokens(mask, 3, 7)
+    if is_own is None:
+        assert real is None
+    else:
+        assert torch.equal(real, (MASK if is_own else MASK[1:2].expand(3, 7)).bool())
 
 
 class _SentenceEncoder(nn.Sequential):

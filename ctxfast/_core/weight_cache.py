@@ -3,9 +3,8 @@
 
 A kernel that wants its weights in another layout packs them once and finds the packed form here on the next call.
 An entry is used only while every source tensor is the same object, at the same address, with the same autograd
-version counter and, on the CPU, the same values at some 64 sampled places: the sample catches writes through
-``.data``, which leave the version counter alone. A GPU is not waited for: there such writes go unseen. Entries die
-with their sources.
+version counter and the same values at some 64 sampled places: the sample catches writes through ``.data``, which
+leave the version counter alone. Entries die with their sources.
 """
 
 from __future__ import annotations
@@ -23,16 +22,18 @@ _SAMPLES = 64
 
 def _stamp(tensor: Tensor) -> tuple[Any, ...]:
     version = -1 if tensor.is_inference() else tensor._version
-    facts = (tensor.data_ptr(), tuple(tensor.shape), version)
-    if tensor.device.type != "cpu":
-        return facts
     flat = tensor.detach().as_strided((tensor.numel(),), (1,)) if tensor.is_contiguous() else tensor.detach().flatten()
     sample = flat[:: max(1, flat.numel() // _SAMPLES)].contiguous()
-    return (*facts, sample.view(torch.uint8).numpy().tobytes())
+    return (
+        tensor.data_ptr(),
+        tuple(tensor.shape),
+        version,
+        sample.view(torch.uint8).numpy().tobytes(),
+    )
 
 
 class WeightCache:
-    """Maps the identity and content of some tensors to what was packed from them."""
+    """Maps the identity and content of some CPU tensors to what was packed from them."""
 
     def __init__(self) -> None:
         self._entries: dict[tuple[Any, ...], tuple[tuple[weakref.ref, ...], tuple[Any, ...], Any]] = {}

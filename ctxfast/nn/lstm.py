@@ -12,18 +12,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from .. import functional
-from .._core.weight_cache import WeightCache
 
 State = tuple[Tensor, Tensor]
-_biases = WeightCache()
-
-
-def _sum(one: Tensor, two: Tensor) -> Tensor:
-    """The one bias that torch's two come to; the same tensor every time, so that what is packed with it is found."""
-    is_trained = torch.is_grad_enabled() and (one.requires_grad or two.requires_grad)
-    if is_trained or torch.compiler.is_compiling():
-        return one + two
-    return _biases.get((one, two), "sum", lambda: one.detach() + two.detach())
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,7 +187,7 @@ class LSTM(nn.RNNBase):
         def gather(kind: str) -> list[Tensor]:
             return [getattr(self, f"{kind}_{name}") for name in names]
 
-        bias = [_sum(one, two) for one, two in zip(gather("bias_ih"), gather("bias_hh"))] if self.bias else None
+        bias = [one + two for one, two in zip(gather("bias_ih"), gather("bias_hh"))] if self.bias else None
         return gather("weight_ih"), gather("weight_hh"), bias, gather("weight_hr") if self.proj_size else None
 
     def _drop(self, x: Tensor, rows: _Rows | None) -> Tensor:

@@ -251,7 +251,8 @@ def _qkv(parts: Parts) -> tuple[Tensor, Tensor | None]:
         return torch.cat(sources[:3]), torch.cat(sources[3:]) if has_bias else None
 
     is_trained = torch.is_grad_enabled() and any(source.requires_grad for source in sources)
-    if is_trained or torch.compiler.is_compiling():
+    # On a GPU nothing tells the host, without waiting, that weights are still what they were.
+    if is_trained or torch.compiler.is_compiling() or sources[0].device.type != "cpu":
         return join()
     return _fused.get(sources, "qkv", join)
 
@@ -350,15 +351,27 @@ class PackedEncoder(nn.Module):
             return None
         batch, length = x.shape[:2]
         if mask is None:
-            return Packing.full(batch, length, x.device)
+            return None if self._is_dense(x, batch * length) else Packing.full(batch, length, x.device)
         if torch.compiler.is_compiling() or length == 0:  # the number of tokens is read from the mask
             return None
         real = real_tokens(mask, batch, length)
         if real is None:
             return None
         packing = Packing.from_mask(real)
-        return None if self.padding_is_read and not packing.is_full else packing
+        if self.padding_is_read and not packing.is_full:
+            return None
+        return None if self._is_dense(x, packing.total) else packing
 
+    def _is_dense(self, x: Tensor, tokens: int) -> bool:
+        """Whether a batch has so little padding that the original is faster."""
+        if x.device.type != "cpu" or self.impl is not None or torch.compiler.is_compiling():
+            return False
+        return tokens > _DENSE * x.shape[0] * x.shape[1]
+
+
+# On a CPU, both are equally fast about here: without any padding, Hugging Face's encoder takes 0.81 (MiniLM, 16 tokens)
+# to 0.95 (8 x 128) of the packed one's time in float32, 0.87 in bfloat16 (2 threads of a Xeon, 2026-11-23).
+_DENSE = 0.9
 
 # Arguments of calls that the original runs.
 _NOT_PACKED = ("encoder_hidden_states", "encoder_attention_mask", "past_key_values", "cu_seq_lens_q")
