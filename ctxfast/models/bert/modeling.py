@@ -294,8 +294,8 @@ class Bert(Pretrained):
         Raises:
             ValueError: another kind.
 
-        Numerics: see ``functional.linear_act``, weight_dtype. MiniLM's mean-pooled vectors of real sentences stay
-        within a cosine of 0.995 of the float32 model's (tests/models/test_bert_int8.py).
+        Numerics: see ``functional.linear_act``, weight_dtype. Mean-pooled MiniLM vectors of 100 real sentences keep a
+        cosine of 0.997 to the float32 model's on average, 0.993 at the least (tests/models/test_bert_int8.py).
         """
         kinds = {None: None, "int8": torch.int8}
         if kind not in kinds:

@@ -31,7 +31,7 @@ _packed = WeightCache()
 
 
 @lru_cache
-def _why_not(dtype: torch.dtype) -> str | None:
+def _tried(dtype: torch.dtype) -> str | None:
     """None, or why this build of torch cannot multiply by oneDNN's packed weights: the operators are torch's own."""
     if not torch.backends.mkldnn.is_available():
         return "this build of torch has no oneDNN."
@@ -41,6 +41,14 @@ def _why_not(dtype: torch.dtype) -> str | None:
     except (AttributeError, RuntimeError, NotImplementedError) as error:
         return f"oneDNN does not run packed products of {dtype} here ({str(error).splitlines()[0]})."
     return None if torch.equal(found, x) else f"oneDNN's packed product of {dtype} is wrong here."
+
+
+def _why_not(dtype: torch.dtype) -> str | None:
+    return _tried(dtype)
+
+
+# A constant of a compiled graph (what torch.compiler.assume_constant_result does; that imports the compiler).
+_why_not._dynamo_marked_constant = True
 
 
 def _product(x: Tensor, packed: Tensor, bias: Tensor | None, activation: str) -> Tensor:
@@ -74,8 +82,12 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, is
     if is_int8:
         return _narrow_product(x, weight, bias, activation)
     # Packed for any number of rows.
-    packed = _packed.get((weight,), "oneDNN", lambda: torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None))
-    return _product(x, packed, bias, activation)
+    packed = _packed.get((weight,), "oneDNN", lambda: _reordered(weight.detach()))
+    return _product(x, packed, None if bias is None else bias.contiguous(), activation)
+
+
+def _reordered(weight: Tensor) -> Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
 
 
 def _forward_fake(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, is_int8: bool) -> Tensor:
