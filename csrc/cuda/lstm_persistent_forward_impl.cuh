@@ -13,10 +13,9 @@
 //             (4096/512, B = 8: predicted 1,650 cycles against the predecessor's 2,230 for one row tile per warp and h
 //             in shared memory; all weights of a step must still pass, 128 bytes a cycle.)
 //   cells     a warp holds the four gates of 4 cells x 8 rows: c, m = o tanh(c). Published: h, or m with a projection.
-//   project   8 rows of W_proj times all m, gathered as operands from L2, 8 vectors of a thread under way at once (4
-//   where
-//             weights fill the registers and 8 would spill: 4096/512, B = 32). The 16 warps' sums meet in shared memory
-//             without bank conflicts. Published: h.
+//   project   8 rows of W_proj times all m, gathered as operands from L2, 8 vectors of a thread under way at once; 4
+//             where weights fill the registers and 8 would spill (4096/512, B = 32: as the predecessor, 6,100 cycles).
+//             The 16 warps' sums meet in shared memory without bank conflicts. Published: h.
 //
 // Exchange. The data is its own flag: a word of a slot is kEmpty until it is written; no arithmetic makes that pair of
 // NaNs (conversions make 0x7FFF), and `filled` maps away what comes from memory. Slot n % kSlots carries round n; h_0

@@ -6,6 +6,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstring>
 #include <memory>
 
@@ -191,6 +192,45 @@ void test(Report* report, const char* dtype_name, DType dtype, double eps, const
   report->near(what + " cells", first[3], want_cells, eps);
 }
 
+// A row whose h_0 is all 0xFFFF, which in a slot means "not there yet": it turns into NaN, nobody waits, and the other
+// row has the same bits as without it.
+template <typename T>
+void test_nan(Report* report, DType dtype, const Sizes& z) {
+  const int64_t H = z.H, P = z.P;
+  const std::string what = "0xFFFF in h_0, " + z.name();
+  const LstmPersistentDevice facts = device_facts_here();
+  const LstmPersistentForwardPlan plan = lstm_persistent_forward_plan(facts, z.B, H, P, z.projected, 1);
+  Random random(5);
+  std::vector<float> gates = random.fill(z.B * z.T * H * 4, 2), hh = random.fill(4 * H * P, 0.1f);
+  std::vector<float> proj = random.fill(P * H, 0.1f), h_0 = random.fill(z.B * P, 1);
+  const Device<T> device_gates(rounded<T>(&gates)), device_hh(rounded<T>(&hh)), device_proj(rounded<T>(&proj));
+  const Device<T> device_h_0(rounded<T>(&h_0)), output(z.B * z.T * P), h_n(z.B * P);
+  const Device<float> c_n(z.B * H);
+  const Device<unsigned char> workspace(plan.workspace_bytes);
+  LstmPersistentForwardParams p;
+  p.batch = z.B, p.steps = z.T, p.hidden = H, p.size = P, p.directions = 1, p.has_proj = z.projected, p.dtype = dtype;
+  p.gates[0] = device_gates.data, p.gates_strides[0][0] = z.T * H * 4, p.gates_strides[0][1] = H * 4;
+  p.weight_hh[0] = device_hh.data, p.weight_hh_stride[0] = P;
+  if (z.projected) p.weight_proj[0] = device_proj.data, p.weight_proj_stride[0] = H;
+  p.h_0 = device_h_0.data, p.output = output.data, p.h_n = h_n.data, p.c_n = c_n.data;
+  p.output_strides[0] = z.T * P, p.output_strides[1] = P;
+  p.workspace = workspace.data, p.workspace_bytes = plan.workspace_bytes;
+  std::vector<float> found[2];
+  for (int poisoned = 0; poisoned < 2; ++poisoned) {
+    if (poisoned) must(cudaMemset(device_h_0.data, 0xFF, P * sizeof(T)));
+    const Status status = lstm_persistent_forward(p, facts, nullptr);
+    report->that(what + " " + status.message, status.ok());
+    if (!status.ok()) return;
+    must(cudaDeviceSynchronize());
+    found[poisoned] = output.floats();
+  }
+  const int64_t row = z.T * P;
+  bool all_nan = true;
+  for (int64_t i = 0; i < row; ++i) all_nan = all_nan && std::isnan(found[1][i]);
+  report->that(what + ": NaN in its row", all_nan);
+  report->that(what + ": not in others", std::equal(found[0].begin() + row, found[0].end(), found[1].begin() + row));
+}
+
 void both(Report* report, const Sizes& z, int schedules) {
   test<__half>(report, "fp16", DType::kFloat16, 4e-3, z, schedules);
   test<__nv_bfloat16>(report, "bf16", DType::kBFloat16, 3e-2, z, schedules);
@@ -266,6 +306,8 @@ int main(int count, char** arguments) {
     }
     return report.finish("test_lstm_persistent_forward");
   }
+  test_nan<__half>(&report, DType::kFloat16, {3, 2, 128, 32, 1, true, false, true, 0, 0});
+  test_nan<__nv_bfloat16>(&report, DType::kBFloat16, {9, 2, 64, 64, 1, false, false, true, 0, 0});
   both(&report, {3, 7, 128, 32, 2, true, true, true, 1.0f, 0.5f}, 4);
   both(&report, {9, 3, 256, 32, 1, true, true, true, 0, 0}, 3);
   test<__half>(&report, "fp16", DType::kFloat16, 4e-3, {33, 3, 128, 32, 2, true, true, true, 0, 0}, 4);
