@@ -76,13 +76,15 @@ def _narrow_product(x: Tensor, weight: Tensor, bias: Tensor | None, activation: 
     return _activated(y, activation).to(x.dtype)
 
 
-def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, is_int8: bool) -> Tensor:
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, is_int8: bool, is_kept: bool) -> Tensor:
     if x.shape[0] == 0 or weight.shape[0] == 0:
-        return _forward_fake(x, weight, bias, activation, is_int8)
+        return _forward_fake(x, weight, bias, activation, is_int8, is_kept)
     if is_int8:
         return _narrow_product(x, weight, bias, activation)
     # Packed for any number of rows.
-    packed = _packed.get((weight,), "oneDNN", lambda: _reordered(weight.detach()))
+    packed = (
+        weight.contiguous() if not is_kept else _packed.get((weight,), "oneDNN", lambda: _reordered(weight.detach()))
+    )
     return _product(x, packed, None if bias is None else bias.contiguous(), activation)
 
 
@@ -90,28 +92,31 @@ def _reordered(weight: Tensor) -> Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
 
 
-def _forward_fake(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, is_int8: bool) -> Tensor:
+def _forward_fake(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, is_int8: bool, is_kept: bool
+) -> Tensor:
     return torch_ops.allocate((x.shape[0], weight.shape[0]), x)
 
 
 _fwd = torch_ops.define(
-    "linear_act_cpu_fwd", "(Tensor x, Tensor weight, Tensor? bias, str activation, bool is_int8) -> Tensor",
+    "linear_act_cpu_fwd",
+    "(Tensor x, Tensor weight, Tensor? bias, str activation, bool is_int8, bool is_kept) -> Tensor",
     _forward, _forward_fake, "CPU",
 )  # fmt: skip
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, is_kept: bool) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return _fwd(x, weight, bias, "none", False)
+        return _fwd(x, weight, bias, "none", False, is_kept)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        wants_x, wants_weight, wants_bias = ctx.needs_input_grad
+        wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         of_x = grad @ weight if wants_x else None
-        return of_x, grad.t() @ x if wants_weight else None, grad.sum(0) if wants_bias else None
+        return of_x, grad.t() @ x if wants_weight else None, grad.sum(0) if wants_bias else None, None
 
 
 def _activated(y: Tensor, activation: str) -> Tensor:
@@ -143,14 +148,18 @@ def linear_act(
 ) -> Tensor:
     """See ``ctxfast.functional.linear_act``."""
     rows = x.reshape(-1, x.shape[-1])
-    if registry.needs_grad(dict(x=x, weight=weight, bias=bias)):
-        out = _activated(_Linear.apply(rows, weight, bias), activation)
+    needs_grad = registry.needs_grad(dict(x=x, weight=weight, bias=bias))
+    # A packed form pays from the second call on: not for a weight in training, nor for autocast's passing copy.
+    is_kept = not (torch.is_autocast_enabled("cpu") or (needs_grad and weight.requires_grad))
+    if needs_grad:
+        out = _activated(_Linear.apply(rows, weight, bias, is_kept), activation)
     else:
-        out = _fwd(rows, weight, bias, activation, weight_dtype is torch.int8)
+        out = _fwd(rows, weight, bias, activation, weight_dtype is torch.int8, is_kept)
     return out.view(*x.shape[:-1], weight.shape[0])
 
 
 def raw_calls(args: Mapping[str, Any]) -> list[tuple[Any, tuple]]:
     """The registered operators behind one call, with arguments for torch.library.opcheck."""
     x = args["x"].reshape(-1, args["x"].shape[-1])
-    return [(_fwd, (x, args["weight"], args["bias"], args["activation"], args["weight_dtype"] is torch.int8))]
+    given = (x, args["weight"], args["bias"], args["activation"], args["weight_dtype"] is torch.int8)
+    return [(_fwd, (*given, True)), (_fwd, (*given, False))]
