@@ -20,40 +20,53 @@ from torch import Tensor
 _SAMPLES = 64
 
 
-def _stamp(tensor: Tensor) -> tuple[Any, ...]:
-    version = -1 if tensor.is_inference() else tensor._version
-    flat = tensor.detach().as_strided((tensor.numel(),), (1,)) if tensor.is_contiguous() else tensor.detach().flatten()
-    sample = flat[:: max(1, flat.numel() // _SAMPLES)].contiguous()
-    return (
-        tensor.data_ptr(),
-        tuple(tensor.shape),
-        version,
-        sample.view(torch.uint8).numpy().tobytes(),
-    )
+def _sample(tensor: Tensor) -> Tensor:
+    """Some 64 values of a tensor; a view of it if it is contiguous."""
+    tensor = tensor.detach()
+    step = max(1, tensor.numel() // _SAMPLES)
+    if tensor.is_contiguous():
+        return tensor.as_strided((-(-tensor.numel() // step),), (step,))
+    return tensor.flatten()[::step]
+
+
+class _Seen:
+    """A source as it was when something was packed from it."""
+
+    def __init__(self, tensor: Tensor, forget: Callable[[Any], None]) -> None:
+        self._ref = weakref.ref(tensor, forget)
+        self._facts = self._facts_of(tensor)
+        # A view reads what the tensor holds later on; made once, as making it costs more than comparing.
+        self._view = _sample(tensor) if tensor.is_contiguous() else None
+        self._values = _sample(tensor).clone()
+
+    @staticmethod
+    def _facts_of(tensor: Tensor) -> tuple[Any, ...]:
+        return tensor.data_ptr(), tensor.shape, -1 if tensor.is_inference() else tensor._version
+
+    def is_still(self, tensor: Tensor) -> bool:
+        if self._ref() is not tensor or self._facts_of(tensor) != self._facts:
+            return False
+        return torch.equal(_sample(tensor) if self._view is None else self._view, self._values)
 
 
 class WeightCache:
     """Maps the identity and content of some CPU tensors to what was packed from them."""
 
     def __init__(self) -> None:
-        self._entries: dict[tuple[Any, ...], tuple[tuple[weakref.ref, ...], tuple[Any, ...], Any]] = {}
+        self._entries: dict[tuple[Any, ...], tuple[tuple[_Seen, ...], Any]] = {}
         self._lock = threading.Lock()
 
     def get(self, sources: Sequence[Tensor], kind: Any, pack: Callable[[], Any]) -> Any:
         """The packed form of ``sources`` for this ``kind``, made by ``pack()`` unless it is at hand and current."""
         key = (kind, *(id(tensor) for tensor in sources))
-        stamp = tuple(_stamp(tensor) for tensor in sources)
-        with self._lock:
-            entry = self._entries.get(key)
-        if entry is not None:
-            refs, known, packed = entry
-            if known == stamp and all(ref() is tensor for ref, tensor in zip(refs, sources)):
-                return packed
+        entry = self._entries.get(key)
+        if entry is not None and all([seen.is_still(tensor) for seen, tensor in zip(entry[0], sources)]):
+            return entry[1]
+        # Whoever dies first takes the entry with it. Noted before packing: a write meanwhile must not go unseen.
+        seen = tuple(_Seen(tensor, lambda _, key=key: self._entries.pop(key, None)) for tensor in sources)
         packed = pack()
-        # Whoever dies first takes the entry with it.
-        refs = tuple(weakref.ref(tensor, lambda _, key=key: self._entries.pop(key, None)) for tensor in sources)
         with self._lock:
-            self._entries[key] = (refs, stamp, packed)
+            self._entries[key] = (seen, packed)
         return packed
 
     def __len__(self) -> int:

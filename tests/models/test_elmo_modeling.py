@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import emulated
 import h5py
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from oracles.elmo_numpy import NumpyBiLm
 
 from ctxfast.models.elmo.modeling import Elmo, ElmoBiLm
 from ctxfast.models.elmo.tokenization import batch_to_ids
+from ctxfast.ops.lstm import SPEC
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +54,23 @@ def test_fixture_lanes_as_batch_rows(tiny: Path, impl: str | None) -> None:
             top = found["activations"][-1][k, 1 : len(lane[step]) + 1]
             worst = max(worst, top_error(top, expected[k][step]))
     assert worst < 2e-6
+
+
+@torch.no_grad()
+def test_fixture_through_the_step_kernels(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """float16 on the emulator: the kernels a GPU would run, states carried from sentence to sentence."""
+    cuda_step = SPEC.module("cuda_step")
+    monkeypatch.setattr(cuda_step, "supports", lambda args: None)
+    model = tiny_model(tiny, impl="cuda_step").half()
+    lanes, expected = fixture_sentences(tiny), [fixture_layers(tiny, k) for k in range(3)]
+    worst = 0.0
+    with emulated.kernels(monkeypatch, cuda_step, seed=1):
+        for step in range(3):
+            found = model(batch_to_ids([lane[step] for lane in lanes]))
+            for k, lane in enumerate(lanes):
+                top = found["activations"][-1][k, 1 : len(lane[step]) + 1].float()
+                worst = max(worst, float((top - torch.from_numpy(expected[k][step])).abs().max()))
+    assert 0 < worst < 2e-3
 
 
 @torch.no_grad()
