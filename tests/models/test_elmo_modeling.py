@@ -13,6 +13,7 @@ import torch
 from oracles.elmo_models import LINES, VARIANTS, fixture_layers, fixture_sentences, write_model, write_variant
 from oracles.elmo_numpy import NumpyBiLm
 
+import ctxfast
 from ctxfast.models.elmo.modeling import Elmo, ElmoBiLm
 from ctxfast.models.elmo.tokenization import batch_to_ids
 from ctxfast.ops.lstm import SPEC
@@ -61,16 +62,18 @@ def test_fixture_through_the_step_kernels(tiny: Path, monkeypatch: pytest.Monkey
     """float16 on the emulator: the kernels a GPU would run, states carried from sentence to sentence."""
     cuda_step = SPEC.module("cuda_step")
     monkeypatch.setattr(cuda_step, "supports", lambda args: None)
-    model = tiny_model(tiny, impl="cuda_step").half()
+    model = tiny_model(tiny).half()
     lanes, expected = fixture_sentences(tiny), [fixture_layers(tiny, k) for k in range(3)]
-    worst = 0.0
-    with emulated.kernels(monkeypatch, cuda_step, seed=1):
+    worst = largest = 0.0
+    with emulated.kernels(monkeypatch, cuda_step, seed=1), ctxfast.use_impl(lstm="cuda_step"):
         for step in range(3):
             found = model(batch_to_ids([lane[step] for lane in lanes]))
             for k, lane in enumerate(lanes):
                 top = found["activations"][-1][k, 1 : len(lane[step]) + 1].float()
                 worst = max(worst, float((top - torch.from_numpy(expected[k][step])).abs().max()))
-    assert 0 < worst < 2e-3
+                largest = max(largest, float(abs(expected[k][step]).max()))
+    # Values reach 4.6, where float16 itself rounds by up to 2e-3; the reference in float16 errs by 2.9e-3.
+    assert 0 < worst < 1e-3 * largest
 
 
 @torch.no_grad()
