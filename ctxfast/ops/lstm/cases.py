@@ -82,6 +82,10 @@ CASES = (
     _case("wide-batch", B=33, T=3, I=8, H=31, P=17),
     _case("large", B=6, T=12, I=64, H=512, P=128, R=2, lengths=(12, 12, 11, 9, 4, 1), clip=3.0),
     _case("large-plain", B=9, T=10, I=64, H=257, R=2),
+    # Sizes that the persistent kernels take: one, two and three tiles of rows.
+    _case("on-chip-plain", B=9, T=4, I=8, H=128, R=2, lengths=(4, 0, 1, 4, 3, 2, 4, 4, 1), state=True),
+    _case("on-chip-projected", B=17, T=3, I=8, H=512, P=64, R=2, state=True, clip=0.5, scale=2.0),
+    _case("on-chip-wide-batch", B=33, T=3, I=8, H=128, R=2),
     _case("bf16-weights", B=3, T=6, I=16, H=64, P=24, R=2, state=True, clip=3.0, weight_dtype=_BF16),
     _case("int8-weights", B=3, T=6, I=16, H=64, P=24, R=2, state=True, clip=3.0, weight_dtype=_INT8),
     _case("int8-weights-plain-odd", B=2, T=5, I=7, H=35, R=2, lengths=(5, 2), weight_dtype=_INT8),
