@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
+from .commands import COMMANDS
 
 _EMBED_HELP = """\
 Embed a text file, a sentence a line, into a file. Input of any length in constant memory.
@@ -83,7 +84,7 @@ def _add_embed(commands: Any) -> None:
     add("--use-sentence-keys", action="store_true", help="HDF5: name datasets by their sentences")
     add("--overwrite", action="store_true", help="replace OUT, and unfinished work of other arguments")
     add("--quiet", action="store_true", help="print nothing but errors")
-    parser.set_defaults(run=_embed)
+    parser.set_defaults(run=_embed, resumes=True)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -91,6 +92,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"ctxfast {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
     _add_embed(commands)
+    pretrain = commands.add_parser("pretrain", help="train a language model from text")
+    models = pretrain.add_subparsers(metavar="MODEL", required=True, parser_class=_Parser)
+    for name, module in COMMANDS.items():
+        module.add(models if name.startswith("pretrain ") else commands)
     info = commands.add_parser("info", help="versions, build, and what each op would run")
     info.set_defaults(run=_info)
     bench = commands.add_parser("bench", help="the benchmark suite of a checkout; arguments go to it", add_help=False)
@@ -276,7 +281,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return args.run(args)
     except KeyboardInterrupt:
-        hint = " The same command goes on where this stopped." if args.run is _embed else ""
+        hint = " The same command goes on where this stopped." if getattr(args, "resumes", False) else ""
         print(f"\nctxfast: interrupted.{hint}", file=sys.stderr)
         return 130
     except Exception as error:

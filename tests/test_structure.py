@@ -25,6 +25,7 @@ ROOMS = [
     ["models"],
     ["corpus", "selection", "encoders", "shards", "writers", "jobs", "embed"],
     ["training"],
+    ["commands"],
     ["cli"],
 ]
 LEVEL = {name: level for level, names in enumerate(ROOMS) for name in names}

@@ -6,6 +6,7 @@ torch.optim.AdamW (fused on GPUs) is the optimiser wherever bias correction is w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -155,24 +156,31 @@ class Lamb(_Moments):
         torch._foreach_add_(params, updates, alpha=-group["lr"])
 
 
-def linear_schedule(warmup_steps: int, total_steps: int) -> Callable[[int], float]:
-    """Share of the learning rate at each step: up from 0 over the warm-up, then down to 0 at ``total_steps``.
+def share_of_rate(schedule: str, warmup_steps: int, total_steps: int) -> Callable[[int], float]:
+    """Share of the learning rate at each step: up from 0 over the warm-up, then as ``schedule`` says.
 
-    For ``torch.optim.lr_scheduler.LambdaLR``. The way down is measured from the warm-up's end, so there is no jump
-    (Google's BERT measures it from step 0).
+    Args:
+        schedule: "linear" or "cosine" (down to 0 at ``total_steps``) or "constant".
+        warmup_steps: steps of the way up.
+        total_steps: steps in all.
+
+    The way down is measured from the warm-up's end, so there is no jump (Google's BERT measures it from step 0).
 
     Raises:
-        ValueError: a warm-up longer than the run.
+        ValueError: an unknown schedule, a warm-up longer than the run.
     """
+    who = "ctxfast.training.share_of_rate"
+    if schedule not in ("linear", "cosine", "constant"):
+        raise ValueError(f"{who}: schedule is {schedule!r}; expected linear, cosine or constant.")
     if not 0 <= warmup_steps <= total_steps:
-        raise ValueError(
-            f"ctxfast.training.linear_schedule: warmup_steps is {warmup_steps}; "
-            f"expected 0 to total_steps = {total_steps}."
-        )
+        raise ValueError(f"{who}: warmup_steps is {warmup_steps}; expected 0 to total_steps = {total_steps}.")
 
     def share(step: int) -> float:
         if step < warmup_steps:
             return step / warmup_steps
-        return max(0.0, (total_steps - step) / max(1, total_steps - warmup_steps))
+        if schedule == "constant":
+            return 1.0
+        left = max(0.0, (total_steps - step) / max(1, total_steps - warmup_steps))
+        return left if schedule == "linear" else 0.5 * (1.0 - math.cos(math.pi * left))
 
     return share

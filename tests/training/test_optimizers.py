@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ctxfast.training.optimizers import BertAdam, Lamb, linear_schedule, parameter_groups
+from ctxfast.training.optimizers import BertAdam, Lamb, parameter_groups, share_of_rate
 
 
 def _model() -> nn.Module:
@@ -96,11 +96,11 @@ def test_groups_leave_biases_and_norms_undecayed() -> None:
 
 
 def test_schedule() -> None:
-    share = linear_schedule(4, 10)
+    share = share_of_rate("linear", 4, 10)
     assert [share(step) for step in (0, 1, 4, 7, 10, 12)] == [0.0, 0.25, 1.0, 0.5, 0.0, 0.0]
-    assert linear_schedule(0, 5)(0) == 1.0
+    assert share_of_rate("linear", 0, 5)(0) == 1.0
     with pytest.raises(ValueError, match="warmup_steps is 11; expected 0 to total_steps = 10"):
-        linear_schedule(11, 10)
+        share_of_rate("linear", 11, 10)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,9 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Commands of ``ctxfast`` that train or convert: a module each, with ``add(commands)`` for its arguments.
+
+Modules import nothing heavy at the top: every start of ``ctxfast`` imports them.
+"""
+
+from types import ModuleType
+
+COMMANDS: dict[str, ModuleType] = {}

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Arguments that every training command has, and what it prints while it trains."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from typing import Any
+
+_MOST_SHOWN = 6  # figures on a line
+
+
+def add(parser: argparse.ArgumentParser, **defaults: Any) -> None:
+    """Add the loop's arguments; ``defaults`` replaces some of their defaults, by the names of ``LoopConfig``."""
+    own = {
+        "learning_rate": 1e-4,
+        "batch_size": 32,
+        "warmup": 0.1,
+        "schedule": "linear",
+        "optimizer": "adamw",
+        "weight_decay": 0.01,
+        "max_grad_norm": 1.0,
+        "log_every": 50,
+        "eval_every": None,
+        "save_every": 1000,
+    } | defaults
+    parser.set_defaults(resumes=True)
+    group = parser.add_argument_group("training")
+    add = group.add_argument
+    add("-o", "--output", required=True, metavar="DIR", help="directory of the run: checkpoints, log, best/, final/")
+    add("--epochs", type=float, help="passes over the data")
+    add("--steps", type=int, help="optimiser steps in all, in place of --epochs")
+    add(
+        "--batch-size", type=int, metavar="N", default=own["batch_size"], help="examples of a micro-batch (%(default)s)"
+    )
+    add("--accumulate", type=int, metavar="N", default=1, help="batches of a step (%(default)s)")
+    add("--lr", type=float, dest="learning_rate", default=own["learning_rate"], help="learning rate (%(default)s)")
+    add("--warmup", type=float, default=own["warmup"], help="steps of warm-up; below 1 a share of all (%(default)s)")
+    add("--schedule", default=own["schedule"], help="linear, cosine or constant (%(default)s)")
+    add("--optimizer", default=own["optimizer"], help="adamw, bert_adam, lamb or adagrad (%(default)s)")
+    add("--weight-decay", type=float, default=own["weight_decay"], help="(%(default)s)")
+    add(
+        "--max-grad-norm",
+        type=float,
+        default=own["max_grad_norm"],
+        help="clip gradients to it; 0: never (%(default)s)",
+    )
+    add("--amp", default="no", help="no, bf16 or fp16: compute in half precision (%(default)s)")
+    add("--seed", type=int, default=0, help="of data order, dropout and new weights (%(default)s)")
+    add("--log-every", type=int, metavar="N", default=own["log_every"], help="steps between reports (%(default)s)")
+    add("--eval-every", type=int, metavar="N", default=own["eval_every"], help="steps between evaluations")
+    add(
+        "--save-every", type=int, metavar="N", default=own["save_every"], help="steps between checkpoints (%(default)s)"
+    )
+    add("--keep", type=int, metavar="N", default=2, help="checkpoints kept (%(default)s)")
+    add("--parallel", default="auto", help="auto (DDP under torchrun), no, ddp or fsdp2")
+    add("--device", default="auto", help="auto (default), cpu or cuda")
+    add("--impl", help="implementation of every op, e.g. reference")
+    add("--tensorboard", action="store_true", help="write DIR/tensorboard too")
+    add("--overwrite", action="store_true", help="start anew where DIR holds a run; else the run goes on")
+    add("--quiet", action="store_true", help="print nothing but errors")
+
+
+def check(args: argparse.Namespace, who: str) -> None:
+    """Refuse what can be seen before any data is read.
+
+    Raises:
+        ValueError: both or neither of --epochs and --steps where there is no default.
+    """
+    if args.epochs is not None and args.steps is not None:
+        raise ValueError(f"ctxfast.{who}: --epochs and --steps are both given; expected one of them.")
+    if args.epochs is None and args.steps is None:
+        raise ValueError(f"ctxfast.{who}: neither --epochs nor --steps is given; expected one of them.")
+    if args.epochs is not None and args.epochs <= 0:
+        raise ValueError(f"ctxfast.{who}: --epochs is {args.epochs}; expected a number above 0.")
+
+
+def config(args: argparse.Namespace, steps: int, **more: Any) -> Any:
+    """The ``LoopConfig`` that the arguments ask for; ``steps`` as --epochs and the data give it, or --steps."""
+    from ..training.loop import LoopConfig
+
+    warmup = round(args.warmup * steps) if 0 < args.warmup < 1 else round(args.warmup)
+    return LoopConfig(
+        steps=steps,
+        learning_rate=args.learning_rate,
+        accumulate=args.accumulate,
+        warmup_steps=warmup,
+        schedule=args.schedule,
+        optimizer=args.optimizer,
+        weight_decay=args.weight_decay,
+        max_grad_norm=args.max_grad_norm or None,
+        amp=args.amp,
+        seed=args.seed,
+        log_every=args.log_every,
+        eval_every=args.eval_every,
+        save_every=args.save_every,
+        keep=args.keep,
+        parallel=args.parallel,
+        device=args.device,
+        tensorboard=args.tensorboard,
+        **more,
+    )
+
+
+class Show:
+    """Prints figures as training goes: a bar with the last ones on a terminal, a line for each report elsewhere."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.start = time.monotonic()
+        self._bar: Any = None
+
+    def __call__(self, step: int, steps: int, figures: dict[str, float]) -> None:
+        shown = {name: value for name, value in figures.items() if name not in ("steps_per_second", "learning_rate")}
+        text = ", ".join(f"{name} {value:.4g}" for name, value in list(shown.items())[:_MOST_SHOWN])
+        if "learning_rate" in figures and sys.stderr.isatty():
+            if self._bar is None:
+                from tqdm import tqdm
+
+                self._bar = tqdm(total=steps, initial=step, unit="step", desc=self.name)
+            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.update(step - self._bar.n)
+            return
+        rate = f", {figures['steps_per_second']:.3g} steps/s" if "steps_per_second" in figures else ""
+        line = f"{self.name}: step {step:,} of {steps:,}: {text}{rate}"
+        if self._bar is not None:
+            self._bar.write(line, file=sys.stderr)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def run(args: argparse.Namespace, name: str, task: Any, loop: Any, settings: dict[str, Any]) -> Any:
+    """Train as the arguments say, print the end, return the loop's report."""
+    from ..training.loop import train
+
+    show = None if args.quiet else Show(name)
+    try:
+        report = train(task, loop, args.output, overwrite=args.overwrite, settings=settings, show=show)
+    finally:
+        if show is not None:
+            show.close()
+    if show is not None and task_is_first():
+        before = f" (from step {report.resumed:,})" if report.resumed else ""
+        figures = ", ".join(f"{key} {value:.4g}" for key, value in report.figures.items())
+        print(
+            f"{name}: {report.directory}/final, {report.step:,} steps{before}, {report.seconds:.0f} s"
+            + (f"; {figures}" if figures else ""),
+            file=sys.stderr,
+        )
+    return report
+
+
+def task_is_first() -> bool:
+    """Whether this process is the one that prints."""
+    import torch.distributed as dist
+
+    return not dist.is_initialized() or dist.get_rank() == 0

@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The directory of a training run: what it was started with, its checkpoints, its log, the models it made.
+
+``config.json`` is written first and never changed; ``checkpoint-STEP.pt`` appear whole or not at all; ``log.jsonl``
+has a line for each report; ``best/`` and ``final/`` are models in their own format. Going on with a directory asks for
+the same configuration.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .._core.files import replacing
+
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)\.pt")
+_OURS = re.compile(r"checkpoint-\d+\.pt|config\.json|log\.jsonl|lock|best|final|tensorboard")
+# These may differ when a run goes on: results do not depend on them.
+_FREE = frozenset({"loop.keep", "loop.log_every", "loop.save_every", "loop.tensorboard", "loop.device"})
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for name, part in value.items():
+            yield from _leaves(part, f"{path}.{name}" if path else str(name))
+    else:
+        yield path, value
+
+
+class RunDirectory:
+    """A run's directory.
+
+    Args:
+        path: made if it is not there.
+        config: plain values, nested, that the run's results depend on.
+        resume: go on where the directory's run stopped.
+        overwrite: remove an earlier run, whatever its configuration.
+
+    Raises:
+        ValueError: it holds a run of another configuration, one and ``resume`` is off, or files of somebody else.
+        RuntimeError: another process works in it.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], config: Mapping[str, Any], resume: bool = True, overwrite: bool = False
+    ) -> None:
+        self.path = Path(path)
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"ctxfast.training: {self.path} is a file; expected a directory to work in.")
+        config = json.loads(json.dumps(config))  # as it will be read: lists for tuples
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._check_ours()
+        self._lock = open(self.path / "lock", "w")  # noqa: SIM115
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.close()
+            raise RuntimeError(
+                f"ctxfast.training: another process trains in {self.path}; wait for it, or choose another directory."
+            ) from None
+        try:
+            self._start(config, resume, overwrite)
+        except BaseException:
+            self.close()
+            raise
+
+    def _check_ours(self) -> None:
+        strange = sorted(entry.name for entry in self.path.iterdir() if not _OURS.fullmatch(entry.name))
+        strange = [name for name in strange if not name.startswith(".")]
+        if strange:
+            raise ValueError(
+                f"ctxfast.training: {self.path} holds {strange[0]}; expected an empty directory, or one of an earlier "
+                "run. Choose another."
+            )
+
+    def _start(self, config: dict[str, Any], resume: bool, overwrite: bool) -> None:
+        file = self.path / "config.json"
+        if overwrite:
+            for entry in self.path.iterdir():
+                if entry.name != "lock":
+                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        for entry in self.path.glob(".*"):  # what a killed process left half-written, or put aside
+            target = self.path / entry.name.split(".")[1]
+            if entry.name.endswith(".old") and not target.exists():
+                os.replace(entry, target)
+            else:
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        if file.exists():
+            if not resume:
+                raise ValueError(
+                    f"ctxfast.training: {self.path} holds a run already; expected an empty directory. "
+                    "Pass resume, or overwrite to start anew."
+                )
+            with open(file, encoding="utf-8") as text:
+                old, new = dict(_leaves(json.load(text))), dict(_leaves(config))
+            changed = [
+                f"{name} was {old.get(name)!r} and is {new.get(name)!r} now"
+                for name in sorted({*old, *new} - _FREE)
+                if old.get(name) != new.get(name)
+            ]
+            if changed:
+                raise ValueError(
+                    f"ctxfast.training: {self.path} holds a run of another configuration: {'; '.join(changed)}. "
+                    "Go on with the same, choose another directory, or pass overwrite to start anew."
+                )
+        else:
+            with replacing(file) as temporary:
+                temporary.write_text(json.dumps(config, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+    def close(self) -> None:
+        """Let others in."""
+        self._lock.close()
+
+    def checkpoints(self) -> list[Path]:
+        """Oldest first."""
+        found = [entry for entry in self.path.iterdir() if _CHECKPOINT.fullmatch(entry.name)]
+        return sorted(found, key=lambda entry: int(_CHECKPOINT.fullmatch(entry.name).group(1)))
+
+    def save(self, step: int, state: dict[str, Any], keep: int) -> Path:
+        """Write a checkpoint and remove all but the newest ``keep``."""
+        target = self.path / f"checkpoint-{step:08d}.pt"
+        with replacing(target) as temporary:
+            with open(temporary, "wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+        for old in self.checkpoints()[:-keep]:
+            old.unlink()
+        return target
+
+    def latest(self) -> dict[str, Any] | None:
+        """The newest checkpoint, on the CPU; None if there is none.
+
+        Raises:
+            ValueError: it does not read; the way out is to remove it, the one before is taken then.
+        """
+        found = self.checkpoints()
+        if not found:
+            return None
+        try:
+            return torch.load(found[-1], map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise ValueError(
+                f"ctxfast.training: {found[-1]} does not read ({error}). Remove it; the run goes on from the one "
+                "before."
+            ) from error
+
+    def cut_log(self, step: int) -> None:
+        """Drop the lines of steps after ``step``: they will be made again."""
+        file = self.path / "log.jsonl"
+        if not file.exists():
+            return
+        kept = []
+        for line in file.read_text(encoding="utf-8").splitlines():
+            try:
+                entry = json.loads(line)
+            except ValueError:  # the last line of a killed process
+                continue
+            if entry["step"] <= step:
+                kept.append(line + "\n")
+        with replacing(file) as temporary:
+            temporary.write_text("".join(kept), encoding="utf-8")
+
+    def log(self, entry: Mapping[str, Any]) -> None:
+        with open(self.path / "log.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def read_log(self) -> list[dict[str, Any]]:
+        file = self.path / "log.jsonl"
+        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+
+    def place_model(self, name: str, write: Callable[[Path], None]) -> Path:
+        """Make the folder ``name`` ("best", "final") by ``write(folder)``: whole or not at all."""
+        target = self.path / name
+        temporary = Path(tempfile.mkdtemp(dir=self.path, prefix=f".{name}."))
+        try:
+            write(temporary)
+            os.chmod(temporary, 0o755)
+            if target.exists():
+                # A folder cannot be replaced in one move: for a moment it stands aside under a name that is swept up.
+                aside = temporary.with_name(temporary.name + ".old")
+                os.replace(target, aside)
+                os.replace(temporary, target)
+                shutil.rmtree(aside)
+            else:
+                os.replace(temporary, target)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        return target

@@ -1,0 +1,492 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training loop: one for every task, on one device or many, killed and resumed without a trace.
+
+Why our own: what a run gives depends on nothing but its configuration, because batches and random numbers are pure
+functions of the step. Trainer libraries draw both from running generators, whose state they would have to save in every
+worker; here going on needs the parameters, the optimiser and the number of the step.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .checkpoints import RunDirectory
+from .optimizers import BertAdam, Lamb, parameter_groups, share_of_rate
+from .parallel import PARALLEL, Group, Spread, join
+
+AMP = ("no", "bf16", "fp16")
+OPTIMIZERS = ("adamw", "bert_adam", "lamb", "adagrad")
+SCHEDULES = ("linear", "cosine", "constant")
+_FORMAT = 1
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss or a gradient is no number any more."""
+
+
+class Task(Protocol):
+    """What is trained, on what, and how it is judged. ``BaseTask`` has the defaults."""
+
+    model: nn.Module
+
+    def batch(self, step: int, rank: int, ranks: int) -> Any:
+        """Micro-batch ``step`` (counted over all epochs) of one of ``ranks`` processes, on the CPU, in nested
+        dataclasses, dicts, lists and tuples. A pure function; it runs in a thread beside the step before."""
+
+    def weight(self, batch: Any) -> float:
+        """What its mean loss counts for among the micro-batches and processes of a step, e.g. labelled tokens."""
+
+    def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean loss of a batch, and figures to report (means, too). Calls ``model``, not ``self.model``, once."""
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Held-out figures. Every process calls it and gets the same."""
+
+    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        """For the optimiser; a group's own ``lr`` replaces the configured one."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What batches and losses remember of this process's past beside the parameters: tensors and plain values."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+    def save(self, directory: Path) -> None:
+        """Write the finished model, ``self.model``, in its own format."""
+
+
+class BaseTask:
+    """The defaults of ``Task``: equal weights, nothing held out, nothing remembered."""
+
+    model: nn.Module
+
+    def weight(self, batch: Any) -> float:
+        return 1.0
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        return {}
+
+    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        return parameter_groups(self.model, weight_decay)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        return
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """How a task is trained.
+
+    Args:
+        steps: optimiser steps in all.
+        learning_rate: the highest.
+        accumulate: micro-batches of a step.
+        warmup_steps: steps over which the rate rises from 0.
+        schedule: after that "linear" or "cosine" down to 0, or "constant".
+        optimizer: "adamw", "bert_adam" (no bias correction), "lamb", "adagrad".
+        weight_decay: not for biases and normalisation.
+        betas: of the moments (not for "adagrad").
+        eps: None for the optimiser's own: 1e-8 adamw, 1e-6 bert_adam and lamb, 1e-10 adagrad.
+        initial_accumulator: "adagrad": where the sum of squares starts.
+        max_grad_norm: all gradients together are scaled down to it; None for no limit.
+        amp: "no", "bf16" or "fp16" (GPU; with loss scaling): torch.autocast.
+        seed: of dropout and whatever a step draws.
+        log_every, eval_every, save_every: steps between reports, evaluations (None: at the end) and checkpoints.
+        keep: checkpoints that are kept.
+        best: figure of ``evaluate`` whose best model is kept, "-" before it if less is better, e.g. "f1" or "-loss".
+        parallel: "auto" (DDP under torchrun), "no", "ddp", "fsdp2".
+        device: "auto", "cpu", "cuda".
+        tensorboard: write ``tensorboard/`` too.
+
+    Raises:
+        ValueError: a value out of range or unknown.
+    """
+
+    steps: int
+    learning_rate: float
+    accumulate: int = 1
+    warmup_steps: int = 0
+    schedule: str = "linear"
+    optimizer: str = "adamw"
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float | None = None
+    initial_accumulator: float = 0.0
+    max_grad_norm: float | None = 1.0
+    amp: str = "no"
+    seed: int = 0
+    log_every: int = 50
+    eval_every: int | None = None
+    save_every: int = 1000
+    keep: int = 2
+    best: str | None = None
+    parallel: str = "auto"
+    device: str = "auto"
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        who = "ctxfast.training.LoopConfig"
+        for name in ("steps", "accumulate", "log_every", "eval_every", "save_every", "keep"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{who}: {name} is {value}; expected 1 or more.")
+        for name, known in (
+            ("schedule", SCHEDULES),
+            ("optimizer", OPTIMIZERS),
+            ("amp", AMP),
+            ("parallel", PARALLEL),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{who}: {name} is {getattr(self, name)!r}; expected one of {', '.join(known)}.")
+        for name in ("learning_rate", "max_grad_norm"):
+            value = getattr(self, name)
+            if value is not None and not (value > 0 and math.isfinite(value)):
+                raise ValueError(f"{who}: {name} is {value}; expected a number above 0.")
+        if not 0 <= self.warmup_steps <= self.steps:
+            raise ValueError(f"{who}: warmup_steps is {self.warmup_steps}; expected 0 to steps = {self.steps}.")
+
+
+@dataclass
+class Report:
+    """What a run came to.
+
+    Attributes:
+        directory: the run's.
+        step: optimiser steps done in all.
+        resumed: the step it went on from; 0 for a fresh start.
+        figures: those of the last evaluation.
+        best: step and figures of the best evaluation, if ``LoopConfig.best`` is set.
+        seconds: time of this process in the loop, and of earlier ones in ``seconds_before``.
+        log: every line of log.jsonl.
+    """
+
+    directory: Path
+    step: int
+    resumed: int
+    figures: dict[str, float]
+    best: dict[str, Any] | None
+    seconds: float
+    seconds_before: float
+    log: list[dict[str, Any]] = field(default_factory=list)
+
+
+def moved(batch: Any, device: torch.device) -> Any:
+    """A batch with its tensors on a device."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, Mapping):
+        return {name: moved(part, device) for name, part in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(moved(part, device) for part in batch))
+    if isinstance(batch, (list, tuple)):
+        return type(batch)(moved(part, device) for part in batch)
+    if is_dataclass(batch) and not isinstance(batch, type):
+        return replace(batch, **{part.name: moved(getattr(batch, part.name), device) for part in fields(batch)})
+    return batch
+
+
+def make_optimizer(config: LoopConfig, groups: list[dict[str, Any]], device: torch.device) -> torch.optim.Optimizer:
+    """The configured optimiser over groups of parameters."""
+    groups = [group for group in groups if group["params"]]
+    if not groups:
+        raise ValueError("ctxfast.training: the model has no parameter that requires a gradient; nothing to train.")
+    common: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    if config.eps is not None:
+        common["eps"] = config.eps
+    if config.optimizer == "adagrad":
+        return torch.optim.Adagrad(groups, initial_accumulator_value=config.initial_accumulator, **common)
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, betas=config.betas, fused=device.type == "cuda" or None, **common)
+    return {"bert_adam": BertAdam, "lamb": Lamb}[config.optimizer](groups, betas=config.betas, **common)
+
+
+def train(
+    task: Task,
+    config: LoopConfig,
+    directory: str | Path,
+    *,
+    resume: bool = True,
+    overwrite: bool = False,
+    settings: Mapping[str, Any] | None = None,
+    show: Callable[[int, int, dict[str, float]], None] | None = None,
+) -> Report:
+    """Train a task, leave its model in ``directory/final`` and, if asked for, the best one in ``directory/best``.
+
+    Started again with the same configuration, a killed run goes on from its last checkpoint; on one device the outcome
+    is the same, bit for bit, as without the break.
+
+    Args:
+        task: what to train. Its model may be on any device.
+        config: how.
+        directory: of the run: config.json, log.jsonl, checkpoint-STEP.pt, best/, final/.
+        resume: go on with a run that the directory holds.
+        overwrite: start anew whatever it holds.
+        settings: what else the outcome depends on (data, model options), as plain values: kept in config.json and
+            compared when a run goes on.
+        show: called with step, steps and figures at every report and evaluation, in process 0.
+
+    Returns:
+        A ``Report``.
+
+    Raises:
+        ValueError: a directory of another configuration; fp16 on a CPU; nothing to train.
+        RuntimeError: the directory is in use; no GPU where one is asked for.
+        TrainingDiverged: loss or gradients are not finite. Checkpoints of before stay.
+    """
+    group = join(config.parallel, config.device)
+    if config.amp == "fp16" and group.device.type != "cuda":
+        raise ValueError("ctxfast.training: amp is 'fp16' on a CPU; expected 'bf16' or 'no' there.")
+    loop = {**asdict(config), "parallel": group.kind, "ranks": group.ranks}
+    if group.is_first:
+        try:
+            run = RunDirectory(directory, {"loop": loop, "settings": dict(settings or {})}, resume, overwrite)
+            problem = None
+        except (OSError, RuntimeError, ValueError) as error:
+            run, problem = None, error
+    else:
+        run = problem = None
+    if (problem := group.first(problem)) is not None:  # everyone stops, not only the first
+        raise problem
+    try:
+        return _Run(task, config, group, run, Path(directory), show).go()
+    finally:
+        if run is not None:
+            run.close()
+
+
+class _Run:
+    def __init__(
+        self,
+        task: Task,
+        config: LoopConfig,
+        group: Group,
+        run: RunDirectory | None,
+        directory: Path,
+        show: Callable[[int, int, dict[str, float]], None] | None,
+    ) -> None:
+        self.task, self.config, self.group, self.run, self.directory = task, config, group, run, directory
+        self.show = show if group.is_first else None
+        task.model.to(group.device)
+        self.spread = Spread(task.model, group)
+        self.parameters = [parameter for parameter in task.model.parameters() if parameter.requires_grad]
+        self.optimizer = make_optimizer(config, task.parameter_groups(config.weight_decay), group.device)
+        self.rates = [part["lr"] for part in self.optimizer.param_groups]
+        self.share = share_of_rate(config.schedule, config.warmup_steps, config.steps)
+        self.scaler = torch.amp.GradScaler("cuda") if config.amp == "fp16" else None
+        self.step = self.resumed = 0
+        self.best: dict[str, Any] | None = None
+        self.figures: dict[str, float] = {}
+        self.seconds_before = 0.0
+        self.sums: dict[str, Tensor] = {}
+        self.sum_weight = 0.0
+        self.is_sound = torch.ones((), dtype=torch.bool, device=group.device)
+
+    def go(self) -> Report:
+        config = self.config
+        self._load()
+        self.start = time.monotonic()
+        self.logged = (self.step, self.start)
+        board = self._board()
+        try:
+            with ThreadPoolExecutor(1, thread_name_prefix="batches") as ahead:
+                first = self.step * config.accumulate
+                coming = ahead.submit(self._batch, first) if self.step < config.steps else None
+                self.task.model.train()
+                while self.step < config.steps:
+                    micro = []
+                    for place in range(config.accumulate):
+                        number = self.step * config.accumulate + place
+                        micro.append(coming.result())
+                        coming = ahead.submit(self._batch, number + 1)
+                    self._one_step(micro)
+                    self.step += 1
+                    is_last = self.step == config.steps
+                    if self.step % config.log_every == 0 or is_last:
+                        self._report(board)
+                    if is_last or (config.eval_every and self.step % config.eval_every == 0):
+                        self._evaluate(board)
+                    if self.step % config.save_every == 0 or is_last:
+                        self._save()
+                if coming is not None:
+                    coming.cancel()
+            # It appears as a whole: where it is, the run was finished before.
+            if not self.group.first((self.directory / "final").exists()):
+                self._place("final")
+        finally:
+            if board is not None:
+                board.close()
+        log = self.run.read_log() if self.run is not None else []
+        seconds = time.monotonic() - self.start
+        return Report(
+            self.directory, self.step, self.resumed, self.figures, self.best, seconds, self.seconds_before, log
+        )
+
+    def _batch(self, number: int) -> Any:
+        return self.task.batch(number, self.group.rank, self.group.ranks)
+
+    def _one_step(self, micro: list[Any]) -> None:
+        config, group = self.config, self.group
+        for part, rate in zip(self.optimizer.param_groups, self.rates):
+            part["lr"] = rate * self.share(self.step)
+        # What a step draws depends on the seed and its number alone. 2**20 processes keep their streams apart.
+        torch.manual_seed(((config.seed << 44) ^ (self.step << 20) ^ group.rank) & (2**63 - 1))
+        weights = [float(self.task.weight(batch)) for batch in micro]
+        total = group.total(sum(weights))
+        for place, (batch, weight) in enumerate(zip(micro, weights)):
+            with self.spread.local(place + 1 < len(micro)):
+                amp = torch.bfloat16 if config.amp == "bf16" else torch.float16
+                with torch.autocast(group.device.type, amp, enabled=config.amp != "no"):
+                    loss, figures = self.task.loss(self.spread.model, moved(batch, group.device))
+                # DDP and FSDP divide by the number of processes.
+                scaled = loss * (weight * group.ranks / max(total, 1e-12))
+                (scaled if self.scaler is None else self.scaler.scale(scaled)).backward()
+            self.is_sound &= torch.isfinite(loss.detach())
+            for name, value in {"loss": loss, **figures}.items():
+                value = value.detach().double() * weight
+                self.sums[name] = self.sums[name] + value if name in self.sums else value
+        self.sum_weight += sum(weights)
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+        norm = self.spread.clip(self.parameters, config.max_grad_norm)
+        if self.scaler is None:
+            self.is_sound &= torch.isfinite(norm)
+            # On a CPU looking costs nothing; on a GPU it would wait for the device, so it is left to the next report.
+            if group.device.type == "cpu":
+                self._check_sound()
+            self.optimizer.step()
+        else:  # gradients that overflowed are skipped, and the scale is lowered
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _check_sound(self) -> None:
+        if not self.group.any(not self.is_sound.item()):
+            return
+        kept = self.run.checkpoints() if self.run is not None else []
+        way = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint was written before"
+        raise TrainingDiverged(
+            f"ctxfast.training: the loss or a gradient is not finite at step {self.step + 1} or just before; {way}. "
+            "Try a lower learning rate, a longer warm-up or amp='bf16' in place of 'fp16', in a new directory."
+        )
+
+    def _report(self, board: Any) -> None:
+        self._check_sound()
+        names = sorted(self.sums)
+        sums = torch.stack([self.sums[name] for name in names] + [self.sums["loss"].new_tensor(self.sum_weight)])
+        *values, weight = self.group.add(sums).tolist()
+        figures = {name: value / max(weight, 1e-12) for name, value in zip(names, values)}
+        now = time.monotonic()
+        figures["learning_rate"] = self.optimizer.param_groups[0]["lr"]
+        figures["steps_per_second"] = (self.step - self.logged[0]) / max(now - self.logged[1], 1e-9)
+        self.logged = (self.step, now)
+        self.sums, self.sum_weight = {}, 0.0
+        self._write(figures, "train", board)
+
+    def _evaluate(self, board: Any) -> None:
+        self.task.model.eval()
+        with torch.no_grad():
+            self.figures = {name: float(value) for name, value in self.task.evaluate(self.spread.plain).items()}
+        self.task.model.train()
+        if self.figures:
+            self._write(self.figures, "eval", board)
+        self.logged = (self.step, time.monotonic())  # evaluation is no part of the steps' time
+        if self.config.best is None:
+            return
+        name = self.config.best.removeprefix("-")
+        if name not in self.figures:
+            raise ValueError(
+                f"ctxfast.training: best is {self.config.best!r}; expected one of the figures of evaluation, "
+                f"{', '.join(self.figures) or 'of which there are none'}."
+            )
+        sign = -1 if self.config.best.startswith("-") else 1
+        if self.best is None or sign * self.figures[name] > sign * self.best["figures"][name]:
+            self.best = {"step": self.step, "figures": self.figures}
+            self._place("best")
+
+    def _write(self, figures: dict[str, float], kind: str, board: Any) -> None:
+        if self.run is not None:
+            self.run.log({"step": self.step, "kind": kind, **figures})
+        if board is not None:
+            for name, value in figures.items():
+                board.add_scalar(f"{kind}/{name}", value, self.step)
+        if self.show is not None:
+            self.show(self.step, self.config.steps, figures)
+
+    def _board(self) -> Any:
+        if not self.config.tensorboard or not self.group.is_first:
+            return None
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise RuntimeError(
+                "ctxfast.training: tensorboard is not installed; run: pip install tensorboard"
+            ) from error
+        return SummaryWriter(str(self.directory / "tensorboard"), purge_step=self.step + 1 if self.step else None)
+
+    def _place(self, name: str) -> None:
+        whole = self.spread.whole()
+        if self.run is not None:
+            own, self.task.model = self.task.model, whole
+            try:
+                self.run.place_model(name, self._save_model)
+            finally:
+                self.task.model = own
+        self.group.wait()
+
+    def _save_model(self, folder: Path) -> None:
+        self.task.save(folder)
+        text = json.dumps({"step": self.step, "figures": self.figures}, indent=1)
+        (folder / "training.json").write_text(text + "\n", encoding="utf-8")
+
+    def _save(self) -> None:
+        self._check_sound()
+        model, optimizer = self.spread.state(self.optimizer)
+        own = {"task": self.task.state_dict(), "sums": self.sums, "sum_weight": self.sum_weight}
+        states = self.group.all(own)
+        if self.run is not None:
+            state = {
+                "format": _FORMAT,
+                "step": self.step,
+                "model": model,
+                "optimizer": optimizer,
+                "scaler": None if self.scaler is None else self.scaler.state_dict(),
+                "ranks": states,
+                "figures": self.figures,
+                "best": self.best,
+                "seconds": self.seconds_before + time.monotonic() - self.start,
+            }
+            self.run.save(self.step, state, self.config.keep)
+        self.group.wait()
+
+    def _load(self) -> None:
+        state = self.group.first(self.run.latest() if self.run is not None else None)
+        if state is None:
+            return
+        if state["format"] != _FORMAT:
+            raise ValueError(
+                f"ctxfast.training: the checkpoint in {self.directory} has format {state['format']}; "
+                f"expected {_FORMAT}. It was written by another version of ctxfast."
+            )
+        self.spread.load(self.optimizer, state["model"], state["optimizer"])
+        if self.scaler is not None:
+            self.scaler.load_state_dict(state["scaler"])
+        own = state["ranks"][self.group.rank]
+        self.task.load_state_dict(own["task"])
+        self.sums, self.sum_weight = moved(own["sums"], self.group.device), own["sum_weight"]
+        self.step = self.resumed = state["step"]
+        self.figures, self.best = state["figures"], state["best"]
+        self.seconds_before = state["seconds"]
+        if self.run is not None:
+            self.run.cut_log(self.step)

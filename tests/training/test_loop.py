@@ -1,0 +1,315 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training loop: what it does to a model, what it leaves on disk, how it goes on after a kill."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from ctxfast.training.batches import Batches
+from ctxfast.training.loop import BaseTask, LoopConfig, TrainingDiverged, train
+
+HERE = Path(__file__).parent
+
+
+class Line(BaseTask):
+    """Fits y = x w with dropout on x; remembers how many batches' losses it took."""
+
+    def __init__(self, seed: int = 0, examples: int = 37, batch_size: int = 4) -> None:
+        draw = torch.Generator().manual_seed(seed)
+        self.x = torch.randn(examples, 5, generator=draw)
+        self.y = self.x @ torch.randn(5, 1, generator=draw)
+        torch.manual_seed(seed)
+        self.model = nn.Sequential(nn.Dropout(0.1), nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 1))
+        self.batches = Batches(examples, batch_size, seed)
+        self.losses = 0
+
+    def batch(self, step: int, rank: int, ranks: int) -> dict:
+        rows = self.batches(step, rank, ranks)
+        return {"x": self.x[rows], "y": self.y[rows]}
+
+    def weight(self, batch: dict) -> float:
+        return len(batch["x"])
+
+    def loss(self, model: nn.Module, batch: dict) -> tuple[torch.Tensor, dict]:
+        self.losses += 1
+        difference = model(batch["x"]) - batch["y"]
+        return difference.square().mean(), {"absolute": difference.abs().mean()}
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        assert not model.training
+        return {"error": (model(self.x) - self.y).square().mean().item()}
+
+    def state_dict(self) -> dict:
+        return {"losses": self.losses}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.losses = state["losses"]
+
+    def save(self, directory: Path) -> None:
+        torch.save(self.model.state_dict(), directory / "model.pt")
+
+
+def config(**changed) -> LoopConfig:
+    return LoopConfig(
+        **{"steps": 20, "learning_rate": 0.05, "log_every": 5, "save_every": 4, "parallel": "no"} | changed
+    )
+
+
+def final(directory: Path) -> dict[str, torch.Tensor]:
+    return torch.load(directory / "final" / "model.pt")
+
+
+def test_it_trains_and_leaves_a_whole_run(tmp_path) -> None:
+    shown = []
+    report = train(
+        Line(),
+        config(eval_every=10, best="-error", warmup_steps=2),
+        tmp_path / "run",
+        show=lambda step, steps, figures: shown.append((step, steps, sorted(figures))),
+    )
+    assert report.step == 20 and report.resumed == 0
+    evaluations = [line for line in report.log if line["kind"] == "eval"]
+    assert [line["step"] for line in evaluations] == [10, 20]
+    assert evaluations[-1]["error"] < evaluations[0]["error"] < 5
+    assert report.best["step"] == 20 and report.best["figures"] == report.figures
+    reports = [line for line in report.log if line["kind"] == "train"]
+    assert [line["step"] for line in reports] == [5, 10, 15, 20]
+    assert {"loss", "absolute", "learning_rate", "steps_per_second"} <= set(reports[0])
+    assert shown[0] == (5, 20, ["absolute", "learning_rate", "loss", "steps_per_second"])
+    names = sorted(path.name for path in (tmp_path / "run").iterdir())
+    assert names == [
+        "best",
+        "checkpoint-00000016.pt",
+        "checkpoint-00000020.pt",
+        "config.json",
+        "final",
+        "lock",
+        "log.jsonl",
+    ]
+    assert json.loads((tmp_path / "run" / "final" / "training.json").read_text())["step"] == 20
+    again = train(Line(), config(eval_every=10, best="-error", warmup_steps=2), tmp_path / "run")
+    assert again.step == 20 and again.resumed == 20 and again.figures == report.figures and again.log == report.log
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "bert_adam", "lamb", "adagrad"])
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_a_break_changes_no_bit(tmp_path, optimizer: str, accumulate: int) -> None:
+    options = dict(optimizer=optimizer, accumulate=accumulate, warmup_steps=3, eval_every=8, best="-error")
+    whole = Line()
+    train(whole, config(**options), tmp_path / "whole")
+
+    class Dies(Line):
+        def loss(self, model, batch):
+            if self.losses == 11 * accumulate:
+                raise KeyboardInterrupt
+            return super().loss(model, batch)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(Dies(), config(**options), tmp_path / "broken")
+    assert not (tmp_path / "broken" / "final").exists()
+    rest = Line()
+    report = train(rest, config(**options), tmp_path / "broken")
+    assert report.resumed == 8 and rest.losses == whole.losses == 20 * accumulate
+    one, other = final(tmp_path / "whole"), final(tmp_path / "broken")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+    def log(name: str) -> list[dict]:
+        lines = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        return [{key: value for key, value in line.items() if key != "steps_per_second"} for line in lines]
+
+    assert log("whole") == log("broken")
+
+
+def test_accumulation_is_one_large_batch(tmp_path) -> None:
+    """Micro-batches of unequal size count by their examples."""
+
+    class Plain(Line):
+        def __init__(self, batch_size: int) -> None:
+            super().__init__(examples=37, batch_size=batch_size)
+            self.model[0].p = 0.0
+            self.batches = Batches(37, batch_size, is_shuffled=False)
+
+    small = dict(steps=6, optimizer="adagrad", max_grad_norm=None, weight_decay=0.0)
+    train(Plain(37), config(**small), tmp_path / "whole")
+    train(Plain(10), config(**small, accumulate=4), tmp_path / "parts")
+    one, other = final(tmp_path / "whole"), final(tmp_path / "parts")
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=1e-5, atol=1e-6)
+
+
+def test_bf16(tmp_path) -> None:
+    report = train(Line(), config(amp="bf16"), tmp_path / "run")
+    assert report.figures["error"] < 5
+    with pytest.raises(ValueError, match="amp is 'fp16' on a CPU; expected 'bf16' or 'no'"):
+        train(Line(), config(amp="fp16", device="cpu"), tmp_path / "other")
+
+
+def test_a_loss_that_is_no_number_stops_it(tmp_path) -> None:
+    class Breaks(Line):
+        def loss(self, model, batch):
+            loss, figures = super().loss(model, batch)
+            return (loss * math.nan if self.losses == 11 else loss), figures
+
+    with pytest.raises(TrainingDiverged, match=r"not finite at step 11 .* checkpoint is .*checkpoint-00000008.pt"):
+        train(Breaks(), config(), tmp_path / "run")
+    state = torch.load(tmp_path / "run" / "checkpoint-00000008.pt")
+    assert all(value.isfinite().all() for value in state["model"].values())
+    with pytest.raises(TrainingDiverged, match="no checkpoint was written before"):
+        train(Breaks(), config(save_every=100), tmp_path / "other")
+
+
+def test_a_directory_of_another_run_is_refused(tmp_path) -> None:
+    run = tmp_path / "run"
+    train(Line(), config(), run, settings={"data": "a.txt", "model": {"size": 8}})
+    with pytest.raises(ValueError, match="configuration: settings.data was 'a.txt' and is 'b.txt' now"):
+        train(Line(), config(), run, settings={"data": "b.txt", "model": {"size": 8}})
+    with pytest.raises(ValueError, match="loop.learning_rate was 0.05 and is 0.1 now"):
+        train(Line(), config(learning_rate=0.1), run, settings={"data": "a.txt", "model": {"size": 8}})
+    with pytest.raises(ValueError, match="holds a run already"):
+        train(Line(), config(), run, resume=False)
+    train(Line(), config(log_every=7), run, settings={"data": "a.txt", "model": {"size": 8}})  # changes no result
+    report = train(Line(), config(steps=3), run, overwrite=True)
+    assert report.step == 3 and report.resumed == 0
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "thesis.tex").write_text("precious")
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match="holds thesis.tex; expected an empty directory"):
+            train(Line(), config(), tmp_path / "theirs", overwrite=overwrite)
+    with pytest.raises(ValueError, match="is a file; expected a directory"):
+        train(Line(), config(), tmp_path / "theirs" / "thesis.tex")
+
+
+def test_a_directory_in_use_is_refused(tmp_path) -> None:
+    class Nested(Line):
+        def loss(self, model, batch):
+            train(Line(), config(), tmp_path / "run")
+            raise AssertionError("two runs in one directory")
+
+    with pytest.raises(RuntimeError, match="another process trains in"):
+        train(Nested(), config(), tmp_path / "run")
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path) -> None:
+    class Dies(Line):
+        def loss(self, model, batch):
+            if self.losses == 9:
+                raise KeyboardInterrupt
+            return super().loss(model, batch)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(Dies(), config(), tmp_path)
+    last = tmp_path / "checkpoint-00000008.pt"
+    last.write_bytes(last.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"checkpoint-00000008.pt does not read .* Remove it"):
+        train(Line(), config(), tmp_path)
+    last.unlink()
+    assert train(Line(), config(), tmp_path).resumed == 4
+
+
+def test_a_failed_save_leaves_nothing(tmp_path) -> None:
+    class Full(Line):
+        def save(self, directory: Path) -> None:
+            (directory / "half").write_text("of it")
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        train(Full(), config(), tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "checkpoint-00000016.pt",
+        "checkpoint-00000020.pt",
+        "config.json",
+        "lock",
+        "log.jsonl",
+    ]
+    assert train(Line(), config(), tmp_path).resumed == 20
+    assert (tmp_path / "final" / "model.pt").exists()
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (dict(steps=0), "steps is 0; expected 1 or more"),
+        (dict(amp="fp8"), "amp is 'fp8'; expected one of no, bf16, fp16"),
+        (dict(optimizer="sgd"), "optimizer is 'sgd'"),
+        (dict(schedule="step"), "schedule is 'step'"),
+        (dict(warmup_steps=30), "warmup_steps is 30; expected 0 to steps = 20"),
+        (dict(learning_rate=0.0), "learning_rate is 0.0; expected a number above 0"),
+        (dict(max_grad_norm=-1.0), "max_grad_norm is -1.0"),
+        (dict(parallel="tpu"), "parallel is 'tpu'"),
+    ],
+)
+def test_values_out_of_range(changed: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=f"ctxfast.training.LoopConfig: {message}"):
+        config(**changed)
+
+
+def test_more_of_bad_input(tmp_path) -> None:
+    with pytest.raises(ValueError, match="best is 'f1'; expected one of the figures of evaluation, error"):
+        train(Line(), config(best="f1"), tmp_path / "a")
+    with pytest.raises(ValueError, match="'ddp' in a lone process; start it by torchrun"):
+        train(Line(), config(parallel="ddp"), tmp_path / "b")
+    frozen = Line()
+    frozen.model.requires_grad_(False)
+    with pytest.raises(ValueError, match="no parameter that requires a gradient"):
+        train(frozen, config(), tmp_path / "c")
+
+
+def test_tensorboard(tmp_path) -> None:
+    train(Line(), config(tensorboard=True), tmp_path)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [5, 10, 15, 20]
+    assert len(events.Scalars("eval/error")) == 1
+
+
+def test_batches() -> None:
+    batches = Batches(10, 4, seed=3)
+    assert batches.per_epoch == 3 and batches.steps(2) == 6 and batches.steps(2, accumulate=4) == 2
+    for epoch in range(3):
+        rows = [batches(3 * epoch + place) for place in range(3)]
+        assert sorted(sum(rows, [])) == list(range(10)) and [len(part) for part in rows] == [4, 4, 2]
+    assert batches(0) != batches(3) and batches(4) == Batches(10, 4, seed=3)(4)
+    # Processes share an epoch: together they see what one sees.
+    assert [batches(step, rank, 2) for step in range(3) for rank in range(2)] == [batches(step) for step in range(6)]
+    lengths = [(7 * index) % 101 for index in range(1000)]
+    grouped = Batches(1000, 10, lengths=lengths)
+    rows = [grouped(step) for step in range(100)]
+    assert sorted(sum(rows, [])) == list(range(1000))
+    spread = [max(lengths[row] for row in part) - min(lengths[row] for row in part) for part in rows]
+    assert sum(spread) / 100 < 5
+    with pytest.raises(ValueError, match="lengths has 2 values; expected count = 3"):
+        Batches(3, 1, lengths=[1, 2])
+    with pytest.raises(ValueError, match="count is 0"):
+        Batches(0, 1)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_two_processes_do_what_one_does(tmp_path, kind: str) -> None:
+    """Two processes with half the batch each, killed and resumed, against one with all."""
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        + [str(HERE / "two_processes.py"), kind, str(tmp_path / "two")],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=HERE.parents[1],
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    sys.path.insert(0, str(HERE))
+    from two_processes import Halves, loop
+
+    one = Halves(batch_size=8)
+    train(one, loop("no"), tmp_path / "one")
+    for name, value in final(tmp_path / "one").items():
+        torch.testing.assert_close(final(tmp_path / "two")[name], value, rtol=1e-5, atol=1e-6)
+    for part in ("best", "final"):
+        assert (tmp_path / "two" / part / "model.pt").exists()
