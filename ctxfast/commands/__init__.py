@@ -6,4 +6,8 @@ Modules import nothing heavy at the top: every start of ``ctxfast`` imports them
 
 from types import ModuleType
 
-COMMANDS: dict[str, ModuleType] = {}
+from . import pretrain_elmo
+
+COMMANDS: dict[str, ModuleType] = {
+    "pretrain elmo": pretrain_elmo,
+}

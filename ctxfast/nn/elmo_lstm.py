@@ -126,20 +126,35 @@ class ElmoLstm(nn.Module):
         return torch.stack(outputs), state
 
     def layers(
-        self, inputs: Tensor, lengths: Tensor | None = None, initial_state: State | None = None
+        self,
+        inputs: Tensor | tuple[Tensor, Tensor],
+        lengths: Tensor | None = None,
+        initial_state: State | None = None,
+        *,
+        input_dropout: float = 0.0,
     ) -> tuple[list[Tensor], State]:
-        """``forward`` with the layers as a list of L tensors (B, T, 2P)."""
-        self._check_state(inputs, initial_state)
-        sides = (inputs, inputs)
+        """``forward`` with the layers as a list of L tensors (B, T, 2P).
+
+        Args:
+            inputs, lengths, initial_state: as for ``forward``; a pair of inputs gives each direction its own.
+            input_dropout: in training, probability of dropping an element of a layer's input, before it goes into the
+                layer and around it (bilm-tf's).
+        """
+        sides = inputs if isinstance(inputs, tuple) else (inputs, inputs)
+        self._check_state(sides[0], initial_state)
         outputs: list[Tensor] = []
         h_n, c_n = [], []
         for layer in range(self.num_layers):
+            below = outputs[-1] if outputs else None
+            if self.training and input_dropout > 0:
+                sides = tuple(F.dropout(side, input_dropout) for side in sides)
+                below = torch.cat(sides, dim=2)
             before = None
             if initial_state is not None:
                 before = (initial_state[0][layer], initial_state[1][layer])
             output, (h, c) = self._layer(layer, sides, lengths, before)
             if layer > 0 and self.use_skip_connections:
-                output = output + outputs[-1]
+                output = output + below
             outputs.append(output)
             h_n.append(h)
             c_n.append(c)

@@ -3,7 +3,7 @@
 
 ``config.json`` is written first and never changed; ``checkpoint-STEP.pt`` appear whole or not at all; ``log.jsonl``
 has a line for each report; ``best/`` and ``final/`` are models in their own format. Going on with a directory asks for
-the same configuration.
+the same configuration. ``data/`` is left to the task: what it made of its input, with its own check of what from.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from .._core.files import replacing
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)\.pt")
-_OURS = re.compile(r"checkpoint-\d+\.pt|config\.json|log\.jsonl|lock|best|final|tensorboard")
+_OURS = re.compile(r"checkpoint-\d+\.pt|config\.json|log\.jsonl|lock|best|final|tensorboard|data")
 # These may differ when a run goes on: results do not depend on them.
 _FREE = frozenset({"loop.keep", "loop.log_every", "loop.save_every", "loop.tensorboard", "loop.device"})
 
@@ -34,6 +34,26 @@ def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
             yield from _leaves(part, f"{path}.{name}" if path else str(name))
     else:
         yield path, value
+
+
+def check_directory(path: str | os.PathLike[str]) -> None:
+    """Refuse a directory that no run may work in: one with files of somebody else.
+
+    Raises:
+        ValueError: it is a file, or holds what is not a run's.
+    """
+    path = Path(path)
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise ValueError(f"ctxfast.training: {path} is a file; expected a directory to work in.")
+    strange = sorted(entry.name for entry in path.iterdir() if not _OURS.fullmatch(entry.name))
+    strange = [name for name in strange if not name.startswith(".")]
+    if strange:
+        raise ValueError(
+            f"ctxfast.training: {path} holds {strange[0]}; expected an empty directory, or one of an earlier run. "
+            "Choose another."
+        )
 
 
 class RunDirectory:
@@ -54,11 +74,9 @@ class RunDirectory:
         self, path: str | os.PathLike[str], config: Mapping[str, Any], resume: bool = True, overwrite: bool = False
     ) -> None:
         self.path = Path(path)
-        if self.path.exists() and not self.path.is_dir():
-            raise ValueError(f"ctxfast.training: {self.path} is a file; expected a directory to work in.")
+        check_directory(self.path)
         config = json.loads(json.dumps(config))  # as it will be read: lists for tuples
         self.path.mkdir(parents=True, exist_ok=True)
-        self._check_ours()
         self._lock = open(self.path / "lock", "w")  # noqa: SIM115
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -73,20 +91,11 @@ class RunDirectory:
             self.close()
             raise
 
-    def _check_ours(self) -> None:
-        strange = sorted(entry.name for entry in self.path.iterdir() if not _OURS.fullmatch(entry.name))
-        strange = [name for name in strange if not name.startswith(".")]
-        if strange:
-            raise ValueError(
-                f"ctxfast.training: {self.path} holds {strange[0]}; expected an empty directory, or one of an earlier "
-                "run. Choose another."
-            )
-
     def _start(self, config: dict[str, Any], resume: bool, overwrite: bool) -> None:
         file = self.path / "config.json"
         if overwrite:
             for entry in self.path.iterdir():
-                if entry.name != "lock":
+                if entry.name not in ("lock", "data"):
                     shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         for entry in self.path.glob(".*"):  # what a killed process left half-written, or put aside
             target = self.path / entry.name.split(".")[1]

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``ctxfast pretrain elmo``: a bidirectional language model from text."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from . import loop_options
+
+_WHO = "pretrain elmo"
+_HELP = """\
+Train ELMo's bidirectional language model on text, as bilm-tf does: characters in, sampled softmax over a vocabulary,
+state carried along running text. Defaults are bilm-tf's.
+
+DIR/final holds options.json and weights.hdf5, which AllenNLP and ctxfast.Elmo read. Killed, the same command goes on.
+Under torchrun every process reads its own lanes of the text.
+
+  ctxfast pretrain elmo train.txt -o run --size small --epochs 10 --held-out dev.txt
+  ctxfast pretrain elmo book.txt.xz --tokenize -o run --options options.json --vocab-size 20000 --negatives 2000
+"""
+
+
+def add(commands: Any) -> None:
+    """Add the command to ``ctxfast pretrain``."""
+    parser = commands.add_parser(
+        "elmo",
+        help="a biLM: characters, LSTMs in both directions",
+        description=_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("text", nargs="+", metavar="TEXT", help="text (plain, .gz, .xz), a sentence a line, words between white space")
+    add("--tokenize", action="store_true", help="lines are running text: split sentences and words by simple rules")
+    add("--held-out", metavar="FILE", help="text to judge by: perplexity under the full softmax, both ways")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--size", default="original", help="small, medium or original (default: 4096 cells, 512)")
+    size.add_argument("--options", metavar="FILE", help="options.json with the model's sizes")
+    add("--vocab", metavar="FILE", help="words of the output layer: <S>, </S>, <UNK>, then frequent before rare")
+    add("--vocab-size", type=int, metavar="N", help="else the N most frequent words of the text")
+    add("--min-count", type=int, metavar="N", default=1, help="of them those seen N times or more (%(default)s)")
+    add("--init-from", metavar="DIR", help="go on from a model: options.json, weights.hdf5 (softmax.safetensors)")
+    add("--unroll", type=int, metavar="N", default=20, help="steps that gradients go back (%(default)s)")
+    add("--negatives", type=int, metavar="N", default=8192, help="words of the sampled softmax; 0: full (%(default)s)")
+    add("--dropout", type=float, default=0.1, help="of every layer's input and the top (%(default)s)")
+    loop_options.add(
+        parser,
+        batch_size=128,
+        learning_rate=0.2,
+        warmup=0,
+        schedule="constant",
+        optimizer="adagrad",
+        weight_decay=0.0,
+        max_grad_norm=10.0,
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prepare the text, train, write the model."""
+    loop_options.check(args, _WHO)
+    for name in ("text", "held_out", "options", "vocab"):
+        for file in args.text if name == "text" else [getattr(args, name)]:
+            if file is not None and not Path(file).is_file():
+                raise FileNotFoundError(f"ctxfast.{_WHO}: {name} {file} does not exist; expected a file.")
+    from ..models.elmo.config import ElmoConfig
+    from ..training.bilm_corpus import BiLmCorpus, read_vocabulary
+    from ..training.bilm_pretraining import BiLmPretraining
+    from ..training.checkpoints import check_directory
+    from ..training.parallel import join
+
+    check_directory(args.output)
+    start = None if args.init_from is None else Path(args.init_from)
+    options = start / "options.json" if start is not None and args.options is None else args.options
+    config = ElmoConfig.preset(args.size) if options is None else ElmoConfig.from_file(options)
+    vocabulary = None if args.vocab is None else read_vocabulary(args.vocab)
+    if vocabulary is None and start is not None and (start / "vocabulary.txt").is_file():
+        vocabulary = read_vocabulary(start / "vocabulary.txt")
+    group = join(args.parallel, args.device)
+    say = None if args.quiet or not group.is_first else _say
+    common = {"tokenize": args.tokenize, "max_characters": config.max_characters}
+
+    def prepare() -> tuple[BiLmCorpus, BiLmCorpus | None]:
+        data = Path(args.output) / "data"
+        corpus = BiLmCorpus.prepare(
+            data / "train",
+            args.text,
+            vocabulary,
+            vocabulary_size=args.vocab_size,
+            min_count=args.min_count,
+            say=say,
+            **common,
+        )
+        if args.held_out is None:
+            return corpus, None
+        return corpus, BiLmCorpus.prepare(data / "held_out", [args.held_out], corpus.vocabulary, say=say, **common)
+
+    # Process 0 makes the arrays; the others find them made.
+    if group.is_first:
+        prepare()
+    group.wait()
+    corpus, held_out = prepare()
+    task = BiLmPretraining(
+        corpus,
+        config,
+        held_out=held_out,
+        batch_size=args.batch_size,
+        unroll=args.unroll,
+        negatives=args.negatives,
+        dropout=args.dropout,
+        scale_by_unroll=args.optimizer == "adagrad",
+        seed=args.seed,
+        impl=args.impl,
+    )
+    if start is not None:
+        task.start_from(start)
+    windows = task.windows_per_epoch(group.ranks)
+    steps = args.steps or max(1, round(args.epochs * windows) // args.accumulate)
+    more = {"initial_accumulator": 1.0} if args.optimizer == "adagrad" else {}
+    loop = loop_options.config(args, steps, best="-loss" if held_out is not None else None, **more)
+    if say is not None:
+        parameters = sum(value.numel() for value in task.model.parameters())
+        share = 100 * corpus.unknown_share
+        say(
+            f"{corpus.num_sentences:,} sentences, {corpus.positions:,} predictions each way, {share:.2f} % of words "
+            f"outside the vocabulary; {parameters:,} parameters; {steps:,} steps"
+        )
+    settings = {
+        "text": [str(file) for file in args.text],
+        "held_out": args.held_out,
+        "model": config.to_dict(),
+        "vocabulary": [args.vocab, args.vocab_size, args.min_count],
+        "init_from": args.init_from,
+        "tokenize": args.tokenize,
+        "batch_size": args.batch_size,
+        "unroll": args.unroll,
+        "negatives": args.negatives,
+        "dropout": args.dropout,
+    }
+    loop_options.run(args, f"ctxfast {_WHO}", task, loop, settings)
+    return 0
+
+
+def _say(text: str) -> None:
+    print(f"ctxfast {_WHO}: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,308 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Text for a bidirectional language model: sentences of words in memory-mapped arrays, and what each step reads.
+
+A sentence of n words makes n + 1 predictions in each direction: forwards ``<S> w1 .. wn`` predict ``w1 .. wn </S>``,
+backwards ``</S> wn .. w1`` predict ``wn .. w1 <S>``. Sentences follow one another in the order of the text.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import lzma
+import os
+import re
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from ..corpus import fingerprint
+from ..models.elmo.tokenization import BEGIN_SENTENCE, END_SENTENCE, ElmoCharacterMapper
+
+UNKNOWN = "<UNK>"
+MARKS = (BEGIN_SENTENCE, END_SENTENCE, UNKNOWN)
+BEGIN, END, UNKNOWN_ID = 0, 1, 2
+# A vocabulary of the One Billion Word Benchmark holds this; it is no word.
+_NO_WORD = "!!!MAXTERMID"
+_WHO = "ctxfast.training.BiLmCorpus"
+_BLOCK_TOKENS = 1 << 20
+_SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]”’]*\s+(?=[\"'(\[“‘]*[A-Z0-9])")
+_WORD = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]")
+
+
+def tokenized(line: str) -> Iterator[list[str]]:
+    """Sentences of words of a line of running text, by simple rules.
+
+    A sentence ends after ``. ! ?`` where white space and a capital or a digit follow; words are runs of letters, digits
+    and inner apostrophes; every other sign stands for itself.
+    """
+    for sentence in _SENTENCE_END.split(line):
+        if words := _WORD.findall(sentence):
+            yield words
+
+
+def sentences(path: str | os.PathLike[str], tokenize: bool = False) -> Iterator[list[str]]:
+    """Sentences of a text file (plain, .gz, .xz): a line each, words between white space; blank lines are left out.
+
+    Args:
+        path: the file, UTF-8.
+        tokenize: lines are running text, see ``tokenized``.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a line that is no UTF-8, or that holds ``<S>`` or ``</S>``, by its number.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"ctxfast.training: text {path} does not exist; expected a text file.")
+    opened: IO[bytes] = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)(path, "rb")
+    with opened as file:
+        for number, raw in enumerate(file, 1):
+            try:
+                line = raw.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"ctxfast.training: line {number} of {path} is no UTF-8 ({error.reason}).") from None
+            if tokenize:
+                yield from tokenized(line)
+                continue
+            if words := line.split():
+                if BEGIN_SENTENCE in words or END_SENTENCE in words:
+                    raise ValueError(
+                        f"ctxfast.training: line {number} of {path} holds a sentence mark; expected words only, the "
+                        "marks are added."
+                    )
+                yield words
+
+
+def count_words(files: Sequence[str | os.PathLike[str]], tokenize: bool = False) -> Counter[str]:
+    """How often each word stands in the files."""
+    counts: Counter[str] = Counter()
+    for file in files:
+        for words in sentences(file, tokenize):
+            counts.update(words)
+    return counts
+
+
+def make_vocabulary(counts: Counter[str], size: int | None = None, min_count: int = 1) -> list[str]:
+    """The marks, then words from the most to the least frequent: the order that sampling relies on.
+
+    Args:
+        counts: see ``count_words``.
+        size: words at most, marks included.
+        min_count: words seen less often are left out.
+    """
+    words = sorted((word for word, count in counts.items() if count >= min_count), key=lambda w: (-counts[w], w))
+    words = [*MARKS, *(word for word in words if word not in MARKS and word != _NO_WORD)]
+    return words if size is None else words[: max(size, len(MARKS))]
+
+
+def read_vocabulary(path: str | os.PathLike[str]) -> list[str]:
+    """A vocabulary file, a word a line, ``<S>``, ``</S>``, ``<UNK>`` first, frequent words before rare ones.
+
+    Raises:
+        ValueError: other words at the start, or a word that stands there twice, by line number.
+    """
+    words: list[str] = []
+    seen: dict[str, int] = {}
+    with open(path, encoding="utf-8", newline="\n") as file:
+        for number, line in enumerate(file, 1):
+            word = line.rstrip("\r\n").strip()
+            if word == _NO_WORD:
+                continue
+            if number <= len(MARKS) and word != MARKS[number - 1]:
+                raise ValueError(
+                    f"{_WHO}: line {number} of {path} is {word!r}; expected {MARKS[number - 1]!r}: a vocabulary "
+                    f"begins with {', '.join(MARKS)}."
+                )
+            if not word or word in seen:
+                what = f"the same as line {seen[word]}" if word else "empty"
+                raise ValueError(f"{_WHO}: line {number} of {path} is {what}; expected a word of its own.")
+            seen[word] = number
+            words.append(word)
+    if len(words) <= len(MARKS):
+        raise ValueError(f"{_WHO}: {path} has {len(words)} words; expected {', '.join(MARKS)} and more.")
+    return words
+
+
+@dataclass(frozen=True)
+class Window:
+    """What lanes read next: distinct words as numbers, inputs and targets of both directions.
+
+    Attributes:
+        inputs: (2, lanes, steps) int64, distinct words (rows of ``BiLmCorpus.characters``), backward reversed in time.
+        targets: (2, lanes, steps) int64, ids of the vocabulary; -100 past the end.
+    """
+
+    inputs: np.ndarray
+    targets: np.ndarray
+
+
+class BiLmCorpus:
+    """A prepared text.
+
+    Args:
+        directory: made by ``prepare``.
+
+    Attributes:
+        vocabulary: words of the output layer.
+        characters: (D, C) int16, character ids of every distinct word of the text, the vocabulary's first.
+        positions: predictions in each direction.
+        num_sentences: sentences.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str]) -> None:
+        path = Path(directory)
+        self.vocabulary = read_vocabulary(path / "vocabulary.txt")
+        self.characters = np.load(path / "characters.npy", mmap_mode="r")
+        self._tokens = np.load(path / "tokens.npy", mmap_mode="r")
+        # Position at which each sentence starts, and the end of the last.
+        self._starts = np.load(path / "starts.npy", mmap_mode="r")
+        self.num_sentences = len(self._starts) - 1
+        self.positions = int(self._starts[-1])
+
+    @property
+    def unknown_share(self) -> float:
+        """Share of words of the text that the vocabulary lacks."""
+        return float(np.mean(self._tokens >= len(self.vocabulary)))
+
+    @classmethod
+    def prepare(
+        cls,
+        directory: str | os.PathLike[str],
+        files: Sequence[str | os.PathLike[str]],
+        vocabulary: Sequence[str] | None = None,
+        *,
+        vocabulary_size: int | None = None,
+        min_count: int = 1,
+        tokenize: bool = False,
+        max_characters: int = 50,
+        say: Callable[[str], None] | None = None,
+    ) -> BiLmCorpus:
+        """Read text into arrays, unless ``directory`` holds what the same arguments gave before.
+
+        Args:
+            directory: appears when it is whole.
+            files: text files, read in this order.
+            vocabulary: the words of the output layer; None: made of the text's, see ``make_vocabulary``.
+            vocabulary_size, min_count: for a vocabulary that is made.
+            tokenize: see ``sentences``.
+            max_characters: of a word, marks included.
+            say: called with a line about what is being done.
+
+        Memory: a dictionary of the text's distinct words. The files are read twice.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: no text in the files, or text that is no UTF-8.
+        """
+        path = Path(directory)
+        given = None if vocabulary is None else hashlib.sha256("\n".join(vocabulary).encode()).hexdigest()
+        meta: dict[str, Any] = {
+            "format": 1,
+            "files": [[os.fspath(file), fingerprint(file)] for file in files if Path(file).is_file()],
+            "vocabulary": [vocabulary_size, min_count] if given is None else given,
+            "tokenize": tokenize,
+            "max_characters": max_characters,
+        }
+        file = path / "meta.json"
+        if file.is_file() and json.loads(file.read_text(encoding="utf-8")) == json.loads(json.dumps(meta)):
+            return cls(path)
+        if say is not None:
+            say(f"counting words of {', '.join(Path(file).name for file in files)}")
+        counts = count_words(files, tokenize)
+        if not counts:
+            names = ", ".join(map(os.fspath, files))
+            raise ValueError(f"{_WHO}: {names}: no words; expected a text, a sentence a line.")
+        words = make_vocabulary(counts, vocabulary_size, min_count) if vocabulary is None else list(vocabulary)
+        if say is not None:
+            say(f"{sum(counts.values()):,} words, {len(counts):,} distinct, vocabulary of {len(words):,}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        try:
+            _write(temporary, files, counts, words, tokenize, max_characters)
+            (temporary / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
+            os.chmod(temporary, 0o755)
+            if path.exists():
+                shutil.rmtree(path)
+            os.replace(temporary, path)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        return cls(path)
+
+    def window(self, starts: Sequence[int], steps: int, ends: Sequence[int] | None = None) -> Window:
+        """What each lane reads from its position on, around the end of the text.
+
+        Args:
+            starts: a position a lane.
+            steps: predictions to read.
+            ends: positions at which lanes end; what lies past them has no target. None: no end.
+        """
+        inputs = np.full((2, len(starts), steps), END, dtype=np.int64)
+        targets = np.full((2, len(starts), steps), -100, dtype=np.int64)
+        for lane, start in enumerate(starts):
+            left = steps if ends is None else max(0, min(steps, ends[lane] - start))
+            start %= self.positions
+            number = int(np.searchsorted(self._starts, start, side="right")) - 1
+            filled = 0
+            while filled < left:
+                first, last = int(self._starts[number]), int(self._starts[number + 1])
+                words = self._tokens[first - number : last - number - 1]
+                sentence = np.concatenate([[BEGIN], words, [END]])
+                offset = start - first
+                size = min(last - start, left - filled)
+                for direction, line in enumerate((sentence, sentence[::-1])):
+                    inputs[direction, lane, filled : filled + size] = line[offset : offset + size]
+                    targets[direction, lane, filled : filled + size] = line[offset + 1 : offset + 1 + size]
+                filled += size
+                number = (number + 1) % self.num_sentences
+                start = int(self._starts[number])
+        targets[targets >= len(self.vocabulary)] = UNKNOWN_ID
+        return Window(inputs, targets)
+
+    def sentence_start(self, position: int) -> int:
+        """Where the sentence of a position starts."""
+        return int(self._starts[np.searchsorted(self._starts, position % self.positions, side="right") - 1])
+
+
+def _write(
+    path: Path,
+    files: Sequence[str | os.PathLike[str]],
+    counts: Counter[str],
+    vocabulary: list[str],
+    tokenize: bool,
+    max_characters: int,
+) -> None:
+    known = set(vocabulary)
+    others = sorted((word for word in counts if word not in known), key=lambda word: (-counts[word], word))
+    distinct = [*vocabulary, *others]
+    number = {word: index for index, word in enumerate(distinct)}
+    (path / "vocabulary.txt").write_text("".join(f"{word}\n" for word in vocabulary), encoding="utf-8")
+    mapper = ElmoCharacterMapper(max_characters=max_characters)
+    characters = np.empty((len(distinct), max_characters), dtype=np.int16)
+    for start in range(0, len(distinct), 1 << 16):
+        part = distinct[start : start + (1 << 16)]
+        characters[start : start + len(part)] = mapper.rows(part)
+    np.save(path / "characters.npy", characters)
+    tokens = np.lib.format.open_memmap(path / "tokens.npy", "w+", np.int32, (sum(counts.values()),))
+    starts, position, done = [0], 0, 0
+    block: list[int] = []
+    for file in files:
+        for words in sentences(file, tokenize):
+            block += [number[word] for word in words]
+            position += len(words) + 1
+            starts.append(position)
+            if len(block) >= _BLOCK_TOKENS:
+                tokens[done : done + len(block)] = block
+                done += len(block)
+                block = []
+    tokens[done:] = block
+    tokens.flush()
+    np.save(path / "starts.npy", np.array(starts, dtype=np.int64))

@@ -1,0 +1,398 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pretraining of a biLM: what it reads, its loss, what it learns and writes."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import ctxfast
+from ctxfast import cli
+from ctxfast.models.elmo.config import ElmoConfig
+from ctxfast.models.elmo.weights import load_weights
+from ctxfast.training.bilm_corpus import BiLmCorpus, make_vocabulary, read_vocabulary, sentences, tokenized
+from ctxfast.training.bilm_pretraining import BiLmPretraining
+from ctxfast.training.loop import LoopConfig, train
+from ctxfast.training.sampled_softmax import log_uniform_negatives, sampled_softmax_loss
+
+TEXT = """the cat sat on the mat
+a dog sat
+
+the end
+"""
+SIZES = {
+    "lstm": {
+        "dim": 24,
+        "projection_dim": 12,
+        "n_layers": 2,
+        "use_skip_connections": True,
+        "cell_clip": 3,
+        "proj_clip": 3,
+    },
+    "char_cnn": {
+        "embedding": {"dim": 4},
+        "filters": [[1, 4], [2, 8], [3, 12]],
+        "n_highway": 1,
+        "activation": "relu",
+        "n_characters": 262,
+        "max_characters_per_token": 16,
+    },
+}
+
+
+@pytest.fixture
+def text(tmp_path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.fixture(scope="module")
+def grammar(tmp_path_factory) -> Path:
+    """Sentences in which a word tells the next: a pattern that a small model learns within seconds."""
+    draw = np.random.default_rng(0)
+    chains = [["red", "green", "blue", "grey"], ["one", "two", "three"], ["up", "down", "left", "right", "back"]]
+    lines = []
+    for _ in range(400):
+        chain = chains[draw.integers(3)]
+        start = int(draw.integers(len(chain)))
+        lines.append(" ".join(chain[(start + k) % len(chain)] for k in range(int(draw.integers(3, 9)))))
+    path = tmp_path_factory.mktemp("grammar") / "grammar.txt"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def corpus(text: Path, **options) -> BiLmCorpus:
+    return BiLmCorpus.prepare(text.parent / "data", [text], max_characters=16, **options)
+
+
+def test_what_lanes_read(text) -> None:
+    prepared = corpus(text)
+    assert prepared.vocabulary[:5] == ["<S>", "</S>", "<UNK>", "the", "sat"]
+    assert prepared.num_sentences == 3 and prepared.positions == 7 + 4 + 3
+    window = prepared.window([0, 9], 8)
+    name = ["<S>", "</S>", "<UNK>", *prepared.vocabulary[3:]].__getitem__
+
+    def words(ids: np.ndarray) -> str:
+        return " ".join(name(word) for word in ids)
+
+    assert words(window.inputs[0, 0]) == "<S> the cat sat on the mat <S>"
+    assert words(window.targets[0, 0]) == "the cat sat on the mat </S> a"
+    assert words(window.inputs[1, 0]) == "</S> mat the on sat cat the </S>"
+    assert words(window.targets[1, 0]) == "mat the on sat cat the <S> sat"
+    # From inside a sentence, and around the end of the text.
+    assert words(window.inputs[0, 1]) == "dog sat <S> the end <S> the cat"
+    assert words(window.targets[1, 1]) == "a <S> end the <S> mat the on"
+    cut = prepared.window([0], 9, ends=[4])
+    assert (cut.targets[:, 0, 4:] == -100).all() and (cut.targets[:, 0, :4] >= 0).all()
+
+
+def test_words_outside_the_vocabulary_keep_their_characters(text) -> None:
+    prepared = corpus(text, vocabulary_size=5)
+    window = prepared.window([0], 7)
+    assert prepared.vocabulary == ["<S>", "</S>", "<UNK>", "the", "sat"]
+    assert window.targets[0, 0].tolist() == [3, 2, 4, 2, 3, 2, 1]
+    assert window.inputs[0, 0, 2] >= 5
+    rows = ctxfast.batch_to_ids([["<S>", "the", "cat"]], max_characters=16)[0]
+    assert torch.equal(torch.from_numpy(prepared.characters[window.inputs[0, 0, :3]].astype(np.int64)), rows)
+    assert prepared.unknown_share == pytest.approx(6 / 11)
+
+
+def test_prepared_text_is_used_again_only_if_nothing_changed(text) -> None:
+    said: list[str] = []
+    corpus(text, say=said.append)
+    assert len(said) == 2
+    corpus(text, say=said.append)
+    assert len(said) == 2
+    assert corpus(text, say=said.append, min_count=2).vocabulary == ["<S>", "</S>", "<UNK>", "the", "sat"]
+    text.write_text(TEXT + "more\n")
+    assert "more" in corpus(text).vocabulary
+
+
+def test_running_text() -> None:
+    line = 'He said: "It\'s done." Then he left at 5 p.m. exactly. Why? "No idea!"'
+    found = [" ".join(words) for words in tokenized(line)]
+    assert found == ["He said : \" It's done .", "Then he left at 5 p . m . exactly .", "Why ?", '" No idea ! "']
+
+
+def test_bad_text_and_vocabularies(tmp_path, text) -> None:
+    (tmp_path / "bad").write_bytes(b"fine\n\xff\xfe\n")
+    with pytest.raises(ValueError, match="line 2 of .*bad is no UTF-8"):
+        list(sentences(tmp_path / "bad"))
+    (tmp_path / "marks").write_text("a\nb </S>\n")
+    with pytest.raises(ValueError, match="line 2 of .*marks holds a sentence mark"):
+        list(sentences(tmp_path / "marks"))
+    (tmp_path / "empty").write_text("\n\n")
+    with pytest.raises(ValueError, match="no words; expected a text"):
+        BiLmCorpus.prepare(tmp_path / "d", [tmp_path / "empty"])
+    assert not (tmp_path / "d").exists()
+    for words, message in (
+        (["<S>", "</S>", "the"], "line 3 .* is 'the'; expected '<UNK>'"),
+        (["<S>", "</S>", "<UNK>", "a", "b", "a"], "line 6 .* is the same as line 4"),
+        (["<S>", "</S>", "<UNK>", "", "b"], "line 4 .* is empty"),
+        (["<S>", "</S>", "<UNK>"], "has 3 words; expected"),
+    ):
+        (tmp_path / "v").write_text("".join(word + "\n" for word in words))
+        with pytest.raises(ValueError, match=message):
+            read_vocabulary(tmp_path / "v")
+    prepared = corpus(text)
+    config = ElmoConfig.from_dict(SIZES)
+    with pytest.raises(ValueError, match="negatives is 8192; expected fewer than the 11 words"):
+        BiLmPretraining(prepared, config)
+    with pytest.raises(ValueError, match="the text has 14 predictions; expected at least 4 lanes of 20 = 80"):
+        BiLmPretraining(prepared, config, batch_size=4, negatives=0).windows_per_epoch()
+    other = BiLmCorpus.prepare(tmp_path / "o", [text], vocabulary_size=5)
+    with pytest.raises(ValueError, match="held_out has another vocabulary"):
+        BiLmPretraining(prepared, config, held_out=other, negatives=0)
+
+
+def test_negatives_are_log_uniform() -> None:
+    draw, size, count = np.random.default_rng(1), 1000, 50
+    seen, all_tries = np.zeros(size), []
+    for _ in range(2000):
+        words, tries = log_uniform_negatives(draw, count, size)
+        assert len(set(words.tolist())) == count and words.min() >= 0 and words.max() < size and tries >= count
+        seen[words] += 1
+        all_tries.append(tries)
+    k = np.arange(size)
+    chance = np.log((k + 2) / (k + 1)) / math.log(size + 1)
+    expected = np.mean([-np.expm1(tries * np.log1p(-chance)) for tries in all_tries], axis=0) * 2000
+    assert np.abs(seen - expected).max() < 5 * np.sqrt(expected.max())
+    assert np.corrcoef(seen, expected)[0, 1] > 0.99
+    with pytest.raises(ValueError, match="negatives is 5; expected 1 to 4"):
+        log_uniform_negatives(draw, 5, 5)
+
+
+def test_sampled_softmax_against_its_formula() -> None:
+    generator = torch.Generator().manual_seed(0)
+    size, count, rows, width = 40, 12, 9, 6
+    hidden = torch.randn(rows, width, generator=generator, requires_grad=True)
+    weight, bias = torch.randn(size, width, generator=generator), torch.randn(size, generator=generator)
+    words, tries = log_uniform_negatives(np.random.default_rng(0), count, size)
+    targets = torch.randint(size, (rows,), generator=generator)
+    targets[0] = int(words[0])  # drawn by accident
+    loss = sampled_softmax_loss(hidden, weight, bias, targets, torch.from_numpy(words), torch.tensor(tries))
+
+    def corrected(row: int, word: int) -> float:
+        p = math.log((word + 2) / (word + 1)) / math.log(size + 1)
+        expected = 1 - (1 - p) ** tries
+        return (hidden[row].double() @ weight[word].double() + bias[word]).item() - math.log(expected)
+
+    total = 0.0
+    for row, target in enumerate(targets.tolist()):
+        logits = [corrected(row, target)] + [corrected(row, word) for word in words.tolist() if word != target]
+        total += math.log(sum(math.exp(value) for value in logits)) - logits[0]
+    assert loss.item() == pytest.approx(total / rows, rel=1e-5)
+    loss.backward()
+    assert hidden.grad.isfinite().all()
+
+
+def test_sampled_softmax_comes_close_to_the_full_one() -> None:
+    generator = torch.Generator().manual_seed(0)
+    size, rows = 500, 64
+    hidden, weight = torch.randn(rows, 8, generator=generator), 0.5 * torch.randn(size, 8, generator=generator)
+    targets = (torch.rand(rows, generator=generator) ** 3 * size).long()
+    full = F.cross_entropy(hidden @ weight.T, targets).item()
+    draw, losses = np.random.default_rng(0), []
+    for _ in range(50):
+        words, tries = log_uniform_negatives(draw, 300, size)
+        found = sampled_softmax_loss(
+            hidden, weight, torch.zeros(size), targets, torch.from_numpy(words), torch.tensor(tries)
+        )
+        losses.append(found.item())
+    # The softmax's sum is estimated, and counts the target whole: near the full loss, not equal to it.
+    assert abs(np.mean(losses) - full) < 0.15 * full
+
+
+def task(text: Path, **options) -> BiLmPretraining:
+    prepared = corpus(text)
+    defaults = {"batch_size": 4, "unroll": 8, "negatives": 0, "dropout": 0.0, "held_out": prepared}
+    return BiLmPretraining(prepared, ElmoConfig.from_dict(SIZES), **defaults | options)
+
+
+def test_the_model_reads_as_elmo_does(grammar) -> None:
+    """A sentence in one window from a zero state: every direction's top layer is what ctxfast.Elmo's biLM gives."""
+    made = task(grammar, batch_size=1)
+    words = ["red", "green", "blue", "grey", "red"]
+    number = {word: index for index, word in enumerate(made.corpus.vocabulary)}
+    forward = ["<S>", *words]
+    backward = ["</S>", *reversed(words)]
+    inputs = torch.tensor([[[number[word] for word in side]] for side in (forward, backward)])
+    characters = torch.from_numpy(made.corpus.characters[: len(number)].astype(np.int64))
+    made.model.eval()
+    made.model.bilm.state = "zero"
+    with torch.no_grad():
+        one, other, _ = made.model.top(characters, inputs, None)
+        found = made.model.bilm(ctxfast.batch_to_ids([words], max_characters=16))["activations"][-1][0]
+    # ELMo reads both sentence marks; here the last one of each direction is only predicted.
+    size = found.shape[1] // 2
+    torch.testing.assert_close(one[0], found[:-1, :size])
+    torch.testing.assert_close(other[0], found[1:, size:].flip(0))
+
+
+def test_state_goes_on_from_window_to_window(grammar) -> None:
+    """Two windows of 8 are one of 16."""
+    short, long = task(grammar, batch_size=3), task(grammar, batch_size=3, unroll=16)
+    starts = [short.corpus.sentence_start(position) for position in (0, 500, 900)]
+    short._lane_starts = long._lane_starts = lambda epoch, ranks: starts
+    for made in (short, long):
+        made.model.train()
+    total = [short.loss(short.model, short.batch(step))[1]["loss"] for step in range(2)]
+    whole = long.loss(long.model, long.batch(0))[1]["loss"]
+    torch.testing.assert_close(sum(total) / 2, whole)
+    for one, other in zip(short._state, long._state):
+        torch.testing.assert_close(one, other)
+
+
+def test_full_softmax_evaluation_counts_every_word_once(grammar) -> None:
+    made = task(grammar, batch_size=7)
+    made.model.eval()
+    with torch.no_grad():
+        figures = made.evaluate(made.model)
+        one = task(grammar, batch_size=1).evaluate(made.model)
+    # Lanes differ only in the states at their starts.
+    assert figures["loss"] == pytest.approx(one["loss"], rel=0.02)
+    assert figures["perplexity"] == pytest.approx(math.exp(figures["loss"]))
+    expected = math.log(len(made.corpus.vocabulary))
+    assert abs(figures["loss"] - expected) < 0.6, "an untrained model knows nothing"
+
+
+@pytest.mark.parametrize("negatives", [0, 6])
+def test_it_learns_and_allennlp_can_read_it(grammar, tmp_path, negatives: int) -> None:
+    made = task(grammar, negatives=negatives, batch_size=16, dropout=0.05)
+    config = LoopConfig(
+        steps=150,
+        learning_rate=0.2,
+        optimizer="adagrad",
+        initial_accumulator=0.1,
+        weight_decay=0.0,
+        schedule="constant",
+        max_grad_norm=10.0,
+        eval_every=50,
+        parallel="no",
+        device="cpu",
+    )
+    report = train(made, config, tmp_path / "run")
+    curve = [line["perplexity"] for line in report.log if line["kind"] == "eval"]
+    # Nothing tells how a sentence begins and ends; the words between are certain.
+    assert curve[-1] < curve[0] and curve[-1] < (4.0 if negatives else 3.2), curve
+    final = tmp_path / "run" / "final"
+    elmo = ctxfast.Elmo(final / "options.json", final / "weights.hdf5", 1, dropout=0.0).eval()
+    assert elmo(ctxfast.batch_to_ids([["red", "blue"]], max_characters=16))["elmo_representations"][0].shape == (
+        1,
+        2,
+        24,
+    )
+    config_back, state = load_weights(final / "weights.hdf5", ElmoConfig.from_file(final / "options.json"))
+    for name, value in made.model.bilm.state_dict().items():
+        torch.testing.assert_close(state[name], value, rtol=0, atol=3e-7)
+    again = task(grammar)
+    again.start_from(final)
+    again.model.eval()
+    with torch.no_grad():
+        assert again.evaluate(again.model)["loss"] == pytest.approx(report.figures["loss"], rel=0.02)
+
+
+def test_gradients_beside_the_reference(grammar) -> None:
+    """Loss curves of 200 steps, kernels beside plain PyTorch."""
+    curves = {}
+    for impl in (None, "reference"):
+        made = task(grammar, batch_size=4, impl=impl, negatives=6)
+        made.model.train()
+        optimizer = torch.optim.Adagrad(made.model.parameters(), lr=0.1, initial_accumulator_value=1.0)
+        losses = []
+        for step in range(200):
+            loss, figures = made.loss(made.model, made.batch(step))
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(made.model.parameters(), 10.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(figures["loss"].item())
+        curves[impl] = torch.tensor(losses)
+    assert curves[None][-20:].mean() < 0.8 * curves[None][:20].mean()
+    torch.testing.assert_close(curves[None], curves["reference"], rtol=2e-3, atol=2e-3)
+
+
+def test_bf16(grammar, tmp_path) -> None:
+    config = LoopConfig(steps=20, learning_rate=0.1, optimizer="adagrad", amp="bf16", parallel="no", device="cpu")
+    full = train(task(grammar), LoopConfig(**{**vars(config), "amp": "no"}), tmp_path / "full")
+    half = train(task(grammar), config, tmp_path / "half")
+    assert half.figures["loss"] == pytest.approx(full.figures["loss"], rel=0.02)
+
+
+def command(*words: object) -> list[str]:
+    return [sys.executable, "-m", "ctxfast.cli", "pretrain", "elmo", *map(str, words)]
+
+
+def test_command_killed_and_resumed(grammar, tmp_path, capsys) -> None:
+    (tmp_path / "options.json").write_text(json.dumps(SIZES))
+    arguments = [grammar, "--held-out", grammar, "--options", tmp_path / "options.json", "--negatives", 6]
+    arguments += [
+        "--batch-size",
+        4,
+        "--unroll",
+        8,
+        "--steps",
+        60,
+        "--save-every",
+        4,
+        "--log-every",
+        20,
+        "--device",
+        "cpu",
+    ]
+    assert cli.main(["pretrain", "elmo", *map(str, arguments), "-o", str(tmp_path / "whole")]) == 0
+    said = capsys.readouterr().err
+    assert "predictions each way" in said and "step 60 of 60: loss" in said and "perplexity" in said
+    run = tmp_path / "killed"
+    process = subprocess.Popen(command(*arguments, "-o", run), stderr=subprocess.DEVNULL)
+    while not list(run.glob("checkpoint-*")):
+        assert process.poll() is None, "it ended before it was killed"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (run / "final").exists()
+    assert cli.main(["pretrain", "elmo", *map(str, arguments), "-o", str(run)]) == 0
+    assert "(from step" in capsys.readouterr().err
+    whole, killed = (torch.load(sorted(path.glob("checkpoint-*"))[-1]) for path in (tmp_path / "whole", run))
+    assert all(torch.equal(whole["model"][name], killed["model"][name]) for name in whole["model"])
+    assert torch.equal(whole["ranks"][0]["task"]["c"], killed["ranks"][0]["task"]["c"])
+    assert (run / "final" / "weights.hdf5").stat().st_size > 0
+
+
+def test_command_errors(grammar, tmp_path, capsys) -> None:
+    (tmp_path / "options.json").write_text(json.dumps(SIZES))
+    base = [str(grammar), "-o", str(tmp_path / "run"), "--options", str(tmp_path / "options.json")]
+    for more, message in (
+        ([], "neither --epochs nor --steps is given"),
+        (["--epochs", "1", "--steps", "2"], "--epochs and --steps are both given"),
+        (["--epochs", "1"], "negatives is 8192; expected fewer than"),
+        (["--epochs", "1", "--held-out", "nowhere.txt"], "held_out nowhere.txt does not exist"),
+        (["--epochs", "1", "--negatives", "0", "--dropout", "1.5"], "dropout is 1.5"),
+        (["--epochs", "1", "--negatives", "0", "--batch-size", "5000"], "expected at least 5000 lanes"),
+    ):
+        assert cli.main(["pretrain", "elmo", *base, *more]) == 2
+        assert message in capsys.readouterr().err
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "a.txt").write_text("")
+    assert cli.main(["pretrain", "elmo", str(grammar), "-o", str(tmp_path / "theirs"), "--steps", "1"]) == 2
+    assert "holds a.txt; expected an empty directory" in capsys.readouterr().err
+
+
+def test_vocabulary_is_sorted_by_frequency() -> None:
+    from collections import Counter
+
+    counts = Counter({"b": 2, "a": 2, "c": 5, "<S>": 1, "!!!MAXTERMID": 9})
+    assert make_vocabulary(counts) == ["<S>", "</S>", "<UNK>", "c", "a", "b"]
+    assert make_vocabulary(counts, size=4) == ["<S>", "</S>", "<UNK>", "c"]
+    assert make_vocabulary(counts, min_count=3) == ["<S>", "</S>", "<UNK>", "c"]
