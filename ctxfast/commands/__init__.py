@@ -6,8 +6,10 @@ Modules import nothing heavy at the top: every start of ``ctxfast`` imports them
 
 from types import ModuleType
 
-from . import pretrain_elmo
+from . import convert, pretrain_bert, pretrain_elmo
 
 COMMANDS: dict[str, ModuleType] = {
+    "convert": convert,
+    "pretrain bert": pretrain_bert,
     "pretrain elmo": pretrain_elmo,
 }

@@ -2,8 +2,7 @@
 """BERT's pretraining instances: sentence pairs with masked words, made from documents as Google's
 create_pretraining_data makes them.
 
-With the same seed, documents and vocabulary the instances are the same, draw for draw: every random number comes from
-one ``random.Random``, in the original's order.
+Every random number comes from one ``random.Random``, in the order of the original; ``bert_corpus.Recipe`` uses them.
 """
 
 from __future__ import annotations
@@ -74,11 +73,24 @@ class PairOptions:
 
 @dataclass(frozen=True)
 class Pair:
-    """A sequence before masking: ids with [CLS] and [SEP], tokens of the first segment with its marks, the label."""
+    """A sequence before masking.
+
+    Attributes:
+        ids: with [CLS] and [SEP].
+        first_length: of [CLS] A [SEP]; the rest is B [SEP].
+        is_random_next: the label: a segment is not what the text had there.
+        types: token types; None: 0 for the first segment, 1 for the second.
+    """
 
     ids: list[int]
-    first_length: int  # [CLS] A [SEP]; the rest is B [SEP]
+    first_length: int
     is_random_next: bool
+    types: list[int] | None = None
+
+    @property
+    def token_type_ids(self) -> list[int]:
+        """0 for [CLS] A [SEP], 1 for B [SEP], unless ``types`` says otherwise."""
+        return self.types or [0] * self.first_length + [1] * (len(self.ids) - self.first_length)
 
 
 @dataclass(frozen=True)
@@ -90,49 +102,12 @@ class Instance:
     is_random_next: bool
     positions: list[int]
     labels: list[int]
+    types: list[int] | None = None
 
     @property
     def token_type_ids(self) -> list[int]:
-        """0 for [CLS] A [SEP], 1 for B [SEP]."""
-        return [0] * self.first_length + [1] * (len(self.ids) - self.first_length)
-
-
-def instances(
-    documents: Sequence[Document], vocabulary: Vocabulary, options: PairOptions, seed: int = 12345
-) -> list[Instance]:
-    """All instances of a corpus, shuffled.
-
-    Args:
-        documents: each a list of sentences, each a list of token ids; empty ones are left out.
-        vocabulary: see there.
-        options: see there.
-        seed: of the one random number generator.
-
-    Raises:
-        ValueError: no document has a token, or there is only one (a random next sentence comes from another).
-
-    Reference: Devlin et al. 2019, appendix A.1; google-research/bert, create_pretraining_data.
-    """
-    draw = random.Random(seed)
-    corpus = _clean(documents)
-    draw.shuffle(corpus)
-    made = []
-    for _ in range(options.dupe_factor):
-        for index in range(len(corpus)):
-            for pair in pairs(corpus, index, vocabulary, options, draw):
-                made.append(mask(pair, vocabulary, options, draw))
-    draw.shuffle(made)
-    return made
-
-
-def _clean(documents: Sequence[Document]) -> list[Document]:
-    corpus = [kept for document in documents if (kept := [sentence for sentence in document if sentence])]
-    if len(corpus) < 2:
-        raise ValueError(
-            f"ctxfast.training: the corpus has {len(corpus)} documents with text; expected at least 2, as a random "
-            f"next sentence comes from another document. A blank line ends a document."
-        )
-    return corpus
+        """As the pair's."""
+        return self.types or [0] * self.first_length + [1] * (len(self.ids) - self.first_length)
 
 
 def pairs(
@@ -157,7 +132,7 @@ def pairs(
                 at -= len(chunk) - cut  # sentences that found no use come again
             else:
                 second = [token for sentence in chunk[cut:] for token in sentence]
-            _truncate(first, second, limit, draw)
+            truncate(first, second, limit, draw)
             ids = [vocabulary.cls_id, *first, vocabulary.sep_id, *second, vocabulary.sep_id]
             yield Pair(ids, len(first) + 2, is_random_next)
             chunk, length = [], 0
@@ -179,7 +154,7 @@ def _from_elsewhere(corpus: Sequence[Document], index: int, wanted: int, draw: r
     return tokens
 
 
-def _truncate(first: list[int], second: list[int], limit: int, draw: random.Random) -> None:
+def truncate(first: list[int], second: list[int], limit: int, draw: random.Random) -> None:
     """Shorten the longer of the two, a token at a time, from either end."""
     while len(first) + len(second) > limit:
         longer = first if len(first) > len(second) else second
@@ -226,7 +201,8 @@ def mask(pair: Pair, vocabulary: Vocabulary, options: PairOptions, draw: random.
             chosen.append(position)
             ids[position] = replacement(ids[position], vocabulary, draw)
     chosen.sort()
-    return Instance(ids, pair.first_length, pair.is_random_next, chosen, [pair.ids[position] for position in chosen])
+    labels = [pair.ids[position] for position in chosen]
+    return Instance(ids, pair.first_length, pair.is_random_next, chosen, labels, pair.types)
 
 
 def replacement(token: int, vocabulary: Vocabulary, draw: random.Random) -> int:

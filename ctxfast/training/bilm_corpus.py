@@ -7,24 +7,22 @@ backwards ``</S> wn .. w1`` predict ``wn .. w1 <S>``. Sentences follow one anoth
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
-import lzma
 import os
 import re
-import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
+from .._core.files import replacing_folder
 from ..corpus import fingerprint
 from ..models.elmo.tokenization import BEGIN_SENTENCE, END_SENTENCE, ElmoCharacterMapper
+from .text import text_lines
 
 UNKNOWN = "<UNK>"
 MARKS = (BEGIN_SENTENCE, END_SENTENCE, UNKNOWN)
@@ -59,26 +57,17 @@ def sentences(path: str | os.PathLike[str], tokenize: bool = False) -> Iterator[
         FileNotFoundError: no such file.
         ValueError: a line that is no UTF-8, or that holds ``<S>`` or ``</S>``, by its number.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"ctxfast.training: text {path} does not exist; expected a text file.")
-    opened: IO[bytes] = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)(path, "rb")
-    with opened as file:
-        for number, raw in enumerate(file, 1):
-            try:
-                line = raw.decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise ValueError(f"ctxfast.training: line {number} of {path} is no UTF-8 ({error.reason}).") from None
-            if tokenize:
-                yield from tokenized(line)
-                continue
-            if words := line.split():
-                if BEGIN_SENTENCE in words or END_SENTENCE in words:
-                    raise ValueError(
-                        f"ctxfast.training: line {number} of {path} holds a sentence mark; expected words only, the "
-                        "marks are added."
-                    )
-                yield words
+    for number, line in enumerate(text_lines(path), 1):
+        if tokenize:
+            yield from tokenized(line)
+            continue
+        if words := line.split():
+            if BEGIN_SENTENCE in words or END_SENTENCE in words:
+                raise ValueError(
+                    f"ctxfast.training: line {number} of {path} holds a sentence mark; expected words only, the marks "
+                    "are added."
+                )
+            yield words
 
 
 def count_words(files: Sequence[str | os.PathLike[str]], tokenize: bool = False) -> Counter[str]:
@@ -224,17 +213,9 @@ class BiLmCorpus:
         if say is not None:
             say(f"{sum(counts.values()):,} words, {len(counts):,} distinct, vocabulary of {len(words):,}")
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-        try:
+        with replacing_folder(path) as temporary:
             _write(temporary, files, counts, words, tokenize, max_characters)
             (temporary / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
-            os.chmod(temporary, 0o755)
-            if path.exists():
-                shutil.rmtree(path)
-            os.replace(temporary, path)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
         return cls(path)
 
     def window(self, starts: Sequence[int], steps: int, ends: Sequence[int] | None = None) -> Window:

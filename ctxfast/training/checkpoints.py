@@ -13,14 +13,13 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .._core.files import replacing
+from .._core.files import replacing, replacing_folder
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)\.pt")
 _OURS = re.compile(r"checkpoint-\d+\.pt|config\.json|log\.jsonl|lock|best|final|tensorboard|data")
@@ -190,19 +189,6 @@ class RunDirectory:
     def place_model(self, name: str, write: Callable[[Path], None]) -> Path:
         """Make the folder ``name`` ("best", "final") by ``write(folder)``: whole or not at all."""
         target = self.path / name
-        temporary = Path(tempfile.mkdtemp(dir=self.path, prefix=f".{name}."))
-        try:
+        with replacing_folder(target) as temporary:
             write(temporary)
-            os.chmod(temporary, 0o755)
-            if target.exists():
-                # A folder cannot be replaced in one move: for a moment it stands aside under a name that is swept up.
-                aside = temporary.with_name(temporary.name + ".old")
-                os.replace(target, aside)
-                os.replace(temporary, target)
-                shutil.rmtree(aside)
-            else:
-                os.replace(temporary, target)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
         return target

@@ -109,4 +109,5 @@ def mask(pair: Pair, vocabulary: Vocabulary, options: KnowledgeMasking, draw: ra
             elif shared != -1:  # random: each piece another one
                 ids[position] = draw.randint(0, vocabulary.size - 1)
     chosen.sort()
-    return Instance(ids, pair.first_length, pair.is_random_next, chosen, [original[i] for i in chosen])
+    labels = [original[position] for position in chosen]
+    return Instance(ids, pair.first_length, pair.is_random_next, chosen, labels, pair.types)

@@ -7,12 +7,14 @@ it, so units survive the cutting and joining that makes pretraining pairs.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from ..models.bert.tokenization import Encoding
+from .text import text_lines
 
 WORD, PHRASE, ENTITY = 1, 2, 4
 KINDS = {"word": WORD, "phrase": PHRASE, "entity": ENTITY}
@@ -105,6 +107,71 @@ class Gazetteer:
             if _is_boundary(folded, start) and _is_boundary(folded, end):
                 found.append(Span(start, end, self.kind))
         return found
+
+
+class SpanFile:
+    """Spans that somebody else found, by the lines of a text.
+
+    Args:
+        path: TSV rows ``line, start, end, kind``: the line's number from 1, counted through all files of the text; the
+            characters of the line (end not included); "word", "phrase" or "entity".
+        files: the text (plain, .gz, .xz).
+
+    Lines are known again by their content, so the same line has its spans wherever it stands.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a row that is no span, or one that does not lie in its line, by the row's number.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], files: Sequence[str | os.PathLike[str]]) -> None:
+        rows: dict[int, list[tuple[int, Span]]] = {}
+        for number, row in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+            if not row.strip():
+                continue
+            fields = row.split("\t")
+            try:
+                line, start, end = map(int, fields[:3])
+                (kind,) = fields[3:]
+            except ValueError:
+                raise ValueError(
+                    f"ctxfast.training.SpanFile: {path}, row {number} is {row!r}; expected line, start, end, kind with "
+                    "tabs between."
+                ) from None
+            if kind not in KINDS or line < 1:
+                raise ValueError(
+                    f"ctxfast.training.SpanFile: {path}, row {number} has line {line} and kind {kind!r}; expected "
+                    f"a line from 1 and one of {', '.join(KINDS)}."
+                )
+            rows.setdefault(line, []).append((number, Span(start, end, kind)))
+        self._spans: dict[bytes, list[Span]] = {}
+        before = 0
+        for file in files:
+            for line, text in enumerate(text_lines(file), before + 1):
+                before = line
+                stripped = text.strip()
+                shift = len(text) - len(text.lstrip())
+                for number, span in rows.pop(line, ()):
+                    start, end = span.start - shift, span.end - shift
+                    if not 0 <= start < end <= len(stripped):
+                        raise ValueError(
+                            f"ctxfast.training.SpanFile: {path}, row {number} has characters {span.start} to "
+                            f"{span.end}; expected some of line {line}, which has {len(text)}."
+                        )
+                    self._spans.setdefault(_key(stripped), []).append(Span(start, end, span.kind))
+        if rows:
+            line = min(rows)
+            raise ValueError(
+                f"ctxfast.training.SpanFile: {path}, row {rows[line][0][0]} is about line {line}; expected at most "
+                f"{before}, the lines of the text."
+            )
+
+    def spans(self, text: str) -> list[Span]:
+        return self._spans.get(_key(text), [])
+
+
+def _key(text: str) -> bytes:
+    return hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=16).digest()
 
 
 class SegmentedText:

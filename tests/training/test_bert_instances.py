@@ -8,13 +8,18 @@ import random
 import pytest
 from oracles import google_bert_data
 
-from ctxfast.training.bert_instances import Instance, PairOptions, Vocabulary, instances, quota
+from ctxfast.training.bert_corpus import Recipe
+from ctxfast.training.bert_instances import Instance, PairOptions, Vocabulary, quota
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(40)), *(f"##p{i}" for i in range(15))]
 ID = {word: i for i, word in enumerate(WORDS)}
 VOCABULARY = Vocabulary(
     len(WORDS), ID["[CLS]"], ID["[SEP]"], ID["[MASK]"], frozenset(i for i, w in enumerate(WORDS) if w[:2] == "##")
 )
+
+
+def instances(documents: list, options: PairOptions, seed: int = 12345) -> list[Instance]:
+    return [masked for _, masked in Recipe(options=options).make(documents, VOCABULARY, seed)]
 
 
 def _documents(seed: int, count: int, longest: int = 9) -> list[list[list[str]]]:
@@ -32,7 +37,7 @@ def _documents(seed: int, count: int, longest: int = 9) -> list[list[list[str]]]
 def test_instance_for_instance_as_stated(seq: int, short: float, dupe: int, whole: bool, seed: int) -> None:
     documents = _documents(seed, 12)
     options = PairOptions(seq, short, dupe, masked_lm_prob=0.2, max_predictions_per_seq=6, do_whole_word_mask=whole)
-    made = instances([[[ID[w] for w in s] for s in d] for d in documents], VOCABULARY, options, seed)
+    made = instances([[[ID[w] for w in s] for s in d] for d in documents], options, seed)
     stated = google_bert_data.create(
         documents, WORDS, seq=seq, short=short, dupe=dupe, prob=0.2, most=6, whole=whole, seed=seed
     )
@@ -47,7 +52,7 @@ def test_instance_for_instance_as_stated(seq: int, short: float, dupe: int, whol
 def test_shape_of_the_instances() -> None:
     documents = [[[ID[w] for w in s] for s in d] for d in _documents(3, 40)]
     options = PairOptions(max_seq_length=32, dupe_factor=5, do_whole_word_mask=True)
-    made = instances(documents, VOCABULARY, options)
+    made = instances(documents, options)
     masked = kept = other = 0
     for one in made:
         assert isinstance(one, Instance) and len(one.ids) <= 32
@@ -66,7 +71,7 @@ def test_shape_of_the_instances() -> None:
 
 def test_errors_say_what_is_wrong() -> None:
     with pytest.raises(ValueError, match="1 documents with text; expected at least 2"):
-        instances([[[1, 2]], [], [[]]], VOCABULARY, PairOptions())
+        instances([[[1, 2]], [], [[]]], PairOptions())
     for name, value, wanted in (
         ("max_seq_length", 4, "5 or more"),
         ("masked_lm_prob", 1.5, "0.0 to 1.0"),

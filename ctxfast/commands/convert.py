@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``ctxfast convert``: model files of one format into those of another."""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import sys
+from pathlib import Path
+from typing import Any
+
+_WHO = "ctxfast.convert"
+_DTYPES = ("float32", "float16", "bfloat16")
+_ELMO_SUFFIXES = (".hdf5", ".h5", ".th", ".pt")
+_HELP = """\
+Convert a model. What SRC is decides what DST gets; DST is a folder that appears when it is whole.
+
+  BERT (Google's TensorFlow checkpoint, pytorch_model.bin, safetensors, a package's name)
+       -> config.json, model.safetensors and the tokenizer's files, as Hugging Face lays them out
+  ELMo (folder with options.json and HDF5 weights, or a state dict .th / .pt of AllenNLP with --options-file)
+       -> options.json, weights.hdf5, as AllenNLP and bilm-tf lay them out
+
+  ctxfast convert uncased_L-12_H-768_A-12/bert_model.ckpt bert-base
+  ctxfast convert archive/weights.th elmo --options-file options.json
+"""
+
+
+def add(commands: Any) -> None:
+    """Add the command."""
+    parser = commands.add_parser(
+        "convert",
+        help="model files into another format",
+        description=_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("source", metavar="SRC", help="folder, weight file, TensorFlow prefix, or name of a package with a model")
+    add("target", metavar="DST", help="folder to make")
+    add("--dtype", help=f"BERT: store weights as {', '.join(_DTYPES)} (default: as they are)")
+    add("--gelu", help="BERT: erf or tanh, where the files leave it open (Google's: tanh)")
+    add("--options-file", help="ELMo: options.json, where it lies apart")
+    add("--overwrite", action="store_true", help="replace DST")
+    add("--quiet", action="store_true", help="print nothing but errors")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Convert ``args.source``; returns the exit code."""
+    source, target = Path(args.source), Path(args.target)
+    if target.exists() and not args.overwrite:
+        raise FileExistsError(f"{_WHO}: {target} exists. Pass --overwrite to replace it.")
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"{_WHO}: {target} is a file; expected a folder to make.")
+    if source.exists() and target.exists() and source.resolve() == target.resolve():
+        raise ValueError(f"{_WHO}: {target} is SRC itself; expected another folder.")
+    if args.dtype is not None and args.dtype not in _DTYPES:
+        raise ValueError(f"{_WHO}: dtype is {args.dtype!r}; expected one of {', '.join(_DTYPES)}.")
+    is_elmo = args.options_file is not None or source.suffix in _ELMO_SUFFIXES or (source / "options.json").is_file()
+    for name in ("dtype", "gelu") if is_elmo else ():
+        if getattr(args, name) is not None:
+            raise ValueError(f"{_WHO}: --{name} is given for an ELMo model; expected it for BERT only.")
+    from .._core.files import replacing_folder
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with replacing_folder(target) as folder:
+        what = _elmo(source, folder, args.options_file) if is_elmo else _bert(args, folder)
+    if not args.quiet:
+        print(f"ctxfast convert: {target}: {what}", file=sys.stderr)
+    return 0
+
+
+def _bert(args: argparse.Namespace, folder: Path) -> str:
+    import torch
+
+    from ..models.bert.tokenization import BertTokenizer
+    from ..models.bert.weights import load_checkpoint, save_checkpoint
+
+    found = load_checkpoint(args.source, gelu=args.gelu)
+    state = found.state_dict
+    if args.dtype is not None:
+        state = {name: value.to(getattr(torch, args.dtype)) for name, value in state.items()}
+    save_checkpoint(folder, found.config, state, overwrite=True)
+    # A folder may hold weights alone; a model without its tokenizer is still a model.
+    place = found.source if found.source.is_dir() else found.source.parent
+    has_tokenizer = any((place / name).is_file() for name in ("tokenizer.json", "vocab.txt", "vocab.json"))
+    if has_tokenizer:
+        BertTokenizer.from_pretrained(place).save(folder)
+    count = sum(value.numel() for value in state.values())
+    return f"{found.config.model_type}, {count:,} parameters" + ("" if has_tokenizer else "; no tokenizer found")
+
+
+def _elmo(source: Path, folder: Path, options_file: str | None) -> str:
+    import torch
+
+    from ..models.elmo.config import ElmoConfig
+    from ..models.elmo.weights import load_weights, save_weights, weights_from_state_dict
+
+    if not source.exists():
+        raise FileNotFoundError(f"{_WHO}: {source} does not exist; expected an ELMo folder or weight file.")
+    place = source if source.is_dir() else source.parent
+    options = Path(options_file) if options_file is not None else place / "options.json"
+    if not options.is_file():
+        raise FileNotFoundError(f"{_WHO}: there is no {options}. Pass --options-file.")
+    config = ElmoConfig.from_file(options)
+    weights = _weight_file(source) if source.is_dir() else source
+    if weights.suffix in (".th", ".pt"):
+        try:
+            state = torch.load(weights, map_location="cpu", weights_only=True)
+        except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+            raise ValueError(f"{_WHO}: {weights} does not read as a state dict of tensors ({error}).") from error
+        config, state = weights_from_state_dict(state, config)
+    else:
+        config, state = load_weights(weights, config)
+    save_weights(state, config, folder / "options.json", folder / "weights.hdf5")
+    return f"elmo, {sum(value.numel() for value in state.values()):,} parameters"
+
+
+def _weight_file(folder: Path) -> Path:
+    found = sorted(path for path in folder.iterdir() if path.suffix in (".hdf5", ".h5"))
+    named = [path for path in found if "weights" in path.name]
+    if len(named or found) != 1:
+        names = ", ".join(path.name for path in named or found) or "none"
+        raise ValueError(f"{_WHO}: {folder} has these HDF5 weight files: {names}; expected one. Name the file itself.")
+    return (named or found)[0]

@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``ctxfast pretrain bert``: masked words and sentence relations from text."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+from . import loop_options
+
+_WHO = "pretrain bert"
+_HELP = """\
+Pretrain a BERT on text: a sentence or paragraph a line, a blank line between documents (plain, .gz, .xz).
+
+DIR/final holds config.json, model.safetensors and the tokenizer, as Hugging Face lays them out. Prepared sequences lie
+in DIR/data. Killed, the same command goes on, while preparing and while training.
+
+  ctxfast pretrain bert wiki.txt -o run --train-vocab 30000 --size base --steps 100000 --batch-size 256
+  ctxfast pretrain bert news.txt -o run2 --init-from run/final --masking phrase --gazetteer terms.txt --epochs 3
+
+masking: which tokens are predicted together
+  token, word              BERT's: single pieces, or the pieces of a word
+  phrase, entity           ERNIE's: spans of --gazetteer, --spans, --segmented, --jieba
+  token=1,phrase=2,...     each sequence draws one, with these weights
+"""
+_LEVELS = ("token", "word", "phrase", "entity")
+
+
+def add(commands: Any) -> None:
+    """Add the command to ``ctxfast pretrain``."""
+    parser = commands.add_parser(
+        "bert",
+        help="BERT: masked words, sentence relations, phrases and entities",
+        description=_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("text", nargs="+", metavar="TEXT", help="text files")
+    add("--held-out", metavar="FILE", help="text to judge by")
+    group = parser.add_argument_group("model")
+    add = group.add_argument
+    add("--vocab", metavar="PATH", help="vocab.txt, tokenizer.json or a model's folder")
+    add("--train-vocab", type=int, metavar="N", help="make a WordPiece vocabulary of N tokens from the text")
+    add("--cased", action="store_true", help="--train-vocab: keep case and accents")
+    add("--init-from", metavar="MODEL", help="start from a model, with its vocabulary")
+    add("--size", help="tiny, mini, small, medium, base or large")
+    add("--config", metavar="FILE", help="config.json with the model's sizes")
+    group = parser.add_argument_group("sequences")
+    add = group.add_argument
+    add("--pairs", default="next", help="next (BERT's, default), order (swapped or not), none, dialogue (turns a line)")
+    add("--relation-sign", default="google", help="label 1 is: google: a wrong pair (default), ernie: a right one")
+    add("--max-seq-length", type=int, metavar="N", default=128, help="tokens of a sequence (%(default)s)")
+    add("--short-seq-prob", type=float, default=0.1, help="share of passes that aim at shorter ones (%(default)s)")
+    add("--dupe-factor", type=int, metavar="N", default=10, help="passes over the text (%(default)s)")
+    add("--shard-mb", type=float, default=16.0, help="megabytes of text prepared at once (%(default)s)")
+    group = parser.add_argument_group("masking")
+    add = group.add_argument
+    add("--masking", default="token", help="token (default), word, phrase, entity, or weights, see above")
+    add("--dynamic", action="store_true", help="draw masks anew each epoch; else once for each pass over the text")
+    add("--mask-rate", type=float, default=0.15, help="share that is masked (%(default)s)")
+    add("--mask-count", default="tokens", help="share of what: tokens (default), spans, each (phrases and entities)")
+    add("--mask-together", action="store_true", help="a phrase's pieces share one draw of [MASK], kept, random")
+    add("--max-predictions", type=int, metavar="N", help="masked tokens of a sequence (20 for 128 tokens)")
+    add("--gazetteer", action="append", default=[], metavar="FILE", help="phrases or names, one a line (before a tab)")
+    add("--spans", action="append", default=[], metavar="FILE", help="spans: line of TEXT, start, end, kind by tabs")
+    add("--segmented", action="store_true", help="words of the text stand between spaces (Chinese, too)")
+    add("--jieba", action="store_true", help="find words of Chinese text by jieba")
+    loop_options.add(parser, learning_rate=1e-4, warmup=0.01, batch_size=32)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prepare the text, train, write the model."""
+    loop_options.check(args, _WHO)
+    _check(args)
+    from ..training.bert_corpus import BertCorpus, Recipe
+    from ..training.bert_instances import PairOptions
+    from ..training.bert_pretraining import BertPretraining, sized_config
+    from ..training.checkpoints import check_directory
+    from ..training.knowledge_masking import KnowledgeMasking
+    from ..training.parallel import join
+
+    levels = _levels(args.masking)
+    most = args.max_predictions or max(1, round(args.max_seq_length * args.mask_rate * 1.04))
+    options = PairOptions(
+        max_seq_length=args.max_seq_length,
+        short_seq_prob=args.short_seq_prob,
+        dupe_factor=args.dupe_factor,
+        masked_lm_prob=args.mask_rate,
+        max_predictions_per_seq=most,
+        do_whole_word_mask=levels == {"word": 1.0},
+    )
+    knowledge = None
+    if set(levels) - {"token", "word"} or len(levels) > 1:
+        knowledge = KnowledgeMasking(levels, args.mask_rate, args.mask_count, args.mask_together, args.max_predictions)
+    recipe = Recipe(args.pairs, options, knowledge, args.dynamic, shard_bytes=round(args.shard_mb * (1 << 20)))
+    judged = Recipe(args.pairs, dataclasses.replace(options, dupe_factor=1, do_whole_word_mask=False))
+    check_directory(args.output)
+    group = join(args.parallel, args.device)
+    say = None if args.quiet or not group.is_first else _say
+    data = Path(args.output) / "data"
+
+    def prepare() -> tuple[Any, Any, Any]:
+        data.mkdir(parents=True, exist_ok=True)
+        tokenizer = _tokenizer(args, data, say)
+        found = []
+        for name, files, how in (("train", args.text, recipe), ("held_out", args.held_out, judged)):
+            if files is None:
+                found.append(None)
+                continue
+            files = [files] if isinstance(files, str) else files
+            sources, sources_name = _sources(args)
+            corpus = BertCorpus.prepare(
+                data / name, files, tokenizer, how, sources=sources, sources_name=sources_name, say=say
+            )
+            found.append(corpus)
+        return tokenizer, *found
+
+    # Process 0 makes the shards; the others find them made.
+    if group.is_first:
+        prepare()
+    group.wait()
+    tokenizer, corpus, held_out = prepare()
+    if args.init_from is not None:
+        config = None
+    elif args.config is not None:
+        from ..models.bert.config import BertConfig
+
+        config = dataclasses.replace(BertConfig.from_json_file(args.config), vocab_size=tokenizer.vocab_size)
+    else:
+        config = sized_config(args.size or "base", tokenizer.vocab_size, max(512, args.max_seq_length))
+    task = BertPretraining(
+        corpus,
+        tokenizer,
+        config,
+        init_from=args.init_from,
+        held_out=held_out,
+        has_entities=bool(args.gazetteer or args.spans),
+        batch_size=args.batch_size,
+        relation_sign=args.relation_sign,
+        seed=args.seed,
+        impl=args.impl,
+    )
+    steps = args.steps or task.batches.steps(args.epochs, args.accumulate, group.ranks)
+    if say is not None:
+        parameters = sum(value.numel() for value in task.model.parameters())
+        say(f"{len(corpus):,} sequences, {corpus.tokens:,} tokens; {parameters:,} parameters; {steps:,} steps")
+    loop = loop_options.config(args, steps, best="-loss" if held_out is not None else None)
+    own = ("text", "held_out", "vocab", "train_vocab", "cased", "init_from", "pairs", "relation_sign", "batch_size")
+    settings = {name: getattr(args, name) for name in own}
+    settings |= {"model": task.model.config.to_dict(), "recipe": dataclasses.asdict(recipe)}
+    settings |= {name: getattr(args, name) for name in ("gazetteer", "spans", "segmented", "jieba")}
+    loop_options.run(args, f"ctxfast {_WHO}", task, loop, settings)
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuse what can be seen before any text is read."""
+    who = f"ctxfast.{_WHO}"
+    for name in ("text", "held_out", "config", "gazetteer", "spans"):
+        value = getattr(args, name)
+        for file in value if isinstance(value, list) else [value]:
+            if file is not None and not Path(file).is_file():
+                raise FileNotFoundError(f"{who}: {name} {file} does not exist; expected a file.")
+    given = [name for name in ("vocab", "train_vocab", "init_from") if getattr(args, name) is not None]
+    if len(given) != 1:
+        raise ValueError(
+            f"{who}: {' and '.join('--' + name.replace('_', '-') for name in given) or 'nothing'} gives the "
+            "vocabulary; expected one of --vocab, --train-vocab, --init-from (whose vocabulary is the model's)."
+        )
+    if args.init_from is not None and (args.size or args.config):
+        raise ValueError(f"{who}: --size or --config is given with --init-from, which has its sizes; leave it out.")
+    if args.size and args.config:
+        raise ValueError(f"{who}: --size and --config are both given; expected one of them.")
+    needs_spans = set(_levels(args.masking)) & {"phrase", "entity"}
+    if needs_spans and not (args.gazetteer or args.spans or args.segmented or args.jieba):
+        raise ValueError(
+            f"{who}: masking is {args.masking!r} and nothing finds {' or '.join(sorted(needs_spans))} spans; pass "
+            "--gazetteer, --spans, --segmented or --jieba."
+        )
+
+
+def _levels(text: str) -> dict[str, float]:
+    """``--masking`` as weights of levels."""
+    levels: dict[str, float] = {}
+    for part in text.split(","):
+        name, _, weight = part.partition("=")
+        try:
+            levels[name.strip()] = float(weight or 1)
+        except ValueError:
+            raise ValueError(f"ctxfast.{_WHO}: masking has {part!r}; expected LEVEL or LEVEL=WEIGHT.") from None
+    if unknown := [name for name in levels if name not in _LEVELS]:
+        raise ValueError(f"ctxfast.{_WHO}: masking has {unknown[0]!r}; expected some of {', '.join(_LEVELS)}.")
+    return levels
+
+
+def _tokenizer(args: argparse.Namespace, data: Path, say: Any) -> Any:
+    from ..models.bert.tokenization import BertTokenizer
+    from ..training.vocabulary import train_wordpiece
+
+    if args.train_vocab is None:
+        return BertTokenizer.from_pretrained(args.vocab or args.init_from)
+    return train_wordpiece(data / "tokenizer", args.text, args.train_vocab, is_cased=args.cased, say=say)
+
+
+def _sources(args: argparse.Namespace) -> tuple[list[Any], Any]:
+    """What finds spans, and plain values that tell these sources from others."""
+    from ..corpus import digest
+    from ..training.spans import ChineseWords, Gazetteer, SegmentedText, SpanFile
+
+    sources: list[Any] = [Gazetteer.from_file(file, "phrase") for file in args.gazetteer]
+    sources += [Gazetteer.from_file(file, "entity") for file in args.gazetteer]
+    sources += [SpanFile(file, args.text) for file in args.spans]
+    sources += [SegmentedText()] if args.segmented else []
+    sources += [ChineseWords()] if args.jieba else []
+    name = {
+        "gazetteer": [digest(file) for file in args.gazetteer],
+        "spans": [digest(file) for file in args.spans],
+        "segmented": args.segmented,
+        "jieba": args.jieba,
+    }
+    return sources, name
+
+
+def _say(text: str) -> None:
+    print(f"ctxfast {_WHO}: {text}", file=sys.stderr, flush=True)

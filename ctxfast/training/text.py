@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lines of text files, plain or compressed."""
+
+from __future__ import annotations
+
+import gzip
+import lzma
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+
+def text_lines(path: str | os.PathLike[str]) -> Iterator[str]:
+    """Lines of a text file (plain, .gz, .xz), UTF-8, without their ends.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a line that is no UTF-8, by its number.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"ctxfast.training: text {path} does not exist; expected a text file.")
+    opened: IO[bytes] = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)(path, "rb")
+    with opened as file:
+        for number, raw in enumerate(file, 1):
+            try:
+                line = raw.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"ctxfast.training: line {number} of {path} is no UTF-8 ({error.reason}).") from None
+            yield line.rstrip("\r\n")

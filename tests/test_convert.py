@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``ctxfast convert``: every format in, the same model out."""
+
+from __future__ import annotations
+
+import re
+import shutil
+
+import pytest
+import torch
+
+import ctxfast
+from ctxfast import cli
+from ctxfast.models.elmo.config import ElmoConfig
+from ctxfast.models.elmo.weights import load_weights, random_weights, save_weights
+
+SENTENCES = [["I", "sat", "by", "the", "bank"], ["Another", "one"]]
+
+
+def convert(*words: object) -> int:
+    return cli.main(["convert", *map(str, words)])
+
+
+@pytest.fixture
+def elmo(tmp_path):
+    config = ElmoConfig(6, 10, 2, ((1, 3), (2, 4)), 4, num_highways=1, cell_clip=3.0, proj_clip=3.0)
+    folder = tmp_path / "elmo"
+    folder.mkdir()
+    save_weights(random_weights(config), config, folder / "options.json", folder / "elmo_weights.hdf5")
+    return folder
+
+
+def test_google_checkpoint(tmp_path, capsys) -> None:
+    from models.test_bert_tf_checkpoint import write_google_folder
+    from oracles.hf_bert import hf_model
+
+    model = hf_model("BertForPreTraining")
+    write_google_folder(tmp_path / "google", model)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "bank", "##s"]
+    (tmp_path / "google" / "vocab.txt").write_text("\n".join(words) + "\n")
+    assert convert(tmp_path / "google" / "bert_model.ckpt", tmp_path / "out") == 0
+    assert "bert, " in capsys.readouterr().err
+    one, other = (ctxfast.Bert.from_pretrained(tmp_path / name) for name in ("google", "out"))
+    ids = torch.arange(1, 8)[None]
+    assert torch.equal(one(ids).last_hidden_state, other(ids).last_hidden_state)
+    tokenizer = ctxfast.BertTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.batch(tokenizer.encode(["the banks"]))["input_ids"].tolist() == [[2, 5, 6, 7, 3]]
+
+
+def test_half_precision_and_no_tokenizer(tmp_path, capsys) -> None:
+    ctxfast.Bert(ctxfast.BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2)).save_pretrained(
+        tmp_path / "one"
+    )
+    assert convert(tmp_path / "one", tmp_path / "two", "--dtype", "bfloat16") == 0
+    assert "no tokenizer found" in capsys.readouterr().err
+    assert ctxfast.Bert.from_pretrained(tmp_path / "two").dtype == torch.bfloat16
+
+
+def test_elmo_state_dict_and_back(elmo, tmp_path) -> None:
+    model = ctxfast.Elmo(elmo / "options.json", elmo / "elmo_weights.hdf5", 1, dropout=0.0).eval()
+    whole = {f"text_field_embedder.{name}": value for name, value in model.state_dict().items()}
+    torch.save({**whole, "tagger.weight": torch.zeros(2)}, tmp_path / "weights.th")
+    assert convert(tmp_path / "weights.th", tmp_path / "out", "--options-file", elmo / "options.json", "--quiet") == 0
+    back = ctxfast.Elmo(tmp_path / "out" / "options.json", tmp_path / "out" / "weights.hdf5", 1, dropout=0.0).eval()
+    ids = ctxfast.batch_to_ids(SENTENCES)
+    found = [each(ids)["elmo_representations"][0] for each in (model, back)]
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-6)
+    assert convert(elmo, tmp_path / "again") == 0
+    for name, value in load_weights(elmo / "elmo_weights.hdf5", ElmoConfig.from_file(elmo / "options.json"))[1].items():
+        again = load_weights(tmp_path / "again" / "weights.hdf5", ElmoConfig.from_file(elmo / "options.json"))[1]
+        torch.testing.assert_close(again[name], value, rtol=0, atol=1e-7)
+
+
+def test_real_models(shared_data, minilm_dir, tmp_path) -> None:
+    assert convert(shared_data / "elmo" / "allennlp_tiny", tmp_path / "elmo") == 0
+    assert convert(shared_data / "bert" / "xsmall_dummy", tmp_path / "dummy") == 0
+    assert convert(minilm_dir, tmp_path / "minilm", "--dtype", "float16") == 0
+    text = ["The bank of the river."]
+    one, other = (ctxfast.Embedder(path)(text, level="sentence") for path in (minilm_dir, tmp_path / "minilm"))
+    assert torch.cosine_similarity(torch.as_tensor(one[0])[None], torch.as_tensor(other[0])[None]).item() > 0.9999
+
+
+def test_errors_leave_nothing(elmo, tmp_path, capsys) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "bad.th").write_bytes(b"no state dict")
+    shutil.copy(elmo / "elmo_weights.hdf5", elmo / "other_weights.hdf5")
+    bad = ["--options-file", elmo / "options.json"]
+    for words, message in (
+        (["nowhere", tmp_path / "new"], "is no model on this machine"),
+        ([elmo, tmp_path / "there"], "exists. Pass --overwrite"),
+        ([elmo, elmo, "--overwrite"], "is SRC itself"),
+        ([elmo, tmp_path / "new"], "elmo_weights.hdf5, other_weights.hdf5; expected one"),
+        ([elmo / "elmo_weights.hdf5", tmp_path / "new", "--dtype", "float16"], "--dtype is given for an ELMo model"),
+        ([tmp_path / "bad.th", tmp_path / "new", *bad], "does not read as a state dict"),
+        ([tmp_path / "gone.th", tmp_path / "new", *bad], "does not exist"),
+        ([tmp_path / "bad.th", tmp_path / "new"], "there is no .*options.json"),
+        ([elmo, tmp_path / "new", "--dtype", "int4"], "dtype is 'int4'"),
+    ):
+        assert convert(*words) == 2
+        said = capsys.readouterr().err
+        assert re.search(message, said), said
+        assert not (tmp_path / "new").exists() and not list(tmp_path.glob(".new*"))
