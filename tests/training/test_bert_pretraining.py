@@ -271,7 +271,7 @@ def test_it_learns(text, tokenizer, tmp_path, pairs: str) -> None:
     curve = [line for line in report.log if line["kind"] == "eval"]
     knows_nothing = np.log(tokenizer.vocab_size)
     assert curve[-1]["masked_loss"] < curve[0]["masked_loss"] and curve[-1]["masked_loss"] < 0.75 * knows_nothing
-    assert curve[-1]["entity_loss"] < curve[0]["entity_loss"] and curve[-1]["masked_accuracy"] > 0.3
+    assert curve[-1]["entity_loss"] < curve[0]["entity_loss"] and curve[-1]["masked_accuracy"] > 0.1
     assert ("relation_accuracy" in curve[-1]) == (pairs == "next")
     model = ctxfast.Bert.from_pretrained(tmp_path / "run" / "final")
     assert model.config.hidden_size == 32
