@@ -31,6 +31,7 @@ _LAZY = {
     "Embedder": "ctxfast.embed",
     "Elmo": "ctxfast.models.elmo.modeling",
     "ElmoEmbedder": "ctxfast.models.elmo.embedder",
+    "register_attention": "ctxfast.nn.attention_interface",
     "restore": "ctxfast.nn.swap",
     "swap_in": "ctxfast.nn.swap",
     "batch_to_ids": "ctxfast.models.elmo.tokenization",

@@ -163,10 +163,16 @@ def reads_padding(above: Sequence[nn.Module]) -> bool:
     return any(type(module).__name__.endswith("ForQuestionAnswering") for module in above)
 
 
+def _is_adapter(module: nn.Module) -> bool:
+    """Whether a module is one of peft's around a Linear: it works on rows, so packed ones will do."""
+    is_peft = any(kind.__module__.startswith("peft.tuners.") for kind in type(module).__mro__)
+    return is_peft and type(getattr(module, "base_layer", None)) is nn.Linear
+
+
 def _odd(parts: Parts) -> str | None:
     """Why a layer cannot be computed from its parameters alone; None if it can."""
     for linear in parts.linears:
-        if type(linear) is not nn.Linear:
+        if type(linear) is not nn.Linear and not _is_adapter(linear):
             return f"a layer holds a {type(linear).__name__} where torch.nn.Linear was (an adapter, or quantised)."
     for norm in parts.norms:
         if type(norm) not in (nn.LayerNorm, LayerNorm) or norm.weight is None or norm.bias is None or norm.eps <= 0:
@@ -257,26 +263,45 @@ def _qkv(parts: Parts) -> tuple[Tensor, Tensor | None]:
     return _fused.get(sources, "qkv", join)
 
 
+def _linear(module: nn.Linear, x: Tensor, has_bias: bool = True) -> tuple[Tensor, Tensor | None]:
+    """A product, and the bias that is still to be added if ``has_bias`` is False."""
+    if type(module) is nn.Linear:
+        product = functional.linear_act(x, module.weight, module.bias if has_bias else None)
+        return product, None if has_bias else module.bias
+    return module(x), None
+
+
+def _query_key_value(parts: Parts, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """(T, 3, H, D), and the bias (3, H, D) that is still to be added."""
+    linears = (parts.query, parts.key, parts.value)
+    if all(type(linear) is nn.Linear for linear in linears):
+        weight, bias = _qkv(parts)
+        heads = (3, parts.heads, weight.shape[0] // (3 * parts.heads))
+        return functional.linear_act(x, weight).unflatten(-1, heads), None if bias is None else bias.view(heads)
+    products = [_linear(linear, x)[0].unflatten(-1, (parts.heads, -1)) for linear in linears]
+    return torch.stack(products, dim=1), None
+
+
 def _run_layer(parts: Parts, impl: str | None, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
     """One post-LN layer over packed tokens, (T, N) -> (T, N)."""
     with nullcontext() if impl is None else registry.use_impl(impl):
-        weight, bias = _qkv(parts)
-        heads = (3, parts.heads, weight.shape[0] // (3 * parts.heads))
-        context = functional.attention(
-            functional.linear_act(x, weight).unflatten(-1, heads), cu_seqlens, max_seqlen,
-            None if bias is None else bias.view(heads), dropout_p=_rate(parts.attention_dropout),
-        )  # fmt: skip
+        qkv, bias = _query_key_value(parts, x)
+        context = functional.attention(qkv, cu_seqlens, max_seqlen, bias, dropout_p=_rate(parts.attention_dropout))
         norm = parts.attention_norm
+        projected, bias = _linear(parts.project, context.flatten(1), has_bias=False)
         x = functional.add_layer_norm(
-            functional.linear_act(context.flatten(1), parts.project.weight), x, norm.weight, norm.bias,
-            parts.project.bias, eps=norm.eps, dropout_p=_rate(parts.project_dropout),
-        )  # fmt: skip
-        wide = functional.linear_act(x, parts.widen.weight, parts.widen.bias, activation=_activation(parts.activation))
+            projected, x, norm.weight, norm.bias, bias, eps=norm.eps, dropout_p=_rate(parts.project_dropout)
+        )
+        if type(parts.widen) is nn.Linear:
+            activation = _activation(parts.activation)
+            wide = functional.linear_act(x, parts.widen.weight, parts.widen.bias, activation=activation)
+        else:
+            wide = parts.activation(parts.widen(x))
         norm = parts.output_norm
+        narrow, bias = _linear(parts.narrow, wide, has_bias=False)
         return functional.add_layer_norm(
-            functional.linear_act(wide, parts.narrow.weight), x, norm.weight, norm.bias, parts.narrow.bias,
-            eps=norm.eps, dropout_p=_rate(parts.output_dropout),
-        )  # fmt: skip
+            narrow, x, norm.weight, norm.bias, bias, eps=norm.eps, dropout_p=_rate(parts.output_dropout)
+        )
 
 
 def real_tokens(mask: Any, batch: int, length: int) -> Tensor | None:
