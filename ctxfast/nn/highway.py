@@ -3,10 +3,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
 from .. import functional
+
+
+def highways(x: Tensor, layers: Iterable[nn.Linear], impl: str | None = None) -> Tensor:
+    """What ``Highway`` computes, over its layers, (..., N) -> (..., N)."""
+    for layer in layers:
+        both = functional.linear_act(x, layer.weight, layer.bias, impl=impl)
+        transform, gate = both.chunk(2, dim=-1)
+        gate = torch.sigmoid(gate)
+        x = gate * x + (1 - gate) * torch.relu(transform)
+    return x
 
 
 class Highway(nn.Module):
@@ -43,13 +55,7 @@ class Highway(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """(..., N) -> (..., N)."""
-        x = inputs
-        for layer in self._layers:
-            both = functional.linear_act(x, layer.weight, layer.bias, impl=self.impl)
-            transform, gate = both.chunk(2, dim=-1)
-            gate = torch.sigmoid(gate)
-            x = gate * x + (1 - gate) * torch.relu(transform)
-        return x
+        return highways(inputs, self._layers, self.impl)
 
     def extra_repr(self) -> str:
         return f"{self.input_dim}, impl={self.impl or 'auto'}"

@@ -17,7 +17,7 @@ from torch import nn
 
 from .. import functional
 from .._core import registry
-from . import swap_transformers
+from . import swap_allennlp, swap_transformers
 from .layer_norm import LayerNorm
 from .lstm import LSTM
 
@@ -29,11 +29,11 @@ _ORIGINAL = "_ctxfast_original"
 class _Entry:
     """One line of the table: what a class is replaced by, and what speaks against it.
 
-    ``replacement()`` is the class; ``objection(module, impl)`` a sentence, or None. ``on_request``: swapped only where
-    ``only`` names it.
+    ``replacement(kind)`` is the class; ``objection(module, impl)`` a sentence, or None. ``on_request``: swapped only
+    where ``only`` names it.
     """
 
-    replacement: Callable[[], type[nn.Module]]
+    replacement: Callable[[type[nn.Module]], type[nn.Module]]
     objection: Callable[[nn.Module, str | None], str | None]
     on_request: bool = False
 
@@ -78,16 +78,32 @@ def _encoder_objection(module: nn.Module, impl: str | None) -> str | None:
     return why_not("attention", impl, qkv=qkv, cu_seqlens=offsets, max_seqlen=1)
 
 
+def _allennlp_objection(module: nn.Module, impl: str | None) -> str | None:
+    objection = swap_allennlp.objection(module)
+    if objection is not None or not hasattr(module, "forward_layer_0"):
+        return objection
+    cell = getattr(module.forward_layer_0, "cell", module.forward_layer_0)
+    weight, args = cell.input_linearity.weight, {}
+    if hasattr(cell, "state_projection"):
+        args["weight_proj"] = cell.state_projection.weight
+    x = weight.new_zeros(1, 1, weight.shape[1])
+    return why_not("lstm", impl, input=x, weight_ih=weight, weight_hh=cell.state_linearity.weight, **args)
+
+
 def _encoder(name: str) -> _Entry:
-    return _Entry(lambda: swap_transformers.packed_class(name), _encoder_objection)
+    return _Entry(lambda kind: swap_transformers.packed_class(name), _encoder_objection)
 
 
 # Full name of a class -> what becomes of its modules.
 _TABLE: dict[str, _Entry] = {
-    "torch.nn.modules.rnn.LSTM": _Entry(lambda: LSTM, _lstm_objection),
+    "torch.nn.modules.rnn.LSTM": _Entry(lambda kind: LSTM, _lstm_objection),
     # By itself it gains nothing over torch's; it is there to choose an implementation of add_layer_norm.
-    "torch.nn.modules.normalization.LayerNorm": _Entry(lambda: LayerNorm, lambda module, impl: None, on_request=True),
+    "torch.nn.modules.normalization.LayerNorm": _Entry(
+        lambda kind: LayerNorm, lambda module, impl: None, on_request=True
+    ),
     **{name: _encoder(name) for name in swap_transformers.ENCODERS},
+    # AllenNLP's by their name alone, see there.
+    **{name: _Entry(swap_allennlp.swapped_class, _allennlp_objection) for name in swap_allennlp.KINDS},
 }
 
 
@@ -121,7 +137,8 @@ class SwapReport:
 
 
 _NOTHING = (
-    "nothing to swap: no module is a torch.nn.LSTM or an encoder of Transformers that ctxfast knows and can run faster."
+    "nothing to swap: no module is a torch.nn.LSTM, an encoder of Transformers or a part of AllenNLP's ELMo that "
+    "ctxfast knows and can run faster."
 )
 
 
@@ -164,7 +181,7 @@ def _opaque(module: nn.Module) -> str | None:
 def _objection(module: nn.Module, name: str, impl: str | None) -> str | None:
     """Why a module of a class in the table, or of a class made from one, stays as it is."""
     kind = type(module)
-    base = next(each for each in kind.__mro__ if _full_name(each) == name)
+    base = kind if name in swap_allennlp.KINDS else next(each for each in kind.__mro__ if _full_name(each) == name)
     if base is not kind:
         if kind.forward is not base.forward:
             return f"{kind.__name__} is a subclass of {base.__name__} with a forward of its own."
@@ -191,7 +208,7 @@ def swap_in(
     strict: bool = False,
     only: Iterable[str | type] | str | type | None = None,
 ) -> SwapReport:
-    """Make a model faster in place: its ``torch.nn.LSTM`` and the encoders of Hugging Face's BERT family.
+    """Make a model faster in place: its ``torch.nn.LSTM``, encoders of Hugging Face's BERT family, AllenNLP's ELMo.
 
     Parameters stay the very same objects under the same names, state_dict, hooks, device, dtype, mode and tied
     weights included; training, autocast, gradient checkpointing, copies and pickles go on. ``restore`` undoes it.
@@ -239,6 +256,8 @@ def swap_in(
             swapped.append((path, before.__name__, _shown(kind)))
             continue
         name = next((_full_name(each) for each in kind.__mro__ if _full_name(each) in wanted), None)
+        if name is None and swap_allennlp.is_known(kind) and kind.__name__ in wanted:
+            name = kind.__name__
         if name is None:
             if only is None and kind.__name__ in swap_transformers.NEAR_MISSES:
                 misses.append((path, swap_transformers.NEAR_MISSES[kind.__name__]))
@@ -247,7 +266,7 @@ def swap_in(
         if reason is not None:
             misses.append((path, reason))
             continue
-        replacement = _TABLE[name].replacement()
+        replacement = _TABLE[name].replacement(kind)
         plan.append((module, replacement, above))
         swapped.append((path, kind.__name__, _shown(replacement)))
         if name in swap_transformers.ENCODERS and swap_transformers.reads_padding(above):
@@ -265,7 +284,9 @@ def swap_in(
 
 
 def _shown(kind: type) -> str:
-    return f"ctxfast.nn.{kind.__name__}" if kind in (LSTM, LayerNorm) else f"{kind.__name__}, packed"
+    if kind in (LSTM, LayerNorm):
+        return f"ctxfast.nn.{kind.__name__}"
+    return f"{kind.__name__}, {'fused' if kind.__name__ in swap_allennlp.KINDS else 'packed'}"
 
 
 def restore(model: nn.Module) -> tuple[str, ...]:

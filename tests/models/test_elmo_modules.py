@@ -6,11 +6,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ctxfast.models.elmo.character_encoder import unique_rows
 from ctxfast.nn.char_cnn import CharCnn
 from ctxfast.nn.elmo_lstm import ElmoLstm
 from ctxfast.nn.highway import Highway
 from ctxfast.nn.scalar_mix import ScalarMix
+from ctxfast.nn.words import unique_rows
 
 
 def test_unique_rows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -20,7 +20,7 @@ def test_unique_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(distinct[inverse], rows)
     assert torch.equal(torch.unique(distinct, dim=0), expected) and len(distinct) == len(expected)
     # Hashes that collide must not join rows.
-    monkeypatch.setattr("ctxfast.models.elmo.character_encoder._multipliers", lambda count: [1] * count)
+    monkeypatch.setattr("ctxfast.nn.words._multipliers", lambda count: [1] * count)
     distinct, inverse = unique_rows(rows)
     assert torch.equal(distinct[inverse], rows) and len(distinct) == len(expected)
 

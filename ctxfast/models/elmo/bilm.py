@@ -16,12 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ...nn.elmo_lstm import ElmoLstm
+from ...nn.words import add_sentence_marks
 from .calibration import SENTENCES
-from .character_encoder import (
-    ElmoCharacterEncoder,
-    add_sentence_marks,
-    check_right_padded,
-)
+from .character_encoder import ElmoCharacterEncoder, check_right_padded
 from .config import ElmoConfig
 from .states import CarriedState, State, SteadyState
 from .tokenization import Word, batch_to_ids
