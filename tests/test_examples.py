@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every example runs and says how long it took and how far its two ways are apart."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+# Arguments that make it short, and the largest difference that is rounding.
+CASES = {
+    "trainer.py": (["--steps", "3", "--batch-size", "4"], 1e-3),
+    "search.py": (["--batch-size", "8"], 1e-5),
+    "lstm_tagger.py": (["--epochs", "1", "--hidden", "16"], 1e-3),
+    "elmo_pipeline.py": (["--steps", "2"], 1e-3),
+    "own_model.py": (["--texts", "4", "--longest", "16"], 1e-4),
+}
+
+
+def test_every_example_is_listed() -> None:
+    scripts = {path.name for path in EXAMPLES.glob("*.py")}
+    assert scripts == {*CASES, "demo.py"}
+    readme = (EXAMPLES / "README.md").read_text()
+    assert all(f"`{name}`" in readme for name in scripts)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_it_runs(name, minilm_dir) -> None:
+    arguments, bound = CASES[name]
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / name), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=EXAMPLES.parent,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    last = done.stdout.strip().splitlines()[-1]
+    found = re.fullmatch(r"before [\d.]+ s, after [\d.]+ s \([\d.]+x\), largest difference (\S+)", last)
+    assert found, last
+    assert float(found[1]) < bound, last
+
+
+def test_on_real_data(shared_data, tmp_path, minilm_dir) -> None:
+    """The tagger and the search on files of the form they ask for."""
+    for name, arguments in (
+        ("lstm_tagger.py", ["--data", str(shared_data / "ner" / "wnut17_dev.tsv"), "--epochs", "1", "--hidden", "8"]),
+        ("elmo_pipeline.py", ["--options", str(shared_data / "elmo/allennlp_tiny/options.json"), "--weights"]
+         + [str(shared_data / "elmo/allennlp_tiny/lm_weights.hdf5")]),
+    ):  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, str(EXAMPLES / name), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            cwd=EXAMPLES.parent,
+        )
+        assert done.returncode == 0 and "largest difference" in done.stdout, done.stderr[-3000:]
