@@ -262,3 +262,37 @@ def test_on_a_gpu() -> None:
     assert all(torch.equal(result, results[0]) for result in results)
     packing = Packing.from_mask(mask)
     assert packing.total == 13
+
+
+@torch.no_grad()
+def test_swapped_encoders_go_through_graphs() -> None:
+    from hf_models import IDS, MASK, tiny_model
+
+    for kind in ("Bert", "DistilBert"):
+        model, other = tiny_model(kind), tiny_model(kind)
+        ctxfast.swap_in(model)
+        encoder = model.encoder if kind == "Bert" else model.transformer
+        encoder.__dict__["_ctxfast_graphs"] = OnCpu()
+        Rerun.made = 0
+        expected = other(IDS, attention_mask=MASK).last_hidden_state
+        for call in range(3):
+            found = model(IDS, attention_mask=MASK).last_hidden_state
+            torch.testing.assert_close(found[MASK == 1], expected[MASK == 1], rtol=1e-4, atol=1e-5)
+            assert len(encoder._graphs) == (call > 0)
+        states = model(IDS, attention_mask=MASK, output_hidden_states=True).hidden_states
+        assert len(states) == 3 and Rerun.made == 1, "collecting hidden states runs without a graph"
+        for parameter in encoder.parameters():  # in place: the graph reads them where they lie
+            parameter.mul_(1.1)
+        for parameter in (other.encoder if kind == "Bert" else other.transformer).parameters():
+            parameter.mul_(1.1)
+        expected = other(IDS, attention_mask=MASK).last_hidden_state
+        found = model(IDS, attention_mask=MASK).last_hidden_state
+        torch.testing.assert_close(found[MASK == 1], expected[MASK == 1], rtol=1e-4, atol=1e-5)
+        encoder.cuda_graphs = False
+        before = Rerun.made
+        model(IDS, attention_mask=MASK)
+        assert Rerun.made == before
+        copied = copy.deepcopy(model)
+        assert len((copied.encoder if kind == "Bert" else copied.transformer)._graphs) == 0
+        ctxfast.restore(model)
+        assert "_ctxfast_graphs" not in encoder.__dict__ and "cuda_graphs" not in encoder.__dict__

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -392,3 +393,58 @@ def test_impl_is_passed_on() -> None:
     ctxfast.swap_in(model, impl="reference")
     found = model(IDS, attention_mask=MASK).last_hidden_state
     torch.testing.assert_close(found[MASK == 1], expected[MASK == 1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_small_configurations(seed) -> None:
+    """Sizes, activations, lengths and masks drawn at random; a text of padding alone, one token, none of padding."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def pick(*values):
+        return values[int(torch.randint(len(values), (1,), generator=draw))]
+
+    kind = pick(*KINDS)
+    heads = pick(1, 2, 3)
+    width = heads * pick(4, 8, 20)
+    if kind == "DistilBert":
+        options = dict(dim=width, n_heads=heads, n_layers=pick(1, 3), hidden_dim=pick(8, 40), activation="gelu")
+    else:
+        options = dict(hidden_size=width, num_attention_heads=heads, num_hidden_layers=pick(1, 3))
+        options |= dict(intermediate_size=pick(8, 40), hidden_act=pick("gelu", "relu", "gelu_new"))
+        options |= dict(layer_norm_eps=pick(1e-12, 1e-5))
+    import transformers as hf
+
+    torch.manual_seed(seed)
+    config = getattr(hf, f"{kind}Config")(vocab_size=40, max_position_embeddings=64, pad_token_id=1, **options)
+    model = getattr(hf, f"{kind}Model")(config).eval()
+    lengths = [pick(1, 2, 9, 17) for _ in range(pick(1, 5))]
+    ids = torch.randint(3, 40, (len(lengths), 17), generator=draw)
+    mask = (torch.arange(17) < torch.tensor(lengths)[:, None]).long()
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask).last_hidden_state
+        exact = copy.deepcopy(model).double()(ids, attention_mask=mask).last_hidden_state
+        assert ctxfast.swap_in(model, impl="cpu" if seed % 2 else None).swapped
+        found = model(ids, attention_mask=mask).last_hidden_state
+    real = mask == 1
+    _same({"out": found[real]}, {"out": expected[real]}, {"out": exact[real]})
+
+
+def test_versions_outside_the_tested_range_warn_once(monkeypatch) -> None:
+    models = [_model("Bert") for _ in range(3)]  # making the first one sets the version anew
+    monkeypatch.setattr(transformers, "__version__", "6.1.0")
+    monkeypatch.setattr(swap_transformers, "_is_warned", False)
+    with pytest.warns(UserWarning, match="Transformers is 6.1.0; ctxfast.swap_in is tested with 5"):
+        assert ctxfast.swap_in(models[0]).swapped
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert ctxfast.swap_in(models[1]).swapped
+    monkeypatch.setattr(transformers, "__version__", "4.57.1")
+    (miss,) = ctxfast.swap_in(models[2]).near_misses
+    assert miss == ("encoder", "Transformers is 4.57.1; version 5 is needed.")
+
+
+def test_quantised_layers_are_near_misses() -> None:
+    model = torch.ao.quantization.quantize_dynamic(_model("Bert"), {nn.Linear})
+    report = ctxfast.swap_in(model)
+    assert not report.swapped
+    assert any("an adapter, or quantised" in reason for _, reason in report.near_misses)

@@ -44,15 +44,21 @@ def sequence_bucket(sequences: int) -> int:
     return 1 << max(sequences - 1, 0).bit_length()
 
 
+def is_capture(hook: Callable) -> bool:
+    """Whether a forward hook is Transformers' own, which collects hidden states and attention weights."""
+    return getattr(hook, "__module__", "").startswith("transformers.utils.output_capturing")
+
+
 def signature(module: nn.Module) -> tuple | None:
     """What a graph of ``module`` was made from: where each parameter and buffer lies, and ``impl`` attributes.
 
-    None where a graph would not do what the module does: parts in training mode, and forward hooks.
+    None where a graph would not do what the module does: parts in training mode, and forward hooks (Transformers' own,
+    which collect outputs when they are asked for, do nothing else).
     """
     found: list[Any] = []
 
     def walk(part: nn.Module) -> bool:
-        if part.training or part._forward_hooks or part._forward_pre_hooks:
+        if part.training or part._forward_pre_hooks or not all(map(is_capture, part._forward_hooks.values())):
             return False
         found.append(part.__dict__.get("impl"))
         for own in (part._parameters, part._buffers):

@@ -219,7 +219,8 @@ def swap_in(
     for, a question-answering head scores padding, padding comes first in a row, masks differ by query, caches. So do,
     on a CPU and without ``impl``, batches with less than a tenth of padding, which gain nothing. A layer runs as before
     while it, or a part of it, has hooks or is no longer a plain module (an adapter, say).
-    In training, dropout draws other numbers than the original does.
+    In training, dropout draws other numbers than the original does. Inference on a GPU goes through CUDA graphs;
+    ``model.encoder.cuda_graphs = False`` switches them off. Not yet run on a GPU.
 
     Args:
         model: any module; also one that is swapped itself.
@@ -300,7 +301,7 @@ def restore(model: nn.Module) -> tuple[str, ...]:
         original = module.__dict__.get(_ORIGINAL)
         if original is None:
             continue
-        for name in (_ORIGINAL, "impl", "padding_is_read"):
+        for name in (_ORIGINAL, "impl", "padding_is_read", "cuda_graphs", "_ctxfast_graphs"):
             module.__dict__.pop(name, None)
         module.__class__ = original
         if isinstance(module, nn.LSTM):

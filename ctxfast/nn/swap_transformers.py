@@ -23,6 +23,7 @@ from .. import functional
 from .._core import registry
 from .._core.weight_cache import WeightCache
 from ..packing import Packing
+from .graphs import PackedGraphs, is_capture
 from .layer_norm import LayerNorm
 
 _fused = WeightCache()
@@ -192,12 +193,28 @@ def _odd(parts: Parts) -> str | None:
     return None
 
 
+# Major version of Transformers that tests run with.
+_TESTED = 5
+_is_warned = False
+
+
+def _warn_of(version: str) -> None:
+    global _is_warned
+    if not _is_warned:
+        _is_warned = True
+        text = f"Transformers is {version}; ctxfast.swap_in is tested with {_TESTED}. Compare results before use."
+        warnings.warn(text, stacklevel=4)
+
+
 def objection(encoder: nn.Module) -> str | None:
     """Why an encoder of a known class stays as it is; None if it can be swapped."""
     import transformers
 
-    if int(transformers.__version__.partition(".")[0]) < 5:
-        return f"Transformers is {transformers.__version__}; version 5 is needed."
+    major = int(transformers.__version__.partition(".")[0])
+    if major < _TESTED:
+        return f"Transformers is {transformers.__version__}; version {_TESTED} is needed."
+    if major > _TESTED:
+        _warn_of(transformers.__version__)
     expected, _, _ = ENCODERS[f"{type(encoder).__module__}.{type(encoder).__qualname__}"]
     if len(encoder.layer) == 0:
         return "it has no layers."
@@ -215,17 +232,12 @@ def objection(encoder: nn.Module) -> str | None:
 _HOOKS = ("_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def _is_capture(hook: Callable) -> bool:
-    """Whether a forward hook is Transformers' own, which collects hidden states and attention weights."""
-    return getattr(hook, "__module__", "").startswith("transformers.utils.output_capturing")
-
-
 def _has_hooks(module: nn.Module) -> bool:
     """Whether somebody wants to see a module's inputs or outputs, beside Transformers itself."""
     state = module.__dict__
     if any(state[name] for name in _HOOKS) or "forward" in state:
         return True
-    return bool(state["_forward_hooks"]) and not all(_is_capture(hook) for hook in state["_forward_hooks"].values())
+    return bool(state["_forward_hooks"]) and not all(is_capture(hook) for hook in state["_forward_hooks"].values())
 
 
 def _plain_parts(layer: nn.Module) -> Parts | None:
@@ -304,6 +316,16 @@ def _run_layer(parts: Parts, impl: str | None, x: Tensor, cu_seqlens: Tensor, ma
         )
 
 
+def _run_layers(
+    every: Sequence[Parts], impl: str | None, tokens: Sequence[Tensor], cu_seqlens: Tensor, max_seqlen: int
+) -> tuple[Tensor]:
+    """All layers over packed tokens, as CUDA graphs want it."""
+    (x,) = tokens
+    for parts in every:
+        x = _run_layer(parts, impl, x, cu_seqlens, max_seqlen)
+    return (x,)
+
+
 def real_tokens(mask: Any, batch: int, length: int) -> Tensor | None:
     """(B, L) bool, where tokens are, from a mask as encoders get it; None if it is more than a padding mask.
 
@@ -333,6 +355,7 @@ class PackedEncoder(nn.Module):
 
     impl: str | None = None
     padding_is_read: bool = False
+    cuda_graphs: bool = True  # inference on a GPU goes through CUDA graphs; set it to False to switch them off
     _result: type
 
     def forward(self, hidden_states: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -343,8 +366,13 @@ class PackedEncoder(nn.Module):
         passed = {name: value for name, value in kwargs.items() if name not in _ENCODER_ONLY}
         collects = _collected("hidden_states")
         packed, padded = packing.pack(hidden_states), hidden_states
-        for layer in self.layer:
-            parts = _plain_parts(layer)
+        every = [_plain_parts(layer) for layer in self.layer]
+        if self.cuda_graphs and not collects and None not in every and self._graphs.can_run(packed):
+            (packed,) = self._graphs.run(
+                partial(_run_layers, every, self.impl), self, (packed,), packing.cu_seqlens, packing.max_seqlen
+            )
+            return self._result(last_hidden_state=packing.unpack(packed))
+        for layer, parts in zip(self.layer, every):
             if parts is None:
                 before = packing.unpack(packed) if padded is None else padded
                 padded = layer(before, attention_mask, **passed)
@@ -360,6 +388,10 @@ class PackedEncoder(nn.Module):
                 for hook in layer._forward_hooks.values():
                     hook(layer, (before,), padded)
         return self._result(last_hidden_state=packing.unpack(packed) if padded is None else padded)
+
+    @property
+    def _graphs(self) -> PackedGraphs:
+        return self.__dict__.setdefault("_ctxfast_graphs", PackedGraphs())
 
     def _packing(self, x: Tensor, mask: Any, args: tuple, kwargs: dict[str, Any]) -> Packing | None:
         """Where the tokens are; None if this call is one for the original."""
