@@ -430,15 +430,15 @@ def test_random_small_configurations(seed) -> None:
 
 
 def test_versions_outside_the_tested_range_warn_once(monkeypatch) -> None:
-    models = [_model("Bert") for _ in range(3)]  # making the first one sets the version anew
-    monkeypatch.setattr(transformers, "__version__", "6.1.0")
+    models = [_model("Bert") for _ in range(3)]
+    monkeypatch.setattr(swap_transformers, "_version", lambda: "6.1.0")
     monkeypatch.setattr(swap_transformers, "_is_warned", False)
     with pytest.warns(UserWarning, match="Transformers is 6.1.0; ctxfast.swap_in is tested with 5"):
         assert ctxfast.swap_in(models[0]).swapped
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert ctxfast.swap_in(models[1]).swapped
-    monkeypatch.setattr(transformers, "__version__", "4.57.1")
+    monkeypatch.setattr(swap_transformers, "_version", lambda: "4.57.1")
     (miss,) = ctxfast.swap_in(models[2]).near_misses
     assert miss == ("encoder", "Transformers is 4.57.1; version 5 is needed.")
 

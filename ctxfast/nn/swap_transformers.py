@@ -198,6 +198,10 @@ _TESTED = 5
 _is_warned = False
 
 
+def _version() -> str:
+    return import_module("transformers").__version__
+
+
 def _warn_of(version: str) -> None:
     global _is_warned
     if not _is_warned:
@@ -208,13 +212,12 @@ def _warn_of(version: str) -> None:
 
 def objection(encoder: nn.Module) -> str | None:
     """Why an encoder of a known class stays as it is; None if it can be swapped."""
-    import transformers
-
-    major = int(transformers.__version__.partition(".")[0])
+    version = _version()
+    major = int(version.partition(".")[0])
     if major < _TESTED:
-        return f"Transformers is {transformers.__version__}; version {_TESTED} is needed."
+        return f"Transformers is {version}; version {_TESTED} is needed."
     if major > _TESTED:
-        _warn_of(transformers.__version__)
+        _warn_of(version)
     expected, _, _ = ENCODERS[f"{type(encoder).__module__}.{type(encoder).__qualname__}"]
     if len(encoder.layer) == 0:
         return "it has no layers."
