@@ -39,6 +39,7 @@ def add(commands: Any) -> None:
     )
     add = parser.add_argument
     add("text", nargs="+", metavar="TEXT", help="text files")
+    add("--split-sentences", action="store_true", help="lines are paragraphs: split them by simple rules")
     add("--held-out", metavar="FILE", help="text to judge by")
     group = parser.add_argument_group("model")
     add = group.add_argument
@@ -55,6 +56,7 @@ def add(commands: Any) -> None:
     add("--max-seq-length", type=int, metavar="N", default=128, help="tokens of a sequence (%(default)s)")
     add("--short-seq-prob", type=float, default=0.1, help="share of passes that aim at shorter ones (%(default)s)")
     add("--dupe-factor", type=int, metavar="N", default=10, help="passes over the text (%(default)s)")
+    add("--data-seed", type=int, metavar="N", default=12345, help="of sequences and masks (%(default)s)")
     add("--shard-mb", type=float, default=16.0, help="megabytes of text prepared at once (%(default)s)")
     group = parser.add_argument_group("masking")
     add = group.add_argument
@@ -65,7 +67,13 @@ def add(commands: Any) -> None:
     add("--mask-together", action="store_true", help="a phrase's pieces share one draw of [MASK], kept, random")
     add("--max-predictions", type=int, metavar="N", help="masked tokens of a sequence (20 for 128 tokens)")
     add("--gazetteer", action="append", default=[], metavar="FILE", help="phrases or names, one a line (before a tab)")
-    add("--spans", action="append", default=[], metavar="FILE", help="spans: line of TEXT, start, end, kind by tabs")
+    add(
+        "--spans",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="spans: line of all TEXT and --held-out, start, end, kind by tabs",
+    )
     add("--segmented", action="store_true", help="words of the text stand between spaces (Chinese, too)")
     add("--jieba", action="store_true", help="find words of Chinese text by jieba")
     loop_options.add(parser, learning_rate=1e-4, warmup=0.01, batch_size=32)
@@ -84,20 +92,32 @@ def run(args: argparse.Namespace) -> int:
     from ..training.parallel import join
 
     levels = _levels(args.masking)
-    most = args.max_predictions or max(1, round(args.max_seq_length * args.mask_rate * 1.04))
+    most = args.max_predictions
+    if most is None:
+        most = max(1, round(args.max_seq_length * args.mask_rate * 1.04))
     options = PairOptions(
         max_seq_length=args.max_seq_length,
         short_seq_prob=args.short_seq_prob,
         dupe_factor=args.dupe_factor,
         masked_lm_prob=args.mask_rate,
         max_predictions_per_seq=most,
-        do_whole_word_mask=levels == {"word": 1.0},
+        do_whole_word_mask=set(levels) == {"word"},
     )
     knowledge = None
-    if set(levels) - {"token", "word"} or len(levels) > 1:
+    if _needs_knowledge(args, levels):
         knowledge = KnowledgeMasking(levels, args.mask_rate, args.mask_count, args.mask_together, args.max_predictions)
-    recipe = Recipe(args.pairs, options, knowledge, args.dynamic, shard_bytes=round(args.shard_mb * (1 << 20)))
-    judged = Recipe(args.pairs, dataclasses.replace(options, dupe_factor=1, do_whole_word_mask=False))
+    recipe = Recipe(
+        args.pairs,
+        options,
+        knowledge,
+        args.dynamic,
+        args.data_seed,
+        round(args.shard_mb * (1 << 20)),
+        args.split_sentences,
+    )
+    # Judged by the same masks whatever is trained.
+    judged = dataclasses.replace(options, dupe_factor=1, do_whole_word_mask=False)
+    judged = dataclasses.replace(recipe, options=judged, knowledge=None, is_dynamic=False)
     check_directory(args.output)
     group = join(args.parallel, args.device)
     say = None if args.quiet or not group.is_first else _say
@@ -157,6 +177,13 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _needs_knowledge(args: argparse.Namespace, levels: dict[str, float]) -> bool:
+    """Whether masks are beyond BERT's own: spans, or words that are not the tokenizer's."""
+    if set(levels) & {"phrase", "entity"} or len(levels) > 1:
+        return True
+    return set(levels) == {"word"} and bool(args.segmented or args.jieba or args.spans)
+
+
 def _check(args: argparse.Namespace) -> None:
     """Refuse what can be seen before any text is read."""
     who = f"ctxfast.{_WHO}"
@@ -175,11 +202,23 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"{who}: --size or --config is given with --init-from, which has its sizes; leave it out.")
     if args.size and args.config:
         raise ValueError(f"{who}: --size and --config are both given; expected one of them.")
-    needs_spans = set(_levels(args.masking)) & {"phrase", "entity"}
+    levels = _levels(args.masking)
+    needs_spans = set(levels) & {"phrase", "entity"}
     if needs_spans and not (args.gazetteer or args.spans or args.segmented or args.jieba):
         raise ValueError(
             f"{who}: masking is {args.masking!r} and nothing finds {' or '.join(sorted(needs_spans))} spans; pass "
             "--gazetteer, --spans, --segmented or --jieba."
+        )
+    if (args.mask_together or args.mask_count != "tokens") and not _needs_knowledge(args, levels):
+        raise ValueError(
+            f"{who}: --mask-together or --mask-count is given with BERT's own masks (--masking {args.masking}); "
+            "expected phrases, entities, a mix, or words of --segmented, --jieba or --spans."
+        )
+    if args.max_predictions is not None and args.max_predictions < 1:
+        raise ValueError(f"{who}: --max-predictions is {args.max_predictions}; expected 1 or more.")
+    if args.spans and args.split_sentences:
+        raise ValueError(
+            f"{who}: --spans and --split-sentences are both given; expected one: spans are of whole lines."
         )
 
 
@@ -188,6 +227,8 @@ def _levels(text: str) -> dict[str, float]:
     levels: dict[str, float] = {}
     for part in text.split(","):
         name, _, weight = part.partition("=")
+        if name.strip() in levels:
+            raise ValueError(f"ctxfast.{_WHO}: masking names {name.strip()!r} twice; expected each level once.")
         try:
             levels[name.strip()] = float(weight or 1)
         except ValueError:
@@ -213,7 +254,7 @@ def _sources(args: argparse.Namespace) -> tuple[list[Any], Any]:
 
     sources: list[Any] = [Gazetteer.from_file(file, "phrase") for file in args.gazetteer]
     sources += [Gazetteer.from_file(file, "entity") for file in args.gazetteer]
-    sources += [SpanFile(file, args.text) for file in args.spans]
+    sources += [SpanFile(file, [*args.text, *([args.held_out] if args.held_out else [])]) for file in args.spans]
     sources += [SegmentedText()] if args.segmented else []
     sources += [ChineseWords()] if args.jieba else []
     name = {

@@ -26,7 +26,7 @@ from . import bert_instances, bert_pairs, knowledge_masking
 from .bert_instances import Document, Instance, Pair, PairOptions, Vocabulary
 from .knowledge_masking import KnowledgeMasking
 from .spans import FLAG_SHIFT, ID_MASK, SpanSource, begins
-from .text import text_lines
+from .text import split_sentences, text_lines
 
 _WHO = "ctxfast.training.BertCorpus"
 _BATCH_LINES = 1024
@@ -41,8 +41,12 @@ def vocabulary_of(tokenizer: BertTokenizer) -> Vocabulary:
     )
 
 
-def text_documents(files: Sequence[str | os.PathLike[str]]) -> Iterator[list[str]]:
+def text_documents(files: Sequence[str | os.PathLike[str]], is_split: bool = False) -> Iterator[list[str]]:
     """Documents of text files (plain, .gz, .xz): lines, each a sentence or paragraph; a blank line ends a document.
+
+    Args:
+        files: text files, one after another; a file's end ends a document, too.
+        is_split: lines are paragraphs, to be split into sentences (``split_sentences``).
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -52,7 +56,7 @@ def text_documents(files: Sequence[str | os.PathLike[str]]) -> Iterator[list[str
         lines: list[str] = []
         for line in text_lines(file):
             if line := line.strip():
-                lines.append(line)
+                lines += split_sentences(line) if is_split else [line]
             elif lines:
                 yield lines
                 lines = []
@@ -72,6 +76,7 @@ class Recipe:
         is_dynamic: masks are drawn when a sequence is read, others each epoch, and not stored.
         seed: of everything that is drawn.
         shard_bytes: text of a shard.
+        is_split: lines of text are paragraphs, to be split into sentences.
     """
 
     pairs: str = "next"
@@ -80,6 +85,7 @@ class Recipe:
     is_dynamic: bool = False
     seed: int = 12345
     shard_bytes: int = SHARD_BYTES
+    is_split: bool = False
 
     def __post_init__(self) -> None:
         if self.pairs not in bert_pairs.KINDS:
@@ -284,7 +290,7 @@ class BertCorpus:
         say: Callable[[str], None] | None,
     ) -> int:
         number = 0
-        for number, documents in enumerate(_groups(text_documents(files), recipe.shard_bytes), 1):
+        for number, documents in enumerate(_groups(text_documents(files, recipe.is_split), recipe.shard_bytes), 1):
             target = path / f"shard-{number - 1:05d}"
             if target.exists():
                 continue
