@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,15 @@ in DIR/data. Killed, the same command goes on, while preparing and while trainin
   ctxfast pretrain bert wiki.txt -o run --train-vocab 30000 --size base --steps 100000 --batch-size 256
   ctxfast pretrain bert news.txt -o run2 --init-from run/final --masking phrase --gazetteer terms.txt --epochs 3
 
+Pairs need sentences: pass --split-sentences where a line is a paragraph.
+
 masking: which tokens are predicted together
   token, word              BERT's: single pieces, or the pieces of a word
   phrase, entity           ERNIE's: spans of --gazetteer, --spans, --segmented, --jieba
   token=1,phrase=2,...     each sequence draws one, with these weights
 """
+# Half of the pairs should be wrong. Where lines are long, there is nothing to follow, and nearly all of them are.
+_MOST_WRONG = 0.75
 _LEVELS = ("token", "word", "phrase", "entity")
 
 
@@ -51,13 +56,17 @@ def add(commands: Any) -> None:
     add("--config", metavar="FILE", help="config.json with the model's sizes")
     group = parser.add_argument_group("sequences")
     add = group.add_argument
-    add("--pairs", default="next", help="next (BERT's, default), order (swapped or not), none, dialogue (turns a line)")
+    add(
+        "--pairs",
+        default="next",
+        help="next (BERT's, default), order (swapped or not), none, dialogue (lines: speaker<TAB>turn)",
+    )
     add("--relation-sign", default="google", help="label 1 is: google: a wrong pair (default), ernie: a right one")
     add("--max-seq-length", type=int, metavar="N", default=128, help="tokens of a sequence (%(default)s)")
     add("--short-seq-prob", type=float, default=0.1, help="share of passes that aim at shorter ones (%(default)s)")
     add("--dupe-factor", type=int, metavar="N", default=10, help="passes over the text (%(default)s)")
     add("--data-seed", type=int, metavar="N", default=12345, help="of sequences and masks (%(default)s)")
-    add("--shard-mb", type=float, default=16.0, help="megabytes of text prepared at once (%(default)s)")
+    add("--shard-mb", type=float, default=4.0, help="megabytes of text prepared at once (%(default)s)")
     group = parser.add_argument_group("masking")
     add = group.add_argument
     add("--masking", default="token", help="token (default), word, phrase, entity, or weights, see above")
@@ -168,6 +177,12 @@ def run(args: argparse.Namespace) -> int:
     if say is not None:
         parameters = sum(value.numel() for value in task.model.parameters())
         say(f"{len(corpus):,} sequences, {corpus.tokens:,} tokens; {parameters:,} parameters; {steps:,} steps")
+        if (share := corpus.wrong_share) > _MOST_WRONG:
+            way = "" if args.split_sentences else "--split-sentences, "
+            say(
+                f"note: {100 * share:.0f} % of second segments come from elsewhere, as lines fill sequences alone; "
+                f"{way}longer sequences or --pairs order help"
+            )
     loop = loop_options.config(args, steps, best="-loss" if held_out is not None else None)
     own = ("text", "held_out", "vocab", "train_vocab", "cased", "init_from", "pairs", "relation_sign", "batch_size")
     settings = {name: getattr(args, name) for name in own}
@@ -216,10 +231,9 @@ def _check(args: argparse.Namespace) -> None:
         )
     if args.max_predictions is not None and args.max_predictions < 1:
         raise ValueError(f"{who}: --max-predictions is {args.max_predictions}; expected 1 or more.")
-    if args.spans and args.split_sentences:
-        raise ValueError(
-            f"{who}: --spans and --split-sentences are both given; expected one: spans are of whole lines."
-        )
+    if args.spans and (args.split_sentences or args.pairs == "dialogue"):
+        other = "--split-sentences" if args.split_sentences else "--pairs dialogue"
+        raise ValueError(f"{who}: --spans is given with {other}; expected one of them, as spans are of whole lines.")
 
 
 def _levels(text: str) -> dict[str, float]:
@@ -233,6 +247,8 @@ def _levels(text: str) -> dict[str, float]:
             levels[name.strip()] = float(weight or 1)
         except ValueError:
             raise ValueError(f"ctxfast.{_WHO}: masking has {part!r}; expected LEVEL or LEVEL=WEIGHT.") from None
+        if not 0 < levels[name.strip()] < math.inf:
+            raise ValueError(f"ctxfast.{_WHO}: masking has {part!r}; expected a weight above 0.")
     if unknown := [name for name in levels if name not in _LEVELS]:
         raise ValueError(f"ctxfast.{_WHO}: masking has {unknown[0]!r}; expected some of {', '.join(_LEVELS)}.")
     return levels

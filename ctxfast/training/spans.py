@@ -19,6 +19,8 @@ from .text import text_lines
 
 WORD, PHRASE, ENTITY = 1, 2, 4
 KINDS = {"word": WORD, "phrase": PHRASE, "entity": ENTITY}
+# Beside these, on the first piece of a turn: a dialogue's second speaker has it.
+SPEAKER = 8
 # A piece and its flags travel as one integer: id | flags << FLAG_SHIFT.
 FLAG_SHIFT = 24
 ID_MASK = (1 << FLAG_SHIFT) - 1
