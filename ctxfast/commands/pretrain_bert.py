@@ -65,6 +65,7 @@ def add(commands: Any) -> None:
     add("--max-seq-length", type=int, metavar="N", default=128, help="tokens of a sequence (%(default)s)")
     add("--short-seq-prob", type=float, default=0.1, help="share of passes that aim at shorter ones (%(default)s)")
     add("--dupe-factor", type=int, metavar="N", default=10, help="passes over the text (%(default)s)")
+    add("--prepare-only", action="store_true", help="stop when the sequences are written; do so before torchrun")
     add("--data-seed", type=int, metavar="N", default=12345, help="of sequences and masks (%(default)s)")
     add("--shard-mb", type=float, default=4.0, help="megabytes of text prepared at once (%(default)s)")
     group = parser.add_argument_group("masking")
@@ -91,12 +92,13 @@ def add(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prepare the text, train, write the model."""
-    loop_options.check(args, _WHO)
+    if not args.prepare_only:
+        loop_options.check(args, _WHO)
     _check(args)
     from ..training.bert_corpus import BertCorpus, Recipe
     from ..training.bert_instances import PairOptions
     from ..training.bert_pretraining import BertPretraining, sized_config
-    from ..training.checkpoints import check_directory
+    from ..training.checkpoints import check_directory, check_settings
     from ..training.knowledge_masking import KnowledgeMasking
     from ..training.parallel import join
 
@@ -127,7 +129,13 @@ def run(args: argparse.Namespace) -> int:
     # Judged by the same masks whatever is trained.
     judged = dataclasses.replace(options, dupe_factor=1, do_whole_word_mask=False)
     judged = dataclasses.replace(recipe, options=judged, knowledge=None, is_dynamic=False)
+    sources, sources_name = _sources(args)
+    own = ("text", "held_out", "vocab", "train_vocab", "cased", "init_from", "pairs", "relation_sign", "batch_size")
+    settings = {name: getattr(args, name) for name in own}
+    settings |= {"recipe": dataclasses.asdict(recipe), "sources": sources_name}
     check_directory(args.output)
+    if not args.overwrite:
+        check_settings(args.output, settings)
     group = join(args.parallel, args.device)
     say = None if args.quiet or not group.is_first else _say
     data = Path(args.output) / "data"
@@ -141,7 +149,6 @@ def run(args: argparse.Namespace) -> int:
                 found.append(None)
                 continue
             files = [files] if isinstance(files, str) else files
-            sources, sources_name = _sources(args)
             corpus = BertCorpus.prepare(
                 data / name, files, tokenizer, how, sources=sources, sources_name=sources_name, say=say
             )
@@ -153,6 +160,8 @@ def run(args: argparse.Namespace) -> int:
         prepare()
     group.wait()
     tokenizer, corpus, held_out = prepare()
+    if args.prepare_only:
+        return 0
     if args.init_from is not None:
         config = None
     elif args.config is not None:
@@ -184,10 +193,9 @@ def run(args: argparse.Namespace) -> int:
                 f"{way}longer sequences or --pairs order help"
             )
     loop = loop_options.config(args, steps, best="-loss" if held_out is not None else None)
-    own = ("text", "held_out", "vocab", "train_vocab", "cased", "init_from", "pairs", "relation_sign", "batch_size")
-    settings = {name: getattr(args, name) for name in own}
-    settings |= {"model": task.model.config.to_dict(), "recipe": dataclasses.asdict(recipe)}
-    settings |= {name: getattr(args, name) for name in ("gazetteer", "spans", "segmented", "jieba")}
+    # A text that changed under its name shows in these.
+    sizes = [[len(part), part.tokens] for part in (corpus, held_out) if part is not None]
+    settings |= {"model": task.model.config.to_dict(), "sequences": sizes}
     loop_options.run(args, f"ctxfast {_WHO}", task, loop, settings)
     return 0
 

@@ -333,6 +333,44 @@ def test_command_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         assert message in said and "Traceback" not in said, said
 
 
+def test_prepared_shards_are_kept_from_other_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A command with other settings is refused before it touches what the run prepared; so is a text that changed."""
+    text, names = tmp_path / "text", tmp_path / "names"
+    text.write_text("a b\nc d\n\ne f\ng h\n\ni j\nk l\n")
+    names.write_text("a b\n")
+    (tmp_path / "config.json").write_text('{"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}')
+    base = ["pretrain", "bert", str(text), "-o", str(tmp_path / "run"), "--train-vocab", "90", "--batch-size", "2"]
+    base += ["--config", str(tmp_path / "config.json"), "--max-seq-length", "16", "--device", "cpu"]
+    base += ["--gazetteer", str(names)]
+    assert cli.main([*base, "--prepare-only"]) == 0
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["data"]
+    capsys.readouterr()
+    assert cli.main([*base, "--steps", "2"]) == 0
+    assert "shard 1" not in capsys.readouterr().err, "prepared before"
+
+    def files() -> dict[str, int]:
+        return {str(path): path.stat().st_mtime_ns for path in (tmp_path / "run" / "data").rglob("*") if path.is_file()}
+
+    before = files()
+    for more, message in (
+        (["--masking", "word"], "settings.recipe.options.do_whole_word_mask was False and is True now"),
+        (["--masking", "entity"], "settings.recipe.knowledge"),
+        (["--dupe-factor", "3"], "settings.recipe.options.dupe_factor was 10 and is 3 now"),
+        (["--data-seed", "1"], "settings.recipe.seed was 12345 and is 1 now"),
+    ):
+        assert cli.main([*base, "--steps", "2", *more]) == 2
+        assert message in capsys.readouterr().err
+    names.write_text("c d\n")
+    assert cli.main([*base, "--steps", "2"]) == 2
+    assert "settings.sources.gazetteer" in capsys.readouterr().err
+    assert files() == before
+    names.write_text("a b\n")
+    text.write_text(text.read_text() + "\nm n\no p\n")
+    assert cli.main([*base, "--steps", "2"]) == 2
+    assert "settings.sequences" in capsys.readouterr().err
+    assert cli.main([*base, "--steps", "2", "--overwrite"]) == 0
+
+
 def test_a_model_of_one_token_type_takes_no_pairs(tmp_path: Path) -> None:
     corpus = _corpus(tmp_path, ["a b", "c d", "", "e f"], Recipe(options=PairOptions(16)))
     tokenizer = BertTokenizer.from_pretrained(tmp_path / "tokenizer")
