@@ -275,9 +275,15 @@ class BertCorpus:
 
         Raises:
             FileNotFoundError: a file is missing.
-            ValueError: no text, or fewer documents than the recipe needs.
+            ValueError: no text, fewer documents than the recipe needs, whole words of a vocabulary that has none.
         """
         path = Path(directory)
+        kind = type(tokenizer.backend.model).__name__
+        if recipe.options.do_whole_word_mask and recipe.knowledge is None and kind != "WordPiece":
+            raise ValueError(
+                f"{_WHO}: do_whole_word_mask with a {kind} vocabulary; expected WordPiece, whose ## marks the pieces "
+                "that go on with a word. Mask tokens, or words that a source finds (--masking word --segmented)."
+            )
         vocabulary = vocabulary_of(tokenizer)
         meta = {
             "format": 1,

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 
 from ctxfast import cli
@@ -21,7 +22,8 @@ from ctxfast.training import bert_pairs
 from ctxfast.training.bert_corpus import BertCorpus, Recipe, text_documents, vocabulary_of
 from ctxfast.training.bert_instances import PairOptions, Vocabulary
 from ctxfast.training.bert_pretraining import BertPretraining, entities_masked
-from ctxfast.training.spans import FLAG_SHIFT, ID_MASK, SPEAKER, Gazetteer
+from ctxfast.training.knowledge_masking import KnowledgeMasking
+from ctxfast.training.spans import FLAG_SHIFT, ID_MASK, SPEAKER, Gazetteer, SegmentedText
 from ctxfast.training.text import split_sentences
 from ctxfast.training.vocabulary import train_wordpiece
 
@@ -377,6 +379,38 @@ def test_a_model_of_one_token_type_takes_no_pairs(tmp_path: Path) -> None:
     config = BertConfig(**{**vars(_small(tokenizer)), "type_vocab_size": 1})
     with pytest.raises(ValueError, match="the model has 1 token type; expected 2 for pairs"):
         BertPretraining(corpus, tokenizer, config)
+
+
+def test_whole_words_of_a_vocabulary_that_has_none(tmp_path: Path) -> None:
+    """Pieces of byte-level BPE do not say whether they go on with a word; words that a source finds do."""
+    lines = ["the north sea", "a cold sea", "", "the old town", "a tower"]
+    (tmp_path / "text").write_text("\n".join(lines))
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel()
+    names = ["<pad>", "<unk>", "<s>", "</s>", "<mask>"]
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    backend.train_from_iterator(
+        lines, tokenizers.trainers.BpeTrainer(vocab_size=270, special_tokens=names, initial_alphabet=alphabet)
+    )
+    tokenizer = BertTokenizer(
+        backend, special_tokens={role: f"<{role}>" for role in ("pad", "unk", "mask")} | {"cls": "<s>", "sep": "</s>"}
+    )
+    whole = PairOptions(32, do_whole_word_mask=True)
+    with pytest.raises(ValueError, match="do_whole_word_mask with a BPE vocabulary; expected WordPiece"):
+        BertCorpus.prepare(tmp_path / "data", [tmp_path / "text"], tokenizer, Recipe(options=whole))
+    recipe = Recipe("none", whole, KnowledgeMasking({"word": 1.0}, 0.6))
+    corpus = BertCorpus.prepare(tmp_path / "data", [tmp_path / "text"], tokenizer, recipe, sources=[SegmentedText()])
+    word = backend.encode(" north", add_special_tokens=False).ids[1:]  # the space is a piece of its own
+    assert len(word) > 1
+    full = 0
+    for index in range(len(corpus)):
+        one, original = corpus.instance(index), [code & ID_MASK for code in corpus.pair(index).ids]
+        for place in range(len(original) - len(word) + 1):
+            if original[place : place + len(word)] == word:
+                hit = sum(k in one.positions for k in range(place, place + len(word)))
+                assert hit in (0, len(word))
+                full += hit > 0
+    assert full
 
 
 # Shards
