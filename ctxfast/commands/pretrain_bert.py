@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,15 @@ in DIR/data. Killed, the same command goes on, while preparing and while trainin
   ctxfast pretrain bert wiki.txt -o run --train-vocab 30000 --size base --steps 100000 --batch-size 256
   ctxfast pretrain bert news.txt -o run2 --init-from run/final --masking phrase --gazetteer terms.txt --epochs 3
 
+Pairs need sentences: pass --split-sentences where a line is a paragraph.
+
 masking: which tokens are predicted together
   token, word              BERT's: single pieces, or the pieces of a word
   phrase, entity           ERNIE's: spans of --gazetteer, --spans, --segmented, --jieba
   token=1,phrase=2,...     each sequence draws one, with these weights
 """
+# Half of the pairs should be wrong. Where lines are long, there is nothing to follow, and nearly all of them are.
+_MOST_WRONG = 0.75
 _LEVELS = ("token", "word", "phrase", "entity")
 
 
@@ -39,6 +44,7 @@ def add(commands: Any) -> None:
     )
     add = parser.add_argument
     add("text", nargs="+", metavar="TEXT", help="text files")
+    add("--split-sentences", action="store_true", help="lines are paragraphs: split them by simple rules")
     add("--held-out", metavar="FILE", help="text to judge by")
     group = parser.add_argument_group("model")
     add = group.add_argument
@@ -50,12 +56,18 @@ def add(commands: Any) -> None:
     add("--config", metavar="FILE", help="config.json with the model's sizes")
     group = parser.add_argument_group("sequences")
     add = group.add_argument
-    add("--pairs", default="next", help="next (BERT's, default), order (swapped or not), none, dialogue (turns a line)")
+    add(
+        "--pairs",
+        default="next",
+        help="next (BERT's, default), order (swapped or not), none, dialogue (lines: speaker<TAB>turn)",
+    )
     add("--relation-sign", default="google", help="label 1 is: google: a wrong pair (default), ernie: a right one")
     add("--max-seq-length", type=int, metavar="N", default=128, help="tokens of a sequence (%(default)s)")
     add("--short-seq-prob", type=float, default=0.1, help="share of passes that aim at shorter ones (%(default)s)")
     add("--dupe-factor", type=int, metavar="N", default=10, help="passes over the text (%(default)s)")
-    add("--shard-mb", type=float, default=16.0, help="megabytes of text prepared at once (%(default)s)")
+    add("--prepare-only", action="store_true", help="stop when the sequences are written; do so before torchrun")
+    add("--data-seed", type=int, metavar="N", default=12345, help="of sequences and masks (%(default)s)")
+    add("--shard-mb", type=float, default=4.0, help="megabytes of text prepared at once (%(default)s)")
     group = parser.add_argument_group("masking")
     add = group.add_argument
     add("--masking", default="token", help="token (default), word, phrase, entity, or weights, see above")
@@ -65,7 +77,13 @@ def add(commands: Any) -> None:
     add("--mask-together", action="store_true", help="a phrase's pieces share one draw of [MASK], kept, random")
     add("--max-predictions", type=int, metavar="N", help="masked tokens of a sequence (20 for 128 tokens)")
     add("--gazetteer", action="append", default=[], metavar="FILE", help="phrases or names, one a line (before a tab)")
-    add("--spans", action="append", default=[], metavar="FILE", help="spans: line of TEXT, start, end, kind by tabs")
+    add(
+        "--spans",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="spans: line of all TEXT and --held-out, start, end, kind by tabs",
+    )
     add("--segmented", action="store_true", help="words of the text stand between spaces (Chinese, too)")
     add("--jieba", action="store_true", help="find words of Chinese text by jieba")
     loop_options.add(parser, learning_rate=1e-4, warmup=0.01, batch_size=32)
@@ -74,31 +92,50 @@ def add(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prepare the text, train, write the model."""
-    loop_options.check(args, _WHO)
+    if not args.prepare_only:
+        loop_options.check(args, _WHO)
     _check(args)
     from ..training.bert_corpus import BertCorpus, Recipe
     from ..training.bert_instances import PairOptions
     from ..training.bert_pretraining import BertPretraining, sized_config
-    from ..training.checkpoints import check_directory
+    from ..training.checkpoints import check_directory, check_settings
     from ..training.knowledge_masking import KnowledgeMasking
     from ..training.parallel import join
 
     levels = _levels(args.masking)
-    most = args.max_predictions or max(1, round(args.max_seq_length * args.mask_rate * 1.04))
+    most = args.max_predictions
+    if most is None:
+        most = max(1, round(args.max_seq_length * args.mask_rate * 1.04))
     options = PairOptions(
         max_seq_length=args.max_seq_length,
         short_seq_prob=args.short_seq_prob,
         dupe_factor=args.dupe_factor,
         masked_lm_prob=args.mask_rate,
         max_predictions_per_seq=most,
-        do_whole_word_mask=levels == {"word": 1.0},
+        do_whole_word_mask=set(levels) == {"word"},
     )
     knowledge = None
-    if set(levels) - {"token", "word"} or len(levels) > 1:
+    if _needs_knowledge(args, levels):
         knowledge = KnowledgeMasking(levels, args.mask_rate, args.mask_count, args.mask_together, args.max_predictions)
-    recipe = Recipe(args.pairs, options, knowledge, args.dynamic, shard_bytes=round(args.shard_mb * (1 << 20)))
-    judged = Recipe(args.pairs, dataclasses.replace(options, dupe_factor=1, do_whole_word_mask=False))
+    recipe = Recipe(
+        args.pairs,
+        options,
+        knowledge,
+        args.dynamic,
+        args.data_seed,
+        round(args.shard_mb * (1 << 20)),
+        args.split_sentences,
+    )
+    # Judged by the same masks whatever is trained.
+    judged = dataclasses.replace(options, dupe_factor=1, do_whole_word_mask=False)
+    judged = dataclasses.replace(recipe, options=judged, knowledge=None, is_dynamic=False)
+    sources, sources_name = _sources(args)
+    own = ("text", "held_out", "vocab", "train_vocab", "cased", "init_from", "pairs", "relation_sign", "batch_size")
+    settings = {name: getattr(args, name) for name in own}
+    settings |= {"recipe": dataclasses.asdict(recipe), "sources": sources_name}
     check_directory(args.output)
+    if not args.overwrite:
+        check_settings(args.output, settings)
     group = join(args.parallel, args.device)
     say = None if args.quiet or not group.is_first else _say
     data = Path(args.output) / "data"
@@ -112,7 +149,6 @@ def run(args: argparse.Namespace) -> int:
                 found.append(None)
                 continue
             files = [files] if isinstance(files, str) else files
-            sources, sources_name = _sources(args)
             corpus = BertCorpus.prepare(
                 data / name, files, tokenizer, how, sources=sources, sources_name=sources_name, say=say
             )
@@ -124,6 +160,8 @@ def run(args: argparse.Namespace) -> int:
         prepare()
     group.wait()
     tokenizer, corpus, held_out = prepare()
+    if args.prepare_only:
+        return 0
     if args.init_from is not None:
         config = None
     elif args.config is not None:
@@ -148,13 +186,25 @@ def run(args: argparse.Namespace) -> int:
     if say is not None:
         parameters = sum(value.numel() for value in task.model.parameters())
         say(f"{len(corpus):,} sequences, {corpus.tokens:,} tokens; {parameters:,} parameters; {steps:,} steps")
+        if (share := corpus.wrong_share) > _MOST_WRONG:
+            way = "" if args.split_sentences else "--split-sentences, "
+            say(
+                f"note: {100 * share:.0f} % of second segments come from elsewhere, as lines fill sequences alone; "
+                f"{way}longer sequences or --pairs order help"
+            )
     loop = loop_options.config(args, steps, best="-loss" if held_out is not None else None)
-    own = ("text", "held_out", "vocab", "train_vocab", "cased", "init_from", "pairs", "relation_sign", "batch_size")
-    settings = {name: getattr(args, name) for name in own}
-    settings |= {"model": task.model.config.to_dict(), "recipe": dataclasses.asdict(recipe)}
-    settings |= {name: getattr(args, name) for name in ("gazetteer", "spans", "segmented", "jieba")}
+    # A text that changed under its name shows in these.
+    sizes = [[len(part), part.tokens] for part in (corpus, held_out) if part is not None]
+    settings |= {"model": task.model.config.to_dict(), "sequences": sizes}
     loop_options.run(args, f"ctxfast {_WHO}", task, loop, settings)
     return 0
+
+
+def _needs_knowledge(args: argparse.Namespace, levels: dict[str, float]) -> bool:
+    """Whether masks are beyond BERT's own: spans, or words that are not the tokenizer's."""
+    if set(levels) & {"phrase", "entity"} or len(levels) > 1:
+        return True
+    return set(levels) == {"word"} and bool(args.segmented or args.jieba or args.spans)
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -175,12 +225,23 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"{who}: --size or --config is given with --init-from, which has its sizes; leave it out.")
     if args.size and args.config:
         raise ValueError(f"{who}: --size and --config are both given; expected one of them.")
-    needs_spans = set(_levels(args.masking)) & {"phrase", "entity"}
+    levels = _levels(args.masking)
+    needs_spans = set(levels) & {"phrase", "entity"}
     if needs_spans and not (args.gazetteer or args.spans or args.segmented or args.jieba):
         raise ValueError(
             f"{who}: masking is {args.masking!r} and nothing finds {' or '.join(sorted(needs_spans))} spans; pass "
             "--gazetteer, --spans, --segmented or --jieba."
         )
+    if (args.mask_together or args.mask_count != "tokens") and not _needs_knowledge(args, levels):
+        raise ValueError(
+            f"{who}: --mask-together or --mask-count is given with BERT's own masks (--masking {args.masking}); "
+            "expected phrases, entities, a mix, or words of --segmented, --jieba or --spans."
+        )
+    if args.max_predictions is not None and args.max_predictions < 1:
+        raise ValueError(f"{who}: --max-predictions is {args.max_predictions}; expected 1 or more.")
+    if args.spans and (args.split_sentences or args.pairs == "dialogue"):
+        other = "--split-sentences" if args.split_sentences else "--pairs dialogue"
+        raise ValueError(f"{who}: --spans is given with {other}; expected one of them, as spans are of whole lines.")
 
 
 def _levels(text: str) -> dict[str, float]:
@@ -188,10 +249,14 @@ def _levels(text: str) -> dict[str, float]:
     levels: dict[str, float] = {}
     for part in text.split(","):
         name, _, weight = part.partition("=")
+        if name.strip() in levels:
+            raise ValueError(f"ctxfast.{_WHO}: masking names {name.strip()!r} twice; expected each level once.")
         try:
             levels[name.strip()] = float(weight or 1)
         except ValueError:
             raise ValueError(f"ctxfast.{_WHO}: masking has {part!r}; expected LEVEL or LEVEL=WEIGHT.") from None
+        if not 0 < levels[name.strip()] < math.inf:
+            raise ValueError(f"ctxfast.{_WHO}: masking has {part!r}; expected a weight above 0.")
     if unknown := [name for name in levels if name not in _LEVELS]:
         raise ValueError(f"ctxfast.{_WHO}: masking has {unknown[0]!r}; expected some of {', '.join(_LEVELS)}.")
     return levels
@@ -213,7 +278,7 @@ def _sources(args: argparse.Namespace) -> tuple[list[Any], Any]:
 
     sources: list[Any] = [Gazetteer.from_file(file, "phrase") for file in args.gazetteer]
     sources += [Gazetteer.from_file(file, "entity") for file in args.gazetteer]
-    sources += [SpanFile(file, args.text) for file in args.spans]
+    sources += [SpanFile(file, [*args.text, *([args.held_out] if args.held_out else [])]) for file in args.spans]
     sources += [SegmentedText()] if args.segmented else []
     sources += [ChineseWords()] if args.jieba else []
     name = {

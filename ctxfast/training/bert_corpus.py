@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from .._core.files import replacing, replacing_folder
 from ..corpus import fingerprint
@@ -25,12 +26,12 @@ from ..models.bert.tokenization import BertTokenizer, Encoding
 from . import bert_instances, bert_pairs, knowledge_masking
 from .bert_instances import Document, Instance, Pair, PairOptions, Vocabulary
 from .knowledge_masking import KnowledgeMasking
-from .spans import FLAG_SHIFT, ID_MASK, SpanSource, begins
-from .text import text_lines
+from .spans import FLAG_SHIFT, ID_MASK, SPEAKER, SpanSource, begins
+from .text import split_sentences, text_lines
 
 _WHO = "ctxfast.training.BertCorpus"
 _BATCH_LINES = 1024
-SHARD_BYTES = 16 << 20  # of text; what a shard's documents take as lists of numbers is some 20 times as much
+SHARD_BYTES = 4 << 20  # of text
 
 
 def vocabulary_of(tokenizer: BertTokenizer) -> Vocabulary:
@@ -41,8 +42,12 @@ def vocabulary_of(tokenizer: BertTokenizer) -> Vocabulary:
     )
 
 
-def text_documents(files: Sequence[str | os.PathLike[str]]) -> Iterator[list[str]]:
+def text_documents(files: Sequence[str | os.PathLike[str]], is_split: bool = False) -> Iterator[list[str]]:
     """Documents of text files (plain, .gz, .xz): lines, each a sentence or paragraph; a blank line ends a document.
+
+    Args:
+        files: text files, one after another; a file's end ends a document, too.
+        is_split: lines are paragraphs, to be split into sentences (``split_sentences``).
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -52,7 +57,7 @@ def text_documents(files: Sequence[str | os.PathLike[str]]) -> Iterator[list[str
         lines: list[str] = []
         for line in text_lines(file):
             if line := line.strip():
-                lines.append(line)
+                lines += split_sentences(line) if is_split else [line]
             elif lines:
                 yield lines
                 lines = []
@@ -66,12 +71,14 @@ class Recipe:
 
     Args:
         pairs: "next" (BERT's: the second segment follows or is another's), "order" (neighbours, swapped or not),
-            "none" (one segment), "dialogue" (three turns, one of them replaced or not).
+            "none" (one segment), "dialogue" (three turns, one of them replaced or not; lines are ``speaker<TAB>text``,
+            or the speakers take turns).
         options: lengths, number of passes, share of masked tokens.
         knowledge: what is masked together; None for BERT's own masks.
         is_dynamic: masks are drawn when a sequence is read, others each epoch, and not stored.
         seed: of everything that is drawn.
         shard_bytes: text of a shard.
+        is_split: lines of text are paragraphs, to be split into sentences.
     """
 
     pairs: str = "next"
@@ -80,6 +87,7 @@ class Recipe:
     is_dynamic: bool = False
     seed: int = 12345
     shard_bytes: int = SHARD_BYTES
+    is_split: bool = False
 
     def __post_init__(self) -> None:
         if self.pairs not in bert_pairs.KINDS:
@@ -131,7 +139,7 @@ class _Shard:
 
     def __init__(self, path: Path) -> None:
         def load(name: str) -> np.ndarray:
-            return np.load(path / f"{name}.npy", mmap_mode="r")
+            return _mapped(path / f"{name}.npy")
 
         self.codes, self.starts, self.firsts, self.others = map(load, ("codes", "starts", "firsts", "others"))
         self.types = load("types") if (path / "types.npy").is_file() else None
@@ -178,6 +186,21 @@ class _Shard:
         return Instance(ids, pair.first_length, pair.is_random_next, positions, labels, pair.types)
 
 
+def _mapped(path: Path) -> np.ndarray:
+    """A .npy file, memory-mapped. Not by numpy, whose maps each keep a file open: there may be thousands of shards."""
+    with open(path, "rb") as file:
+        np.lib.format.read_magic(file)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        start = file.tell()
+    size = path.stat().st_size
+    return (
+        torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
+        .numpy()[start:]
+        .view(dtype)
+        .reshape(shape)
+    )
+
+
 class BertCorpus:
     """Prepared sequences.
 
@@ -203,6 +226,11 @@ class BertCorpus:
     def tokens(self) -> int:
         """Tokens of all sequences."""
         return int(self.lengths.sum())
+
+    @property
+    def wrong_share(self) -> float:
+        """Share of sequences whose segments do not belong together."""
+        return sum(int(np.count_nonzero(shard.others)) for shard in self._shards) / len(self)
 
     def pair(self, index: int) -> Pair:
         """A sequence before masking, its ids coded."""
@@ -242,11 +270,20 @@ class BertCorpus:
             sources_name: plain values that tell one set of sources from another.
             say: called with a line a shard.
 
+        Memory: that of one shard's sequences as lists of numbers. With ten passes over the text and stored masks that
+        is some 165 bytes for a byte of text: 700 MB for shards of 4 MB (2026-11-23).
+
         Raises:
             FileNotFoundError: a file is missing.
-            ValueError: no text, or fewer documents than the recipe needs.
+            ValueError: no text, fewer documents than the recipe needs, whole words of a vocabulary that has none.
         """
         path = Path(directory)
+        kind = type(tokenizer.backend.model).__name__
+        if recipe.options.do_whole_word_mask and recipe.knowledge is None and kind != "WordPiece":
+            raise ValueError(
+                f"{_WHO}: do_whole_word_mask with a {kind} vocabulary; expected WordPiece, whose ## marks the pieces "
+                "that go on with a word. Mask tokens, or words that a source finds (--masking word --segmented)."
+            )
         vocabulary = vocabulary_of(tokenizer)
         meta = {
             "format": 1,
@@ -284,11 +321,13 @@ class BertCorpus:
         say: Callable[[str], None] | None,
     ) -> int:
         number = 0
-        for number, documents in enumerate(_groups(text_documents(files), recipe.shard_bytes), 1):
+        for number, documents in enumerate(_groups(text_documents(files, recipe.is_split), recipe.shard_bytes), 1):
             target = path / f"shard-{number - 1:05d}"
             if target.exists():
                 continue
-            made = recipe.make(_tokenized(documents, tokenizer, sources), vocabulary, recipe.seed + number - 1)
+            is_dialogue = recipe.pairs == "dialogue"
+            coded = (_dialogues if is_dialogue else _tokenized)(documents, tokenizer, sources)
+            made = recipe.make(coded, vocabulary, recipe.seed + number - 1)
             with replacing_folder(target) as temporary:
                 _Shard.write(temporary, made)
             if say is not None:
@@ -296,6 +335,12 @@ class BertCorpus:
                 say(f"shard {number}: {len(documents):,} documents, {len(made):,} sequences, {tokens:,} tokens")
         if number == 0:
             raise ValueError(f"{_WHO}: {', '.join(map(os.fspath, files))}: no text; expected lines of it.")
+        if not any(len(_Shard(shard)) for shard in path.glob("shard-*")):
+            wanted = "three turns of two speakers or more" if recipe.pairs == "dialogue" else "two tokens or more"
+            raise ValueError(
+                f"{_WHO}: {', '.join(map(os.fspath, files))}: not one sequence of pairs {recipe.pairs!r}; expected "
+                f"documents of {wanted}."
+            )
         return number
 
 
@@ -318,6 +363,17 @@ def _groups(documents: Iterator[list[str]], size: int) -> Iterator[list[list[str
         yield before
     if group:
         yield group
+
+
+def _dialogues(documents: list[list[str]], tokenizer: BertTokenizer, sources: Sequence[SpanSource]) -> list[Document]:
+    """Coded ids of every turn, the second speaker's marked."""
+    said, is_second = zip(*map(bert_pairs.speakers, documents))
+    coded = _tokenized(list(said), tokenizer, sources)
+    for turns, marks in zip(coded, is_second):
+        for turn, mark in zip(turns, marks):
+            if turn and mark:
+                turn[0] |= SPEAKER << FLAG_SHIFT
+    return coded
 
 
 def _tokenized(documents: list[list[str]], tokenizer: BertTokenizer, sources: Sequence[SpanSource]) -> list[Document]:

@@ -10,6 +10,7 @@ import random
 from collections.abc import Iterator, Sequence
 
 from .bert_instances import Document, Pair, PairOptions, Vocabulary, truncate
+from .spans import FLAG_SHIFT, SPEAKER
 
 KINDS = ("next", "order", "none", "dialogue")
 
@@ -69,24 +70,52 @@ def dialogues(
 ) -> Iterator[Pair]:
     """Three turns of a dialogue; half of the time one of them comes from another dialogue (``is_random_next``).
 
-    A document is a dialogue, a line a turn; the speakers take turns, so token types, which tell who speaks, alternate
-    from a first speaker drawn at random. A lone or last turn that finds no two others is left out.
+    A document is a dialogue, a sentence a turn, its first token marked with ``SPEAKER`` where the second of the two
+    speakers has it. Token types tell who speaks: 0 for the one with the first of the three turns (query), 1 for the
+    other (response): the forms QRQ, QRR, QQR. Three turns of one speaker are left out, and so is a last turn that finds
+    no two others.
 
     Reference: Sun et al. 2019 (ERNIE 1.0), section 3.3 (dialogue language model).
     """
     turns = corpus[index]
+    speakers = [turn[0] >> FLAG_SHIFT & SPEAKER for turn in turns]
     limit = (options.max_seq_length - 4) // 3
     for start in range(0, len(turns) - 2, 2):
+        roles = [int(speaker != speakers[start]) for speaker in speakers[start : start + 3]]
+        if not any(roles):
+            continue
         chosen = [turn[:limit] for turn in turns[start : start + 3]]
         is_random_next = draw.random() < 0.5
         if is_random_next:
             other = draw.randrange(len(corpus) - 1)
             strange = corpus[other + (other >= index)]
             chosen[draw.randrange(3)] = strange[draw.randrange(len(strange))][:limit]
-        speaker = draw.randrange(2)
-        ids, types = [vocabulary.cls_id], [speaker]
-        for turn in chosen:
+        ids, types = [vocabulary.cls_id], [0]
+        for turn, role in zip(chosen, roles):
             ids += [*turn, vocabulary.sep_id]
-            types += [speaker] * (len(turn) + 1)
-            speaker = 1 - speaker
+            types += [role] * (len(turn) + 1)
         yield Pair(ids, len(chosen[0]) + 2, is_random_next, types)
+
+
+def speakers(turns: Sequence[str]) -> tuple[list[str], list[bool]]:
+    """What is said in a dialogue's lines, and whether the second speaker says it.
+
+    A line is ``name<TAB>text``; without tabs the speakers take turns.
+
+    Raises:
+        ValueError: names on some lines only, more than two of them, or a name with nothing said.
+    """
+    who = "ctxfast.training.bert_pairs"
+    named = [turn.partition("\t") for turn in turns]
+    if not any(tab for _, tab, _ in named):
+        return list(turns), [place % 2 == 1 for place in range(len(turns))]
+    first = named[0][0]
+    names = list(dict.fromkeys(name for name, _, _ in named))
+    for turn, (_, tab, said) in zip(turns, named):
+        if not tab or not said.strip():
+            raise ValueError(
+                f"{who}: a turn is {turn!r}; expected a speaker, a tab and text, as others of its dialogue."
+            )
+    if len(names) > 2:
+        raise ValueError(f"{who}: a dialogue has the speakers {', '.join(names[:5])}; expected two at most.")
+    return [said.strip() for _, _, said in named], [name != first for name, _, _ in named]

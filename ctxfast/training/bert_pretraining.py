@@ -107,7 +107,7 @@ class BertPretraining(BaseTask):
         impl: implementation of every op; None chooses.
 
     Figures of ``evaluate``: ``loss`` (all parts), ``masked_loss``, ``masked_accuracy``, ``perplexity``,
-    ``relation_accuracy``, ``entity_loss`` (on tokens of entities of several words, masked as wholes).
+    ``relation_accuracy``, ``entity_loss`` and ``entity_accuracy`` (tokens of entities of several words, all masked).
 
     Raises:
         ValueError: a vocabulary larger than the model's word table, sequences longer than its positions.
@@ -146,6 +146,11 @@ class BertPretraining(BaseTask):
             raise ValueError(
                 f"{_WHO}: the vocabulary has {tokenizer.vocab_size} tokens and the model's word table "
                 f"{config.vocab_size} rows; expected no more tokens than rows. Use the model's own vocabulary."
+            )
+        if self.has_relation and config.type_vocab_size < 2:
+            raise ValueError(
+                f"{_WHO}: the model has {config.type_vocab_size} token type; expected 2 for pairs. Use a recipe with "
+                "pairs 'none' (--pairs none)."
             )
         longest = corpus.recipe.options.max_seq_length
         if longest > config.max_length:
@@ -207,8 +212,8 @@ class BertPretraining(BaseTask):
                 if one.positions:
                     marked.append(one)
             if marked:
-                losses, _, labelled, _ = self._judge(model, marked)
-                figures["entity_loss"] = losses / labelled
+                losses, right, labelled, _ = self._judge(model, marked)
+                figures |= {"entity_loss": losses / labelled, "entity_accuracy": right / labelled}
         return figures
 
     def _judge(self, model: nn.Module, instances: Sequence[Instance]) -> tuple[float, float, int, tuple[float, float]]:

@@ -22,7 +22,7 @@ import numpy as np
 from .._core.files import replacing_folder
 from ..corpus import fingerprint
 from ..models.elmo.tokenization import BEGIN_SENTENCE, END_SENTENCE, ElmoCharacterMapper
-from .text import text_lines
+from .text import split_sentences, text_lines
 
 UNKNOWN = "<UNK>"
 MARKS = (BEGIN_SENTENCE, END_SENTENCE, UNKNOWN)
@@ -31,17 +31,16 @@ BEGIN, END, UNKNOWN_ID = 0, 1, 2
 _NO_WORD = "!!!MAXTERMID"
 _WHO = "ctxfast.training.BiLmCorpus"
 _BLOCK_TOKENS = 1 << 20
-_SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]”’]*\s+(?=[\"'(\[“‘]*[A-Z0-9])")
 _WORD = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]")
 
 
 def tokenized(line: str) -> Iterator[list[str]]:
     """Sentences of words of a line of running text, by simple rules.
 
-    A sentence ends after ``. ! ?`` where white space and a capital or a digit follow; words are runs of letters, digits
-    and inner apostrophes; every other sign stands for itself.
+    Sentences as ``split_sentences`` finds them; words are runs of letters, digits and inner apostrophes; every other
+    sign stands for itself.
     """
-    for sentence in _SENTENCE_END.split(line):
+    for sentence in split_sentences(line):
         if words := _WORD.findall(sentence):
             yield words
 

@@ -55,6 +55,38 @@ def check_directory(path: str | os.PathLike[str]) -> None:
         )
 
 
+def check_settings(path: str | os.PathLike[str], settings: Mapping[str, Any]) -> None:
+    """Refuse a directory whose run has other settings, before anything is prepared in it.
+
+    Args:
+        path: of the run.
+        settings: those known so far, by the names that ``RunDirectory`` will get under "settings".
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    file = Path(path) / "config.json"
+    if not file.exists():
+        return
+    old = json.loads(file.read_text(encoding="utf-8"))["settings"]
+    old = {name: value for name, value in old.items() if name in settings}
+    _compare(Path(path), {"settings": old}, {"settings": json.loads(json.dumps(settings))})
+
+
+def _compare(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    old, new = dict(_leaves(before)), dict(_leaves(now))
+    changed = [
+        f"{name} was {old.get(name)!r} and is {new.get(name)!r} now"
+        for name in sorted({*old, *new} - _FREE)
+        if old.get(name) != new.get(name)
+    ]
+    if changed:
+        raise ValueError(
+            f"ctxfast.training: {path} holds a run of another configuration: {'; '.join(changed)}. "
+            "Go on with the same, choose another directory, or pass overwrite to start anew."
+        )
+
+
 class RunDirectory:
     """A run's directory.
 
@@ -108,18 +140,7 @@ class RunDirectory:
                     f"ctxfast.training: {self.path} holds a run already; expected an empty directory. "
                     "Pass resume, or overwrite to start anew."
                 )
-            with open(file, encoding="utf-8") as text:
-                old, new = dict(_leaves(json.load(text))), dict(_leaves(config))
-            changed = [
-                f"{name} was {old.get(name)!r} and is {new.get(name)!r} now"
-                for name in sorted({*old, *new} - _FREE)
-                if old.get(name) != new.get(name)
-            ]
-            if changed:
-                raise ValueError(
-                    f"ctxfast.training: {self.path} holds a run of another configuration: {'; '.join(changed)}. "
-                    "Go on with the same, choose another directory, or pass overwrite to start anew."
-                )
+            _compare(self.path, json.loads(file.read_text(encoding="utf-8")), config)
         else:
             with replacing(file) as temporary:
                 temporary.write_text(json.dumps(config, indent=1, sort_keys=True) + "\n", encoding="utf-8")

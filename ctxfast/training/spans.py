@@ -7,6 +7,7 @@ it, so units survive the cutting and joining that makes pretraining pairs.
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import os
 from collections.abc import Iterable, Sequence
@@ -18,6 +19,8 @@ from .text import text_lines
 
 WORD, PHRASE, ENTITY = 1, 2, 4
 KINDS = {"word": WORD, "phrase": PHRASE, "entity": ENTITY}
+# Beside these, on the first piece of a turn: a dialogue's second speaker has it.
+SPEAKER = 8
 # A piece and its flags travel as one integer: id | flags << FLAG_SHIFT.
 FLAG_SHIFT = 24
 ID_MASK = (1 << FLAG_SHIFT) - 1
@@ -75,14 +78,14 @@ class Gazetteer:
     def from_file(
         cls, path: str | os.PathLike[str], kind: str = "entity", *, column: int = 0, ignore_case: bool = True
     ) -> Gazetteer:
-        """Entries from a text file, one a line; with tabs, the given column.
+        """Entries from a text file (plain, .gz, .xz), one a line; with tabs, the given column.
 
         Raises:
             FileNotFoundError: no such file.
             ValueError: a line without that column (its number is named), or a file without entries.
         """
         entries = []
-        for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(text_lines(path), 1):
             if not line.strip():
                 continue
             fields = line.split("\t")
@@ -261,5 +264,7 @@ def _joined(starts: Sequence[bool], offsets: Sequence[tuple[int, int]], spans: S
 
 
 def _pieces(offsets: Sequence[tuple[int, int]], span: Span) -> range:
-    touched = [i for i, (start, end) in enumerate(offsets) if start < span.end and end > span.start]
-    return range(touched[0], touched[-1] + 1) if touched else range(0)
+    # Offsets rise, and pieces do not overlap.
+    first = bisect.bisect_right(offsets, span.start, key=lambda piece: piece[1])
+    last = bisect.bisect_left(offsets, span.end, key=lambda piece: piece[0])
+    return range(first, max(first, last))

@@ -6,9 +6,13 @@ from __future__ import annotations
 import gzip
 import lzma
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
+
+# A closed sentence before white space and an opening word, or Chinese punctuation with nothing after it.
+_SENTENCE_END = re.compile(r"[.!?]+[\"')\]”’]*(?=\s+[\"'(\[“‘]*(\w))|[。！？]+[”’」』）]*")
 
 
 def text_lines(path: str | os.PathLike[str]) -> Iterator[str]:
@@ -29,3 +33,20 @@ def text_lines(path: str | os.PathLike[str]) -> Iterator[str]:
             except UnicodeDecodeError as error:
                 raise ValueError(f"ctxfast.training: line {number} of {path} is no UTF-8 ({error.reason}).") from None
             yield line.rstrip("\r\n")
+
+
+def split_sentences(line: str) -> Iterator[str]:
+    """Sentences of a line of running text, by simple rules.
+
+    A sentence ends after ``. ! ?`` and closing quotes or brackets where white space and a capital or a digit follow,
+    and after ``。！？``. Abbreviations before a name end one, too.
+    """
+    start = 0
+    for found in _SENTENCE_END.finditer(line):
+        follows = found[1]
+        if follows is None or follows.isupper() or follows.isdigit():
+            if sentence := line[start : found.end()].strip():
+                yield sentence
+            start = found.end()
+    if sentence := line[start:].strip():
+        yield sentence

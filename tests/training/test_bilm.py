@@ -122,7 +122,7 @@ def test_prepared_text_is_used_again_only_if_nothing_changed(text) -> None:
 def test_running_text() -> None:
     line = 'He said: "It\'s done." Then he left at 5 p.m. exactly. Why? "No idea!"'
     found = [" ".join(words) for words in tokenized(line)]
-    assert found == ["He said : \" It's done .", "Then he left at 5 p . m . exactly .", "Why ?", '" No idea ! "']
+    assert found == ['He said : " It\'s done . "', "Then he left at 5 p . m . exactly .", "Why ?", '" No idea ! "']
 
 
 def test_bad_text_and_vocabularies(tmp_path, text) -> None:
