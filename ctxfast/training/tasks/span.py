@@ -57,12 +57,14 @@ class Finding:
 
 @dataclass(slots=True)
 class _Window:
-    """Where a window stands: its example, offset of its first context token among the context's and in the row."""
+    """Where a window stands: its example, the first of its tokens among the text's and in the row, and where each token
+    of the text stands among its characters."""
 
     example: int
     start: int
     size: int
     place: int
+    offsets: list[tuple[int, int]]
 
 
 @dataclass(slots=True)
@@ -144,7 +146,7 @@ class BertSpanFinder(Predictor):
                 row.labels = (0, 0)
                 if target is not None and start <= target[0] and target[1] < start + size:
                     row.labels = (target[0] - start + place, target[1] - start + place)
-                row.data = _Window(index, start, size, place)
+                row.data = _Window(index, start, size, place, offsets)
                 rows.append(row)
                 if start + size >= len(ids):
                     break
@@ -173,13 +175,10 @@ class BertSpanFinder(Predictor):
             for k, row in enumerate(items):
                 own = found[row.data.example]
                 self._collect(own, row.data, by_example[row.data.example], starts[k], ends[k])
-        offsets = self._offsets(examples)
-        return [self._finding(example, own, offsets[example.context]) for example, own in zip(examples, found)]
-
-    def _offsets(self, examples: Sequence[Question]) -> dict[str, list[tuple[int, int]]]:
-        texts = list(dict.fromkeys(example.context for example in examples))
-        encodings = unlimited(self.tokenizer).encode_batch(texts)
-        return {text: self._bare(encoding)[1] for text, encoding in zip(texts, encodings)}
+        return [
+            self._finding(example, own, windows[0].offsets)
+            for example, own, windows in zip(examples, found, by_example)
+        ]
 
     def _collect(
         self, found: _Candidates, window: _Window, others: Sequence[_Window], start: Tensor, end: Tensor
