@@ -159,7 +159,7 @@ def _add_span(parser: argparse.ArgumentParser) -> None:
     add("--max-query", type=int, metavar="N", default=64, help="tokens of a question (%(default)s)")
     add("--max-answer", type=int, metavar="N", default=30, help="tokens of an answer (%(default)s)")
     add("--n-best", type=int, metavar="N", default=20, help="candidates (%(default)s)")
-    add("--null-threshold", type=float, default=0.0, help="no answer above this difference of scores (%(default)s)")
+    add("--null-threshold", type=float, help="no answer above this difference of scores (0; never if all have answers)")
     add("--skip-misaligned", action="store_true", help="leave out answers that do not stand where they say")
 
 
@@ -249,15 +249,16 @@ def _check(args: argparse.Namespace, path: str, examples: list[Any], labels: tup
         check_labels(path, examples, labels)
 
 
-def _choice(args: argparse.Namespace) -> Any:
+def _choice(args: argparse.Namespace, train: list[Any]) -> Any:
     from ..training.tasks.build import Choice
 
     options: dict[str, Any] = {"max_length": args.max_length}
     if args.task == "span":
-        options |= {
-            name: getattr(args, name) for name in ("doc_stride", "max_query", "max_answer", "n_best", "null_threshold")
-        }
-        return Choice(**options)
+        options |= {name: getattr(args, name) for name in ("doc_stride", "max_query", "max_answer", "n_best")}
+        threshold = args.null_threshold
+        if threshold is None and any(question.is_impossible for question in train):
+            threshold = 0.0
+        return Choice(**options, null_threshold=threshold)
     options |= {
         "features": args.features,
         "hidden_size": args.lstm_hidden,
@@ -265,8 +266,6 @@ def _choice(args: argparse.Namespace) -> Any:
         "dropout": args.dropout,
     }
     if args.task == "tag":
-        if args.predicate is not None and args.predicate_column is None:
-            raise ValueError("ctxfast.finetune: --predicate is given without --predicate-column; expected both.")
         predicate = (args.predicate or "type") if args.predicate_column is not None else "none"
         options |= {"crf": args.crf, "predicate": predicate, "is_spans": args.scheme != "none"}
     return Choice(**options)
@@ -285,8 +284,10 @@ def _labels(args: argparse.Namespace, examples: list[Any]) -> tuple[str, ...]:
 
 
 def _train(args: argparse.Namespace) -> int:
-    choice = _choice(args)
+    if args.task == "tag" and args.predicate is not None and args.predicate_column is None:
+        raise ValueError("ctxfast.finetune: --predicate is given without --predicate-column; expected both.")
     data = {name: _read(args, getattr(args, name)) for name in ("train", "dev", "test") if getattr(args, name)}
+    choice = _choice(args, data["train"])
     labels = _labels(args, data["train"])
     for name, examples in data.items():
         _check(args, getattr(args, name), examples, labels)

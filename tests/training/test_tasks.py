@@ -179,6 +179,15 @@ def test_predicate_is_marked(bert, how) -> None:
     assert row.labels[:4] == [IGNORE, 0, 1, 0] and set(row.labels[4:]) == {IGNORE}
 
 
+@pytest.mark.parametrize(
+    "choice", [Choice(predicate="type"), Choice(predicate="sep"), Choice("last", predicate="type")]
+)
+def test_a_predicate_is_needed_where_it_is_marked(bert, choice) -> None:
+    predictor = build("tag", bert, ("O", "B-V"), choice)
+    with pytest.raises(ValueError, match="expected --predicate-column"):
+        predictor.items([Sentence(["bob"], None, None, 1)])
+
+
 def test_frames_are_those_of_the_tokenizer(bert) -> None:
     tokenizer = BertTokenizer.from_pretrained(bert)
     frame = Frame(tokenizer)
@@ -392,6 +401,7 @@ def test_regression(bert, tmp_path) -> None:
         ("tag", "bert", Choice(features="first"), "features is 'first'"),
         ("tag", "bert", Choice(max_length=65), "max_length is 65; expected 16 to 64"),
         ("span", "bert", Choice(max_length=48, max_query=44), "doc_stride is 128"),
+        ("tag", "elmo", Choice(max_length=64), "max_length is given with features or ELMo"),
         ("parse", "bert", Choice(), "task is 'parse'"),
     ],
 )

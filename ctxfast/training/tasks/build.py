@@ -122,6 +122,10 @@ def _head(task: str, num_layers: int, dim: int, labels: Sequence[str], choice: C
         "lstm_layers": choice.lstm_layers,
         "dropout": choice.dropout,
     }
+    if choice.max_length is not None:
+        raise ValueError(
+            "ctxfast.finetune: max_length is given with features or ELMo, which read every word. Leave it out."
+        )
     if task == "tag":
         options |= {"crf": choice.crf, "marks_predicate": choice.predicate != "none"}
         return LstmTagger(num_layers, dim, labels, **options), options

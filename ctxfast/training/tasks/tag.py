@@ -58,6 +58,13 @@ class _Tagger(Predictor):
     def main_figure(self) -> str:
         return "f1" if self.is_spans else "accuracy"
 
+    def _check_predicates(self, examples: Sequence[Sentence]) -> None:
+        if any(sentence.predicate is None for sentence in examples):
+            raise ValueError(
+                "ctxfast.finetune: the model marks the predicate of a sentence, but the data has none; expected "
+                "--predicate-column (read_conll's predicate_column)."
+            )
+
     def weight(self, batch: dict[str, Any]) -> float:
         return float((batch["labels"] != IGNORE).sum())
 
@@ -128,14 +135,15 @@ class BertTagger(_Tagger):
         self.options = {"max_length": self.max_length, "predicate": predicate, "is_spans": is_spans}
 
     def items(self, examples: Sequence[Sentence]) -> list[Row]:
+        if self.predicate != "none":
+            self._check_predicates(examples)
         rows = []
         for index, (sentence, pieces) in enumerate(
             zip(examples, word_pieces(self.tokenizer, [sentence.words for sentence in examples]))
         ):
-            marked = sentence.predicate if self.predicate != "none" else None
             second: list[int] | None = None
             if self.predicate == "sep":
-                second = [id for own, is_marked in zip(pieces, marked) if is_marked for id in own]
+                second = [id for own, is_marked in zip(pieces, sentence.predicate) if is_marked for id in own]
                 second = second[: self.max_length // _LONGEST_WORD]
             room = self._frame.room(self.max_length, second is not None) - len(second or ())
             pieces = [own[: max(room // _LONGEST_WORD, 1)] for own in pieces]
@@ -210,6 +218,8 @@ class FeatureTagger(_Tagger):
         self.options = {"features": features, "head": head, "is_spans": is_spans}
 
     def items(self, examples: Sequence[Sentence]) -> list[WordItem]:
+        if self.options["head"].get("marks_predicate"):
+            self._check_predicates(examples)
         items = []
         for index, sentence in enumerate(examples):
             labels = None if sentence.tags is None else [self._numbers.get(tag, IGNORE) for tag in sentence.tags]
