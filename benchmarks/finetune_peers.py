@@ -14,6 +14,7 @@ import json
 import shutil
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +143,8 @@ def measure(side: str, args: argparse.Namespace, train_data: list[Any], dev_data
     }
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """Measure the sides asked for; what was measured."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("task", choices=TASKS)
@@ -162,17 +164,20 @@ def main() -> None:
     add("--dev-examples", type=int)
     add("--sides", default=",".join(SIDES))
     add("-o", "--output", help="file to append the JSON lines to")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     train_data, dev_data = (
         _data(args.task, args.train, args.train_examples),
         _data(args.task, args.dev, args.dev_examples),
     )
+    results = []
     for side in args.sides.split(","):
-        line = json.dumps(measure(side, args, train_data, dev_data))
+        results.append(measure(side, args, train_data, dev_data))
+        line = json.dumps(results[-1])
         print(line, flush=True)
         if args.output:
             with open(args.output, "a", encoding="utf-8") as file:
                 file.write(line + "\n")
+    return results
 
 
 if __name__ == "__main__":

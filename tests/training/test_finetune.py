@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_models import classified, paired, questions, tagged, tiny_bert, tiny_elmo
 
+from benchmarks import finetune_peers
 from ctxfast.cli import main
 from ctxfast.training.loop import _Run
 
@@ -87,6 +88,15 @@ def test_span(files, tmp_path) -> None:
     dev = files / "span-dev.json"
     assert finetune("span", "-m", run / "best", "--predict-only", "--test", dev, "-o", again) == 0
     assert json.loads((again / "predictions-test.json").read_text()) == found
+
+
+def test_beside_hugging_face(files) -> None:
+    """The same data and schedule, both models from the same files: losses stay together."""
+    argv = ["tag", "-m", files / "bert", *data(files, "tag"), "--epochs", 4, "--stop", 2, "--batch-size", 4]
+    ours, theirs = finetune_peers.main([*map(str, argv), "--lr", "1e-3"])
+    assert [one["side"] for one in (ours, theirs)] == ["ctxfast", "transformers"]
+    assert ours["examples"] == 60 and len(ours["by_epoch"]) == 2
+    assert ours["loss"][-1][1] == pytest.approx(theirs["loss"][-1][1], abs=0.2)
 
 
 def test_predictions_of_files_without_labels(files, tmp_path) -> None:
