@@ -56,6 +56,7 @@ Sentences: a word a line in columns parted by tabs or spaces, a blank line after
 Questions: SQuAD's JSON, 1.1 or 2.0, also .gz and .xz.
 
   ctxfast finetune span -m MODEL --train train-v2.0.json --dev dev-v2.0.json -o run --epochs 2 --lr 3e-5 --batch-size 24
+  ctxfast finetune span -m ELMO --features mix --train train-v1.1.json --dev dev-v1.1.json -o run --epochs 10
 """,
     ),
 }
@@ -79,8 +80,7 @@ def add(commands: Any) -> None:
         )
         _add_common(own)
         _ADD[task](own)
-        if task != "span":
-            _add_head(own, task)
+        _add_head(own, task)
         loop_options.add(own, learning_rate=None)
         own.set_defaults(run=run, task=task)
 
@@ -121,7 +121,12 @@ def _add_head(parser: argparse.ArgumentParser, task: str) -> None:
     )
     add("--lstm-layers", type=int, metavar="N", default=2 if task == "tag" else 1, help="its layers (%(default)s)")
     add("--dropout", type=float, default=0.3, help="around it (%(default)s)")
-    add("--unseen", default="error", help="labels in --dev or --test that training lacks: error, or keep (never right)")
+    if task != "span":
+        add(
+            "--unseen",
+            default="error",
+            help="labels that training lacks: error, or keep (never right)",
+        )
 
 
 def _add_table(parser: argparse.ArgumentParser) -> None:
@@ -252,19 +257,18 @@ def _check(args: argparse.Namespace, path: str, examples: list[Any], labels: tup
 def _choice(args: argparse.Namespace, train: list[Any]) -> Any:
     from ..training.tasks.build import Choice
 
-    options: dict[str, Any] = {"max_length": args.max_length}
-    if args.task == "span":
-        options |= {name: getattr(args, name) for name in ("doc_stride", "max_query", "max_answer", "n_best")}
-        threshold = args.null_threshold
-        if threshold is None and any(question.is_impossible for question in train):
-            threshold = 0.0
-        return Choice(**options, null_threshold=threshold)
-    options |= {
+    options: dict[str, Any] = {
+        "max_length": args.max_length,
         "features": args.features,
         "hidden_size": args.lstm_hidden,
         "lstm_layers": args.lstm_layers,
         "dropout": args.dropout,
     }
+    if args.task == "span":
+        options |= {name: getattr(args, name) for name in ("doc_stride", "max_query", "max_answer", "n_best")}
+        options["null_threshold"] = args.null_threshold
+        if args.null_threshold is None and any(question.is_impossible for question in train):
+            options["null_threshold"] = 0.0
     if args.task == "tag":
         predicate = (args.predicate or "type") if args.predicate_column is not None else "none"
         options |= {"crf": args.crf, "predicate": predicate, "is_spans": args.scheme != "none"}

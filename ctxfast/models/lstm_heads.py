@@ -165,19 +165,77 @@ class LstmClassifier(nn.Module):
         return LstmOutput(F.cross_entropy(logits.float(), labels), logits)
 
 
+class SpanLogits(NamedTuple):
+    """``loss`` (None without positions), and (B, T + 1) logits of start and end; column 0 stands for no answer."""
+
+    loss: Tensor | None
+    start_logits: Tensor
+    end_logits: Tensor
+
+
+class LstmSpanFinder(nn.Module):
+    """Start and end of the answer to a question among the words of a text, or none.
+
+    Text and question go through one LSTM; each word of the text attends to the question, and a second LSTM reads both.
+    A text and its question are given as 2B texts: all texts, then all questions.
+
+    Args:
+        num_layers, dim, hidden_size, lstm_layers, dropout: as ``LstmTagger``; the second LSTM has one layer.
+
+    Reference: after Seo et al. 2017 (BiDAF), the model of ELMo's SQuAD figures, without its second attention.
+    """
+
+    def __init__(
+        self, num_layers: int, dim: int, *, hidden_size: int = 256, lstm_layers: int = 1, dropout: float = 0.3
+    ) -> None:
+        super().__init__()
+        self.reader = _Reader(num_layers, dim, hidden_size, lstm_layers, dropout, False)
+        self.similarity = nn.Parameter(torch.ones(2 * hidden_size) / (2 * hidden_size) ** 0.5)
+        self.merge = nn.Linear(6 * hidden_size, 2 * hidden_size)
+        self.second = _Reader(1, 2 * hidden_size, hidden_size, 1, dropout, False)
+        self.positions = nn.Linear(2 * hidden_size, 2)
+        self.no_answer = nn.Linear(2 * hidden_size, 2)
+
+    def forward(
+        self,
+        layers: Tensor,
+        lengths: Tensor,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+    ) -> SpanLogits:
+        """layers (2B, K, T, N), lengths (2B,); positions (B,) int64: 0 for no answer, else the word's number + 1."""
+        texts, questions = self.reader(layers, lengths).chunk(2)
+        text_lengths, question_lengths = lengths.chunk(2)
+        steps = torch.arange(texts.shape[1], device=texts.device)
+        scores = (texts * self.similarity) @ questions.transpose(1, 2)
+        is_question = steps < question_lengths.clamp(min=1)[:, None]
+        attended = scores.masked_fill(~is_question[:, None], torch.finfo(scores.dtype).min).softmax(-1) @ questions
+        merged = torch.relu(self.merge(torch.cat((texts, attended, texts * attended), -1)))
+        read = self.second(merged[:, None], text_lengths)
+        is_text = (steps < text_lengths[:, None])[..., None]
+        lowest = torch.finfo(read.dtype).min
+        none = self.no_answer(read.masked_fill(~is_text, lowest).amax(1).clamp(min=-1))
+        logits = torch.cat((none[:, None], self.positions(read).masked_fill(~is_text, lowest)), 1).float()
+        start, end = logits.unbind(-1)
+        if start_positions is None:
+            return SpanLogits(None, start, end)
+        loss = (F.cross_entropy(start, start_positions) + F.cross_entropy(end, end_positions)) / 2
+        return SpanLogits(loss, start, end)
+
+
 class OverElmo(nn.Module):
     """A head over an ELMo language model that is trained with it.
 
     Args:
         bilm: the language model; its parameters require gradients.
-        head: an ``LstmTagger`` or ``LstmClassifier`` over its ``num_layers`` layers.
+        head: an ``LstmTagger``, ``LstmClassifier`` or ``LstmSpanFinder`` over its ``num_layers`` layers.
     """
 
     def __init__(self, bilm: ElmoBiLm, head: nn.Module) -> None:
         super().__init__()
         self.bilm, self.head = bilm, head
 
-    def forward(self, character_ids: Tensor, lengths: Tensor, **rest: Any) -> LstmOutput:
+    def forward(self, character_ids: Tensor, lengths: Tensor, **rest: Any) -> LstmOutput | SpanLogits:
         """character_ids (B, T, C) of ``batch_to_ids``; the rest as the head's ``forward``."""
         found = self.bilm(character_ids)
         layers = torch.stack([remove_sentence_marks(layer, found["mask"]) for layer in found["activations"]], 1)

@@ -77,10 +77,18 @@ def test_it_learns(files, tmp_path, task, model, options, figure, least) -> None
     assert scores(again, "test")[figure] == pytest.approx(scores(run / "best")[figure], abs=1e-6)
 
 
-def test_span(files, tmp_path) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--max-length", 32, "--doc-stride", 8, "--max-query", 8, "--lr", 3e-3],
+        ["--features", "mix", "--lstm-hidden", 16, "--lr", 1e-2],
+    ],
+    ids=["bert", "features"],
+)
+def test_span(files, tmp_path, options) -> None:
     run = tmp_path / "run"
-    argv = ["-m", files / "bert", *data(files, "span", "json"), "--epochs", 20, "--lr", 3e-3, "--batch-size", 8]
-    assert finetune("span", *argv, "--max-length", 32, "--doc-stride", 8, "--max-query", 8, "-o", run) == 0
+    argv = ["-m", files / "bert", *data(files, "span", "json"), "--epochs", 20, "--batch-size", 8]
+    assert finetune("span", *argv, *options, "-o", run) == 0
     assert scores(run / "best")["f1"] >= 0.6
     found = json.loads((run / "best" / "predictions-dev.json").read_text())
     assert set(found) == {f"q{number}" for number in range(20)}
@@ -191,7 +199,7 @@ def test_accumulated_batches_are_one_large_batch(files, tmp_path) -> None:
             "line 2: label '.*'; expected a num",
         ),
         (["classify", "-m", "bert", "--test", "classify.tsv", "--evaluate-only"], "has no ctxfast_task.json"),
-        (["span", "-m", "elmo", "--train", "span.json"], "expected BERT with all layers trained"),
+        (["span", "-m", "bert", "--train", "span.json", "--doc-stride", "60"], "doc_stride is 60"),
     ],
 )
 def test_what_is_refused(files, tmp_path, capsys, monkeypatch, argv, reason) -> None:

@@ -13,7 +13,7 @@ from tiny_models import classified, paired, questions, tagged, tiny_bert, tiny_e
 
 from ctxfast.embed import Embedder
 from ctxfast.models.bert.tokenization import BertTokenizer
-from ctxfast.models.lstm_heads import LstmClassifier, LstmTagger
+from ctxfast.models.lstm_heads import LstmClassifier, LstmSpanFinder, LstmTagger
 from ctxfast.nn.crf import Crf, bio_rules
 from ctxfast.training.readers.conll import Sentence, read_conll
 from ctxfast.training.readers.squad import Answer, Question, read_squad
@@ -116,11 +116,16 @@ def test_lstm_heads_do_not_see_padding() -> None:
     predicate = torch.tensor([[0, 1, 0, 0, 0], [1, 0, 0, 0, 0]])
     alone = tagger(layers[1:, :, :3], lengths[1:], predicate[1:, :3]).logits
     together = tagger(layers, lengths, predicate).logits
+    text = classifier(layers[1:, :, :3], lengths[1:]).logits
+    assert torch.allclose(classifier(layers, lengths).logits[1:], text, atol=1e-6)
     assert torch.allclose(together[1:, :3], alone, atol=1e-6)
     other = tagger(layers, lengths, 1 - predicate).logits
     assert not torch.allclose(other, together, atol=1e-3)
-    alone = classifier(layers[1:, :, :3], lengths[1:]).logits
-    assert torch.allclose(classifier(layers, lengths).logits[1:], alone, atol=1e-6)
+    finder = LstmSpanFinder(3, 6, hidden_size=4).eval()
+    layers, lengths = torch.randn(4, 3, 5, 6), torch.tensor([5, 3, 2, 4])  # two texts, then their two questions
+    both, one = finder(layers, lengths), finder(layers[1::2], lengths[1::2])
+    for padded, alone in ((both.start_logits, one.start_logits), (both.end_logits, one.end_logits)):
+        assert torch.allclose(padded[1, :4], alone[0, :4], atol=1e-6) and (padded[1, 4:] < -1e30).all()
 
 
 # Windows
@@ -310,6 +315,8 @@ def test_features_of_sentences_longer_than_the_model(bert) -> None:
         ("pair", "bert", Choice(features="sum4", hidden_size=8)),
         ("pair", "elmo", Choice(hidden_size=8)),
         ("span", "bert", Choice(max_length=48, doc_stride=8, max_query=8)),
+        ("span", "bert", Choice(features="mix", hidden_size=8, lstm_layers=1)),
+        ("span", "elmo", Choice(hidden_size=8, lstm_layers=1, null_threshold=None)),
     ],
     ids=lambda value: value if isinstance(value, str) else (value.features or "all"),
 )
@@ -396,7 +403,7 @@ def test_regression(bert, tmp_path) -> None:
     [
         ("tag", "bert", Choice(crf=True), "crf is asked for with all of BERT trained"),
         ("classify", "bert", Choice(crf=True, features="mix"), "crf is asked for with task 'classify'"),
-        ("span", "elmo", Choice(), "expected BERT with all layers"),
+        ("span", "elmo", Choice(crf=True), "crf is asked for with task 'span'"),
         ("tag", "elmo", Choice(features="concat4"), "has 3 layers; expected 4 or more"),
         ("tag", "bert", Choice(features="first"), "features is 'first'"),
         ("tag", "bert", Choice(max_length=65), "max_length is 65; expected 16 to 64"),

@@ -22,11 +22,11 @@ from ...models.bert.heads import (
     BertForTokenClassification,
 )
 from ...models.bert.tokenization import BertTokenizer
-from ...models.lstm_heads import LstmClassifier, LstmTagger, OverElmo
+from ...models.lstm_heads import LstmClassifier, LstmSpanFinder, LstmTagger, OverElmo
 from .classify import BertClassifier, FeatureClassifier
 from .features import FrozenLayers
 from .predictor import FORMAT, SETTINGS_FILE, Predictor
-from .span import BertSpanFinder
+from .span import BertSpanFinder, FeatureSpanFinder
 from .tag import BertTagger, FeatureTagger
 
 TASKS = ("classify", "pair", "tag", "span")
@@ -129,12 +129,10 @@ def _head(task: str, num_layers: int, dim: int, labels: Sequence[str], choice: C
     if task == "tag":
         options |= {"crf": choice.crf, "marks_predicate": choice.predicate != "none"}
         return LstmTagger(num_layers, dim, labels, **options), options
-    if task == "span":
-        raise ValueError(
-            "ctxfast.finetune: task is 'span' with features or ELMo; expected BERT with all layers trained."
-        )
     if choice.crf:
         raise ValueError(f"ctxfast.finetune: crf is asked for with task {task!r}; expected 'tag' for it.")
+    if task == "span":
+        return LstmSpanFinder(num_layers, dim, **options), options
     return LstmClassifier(num_layers, dim, max(len(labels), 1), is_pair=task == "pair", **options), options
 
 
@@ -142,9 +140,7 @@ def _over_features(task: str, embedder: Embedder, labels: Sequence[str], choice:
     frozen = FrozenLayers(embedder, choice.features)
     head, options = _head(task, frozen.num_layers, frozen.dim, labels, choice)
     head.to(embedder.device)
-    if task == "tag":
-        return FeatureTagger(head, frozen, labels, head=options, is_spans=choice.is_spans)
-    return FeatureClassifier(head, frozen, labels, is_pair=task == "pair", head=options)
+    return _predictor(task, head, frozen, labels, choice, options)
 
 
 def _over_elmo(task: str, embedder: Embedder, labels: Sequence[str], choice: Choice) -> Predictor:
@@ -152,9 +148,18 @@ def _over_elmo(task: str, embedder: Embedder, labels: Sequence[str], choice: Cho
     bilm = embedder.encoder.model.requires_grad_(True)
     head, options = _head(task, bilm.num_layers, bilm.get_output_dim(), labels, choice)
     model = OverElmo(bilm, head.to(embedder.device))
+    return _predictor(task, model, None, labels, choice, options)
+
+
+def _predictor(
+    task: str, model: Any, frozen: FrozenLayers | None, labels: Sequence[str], choice: Choice, head: dict[str, Any]
+) -> Predictor:
     if task == "tag":
-        return FeatureTagger(model, None, labels, head=options, is_spans=choice.is_spans)
-    return FeatureClassifier(model, None, labels, is_pair=task == "pair", head=options)
+        return FeatureTagger(model, frozen, labels, head=head, is_spans=choice.is_spans)
+    if task == "span":
+        names = ("max_answer", "n_best", "null_threshold")
+        return FeatureSpanFinder(model, frozen, head=head, **{name: getattr(choice, name) for name in names})
+    return FeatureClassifier(model, frozen, labels, is_pair=task == "pair", head=head)
 
 
 def load(directory: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> Predictor:
@@ -176,18 +181,13 @@ def load(directory: str | os.PathLike[str], *, device: str | torch.device = "cpu
     if settings.get("format") != FORMAT:
         raise ValueError(f"ctxfast.finetune: {file} has format {settings.get('format')}; expected {FORMAT}.")
     task, form, labels, options = (settings[name] for name in ("task", "form", "labels", "options"))
+    fields = {name: value for name, value in options.items() if name in Choice.__dataclass_fields__}
     if form == "bert":
-        fields = {name: value for name, value in options.items() if name in Choice.__dataclass_fields__}
         predictor = _bert(task, directory, labels, Choice(**fields), device)
     else:
         head = dict(options["head"])
         marks = head.pop("marks_predicate", False)
-        choice = Choice(
-            features=options["features"],
-            predicate="type" if marks else "none",
-            is_spans=options.get("is_spans", True),
-            **head,
-        )
+        choice = Choice(**fields, predicate="type" if marks else "none", **head)
         predictor = build(task, directory / "encoder", labels, choice, device=device)
         model = predictor.model.head if form == "elmo" else predictor.model
         model.load_state_dict(load_file(directory / "head.safetensors", device=str(device)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,13 +16,16 @@ from torch import Tensor
 
 from ...models.bert.heads import BertForQuestionAnswering
 from ...models.bert.tokenization import BertTokenizer
+from ...models.lstm_heads import LstmSpanFinder, OverElmo
 from .. import metrics
 from ..readers.squad import Question
 from .bert_inputs import Frame, Row, collate_rows, unlimited
+from .features import FrozenLayers, WordInputs, WordItem, save_feature_model
 from .predictor import Predictor, write_text
 
 # Weight of a window's length in choosing the window with most context for a token, as in Google's code.
 _LENGTH_SHARE = 0.01
+_WORD = re.compile(r"\w+|[^\w\s]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,96 +77,21 @@ class _Candidates:
     null_score: float = math.inf
 
 
-class BertSpanFinder(Predictor):
-    """BERT with a start and an end for the answer, [CLS] question [SEP] window of the text [SEP].
-
-    A text longer than the model is read in windows; windows in which no answer stands have it at [CLS].
+class _SpanFinder(Predictor):
+    """What both kinds share: from logits of starts and ends to answers. Predictions are ``Finding``.
 
     Args:
-        model, tokenizer: BERT and its tokenizer.
-        max_length: tokens of a window, special tokens and question included; the model's limit at most.
-        doc_stride: tokens from one window to the next.
-        max_query: tokens of a question; the rest is cut.
-        max_answer: tokens of an answer, in predicting.
+        max_answer: tokens of an answer.
         n_best: candidates for each window and for each question.
         null_threshold: no answer is predicted where its score exceeds the best span's by more than this; None: never
             (SQuAD 1.1).
-
-    Reference: Devlin et al. 2019, 4.2 and 4.3.
     """
 
-    task, form, main_figure = "span", "bert", "f1"
+    task, main_figure = "span", "f1"
 
-    def __init__(
-        self,
-        model: BertForQuestionAnswering,
-        tokenizer: BertTokenizer,
-        *,
-        max_length: int = 384,
-        doc_stride: int = 128,
-        max_query: int = 64,
-        max_answer: int = 30,
-        n_best: int = 20,
-        null_threshold: float | None = 0.0,
-    ) -> None:
-        self.model, self.tokenizer = model, tokenizer
-        self.max_length = min(max_length, model.config.max_length)
-        self._frame = Frame(tokenizer)
-        room = self._frame.room(self.max_length, True) - max_query
-        if room < 1 or not 1 <= doc_stride <= room:
-            raise ValueError(
-                f"ctxfast.finetune: doc_stride is {doc_stride}, max_query {max_query}, max_length {self.max_length}; "
-                f"expected a stride of 1 to {max(room, 1)}, the tokens that a question leaves."
-            )
-        self.doc_stride, self.max_query, self.max_answer, self.n_best = doc_stride, max_query, max_answer, n_best
-        self.null_threshold = null_threshold
-        self.options = {
-            "max_length": self.max_length,
-            "doc_stride": doc_stride,
-            "max_query": max_query,
-            "max_answer": max_answer,
-            "n_best": n_best,
-            "null_threshold": null_threshold,
-        }
-
-    def items(self, examples: Sequence[Question]) -> list[Row]:
-        tokenizer = unlimited(self.tokenizer)
-        contexts: dict[str, Any] = {}
-        new = list(dict.fromkeys(example.context for example in examples))
-        for text, encoding in zip(new, tokenizer.encode_batch(new)):
-            contexts[text] = self._bare(encoding)
-        questions = [self._bare(encoding)[0] for encoding in tokenizer.encode_batch([e.question for e in examples])]
-        rows = []
-        for index, (example, question) in enumerate(zip(examples, questions)):
-            ids, offsets = contexts[example.context]
-            question = question[: self.max_query]
-            target = _token_span(offsets, example)
-            room = self._frame.room(self.max_length, True) - len(question)
-            start = 0
-            while True:
-                size = min(room, len(ids) - start)
-                row = self._frame.row(question, ids[start : start + size])
-                place = len(self._frame.before) + len(question) + len(self._frame.between)
-                row.labels = (0, 0)
-                if target is not None and start <= target[0] and target[1] < start + size:
-                    row.labels = (target[0] - start + place, target[1] - start + place)
-                row.data = _Window(index, start, size, place, offsets)
-                rows.append(row)
-                if start + size >= len(ids):
-                    break
-                start += min(size, self.doc_stride)
-        return rows
-
-    def _bare(self, encoding: Any) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids and offsets without the special tokens around."""
-        first, last = len(self._frame.before), len(encoding) - len(self._frame.after)
-        return encoding.ids[first:last], encoding.offsets[first:last]
-
-    def collate(self, items: Sequence[Row]) -> dict[str, Tensor]:
-        batch = collate_rows(items, self.tokenizer.pad_token_id, False)
-        for k, name in enumerate(("start_positions", "end_positions")):
-            batch[name] = torch.tensor([row.labels[k] for row in items])
-        return batch
+    def __init__(self, max_answer: int, n_best: int, null_threshold: float | None) -> None:
+        self.max_answer, self.n_best, self.null_threshold = max_answer, n_best, null_threshold
+        self.options = {"max_answer": max_answer, "n_best": n_best, "null_threshold": null_threshold}
 
     def predict(self, examples: Sequence[Question]) -> list[Finding]:
         rows = self.items(examples)
@@ -238,9 +167,157 @@ class BertSpanFinder(Predictor):
             for file, content in parts.items()
         ]
 
+
+class BertSpanFinder(_SpanFinder):
+    """BERT with a start and an end for the answer, [CLS] question [SEP] window of the text [SEP].
+
+    A text longer than the model is read in windows; windows in which no answer stands have it at [CLS].
+
+    Args:
+        model, tokenizer: BERT and its tokenizer.
+        max_length: tokens of a window, special tokens and question included; the model's limit at most.
+        doc_stride: tokens from one window to the next.
+        max_query: tokens of a question; the rest is cut.
+        max_answer, n_best, null_threshold: as ``_SpanFinder`` says: how answers are chosen.
+
+    Reference: Devlin et al. 2019, 4.2 and 4.3.
+    """
+
+    form = "bert"
+
+    def __init__(
+        self,
+        model: BertForQuestionAnswering,
+        tokenizer: BertTokenizer,
+        *,
+        max_length: int = 384,
+        doc_stride: int = 128,
+        max_query: int = 64,
+        max_answer: int = 30,
+        n_best: int = 20,
+        null_threshold: float | None = 0.0,
+    ) -> None:
+        super().__init__(max_answer, n_best, null_threshold)
+        self.model, self.tokenizer = model, tokenizer
+        self.max_length = min(max_length, model.config.max_length)
+        self._frame = Frame(tokenizer)
+        room = self._frame.room(self.max_length, True) - max_query
+        if room < 1 or not 1 <= doc_stride <= room:
+            raise ValueError(
+                f"ctxfast.finetune: doc_stride is {doc_stride}, max_query {max_query}, max_length {self.max_length}; "
+                f"expected a stride of 1 to {max(room, 1)}, the tokens that a question leaves."
+            )
+        self.doc_stride, self.max_query = doc_stride, max_query
+        self.options |= {"max_length": self.max_length, "doc_stride": doc_stride, "max_query": max_query}
+
+    def items(self, examples: Sequence[Question]) -> list[Row]:
+        tokenizer = unlimited(self.tokenizer)
+        contexts: dict[str, Any] = {}
+        new = list(dict.fromkeys(example.context for example in examples))
+        for text, encoding in zip(new, tokenizer.encode_batch(new)):
+            contexts[text] = self._bare(encoding)
+        questions = [self._bare(encoding)[0] for encoding in tokenizer.encode_batch([e.question for e in examples])]
+        rows = []
+        for index, (example, question) in enumerate(zip(examples, questions)):
+            ids, offsets = contexts[example.context]
+            question = question[: self.max_query]
+            target = _token_span(offsets, example)
+            room = self._frame.room(self.max_length, True) - len(question)
+            start = 0
+            while True:
+                size = min(room, len(ids) - start)
+                row = self._frame.row(question, ids[start : start + size])
+                place = len(self._frame.before) + len(question) + len(self._frame.between)
+                row.labels = (0, 0)
+                if target is not None and start <= target[0] and target[1] < start + size:
+                    row.labels = (target[0] - start + place, target[1] - start + place)
+                row.data = _Window(index, start, size, place, offsets)
+                rows.append(row)
+                if start + size >= len(ids):
+                    break
+                start += min(size, self.doc_stride)
+        return rows
+
+    def _bare(self, encoding: Any) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids and offsets without the special tokens around."""
+        first, last = len(self._frame.before), len(encoding) - len(self._frame.after)
+        return encoding.ids[first:last], encoding.offsets[first:last]
+
+    def collate(self, items: Sequence[Row]) -> dict[str, Tensor]:
+        batch = collate_rows(items, self.tokenizer.pad_token_id, False)
+        for k, name in enumerate(("start_positions", "end_positions")):
+            batch[name] = torch.tensor([row.labels[k] for row in items])
+        return batch
+
     def save_model(self, directory: Path) -> None:
         self.model.save_pretrained(directory, overwrite=True)
         self.tokenizer.save(directory)
+
+
+class FeatureSpanFinder(_SpanFinder):
+    """An LSTM with attention over a frozen BERT or ELMo, or an ELMo trained with it; texts are read whole.
+
+    Words are runs of letters and digits, and single other signs.
+
+    Args:
+        model: an ``LstmSpanFinder``, or an ``OverElmo`` around one.
+        frozen: where the vectors of words come from; None with an ``OverElmo``.
+        head: the options the ``LstmSpanFinder`` was made with, to make it again.
+        max_answer, n_best, null_threshold: how answers are chosen; an answer is counted in words.
+    """
+
+    def __init__(
+        self,
+        model: LstmSpanFinder | OverElmo,
+        frozen: FrozenLayers | None,
+        *,
+        head: dict[str, Any],
+        max_answer: int = 30,
+        n_best: int = 20,
+        null_threshold: float | None = 0.0,
+    ) -> None:
+        super().__init__(max_answer, n_best, null_threshold)
+        self.model, self.frozen = model, frozen
+        self.form = "elmo" if frozen is None else "features"
+        self._words = WordInputs(frozen, model.bilm.config.max_characters if frozen is None else 0)
+        self.options |= {"features": None if frozen is None else frozen.features, "head": head}
+
+    def items(self, examples: Sequence[Question]) -> list[_Asked]:
+        contexts: dict[str, tuple[WordItem, list[tuple[int, int]]]] = {}
+        items = []
+        for index, example in enumerate(examples):
+            if example.context not in contexts:
+                found = list(_WORD.finditer(example.context))
+                contexts[example.context] = WordItem([one.group() for one in found]), [one.span() for one in found]
+            context, offsets = contexts[example.context]
+            question = WordItem(_WORD.findall(example.question))
+            target = _token_span(offsets, example)
+            # Column 0 stands for no answer.
+            labels = (0, 0) if target is None else (target[0] + 1, target[1] + 1)
+            items.append(_Asked(context, question, labels, _Window(index, 0, len(offsets), 1, offsets)))
+        self._words.keep([*(context for context, _ in contexts.values()), *(item.question for item in items)])
+        return items
+
+    def collate(self, items: Sequence[_Asked]) -> dict[str, Tensor]:
+        batch = self._words.collate([*(item.context for item in items), *(item.question for item in items)])
+        for k, name in enumerate(("start_positions", "end_positions")):
+            batch[name] = torch.tensor([item.labels[k] for item in items])
+        return batch
+
+    def save_model(self, directory: Path) -> None:
+        save_feature_model(self.model, self.frozen, directory)
+
+
+@dataclass(slots=True)
+class _Asked:
+    context: WordItem
+    question: WordItem
+    labels: tuple[int, int]
+    data: _Window
+
+    @property
+    def length(self) -> int:
+        return self.context.length
 
 
 def _token_span(offsets: Sequence[tuple[int, int]], example: Question) -> tuple[int, int] | None:
