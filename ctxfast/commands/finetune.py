@@ -332,13 +332,13 @@ def _train(args: argparse.Namespace) -> int:
     }
     loop = loop_options.config(args, steps, best=best)
     report = loop_options.run(args, f"ctxfast finetune {args.task}", task, loop, settings)
-    if not loop_options.task_is_first():
-        return 0
     chosen = report.directory / ("best" if best else "final")
-    predictor = load(chosen, device=group.device)
-    for name in ("dev", "test"):
-        if name in data:
+    judged = [name for name in ("dev", "test") if name in data]
+    if group.is_first and judged:
+        predictor = load(chosen, device=group.device)
+        for name in judged:
             _judge(args, predictor, name, data[name], chosen)
+    group.leave()
     return 0
 
 

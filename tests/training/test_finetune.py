@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -234,3 +237,30 @@ def test_a_model_of_another_task_is_refused(files, tmp_path, capsys) -> None:
     ]
     assert finetune("classify", *argv) == 2
     assert "is one for 'tag'; expected one for 'classify'" in capsys.readouterr().err
+
+
+def test_two_processes_with_a_sharded_model(files, tmp_path) -> None:
+    """FSDP2 keeps parameters whose names in files are others (query, key, value); two processes do what one does."""
+    config = json.loads((files / "bert" / "config.json").read_text())
+    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    model = tmp_path / "model"
+    model.mkdir()
+    for file in (files / "bert").iterdir():
+        (model / file.name).write_bytes(file.read_bytes())
+    (model / "config.json").write_text(json.dumps(config))
+    argv = ["tag", "-m", model, "--train", files / "tag.tsv", "--steps", 4, "--lr", 1e-3, "--save-every", 2]
+    argv = [*map(str, argv), "--device", "cpu", "--quiet"]
+    assert main(["finetune", *argv, "--batch-size", "4", "--accumulate", "2", "-o", str(tmp_path / "one")]) == 0
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    start += ["-m", "ctxfast.cli", "finetune", *argv, "--batch-size", "4", "--parallel", "fsdp2"]
+    done = subprocess.run(
+        [*start, "-o", str(tmp_path / "two")],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=Path(__file__).parents[2],
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("one", "two"))
+    for name, value in one.items():
+        assert torch.allclose(value, two[name], atol=2e-5), name
