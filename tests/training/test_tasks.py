@@ -9,7 +9,7 @@ import math
 
 import pytest
 import torch
-from tiny_models import classified, paired, questions, tagged, tiny_bert, tiny_elmo
+from tiny_models import classified, paired, questions, tagged, tiny_bert, tiny_elmo, tiny_roberta
 
 from ctxfast.embed import Embedder
 from ctxfast.models.bert.tokenization import BertTokenizer
@@ -193,15 +193,27 @@ def test_a_predicate_is_needed_where_it_is_marked(bert, choice) -> None:
         predictor.items([Sentence(["bob"], None, None, 1)])
 
 
-def test_frames_are_those_of_the_tokenizer(bert) -> None:
-    tokenizer = BertTokenizer.from_pretrained(bert)
+@pytest.mark.parametrize("make", [tiny_bert, tiny_roberta])
+def test_frames_are_those_of_the_tokenizer(tmp_path, make) -> None:
+    tokenizer = BertTokenizer.from_pretrained(make(tmp_path / "model"))
     frame = Frame(tokenizer)
     first, second = tokenizer.encode("bob saw"), tokenizer.encode("the sea")
     both = tokenizer.encode("bob saw", "the sea")
     row = frame.row(first.ids[1:-1], second.ids[1:-1])
     assert (row.ids, row.types) == (both.ids, both.type_ids)
     assert frame.row(first.ids[1:-1]).ids == first.ids
-    assert frame.room(both.ids.__len__(), True) == 4
+    assert frame.room(len(both), True) == len(first.ids[1:-1]) + len(second.ids[1:-1])
+
+
+def test_roberta(tmp_path) -> None:
+    """Words have a space before them, two separators stand between texts, there is one token type."""
+    folder = tiny_roberta(tmp_path / "model")
+    predictor = build("tag", folder, ("O", "B-x", "I-x"), Choice(predicate="sep"))
+    (row,) = predictor.items([Sentence(["a", "at"], ["B-x", "O"], [True, False], 1)])
+    assert predictor.tokenizer.tokens(row.ids) == ["<s>", "Ġa", "Ġa", "t", "</s>", "</s>", "Ġa", "</s>"]
+    assert set(row.types) == {0} and row.labels == [IGNORE, 1, 0, *[IGNORE] * 5]
+    with pytest.raises(ValueError, match="the model has one token type; expected 'sep'"):
+        build("tag", folder, ("O", "B-x", "I-x"), Choice(predicate="type"))
 
 
 # Answers

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 
 import torch
+from tokenizers.pre_tokenizers import ByteLevel
 
 from ctxfast.models.bert.config import BertConfig
 from ctxfast.models.bert.modeling import Bert
@@ -147,3 +149,25 @@ def questions(count: int, seed: int = 0) -> dict:
         }
         paragraphs.append({"context": " ".join(words), "qas": [entry]})
     return {"version": "v2.0", "data": [{"title": "tiny", "paragraphs": paragraphs}]}
+
+
+def tiny_roberta(folder: Path) -> Path:
+    """A RoBERTa with byte-level BPE and two separators between texts."""
+    folder.mkdir(parents=True, exist_ok=True)
+    vocab = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", *sorted(ByteLevel.alphabet()), "Ġa", "at"]
+    (folder / "vocab.json").write_text(json.dumps({token: number for number, token in enumerate(vocab)}))
+    (folder / "merges.txt").write_text("#version: 0.2\nĠ a\na t\n")
+    config = BertConfig(
+        model_type="roberta",
+        vocab_size=len(vocab),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=66,
+        type_vocab_size=1,
+        pad_token_id=1,
+    )
+    torch.manual_seed(7)
+    Bert(config).save_pretrained(folder, overwrite=True)
+    return folder
