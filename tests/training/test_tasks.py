@@ -18,6 +18,7 @@ from ctxfast.nn.crf import Crf, bio_rules
 from ctxfast.training.readers.conll import Sentence, read_conll
 from ctxfast.training.readers.squad import Answer, Question, read_squad
 from ctxfast.training.readers.tables import read_table
+from ctxfast.training.tasks import features
 from ctxfast.training.tasks.bert_inputs import Frame, windows, word_pieces
 from ctxfast.training.tasks.build import Choice, build, load
 from ctxfast.training.tasks.classify import check_labels, class_names
@@ -286,8 +287,8 @@ def test_no_answer_is_longer_than_allowed(bert) -> None:
 # Frozen layers
 
 
-@pytest.mark.parametrize("features", ["last", "second-to-last", "sum4", "concat4", "embeddings", "mix"])
-def test_features_of_bert(bert, features) -> None:
+@pytest.mark.parametrize("which", ["last", "second-to-last", "sum4", "concat4", "embeddings", "mix"])
+def test_features_of_bert(bert, which) -> None:
     embedder = Embedder(bert)
     words = ["anna", "saw", "the", "sea"]
     (everything,) = embedder([words], layers="all")
@@ -298,8 +299,8 @@ def test_features_of_bert(bert, features) -> None:
         "concat4": everything[-4:].transpose(1, 0, 2).reshape(1, 4, -1),
         "embeddings": everything[:1],
         "mix": everything,
-    }[features]
-    frozen = FrozenLayers(embedder, features)
+    }[which]
+    frozen = FrozenLayers(embedder, which)
     found, other = frozen([words, ["bob"]])
     assert found.shape == (frozen.num_layers, 4, frozen.dim) and other.shape[1] == 1
     assert abs(found - expected).max() < 1e-6
@@ -427,3 +428,27 @@ def test_regression(bert, tmp_path) -> None:
 def test_choices_that_cannot_be(task, model, choice, reason, request) -> None:
     with pytest.raises(ValueError, match=reason):
         build(task, request.getfixturevalue(model), ("O", "B-a", "I-a"), choice)
+
+
+def test_vectors_that_do_not_fit_are_computed_for_each_batch(bert, data, monkeypatch) -> None:
+    batches = []
+    for most in (1 << 30, 0):
+        monkeypatch.setattr(features, "_KEPT_BYTES", most)
+        predictor = build("tag", bert, tag_names(data["tag"]), Choice("mix", hidden_size=8))
+        task = FineTune(predictor, data["tag"], batch_size=5)
+        assert all((item.vectors is None) == (most == 0) for item in task.items)
+        batches.append(task.batch(0, 0, 1))
+    for name, value in batches[0].items():
+        assert torch.allclose(value, batches[1][name], atol=1e-6), name
+
+
+@pytest.mark.parametrize("task", ["tag", "classify", "pair", "span"])
+def test_evaluation_is_that_of_predictions(bert, data, task) -> None:
+    """Twice, as the second time the examples are not read again; the model is left in training mode."""
+    choice = Choice(max_length=48, doc_stride=8, max_query=8) if task == "span" else Choice()
+    predictor = build(task, bert, labels_of(task, data[task]), choice)
+    fine_tune = FineTune(predictor, data[task], data[task][::2], batch_size=4, order="length")
+    expected = predictor.scores(data[task][::2], predictor.predict(data[task][::2]))
+    predictor.model.train()
+    assert fine_tune.evaluate(predictor.model) == fine_tune.evaluate(predictor.model) == expected
+    assert predictor.model.training

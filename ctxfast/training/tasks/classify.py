@@ -155,10 +155,10 @@ class BertClassifier(_Classifier):
         batch = collate_rows(items, self.tokenizer.pad_token_id, False)
         return batch | self._targets([row.labels for row in items])
 
-    def predict(self, examples: Sequence[Example]) -> list[Prediction]:
+    def predict(self, examples: Sequence[Example], items: Sequence[Any] | None = None) -> list[Prediction]:
         result: list[Any] = [None] * len(examples)
-        for items, output in self.outputs(self.items(examples)):
-            for row, one in zip(items, self._read(output.logits)):
+        for chosen, output in self.outputs(self.items(examples) if items is None else items):
+            for row, one in zip(chosen, self._read(output.logits)):
                 result[row.data] = one
         return result
 
@@ -205,10 +205,10 @@ class FeatureClassifier(_Classifier):
         texts = [item.texts[k] for k in range(2 if self.is_pair else 1) for item in items]
         return self._words.collate(texts) | self._targets([item.target for item in items])
 
-    def predict(self, examples: Sequence[Example]) -> list[Prediction]:
+    def predict(self, examples: Sequence[Example], items: Sequence[Any] | None = None) -> list[Prediction]:
         result: list[Any] = [None] * len(examples)
-        for items, output in self.outputs(self.items(examples)):
-            for item, one in zip(items, self._read(output.logits)):
+        for chosen, output in self.outputs(self.items(examples) if items is None else items):
+            for item, one in zip(chosen, self._read(output.logits)):
                 result[item.index] = one
         return result
 

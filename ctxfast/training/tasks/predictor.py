@@ -57,8 +57,8 @@ class Predictor(ABC):
         """A batch, on the CPU: the arguments of the model."""
 
     @abstractmethod
-    def predict(self, examples: Sequence[Any]) -> list[Any]:
-        """Predictions, in the order of the examples."""
+    def predict(self, examples: Sequence[Any], items: Sequence[Any] | None = None) -> list[Any]:
+        """Predictions, in the order of the examples; ``items`` are theirs, if they were made before."""
 
     @abstractmethod
     def scores(self, examples: Sequence[Any], predictions: Sequence[Any]) -> dict[str, float]:
@@ -140,6 +140,7 @@ class FineTune(BaseTask):
             raise ValueError(f"ctxfast.finetune: order is {order!r}; expected 'shuffled' or 'length'.")
         self.predictor, self.model, self.dev = predictor, predictor.model, dev
         self.items = predictor.items(train)
+        self._dev_items: list[Any] | None = None
         lengths = [item.length for item in self.items] if order == "length" else None
         self.batches = Batches(len(self.items), batch_size, seed, lengths)
 
@@ -155,9 +156,11 @@ class FineTune(BaseTask):
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         if not self.dev:
             return {}
+        if self._dev_items is None:
+            self._dev_items = self.predictor.items(self.dev)
         own, self.predictor.model = self.predictor.model, model
         try:
-            return self.predictor.scores(self.dev, self.predictor.predict(self.dev))
+            return self.predictor.scores(self.dev, self.predictor.predict(self.dev, self._dev_items))
         finally:
             self.predictor.model = own
 

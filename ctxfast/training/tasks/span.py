@@ -93,15 +93,15 @@ class _SpanFinder(Predictor):
         self.max_answer, self.n_best, self.null_threshold = max_answer, n_best, null_threshold
         self.options = {"max_answer": max_answer, "n_best": n_best, "null_threshold": null_threshold}
 
-    def predict(self, examples: Sequence[Question]) -> list[Finding]:
-        rows = self.items(examples)
+    def predict(self, examples: Sequence[Question], items: Sequence[Any] | None = None) -> list[Finding]:
+        rows = self.items(examples) if items is None else items
         by_example: list[list[_Window]] = [[] for _ in examples]
         for row in rows:
             by_example[row.data.example].append(row.data)
         found = [_Candidates() for _ in examples]
-        for items, output in self.outputs(rows):
+        for chosen, output in self.outputs(rows):
             starts, ends = output.start_logits.float().cpu(), output.end_logits.float().cpu()
-            for k, row in enumerate(items):
+            for k, row in enumerate(chosen):
                 own = found[row.data.example]
                 self._collect(own, row.data, by_example[row.data.example], starts[k], ends[k])
         return [

@@ -173,11 +173,11 @@ class BertTagger(_Tagger):
     def collate(self, items: Sequence[Row]) -> dict[str, Tensor]:
         return collate_rows(items, self.tokenizer.pad_token_id, True)
 
-    def predict(self, examples: Sequence[Sentence]) -> list[list[str]]:
+    def predict(self, examples: Sequence[Sentence], items: Sequence[Any] | None = None) -> list[list[str]]:
         result = [[""] * len(sentence.words) for sentence in examples]
-        for items, output in self.outputs(self.items(examples)):
+        for chosen, output in self.outputs(self.items(examples) if items is None else items):
             best = output.logits.argmax(-1).tolist()
-            for row, own in zip(items, best):
+            for row, own in zip(chosen, best):
                 index, words, places = row.data
                 for word, place in zip(words, places):
                     result[index][word] = self.labels[own[place]]
@@ -235,11 +235,11 @@ class FeatureTagger(_Tagger):
             batch["labels"] = pad([item.labels for item in items], IGNORE)
         return batch
 
-    def predict(self, examples: Sequence[Sentence]) -> list[list[str]]:
+    def predict(self, examples: Sequence[Sentence], items: Sequence[Any] | None = None) -> list[list[str]]:
         result: list[list[str]] = [[] for _ in examples]
-        for items, output in self.outputs(self.items(examples)):
-            lengths = self._words.lengths(items).to(output.logits.device)
-            for item, classes in zip(items, self.model.decode(output.logits, lengths)):
+        for chosen, output in self.outputs(self.items(examples) if items is None else items):
+            lengths = self._words.lengths(chosen).to(output.logits.device)
+            for item, classes in zip(chosen, self.model.decode(output.logits, lengths)):
                 result[item.index] = [self.labels[number] for number in classes]
         return result
 
