@@ -97,7 +97,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         help="no training: -m is a finished model; DIR gets predictions of --test",
     )
     add("--evaluate-only", action="store_true", help="the same, with figures: --test has labels")
-    add("--max-length", type=int, metavar="N", help="tokens of a text or window (BERT), special ones included")
+    add("--max-length", type=int, metavar="N", help="tokens of a text or window (128; span 384; tag: the model's)")
     add(
         "--order",
         default="auto",
