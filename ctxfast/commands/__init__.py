@@ -6,10 +6,12 @@ Modules import nothing heavy at the top: every start of ``ctxfast`` imports them
 
 from types import ModuleType
 
-from . import convert, pretrain_bert, pretrain_elmo
+from . import convert, finetune, pretrain_bert, pretrain_elmo, probe
 
 COMMANDS: dict[str, ModuleType] = {
     "convert": convert,
+    "finetune": finetune,
     "pretrain bert": pretrain_bert,
     "pretrain elmo": pretrain_elmo,
+    "probe": probe,
 }

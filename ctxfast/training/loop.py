@@ -208,7 +208,7 @@ def make_optimizer(config: LoopConfig, groups: list[dict[str, Any]], device: tor
     if config.optimizer == "adagrad":
         return torch.optim.Adagrad(groups, initial_accumulator_value=config.initial_accumulator, **common)
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(groups, betas=config.betas, fused=device.type == "cuda" or None, **common)
+        return torch.optim.AdamW(groups, betas=config.betas, fused=True, **common)
     return {"bert_adam": BertAdam, "lamb": Lamb}[config.optimizer](groups, betas=config.betas, **common)
 
 

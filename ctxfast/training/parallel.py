@@ -73,6 +73,12 @@ class Group:
         if self.ranks > 1:
             dist.barrier()
 
+    def leave(self) -> None:
+        """Part, at a program's end: a process that ends while others still listen to it may take them down."""
+        if dist.is_initialized():
+            dist.barrier()
+            dist.destroy_process_group()
+
 
 def join(kind: str = "auto", device: str = "auto") -> Group:
     """Find out which process of how many this is; under torchrun, join the others.
@@ -166,10 +172,11 @@ class Spread:
         """State of model and optimiser, whole and on the CPU (rank 0; elsewhere empty). Called by every process."""
         if self.group.kind != "fsdp2":
             return self.plain.state_dict(), optimizer.state_dict()
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
-
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        return get_state_dict(self.plain, optimizer, options=options)
+        moments = optimizer.state_dict()
+        moments["state"] = {
+            index: {name: _full(value) for name, value in own.items()} for index, own in moments["state"].items()
+        }
+        return {name: _full(value) for name, value in _tensors(self.plain).items()}, moments
 
     def load(self, optimizer: torch.optim.Optimizer, model_state: dict[str, Any], state: dict[str, Any]) -> None:
         """What ``state`` gave, put back. Every process gives the same."""
@@ -177,20 +184,49 @@ class Spread:
             self.plain.load_state_dict(model_state)
             optimizer.load_state_dict(state)
             return
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
-
-        options = StateDictOptions(full_state_dict=True)
-        set_state_dict(self.plain, optimizer, model_state_dict=model_state, optim_state_dict=state, options=options)
+        _fill(_tensors(self.plain), model_state)
+        parameters = [parameter for part in optimizer.param_groups for parameter in part["params"]]
+        moments = {
+            index: {name: _as_spread(value, parameters[index]) for name, value in own.items()}
+            for index, own in state["state"].items()
+        }
+        optimizer.load_state_dict({**state, "state": moments})
 
     def whole(self) -> nn.Module:
         """The model with plain parameters: on rank 0 a copy on the CPU for FSDP2, else itself. Called by everyone."""
         if self.group.kind != "fsdp2":
             return self.plain
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        state = get_model_state_dict(self.plain, options=options)
+        state = {name: _full(value) for name, value in _tensors(self.plain).items()}
         if self._whole is None:
             return self.plain
-        self._whole.load_state_dict(state)
+        _fill(_tensors(self._whole), state)
         return self._whole
+
+
+# By the names of parameters, not of the state_dict, which a module may write in another form (BERT's: query, key and
+# value apart).
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def _full(value: Any) -> Any:
+    """A sharded tensor as a whole one on the CPU; every process calls it."""
+    value = value.detach() if isinstance(value, Tensor) else value
+    return value.full_tensor().cpu() if hasattr(value, "full_tensor") else value
+
+
+def _as_spread(value: Any, like: Tensor) -> Any:
+    """A whole tensor sharded as ``like`` is, if it has its shape."""
+    if not hasattr(like, "full_tensor") or not isinstance(value, Tensor) or value.shape != like.shape:
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
+
+
+@torch.no_grad()
+def _fill(tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+    for name, tensor in tensors.items():
+        tensor.copy_(_as_spread(values[name], tensor))

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``ctxfast probe``: which layer of a model knows what."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+_WHO = "ctxfast.probe"
+_HELP = """\
+Train a linear classifier on every layer of a frozen BERT or ELMo, and one on a learned mix of all layers; print how
+well each does on held-out words, and what share each layer has in the mix. Layers are computed once.
+
+  ctxfast probe -m MODEL --train train.tsv --dev dev.tsv --scheme none --tag-column 2 --plot pos.png
+  ctxfast probe -m ELMO --train conll.txt --dev dev.txt --scheme iob1 -o probe.json
+"""
+
+
+def add(commands: Any) -> None:
+    """Add the command."""
+    parser = commands.add_parser(
+        "probe",
+        help="what each layer of a model knows: linear probes and a learned mix",
+        description=_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("-m", "--model", required=True, help="BERT or ELMo folder, Google checkpoint, or a package with a model")
+    add("--train", required=True, metavar="FILE", help="tagged words in columns, to learn from")
+    add("--dev", required=True, metavar="FILE", help="tagged words to judge by")
+    add("--word-column", type=int, metavar="N", default=0, help="number from 0 (%(default)s)")
+    add("--tag-column", type=int, metavar="N", default=-1, help="number; negative: from the end (%(default)s)")
+    add("--scheme", default="bio2", help="bio2 (default) or iob1: spans, judged by F1; none: judged by accuracy")
+    add("--sentences", type=int, metavar="N", help="use the first N sentences of --train")
+    add("--epochs", type=int, default=5, help="(%(default)s)")
+    add("--batch-size", type=int, metavar="N", default=256, help="words of a batch (%(default)s)")
+    add("--lr", type=float, default=2e-3, help="learning rate (%(default)s)")
+    add("--seed", type=int, default=0, help="(%(default)s)")
+    add("-o", "--output", metavar="FILE", help="JSON file with all figures")
+    add("--plot", metavar="FILE", help="picture (.png, .svg, .pdf)")
+    add("--device", default="auto", help="auto (default), cpu or cuda")
+    add("--impl", help="implementation of every op, e.g. reference")
+    add("--quiet", action="store_true", help="print the table only")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Probe and print."""
+    for name in ("train", "dev"):
+        if not Path(getattr(args, name)).is_file():
+            raise FileNotFoundError(f"{_WHO}: --{name} {getattr(args, name)} does not exist; expected a file.")
+    for name in ("epochs", "batch_size", "sentences"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise ValueError(f"{_WHO}: {name} is {getattr(args, name)}; expected 1 or more.")
+    from ..training.readers.conll import read_conll
+
+    columns = {"word_column": args.word_column, "tag_column": args.tag_column, "scheme": args.scheme}
+    train, dev = read_conll(args.train, **columns)[: args.sentences], read_conll(args.dev, **columns)
+    from ..embed import Embedder
+    from ..training.probe import probe
+    from ..training.tasks.predictor import write_text
+
+    embedder = Embedder(args.model, device=args.device, impl=args.impl, dtype="float16")
+    report = probe(
+        embedder,
+        train,
+        dev,
+        is_spans=args.scheme != "none",
+        epochs=args.epochs,
+        batch_size=args.batch_size,
+        learning_rate=args.lr,
+        seed=args.seed,
+        say=None if args.quiet else _say,
+    )
+    print(report.table())
+    if args.output is not None:
+        write_text(Path(args.output), json.dumps(report.to_dict(), indent=1) + "\n")
+    if args.plot is not None:
+        report.plot(args.plot, f"{Path(args.model).name}: {Path(args.train).name}")
+    return 0
+
+
+def _say(text: str) -> None:
+    print(f"ctxfast probe: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Predictors: made from a pretrained model, or opened as they were stored."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from ...embed import Embedder
+from ...encoders import ElmoEncoder
+from ...models.bert.heads import (
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+)
+from ...models.bert.tokenization import BertTokenizer
+from ...models.lstm_heads import LstmClassifier, LstmSpanFinder, LstmTagger, OverElmo
+from .classify import BertClassifier, FeatureClassifier
+from .features import FrozenLayers
+from .predictor import FORMAT, SETTINGS_FILE, Predictor
+from .span import BertSpanFinder, FeatureSpanFinder
+from .tag import BertTagger, FeatureTagger
+
+TASKS = ("classify", "pair", "tag", "span")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a pretrained model is used.
+
+    Attributes:
+        features: None: BERT with all layers trained, or ELMo with its weights trained too. A name of
+            ``features.FEATURES``: vectors of a frozen encoder, and an LSTM over them.
+        hidden_size, lstm_layers, dropout: of the LSTM.
+        crf: whether tags are scored together (with ``features``, or ELMo).
+        max_length: tokens of a text or window; None for the task's default.
+        predicate: see ``BertTagger``; with ``features`` or ELMo anything but "none" is a learned mark.
+        is_spans: whether tags are BIO spans.
+        doc_stride, max_query, max_answer, n_best, null_threshold: see ``BertSpanFinder``.
+    """
+
+    features: str | None = None
+    hidden_size: int = 256
+    lstm_layers: int = 2
+    dropout: float = 0.3
+    crf: bool = False
+    max_length: int | None = None
+    predicate: str = "none"
+    is_spans: bool = True
+    doc_stride: int = 128
+    max_query: int = 64
+    max_answer: int = 30
+    n_best: int = 20
+    null_threshold: float | None = 0.0
+
+
+def build(
+    task: str,
+    model: str | os.PathLike[str],
+    labels: Sequence[str] = (),
+    choice: Choice | None = None,
+    *,
+    device: str | torch.device = "cpu",
+) -> Predictor:
+    """A predictor around a pretrained model, with a new head from torch's generator.
+
+    Args:
+        task: "classify", "pair", "tag" or "span".
+        model: BERT or ELMo, as ``Embedder`` takes it.
+        labels: names of classes or tags; () for "span", and for numbers in "classify" and "pair".
+        choice: how.
+        device: of the model.
+
+    Raises:
+        FileNotFoundError, ValueError: as ``Embedder``; a choice that the model or the task does not have.
+    """
+    choice = choice or Choice()
+    if task not in TASKS:
+        raise ValueError(f"ctxfast.finetune: task is {task!r}; expected one of {', '.join(TASKS)}.")
+    if choice.features is not None:
+        return _over_features(task, Embedder(model, device=device), labels, choice)
+    if _is_elmo(model):
+        return _over_elmo(task, Embedder(model, device=device, state="zero"), labels, choice)
+    if choice.crf:
+        raise ValueError("ctxfast.finetune: crf is asked for with all of BERT trained; expected features, or ELMo.")
+    with warnings.catch_warnings():  # that the head is new is the point of it
+        warnings.filterwarnings("ignore", message=r".*They start at random.*")
+        return _bert(task, model, labels, choice, device)
+
+
+def _is_elmo(model: str | os.PathLike[str]) -> bool:
+    folder = Path(model).expanduser()
+    return folder.is_dir() and not (folder / "config.json").is_file() and any(folder.glob("*options*.json"))
+
+
+def _bert(task: str, model: Any, labels: Sequence[str], choice: Choice, device: Any) -> Predictor:
+    tokenizer = BertTokenizer.from_pretrained(model)
+    options: dict[str, Any] = {} if choice.max_length is None else {"max_length": choice.max_length}
+    place = {"dtype": torch.float32, "device": device}
+    if task == "tag":
+        tagger = BertForTokenClassification.from_pretrained(model, num_labels=list(labels), **place)
+        return BertTagger(tagger, tokenizer, labels, predicate=choice.predicate, is_spans=choice.is_spans, **options)
+    if task == "span":
+        names = ("doc_stride", "max_query", "max_answer", "n_best", "null_threshold")
+        options |= {name: getattr(choice, name) for name in names}
+        return BertSpanFinder(BertForQuestionAnswering.from_pretrained(model, **place), tokenizer, **options)
+    classifier = BertForSequenceClassification.from_pretrained(model, num_labels=list(labels) or 1, **place)
+    return BertClassifier(classifier, tokenizer, labels, is_pair=task == "pair", **options)
+
+
+def _head(task: str, num_layers: int, dim: int, labels: Sequence[str], choice: Choice) -> tuple[Any, dict[str, Any]]:
+    options: dict[str, Any] = {
+        "hidden_size": choice.hidden_size,
+        "lstm_layers": choice.lstm_layers,
+        "dropout": choice.dropout,
+    }
+    if choice.max_length is not None:
+        raise ValueError(
+            "ctxfast.finetune: max_length is given with features or ELMo, which read every word. Leave it out."
+        )
+    if task == "tag":
+        options |= {"crf": choice.crf, "marks_predicate": choice.predicate != "none"}
+        return LstmTagger(num_layers, dim, labels, **options), options
+    if choice.crf:
+        raise ValueError(f"ctxfast.finetune: crf is asked for with task {task!r}; expected 'tag' for it.")
+    if task == "span":
+        return LstmSpanFinder(num_layers, dim, **options), options
+    return LstmClassifier(num_layers, dim, max(len(labels), 1), is_pair=task == "pair", **options), options
+
+
+def _over_features(task: str, embedder: Embedder, labels: Sequence[str], choice: Choice) -> Predictor:
+    frozen = FrozenLayers(embedder, choice.features)
+    head, options = _head(task, frozen.num_layers, frozen.dim, labels, choice)
+    head.to(embedder.device)
+    return _predictor(task, head, frozen, labels, choice, options)
+
+
+def _over_elmo(task: str, embedder: Embedder, labels: Sequence[str], choice: Choice) -> Predictor:
+    assert isinstance(embedder.encoder, ElmoEncoder)
+    bilm = embedder.encoder.model.requires_grad_(True)
+    head, options = _head(task, bilm.num_layers, bilm.get_output_dim(), labels, choice)
+    model = OverElmo(bilm, head.to(embedder.device))
+    return _predictor(task, model, None, labels, choice, options)
+
+
+def _predictor(
+    task: str, model: Any, frozen: FrozenLayers | None, labels: Sequence[str], choice: Choice, head: dict[str, Any]
+) -> Predictor:
+    if task == "tag":
+        return FeatureTagger(model, frozen, labels, head=head, is_spans=choice.is_spans)
+    if task == "span":
+        names = ("max_answer", "n_best", "null_threshold")
+        return FeatureSpanFinder(model, frozen, head=head, **{name: getattr(choice, name) for name in names})
+    return FeatureClassifier(model, frozen, labels, is_pair=task == "pair", head=head)
+
+
+def load(directory: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> Predictor:
+    """Open what ``Predictor.save`` wrote; the model is in eval mode.
+
+    Raises:
+        FileNotFoundError: no such model.
+        ValueError: written by another version, or damaged.
+    """
+    directory = Path(directory)
+    file = directory / SETTINGS_FILE
+    if not file.is_file():
+        inner = [name for name in ("best", "final") if (directory / name / SETTINGS_FILE).is_file()]
+        hint = f" Did you mean {directory / inner[0]}?" if inner else ""
+        raise FileNotFoundError(
+            f"ctxfast.finetune: {directory} has no {SETTINGS_FILE}; expected a fine-tuned model.{hint}"
+        )
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    if settings.get("format") != FORMAT:
+        raise ValueError(f"ctxfast.finetune: {file} has format {settings.get('format')}; expected {FORMAT}.")
+    task, form, labels, options = (settings[name] for name in ("task", "form", "labels", "options"))
+    fields = {name: value for name, value in options.items() if name in Choice.__dataclass_fields__}
+    if form == "bert":
+        predictor = _bert(task, directory, labels, Choice(**fields), device)
+    else:
+        head = dict(options["head"])
+        marks = head.pop("marks_predicate", False)
+        choice = Choice(**fields, predicate="type" if marks else "none", **head)
+        predictor = build(task, directory / "encoder", labels, choice, device=device)
+        model = predictor.model.head if form == "elmo" else predictor.model
+        model.load_state_dict(load_file(directory / "head.safetensors", device=str(device)))
+    predictor.model.eval()
+    return predictor

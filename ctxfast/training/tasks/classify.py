@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A class, or a number, for every text or pair of texts."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...models.bert.heads import BertForSequenceClassification
+from ...models.bert.tokenization import BertTokenizer
+from ...models.lstm_heads import LstmClassifier, OverElmo
+from .. import metrics
+from ..readers.lines import fail
+from ..readers.tables import Example
+from .bert_inputs import Row, collate_rows
+from .features import FrozenLayers, WordInputs, WordItem, save_feature_model
+from .predictor import Predictor, check_label, label_numbers, write_text
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """A class with its probability, or a number (as ``label``, probability None)."""
+
+    label: str
+    probability: float | None
+
+
+def class_names(examples: Sequence[Example]) -> tuple[str, ...]:
+    """The labels of training data, sorted."""
+    return tuple(sorted({example.label for example in examples}))
+
+
+def check_labels(path: str | os.PathLike[str], examples: Sequence[Example], known: Sequence[str]) -> None:
+    """Refuse labels that training has not seen or, without ``known``, that are no numbers.
+
+    Raises:
+        ValueError: with file and line.
+    """
+    for example in examples:
+        if known and example.label is not None:
+            check_label(path, example.line, example.label, known)
+        elif example.label is not None:
+            try:
+                float(example.label)
+            except ValueError:
+                raise fail(path, f"line {example.line}", f"label {example.label!r}; expected a number") from None
+
+
+class _Classifier(Predictor):
+    """What both kinds of classifier share. Without labels it is a regression. Predictions are ``Prediction``."""
+
+    def __init__(self, labels: Sequence[str], is_pair: bool) -> None:
+        self.task = "pair" if is_pair else "classify"
+        self.is_pair, self.labels = is_pair, tuple(labels)
+        self._numbers = label_numbers(labels)
+
+    @property
+    def main_figure(self) -> str:
+        return "accuracy" if self.labels else "spearman"
+
+    def _target(self, example: Example) -> float | int | None:
+        if example.label is None:
+            return None
+        return self._numbers.get(example.label) if self.labels else float(example.label)
+
+    def _targets(self, values: Sequence[Any]) -> dict[str, Tensor]:
+        if any(value is None for value in values):
+            return {}
+        return {"labels": torch.tensor(values, dtype=torch.int64 if self.labels else torch.float32)}
+
+    def _read(self, logits: Tensor) -> list[Prediction]:
+        if not self.labels:
+            return [Prediction(f"{value:.6g}", None) for value in logits[:, 0].float().tolist()]
+        shares, best = logits.float().softmax(-1).max(-1)
+        return [Prediction(self.labels[k], share) for k, share in zip(best.tolist(), shares.tolist())]
+
+    def scores(self, examples: Sequence[Example], predictions: Sequence[Prediction]) -> dict[str, float]:
+        """``accuracy``, ``f1_macro``, ``matthews`` and, for two classes, ``f1``; of numbers ``pearson``, ``spearman``
+        and ``mse``."""
+        if not self.labels:
+            gold = [float(example.label) for example in examples]
+            return metrics.regression_scores(gold, [float(one.label) for one in predictions])
+        # A label that training has not seen has a number of its own that is never predicted.
+        numbers = dict(self._numbers)
+        gold = [numbers.setdefault(example.label, len(numbers)) for example in examples]
+        return metrics.class_scores(gold, [numbers[one.label] for one in predictions], len(numbers))
+
+    def write_predictions(
+        self, path: Path, examples: Sequence[Example], predictions: Sequence[Prediction]
+    ) -> list[Path]:
+        """A JSON object a line: ``line`` (of the input), ``prediction``, ``probability``, ``label`` if there is one."""
+        lines = []
+        for example, one in zip(examples, predictions):
+            entry: dict[str, Any] = {"line": example.line}
+            if self.labels:
+                entry |= {"prediction": one.label, "probability": round(one.probability, 6)}
+            else:
+                entry["prediction"] = float(one.label)
+            if example.label is not None:
+                entry["label"] = example.label
+            lines.append(json.dumps(entry, ensure_ascii=False))
+        return [write_text(path, "\n".join(lines) + "\n")]
+
+
+class BertClassifier(_Classifier):
+    """BERT with a class for each text, or a pair as [CLS] a [SEP] b [SEP]; all layers trained.
+
+    Args:
+        model: with as many labels as ``labels``, or one for numbers.
+        tokenizer: the model's.
+        labels: names of classes; () for numbers.
+        is_pair: whether examples are pairs.
+        max_length: tokens of a text, special ones included; longer ones are cut, of pairs the longer text first.
+
+    Attributes:
+        cut: texts that were cut so far.
+
+    Reference: Devlin et al. 2019, 4.1.
+    """
+
+    form = "bert"
+
+    def __init__(
+        self,
+        model: BertForSequenceClassification,
+        tokenizer: BertTokenizer,
+        labels: Sequence[str],
+        *,
+        is_pair: bool = False,
+        max_length: int = 128,
+    ) -> None:
+        super().__init__(labels, is_pair)
+        self.model, self.tokenizer = model, tokenizer
+        self.max_length = min(max_length, model.config.max_length)
+        self.options = {"max_length": self.max_length}
+        self.cut = 0
+
+    def items(self, examples: Sequence[Example]) -> list[Row]:
+        texts = [(example.text, example.pair) if self.is_pair else example.text for example in examples]
+        found = self.tokenizer.encode_batch(texts, max_length=self.max_length, truncation=True)
+        self.cut += sum(encoding.truncated > 0 for encoding in found)
+        return [
+            Row(encoding.ids, encoding.type_ids, self._target(example), index)
+            for index, (example, encoding) in enumerate(zip(examples, found))
+        ]
+
+    def collate(self, items: Sequence[Row]) -> dict[str, Tensor]:
+        batch = collate_rows(items, self.tokenizer.pad_token_id, False)
+        return batch | self._targets([row.labels for row in items])
+
+    def predict(self, examples: Sequence[Example], items: Sequence[Any] | None = None) -> list[Prediction]:
+        result: list[Any] = [None] * len(examples)
+        for chosen, output in self.outputs(self.items(examples) if items is None else items):
+            for row, one in zip(chosen, self._read(output.logits)):
+                result[row.data] = one
+        return result
+
+    def save_model(self, directory: Path) -> None:
+        self.model.save_pretrained(directory, overwrite=True)
+        self.tokenizer.save(directory)
+
+
+class FeatureClassifier(_Classifier):
+    """A bidirectional LSTM over a frozen BERT or ELMo, or an ELMo trained with it. Texts are split at white space.
+
+    Args:
+        model: an ``LstmClassifier``, or an ``OverElmo`` around one.
+        frozen: where the vectors of words come from; None with an ``OverElmo``.
+        labels: names of classes; () for numbers.
+        is_pair: whether examples are pairs.
+        head: the options the ``LstmClassifier`` was made with, to make it again.
+    """
+
+    def __init__(
+        self,
+        model: LstmClassifier | OverElmo,
+        frozen: FrozenLayers | None,
+        labels: Sequence[str],
+        *,
+        is_pair: bool = False,
+        head: dict[str, Any],
+    ) -> None:
+        super().__init__(labels, is_pair)
+        self.model, self.frozen = model, frozen
+        self.form = "elmo" if frozen is None else "features"
+        self._words = WordInputs(frozen, model.bilm.config.max_characters if frozen is None else 0)
+        self.options = {"features": None if frozen is None else frozen.features, "head": head}
+
+    def items(self, examples: Sequence[Example]) -> list[_Texts]:
+        items = []
+        for index, example in enumerate(examples):
+            texts = [example.text, example.pair] if self.is_pair else [example.text]
+            items.append(_Texts([WordItem(text.split()) for text in texts], self._target(example), index))
+        self._words.keep([text for item in items for text in item.texts])
+        return items
+
+    def collate(self, items: Sequence[_Texts]) -> dict[str, Tensor]:
+        texts = [item.texts[k] for k in range(2 if self.is_pair else 1) for item in items]
+        return self._words.collate(texts) | self._targets([item.target for item in items])
+
+    def predict(self, examples: Sequence[Example], items: Sequence[Any] | None = None) -> list[Prediction]:
+        result: list[Any] = [None] * len(examples)
+        for chosen, output in self.outputs(self.items(examples) if items is None else items):
+            for item, one in zip(chosen, self._read(output.logits)):
+                result[item.index] = one
+        return result
+
+    def save_model(self, directory: Path) -> None:
+        save_feature_model(self.model, self.frozen, directory)
+
+
+@dataclass(slots=True)
+class _Texts:
+    texts: list[WordItem]
+    target: Any
+    index: int
+
+    @property
+    def length(self) -> int:
+        return max(text.length for text in self.texts)

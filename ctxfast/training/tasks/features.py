@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Inputs of the LSTM heads: layers of a frozen encoder, or the characters of an ELMo model that is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..._core.files import replacing
+from ...embed import Embedder
+from ...models.elmo.bilm import ElmoBiLm
+from ...models.elmo.tokenization import batch_to_ids
+from ...models.elmo.weights import save_weights
+from .bert_inputs import Frame, windows, word_pieces
+
+FEATURES = ("last", "second-to-last", "sum4", "concat4", "mix", "embeddings")
+_LAYERS = {"last": [-1], "second-to-last": [-2], "sum4": [-4, -3, -2, -1], "concat4": [-4, -3, -2, -1], "mix": "all"}
+# Vectors of the training data are kept up to this much; beyond it they are computed anew for each batch.
+_KEPT_BYTES = 4 << 30
+
+
+@dataclass(slots=True)
+class WordItem:
+    """A text as words, what its task makes of it, and its vectors (K, n, N) if they are kept."""
+
+    words: list[str]
+    labels: Any = None
+    predicate: list[bool] | None = None
+    vectors: np.ndarray | None = None
+    index: int = 0
+
+    @property
+    def length(self) -> int:
+        return len(self.words)
+
+
+class FrozenLayers:
+    """Vectors of words from an encoder that is not trained.
+
+    Args:
+        embedder: BERT (the first piece of a word stands for it) or ELMo.
+        features: "last", "second-to-last", "sum4" (sum of the last four layers), "concat4", "embeddings" (the token
+            layer), or "mix": all layers, the token layer included, for a learned weighted sum.
+
+    Attributes:
+        num_layers, dim: K and N of what ``__call__`` returns.
+
+    Raises:
+        ValueError: unknown features, or layers that the encoder does not have.
+    """
+
+    def __init__(self, embedder: Embedder, features: str) -> None:
+        if features not in FEATURES:
+            raise ValueError(f"ctxfast.finetune: features is {features!r}; expected one of {', '.join(FEATURES)}.")
+        layers = _LAYERS.get(features, [0])
+        if layers != "all" and len(layers) > embedder.num_layers:
+            raise ValueError(
+                f"ctxfast.finetune: features is {features!r}, but the model has {embedder.num_layers} layers; expected "
+                f"4 or more for it. Choose 'mix'."
+            )
+        self.embedder, self.features, self._layers = embedder, features, layers
+        self.num_layers = embedder.num_layers if features == "mix" else 1
+        self.dim = embedder.dim * (4 if features == "concat4" else 1)
+
+    def __call__(self, texts: Sequence[Sequence[str]]) -> list[np.ndarray]:
+        """Lists of words -> (K, n, N) float32 each."""
+        parts, owners = self._parts(texts)
+        # Windows fit; only a single word longer than the model is cut, behind its first piece.
+        found = self.embedder([words for words, _, _ in parts], layers=self._layers, truncate=True)
+        rows: list[list[np.ndarray]] = [[] for _ in texts]
+        for (_, start, end), owner, vectors in zip(parts, owners, found):
+            vectors = vectors if vectors.ndim == 3 else vectors[None]
+            rows[owner].append(vectors[:, start:end])
+        return [self._combined(np.concatenate(own, 1)) for own in rows]
+
+    def _parts(self, texts: Sequence[Sequence[str]]) -> tuple[list[tuple[list[str], int, int]], list[int]]:
+        """Texts, in windows where BERT's positions do not suffice: words and which of them count."""
+        parts, owners = [], []
+        tokenizer = getattr(self.embedder.encoder, "tokenizer", None)
+        if tokenizer is None or tokenizer.max_length is None:
+            return [(list(text), 0, len(text)) for text in texts], list(range(len(texts)))
+        room = Frame(tokenizer).room(tokenizer.max_length)
+        for owner, (text, pieces) in enumerate(zip(texts, word_pieces(tokenizer, texts))):
+            for window in windows([min(len(own), room) for own in pieces], room):
+                words = list(text[window.start : window.end])
+                parts.append((words, window.own_start - window.start, window.own_end - window.start))
+                owners.append(owner)
+        return parts, owners
+
+    def _combined(self, vectors: np.ndarray) -> np.ndarray:
+        if self.features == "sum4":
+            return vectors.sum(0, keepdims=True)
+        if self.features == "concat4":
+            return np.concatenate(list(vectors), -1)[None]
+        return vectors
+
+
+def save_encoder(encoder: Any, directory: Path) -> None:
+    """Write a BERT or ELMo encoder as files that ``Embedder`` opens."""
+    directory.mkdir(parents=True, exist_ok=True)
+    if encoder.kind == "bert":
+        encoder.model.save_pretrained(directory, overwrite=True)
+        encoder.tokenizer.save(directory)
+        return
+    save_bilm(encoder.model, directory)
+
+
+def save_bilm(bilm: ElmoBiLm, directory: Path) -> None:
+    """Write an ELMo language model as options.json and weights.hdf5."""
+    directory.mkdir(parents=True, exist_ok=True)
+    paths = directory / "options.json", directory / "weights.hdf5"
+    save_weights(bilm.state_dict(), bilm.config, *paths, overwrite=True)
+
+
+def save_feature_model(model: Any, frozen: FrozenLayers | None, directory: Path) -> None:
+    """Write ``encoder``/ and ``head.safetensors``."""
+    if frozen is None:
+        save_bilm(model.bilm, directory / "encoder")
+        head = model.head
+    else:
+        save_encoder(frozen.embedder.encoder, directory / "encoder")
+        head = model
+    with replacing(directory / "head.safetensors") as temporary:
+        save_file({name: value.contiguous().cpu() for name, value in head.state_dict().items()}, temporary)
+
+
+class WordInputs:
+    """Words to a batch for an LSTM head: vectors of a frozen encoder, or characters.
+
+    Args:
+        frozen: where vectors come from; None for ELMo's characters.
+        max_characters: of a word, for ELMo.
+    """
+
+    def __init__(self, frozen: FrozenLayers | None, max_characters: int = 50) -> None:
+        self.frozen, self.max_characters = frozen, max_characters
+
+    def keep(self, items: Sequence[WordItem]) -> None:
+        """Compute the items' vectors once, if they fit."""
+        if self.frozen is None:
+            return
+        size = 4 * self.frozen.num_layers * self.frozen.dim * sum(item.length for item in items)
+        if size <= _KEPT_BYTES:
+            for item, vectors in zip(items, self.frozen([item.words for item in items])):
+                item.vectors = vectors
+
+    @staticmethod
+    def lengths(items: Sequence[WordItem]) -> Tensor:
+        """(B,) int64."""
+        return torch.tensor([item.length for item in items])
+
+    def collate(self, items: Sequence[WordItem]) -> dict[str, Tensor]:
+        """``lengths`` (B,) and ``layers`` (B, K, T, N), or ``character_ids``."""
+        lengths = self.lengths(items)
+        if self.frozen is None:
+            ids = batch_to_ids([item.words for item in items], max_characters=self.max_characters)
+            return {"character_ids": ids, "lengths": lengths}
+        vectors = [item.vectors for item in items]
+        if any(own is None for own in vectors):
+            vectors = self.frozen([item.words for item in items])
+        shape = (len(items), self.frozen.num_layers, int(lengths.max()), self.frozen.dim)
+        layers = np.zeros(shape, dtype=np.float32)
+        for k, own in enumerate(vectors):
+            layers[k, :, : own.shape[1]] = own
+        return {"layers": torch.from_numpy(layers), "lengths": lengths}

@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every fine-tuned model can do, and its way into the training loop."""
+
+from __future__ import annotations
+
+import json
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..._core.files import replacing
+from ..batches import Batches
+from ..loop import BaseTask
+from ..readers.lines import fail
+
+SETTINGS_FILE = "ctxfast_task.json"
+FORMAT = 1
+IGNORE = -100
+# Texts of a batch without gradients: enough to fill a CPU; texts of like length come together.
+_PREDICT_BATCH = 32
+
+
+class Predictor(ABC):
+    """A model and what it needs to read examples, to predict and to be stored.
+
+    Attributes:
+        task: "classify", "pair", "tag" or "span".
+        form: "bert" (all layers trained), "features" (frozen encoder) or "elmo" (trained with its head).
+        model: what is trained.
+        labels: names of the classes, by number; () where there are none.
+        options: plain values that reading examples depends on; stored with the model.
+    """
+
+    task: str
+    form: str
+    model: nn.Module
+    labels: tuple[str, ...] = ()
+    options: dict[str, Any]
+
+    @property
+    @abstractmethod
+    def main_figure(self) -> str:
+        """The one of ``scores`` that tells which model is best."""
+
+    @abstractmethod
+    def items(self, examples: Sequence[Any]) -> list[Any]:
+        """Examples as ``collate`` takes them, labels included where they have some; each has a ``length``, tokens the
+        model sees. An example may become several (windows)."""
+
+    @abstractmethod
+    def collate(self, items: Sequence[Any]) -> dict[str, Any]:
+        """A batch, on the CPU: the arguments of the model."""
+
+    @abstractmethod
+    def predict(self, examples: Sequence[Any], items: Sequence[Any] | None = None) -> list[Any]:
+        """Predictions, in the order of the examples; ``items`` are theirs, if they were made before."""
+
+    @abstractmethod
+    def scores(self, examples: Sequence[Any], predictions: Sequence[Any]) -> dict[str, float]:
+        """How right predictions are, for examples with labels."""
+
+    @abstractmethod
+    def write_predictions(self, path: Path, examples: Sequence[Any], predictions: Sequence[Any]) -> list[Path]:
+        """Write predictions into a file (see each task for its format), whole or not at all."""
+
+    @abstractmethod
+    def save_model(self, directory: Path) -> None:
+        """Write the model's own files."""
+
+    def weight(self, batch: dict[str, Any]) -> float:
+        """What a batch's mean loss counts for: its examples."""
+        return float(next(iter(batch.values())).shape[0])
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Write everything ``load`` needs into a directory, made if absent."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        self.save_model(directory)
+        settings = {
+            "format": FORMAT,
+            "task": self.task,
+            "form": self.form,
+            "labels": list(self.labels),
+            "options": self.options,
+        }
+        with replacing(directory / SETTINGS_FILE) as temporary:
+            temporary.write_text(json.dumps(settings, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @torch.no_grad()
+    def outputs(self, items: Sequence[Any]) -> Iterable[tuple[list[Any], Any]]:
+        """Items, those of like length together, and the model's output for them; meanwhile it is in eval mode."""
+        was_training, device = self.model.training, self.device
+        self.model.eval()
+        try:
+            order = sorted(range(len(items)), key=lambda index: items[index].length)
+            for start in range(0, len(order), _PREDICT_BATCH):
+                chosen = [items[index] for index in order[start : start + _PREDICT_BATCH]]
+                batch = self.collate(chosen)
+                batch.pop("labels", None)
+                yield chosen, self.model(**{name: value.to(device) for name, value in batch.items()})
+        finally:
+            self.model.train(was_training)
+
+
+class FineTune(BaseTask):
+    """A predictor as a task of the training loop.
+
+    Args:
+        predictor: what is trained.
+        train: its examples.
+        dev: held-out examples, for ``evaluate``.
+        batch_size: items of a batch.
+        seed: of their order.
+        order: "shuffled", or "length": examples of like length together, for models that pay for padding.
+
+    Raises:
+        ValueError: an unknown order, no examples.
+    """
+
+    def __init__(
+        self,
+        predictor: Predictor,
+        train: Sequence[Any],
+        dev: Sequence[Any] = (),
+        *,
+        batch_size: int = 32,
+        seed: int = 0,
+        order: str = "shuffled",
+    ) -> None:
+        if order not in ("shuffled", "length"):
+            raise ValueError(f"ctxfast.finetune: order is {order!r}; expected 'shuffled' or 'length'.")
+        self.predictor, self.model, self.dev = predictor, predictor.model, dev
+        self.items = predictor.items(train)
+        self._dev_items: list[Any] | None = None
+        lengths = [item.length for item in self.items] if order == "length" else None
+        self.batches = Batches(len(self.items), batch_size, seed, lengths)
+
+    def batch(self, step: int, rank: int, ranks: int) -> dict[str, Any]:
+        return self.predictor.collate([self.items[index] for index in self.batches(step, rank, ranks)])
+
+    def weight(self, batch: dict[str, Any]) -> float:
+        return self.predictor.weight(batch)
+
+    def loss(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        return model(**batch).loss, {}
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        if not self.dev:
+            return {}
+        if self._dev_items is None:
+            self._dev_items = self.predictor.items(self.dev)
+        own, self.predictor.model = self.predictor.model, model
+        try:
+            return self.predictor.scores(self.dev, self.predictor.predict(self.dev, self._dev_items))
+        finally:
+            self.predictor.model = own
+
+    def save(self, directory: Path) -> None:
+        own, self.predictor.model = self.predictor.model, self.model
+        try:
+            self.predictor.save(directory)
+        finally:
+            self.predictor.model = own
+
+
+def label_numbers(labels: Sequence[str]) -> dict[str, int]:
+    """Name to number."""
+    return {label: number for number, label in enumerate(labels)}
+
+
+def check_label(path: Any, line: int, label: str, known: Sequence[str]) -> None:
+    """Refuse a label that training has not seen.
+
+    Raises:
+        ValueError: with file, line and the labels there are.
+    """
+    if label not in known:
+        shown = ", ".join(sorted(known)[:12]) + (", ..." if len(known) > 12 else "")
+        raise fail(
+            path, f"line {line}", f"label {label!r} does not occur in the training data, which has {shown}. Correct it"
+        )
+
+
+def pad(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
+    """Rows of numbers -> (B, longest) int64."""
+    width = max((len(row) for row in rows), default=0)
+    result = torch.full((len(rows), width), fill, dtype=torch.int64)
+    for k, row in enumerate(rows):
+        result[k, : len(row)] = torch.as_tensor(row, dtype=torch.int64)
+    return result
+
+
+def write_text(path: Path, text: str) -> Path:
+    """A text file, whole or not at all; its directory is made if absent."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return path
