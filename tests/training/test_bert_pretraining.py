@@ -397,3 +397,31 @@ def test_command_errors(text, tmp_path, capsys) -> None:
         assert cli.main(["pretrain", "bert", *base, *more]) == 2, more
         said = capsys.readouterr().err
         assert message in said.replace("LEVEL or ", ""), said
+
+
+def test_many_processes(text, tmp_path) -> None:
+    """The command in two processes, sharded or not: tied weights, dropout and all, they come to the same."""
+    (tmp_path / "config.json").write_text(
+        json.dumps(dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64))
+    )
+    arguments = [text, "--held-out", text, "--train-vocab", 120, "--config", tmp_path / "config.json", "--quiet"]
+    arguments += ["--max-seq-length", 32, "--dupe-factor", 1, "--batch-size", 8, "--steps", 12, "--device", "cpu"]
+    for kind in ("ddp", "fsdp2"):
+        done = subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+            + ["-m", "ctxfast.cli", "pretrain", "bert", *map(str, arguments)]
+            + ["--parallel", kind, "-o", str(tmp_path / kind)],
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, other = (ctxfast.BertForPreTraining.from_pretrained(tmp_path / kind / "final") for kind in ("ddp", "fsdp2"))
+    for (name, value), twin in zip(one.state_dict().items(), other.state_dict().values()):
+        torch.testing.assert_close(value, twin, rtol=1e-3, atol=1e-5, msg=name)
+    figures = [
+        json.loads((tmp_path / kind / "final" / "training.json").read_text())["figures"] for kind in ("ddp", "fsdp2")
+    ]
+    assert figures[0] == pytest.approx(figures[1], rel=1e-3)
+    # The same directory with another number of processes is another run.
+    assert cli.main(["pretrain", "bert", *map(str, arguments), "-o", str(tmp_path / "ddp")]) == 2

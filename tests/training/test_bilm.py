@@ -396,3 +396,25 @@ def test_vocabulary_is_sorted_by_frequency() -> None:
     assert make_vocabulary(counts) == ["<S>", "</S>", "<UNK>", "c", "a", "b"]
     assert make_vocabulary(counts, size=4) == ["<S>", "</S>", "<UNK>", "c"]
     assert make_vocabulary(counts, min_count=3) == ["<S>", "</S>", "<UNK>", "c"]
+
+
+def test_two_processes_read_their_own_lanes(grammar, tmp_path) -> None:
+    (tmp_path / "options.json").write_text(json.dumps(SIZES))
+    arguments = [grammar, "--held-out", grammar, "--options", tmp_path / "options.json", "--negatives", 0, "--quiet"]
+    arguments += ["--unroll", 8, "--steps", 10, "--dropout", 0, "--device", "cpu"]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        + ["-m", "ctxfast.cli", "pretrain", "elmo", *map(str, arguments)]
+        + ["--batch-size", "4", "-o", str(tmp_path / "two")],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert cli.main(["pretrain", "elmo", *map(str, arguments), "--batch-size", "8", "-o", str(tmp_path / "one")]) == 0
+    one, two = (
+        load_weights(tmp_path / name / "final" / "weights.hdf5", ElmoConfig.from_dict(SIZES))[1]
+        for name in ("one", "two")
+    )
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-4, msg=name)
