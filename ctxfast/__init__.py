@@ -29,6 +29,7 @@ except metadata.PackageNotFoundError:  # a source tree that was never installed
 # Loaded on first use, so that `import ctxfast` stays quick and needs no tokenizer or HDF5 library.
 _LAZY = {
     "Embedder": "ctxfast.embed",
+    "embed_dataset": "ctxfast.ray_data",
     "Elmo": "ctxfast.models.elmo.modeling",
     "ElmoEmbedder": "ctxfast.models.elmo.embedder",
     "register_attention": "ctxfast.nn.attention_interface",

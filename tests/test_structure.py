@@ -23,7 +23,7 @@ ROOMS = [
     ["functional"],
     ["nn", "packing"],
     ["models"],
-    ["corpus", "selection", "encoders", "shards", "writers", "jobs", "embed"],
+    ["corpus", "selection", "encoders", "shards", "writers", "jobs", "embed", "ray_data"],
     ["training"],
     ["commands"],
     ["cli"],
