@@ -424,7 +424,11 @@ def test_shards_of_killed_runs(tmp_path: Path) -> None:
     for _ in range(120):
         lines += [" ".join(draw.choices(words, k=draw.randint(2, 12))) for _ in range(draw.randint(2, 6))] + [""]
     (tmp_path / "text").write_text("\n".join(lines))
-    _tokenizer(tmp_path, words)
+    tokenizer = _tokenizer(tmp_path, words)
+    recipe = Recipe(options=PairOptions(32, dupe_factor=3), shard_bytes=1200)
+    BertCorpus.prepare(tmp_path / "whole", [tmp_path / "text"], tokenizer, recipe)
+    count = len(list((tmp_path / "whole").glob("shard-*")))
+    assert count > 8
     script = tmp_path / "prepare.py"
     script.write_text(
         "import sys, time\n"
@@ -434,23 +438,20 @@ def test_shards_of_killed_runs(tmp_path: Path) -> None:
         "recipe = Recipe(options=PairOptions(32, dupe_factor=3), shard_bytes=1200)\n"
         "tokenizer = BertTokenizer.from_pretrained(sys.argv[2])\n"
         "def say(_):\n"
-        "    time.sleep(float(sys.argv[4]))\n"
+        "    time.sleep(0.1)\n"
         "BertCorpus.prepare(sys.argv[3], [sys.argv[1]], tokenizer, recipe, say=say)\n"
     )
     call = [sys.executable, script, tmp_path / "text", tmp_path / "tokenizer"]
     environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    subprocess.run([*call, tmp_path / "whole", "0"], check=True, env=environment)
-    count = len(list((tmp_path / "whole").glob("shard-*")))
-    assert count > 8
     for sight in (1, 5):
-        process = subprocess.Popen([*call, tmp_path / "killed", "0.1"], env=environment)
+        process = subprocess.Popen([*call, tmp_path / "killed"], env=environment)
         while not (tmp_path / "killed" / f"shard-{sight:05d}").exists():
             assert process.poll() is None, "it ended before it was killed"
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
         process.wait()
         assert not (tmp_path / "killed" / "complete.json").exists()
-    subprocess.run([*call, tmp_path / "killed", "0"], check=True, env=environment)
+    BertCorpus.prepare(tmp_path / "killed", [tmp_path / "text"], tokenizer, recipe)
     trees = [
         {
             str(path.relative_to(tmp_path / name)): path.read_bytes()
