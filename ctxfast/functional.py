@@ -271,7 +271,7 @@ def linear_act(
         (..., N_out), in the dtype of ``x``.
 
     Numerics: a row's result on the CPU does not depend on the other rows, to the last bit (impl cpu).
-    Implementations: reference (any device and dtype), cpu (oneDNN with packed weights; float32, bfloat16; int8
+    Implementations: reference (any device and dtype), cpu (packed weights; float32, bfloat16; int8
     without gradient), triton (CUDA; float32, bfloat16, float16; every activation but none).
     Reference: Hendrycks & Gimpel 2016 (both forms of GELU); Devlin et al. 2019.
     """

@@ -41,7 +41,11 @@ SPEC = registry.register(
         check=_check,
         autocast="lower",
         impls=(
-            registry.Impl("cpu", "cpu", note="oneDNN with packed weights: float32, bfloat16, int8"),
+            registry.Impl(
+                "cpu",
+                "cpu",
+                note="packed weights: oneDNN in float32 and bfloat16, compiled in int8 and, for few rows, bfloat16",
+            ),
             registry.Impl(
                 "triton",
                 "cuda",
