@@ -228,8 +228,8 @@ def add_layer_norm(
         The shape and dtype of ``x``.
 
     Numerics: float32 statistics (float64 for float64); deterministic without dropout.
-    Implementations: reference (any device and dtype), triton (CUDA; float32, bfloat16, float16; hidden_size
-    up to 8192).
+    Implementations: reference (any device and dtype), cpu (float32, bfloat16; no dropout), triton (CUDA;
+    float32, bfloat16, float16); hidden_size up to 8192.
     Reference: Ba et al. 2016; Vaswani et al. 2017, section 3.1.
     """
     args = _add_layer_norm_args(x, residual, weight, bias, x_bias, eps=eps, dropout_p=dropout_p)
@@ -350,8 +350,8 @@ def embed_layer_norm(
     Raises:
         ValueError: also for ids outside their table; on a GPU ids are not read, since that would wait for the device.
 
-    Implementations: reference (any device and dtype), triton (CUDA; float32, bfloat16, float16; hidden_size
-    up to 8192).
+    Implementations: reference (any device and dtype), cpu (float32, bfloat16; no dropout), triton (CUDA;
+    float32, bfloat16, float16); hidden_size up to 8192.
     Reference: Devlin et al. 2019, figure 2; Sun et al. 2020 (task embedding).
     """
     args = _embed_layer_norm_args(

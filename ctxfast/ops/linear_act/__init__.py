@@ -39,12 +39,13 @@ SPEC = registry.register(
         cite="Hendrycks & Gimpel 2016 (GELU); Devlin et al. 2019 (feed-forward block)",
         reference=reference,
         check=_check,
+        check_values=registry.no_values,
         autocast="lower",
         impls=(
             registry.Impl(
                 "cpu",
                 "cpu",
-                note="packed weights: oneDNN in float32 and bfloat16, compiled in int8 and, for few rows, bfloat16",
+                note="packed weights: oneDNN; compiled for int8 and for few rows of bfloat16",
             ),
             registry.Impl(
                 "triton",

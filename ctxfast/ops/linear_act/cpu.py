@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """``linear_act`` on the CPU: a product over packed weights with bias and activation in its epilogue.
 
-float32 is oneDNN's product, int8 a compiled one (rows rounded, multiplied and scaled back in one call), bfloat16 either:
-the compiled one for few rows where the processor has AMX. Weights are packed once and found again by later calls. In
-float32 and int8 a row's bits do not depend on the rows beside it (torch's own float32 product takes another kernel for
-few rows, and its sums another order).
+float32 is oneDNN's product, int8 a compiled one (rows rounded, multiplied and scaled back in one call), bfloat16
+either: the compiled one for few rows where the processor has AMX. Weights are packed once and found again by later
+calls. In float32 and int8 a row's bits do not depend on the rows beside it (torch's own float32 product takes another
+kernel for few rows, and its sums another order).
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ _POST = {
     "tanh": ("tanh", ""),
 }
 
-# Rows up to which the compiled bfloat16 product is ahead of oneDNN's (BERT's sizes, AMX, 2026-11: 1.2 to 1.7 times at 16
-# rows, even at 128).
+# Rows up to which the compiled bfloat16 product is ahead of oneDNN's (BERT's sizes, AMX, 2026-11: 1.2 to 1.7 times
+# at 16 rows, even at 128).
 _FEW_ROWS = 128
 
 _packed = WeightCache()
@@ -191,15 +191,16 @@ def linear_act(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, weight_dtype: torch.dtype | None
 ) -> Tensor:
     """See ``ctxfast.functional.linear_act``."""
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     needs_grad = registry.needs_grad(dict(x=x, weight=weight, bias=bias))
     # A packed form pays from the second call on: not for a weight in training, nor for autocast's passing copy.
     is_kept = not (torch.is_autocast_enabled("cpu") or (needs_grad and weight.requires_grad))
     if needs_grad:
         out = _activated(_Linear.apply(rows, weight, bias, is_kept), activation)
     else:
-        out = _fwd(rows, weight, bias, activation, weight_dtype is torch.int8, is_kept)
-    return out.view(*x.shape[:-1], weight.shape[0])
+        forward = _forward if torch_ops.is_direct(x, weight, bias) else _fwd
+        out = forward(rows, weight, bias, activation, weight_dtype is torch.int8, is_kept)
+    return out if x.dim() == 2 else out.view(*x.shape[:-1], weight.shape[0])
 
 
 def raw_calls(args: Mapping[str, Any]) -> list[tuple[Any, tuple]]:
