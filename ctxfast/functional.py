@@ -228,8 +228,8 @@ def add_layer_norm(
         The shape and dtype of ``x``.
 
     Numerics: float32 statistics (float64 for float64); deterministic without dropout.
-    Implementations: reference (any device and dtype), triton (CUDA; float32, bfloat16, float16; hidden_size
-    up to 8192).
+    Implementations: reference (any device and dtype), cpu (float32, bfloat16; no dropout), triton (CUDA;
+    float32, bfloat16, float16); hidden_size up to 8192.
     Reference: Ba et al. 2016; Vaswani et al. 2017, section 3.1.
     """
     args = _add_layer_norm_args(x, residual, weight, bias, x_bias, eps=eps, dropout_p=dropout_p)
@@ -271,7 +271,7 @@ def linear_act(
         (..., N_out), in the dtype of ``x``.
 
     Numerics: a row's result on the CPU does not depend on the other rows, to the last bit (impl cpu).
-    Implementations: reference (any device and dtype), cpu (oneDNN with packed weights; float32, bfloat16; int8
+    Implementations: reference (any device and dtype), cpu (packed weights; float32, bfloat16; int8
     without gradient), triton (CUDA; float32, bfloat16, float16; every activation but none).
     Reference: Hendrycks & Gimpel 2016 (both forms of GELU); Devlin et al. 2019.
     """
@@ -350,8 +350,8 @@ def embed_layer_norm(
     Raises:
         ValueError: also for ids outside their table; on a GPU ids are not read, since that would wait for the device.
 
-    Implementations: reference (any device and dtype), triton (CUDA; float32, bfloat16, float16; hidden_size
-    up to 8192).
+    Implementations: reference (any device and dtype), cpu (float32, bfloat16; no dropout), triton (CUDA;
+    float32, bfloat16, float16); hidden_size up to 8192.
     Reference: Devlin et al. 2019, figure 2; Sun et al. 2020 (task embedding).
     """
     args = _embed_layer_norm_args(

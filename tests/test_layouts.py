@@ -140,6 +140,8 @@ def test_every_element_is_written(spec, implementation, case, monkeypatch) -> No
     monkeypatch.setattr(torch_ops, "allocate", fenced)
     kwargs = case.make(device_of(implementation), torch.float32, SEED)
     outputs, grads, _ = gradients(spec.name, kwargs, case.grads, implementation.name)
+    with torch.no_grad():  # may be another kernel
+        outputs = [*outputs, *run(spec.name, kwargs, implementation.name)]
     for tensor in [*outputs, *(grad for _, grad in grads)]:
         assert not torch.isnan(tensor).any()
     for low, high in bands:

@@ -10,7 +10,10 @@
 #include <string>
 
 #include "ctxfast/common.h"
+#include "ctxfast/cpu_isa.h"
 
+void bind_layer_norm(pybind11::module_& m);
+void bind_linear_act(pybind11::module_& m);
 void bind_lstm(pybind11::module_& m);
 void bind_lstm_persistent(pybind11::module_& m);
 void bind_lstm_step(pybind11::module_& m);
@@ -37,4 +40,13 @@ inline ctxfast::DType dtype_named(const char* op, const std::string& name, bool 
       ctxfast::invalid(op, "dtype", "'" + name + "'",
                        has_float16 ? "'float32', 'float16' or 'bfloat16'" : "'float32' or 'bfloat16'")
           .message);
+}
+
+inline ctxfast::Isa isa_named(const char* op, const std::string& name) {
+  ctxfast::Isa isa;
+  if (ctxfast::find_isa(name, &isa)) return isa;
+  std::string known = "'auto'";
+  for (const ctxfast::Isa runs : ctxfast::runnable_isas()) known += std::string(", '") + ctxfast::isa_name(runs) + "'";
+  throw pybind11::value_error(
+      ctxfast::invalid(op, "isa", "'" + name + "'", known + ": what is compiled and this machine runs").message);
 }

@@ -46,15 +46,6 @@ ctxfast::DType factors(const std::string& name) {
   throw py::value_error(ctxfast::invalid("lstm", "dtype", "'" + name + "'", "'float32', 'bfloat16' or 'int8'").message);
 }
 
-ctxfast::Isa isa_named(const std::string& name) {
-  ctxfast::Isa isa;
-  if (ctxfast::find_isa(name, &isa)) return isa;
-  std::string known = "'auto'";
-  for (const ctxfast::Isa runs : ctxfast::runnable_isas()) known += std::string(", '") + ctxfast::isa_name(runs) + "'";
-  throw py::value_error(
-      ctxfast::invalid("lstm", "isa", "'" + name + "'", known + ": what is compiled and this machine runs").message);
-}
-
 LstmShape shape_of(int64_t hidden, int64_t proj_size, bool has_proj, const std::string& dtype) {
   return {hidden, proj_size, has_proj, factors(dtype)};
 }
@@ -155,7 +146,7 @@ void backward(int64_t batch, int64_t steps, int64_t hidden, int64_t proj_size, b
   params.grad_h_0 = pointer<float>(grad_h_0);
   params.grad_c_0 = pointer<float>(grad_c_0);
   params.threads = threads;
-  params.isa = isa_named(isa);
+  params.isa = isa_named("lstm", isa);
   ctxfast::Status status;
   {
     py::gil_scoped_release release;
@@ -186,7 +177,7 @@ void forward(int64_t batch, int64_t steps, int64_t hidden, int64_t proj_size, bo
   }
   params.from_x = from_x;
   params.input = from_x ? input : 0;
-  params.isa = isa_named(isa);
+  params.isa = isa_named("lstm", isa);
   params.batch = batch;
   params.steps = steps;
   params.directions = static_cast<int64_t>(directions);

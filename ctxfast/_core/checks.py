@@ -112,7 +112,7 @@ def in_range(op: str, name: str, value: Tensor, low: int, high: int, hint: str =
     """Raise ValueError unless every element lies in ``low..high``, where values may be read."""
     if not is_readable(value) or value.numel() == 0:
         return
-    least, most = int(value.min()), int(value.max())
+    least, most = (int(bound) for bound in torch.aminmax(value))
     if least < low or most > high:
         got = least if least < low else most
         tail = f" {hint}" if hint else ""

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import capability
+from . import capability, torch_ops
 
 HALF_AND_FLOAT = (torch.float32, torch.float16, torch.bfloat16)
 IMPL_NAMES = ("reference", "cpu", "triton", "cuda", "cuda_step")
@@ -81,11 +81,17 @@ def _load(path: str) -> bool:
 _load._dynamo_marked_constant = True
 
 
+def no_values(args: Mapping[str, Any]) -> None:
+    """``check_values`` of an op whose arguments may hold anything."""
+
+
 @dataclass(frozen=True)
 class OpSpec:
     """One op: definition, implementations (fastest first, the reference last and implied), check, autocast rule.
 
     ``package`` is the op's package; its ``cases`` module holds ``CASES``.
+    ``check`` looks at kinds, dtypes, shapes and devices; an op that leaves values (of ids, of offsets) to
+    ``check_values`` lets a call like one before it skip the rest.
     ``autocast``: "lower" (floating arguments go to the autocast dtype), "fp32", or "keep".
     ``ceiling``: dtype -> largest error allowed at all, relative to the largest magnitude of the float64 result,
     so that a bad reference cannot excuse a bad kernel.
@@ -97,6 +103,7 @@ class OpSpec:
     cite: str
     reference: Callable[..., Any]
     check: Callable[[Mapping[str, Any]], None]
+    check_values: Callable[[Mapping[str, Any]], None] | None = None
     autocast: str = "keep"
     impls: tuple[Impl, ...] = ()
     ceiling: Mapping[torch.dtype, float] = field(
@@ -134,6 +141,12 @@ class OpSpec:
         if implementation.name == "reference":
             return self.reference
         return getattr(self.module(implementation.name), self.name)
+
+    def check_all(self, args: Mapping[str, Any]) -> None:
+        """Raise for arguments that no implementation can take."""
+        self.check(args)
+        if self.check_values is not None:
+            self.check_values(args)
 
     def cases(self) -> tuple[Case, ...]:
         return self.module("cases").CASES
@@ -245,11 +258,46 @@ def _autocast(spec: OpSpec, args: dict[str, Any]) -> dict[str, Any]:
     return {name: _cast(value, dtype) for name, value in args.items()}
 
 
+# Functions that calls without gradients on the CPU were found to run, by op, impl= and facts of the arguments. Checking
+# and choosing again takes longer than a small call's arithmetic.
+_found: dict[tuple[Any, ...], Callable[..., Any]] = {}
+_MOST_FOUND = 4096
+
+
+def _facts(spec: OpSpec, args: dict[str, Any], impl: str | None) -> tuple[Any, ...]:
+    """Everything that ``check``, ``supports`` and the choice look at; () where they must look again."""
+    if spec.check_values is None or torch_ops.is_watched() or torch.is_grad_enabled():
+        return ()
+    if torch.is_autocast_enabled("cpu"):
+        return ()
+    facts: list[Any] = [spec.name, impl]
+    for value in args.values():
+        if isinstance(value, Tensor):
+            if not value.is_cpu:
+                return ()
+            facts += (type(value), value.dtype, value.shape)
+        elif value is None or isinstance(value, (int, float, str, torch.dtype)):
+            facts.append(value)
+        else:
+            return ()
+    return tuple(facts)
+
+
 def call(spec: OpSpec, args: dict[str, Any], impl: str | None = None) -> Any:
     """Autocast, check, choose, run. ``args`` are the keyword arguments of the public function."""
+    facts = _facts(spec, args, impl)
+    function = _found.get(facts) if facts else None
+    if function is not None:
+        spec.check_values(args)
+        return function(**args)
     args = _autocast(spec, args)
-    spec.check(args)
-    return spec.function(resolve(spec, args, impl))(**args)
+    spec.check_all(args)
+    function = spec.function(resolve(spec, args, impl))
+    if facts:
+        if len(_found) >= _MOST_FOUND:
+            _found.clear()
+        _found[facts] = function
+    return function(**args)
 
 
 def _request(ops: dict[str, str]) -> dict[str, str]:
@@ -280,11 +328,13 @@ def use_impl(impl: str | None = None, **per_op: str) -> Iterator[None]:
     wanted = _request({**({"*": impl} if impl is not None else {}), **per_op})
     before = dict(_requested)
     _requested.update(wanted)
+    _found.clear()
     try:
         yield
     finally:
         _requested.clear()
         _requested.update(before)
+        _found.clear()
 
 
 def read_environment() -> None:
@@ -323,7 +373,7 @@ class Explanation:
 
 def explain_args(spec: OpSpec, args: dict[str, Any], impl: str | None = None) -> Explanation:
     args = _autocast(spec, args)
-    spec.check(args)
+    spec.check_all(args)
     chosen = resolve(spec, args, impl).name
     rows = []
     for candidate in spec.all_impls:

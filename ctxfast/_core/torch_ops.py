@@ -19,10 +19,29 @@ _TAGS = tuple(
     getattr(torch.Tag, name) for name in ("pt2_compliant_tag", "needs_fixed_stride_order") if hasattr(torch.Tag, name)
 )
 
+_PLAIN = (Tensor, torch.nn.Parameter, type(None))
+
 
 def allocate(size: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """An uninitialised contiguous tensor. Launchers and fake kernels both allocate here, so they cannot drift."""
     return torch.empty(tuple(size), dtype=like.dtype if dtype is None else dtype, device=like.device)
+
+
+def is_watched() -> bool:
+    """Whether something must see the registered operators of a call: a compiler, a tracer, a dispatch mode, a
+    transform or a profiler. Where nothing does, and no input is a tensor subclass, a kernel may be called directly."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd._profiler_enabled()
+    )
+
+
+def is_direct(*inputs: Tensor | None) -> bool:
+    """Whether a kernel may be called on these CPU tensors without going through its operator: see ``is_watched``."""
+    return not is_watched() and all([type(each) in _PLAIN for each in inputs])
 
 
 def define(name: str, schema: str, kernel: Callable[..., Any], fake: Callable[..., Any], device: str) -> Any:

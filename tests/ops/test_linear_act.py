@@ -64,3 +64,13 @@ def test_passing_weights_are_not_kept() -> None:
     assert len(cpu._packed) == held + 1
     del weight
     assert len(cpu._packed) == held
+
+
+@pytest.mark.parametrize("rows", [1, 40, 130])
+def test_bfloat16_on_either_side_of_the_change_of_kernel(rows: int) -> None:
+    x, weight, bias = torch.randn(rows, 96).bfloat16(), torch.randn(70, 96).bfloat16(), torch.randn(70).bfloat16()
+    found = ctxfast.linear_act(x[:, :90], weight[:, :90], bias, activation="gelu", impl="cpu")
+    wide = ctxfast.linear_act(
+        x[:, :90].double(), weight[:, :90].double(), bias.double(), activation="gelu", impl="reference"
+    )
+    torch.testing.assert_close(found.double(), wide, rtol=8e-3, atol=2e-2)

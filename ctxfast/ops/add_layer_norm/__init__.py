@@ -52,7 +52,11 @@ SPEC = registry.register(
         cite="Ba et al. 2016; Vaswani et al. 2017, section 3.1 (post-LN residual)",
         reference=reference,
         check=_check,
+        check_values=registry.no_values,
         autocast="fp32",
-        impls=(registry.Impl("triton", "cuda", note="one pass over the rows, with backward; not yet run on a GPU"),),
+        impls=(
+            registry.Impl("cpu", "cpu", note="one compiled pass over the rows; torch's with a gradient"),
+            registry.Impl("triton", "cuda", note="one pass over the rows, with backward; not yet run on a GPU"),
+        ),
     )
 )

@@ -30,7 +30,6 @@ def _check(args: Mapping[str, Any]) -> None:
     checks.same(_OP, "qkv", qkv, [("cu_seqlens", cu_seqlens)], dtype=False)
     if not isinstance(max_seqlen, (int, torch.SymInt)):
         raise TypeError(f"ctxfast.attention: max_seqlen is a {type(max_seqlen).__name__}; expected an int.")
-    _check_offsets(qkv, cu_seqlens, max_seqlen)
     if args["bias"] is not None:
         checks.shape(
             _OP,
@@ -43,8 +42,9 @@ def _check(args: Mapping[str, Any]) -> None:
     checks.probability(_OP, "dropout_p", args["dropout_p"])
 
 
-def _check_offsets(qkv: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int) -> None:
+def _check_offsets(args: Mapping[str, Any]) -> None:
     """Where the offsets may be read, they must rise from 0 to the number of rows in steps of at most max_seqlen."""
+    qkv, cu_seqlens, max_seqlen = args["qkv"], args["cu_seqlens"], args["max_seqlen"]
     if not checks.is_readable(cu_seqlens):
         return
     offsets = cu_seqlens.tolist()
@@ -70,6 +70,7 @@ SPEC = registry.register(
         cite="Vaswani et al. 2017, equation 1; Devlin et al. 2019 (bidirectional)",
         reference=reference,
         check=_check,
+        check_values=_check_offsets,
         autocast="lower",
         impls=(
             registry.Impl(

@@ -142,7 +142,7 @@ def attention(
         qkv = qkv + bias
     if torch.is_grad_enabled() and qkv.requires_grad:
         return _Attention.apply(qkv, cu_seqlens, max_seqlen, scale)
-    return _fwd(qkv, cu_seqlens, max_seqlen, scale)
+    return (_forward if torch_ops.is_direct(qkv, cu_seqlens) else _fwd)(qkv, cu_seqlens, max_seqlen, scale)
 
 
 def raw_calls(args: Mapping[str, Any]) -> list[tuple[Any, tuple]]:

@@ -10,6 +10,12 @@ from ..._core import checks, registry
 from .reference import embed_layer_norm as reference
 
 _OP = "embed_layer_norm"
+_PAIRS = (
+    ("input_ids", "word_embeddings"),
+    ("position_ids", "position_embeddings"),
+    ("token_type_ids", "token_type_embeddings"),
+    ("task_type_ids", "task_type_embeddings"),
+)
 
 
 def _check(args: Mapping[str, Any]) -> None:
@@ -31,14 +37,9 @@ def _check(args: Mapping[str, Any]) -> None:
             f"ctxfast.embed_layer_norm: {missing} is None; "
             f"expected both task_type_ids and task_type_embeddings, or neither."
         )
-    pairs = [
-        ("input_ids", "word_embeddings"),
-        ("position_ids", "position_embeddings"),
-        ("token_type_ids", "token_type_embeddings"),
-    ]
-    if args["task_type_ids"] is not None:
-        pairs.append(("task_type_ids", "task_type_embeddings"))
-    for id_name, table_name in pairs:
+    for id_name, table_name in _PAIRS:
+        if args[id_name] is None and id_name == "task_type_ids":
+            continue
         index, rows = (
             checks.tensor(_OP, id_name, args[id_name]),
             checks.tensor(_OP, table_name, args[table_name]),
@@ -48,12 +49,18 @@ def _check(args: Mapping[str, Any]) -> None:
         checks.shape(_OP, table_name, rows, (None, table.shape[1]), "(rows, hidden_size)")
         checks.same(_OP, "word_embeddings", table, [(id_name, index)], dtype=False)
         checks.same(_OP, "word_embeddings", table, [(table_name, rows)])
-        checks.in_range(_OP, id_name, index, 0, rows.shape[0] - 1, f"These are the rows of {table_name}.")
     for name in ("weight", "bias"):
         checks.shape(_OP, name, checks.tensor(_OP, name, args[name]), (table.shape[1],), "(hidden_size,)")
         checks.same(_OP, "word_embeddings", table, [(name, args[name])])
     checks.positive(_OP, "eps", args["eps"])
     checks.probability(_OP, "dropout_p", args["dropout_p"])
+
+
+def _check_ids(args: Mapping[str, Any]) -> None:
+    for id_name, table_name in _PAIRS:
+        if args[id_name] is not None:
+            last, hint = args[table_name].shape[0] - 1, f"These are the rows of {table_name}."
+            checks.in_range(_OP, id_name, args[id_name], 0, last, hint)
 
 
 SPEC = registry.register(
@@ -64,8 +71,10 @@ SPEC = registry.register(
         cite="Devlin et al. 2019, figure 2; Sun et al. 2020 (ERNIE 2.0, task embedding)",
         reference=reference,
         check=_check,
+        check_values=_check_ids,
         autocast="keep",
         impls=(
+            registry.Impl("cpu", "cpu", note="gather and LayerNorm in one compiled pass; torch's with a gradient"),
             registry.Impl(
                 "triton", "cuda", note="gather, LayerNorm and dropout in one pass, with backward; not yet run on a GPU"
             ),

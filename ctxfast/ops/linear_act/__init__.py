@@ -39,9 +39,14 @@ SPEC = registry.register(
         cite="Hendrycks & Gimpel 2016 (GELU); Devlin et al. 2019 (feed-forward block)",
         reference=reference,
         check=_check,
+        check_values=registry.no_values,
         autocast="lower",
         impls=(
-            registry.Impl("cpu", "cpu", note="oneDNN with packed weights: float32, bfloat16, int8"),
+            registry.Impl(
+                "cpu",
+                "cpu",
+                note="packed weights: oneDNN; compiled for int8 and for few rows of bfloat16",
+            ),
             registry.Impl(
                 "triton",
                 "cuda",

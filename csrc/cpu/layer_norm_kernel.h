@@ -1,0 +1,13 @@
+// SPDX-License-Identifier: Apache-2.0
+// Between layer_norm.cpp (checks, threads) and the kernels of each instruction set.
+#pragma once
+
+#include "ctxfast/layer_norm.h"
+
+namespace ctxfast {
+
+typedef void (*LayerNormKernel)(const LayerNormParams& params, int64_t from, int64_t to);
+
+extern const LayerNormKernel layer_norm_generic, layer_norm_avx2, layer_norm_avx512;
+
+}  // namespace ctxfast

@@ -1,0 +1,43 @@
+// SPDX-License-Identifier: Apache-2.0
+// Between linear_act.cpp (checks, memory, threads) and the kernels of each instruction set.
+#pragma once
+
+#include <cstdint>
+
+namespace ctxfast {
+
+// Rows a thread takes at a time: a multiple of every kernel's row block.
+constexpr int kLinearActRows = 48;
+// Rows of a chunk at most.
+constexpr int64_t kLinearActMostRows = 4 * kLinearActRows;
+// Rows of x held as tiles, [group of rows][tile][row][16 words]: whole cache lines, at distances known beforehand.
+constexpr int kLinearActTileRows = 16;
+
+struct LinearActJob {
+  int64_t rows, in, out, tiles, chunk;  // tiles: of 16 words along the input; chunk: rows at a time
+  bool is_half;                         // x, bias and y are bfloat16
+  int activation;                       // as enum Activation
+  const void* x;
+  int64_t stride_x;
+  const uint32_t* packed;
+  const float* scales;
+  const int32_t* sums;
+  const void* bias;
+  void* y;
+  // workspace
+  uint32_t* x_tiles;  // (chunk rounded up to whole groups, tiles * 16)
+  float* x_scales;    // (chunk), int8
+  void* barrier;
+};
+
+typedef void (*LinearActKernel)(const LinearActJob& job, int index, int count);
+
+// All threads meet here; linear_act.cpp defines it.
+void linear_act_barrier(void* barrier, int count);
+
+extern const LinearActKernel linear_act_bfloat16_generic, linear_act_bfloat16_avx2, linear_act_bfloat16_avx512,
+    linear_act_bfloat16_avx512bf16, linear_act_bfloat16_amx;
+extern const LinearActKernel linear_act_int8_generic, linear_act_int8_avx2, linear_act_int8_avxvnni,
+    linear_act_int8_avx512, linear_act_int8_avx512vnni, linear_act_int8_amx;
+
+}  // namespace ctxfast

@@ -1,0 +1,166 @@
+// SPDX-License-Identifier: Apache-2.0
+// The bfloat16 and int8 products, over x held as tiles. Compiled with -ffp-contract=off: with exact sums int8 gives the
+// same bits on every instruction set.
+//
+// The including file sets CTXFAST_LANES and, for instructions it wants,
+//   CTXFAST_DOT_BF16(sum, x, w)   Vec: sum + both products
+//   CTXFAST_DOT_INT8(sum, x, w)   WordVec: sum + four products of unsigned x and signed w
+#pragma once
+
+#include "linear_act_body.h"
+
+namespace ctxfast {
+namespace {
+
+constexpr int kTileRows = kLinearActTileRows;
+constexpr int kTile = kTileRows * kTileWords;  // words of a tile of x
+
+struct Bfloat16 {
+  static constexpr bool kScaled = false, kFast = true;
+  typedef Vec Sum;
+#if defined(CTXFAST_DOT_BF16)
+  static constexpr int kRows = 8;
+  typedef WordVec Spread;
+  static Spread spread(uint32_t word) { return all_words(word); }
+  static Sum dot(Sum sum, Spread x, WordVec w) { return CTXFAST_DOT_BF16(sum, x, w); }
+#else
+  static constexpr int kRows = kLanes == 16 ? 8 : kLanes == 8 ? 2 : 1;
+  struct Spread {
+    Vec even, odd;
+  };
+  static Spread spread(uint32_t word) { return {(Vec)all_words(word << 16), (Vec)all_words(word & 0xffff0000u)}; }
+  static Sum dot(Sum sum, const Spread& x, WordVec w) {
+    sum = fused(x.odd, (Vec)(w & 0xffff0000u), sum);
+    return fused(x.even, (Vec)(w << 16), sum);
+  }
+#endif
+  static void enter() {}
+  static void leave() {}
+  static Vec value(const LinearActJob&, const float* z, int64_t, float, Vec bias) { return load(z) + bias; }
+
+  static void prepare(const LinearActJob& job, int64_t row, int64_t at) {
+    const uint16_t* const from = static_cast<const uint16_t*>(job.x) + row * job.stride_x;
+    uint32_t* to = tile_row<kTileRows>(job, at);
+    for (int64_t k = 0; k < job.in; k += 2 * kTileWords, to += kTile) {
+      const int64_t n = less(2 * kTileWords, job.in - k);
+      if (n < 2 * kTileWords) __builtin_memset(to, 0, 4 * kTileWords);  // what is beyond could be NaN
+      __builtin_memcpy(to, from + k, 2 * n);
+    }
+  }
+};
+
+struct Int8 {
+  static constexpr bool kScaled = true, kFast = false;
+  typedef WordVec Sum;
+#if defined(CTXFAST_DOT_INT8)
+  static constexpr int kRows = kLanes == 16 ? 8 : 2;
+  static constexpr bool kBiased = true;  // x counts from 0: 128 more than it is
+  typedef WordVec Spread;
+  static Spread spread(uint32_t word) { return all_words(word); }
+  static Sum dot(Sum sum, Spread x, WordVec w) { return CTXFAST_DOT_INT8(sum, x, w); }
+#elif CTXFAST_LANES == 8
+  // vpmaddubsw adds pairs of products in 16 bits: with |x| and w sign(x), both at most 127, they fit.
+  static constexpr int kRows = 2;
+  static constexpr bool kBiased = false;
+  struct Spread {
+    __m256i sign, magnitude;
+  };
+  static Spread spread(uint32_t word) {
+    const __m256i x = _mm256_set1_epi32(static_cast<int>(word ^ 0x80808080u));
+    return {x, _mm256_abs_epi8(x)};
+  }
+  static Sum dot(Sum sum, const Spread& x, WordVec w) {
+    const __m256i pairs = _mm256_maddubs_epi16(x.magnitude, _mm256_sign_epi8((__m256i)w, x.sign));
+    return sum + (WordVec)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+  }
+#else
+  static constexpr int kRows = kLanes == 16 ? 4 : 1;
+  static constexpr bool kBiased = false;
+  struct Spread {
+    IntVec part[4];
+  };
+  static Spread spread(uint32_t word) {
+    Spread x;
+    for (int b = 0; b < 4; ++b) x.part[b] = (IntVec)all_words(word >> 8 * b & 255u) - 128;
+    return x;
+  }
+  static Sum dot(Sum sum, const Spread& x, WordVec w) {
+    for (int b = 0; b < 4; ++b) sum += (WordVec)(x.part[b] * ((IntVec)(w << (24 - 8 * b)) >> 24));
+    return sum;
+  }
+#endif
+  static void enter() {}
+  static void leave() {}
+  static Vec value(const LinearActJob& job, const float* z, int64_t at, float x_scale, Vec bias) {
+    WordVec sum = (WordVec)load(z);
+    if (kBiased) sum -= load_words(reinterpret_cast<const uint32_t*>(job.sums) + at);
+    return fused(__builtin_convertvector((IntVec)sum, Vec) * all(x_scale), load(job.scales + at), bias);
+  }
+
+  template <bool kHalf>
+  static void prepare_as(const LinearActJob& job, int64_t row, int64_t at) {
+    const int64_t from = row * job.stride_x;
+    // As integers magnitudes have the same order, and NaN is above infinity.
+    IntVec most = {};
+    for (int64_t k = 0; k < job.in; k += kLanes) {
+      const IntVec magnitude = (IntVec)load_typed<kHalf>(job.x, from + k, job.in - k) & 0x7fffffff;
+      most = magnitude > most ? magnitude : most;
+    }
+    int32_t largest = 0;
+    for (int lane = 0; lane < kLanes; ++lane) largest = most[lane] > largest ? most[lane] : largest;
+    float bound;
+    __builtin_memcpy(&bound, &largest, sizeof bound);
+    const bool finite = largest < 0x7f800000, there = finite && bound > 1e-30f;
+    job.x_scales[at] = there ? bound / 127.0f : finite ? 0.0f : __builtin_nanf("");
+    const float steps = there ? 127.0f / bound : 0.0f;
+    char* const to = reinterpret_cast<char*>(tile_row<kTileRows>(job, at));
+    for (int64_t k = 0; k < job.in; k += kLanes) {
+      const Vec x = there ? load_typed<kHalf>(job.x, from + k, job.in - k) : Vec{};
+      const IntVec whole = (IntVec)(x * all(steps) + all(kRounding)) - (IntVec)all(kRounding) + 128;
+      const ByteVec bytes = bytes_of((WordVec)whole);
+      __builtin_memcpy(to + k / 64 * (4 * kTile) + k % 64, &bytes, sizeof bytes);
+    }
+  }
+
+  static void prepare(const LinearActJob& job, int64_t row, int64_t at) {
+    return job.is_half ? prepare_as<true>(job, row, at) : prepare_as<false>(job, row, at);
+  }
+};
+
+// Sums of kRows rows of x's tiles and one panel -> z.
+template <class Base>
+inline void vector_product(const LinearActJob& job, const uint32_t* x, const uint32_t* w, float* z) {
+  typename Base::Sum sums[Base::kRows][kVectors] = {};
+  for (int64_t tile = 0; tile < job.tiles; ++tile, x += kTile, w += kPanelTile) {
+    for (int j = 0; j < kTileWords; ++j) {
+      WordVec weights[kVectors];
+      for (int v = 0; v < kVectors; ++v) {
+        const int column = v * kLanes;
+        weights[v] = load_words(w + (column / 16) * 256 + j * 16 + column % 16);
+      }
+      for (int i = 0; i < Base::kRows; ++i) {
+        const auto value = Base::spread(x[i * kTileWords + j]);
+        for (int v = 0; v < kVectors; ++v) sums[i][v] = Base::dot(sums[i][v], value, weights[v]);
+      }
+    }
+  }
+  for (int i = 0; i < Base::kRows; ++i) {
+    for (int v = 0; v < kVectors; ++v) store(z + i * kWidth + v * kLanes, (Vec)sums[i][v]);
+  }
+}
+
+template <class Base>
+struct Vectors : Base {
+  static void block(const LinearActJob& job, int64_t first, int64_t row, int64_t rows, int64_t panel) {
+    const uint32_t* const w = job.packed + panel * job.tiles * kPanelTile;
+    for (int64_t i = 0; i < rows; i += Base::kRows) {
+      alignas(64) float z[Base::kRows * kWidth];
+      vector_product<Base>(job, tile_row<kTileRows>(job, row + i), w, z);
+      finish<Vectors>(job, first + row + i, less(Base::kRows, rows - i), panel, z,
+                      Base::kScaled ? job.x_scales + row + i : nullptr);
+    }
+  }
+};
+
+}  // namespace
+}  // namespace ctxfast

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``embed_layer_norm`` on the CPU: gather, sum and LayerNorm in one compiled pass; torch's own with a gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..._core import capability, registry, torch_ops
+
+MAX_SIZE = 8192  # elements of a row: the kernel keeps it on its stack
+
+
+def _forward(ids: list[Tensor], tables: list[Tensor], weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """ids (T,) and tables (V, N) of words, types, positions and, if there are any, tasks."""
+    out = _forward_fake(ids, tables, weight, bias, eps)
+    ids, weight, bias = [each.contiguous() for each in ids], weight.contiguous(), bias.contiguous()
+    tables = [table if table.stride(1) == 1 else table.contiguous() for table in tables]
+    sources = [
+        (table.data_ptr(), table.stride(0), index.data_ptr(), table.shape[0], index.dtype is torch.int64)
+        for index, table in zip(ids, tables)
+    ]
+    capability.extension().layer_norm_forward(
+        out.shape[0], out.shape[1], out.dtype is torch.bfloat16, sources, 0,
+        weight.data_ptr(), bias.data_ptr(), eps, out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def _forward_fake(ids: list[Tensor], tables: list[Tensor], weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    return torch_ops.allocate((ids[0].shape[0], weight.shape[0]), weight)
+
+
+_fwd = torch_ops.define(
+    "embed_layer_norm_cpu_fwd",
+    "(Tensor[] ids, Tensor[] tables, Tensor weight, Tensor bias, float eps) -> Tensor",
+    _forward, _forward_fake, "CPU",
+)  # fmt: skip
+
+
+def supports(args: Mapping[str, Any]) -> str | None:
+    """None, or why the compiled kernel cannot run this call."""
+    table = args["word_embeddings"]
+    if table.device.type != "cpu":
+        return f"it runs on the CPU and word_embeddings is on {table.device}."
+    if table.dtype not in (torch.float32, torch.bfloat16):
+        return f"it takes float32 and bfloat16 and word_embeddings is {table.dtype}."
+    if not 0 < table.shape[1] <= MAX_SIZE:
+        return f"it takes rows of 1 to {MAX_SIZE} elements and word_embeddings has {table.shape[1]}."
+    if args["dropout_p"] > 0:
+        return "it has no dropout."
+    return None if capability.extension() is not None else capability.why_no_extension()
+
+
+def _operands(args: Mapping[str, Any]) -> tuple[Any, ...]:
+    kinds = (("input_ids", "word"), ("token_type_ids", "token_type"), ("position_ids", "position"))
+    ids, tables = [args[name] for name, _ in kinds], [args[f"{kind}_embeddings"] for _, kind in kinds]
+    if args["task_type_ids"] is not None:
+        ids.append(args["task_type_ids"])
+        tables.append(args["task_type_embeddings"])
+    return ids, tables, args["weight"], args["bias"], args["eps"]
+
+
+def embed_layer_norm(**args: Any) -> Tensor:
+    """See ``ctxfast.functional.embed_layer_norm``."""
+    ids, tables, weight, bias, eps = _operands(args)
+    if registry.needs_grad(args):
+        paddings = (args["padding_idx"], None, args["position_padding_idx"], None)
+        x = sum(F.embedding(*each) for each in zip(ids, tables, paddings))
+        return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
+    forward = _forward if torch_ops.is_direct(*ids, *tables, weight, bias) else _fwd
+    return forward(ids, tables, weight, bias, eps)
+
+
+def raw_calls(args: Mapping[str, Any]) -> list[tuple[Any, tuple]]:
+    """The registered operators behind one call, with arguments for torch.library.opcheck."""
+    return [(_fwd, _operands(args))]
