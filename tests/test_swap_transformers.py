@@ -149,12 +149,17 @@ def test_calls_left_to_the_original(call) -> None:
 
 @torch.no_grad()
 def test_dense_batches_run_as_before_on_a_cpu_unless_asked_for(monkeypatch) -> None:
+    monkeypatch.setattr(swap_transformers.capability, "is_mkl_slow", lambda: False)
     model = _model("Bert")
     expected = model(IDS).last_hidden_state
     calls, run = [], swap_transformers._run_layer
     monkeypatch.setattr(swap_transformers, "_run_layer", lambda *args: calls.append(1) or run(*args))
     ctxfast.swap_in(model)
     assert torch.equal(model(IDS).last_hidden_state, expected) and not calls
+    monkeypatch.setattr(swap_transformers.capability, "is_mkl_slow", lambda: True)
+    torch.testing.assert_close(model(IDS).last_hidden_state, expected, rtol=1e-4, atol=1e-5)
+    assert len(calls) == 2
+    calls.clear()
     ctxfast.restore(model)
     ctxfast.swap_in(model, impl="reference")
     torch.testing.assert_close(model(IDS).last_hidden_state, expected, rtol=1e-4, atol=1e-5)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional
-from .._core import registry
+from .._core import capability, registry
 from .._core.weight_cache import WeightCache
 from ..packing import Packing
 from .graphs import PackedGraphs, is_capture
@@ -426,11 +426,14 @@ class PackedEncoder(nn.Module):
         """Whether a batch has so little padding that the original is faster."""
         if x.device.type != "cpu" or self.impl is not None or torch.compiler.is_compiling():
             return False
+        if x.dtype == torch.float32 and not torch.is_grad_enabled() and capability.is_mkl_slow():
+            return False
         return tokens > _DENSE * x.shape[0] * x.shape[1]
 
 
 # On a CPU, both are equally fast about here: without any padding, Hugging Face's encoder takes 0.81 (MiniLM, 16 tokens)
-# to 0.95 (8 x 128) of the packed one's time in float32, 0.87 in bfloat16 (2 threads of a Xeon, 2026-11-23).
+# to 0.95 (8 x 128) of the packed one's time in float32, 0.87 in bfloat16 (2 threads of a Xeon, 2026-11-23). Where torch
+# multiplies by an MKL that is slow, the packed one, which multiplies by oneDNN, is faster without any padding, too.
 _DENSE = 0.9
 
 # Arguments of calls that the original runs.
