@@ -51,6 +51,7 @@ class Row:
 
 
 _EVERY_WEIGHT = ("float32", "float32+bf16", "float32+int8")
+_EVERY_BERT = ("float32", "bfloat16", "float32+int8")
 
 
 def _bilstm_rows() -> Iterator[Row]:
@@ -136,16 +137,16 @@ ROWS: tuple[Row, ...] = (
     # whole models, random weights
     Row("elmo", "original 1x20 words", dict(B=1, words=20), "small", cpu=_EVERY_WEIGHT),
     Row("elmo", "original 32x20 words", dict(B=32, words=20), cpu=_EVERY_WEIGHT),
-    Row("bert", "minilm 1x16", dict(model="minilm", lengths=(16,)), "small", cpu=("float32", "bfloat16")),
-    Row("bert", "minilm 1x128", dict(model="minilm", lengths=(128,)), "small", cpu=("float32", "bfloat16")),
+    Row("bert", "minilm 1x16", dict(model="minilm", lengths=(16,)), "small", cpu=_EVERY_BERT),
+    Row("bert", "minilm 1x128", dict(model="minilm", lengths=(128,)), "small", cpu=_EVERY_BERT),
     Row("bert", "minilm 8x128", dict(model="minilm", lengths=(128,) * 8), cpu=("float32", "bfloat16")),
     Row("bert", "minilm ragged 32 (fill 0.39)", dict(model="minilm", lengths=RAGGED_32),
-        cpu=("float32", "bfloat16")),
-    Row("bert", "bert-base 1x16", dict(model="bert-base", lengths=(16,)), cpu=("float32", "bfloat16")),
-    Row("bert", "bert-base 1x128", dict(model="bert-base", lengths=(128,)), cpu=("float32", "bfloat16")),
+        cpu=_EVERY_BERT),
+    Row("bert", "bert-base 1x16", dict(model="bert-base", lengths=(16,)), cpu=_EVERY_BERT),
+    Row("bert", "bert-base 1x128", dict(model="bert-base", lengths=(128,)), cpu=_EVERY_BERT),
     Row("bert", "bert-base 8x128", dict(model="bert-base", lengths=(128,) * 8), cpu=("float32", "bfloat16")),
     Row("bert", "bert-base ragged 32 (fill 0.39)", dict(model="bert-base", lengths=RAGGED_32),
-        cpu=("float32", "bfloat16")),
+        cpu=_EVERY_BERT),
     Row("bert", "bert-base 64x128", dict(model="bert-base", lengths=(128,) * 64), cpu=()),
     Row("bert", "bert-base ragged 256", dict(model="bert-base", lengths=RAGGED_32 * 8), cpu=()),
     Row("bert", "bert-base 32x512", dict(model="bert-base", lengths=(512,) * 32), cpu=()),

@@ -19,7 +19,7 @@ from .peers_training import LOSS_BOUND
 # Error allowed relative to the largest magnitude of the right result. Ops: their own ceilings in the table. Models:
 # a dozen layers add up, and peers round at other places. In bfloat16 the worst element of BERT-Base's pooler is off by
 # 0.11 to 0.14 for everybody (Hugging Face, OpenVINO, ctxfast; random weights, 2026-11-23).
-_MODEL_BOUND = {torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 2e-1}
+_MODEL_BOUND = {torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 2e-1, torch.int8: 7e-1}
 # A gradient is a sum over many rows of products that were each rounded.
 _GRADIENT_FACTOR = 3.0
 
@@ -55,7 +55,8 @@ class Gate:
         if self._case.op == "bert_mlm":
             return LOSS_BOUND
         if provider.ours and self._case.weight_dtype is not None:
-            dtype = torch.bfloat16  # held to the unrounded result, as a peer in bfloat16 is
+            # Held to the unrounded result, as a peer in that dtype is; ELMo's int8 is as near as bfloat16.
+            dtype = self._case.weight_dtype if self._case.op == "bert" else torch.bfloat16
         return _MODEL_BOUND[dtype] if self._case.is_model else registry.OPS[self._case.op].ceiling[dtype]
 
     def judge(self, provider: Provider, outputs: Outputs, grads: dict[str, Outputs]) -> Verdict:

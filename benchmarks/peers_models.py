@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ def _ours_bert(case: Case, args: Mapping[str, Any], dtype: torch.dtype | None = 
         name: tensor.to(case.device, dtype or case.dtype) for name, tensor in _bert_weights(args["model"]).items()
     }
     model.load_state_dict(weights, assign=True)
-    return model.eval()
+    return model.eval().quantize("int8" if args.get("weight_dtype") is torch.int8 else None)
 
 
 def _hf_bert(case: Case, args: Mapping[str, Any], attention: str = "sdpa") -> torch.nn.Module:
@@ -115,7 +116,16 @@ def _build_hf(case: Case, args: Mapping[str, Any]) -> Call:
     return _bert_call(_hf_bert(case, args), args)
 
 
+def _build_hf_int8(case: Case, args: Mapping[str, Any]) -> Call:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.ao says that it will move
+        model = torch.ao.quantization.quantize_dynamic(_hf_bert(case, args), {torch.nn.Linear}, dtype=torch.qint8)
+    return _bert_call(model, args)
+
+
 def _build_swapped(case: Case, args: Mapping[str, Any]) -> Call:
+    if case.weight_dtype is not None:
+        raise Unavailable("swap_in keeps a model's dtype")
     model = _hf_bert(case, args)
     ctxfast.swap_in(model, strict=True)
     return _bert_call(model, args)
@@ -161,11 +171,11 @@ def _exportable(case: Case, args: Mapping[str, Any], attention: str = "sdpa") ->
     return _Tuple(_hf_bert(dataclasses.replace(case, dtype_name="float32"), args, attention)).eval()
 
 
-def _build_openvino(case: Case, args: Mapping[str, Any]) -> Call:
+def _build_openvino(case: Case, args: Mapping[str, Any], precision: str = "") -> Call:
     require("openvino")
     import openvino
 
-    precision = {"float32": "f32", "bfloat16": "bf16"}[case.dtype_name]
+    precision = precision or {torch.float32: "f32", torch.bfloat16: "bf16"}[case.dtype]
     ids, mask = _inputs(args)
     with torch.no_grad(), contextlib.redirect_stdout(sys.stderr):
         converted = openvino.convert_model(_exportable(case, args), example_input=(ids, mask))
@@ -184,7 +194,11 @@ def _build_openvino(case: Case, args: Mapping[str, Any]) -> Call:
     return Call(forward, to_case=_real(args))
 
 
-def _build_onnxruntime(case: Case, args: Mapping[str, Any]) -> Call:
+def _build_onnxruntime_int8(case: Case, args: Mapping[str, Any]) -> Call:
+    return _build_onnxruntime(case, args, is_int8=True)
+
+
+def _build_onnxruntime(case: Case, args: Mapping[str, Any], is_int8: bool = False) -> Call:
     require("onnxruntime")
     require("onnx")
     import onnxruntime
@@ -197,6 +211,12 @@ def _build_onnxruntime(case: Case, args: Mapping[str, Any]) -> Call:
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     with tempfile.TemporaryDirectory() as folder:
         path = _export_onnx(_exportable(case, args, "eager"), (ids, mask), Path(folder), args["model"])
+        if is_int8:
+            from onnxruntime.quantization import quantize_dynamic
+
+            narrow = str(Path(folder) / "int8.onnx")
+            quantize_dynamic(path, narrow, per_channel=True, extra_options={"DefaultTensorType": 1})  # 1: float32
+            path = narrow
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     feed = dict(zip((entry.name for entry in session.get_inputs()), (ids.numpy(), mask.numpy())))
     return Call(lambda: tuple(session.run(None, feed)), to_case=_real(args))
@@ -366,6 +386,11 @@ PEERS: dict[str, tuple[Provider, ...]] = {
         Provider("Hugging Face, eager", _build_hf),
         Provider("ONNX Runtime", _build_onnxruntime),
         Provider("OpenVINO", _build_openvino),
+        Provider(
+            "OpenVINO, bfloat16", functools.partial(_build_openvino, precision="bf16"), dtype=torch.bfloat16
+        ),
+        Provider("ONNX Runtime, dynamic int8", _build_onnxruntime_int8, dtype=torch.int8),
+        Provider("Hugging Face, dynamic int8", _build_hf_int8, dtype=torch.int8),
     ),
     "elmo": (
         Provider("plain PyTorch, Python loop", _build_plain_elmo("loop"), "as AllenNLP ran it"),
