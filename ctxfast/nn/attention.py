@@ -21,7 +21,7 @@ class SelfAttention(nn.Module):
 
     The three projections are one parameter pair, ``qkv_weight`` (3N, N) and ``qkv_bias`` (3N,), so
     that they are one product. A state_dict has them under Hugging Face's names: ``query.weight``,
-    ``query.bias``, ``key.weight``, ... The bias is added inside the attention op.
+    ``query.bias``, ``key.weight``, ... On a GPU the bias is added inside the attention op.
 
     Args:
         hidden_size: N, a multiple of ``num_heads``.
@@ -71,9 +71,13 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
         """x (T, N), cu_seqlens (S + 1,) int32, max_seqlen -> (T, N), heads side by side."""
         heads = (3, self.num_heads, self.head_dim)
-        qkv = functional.linear_act(x, self.qkv_weight, weight_dtype=self.weight_dtype).unflatten(-1, heads)
+        # A GPU adds the bias as it loads rows for attention; on a CPU the product's epilogue adds it for nothing.
+        is_early = x.device.type == "cpu"
+        qkv = functional.linear_act(
+            x, self.qkv_weight, self.qkv_bias if is_early else None, weight_dtype=self.weight_dtype
+        )
         context = functional.attention(
-            qkv, cu_seqlens, max_seqlen, self.qkv_bias.view(heads),
+            qkv.unflatten(-1, heads), cu_seqlens, max_seqlen, None if is_early else self.qkv_bias.view(heads),
             dropout_p=self.dropout if self.training else 0.0, impl=self.impl,
         )  # fmt: skip
         return context.flatten(1)
