@@ -262,6 +262,7 @@ def _autocast(spec: OpSpec, args: dict[str, Any]) -> dict[str, Any]:
 # and choosing again takes longer than a small call's arithmetic.
 _found: dict[tuple[Any, ...], Callable[..., Any]] = {}
 _MOST_FOUND = 4096
+_SIMPLE = frozenset((type(None), int, float, bool, str, torch.dtype))
 
 
 def _facts(spec: OpSpec, args: dict[str, Any], impl: str | None) -> tuple[Any, ...]:
@@ -272,11 +273,12 @@ def _facts(spec: OpSpec, args: dict[str, Any], impl: str | None) -> tuple[Any, .
         return ()
     facts: list[Any] = [spec.name, impl]
     for value in args.values():
-        if isinstance(value, Tensor):
+        kind = type(value)
+        if kind is Tensor or kind is torch.nn.Parameter:
             if not value.is_cpu:
                 return ()
-            facts += (type(value), value.dtype, value.shape)
-        elif value is None or isinstance(value, (int, float, str, torch.dtype)):
+            facts += (value.dtype, value.shape)
+        elif kind in _SIMPLE:
             facts.append(value)
         else:
             return ()
