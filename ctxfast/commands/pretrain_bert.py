@@ -197,6 +197,7 @@ def run(args: argparse.Namespace) -> int:
     sizes = [[len(part), part.tokens] for part in (corpus, held_out) if part is not None]
     settings |= {"model": task.model.config.to_dict(), "sequences": sizes}
     loop_options.run(args, f"ctxfast {_WHO}", task, loop, settings)
+    group.leave()
     return 0
 
 

@@ -140,6 +140,7 @@ def run(args: argparse.Namespace) -> int:
         "dropout": args.dropout,
     }
     loop_options.run(args, f"ctxfast {_WHO}", task, loop, settings)
+    group.leave()
     return 0
 
 
