@@ -57,7 +57,8 @@ def extension() -> ModuleType:
     flags += [f"-isystem{folder}" for folder in _cuda_headers()]
     sources = [*sorted(CSRC.glob("cuda/*.cu")), *sorted((CSRC / "tests" / "emulator").glob("*.cpp"))]
     # The emulator has a module of its own; the CPU's kernels stay where they are.
-    sources += [path for path in sorted(CSRC.glob("bindings/*.cpp")) if path.stem not in ("module", "lstm")]
+    own = {"module", *(path.stem for path in CSRC.glob("cpu/*.cpp"))}
+    sources += [path for path in sorted(CSRC.glob("bindings/*.cpp")) if path.stem not in own]
     lines = [
         "rule cxx",
         f"  command = {shlex.join(map(str, flags))} -MMD -MF $out.d -c $in -o $out",
