@@ -303,11 +303,13 @@ def test_it_learns_and_allennlp_can_read_it(grammar, tmp_path, negatives: int) -
         assert again.evaluate(again.model)["loss"] == pytest.approx(report.figures["loss"], rel=0.02)
 
 
-def test_gradients_beside_the_reference(grammar) -> None:
-    """Loss curves of 200 steps, kernels beside plain PyTorch."""
+def test_loss_curve_beside_the_reference(grammar) -> None:
+    """200 steps, kernels beside plain PyTorch: the same losses, as long as rounding has not grown up in training; then
+    apart by a small part of what another order of the data does."""
     curves = {}
-    for impl in (None, "reference"):
+    for impl, seed in ((None, 0), ("reference", 0), ("reference", 1)):
         made = task(grammar, batch_size=4, impl=impl, negatives=6)
+        made.seed = seed  # of lanes and negatives; first weights are drawn already
         made.model.train()
         optimizer = torch.optim.Adagrad(made.model.parameters(), lr=0.1, initial_accumulator_value=1.0)
         losses = []
@@ -318,9 +320,11 @@ def test_gradients_beside_the_reference(grammar) -> None:
             optimizer.step()
             optimizer.zero_grad()
             losses.append(figures["loss"].item())
-        curves[impl] = torch.tensor(losses)
-    assert curves[None][-20:].mean() < 0.8 * curves[None][:20].mean()
-    torch.testing.assert_close(curves[None], curves["reference"], rtol=2e-3, atol=2e-3)
+        curves[impl, seed] = torch.tensor(losses)
+    own, reference, other = curves.values()
+    assert own[-20:].mean() < 0.8 * own[:20].mean()
+    torch.testing.assert_close(own[:50], reference[:50], rtol=1e-5, atol=1e-5)
+    assert (own - reference).abs().max() < 0.05 * (other - reference).abs().max()
 
 
 def test_bf16(grammar, tmp_path) -> None:
