@@ -173,6 +173,25 @@ def test_near_misses_have_a_sentence() -> None:
     assert not ctxfast.swap_in(like.ElmoLstm(4, 4, 6, 1), only="LSTM").swapped
 
 
+def test_copies_that_forget_or_raise_are_left_alone() -> None:
+    class ElmoLstm(like.ElmoLstm):
+        def forward(self, inputs, mask):
+            self._states = None
+            return super().forward(inputs, mask)
+
+    forgets, raises = ElmoLstm(4, 4, 6, 1), like.ElmoLstm(4, 4, 6, 1)
+    (miss,) = ctxfast.swap_in(forgets).near_misses
+    assert "results differ" in miss[1]
+
+    class ElmoLstm(like.ElmoLstm):  # noqa: F811
+        def forward(self, inputs, mask):
+            raise AssertionError("no such input")
+
+    raises.__class__ = ElmoLstm
+    (miss,) = ctxfast.swap_in(raises).near_misses
+    assert "AssertionError: no such input" in miss[1]
+
+
 def test_ours_are_left_alone() -> None:
     config = ElmoConfig(6, 10, 2, ((1, 3),), 4)
     assert not ctxfast.swap_in(ElmoBiLm(config)).swapped
