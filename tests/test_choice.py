@@ -152,3 +152,18 @@ def test_show_config_names_everything() -> None:
     for word in ("ctxfast", "torch", torch.__version__, "triton", "gpu", "extension", "cpu kernels", "cuda kernels"):
         assert word in text
     assert capability.extension() is not None
+
+
+def test_a_call_like_one_before_is_still_checked() -> None:
+    """Without gradients a call like one before is not resolved again; what differs in kind alone is not like it."""
+    qkv, offsets = torch.randn(1, 3, 2, 8), torch.tensor([0, 1], dtype=torch.int32)
+    with torch.no_grad():
+        ctxfast.attention(qkv, offsets, 1)
+        with pytest.raises(TypeError, match="max_seqlen is a float; expected an int"):
+            ctxfast.attention(qkv, offsets, 1.0)
+        with ctxfast.use_impl(attention="triton"), pytest.raises(RuntimeError, match="impl='triton' was asked for"):
+            ctxfast.attention(qkv.double(), offsets, 1)
+        with ctxfast.use_impl(attention="reference"):
+            assert ctxfast.explain("attention", qkv, offsets, 1).used == "reference"
+            one = ctxfast.attention(qkv, offsets, 1)
+        torch.testing.assert_close(ctxfast.attention(qkv, offsets, 1), one)

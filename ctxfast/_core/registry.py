@@ -258,8 +258,8 @@ def _autocast(spec: OpSpec, args: dict[str, Any]) -> dict[str, Any]:
     return {name: _cast(value, dtype) for name, value in args.items()}
 
 
-# Functions that calls without gradients on the CPU were found to run, by op, impl= and facts of the arguments. Checking
-# and choosing again takes longer than a small call's arithmetic.
+# Functions that calls without gradients on the CPU were found to run, by op, implementation asked for and facts of the
+# arguments. Checking and choosing again takes longer than a small call's arithmetic.
 _found: dict[tuple[Any, ...], Callable[..., Any]] = {}
 _MOST_FOUND = 4096
 _SIMPLE = frozenset((type(None), int, float, bool, str, torch.dtype))
@@ -271,7 +271,7 @@ def _facts(spec: OpSpec, args: dict[str, Any], impl: str | None) -> tuple[Any, .
         return ()
     if torch.is_autocast_enabled("cpu"):
         return ()
-    facts: list[Any] = [spec.name, impl]
+    facts: list[Any] = [spec.name, impl, requested()]
     for value in args.values():
         kind = type(value)
         if kind is Tensor or kind is torch.nn.Parameter:
@@ -279,7 +279,7 @@ def _facts(spec: OpSpec, args: dict[str, Any], impl: str | None) -> tuple[Any, .
                 return ()
             facts += (value.dtype, value.shape)
         elif kind in _SIMPLE:
-            facts.append(value)
+            facts += (kind, value)  # 1, 1.0 and True are equal, and not all of them are allowed
         else:
             return ()
     return tuple(facts)
@@ -330,13 +330,11 @@ def use_impl(impl: str | None = None, **per_op: str) -> Iterator[None]:
     wanted = _request({**({"*": impl} if impl is not None else {}), **per_op})
     before = dict(_requested)
     _requested.update(wanted)
-    _found.clear()
     try:
         yield
     finally:
         _requested.clear()
         _requested.update(before)
-        _found.clear()
 
 
 def read_environment() -> None:
