@@ -8,6 +8,7 @@
 #pragma once
 
 #include "linear_act_body.h"
+#include "narrow_int8.h"
 
 namespace ctxfast {
 namespace {
@@ -49,46 +50,9 @@ struct Bfloat16 {
   }
 };
 
-struct Int8 {
+struct Int8 : Int8Dot {
+  static constexpr int kRows = kIsOne ? kLanes == 16 ? 8 : 2 : kIsPlain ? kLanes == 16 ? 4 : 1 : 2;
   static constexpr bool kScaled = true, kFast = false;
-  typedef WordVec Sum;
-#if defined(CTXFAST_DOT_INT8)
-  static constexpr int kRows = kLanes == 16 ? 8 : 2;
-  static constexpr bool kBiased = true;  // x counts from 0: 128 more than it is
-  typedef WordVec Spread;
-  static Spread spread(uint32_t word) { return all_words(word); }
-  static Sum dot(Sum sum, Spread x, WordVec w) { return CTXFAST_DOT_INT8(sum, x, w); }
-#elif CTXFAST_LANES == 8
-  // vpmaddubsw adds pairs of products in 16 bits: with |x| and w sign(x), both at most 127, they fit.
-  static constexpr int kRows = 2;
-  static constexpr bool kBiased = false;
-  struct Spread {
-    __m256i sign, magnitude;
-  };
-  static Spread spread(uint32_t word) {
-    const __m256i x = _mm256_set1_epi32(static_cast<int>(word ^ 0x80808080u));
-    return {x, _mm256_abs_epi8(x)};
-  }
-  static Sum dot(Sum sum, const Spread& x, WordVec w) {
-    const __m256i pairs = _mm256_maddubs_epi16(x.magnitude, _mm256_sign_epi8((__m256i)w, x.sign));
-    return sum + (WordVec)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
-  }
-#else
-  static constexpr int kRows = kLanes == 16 ? 4 : 1;
-  static constexpr bool kBiased = false;
-  struct Spread {
-    IntVec part[4];
-  };
-  static Spread spread(uint32_t word) {
-    Spread x;
-    for (int b = 0; b < 4; ++b) x.part[b] = (IntVec)all_words(word >> 8 * b & 255u) - 128;
-    return x;
-  }
-  static Sum dot(Sum sum, const Spread& x, WordVec w) {
-    for (int b = 0; b < 4; ++b) sum += (WordVec)(x.part[b] * ((IntVec)(w << (24 - 8 * b)) >> 24));
-    return sum;
-  }
-#endif
   static void enter() {}
   static void leave() {}
   static Vec value(const LinearActJob& job, const float* z, int64_t at, float x_scale, Vec bias) {
@@ -100,23 +64,17 @@ struct Int8 {
   template <bool kHalf>
   static void prepare_as(const LinearActJob& job, int64_t row, int64_t at) {
     const int64_t from = row * job.stride_x;
-    // As integers magnitudes have the same order, and NaN is above infinity.
     IntVec most = {};
     for (int64_t k = 0; k < job.in; k += kLanes) {
       const IntVec magnitude = (IntVec)load_typed<kHalf>(job.x, from + k, job.in - k) & 0x7fffffff;
       most = magnitude > most ? magnitude : most;
     }
-    int32_t largest = 0;
-    for (int lane = 0; lane < kLanes; ++lane) largest = most[lane] > largest ? most[lane] : largest;
-    float bound;
-    __builtin_memcpy(&bound, &largest, sizeof bound);
-    const bool finite = largest < 0x7f800000, there = finite && bound > 1e-30f;
-    job.x_scales[at] = there ? bound / 127.0f : finite ? 0.0f : __builtin_nanf("");
-    const float steps = there ? 127.0f / bound : 0.0f;
+    const Int8Step step = int8_step(most);
+    job.x_scales[at] = step.scale;
     char* const to = reinterpret_cast<char*>(tile_row<kTileRows>(job, at));
     for (int64_t k = 0; k < job.in; k += kLanes) {
-      const Vec x = there ? load_typed<kHalf>(job.x, from + k, job.in - k) : Vec{};
-      const IntVec whole = (IntVec)(x * all(steps) + all(kRounding)) - (IntVec)all(kRounding) + 128;
+      const Vec x = step.there ? load_typed<kHalf>(job.x, from + k, job.in - k) : Vec{};
+      const IntVec whole = (IntVec)(x * all(step.steps) + all(kRounding)) - (IntVec)all(kRounding) + 128;
       const ByteVec bytes = bytes_of((WordVec)whole);
       __builtin_memcpy(to + k / 64 * (4 * kTile) + k % 64, &bytes, sizeof bytes);
     }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // AMX: a tile holds 16 rows of 16 words. One instruction multiplies 16 rows of x by 16 words of 16 columns.
-#include <immintrin.h>
+#include "amx_tiles.h"
 
 #define CTXFAST_LANES 16
 #define CTXFAST_DOT_BF16(sum, x, w) (Vec) _mm512_dpbf16_ps((__m512)(sum), (__m512bh)(x), (__m512bh)(w))
@@ -9,22 +9,6 @@
 
 namespace ctxfast {
 namespace {
-
-struct alignas(64) TileShapes {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-
-// Tile numbers are part of the instruction, and some compilers' intrinsics want them as literals.
-#define CTXFAST_TILE_DOT(sum, x, w) \
-  do {                              \
-    if constexpr (kInt8) {          \
-      _tile_dpbusd(sum, x, w);      \
-    } else {                        \
-      _tile_dpbf16ps(sum, x, w);    \
-    }                               \
-  } while (0)
 
 constexpr int kLine = 64, kRowBytes = 4 * kWidth;
 // z (32, 32) (+)= sums of 32 rows (x and `below`, 16 each) and a panel over some tiles.
@@ -83,11 +67,8 @@ inline void one_by_two(const uint32_t* x, const uint32_t* w, int64_t tiles, bool
 
 template <class Base, bool kInt8>
 struct Tiles : Base {
-  static void enter() {
-    const TileShapes shapes;
-    _tile_loadconfig(&shapes);
-  }
-  static void leave() { _tile_release(); }
+  static void enter() { enter_tiles(); }
+  static void leave() { leave_tiles(); }
 
   // x's tiles reach to a multiple of 16 rows.
   static void block(const LinearActJob& job, int64_t first, int64_t row, int64_t rows, int64_t panel) {

@@ -9,9 +9,7 @@
 #pragma once
 
 #include "lstm_body.h"
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
+#include "narrow_int8.h"
 
 namespace ctxfast {
 namespace {
@@ -57,48 +55,12 @@ struct Bfloat16 {
   }
 };
 
-struct Int8 {
+struct Int8 : Int8Dot {
+  static constexpr int kRows = kIsOne ? kLanes == 16 ? 6 : 3 : 2, kVectors = kIsPlain ? 2 : 4;
+  static constexpr int kVectors1 = kIsOne && kLanes != 16 ? 8 : 4;
   static constexpr bool kDirect = false, kScaled = true, kTiles = false;
   static constexpr int64_t kBlock = kLstmNarrowBlock, kHeader = kLstmInt8Header, kInputRows = kLstmInputRows;
   static int64_t words(int64_t size) { return padded_words((size + 3) / 4); }
-  typedef WordVec Sum;
-#if defined(CTXFAST_DOT_INT8)
-  static constexpr int kRows = kLanes == 16 ? 6 : 3, kVectors = 4, kVectors1 = kLanes == 16 ? 4 : 8;
-  static constexpr bool kBiased = true;
-  typedef WordVec Spread;
-  static Spread spread(uint32_t word) { return all_words(word); }
-  static Sum dot(Sum sum, Spread x, WordVec w) { return CTXFAST_DOT_INT8(sum, x, w); }
-#elif defined(__AVX2__) && CTXFAST_LANES == 8
-  // vpmaddubsw adds pairs of products in 16 bits: with |x| and w sign(x), both at most 127, they fit.
-  static constexpr int kRows = 2, kVectors = 4, kVectors1 = 4;
-  static constexpr bool kBiased = false;
-  struct Spread {
-    __m256i sign, magnitude;
-  };
-  static Spread spread(uint32_t word) {
-    const __m256i x = _mm256_set1_epi32(static_cast<int>(word ^ 0x80808080u));
-    return {x, _mm256_abs_epi8(x)};
-  }
-  static Sum dot(Sum sum, const Spread& x, WordVec w) {
-    const __m256i pairs = _mm256_maddubs_epi16(x.magnitude, _mm256_sign_epi8((__m256i)w, x.sign));
-    return sum + (WordVec)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
-  }
-#else
-  static constexpr int kRows = 2, kVectors = 2, kVectors1 = 4;
-  static constexpr bool kBiased = false;
-  struct Spread {
-    IntVec part[4];
-  };
-  static Spread spread(uint32_t word) {
-    Spread x;
-    for (int b = 0; b < 4; ++b) x.part[b] = (IntVec)all_words(word >> 8 * b & 255u) - 128;
-    return x;
-  }
-  static Sum dot(Sum sum, const Spread& x, WordVec w) {
-    for (int b = 0; b < 4; ++b) sum += (WordVec)(x.part[b] * ((IntVec)(w << (24 - 8 * b)) >> 24));
-    return sum;
-  }
-#endif
   static Vec value(const float* z, const uint32_t* header, float scale) {
     IntVec sum = (IntVec)load(z);
     if (kBiased) sum -= (IntVec)load_words(header + kPanel);
@@ -112,22 +74,16 @@ struct Int8 {
   static void leave() {}
 
   static void prepare(const float* x, int64_t size, uint32_t* words, float* scale) {
-    // As integers magnitudes have the same order, and NaN is above infinity.
     IntVec most = {};
     for (int64_t k = 0; k < size; k += kLanes) {
       const IntVec magnitude = (IntVec)load_some(x + k, size - k) & 0x7fffffff;
       most = magnitude > most ? magnitude : most;
     }
-    int32_t largest = 0;
-    for (int lane = 0; lane < kLanes; ++lane) largest = most[lane] > largest ? most[lane] : largest;
-    float bound;
-    __builtin_memcpy(&bound, &largest, sizeof bound);
-    const bool finite = largest < 0x7f800000, there = finite && bound > 1e-30f;
-    *scale = there ? bound / 127.0f : finite ? 0.0f : __builtin_nanf("");
-    const float steps = there ? 127.0f / bound : 0.0f;
+    const Int8Step step = int8_step(most);
+    *scale = step.scale;
     char* to = reinterpret_cast<char*>(words);
     for (int64_t k = 0; k < size; k += kLanes) {
-      const Vec values = there ? load_some(x + k, size - k) * all(steps) : Vec{};
+      const Vec values = step.there ? load_some(x + k, size - k) * all(step.steps) : Vec{};
       const IntVec whole = (IntVec)(values + all(kRounding)) - (IntVec)all(kRounding) + 128;
       const ByteVec bytes = __builtin_convertvector((WordVec)whole, ByteVec);
       __builtin_memcpy(to + k, &bytes, sizeof bytes);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // AMX: a tile holds 16 rows of 16 words. One instruction multiplies 16 rows of h by 16 words of 16 columns.
-#include <immintrin.h>
+#include "amx_tiles.h"
 
 #define CTXFAST_LANES 16
 #define CTXFAST_DOT_BF16(sum, x, w) (Vec) _mm512_dpbf16_ps((__m512)(sum), (__m512bh)(x), (__m512bh)(w))
@@ -12,22 +12,6 @@ namespace {
 
 constexpr int64_t kPanelBytes = 4 * kPanel;
 constexpr int64_t kFewRows = 4;
-
-struct alignas(64) TileShapes {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-
-// Tile numbers are part of the instruction, and some compilers' intrinsics want them as literals.
-#define CTXFAST_TILE_DOT(sum, x, w) \
-  do {                              \
-    if constexpr (kInt8) {          \
-      _tile_dpbusd(sum, x, w);      \
-    } else {                        \
-      _tile_dpbf16ps(sum, x, w);    \
-    }                               \
-  } while (0)
 
 inline void zero_sums() {
   _tile_zero(0);
@@ -82,11 +66,8 @@ struct Tiles : Base {
   static constexpr bool kTiles = true;
   static constexpr int64_t kInputRows = 2 * kLstmTileRows;
 
-  static void enter() {
-    const TileShapes shapes;
-    _tile_loadconfig(&shapes);
-  }
-  static void leave() { _tile_release(); }
+  static void enter() { enter_tiles(); }
+  static void leave() { leave_tiles(); }
 
   // Memory of x and z reaches to a multiple of 16 rows.
   static void panel_product(int64_t rows, const uint32_t* x, int64_t ld, const uint32_t* panel, int64_t size,
