@@ -9,13 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..._core import capability, registry, torch_ops
-
-MAX_SIZE = 8192  # elements of a row: the kernel keeps it on its stack
+from ..._core import cpu_rows, registry, torch_ops
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -28,17 +25,9 @@ def _forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, x_bias: Tensor | None, eps: float
 ) -> Tensor:
     out = torch_ops.allocate(x.shape, x)
-    x, weight, bias = _rows(x), weight.contiguous(), bias.contiguous()
-    residual = None if residual is None else _rows(residual)
-    x_bias = None if x_bias is None else x_bias.contiguous()
-    sources = [(x.data_ptr(), x.stride(0), 0, 0, False)]
-    if residual is not None:
-        sources.append((residual.data_ptr(), residual.stride(0), 0, 0, False))
-    capability.extension().layer_norm_forward(
-        x.shape[0], x.shape[1], x.dtype is torch.bfloat16, sources, 0 if x_bias is None else x_bias.data_ptr(),
-        weight.data_ptr(), bias.data_ptr(), eps, out.data_ptr(), torch.get_num_threads(),
-    )  # fmt: skip
-    return out
+    x, residual = _rows(x), None if residual is None else _rows(residual)
+    sources = [(rows.data_ptr(), rows.stride(0), 0, 0, False) for rows in (x, residual) if rows is not None]
+    return cpu_rows.layer_norm(x.shape[0], sources, x_bias, weight, bias, eps, out)
 
 
 def _forward_fake(
@@ -56,16 +45,7 @@ _fwd = torch_ops.define(
 
 def supports(args: Mapping[str, Any]) -> str | None:
     """None, or why the compiled kernel cannot run this call."""
-    x = args["x"]
-    if x.device.type != "cpu":
-        return f"it runs on the CPU and x is on {x.device}."
-    if x.dtype not in (torch.float32, torch.bfloat16):
-        return f"it takes float32 and bfloat16 and x is {x.dtype}."
-    if x.shape[-1] > MAX_SIZE:
-        return f"it takes rows of at most {MAX_SIZE} elements and x has {x.shape[-1]}."
-    if args["dropout_p"] > 0:
-        return "it has no dropout."
-    return None if capability.extension() is not None else capability.why_no_extension()
+    return cpu_rows.why_not("x", args["x"], args["dropout_p"])
 
 
 def add_layer_norm(

@@ -10,25 +10,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..._core import capability, registry, torch_ops
-
-MAX_SIZE = 8192  # elements of a row: the kernel keeps it on its stack
+from ..._core import cpu_rows, registry, torch_ops
 
 
 def _forward(ids: list[Tensor], tables: list[Tensor], weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """ids (T,) and tables (V, N) of words, types, positions and, if there are any, tasks."""
     out = _forward_fake(ids, tables, weight, bias, eps)
-    ids, weight, bias = [each.contiguous() for each in ids], weight.contiguous(), bias.contiguous()
+    ids = [each.contiguous() for each in ids]
     tables = [table if table.stride(1) == 1 else table.contiguous() for table in tables]
     sources = [
         (table.data_ptr(), table.stride(0), index.data_ptr(), table.shape[0], index.dtype is torch.int64)
         for index, table in zip(ids, tables)
     ]
-    capability.extension().layer_norm_forward(
-        out.shape[0], out.shape[1], out.dtype is torch.bfloat16, sources, 0,
-        weight.data_ptr(), bias.data_ptr(), eps, out.data_ptr(), torch.get_num_threads(),
-    )  # fmt: skip
-    return out
+    return cpu_rows.layer_norm(out.shape[0], sources, None, weight, bias, eps, out)
 
 
 def _forward_fake(ids: list[Tensor], tables: list[Tensor], weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -44,16 +38,7 @@ _fwd = torch_ops.define(
 
 def supports(args: Mapping[str, Any]) -> str | None:
     """None, or why the compiled kernel cannot run this call."""
-    table = args["word_embeddings"]
-    if table.device.type != "cpu":
-        return f"it runs on the CPU and word_embeddings is on {table.device}."
-    if table.dtype not in (torch.float32, torch.bfloat16):
-        return f"it takes float32 and bfloat16 and word_embeddings is {table.dtype}."
-    if not 0 < table.shape[1] <= MAX_SIZE:
-        return f"it takes rows of 1 to {MAX_SIZE} elements and word_embeddings has {table.shape[1]}."
-    if args["dropout_p"] > 0:
-        return "it has no dropout."
-    return None if capability.extension() is not None else capability.why_no_extension()
+    return cpu_rows.why_not("word_embeddings", args["word_embeddings"], args["dropout_p"])
 
 
 def _operands(args: Mapping[str, Any]) -> tuple[Any, ...]:
