@@ -155,11 +155,7 @@ def run(args: argparse.Namespace) -> int:
             found.append(corpus)
         return tokenizer, *found
 
-    # Process 0 makes the shards; the others find them made.
-    if group.is_first:
-        prepare()
-    group.wait()
-    tokenizer, corpus, held_out = prepare()
+    tokenizer, corpus, held_out = group.after_first(prepare)
     if args.prepare_only:
         return 0
     if args.init_from is not None:

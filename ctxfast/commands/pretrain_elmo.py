@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     from ..models.elmo.config import ElmoConfig
     from ..training.bilm_corpus import BiLmCorpus, read_vocabulary
     from ..training.bilm_pretraining import BiLmPretraining
-    from ..training.checkpoints import check_directory
+    from ..training.checkpoints import check_directory, check_settings
     from ..training.parallel import join
 
     check_directory(args.output)
@@ -78,6 +78,20 @@ def run(args: argparse.Namespace) -> int:
     vocabulary = None if args.vocab is None else read_vocabulary(args.vocab)
     if vocabulary is None and start is not None and (start / "vocabulary.txt").is_file():
         vocabulary = read_vocabulary(start / "vocabulary.txt")
+    settings = {
+        "text": [str(file) for file in args.text],
+        "held_out": args.held_out,
+        "model": config.to_dict(),
+        "vocabulary": [args.vocab, args.vocab_size, args.min_count],
+        "init_from": args.init_from,
+        "tokenize": args.tokenize,
+        "batch_size": args.batch_size,
+        "unroll": args.unroll,
+        "negatives": args.negatives,
+        "dropout": args.dropout,
+    }
+    if not args.overwrite:
+        check_settings(args.output, settings)
     group = join(args.parallel, args.device)
     say = None if args.quiet or not group.is_first else _say
     common = {"tokenize": args.tokenize, "max_characters": config.max_characters}
@@ -97,11 +111,7 @@ def run(args: argparse.Namespace) -> int:
             return corpus, None
         return corpus, BiLmCorpus.prepare(data / "held_out", [args.held_out], corpus.vocabulary, say=say, **common)
 
-    # Process 0 makes the arrays; the others find them made.
-    if group.is_first:
-        prepare()
-    group.wait()
-    corpus, held_out = prepare()
+    corpus, held_out = group.after_first(prepare)
     task = BiLmPretraining(
         corpus,
         config,
@@ -127,18 +137,6 @@ def run(args: argparse.Namespace) -> int:
             f"{corpus.num_sentences:,} sentences, {corpus.positions:,} predictions each way, {share:.2f} % of words "
             f"outside the vocabulary; {parameters:,} parameters; {steps:,} steps"
         )
-    settings = {
-        "text": [str(file) for file in args.text],
-        "held_out": args.held_out,
-        "model": config.to_dict(),
-        "vocabulary": [args.vocab, args.vocab_size, args.min_count],
-        "init_from": args.init_from,
-        "tokenize": args.tokenize,
-        "batch_size": args.batch_size,
-        "unroll": args.unroll,
-        "negatives": args.negatives,
-        "dropout": args.dropout,
-    }
     loop_options.run(args, f"ctxfast {_WHO}", task, loop, settings)
     group.leave()
     return 0

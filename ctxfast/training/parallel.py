@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,6 +72,13 @@ class Group:
     def wait(self) -> None:
         if self.ranks > 1:
             dist.barrier()
+
+    def after_first(self, make: Callable[[], Any]) -> Any:
+        """What ``make`` gives, where the first call of it makes files: process 0 makes them, then all find them."""
+        if self.is_first:
+            make()
+        self.wait()
+        return make()
 
     def leave(self) -> None:
         """Part, at a program's end: a process that ends while others still listen to it may take them down."""

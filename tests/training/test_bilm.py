@@ -372,6 +372,11 @@ def test_command_killed_and_resumed(grammar, tmp_path, capsys) -> None:
     assert all(torch.equal(whole["model"][name], killed["model"][name]) for name in whole["model"])
     assert torch.equal(whole["ranks"][0]["task"]["c"], killed["ranks"][0]["task"]["c"])
     assert (run / "final" / "weights.hdf5").stat().st_size > 0
+    # Another configuration is refused before what this one prepared is touched.
+    before = (run / "data" / "train" / "meta.json").stat().st_mtime_ns
+    other = ["pretrain", "elmo", *map(str, arguments), "--vocab-size", "8", "-o", str(run)]
+    assert cli.main(other) == 2 and "settings.vocabulary" in capsys.readouterr().err
+    assert (run / "data" / "train" / "meta.json").stat().st_mtime_ns == before
 
 
 def test_command_errors(grammar, tmp_path, capsys) -> None:
