@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
+PACKED_SUFFIXES = (".gz", ".xz")
 EMPTY_RULES = ("keep", "skip", "error")
 # A file without line ends must not fill the memory before anything says so.
 MAX_LINE_BYTES = 16 << 20
@@ -64,11 +65,10 @@ def is_blank(line: bytes) -> bool:
     return text[0] > 127 and not text.decode("utf-8", "replace").strip()
 
 
-def _open(path: Path) -> BinaryIO:
-    if path.suffix == ".gz":
-        return gzip.open(path, "rb")
-    if path.suffix == ".xz":
-        return lzma.open(path, "rb")
+def open_binary(path: Path) -> BinaryIO:
+    """A file to read, .gz and .xz unpacked."""
+    if path.suffix in PACKED_SUFFIXES:
+        return (gzip if path.suffix == ".gz" else lzma).open(path, "rb")
     return open(path, "rb", buffering=_BLOCK_BYTES)
 
 
@@ -107,7 +107,7 @@ class Corpus:
             raise FileNotFoundError(f"ctxfast.embed: input {self.name} {found}; expected a text file.")
         self.empty, self.multiple = empty, multiple
         self.window = max(window // multiple, 1) * multiple
-        self.is_compressed = self.path.suffix in (".gz", ".xz")
+        self.is_compressed = self.path.suffix in PACKED_SUFFIXES
 
     @property
     def size(self) -> int | None:
@@ -123,7 +123,7 @@ class Corpus:
         """
         start = start or Position()
         try:
-            with _open(self.path) as file:
+            with open_binary(self.path) as file:
                 file.seek(start.offset)
                 offset, number = start.offset, start.line
                 is_last = False

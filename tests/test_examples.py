@@ -21,6 +21,18 @@ CASES = {
 }
 
 
+def _output(name: str, *arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / name), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=EXAMPLES.parent,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
 def test_every_example_is_listed() -> None:
     scripts = {path.name for path in EXAMPLES.glob("*.py")}
     assert scripts == {*CASES, "demo.py"}
@@ -31,15 +43,7 @@ def test_every_example_is_listed() -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_it_runs(name, minilm_dir) -> None:
     arguments, bound = CASES[name]
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLES / name), *arguments],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=EXAMPLES.parent,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    last = done.stdout.strip().splitlines()[-1]
+    last = _output(name, *arguments).strip().splitlines()[-1]
     found = re.fullmatch(r"before [\d.]+ s, after [\d.]+ s \([\d.]+x\), largest difference (\S+)", last)
     assert found, last
     assert float(found[1]) < bound, last
@@ -52,11 +56,4 @@ def test_on_real_data(shared_data, tmp_path, minilm_dir) -> None:
         ("elmo_pipeline.py", ["--options", str(shared_data / "elmo/allennlp_tiny/options.json"), "--weights"]
          + [str(shared_data / "elmo/allennlp_tiny/lm_weights.hdf5")]),
     ):  # fmt: skip
-        done = subprocess.run(
-            [sys.executable, str(EXAMPLES / name), *arguments],
-            capture_output=True,
-            text=True,
-            timeout=300,
-            cwd=EXAMPLES.parent,
-        )
-        assert done.returncode == 0 and "largest difference" in done.stdout, done.stderr[-3000:]
+        assert "largest difference" in _output(name, *arguments)

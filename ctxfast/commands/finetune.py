@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -188,7 +187,7 @@ def run(args: argparse.Namespace) -> int:
     loop_options.check(args, f"finetune {args.task}")
     from .._core.registry import use_impl
 
-    with use_impl(args.impl) if args.impl else nullcontext():
+    with use_impl(args.impl):
         return _predict_only(args) if is_done else _train(args)
 
 

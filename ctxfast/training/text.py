@@ -3,13 +3,12 @@
 
 from __future__ import annotations
 
-import gzip
-import lzma
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+
+from ..corpus import open_binary
 
 # A closed sentence before white space and an opening word, or Chinese punctuation with nothing after it.
 _SENTENCE_END = re.compile(r"[.!?]+[\"')\]”’]*(?=\s+[\"'(\[“‘]*(\w))|[。！？]+[”’」』）]*")
@@ -25,8 +24,7 @@ def text_lines(path: str | os.PathLike[str]) -> Iterator[str]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"ctxfast.training: text {path} does not exist; expected a text file.")
-    opened: IO[bytes] = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)(path, "rb")
-    with opened as file:
+    with open_binary(path) as file:
         for number, raw in enumerate(file, 1):
             try:
                 line = raw.decode("utf-8")

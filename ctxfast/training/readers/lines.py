@@ -3,12 +3,11 @@
 
 from __future__ import annotations
 
-import gzip
 import lzma
 import os
 from pathlib import Path
 
-_OPENERS = {".gz": gzip.open, ".xz": lzma.open}
+from ...corpus import PACKED_SUFFIXES, open_binary
 
 
 def fail(path: str | os.PathLike[str], where: str, reason: str) -> ValueError:
@@ -20,7 +19,7 @@ def fail(path: str | os.PathLike[str], where: str, reason: str) -> ValueError:
 def data_suffix(path: str | os.PathLike[str]) -> str:
     """The suffix that names the format: of x.tsv.xz it is .tsv."""
     path = Path(path)
-    return (Path(path.stem) if path.suffix in _OPENERS else path).suffix.lower()
+    return (Path(path.stem) if path.suffix in PACKED_SUFFIXES else path).suffix.lower()
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
@@ -34,7 +33,7 @@ def read_text(path: str | os.PathLike[str]) -> str:
     if not path.is_file():
         raise FileNotFoundError(f"ctxfast.readers: there is no file {path}; expected labelled data.")
     try:
-        with _OPENERS.get(path.suffix, open)(path, "rb") as file:
+        with open_binary(path) as file:
             data = file.read()
     except (OSError, EOFError, lzma.LZMAError) as error:
         raise fail(path, "", f"cannot be unpacked as {path.suffix} ({error})") from error

@@ -81,6 +81,13 @@ class _Classifier(Predictor):
         shares, best = logits.float().softmax(-1).max(-1)
         return [Prediction(self.labels[k], share) for k, share in zip(best.tolist(), shares.tolist())]
 
+    def predict(self, examples: Sequence[Example], items: Sequence[Any] | None = None) -> list[Prediction]:
+        result: list[Any] = [None] * len(examples)
+        for chosen, output in self.outputs(self.items(examples) if items is None else items):
+            for item, one in zip(chosen, self._read(output.logits)):
+                result[item.data] = one  # the example's number
+        return result
+
     def scores(self, examples: Sequence[Example], predictions: Sequence[Prediction]) -> dict[str, float]:
         """``accuracy``, ``f1_macro``, ``matthews`` and, for two classes, ``f1``; of numbers ``pearson``, ``spearman``
         and ``mse``."""
@@ -155,13 +162,6 @@ class BertClassifier(_Classifier):
         batch = collate_rows(items, self.tokenizer.pad_token_id, False)
         return batch | self._targets([row.labels for row in items])
 
-    def predict(self, examples: Sequence[Example], items: Sequence[Any] | None = None) -> list[Prediction]:
-        result: list[Any] = [None] * len(examples)
-        for chosen, output in self.outputs(self.items(examples) if items is None else items):
-            for row, one in zip(chosen, self._read(output.logits)):
-                result[row.data] = one
-        return result
-
     def save_model(self, directory: Path) -> None:
         self.model.save_pretrained(directory, overwrite=True)
         self.tokenizer.save(directory)
@@ -205,13 +205,6 @@ class FeatureClassifier(_Classifier):
         texts = [item.texts[k] for k in range(2 if self.is_pair else 1) for item in items]
         return self._words.collate(texts) | self._targets([item.target for item in items])
 
-    def predict(self, examples: Sequence[Example], items: Sequence[Any] | None = None) -> list[Prediction]:
-        result: list[Any] = [None] * len(examples)
-        for chosen, output in self.outputs(self.items(examples) if items is None else items):
-            for item, one in zip(chosen, self._read(output.logits)):
-                result[item.index] = one
-        return result
-
     def save_model(self, directory: Path) -> None:
         save_feature_model(self.model, self.frozen, directory)
 
@@ -220,7 +213,7 @@ class FeatureClassifier(_Classifier):
 class _Texts:
     texts: list[WordItem]
     target: Any
-    index: int
+    data: int
 
     @property
     def length(self) -> int:
