@@ -2,7 +2,7 @@
 // ctxfast._C.linear_act_*: the CPU product with bias and activation (csrc/include/ctxfast/linear_act.h).
 //
 // Addresses are integers, 0 where a pointer may be null; strides in elements. ValueError for bad arguments,
-// RuntimeError when memory or threads are not to be had. held: "bfloat16" or "int8".
+// RuntimeError when memory or threads are not to be had. held: "float32", "bfloat16" or "int8".
 //
 //   linear_act_packed_bytes(in, out, held) -> int
 //   linear_act_forward(rows, in, out, held, is_half, activation, x, stride_x, packed, scales, sums, bias, y, threads,

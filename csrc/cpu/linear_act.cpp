@@ -16,13 +16,25 @@ constexpr const char* kOp = "linear_act";
 // Multiply-adds that are worth a thread: some 3 us.
 constexpr int64_t kWorkOfThread = 1 << 18;
 // Rows of x that stay in L2 while the panels pass over them.
-constexpr int64_t kChunkBytes = 1 << 20;
+constexpr int64_t kChunkBytes = 4 << 20;
 
-int64_t terms_of_word(DType held) { return held == DType::kInt8 ? 4 : 2; }
+int64_t terms_of_word(DType held) { return held == DType::kInt8 ? 4 : held == DType::kBFloat16 ? 2 : 1; }
 int64_t tiles_of(int64_t in, DType held) { return ceil_div(in, kLinearActTileWords * terms_of_word(held)); }
+
+LinearActKernel float32_kernel_for(Isa isa) {
+#if CTXFAST_AVX512
+  if (isa >= Isa::kAvx512) return linear_act_float32_avx512;
+#endif
+#if CTXFAST_AVX2
+  if (isa >= Isa::kAvx2) return linear_act_float32_avx2;
+#endif
+  (void)isa;
+  return linear_act_float32_generic;
+}
 
 // The best kernel that `isa` includes.
 LinearActKernel kernel_for(DType held, Isa isa) {
+  if (held == DType::kFloat32) return float32_kernel_for(isa);
   const bool is_int8 = held == DType::kInt8;
   LinearActKernel best = is_int8 ? linear_act_int8_generic : linear_act_bfloat16_generic;
 #if CTXFAST_AVX2
@@ -80,9 +92,7 @@ Status check(const LinearActParams& p) {
   if (p.threads < 1) return invalid(kOp, "threads", std::to_string(p.threads), "1 or more");
   if (p.type != DType::kFloat32 && p.type != DType::kBFloat16)
     return invalid(kOp, "type", "another", "float32 or bfloat16");
-  if (p.held != DType::kInt8 && (p.held != DType::kBFloat16 || p.type != DType::kBFloat16)) {
-    return invalid(kOp, "held", "another", "int8, or bfloat16 if x is bfloat16");
-  }
+  if (p.held != DType::kInt8 && p.held != p.type) return invalid(kOp, "held", "another", "int8, or the type of x");
   if (p.held == DType::kInt8 && p.in > 65536) {
     return invalid(kOp, "in", std::to_string(p.in), "at most 65536, the terms an int8 sum holds");
   }

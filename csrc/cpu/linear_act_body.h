@@ -12,9 +12,12 @@ constexpr int kWidth = 32;                 // columns of a panel
 constexpr int kVectors = kWidth / kLanes;  // vectors across it
 constexpr int kTileWords = 16;
 constexpr int kPanelTile = kWidth * kTileWords;  // words of a panel's tile
+constexpr int kTileRows = kLinearActTileRows;
+constexpr int kTile = kTileRows * kTileWords;  // words of a tile of x
 
-// Tiles of a panel that stay in L1 while the rows pass over them: 16 KB.
-constexpr int64_t kBlock = 8;
+// Tiles of a panel that stay in L1 while the rows pass over them: 24 KB. 8 tiles, a power of two of bytes, take 15 %
+// longer (Zen 4, 2026-11): their lines meet those of the sums in the same sets.
+constexpr int64_t kBlock = 12;
 
 // The normal distribution's Phi(x) = 1/2 + x P(x^2) / Q(x^2), fitted to 1.4e-8 for |x| <= 5.75; beyond it is 0 or 1
 // to float32's last bit.
@@ -138,6 +141,76 @@ void forward(const LinearActJob& job, int index, int count) {
   }
   Product::leave();
 }
+
+// What the products take from memory next: asked for little by little, so that it comes while they work.
+struct Ahead {
+  const uint32_t* from;  // null: nothing
+  int64_t lines;         // with each tile
+
+  void fetch() {
+    for (int64_t line = 0; line < lines; ++line, from += 16) __builtin_prefetch(from, 0, 2);
+  }
+};
+
+// z (+)= sums of kRows rows of x's tiles and a block of one panel's.
+template <class Base, int kRows>
+inline void vector_product(const uint32_t* x, const uint32_t* w, int64_t tiles, bool is_first, Ahead& ahead, float* z) {
+  typename Base::Sum sums[kRows][kVectors] = {};
+  for (int64_t tile = 0; tile < tiles; ++tile, x += kTile, w += kPanelTile) {
+    ahead.fetch();
+    for (int j = 0; j < kTileWords; ++j) {
+      WordVec weights[kVectors];
+      for (int v = 0; v < kVectors; ++v) {
+        const int column = v * kLanes;
+        weights[v] = load_words(w + (column / 16) * 256 + j * 16 + column % 16);
+      }
+      for (int i = 0; i < kRows; ++i) {
+        const auto value = Base::spread(x[i * kTileWords + j]);
+        for (int v = 0; v < kVectors; ++v) sums[i][v] = Base::dot(sums[i][v], value, weights[v]);
+      }
+    }
+  }
+  for (int i = 0; i < kRows; ++i) {
+    for (int v = 0; v < kVectors; ++v) {
+      float* const to = z + i * kWidth + v * kLanes;
+      store(to, (Vec)(is_first ? sums[i][v] : sums[i][v] + (typename Base::Sum)load(to)));
+    }
+  }
+}
+
+// A product on vectors. A block of a panel's tiles stays in L1 while strips of rows pass over it, the last strip as low
+// as its rows allow. Sums are added up block by block, which keeps more of their digits than one long sum; a row's are
+// the same whatever its strip.
+template <class Base>
+struct Vectors : Base {
+  template <int kRows>
+  static void strips(const uint32_t* x, int64_t group, int64_t row, int64_t rows, const uint32_t* w, int64_t tiles,
+                     bool is_first, Ahead& ahead, float* z) {
+    for (int64_t i = 0; i < rows; i += kRows) {
+      const int64_t at = row + i, n = rows - i;
+      if constexpr (kRows >= 4) {
+        if (n <= kRows / 2) return strips<kRows / 2>(x, group, at, n, w, tiles, is_first, ahead, z + i * kWidth);
+      }
+      const uint32_t* const from = x + at / kTileRows * group + at % kTileRows * kTileWords;
+      vector_product<Base, kRows>(from, w, tiles, is_first, ahead, z + i * kWidth);
+    }
+  }
+
+  static void block(const LinearActJob& job, int64_t first, int64_t row, int64_t rows, int64_t panel) {
+    alignas(64) float z[(kLinearActMostRows + kTileRows) * kWidth];
+    const uint32_t* const panel_words = job.packed + panel * job.tiles * kPanelTile;
+    const uint32_t* const end = job.packed + panels_of(job.out, kWidth) * job.tiles * kPanelTile;
+    const int64_t passes = panels_of(rows, Base::kRows);
+    for (int64_t from = 0; from < job.tiles; from += kBlock) {
+      const int64_t tiles = less(kBlock, job.tiles - from);
+      const uint32_t* const w = panel_words + from * kPanelTile;
+      Ahead ahead = {w + kBlock * kPanelTile, panels_of(kPanelTile / 16, passes)};
+      if (ahead.from + tiles * passes * ahead.lines * 16 > end) ahead.lines = 0;
+      strips<Base::kRows>(job.x_tiles + from * kTile, job.tiles * kTile, row, rows, w, tiles, from == 0, ahead, z);
+    }
+    finish<Vectors>(job, first + row, rows, panel, z, Base::kScaled ? job.x_scales + row : nullptr);
+  }
+};
 
 }  // namespace
 }  // namespace ctxfast

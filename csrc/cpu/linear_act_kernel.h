@@ -35,6 +35,7 @@ typedef void (*LinearActKernel)(const LinearActJob& job, int index, int count);
 // All threads meet here; linear_act.cpp defines it.
 void linear_act_barrier(void* barrier, int count);
 
+extern const LinearActKernel linear_act_float32_generic, linear_act_float32_avx2, linear_act_float32_avx512;
 extern const LinearActKernel linear_act_bfloat16_generic, linear_act_bfloat16_avx2, linear_act_bfloat16_avx512,
     linear_act_bfloat16_avx512bf16, linear_act_bfloat16_amx;
 extern const LinearActKernel linear_act_int8_generic, linear_act_int8_avx2, linear_act_int8_avxvnni,

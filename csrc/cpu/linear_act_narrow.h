@@ -13,9 +13,6 @@
 namespace ctxfast {
 namespace {
 
-constexpr int kTileRows = kLinearActTileRows;
-constexpr int kTile = kTileRows * kTileWords;  // words of a tile of x
-
 struct Bfloat16 {
   static constexpr bool kScaled = false, kFast = true;
   typedef Vec Sum;
@@ -82,41 +79,6 @@ struct Int8 : Int8Dot {
 
   static void prepare(const LinearActJob& job, int64_t row, int64_t at) {
     return job.is_half ? prepare_as<true>(job, row, at) : prepare_as<false>(job, row, at);
-  }
-};
-
-// Sums of kRows rows of x's tiles and one panel -> z.
-template <class Base>
-inline void vector_product(const LinearActJob& job, const uint32_t* x, const uint32_t* w, float* z) {
-  typename Base::Sum sums[Base::kRows][kVectors] = {};
-  for (int64_t tile = 0; tile < job.tiles; ++tile, x += kTile, w += kPanelTile) {
-    for (int j = 0; j < kTileWords; ++j) {
-      WordVec weights[kVectors];
-      for (int v = 0; v < kVectors; ++v) {
-        const int column = v * kLanes;
-        weights[v] = load_words(w + (column / 16) * 256 + j * 16 + column % 16);
-      }
-      for (int i = 0; i < Base::kRows; ++i) {
-        const auto value = Base::spread(x[i * kTileWords + j]);
-        for (int v = 0; v < kVectors; ++v) sums[i][v] = Base::dot(sums[i][v], value, weights[v]);
-      }
-    }
-  }
-  for (int i = 0; i < Base::kRows; ++i) {
-    for (int v = 0; v < kVectors; ++v) store(z + i * kWidth + v * kLanes, (Vec)sums[i][v]);
-  }
-}
-
-template <class Base>
-struct Vectors : Base {
-  static void block(const LinearActJob& job, int64_t first, int64_t row, int64_t rows, int64_t panel) {
-    const uint32_t* const w = job.packed + panel * job.tiles * kPanelTile;
-    for (int64_t i = 0; i < rows; i += Base::kRows) {
-      alignas(64) float z[Base::kRows * kWidth];
-      vector_product<Base>(job, tile_row<kTileRows>(job, row + i), w, z);
-      finish<Vectors>(job, first + row + i, less(Base::kRows, rows - i), panel, z,
-                      Base::kScaled ? job.x_scales + row + i : nullptr);
-    }
   }
 };
 

@@ -70,7 +70,10 @@ struct Problem {
     for (const float value : bias) bias_half.push_back(to_half(value));
     scales.assign(round_up(out, kLinearActPanel), 0.0f), sums.assign(scales.size(), 0);
     before.assign(rows * out, 0.0);
-    const int64_t per_word = held == DType::kInt8 ? 4 : 2, tiles = ceil_div(in, kLinearActTileWords * per_word);
+    const int64_t per_word = held == DType::kInt8       ? 4
+                             : held == DType::kBFloat16 ? 2
+                                                        : 1,
+                  tiles = ceil_div(in, kLinearActTileWords * per_word);
     for (int64_t o = 0; o < out; ++o) {
       float most = 0;
       for (int64_t k = 0; k < in; ++k) most = std::max(most, std::fabs(w[o * in + k]));
@@ -84,6 +87,8 @@ struct Problem {
           w[o * in + k] = static_cast<float>(step);
           sums[o] += 128 * step;
           static_cast<int8_t*>(packed.memory)[4 * at + k % 4] = static_cast<int8_t>(step);
+        } else if (held == DType::kFloat32) {
+          static_cast<float*>(packed.memory)[at] = w[o * in + k];
         } else {
           static_cast<uint16_t*>(packed.memory)[2 * at + k % 2] = to_half(w[o * in + k]);
         }
@@ -142,6 +147,7 @@ void check_problem(const Problem& problem, Report* report) {
     for (const double value : problem.before) {
       want.push_back(activated(value, activation));
       most = std::max(most, std::fabs(want.back()));
+      if (problem.held == DType::kFloat32) most = std::max(most, std::fabs(value));  // its sums are rounded
     }
     std::vector<float> first;
     for (const Isa isa : runnable_isas()) {
@@ -175,7 +181,7 @@ void check_refusals(Report* report) {
   refused("in", [](LinearActParams* p) { p->in = 0; });
   refused("65536", [](LinearActParams* p) { p->in = p->stride_x = 65537; });
   refused("threads", [](LinearActParams* p) { p->threads = 0; });
-  refused("held", [](LinearActParams* p) { p->held = DType::kFloat32; });
+  refused("held", [](LinearActParams* p) { p->held = DType::kBFloat16; });
   refused("type", [](LinearActParams* p) { p->type = DType::kFloat16; });
   refused("stride_x", [](LinearActParams* p) { p->stride_x = 7; });
   refused("packed", [](LinearActParams* p) { p->packed = nullptr; });
@@ -193,6 +199,7 @@ int main() {
     check_problem({size[0], size[1], size[2], DType::kInt8, DType::kFloat32}, &report);
     check_problem({size[0], size[1], size[2], DType::kInt8, DType::kBFloat16}, &report);
     check_problem({size[0], size[1], size[2], DType::kBFloat16, DType::kBFloat16}, &report);
+    check_problem({size[0], size[1], size[2], DType::kFloat32, DType::kFloat32}, &report);
   }
   check_refusals(&report);
   return report.finish("test_linear_act");

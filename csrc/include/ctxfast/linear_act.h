@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// linear_act on the CPU, forward: y = activation(x W^T + b) over weights packed as bfloat16 or int8.
+// linear_act on the CPU, forward: y = activation(x W^T + b) over packed float32, bfloat16 or int8 weights.
 //
 // Packed weights lie in panels of 32 output columns. A panel is [tile][2][16][16] of 32-bit words: tiles of 16 words
-// along the input, two halves of 16 columns, words, columns. A word holds two inputs (bfloat16, the
-// lower in the low half) or four (int8, the lowest in the low byte). Both sizes are padded with zero weights.
+// along the input, two halves of 16 columns, words, columns. A word holds one input (float32), two
+// (bfloat16, the lower in the low half) or four (int8, the lowest in the low byte). Both sizes are padded with zero
+// weights.
 //
-// bfloat16 sums are float32, in one order: a row's bits do not depend on the rows beside it nor on threads. int8: each
-// row of x is held in whole steps of 1/127 of its largest magnitude; the same bits on every instruction set. Rows of x
-// and y are contiguous; y may not overlap an input.
+// float32 and bfloat16 sums are float32, in one order: a row's bits do not depend on the rows beside it nor on threads.
+// int8: each row of x is held in whole steps of 1/127 of its largest magnitude; the same bits on every instruction set.
+// Rows of x and y are contiguous; y may not overlap an input.
 #pragma once
 
 #include <cstdint>
@@ -24,7 +25,7 @@ enum class Activation { kNone, kGelu, kGeluTanh, kRelu, kTanh };
 
 struct LinearActParams {
   int64_t rows = 0, in = 0, out = 0;
-  DType held = DType::kInt8;     // the weights: int8, or bfloat16 where x is bfloat16
+  DType held = DType::kInt8;     // the weights: int8, or what x is
   DType type = DType::kFloat32;  // x, bias and y: float32 or bfloat16
   Activation activation = Activation::kNone;
   const void* x = nullptr;        // (rows, in), rows stride_x apart

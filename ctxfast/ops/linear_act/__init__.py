@@ -45,7 +45,7 @@ SPEC = registry.register(
             registry.Impl(
                 "cpu",
                 "cpu",
-                note="packed weights: oneDNN; compiled for int8 and for few rows of bfloat16",
+                note="compiled over packed weights, float32, bfloat16, int8; oneDNN for weights in training",
             ),
             registry.Impl(
                 "triton",

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """``linear_act`` on the CPU: a product over packed weights with bias and activation in its epilogue.
 
-float32 is oneDNN's product, int8 a compiled one (rows rounded, multiplied and scaled back in one call), bfloat16
-either: the compiled one for few rows where the processor has AMX. Weights are packed once and found again by later
-calls. In float32 and int8 a row's bits do not depend on the rows beside it (torch's own float32 product takes another
-kernel for few rows, and its sums another order).
+The products are compiled ones (csrc/include/ctxfast/linear_act.h); oneDNN's take weights that will not be met again,
+which are not worth packing, and bfloat16 where they are faster. Packed weights are found again by later calls. In
+float32 and int8 a row's bits do not depend on the rows beside it (torch's own float32 product takes another kernel for
+few rows, and its sums another order).
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ _POST = {
     "tanh": ("tanh", ""),
 }
 
-# Rows up to which the compiled bfloat16 product is ahead of oneDNN's (BERT's sizes, AMX, 2026-11: 1.2 to 1.7 times
-# at 16 rows, even at 128).
-_FEW_ROWS = 128
+# Rows up to which the compiled bfloat16 product is at least as fast as oneDNN's, by instruction set (BERT's sizes,
+# 2026-11: AMX 1.2 to 1.7 times at 16 rows, even at 128; AVX-512 BF16 1.3 times at 16, even from 128 on).
+_FEW_ROWS = {"amx": 128, "avx512bf16": 1 << 62}
 
 _packed = WeightCache()
 
@@ -65,14 +65,17 @@ def _product(x: Tensor, packed: Tensor, bias: Tensor | None, activation: str) ->
 
 
 @lru_cache
-def _has_tiles() -> bool:
-    """Whether the compiled bfloat16 product runs on AMX: elsewhere it has not been seen to win."""
+def _compiled_rows(dtype: torch.dtype) -> int:
+    """Rows up to which the compiled product is taken."""
     extension = capability.extension()
-    return extension is not None and extension.cpu_isa() == "amx"
+    if extension is None:
+        return 0
+    # In float32 all: a row's bits would tell which product it went through.
+    return 1 << 62 if dtype is torch.float32 else _FEW_ROWS.get(extension.cpu_isa(), 0)
 
 
 def _in_panels(weight: Tensor) -> Tensor:
-    """int8 or bfloat16 (N_out, N_in) in the layout of csrc/include/ctxfast/linear_act.h, on a cache line."""
+    """int8, bfloat16 or float32 (N_out, N_in) in the layout of csrc/include/ctxfast/linear_act.h, on a cache line."""
     per_word = 4 // weight.element_size()
     out, size = (-(-weight.shape[0] // 32), -(-weight.shape[1] // (16 * per_word)))
     padded = weight.new_zeros(out * 32, size * 16 * per_word)
@@ -100,8 +103,8 @@ def _compiled(
     x: Tensor, held: str, packed: Tensor, scales: Tensor | None, sums: Tensor | None, bias: Tensor | None,
     activation: str, out: int,
 ) -> Tensor:  # fmt: skip
-    """The compiled product over weights held as "int8" or "bfloat16"."""
-    x = x if x.stride(1) == 1 else x.contiguous()
+    """The compiled product over weights held as "int8", "bfloat16" or "float32"."""
+    x = x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
     bias = None if bias is None else bias.contiguous()
     y = torch_ops.allocate((x.shape[0], out), x)
     capability.extension().linear_act_forward(
@@ -118,9 +121,10 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, is
     if is_int8:
         packed, scales, sums = _packed.get((weight,), "int8", lambda: _narrow(weight.detach()))
         return _compiled(x, "int8", packed, scales, sums, bias, activation, weight.shape[0])
-    if is_kept and x.dtype is torch.bfloat16 and x.shape[0] <= _FEW_ROWS and _has_tiles():
+    if is_kept and x.shape[0] <= _compiled_rows(x.dtype):
         packed = _packed.get((weight,), "panels", lambda: _in_panels(weight.detach()))
-        return _compiled(x, "bfloat16", packed, None, None, bias, activation, weight.shape[0])
+        held = "float32" if x.dtype is torch.float32 else "bfloat16"
+        return _compiled(x, held, packed, None, None, bias, activation, weight.shape[0])
     # Packed for any number of rows.
     packed = (
         weight.contiguous() if not is_kept else _packed.get((weight,), "oneDNN", lambda: _reordered(weight.detach()))
