@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``attention`` on the CPU without padding: torch's fused attention per sequence, equal lengths together.
+"""``attention`` on the CPU without padding: a compiled kernel (csrc/cpu/attention_body.h) over the packed rows.
 
-The forward keeps nothing but its input; the backward recomputes the probabilities of one length group at a time.
-A sequence's result does not depend on what it is batched with: sequences meet only in batch dimensions.
+float16, which processors do not multiply, goes through it as float32. The forward keeps nothing but its input; the
+backward recomputes the probabilities of one length group at a time, in torch. A sequence's result does not depend on
+what it is batched with, nor on the number of threads.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..._core import torch_ops
+from ..._core import capability, registry, torch_ops
+
+_MAX_HEAD_DIM = 1024  # of csrc/include/ctxfast/attention.h
 
 
 def _groups(cu_seqlens: Tensor) -> list[tuple[int, list[int]]]:
@@ -52,16 +54,27 @@ def _put(out: Tensor, length: int, starts: list[int], rows: Tensor) -> None:
         out[start : start + length] = rows[i]
 
 
-def _forward(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) -> Tensor:
-    out = torch_ops.allocate((qkv.shape[0], qkv.shape[2], qkv.shape[3]), qkv)
-    for length, starts in _groups(cu_seqlens):
-        query, key, value = _take(qkv, length, starts).permute(2, 0, 3, 1, 4)
-        context = F.scaled_dot_product_attention(query, key, value, scale=scale)  # (n, H, length, D)
-        _put(out, length, starts, context.transpose(1, 2))
+def _forward(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, bias: Tensor | None, scale: float) -> Tensor:
+    if qkv.dtype is torch.float16:
+        wide = _forward(qkv.float(), cu_seqlens, max_seqlen, None if bias is None else bias.float(), scale)
+        return wide.to(qkv.dtype)
+    tokens, _, heads, head_dim = qkv.shape
+    if qkv.stride()[1:] != (heads * head_dim, head_dim, 1):
+        qkv = qkv.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        cu_seqlens = cu_seqlens.long()
+    cu_seqlens = cu_seqlens.contiguous()
+    out = torch_ops.allocate((tokens, heads, head_dim), qkv)
+    capability.extension().attention_forward(
+        tokens, heads, head_dim, cu_seqlens.shape[0] - 1, qkv.dtype is torch.bfloat16, qkv.data_ptr(),
+        max(qkv.stride(0), 3 * heads * head_dim), 0 if bias is None else bias.data_ptr(), cu_seqlens.data_ptr(),
+        cu_seqlens.dtype is torch.int64, scale, out.data_ptr(), heads * head_dim, torch.get_num_threads(),
+    )  # fmt: skip
     return out
 
 
-def _forward_fake(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) -> Tensor:
+def _forward_fake(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, bias: Tensor | None, scale: float) -> Tensor:
     return torch_ops.allocate((qkv.shape[0], qkv.shape[2], qkv.shape[3]), qkv)
 
 
@@ -90,7 +103,8 @@ def _backward_fake(grad: Tensor, qkv: Tensor, cu_seqlens: Tensor, max_seqlen: in
 
 
 _fwd = torch_ops.define(
-    "attention_cpu_fwd", "(Tensor qkv, Tensor cu_seqlens, SymInt max_seqlen, float scale) -> Tensor",
+    "attention_cpu_fwd",
+    "(Tensor qkv, Tensor cu_seqlens, SymInt max_seqlen, Tensor? bias, float scale) -> Tensor",
     _forward, _forward_fake, "CPU",
 )  # fmt: skip
 _bwd = torch_ops.define(
@@ -104,7 +118,7 @@ class _Attention(torch.autograd.Function):
     def forward(ctx: Any, qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) -> Tensor:
         ctx.save_for_backward(qkv, cu_seqlens)
         ctx.sizes = (max_seqlen, scale)
-        return _fwd(qkv, cu_seqlens, max_seqlen, scale)
+        return _fwd(qkv, cu_seqlens, max_seqlen, None, scale)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
@@ -121,7 +135,9 @@ def supports(args: Mapping[str, Any]) -> str | None:
         return f"it takes float32, bfloat16 and float16 and qkv is {qkv.dtype}."
     if args["dropout_p"] > 0:
         return "it has no dropout."
-    return None
+    if qkv.shape[3] > _MAX_HEAD_DIM:
+        return f"it takes heads of at most {_MAX_HEAD_DIM} and head_dim is {qkv.shape[3]}."
+    return None if capability.extension() is not None else capability.why_no_extension()
 
 
 def _scale(qkv: Tensor, softmax_scale: float | None) -> float:
@@ -138,11 +154,10 @@ def attention(
 ) -> Tensor:
     """See ``ctxfast.functional.attention``."""
     scale = _scale(qkv, softmax_scale)
-    if bias is not None:
-        qkv = qkv + bias
-    if torch.is_grad_enabled() and qkv.requires_grad:
-        return _Attention.apply(qkv, cu_seqlens, max_seqlen, scale)
-    return (_forward if torch_ops.is_direct(qkv, cu_seqlens) else _fwd)(qkv, cu_seqlens, max_seqlen, scale)
+    if registry.needs_grad(dict(qkv=qkv, bias=bias)):
+        return _Attention.apply(qkv if bias is None else qkv + bias, cu_seqlens, max_seqlen, scale)
+    forward = _forward if torch_ops.is_direct(qkv, cu_seqlens, bias) else _fwd
+    return forward(qkv, cu_seqlens, max_seqlen, bias, scale)
 
 
 def raw_calls(args: Mapping[str, Any]) -> list[tuple[Any, tuple]]:
@@ -151,6 +166,6 @@ def raw_calls(args: Mapping[str, Any]) -> list[tuple[Any, tuple]]:
     scale = _scale(qkv, args["softmax_scale"])
     grad = torch.randn(qkv.shape[0], qkv.shape[2], qkv.shape[3]).to(qkv.dtype)
     return [
-        (_fwd, (qkv, cu_seqlens, max_seqlen, scale)),
+        (_fwd, (qkv, cu_seqlens, max_seqlen, args["bias"], scale)),
         (_bwd, (grad, qkv, cu_seqlens, max_seqlen, scale)),
     ]

@@ -1,0 +1,315 @@
+// SPDX-License-Identifier: Apache-2.0
+// attention on vector registers. The including file sets CTXFAST_LANES and, for bfloat16 instructions it wants,
+//   CTXFAST_DOT_BF16(sum, x, w)   Vec: sum + both products
+//
+// Per (sequence, head) keys are turned so that a row holds one term of many keys, and values copied together; then for
+// some query rows at a time: scores, softmax, context. Both products are one function, of words broadcast from rows
+// and vectors of words: a word is a float, or two bfloat16 terms of a sum, the first in the low half.
+#pragma once
+
+#include "attention_kernel.h"
+#include "attention_vector.h"
+
+namespace ctxfast {
+namespace {
+
+// Registers of a product: at most kVectors vectors of columns by rows_of(vectors) rows of sums.
+constexpr int kVectors = kLanes == 16 ? 4 : 2;
+constexpr int rows_of(int vectors) {
+  return kLanes == 16 ? vectors == 4 ? 6 : vectors == 3 ? 8 : 12 : kLanes == 8 ? vectors == 2 ? 6 : 10 : 4;
+}
+// Words of a sum that stay in the first cache while rows pass over them.
+constexpr int64_t kBlock = 128;
+
+struct Float32 {
+  static constexpr int kTerms = 1;  // of a sum in a word
+  static constexpr bool kHalf = false;
+  static Vec spread(uint32_t word) { return (Vec)all_words(word); }
+  static Vec dot(Vec sum, Vec x, Vec w) { return x * w + sum; }
+};
+
+#if defined(CTXFAST_DOT_BF16)
+struct Bfloat16 {
+  static constexpr int kTerms = 2;
+  static constexpr bool kHalf = true;
+  static Vec spread(uint32_t word) { return (Vec)all_words(word); }
+  static Vec dot(Vec sum, Vec x, Vec w) { return CTXFAST_DOT_BF16(sum, x, w); }
+};
+#endif
+
+// z[row][column] (+)= sum over words of x[row][word] w[word][column]; sums go on in the order of the words.
+template <class Kind, int kRows, int kColumns>
+inline void tile(const uint32_t* x, int64_t ld_x, const uint32_t* w, int64_t words, bool begin, float* z,
+                 int64_t ld_z) {
+  Vec sum[kRows][kColumns] = {};
+  if (!begin) {
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 16
+      for (int v = 0; v < kColumns; ++v) sum[r][v] = load(z + r * ld_z + v * kLanes);
+    }
+  }
+  for (int64_t k = 0; k < words; ++k, w += kColumns * kLanes) {
+    Vec columns[kColumns];
+#pragma GCC unroll 16
+    for (int v = 0; v < kColumns; ++v) columns[v] = (Vec)load_words(w + v * kLanes);
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      const Vec value = Kind::spread(x[r * ld_x + k]);
+#pragma GCC unroll 16
+      for (int v = 0; v < kColumns; ++v) sum[r][v] = Kind::dot(sum[r][v], value, columns[v]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 16
+    for (int v = 0; v < kColumns; ++v) store(z + r * ld_z + v * kLanes, sum[r][v]);
+  }
+}
+
+template <class Kind, int kColumns, int kRows>
+void tile_rows(int64_t rows, const uint32_t* x, int64_t ld_x, const uint32_t* w, int64_t words, bool begin, float* z,
+               int64_t ld_z) {
+  if constexpr (kRows > 1) {
+    if (rows < kRows) return tile_rows<Kind, kColumns, kRows - 1>(rows, x, ld_x, w, words, begin, z, ld_z);
+  }
+  tile<Kind, kRows, kColumns>(x, ld_x, w, words, begin, z, ld_z);
+}
+
+template <class Kind, int kColumns>
+void panel_rows(int64_t rows, const uint32_t* x, int64_t ld_x, const uint32_t* w, int64_t words, bool begin, float* z,
+                int64_t ld_z) {
+  constexpr int kRows = rows_of(kColumns);
+  const int64_t tiles = panels_of(rows, kRows);
+  for (int64_t i = 0; i < tiles; ++i) {  // as even as can be: 8 rows are 4 + 4, not 6 + 2
+    const int64_t from = rows * i / tiles, to = rows * (i + 1) / tiles;
+    tile_rows<Kind, kColumns, kRows>(to - from, x + from * ld_x, ld_x, w, words, begin, z + from * ld_z, ld_z);
+  }
+}
+
+// Columns in panels of at most kVectors vectors, as even as can be; a panel is [word][its columns].
+struct Panels {
+  int64_t vectors, count;
+  explicit Panels(int64_t columns)
+      : vectors(panels_of(columns, kLanes)), count(panels_of(panels_of(columns, kLanes), kVectors)) {}
+  int64_t first(int64_t panel) const { return vectors * panel / count; }
+  int64_t width(int64_t panel) const { return first(panel + 1) - first(panel); }
+};
+
+// z (rows, columns) = x (rows, words) times panels of `words` words each.
+template <class Kind>
+void product(int64_t rows, const uint32_t* x, int64_t ld_x, const uint32_t* w, const Panels& panels, int64_t words,
+             float* z, int64_t ld_z) {
+  for (int64_t k = 0; k < words; k += kBlock) {
+    const int64_t some = less(kBlock, words - k);
+    for (int64_t panel = 0; panel < panels.count; ++panel) {
+      const int64_t first = panels.first(panel) * kLanes, width = panels.width(panel);
+      const uint32_t* const from = w + first * words + k * width * kLanes;
+      float* const to = z + first;
+      if (width == 1) panel_rows<Kind, 1>(rows, x + k, ld_x, from, some, k == 0, to, ld_z);
+      if (width == 2) panel_rows<Kind, 2>(rows, x + k, ld_x, from, some, k == 0, to, ld_z);
+      if constexpr (kVectors > 2) {
+        if (width == 3) panel_rows<Kind, 3>(rows, x + k, ld_x, from, some, k == 0, to, ld_z);
+        if (width == 4) panel_rows<Kind, 4>(rows, x + k, ld_x, from, some, k == 0, to, ld_z);
+      }
+    }
+  }
+}
+
+// One (sequence, head) of a job: addresses, and this thread's workspace. kHalf: qkv, bias and y are bfloat16.
+template <class Kind, bool kHalf>
+struct Head {
+  const AttentionJob& job;
+  const int64_t start, length, head, size, padded_size;
+  const int64_t size_words, key_words;  // words of a sum over head_dim, and over the keys
+  const Panels keys_in, values_in;
+  const int64_t ld_score;
+  uint32_t *keys, *values, *rows, *queries;
+  float *context, *scores;
+
+  Head(const AttentionJob& job, int64_t start, int64_t length, int64_t head, char* scratch)
+      : job(job),
+        start(start),
+        length(length),
+        head(head),
+        size(job.head_dim),
+        padded_size(panels_of(size, kAttentionPad) * kAttentionPad),
+        size_words(panels_of(size, Kind::kTerms)),
+        key_words(panels_of(length, Kind::kTerms)),
+        keys_in(length),
+        values_in(size),
+        // A line more: rows a power of two apart would share their place in a cache.
+        ld_score((panels_of(length, kAttentionPad) + 1) * kAttentionPad) {
+    const int64_t padded = panels_of(length, kAttentionPad) * kAttentionPad;
+    keys = reinterpret_cast<uint32_t*>(scratch);
+    values = keys + padded * padded_size;
+    rows = values + padded * padded_size;
+    queries = rows + kAttentionPad * padded_size;
+    const int64_t most = less(kAttentionRows, length);
+    context = reinterpret_cast<float*>(queries + most * padded_size);
+    scores = context + most * padded_size;
+  }
+
+  // Where row i of queries (part 0), keys (1) or values (2) begins, and the same of the bias.
+  int64_t bias_at(int64_t part) const { return (part * job.heads + head) * size; }
+  int64_t row_at(int64_t part, int64_t i) const { return (start + i) * job.stride_qkv + bias_at(part); }
+
+  Vec value(int64_t part, int64_t row, int64_t at) const {
+    const Vec x = load_typed<kHalf>(job.qkv, row + at, size - at);
+    return job.bias ? x + load_typed<kHalf>(job.bias, bias_at(part) + at, size - at) : x;
+  }
+  HalfVec half_value(int64_t part, int64_t row, int64_t at) const {
+    if (job.bias) return narrowed_fast(value(part, row, at));
+    return load_half_lanes(static_cast<const uint16_t*>(job.qkv) + row + at, size - at);
+  }
+
+  // Row i as words, padded with zeros to whole vectors.
+  void copy_row(int64_t part, int64_t i, float sign, uint32_t* to) const {
+    const int64_t row = row_at(part, i);
+    if constexpr (Kind::kHalf) {
+      const HalfVec flip = halves_of(all_words(sign < 0 ? 0x8000u : 0u));
+      for (int64_t at = 0; at < size; at += kLanes) {
+        const HalfVec halves = half_value(part, row, at) ^ flip;
+        __builtin_memcpy(reinterpret_cast<uint16_t*>(to) + at, &halves, sizeof halves);
+      }
+    } else {
+      for (int64_t at = 0; at < size; at += kLanes) {
+        const Vec x = value(part, row, at) * all(sign);
+        __builtin_memcpy(to + at, &x, sizeof x);
+      }
+    }
+  }
+
+  // Words between rows of words.
+  int64_t ld_row() const { return padded_size / Kind::kTerms; }
+
+  void turn_keys() const {
+    for (int64_t panel = 0; panel < keys_in.count; ++panel) {
+      const int64_t first = keys_in.first(panel), width = keys_in.width(panel);
+      for (int64_t vector = first; vector < first + width; ++vector) {
+        const int64_t key = vector * kLanes, n = less(kLanes, length - key);
+        for (int64_t i = 0; i < n; ++i) copy_row(1, key + i, 1.0f, rows + i * ld_row());
+        for (int64_t i = n * ld_row(); i < kLanes * ld_row(); ++i) rows[i] = 0;
+        uint32_t* const to = keys + first * kLanes * size_words + (vector - first) * kLanes;
+        for (int64_t k = 0; k < size_words; k += 4) {
+          turn_four(rows + k, ld_row(), to + k * width * kLanes, width * kLanes, less(4, size_words - k));
+        }
+      }
+    }
+  }
+
+  void copy_values() const {
+    for (int64_t panel = 0; panel < values_in.count; ++panel) {
+      const int64_t first = values_in.first(panel) * kLanes, width = values_in.width(panel) * kLanes;
+      uint32_t* to = values + first * key_words;
+      for (int64_t word = 0; word < key_words; ++word, to += width) {
+        for (int64_t at = 0; at < width; at += kLanes) {
+          const int64_t key = word * Kind::kTerms;
+          WordVec words;
+          if constexpr (Kind::kHalf) {
+            words = words_of(half_value(2, row_at(2, key), first + at));
+            if (key + 1 < length) words |= words_of(half_value(2, row_at(2, key + 1), first + at)) << 16;
+          } else {
+            words = (WordVec)value(2, row_at(2, key), first + at);
+          }
+          __builtin_memcpy(to + at, &words, sizeof words);
+        }
+      }
+    }
+  }
+
+  // A row of scores becomes exp(scale (score - largest)), as words; returns the sum.
+  float weigh(float* row, float step) const {
+    Vec most = load(row);
+    const int64_t whole = length / kLanes * kLanes;
+    if (whole == 0) most = first_lanes(most, length, all(-__builtin_inff()));
+    for (int64_t j = kLanes; j < whole; j += kLanes) most = larger(most, load(row + j));
+    if (whole > 0 && whole < length) {
+      most = larger(most, first_lanes(load(row + whole), length - whole, all(-__builtin_inff())));
+    }
+    const Vec top = all(largest_lane(most));
+    Vec sum = {};
+    const auto put = [row](int64_t j, Vec e) {
+      if constexpr (Kind::kHalf) {
+        // In place: what is written lies before what is still to be read.
+        const HalfVec halves = narrowed_fast(e);
+        __builtin_memcpy(reinterpret_cast<uint16_t*>(row) + j, &halves, sizeof halves);
+      } else {
+        store(row + j, e);
+      }
+    };
+    for (int64_t j = 0; j < whole; j += kLanes) {
+      const Vec e = exp2_scaled<kHalf>(load(row + j) - top, step);
+      sum += e;
+      put(j, e);
+    }
+    if (whole < length) {
+      const Vec e = first_lanes(exp2_scaled<kHalf>(load(row + whole) - top, step), length - whole, Vec{});
+      sum += e;
+      put(whole, e);
+    }
+    return sum_of_lanes(sum);
+  }
+
+  void attend(int64_t from, int64_t to) const {
+    const int64_t n = to - from;
+    // exp(scale s) = 2^(step |s|): a negative scale turns the queries' signs, so that the largest is the largest.
+    const float sign = job.scale < 0 ? -1.0f : 1.0f, step = sign * job.scale * 1.44269504f;
+    for (int64_t i = 0; i < n; ++i) copy_row(0, from + i, sign, queries + i * ld_row());
+    product<Kind>(n, queries, ld_row(), keys, keys_in, size_words, scores, ld_score);
+    float sums[kAttentionRows];
+    for (int64_t i = 0; i < n; ++i) sums[i] = weigh(scores + i * ld_score, step);
+    product<Kind>(n, reinterpret_cast<const uint32_t*>(scores), ld_score, values, values_in, key_words, context,
+                  padded_size);
+    for (int64_t i = 0; i < n; ++i) {
+      const Vec share = all(1.0f / sums[i]);
+      const int64_t out = (start + from + i) * job.stride_y + head * size;
+      for (int64_t at = 0; at < size; at += kLanes) {
+        store_typed<kHalf, true>(job.y, out + at, load(context + i * padded_size + at) * share, size - at);
+      }
+    }
+  }
+};
+
+inline int64_t offset(const AttentionJob& job, int64_t i) {
+  return job.is_int64 ? static_cast<const int64_t*>(job.cu_seqlens)[i] : static_cast<const int32_t*>(job.cu_seqlens)[i];
+}
+
+// What a query row of a sequence costs, in keys it meets: some for its own way in and out, and for a row of keys.
+inline int64_t cost_of_row(int64_t length) { return length + 16; }
+
+// Items are blocks of query rows of a (sequence, head), in order; a thread takes those whose cost before them falls
+// into its part of the whole.
+template <class Kind, bool kHalf>
+void forward(const AttentionJob& job, int index, int count) {
+  int64_t whole = 0;
+  for (int64_t s = 0; s < job.sequences; ++s) {
+    const int64_t length = offset(job, s + 1) - offset(job, s);
+    whole += length * cost_of_row(length) * job.heads;
+  }
+  const Share share(whole, index, count);
+  char* const scratch = job.scratch + index * job.scratch_bytes;
+  int64_t before = 0;
+  for (int64_t s = 0; s < job.sequences && before < share.to; ++s) {
+    const int64_t start = offset(job, s), length = offset(job, s + 1) - start, row = cost_of_row(length);
+    const int64_t first = before, after = before + length * row * job.heads;
+    before = after;
+    if (length == 0 || after <= share.from) continue;
+    const int64_t blocks = panels_of(length, kAttentionRows);
+    for (int64_t head = 0; head < job.heads; ++head) {
+      const Head<Kind, kHalf> item(job, start, length, head, scratch);
+      bool is_ready = false;
+      for (int64_t block = 0; block < blocks; ++block) {
+        const int64_t from = length * block / blocks, to = length * (block + 1) / blocks;
+        const int64_t at = first + (head * length + from) * row;
+        if (at < share.from || at >= share.to) continue;
+        if (!is_ready) item.turn_keys(), item.copy_values();
+        is_ready = true;
+        item.attend(from, to);
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace ctxfast

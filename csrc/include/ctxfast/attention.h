@@ -1,0 +1,36 @@
+// SPDX-License-Identifier: Apache-2.0
+// attention on the CPU, forward: y = softmax(scale Q K^T) V inside each of several packed sequences, no padding.
+//
+// A token's row holds its query, key and value of every head, [3][heads][head_dim]. Softmax and sums are float32, the
+// softmax over whole rows of scores. Inputs in bfloat16 are multiplied as bfloat16 where the processor does so, else
+// as float32. A sequence's bits depend on nothing but its rows (and the instruction set): not on what it is batched
+// with, nor on threads. Memory beyond the arguments grows with the longest sequence, not with its square.
+#pragma once
+
+#include <cstdint>
+
+#include "ctxfast/common.h"
+#include "ctxfast/cpu_isa.h"
+
+namespace ctxfast {
+
+constexpr int64_t kAttentionMaxHeadDim = 1024;
+
+struct AttentionParams {
+  int64_t tokens = 0, heads = 0, head_dim = 0, sequences = 0;
+  DType type = DType::kFloat32;      // qkv, bias and y: float32 or bfloat16
+  const void* qkv = nullptr;         // (tokens, 3, heads, head_dim), tokens stride_qkv apart
+  int64_t stride_qkv = 0;            // elements
+  const void* bias = nullptr;        // (3, heads, head_dim), added to every token's row; may be null
+  const void* cu_seqlens = nullptr;  // (sequences + 1): rises from 0 to tokens
+  bool is_int64 = false;             // cu_seqlens; else int32
+  float scale = 1;
+  void* y = nullptr;     // (tokens, heads, head_dim), tokens stride_y apart; may not overlap an input
+  int64_t stride_y = 0;  // elements
+  int64_t threads = 1;
+  Isa isa = Isa::kGeneric;
+};
+
+Status attention_forward(const AttentionParams& params);
+
+}  // namespace ctxfast
