@@ -294,6 +294,45 @@ def _build_varlen(case: Case, args: Mapping[str, Any]) -> Call:
 # layers of an encoder
 
 
+def _build_encoder_layer(case: Case, args: Mapping[str, Any]) -> Call:
+    row, inside, places = _padding(args)
+    x = args["x"][row].masked_fill(~inside[:, :, None], 0)  # padded for free
+    layer = torch.nn.TransformerEncoderLayer(
+        x.shape[-1], args["num_heads"], args["widen"][0].shape[0], 0.0, "gelu", layer_norm_eps=1e-12, batch_first=True
+    )
+    names = dict(qkv="self_attn.in_proj_", project="self_attn.out_proj.", attention_norm="norm1.", widen="linear1.",
+                 narrow="linear2.", output_norm="norm2.")  # fmt: skip
+    pairs = {own + kind: args[name][i] for name, own in names.items() for i, kind in enumerate(("weight", "bias"))}
+    layer.load_state_dict(pairs)
+    layer = layer.to(case.device, case.dtype).eval()
+    padding = None if bool(inside.all()) else ~inside
+    return Call(
+        lambda: (layer(x, src_key_padding_mask=padding),),
+        to_case=lambda outputs: (outputs[0].flatten(0, 1)[places],),
+    )
+
+
+def _build_layer_parts(case: Case, args: Mapping[str, Any]) -> Call:
+    x, offsets, longest, heads = args["x"], args["cu_seqlens"], args["max_seqlen"], args["num_heads"]
+    weight_dtype = args.get("weight_dtype")
+
+    def forward() -> Outputs:
+        own = (3, heads, x.shape[1] // heads)
+        qkv = ctxfast.functional.linear_act(x, *args["qkv"], weight_dtype=weight_dtype).unflatten(-1, own)
+        context = ctxfast.functional.attention(qkv, offsets, longest).flatten(1)
+        (w, b), (v, c) = args["project"], args["narrow"]
+        projected = ctxfast.functional.linear_act(context, w, weight_dtype=weight_dtype)
+        h = ctxfast.functional.add_layer_norm(projected, x, *args["attention_norm"], b)
+        wide = ctxfast.functional.linear_act(h, *args["widen"], activation="gelu", weight_dtype=weight_dtype)
+        return (
+            ctxfast.functional.add_layer_norm(
+                ctxfast.functional.linear_act(wide, v, weight_dtype=weight_dtype), h, *args["output_norm"], c
+            ),
+        )
+
+    return Call(forward)
+
+
 def _build_layer_norm(case: Case, args: Mapping[str, Any]) -> Call:
     x, residual, x_bias = args["x"], args["residual"], args["x_bias"]
     weight, bias, eps = args["weight"], args["bias"], args["eps"]
@@ -447,6 +486,10 @@ PEERS: dict[str, tuple[Provider, ...]] = {
     ),
     "linear_act": (Provider("nn.Linear and activation", _build_linear),),
     "embed_layer_norm": (Provider("nn.Embedding and nn.LayerNorm", _build_embeddings),),
+    "transformer_layer": (
+        Provider("ctxfast, part by part", _build_layer_parts, "seven calls", ours=True),
+        Provider("nn.TransformerEncoderLayer", _build_encoder_layer, "padding not timed"),
+    ),
     "char_cnn": (
         Provider("nn.Conv1d (AllenNLP style)", _build_conv1d),
         Provider("unfold and matrix product", _build_unfold),

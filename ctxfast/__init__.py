@@ -19,6 +19,7 @@ from .functional import (
     linear_cross_entropy,
     lstm,
     scalar_mix,
+    transformer_layer,
 )
 
 try:
@@ -59,6 +60,7 @@ __all__ = [
     "linear_cross_entropy",
     "lstm",
     "scalar_mix",
+    "transformer_layer",
     "show_config",
     "use_impl",
     *_LAZY,

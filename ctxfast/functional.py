@@ -28,6 +28,7 @@ from .ops import (
     linear_cross_entropy as _linear_cross_entropy,
     lstm as _lstm,
     scalar_mix as _scalar_mix,
+    transformer_layer as _transformer_layer,
 )
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "linear_cross_entropy",
     "lstm",
     "scalar_mix",
+    "transformer_layer",
 ]
 
 
@@ -511,6 +513,88 @@ def linear_cross_entropy(
     return registry.call(_linear_cross_entropy.SPEC, args, impl)
 
 
+def _transformer_layer_args(
+    x: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    qkv: tuple[Tensor, Tensor | None],
+    project: tuple[Tensor, Tensor | None],
+    attention_norm: tuple[Tensor, Tensor],
+    widen: tuple[Tensor, Tensor | None],
+    narrow: tuple[Tensor, Tensor | None],
+    output_norm: tuple[Tensor, Tensor],
+    *,
+    num_heads: int,
+    activation: str = "gelu",
+    eps: float = 1e-12,
+    weight_dtype: torch.dtype | None = None,
+) -> dict[str, Any]:
+    return dict(
+        x=x,
+        cu_seqlens=cu_seqlens,
+        max_seqlen=max_seqlen,
+        qkv=qkv,
+        project=project,
+        attention_norm=attention_norm,
+        widen=widen,
+        narrow=narrow,
+        output_norm=output_norm,
+        num_heads=num_heads,
+        activation=activation,
+        eps=eps,
+        weight_dtype=weight_dtype,
+    )
+
+
+def transformer_layer(
+    x: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    qkv: tuple[Tensor, Tensor | None],
+    project: tuple[Tensor, Tensor | None],
+    attention_norm: tuple[Tensor, Tensor],
+    widen: tuple[Tensor, Tensor | None],
+    narrow: tuple[Tensor, Tensor | None],
+    output_norm: tuple[Tensor, Tensor],
+    *,
+    num_heads: int,
+    activation: str = "gelu",
+    eps: float = 1e-12,
+    weight_dtype: torch.dtype | None = None,
+    impl: str | None = None,
+) -> Tensor:
+    """A whole post-LN encoder layer over S packed sequences, without dropout.
+
+    ``h = LayerNorm(x + project(attention(qkv(x))))``; ``LayerNorm(h + narrow(activation(widen(h))))``.
+
+    Args:
+        x: (T, N), sequences one after another.
+        cu_seqlens: (S + 1,) int32 or int64, row where each sequence starts; the last entry is T.
+        max_seqlen: length of the longest sequence, or more.
+        qkv, project, widen, narrow: (weight, bias) of the products: query, key and value together (3N, N); (N, N);
+            (M, N); (N, M). A bias may be None.
+        attention_norm, output_norm: (weight, bias) of the LayerNorms, (N,) each.
+        num_heads: a divisor of N.
+        activation, weight_dtype: as in ``linear_act``.
+        eps: of both LayerNorms.
+        impl: name of an implementation; None chooses.
+
+    Returns:
+        (T, N), in the dtype of ``x``.
+
+    Numerics: cpu gives the bits that its parts (``linear_act``, ``attention``, ``add_layer_norm``) give one by one; in
+    float32 and int8 a sequence's do not depend on the others.
+    Implementations: reference (any device and dtype), cpu (float32, bfloat16; int8 without gradient; the backward pass
+    recomputes the layer). ``nn.TransformerLayer`` takes it where it is faster than the parts.
+    Reference: Vaswani et al. 2017, section 3.1; Devlin et al. 2019.
+    """
+    args = _transformer_layer_args(
+        x, cu_seqlens, max_seqlen, qkv, project, attention_norm, widen, narrow, output_norm,
+        num_heads=num_heads, activation=activation, eps=eps, weight_dtype=weight_dtype,
+    )  # fmt: skip
+    return registry.call(_transformer_layer.SPEC, args, impl)
+
+
 # Arguments of a public function -> the keyword arguments implementations take. Tests, benchmarks and explain use it.
 ARGS = {
     "add_layer_norm": _add_layer_norm_args,
@@ -521,6 +605,7 @@ ARGS = {
     "linear_cross_entropy": _linear_cross_entropy_args,
     "lstm": _lstm_args,
     "scalar_mix": _scalar_mix_args,
+    "transformer_layer": _transformer_layer_args,
 }
 
 

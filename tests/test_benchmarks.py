@@ -25,6 +25,7 @@ TINY = {
     "embed_layer_norm": dict(T=4, N=8, V=11),
     "char_cnn": dict(W=3),
     "scalar_mix": dict(K=3, B=2, T=3, N=4),
+    "transformer_layer": dict(lengths=(4, 1, 3), N=8, H=2, M=12),
     "linear_cross_entropy": dict(T=6, labelled=2, N=8, V=11),
 }
 QUICK = Settings(seconds=0.0)

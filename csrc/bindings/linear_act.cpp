@@ -21,16 +21,6 @@ ctxfast::DType held_as(const std::string& name) {
   return name == "int8" ? ctxfast::DType::kInt8 : dtype_named("linear_act", name, false);
 }
 
-ctxfast::Activation activation_named(const std::string& name) {
-  const char* const known[] = {"none", "gelu", "gelu_tanh", "relu", "tanh"};
-  for (int i = 0; i < 5; ++i) {
-    if (name == known[i]) return static_cast<ctxfast::Activation>(i);
-  }
-  throw py::value_error(
-      ctxfast::invalid("linear_act", "activation", "'" + name + "'", "'none', 'gelu', 'gelu_tanh', 'relu' or 'tanh'")
-          .message);
-}
-
 void forward(int64_t rows, int64_t in, int64_t out, const std::string& held, bool is_half,
              const std::string& activation, Address x, int64_t stride_x, Address packed, Address scales, Address sums,
              Address bias, Address y, int64_t threads, const std::string& isa) {
@@ -38,7 +28,7 @@ void forward(int64_t rows, int64_t in, int64_t out, const std::string& held, boo
   params.rows = rows, params.in = in, params.out = out;
   params.held = held_as(held);
   params.type = is_half ? ctxfast::DType::kBFloat16 : ctxfast::DType::kFloat32;
-  params.activation = activation_named(activation);
+  params.activation = activation_named("linear_act", activation);
   params.x = pointer<const void>(x), params.stride_x = stride_x;
   params.packed = pointer<const void>(packed);
   params.scales = pointer<const float>(scales), params.sums = pointer<const int32_t>(sums);

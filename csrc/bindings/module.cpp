@@ -56,4 +56,5 @@ PYBIND11_MODULE(_C, m) {
   bind_lstm_step(m);
   bind_lstm_persistent_backward(m);
   bind_scalar_mix(m);
+  bind_transformer_layer(m);
 }

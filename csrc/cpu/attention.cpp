@@ -2,12 +2,10 @@
 #include "ctxfast/attention.h"
 
 #include <algorithm>
-#include <cstdlib>
-#include <memory>
-#include <new>
 
 #include "attention_kernel.h"
 #include "parallel.h"
+#include "workspace.h"
 
 namespace ctxfast {
 namespace {
@@ -15,20 +13,6 @@ namespace {
 constexpr const char* kOp = "attention";
 // Multiply-adds that are worth a thread: some 3 us.
 constexpr int64_t kWorkOfThread = 1 << 18;
-
-// Kept by each calling thread: memory fresh from the system costs more than a short sequence.
-void* workspace(size_t bytes) {
-  struct Free {
-    void operator()(void* memory) const { std::free(memory); }
-  };
-  thread_local std::unique_ptr<void, Free> memory;
-  thread_local size_t size = 0;
-  if (bytes > size) {
-    memory.reset(std::aligned_alloc(64, bytes));
-    size = memory ? bytes : 0;
-  }
-  return memory.get();
-}
 
 struct Call {
   AttentionKernel kernel;

@@ -1,8 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// Between linear_act.cpp (checks, memory, threads) and the kernels of each instruction set.
+// Between linear_act.cpp (checks, memory, threads) and the kernels of each instruction set; and for ops that multiply
+// inside a parallel region of their own.
 #pragma once
 
 #include <cstdint>
+
+#include "ctxfast/linear_act.h"
 
 namespace ctxfast {
 
@@ -30,7 +33,16 @@ struct LinearActJob {
   void* barrier;
 };
 
+// Thread `index` of `count` does its share; all of them meet on the way at the job's barrier, not at the end.
 typedef void (*LinearActKernel)(const LinearActJob& job, int index, int count);
+
+// The best kernel that `isa` includes.
+LinearActKernel linear_act_kernel_for(DType held, Isa isa);
+
+// Bytes of one call's workspace, for all threads.
+int64_t linear_act_scratch_bytes(int64_t rows, int64_t in, DType held);
+// `scratch`: that many, on a cache line; `barrier`: a SpinBarrier of the threads that run the job.
+LinearActJob linear_act_job(const LinearActParams& params, char* scratch, void* barrier);
 
 // All threads meet here; linear_act.cpp defines it.
 void linear_act_barrier(void* barrier, int count);

@@ -117,3 +117,23 @@ def in_range(op: str, name: str, value: Tensor, low: int, high: int, hint: str =
         got = least if least < low else most
         tail = f" {hint}" if hint else ""
         raise ValueError(f"ctxfast.{op}: {name} holds {got}; expected values in {low}..{high}.{tail}")
+
+
+def offsets(op: str, cu_seqlens: Tensor, max_seqlen: int, rows_name: str, rows: int) -> None:
+    """Raise ValueError unless offsets, where they may be read, rise from 0 to ``rows`` in steps up to max_seqlen."""
+    if not is_readable(cu_seqlens):
+        return
+    found = cu_seqlens.tolist()
+    lengths = [end - start for start, end in zip(found, found[1:])]
+    if not found or found[0] != 0 or found[-1] != rows or min(lengths, default=0) < 0:
+        ends = f"runs from {found[0]} to {found[-1]}" if found else "is empty"
+        raise ValueError(
+            f"ctxfast.{op}: cu_seqlens {ends}; expected offsets that never fall, from 0 to the {rows} rows of "
+            f"{rows_name}."
+        )
+    longest = max(lengths, default=0)
+    if longest > max_seqlen:
+        raise ValueError(
+            f"ctxfast.{op}: max_seqlen is {max_seqlen}; expected at least {longest}, "
+            f"the longest sequence in cu_seqlens."
+        )

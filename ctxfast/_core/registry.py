@@ -274,24 +274,28 @@ def _facts(spec: OpSpec, args: dict[str, Any], impl: str | None) -> tuple[Any, .
     facts: list[Any] = [spec.name, impl, requested()]
     for value in args.values():
         kind = type(value)
-        if kind is Tensor or kind is torch.nn.Parameter:
-            if not value.is_cpu:
+        if kind is tuple:
+            facts.append(len(value))
+        for item in value if kind is tuple else (value,):
+            kind = type(item)
+            if kind is Tensor or kind is torch.nn.Parameter:
+                if not item.is_cpu:
+                    return ()
+                facts += (item.dtype, item.shape)
+            elif kind in _SIMPLE:
+                facts += (kind, item)  # 1, 1.0 and True are equal, and not all of them are allowed
+            else:
                 return ()
-            facts += (value.dtype, value.shape)
-        elif kind in _SIMPLE:
-            facts += (kind, value)  # 1, 1.0 and True are equal, and not all of them are allowed
-        else:
-            return ()
     return tuple(facts)
 
 
-def call(spec: OpSpec, args: dict[str, Any], impl: str | None = None) -> Any:
-    """Autocast, check, choose, run. ``args`` are the keyword arguments of the public function."""
+def _prepared(spec: OpSpec, args: dict[str, Any], impl: str | None) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """The function that runs a call, and its arguments, checked."""
     facts = _facts(spec, args, impl)
     function = _found.get(facts) if facts else None
     if function is not None:
         spec.check_values(args)
-        return function(**args)
+        return function, args
     args = _autocast(spec, args)
     spec.check_all(args)
     function = spec.function(resolve(spec, args, impl))
@@ -299,7 +303,19 @@ def call(spec: OpSpec, args: dict[str, Any], impl: str | None = None) -> Any:
         if len(_found) >= _MOST_FOUND:
             _found.clear()
         _found[facts] = function
+    return function, args
+
+
+def call(spec: OpSpec, args: dict[str, Any], impl: str | None = None) -> Any:
+    """Autocast, check, choose, run. ``args`` are the keyword arguments of the public function."""
+    function, args = _prepared(spec, args, impl)
     return function(**args)
+
+
+def call_unless_reference(spec: OpSpec, args: dict[str, Any]) -> Any:
+    """As ``call``; None where the reference would run, for callers that have another way then."""
+    function, args = _prepared(spec, args, None)
+    return None if function is spec.reference else function(**args)
 
 
 def _request(ops: dict[str, str]) -> dict[str, str]:

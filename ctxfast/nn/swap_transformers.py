@@ -23,6 +23,7 @@ from .. import functional
 from .._core import capability, registry
 from .._core.weight_cache import WeightCache
 from ..packing import Packing
+from . import whole_layer
 from .graphs import PackedGraphs, is_capture
 from .layer_norm import LayerNorm
 
@@ -297,9 +298,26 @@ def _query_key_value(parts: Parts, x: Tensor) -> tuple[Tensor, Tensor | None]:
     return torch.stack(products, dim=1), None
 
 
+def _run_whole(parts: Parts, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor | None:
+    """One layer in one call; None where its parts must be called."""
+    if not whole_layer.is_open(x) or any(type(linear) is not nn.Linear for linear in parts.linears):
+        return None
+    if any(_rate(dropout) for dropout in parts.dropouts) or parts.attention_norm.eps != parts.output_norm.eps:
+        return None
+    modules = (parts.project, parts.attention_norm, parts.widen, parts.narrow, parts.output_norm)
+    pairs = (_qkv(parts), *((module.weight, module.bias) for module in modules))
+    return whole_layer.run(
+        x, cu_seqlens, max_seqlen, *pairs,
+        num_heads=parts.heads, activation=_activation(parts.activation), eps=parts.output_norm.eps,
+    )  # fmt: skip
+
+
 def _run_layer(parts: Parts, impl: str | None, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
     """One post-LN layer over packed tokens, (T, N) -> (T, N)."""
     with nullcontext() if impl is None else registry.use_impl(impl):
+        y = _run_whole(parts, x, cu_seqlens, max_seqlen)
+        if y is not None:
+            return y
         qkv, bias = _query_key_value(parts, x)
         context = functional.attention(qkv, cu_seqlens, max_seqlen, bias, dropout_p=_rate(parts.attention_dropout))
         norm = parts.attention_norm

@@ -6,8 +6,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from . import whole_layer
 from .attention import SelfAttention
 from .feed_forward import Intermediate, ProjectAddLayerNorm
+from .layer_norm import AddLayerNorm
 
 
 class AttentionBlock(nn.Module):
@@ -85,5 +87,41 @@ class TransformerLayer(nn.Module):
     def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
         """x (T, N) packed tokens, cu_seqlens (S + 1,) int32, max_seqlen (the longest sequence, or
         more) -> (T, N)."""
+        if whole_layer.is_open(x):
+            y = self._whole(x, cu_seqlens, max_seqlen)
+            if y is not None:
+                return y
         x = self.attention(x, cu_seqlens, max_seqlen)
         return self.output(self.intermediate(x), x)
+
+    def _whole(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor | None:
+        """The layer in one call; None where its parts must be called."""
+        attention, widen, narrow = self.attention, self.intermediate, self.output
+        own, project = attention.self, attention.output
+        parts = (attention, own, project, project.dense, project.LayerNorm, widen, widen.dense, narrow, narrow.dense,
+                 narrow.LayerNorm)  # fmt: skip
+        # Somebody may have put another module in place of one.
+        if tuple(map(type, parts)) != _KINDS or any(map(whole_layer.is_watched, parts)):
+            return None
+        norms = (project.LayerNorm, narrow.LayerNorm)
+        choosing = (own, project, widen, narrow)
+        if any(part.impl is not None for part in (*choosing, *norms)) or norms[0].eps != norms[1].eps:
+            return None
+        if any(part.weight_dtype is not own.weight_dtype for part in choosing):
+            return None
+        if self.training and (own.dropout or norms[0].dropout or norms[1].dropout):
+            return None
+        return whole_layer.run(
+            x, cu_seqlens, max_seqlen, (own.qkv_weight, own.qkv_bias), _pair(project.dense), _pair(norms[0]),
+            _pair(widen.dense), _pair(narrow.dense), _pair(norms[1]), num_heads=own.num_heads,
+            activation=widen.activation, eps=norms[0].eps, weight_dtype=own.weight_dtype,
+        )  # fmt: skip
+
+
+# Of the parts that ``TransformerLayer._whole`` lists.
+_KINDS = (AttentionBlock, SelfAttention, ProjectAddLayerNorm, nn.Linear, AddLayerNorm, Intermediate, nn.Linear,
+          ProjectAddLayerNorm, nn.Linear, AddLayerNorm)  # fmt: skip
+
+
+def _pair(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+    return module.weight, module.bias

@@ -13,6 +13,7 @@ from . import (  # noqa: F401  (importing an op enters it in the table)
     linear_cross_entropy,
     lstm,
     scalar_mix,
+    transformer_layer,
 )
 
 registry.load_implementations()

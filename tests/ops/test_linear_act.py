@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import ctxfast
-from ctxfast.ops.linear_act import cpu
+from ctxfast._core.packed_weights import CACHE
 
 ROWS = (1, 2, 3, 5, 8, 15, 16, 17, 31, 33, 64, 100, 129, 257)
 
@@ -54,16 +54,16 @@ def test_int8_is_for_inference() -> None:
 
 def test_passing_weights_are_not_kept() -> None:
     x, weight = torch.randn(5, 64), torch.randn(48, 64, requires_grad=True)
-    held = len(cpu._packed)
+    held = len(CACHE)
     ctxfast.linear_act(x, weight, impl="cpu").sum().backward()  # in training: another weight at every step
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):  # a new rounded copy at every call
         ctxfast.linear_act(x, weight, impl="cpu")
-    assert weight.grad is not None and len(cpu._packed) == held
+    assert weight.grad is not None and len(CACHE) == held
     with torch.no_grad():
         ctxfast.linear_act(x, weight, impl="cpu")
-    assert len(cpu._packed) == held + 1
+    assert len(CACHE) == held + 1
     del weight
-    assert len(cpu._packed) == held
+    assert len(CACHE) == held
 
 
 @pytest.mark.parametrize("rows", [1, 40, 130])

@@ -43,23 +43,7 @@ def _check(args: Mapping[str, Any]) -> None:
 
 
 def _check_offsets(args: Mapping[str, Any]) -> None:
-    """Where the offsets may be read, they must rise from 0 to the number of rows in steps of at most max_seqlen."""
-    qkv, cu_seqlens, max_seqlen = args["qkv"], args["cu_seqlens"], args["max_seqlen"]
-    if not checks.is_readable(cu_seqlens):
-        return
-    offsets = cu_seqlens.tolist()
-    lengths = [end - start for start, end in zip(offsets, offsets[1:])]
-    if offsets[0] != 0 or offsets[-1] != qkv.shape[0] or min(lengths, default=0) < 0:
-        raise ValueError(
-            f"ctxfast.attention: cu_seqlens runs from {offsets[0]} to {offsets[-1]}; expected offsets "
-            f"that never fall, from 0 to the {qkv.shape[0]} rows of qkv."
-        )
-    longest = max(lengths, default=0)
-    if longest > max_seqlen:
-        raise ValueError(
-            f"ctxfast.attention: max_seqlen is {max_seqlen}; expected at least {longest}, "
-            f"the longest sequence in cu_seqlens."
-        )
+    checks.offsets(_OP, args["cu_seqlens"], args["max_seqlen"], "qkv", args["qkv"].shape[0])
 
 
 SPEC = registry.register(

@@ -17,8 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..._core import capability, registry, torch_ops
-from ..._core.weight_cache import WeightCache
+from ..._core import capability, packed_weights, registry, torch_ops
 
 # activation -> oneDNN's post-operation and its algorithm
 _POST = {
@@ -28,12 +27,6 @@ _POST = {
     "relu": ("relu", ""),
     "tanh": ("tanh", ""),
 }
-
-# Rows up to which the compiled bfloat16 product is at least as fast as oneDNN's, by instruction set (BERT's sizes,
-# 2026-11: AMX 1.2 to 1.7 times at 16 rows, even at 128; AVX-512 BF16 1.3 times at 16, even from 128 on).
-_FEW_ROWS = {"amx": 128, "avx512bf16": 1 << 62}
-
-_packed = WeightCache()
 
 
 @lru_cache
@@ -64,41 +57,6 @@ def _product(x: Tensor, packed: Tensor, bias: Tensor | None, activation: str) ->
     return torch.ops.mkldnn._linear_pointwise(rows.contiguous(), packed, bias, post, [], algorithm)[: x.shape[0]]
 
 
-@lru_cache
-def _compiled_rows(dtype: torch.dtype) -> int:
-    """Rows up to which the compiled product is taken."""
-    extension = capability.extension()
-    if extension is None:
-        return 0
-    # In float32 all: a row's bits would tell which product it went through.
-    return 1 << 62 if dtype is torch.float32 else _FEW_ROWS.get(extension.cpu_isa(), 0)
-
-
-def _in_panels(weight: Tensor) -> Tensor:
-    """int8, bfloat16 or float32 (N_out, N_in) in the layout of csrc/include/ctxfast/linear_act.h, on a cache line."""
-    per_word = 4 // weight.element_size()
-    out, size = (-(-weight.shape[0] // 32), -(-weight.shape[1] // (16 * per_word)))
-    padded = weight.new_zeros(out * 32, size * 16 * per_word)
-    padded[: weight.shape[0], : weight.shape[1]] = weight
-    panels = padded.view(out, 2, 16, size, 16, per_word).permute(0, 3, 1, 4, 2, 5)
-    memory = torch.empty(padded.numel() * padded.element_size() + 64, dtype=torch.uint8)
-    start = -memory.data_ptr() % 64
-    aligned = memory[start : start + padded.numel() * padded.element_size()]
-    aligned.view(weight.dtype).view(panels.shape).copy_(panels)
-    return aligned
-
-
-def _narrow(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """int8 panels; what a step of each row is worth, float32; 128 times the sum of each row's steps, int32."""
-    wide = weight.float()
-    most = wide.abs().amax(dim=1)
-    steps = torch.where(most > 1e-30, 127.0 / most, torch.zeros_like(most))
-    whole = torch.round(wide * steps[:, None]).to(torch.int8)
-    padding = (0, -weight.shape[0] % 32)
-    sums = 128 * whole.sum(dim=1, dtype=torch.int32)
-    return _in_panels(whole), F.pad(most / 127.0, padding), F.pad(sums, padding)
-
-
 def _compiled(
     x: Tensor, held: str, packed: Tensor, scales: Tensor | None, sums: Tensor | None, bias: Tensor | None,
     activation: str, out: int,
@@ -119,16 +77,14 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, is
     if x.shape[0] == 0 or weight.shape[0] == 0:
         return _forward_fake(x, weight, bias, activation, is_int8, is_kept)
     if is_int8:
-        packed, scales, sums = _packed.get((weight,), "int8", lambda: _narrow(weight.detach()))
+        packed, scales, sums = packed_weights.int8(weight)
         return _compiled(x, "int8", packed, scales, sums, bias, activation, weight.shape[0])
-    if is_kept and x.shape[0] <= _compiled_rows(x.dtype):
-        packed = _packed.get((weight,), "panels", lambda: _in_panels(weight.detach()))
+    if is_kept and x.shape[0] <= packed_weights.most_rows(x.dtype):
+        packed = packed_weights.panels(weight)
         held = "float32" if x.dtype is torch.float32 else "bfloat16"
         return _compiled(x, held, packed, None, None, bias, activation, weight.shape[0])
     # Packed for any number of rows.
-    packed = (
-        weight.contiguous() if not is_kept else _packed.get((weight,), "oneDNN", lambda: _reordered(weight.detach()))
-    )
+    packed = weight.contiguous() if not is_kept else packed_weights.kept(weight, "oneDNN", _reordered)
     return _product(x, packed, None if bias is None else bias.contiguous(), activation)
 
 

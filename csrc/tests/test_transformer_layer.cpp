@@ -1,0 +1,231 @@
+// SPDX-License-Identifier: Apache-2.0
+// transformer_layer on the CPU against its parts, called one by one: the same bits, on every instruction set this
+// machine runs and on any number of threads. The parts have programs of their own.
+#include <cstring>
+
+#include "check.h"
+#include "ctxfast/attention.h"
+#include "ctxfast/layer_norm.h"
+#include "ctxfast/linear_act.h"
+#include "ctxfast/transformer_layer.h"
+
+using namespace ctxfast;
+
+namespace {
+
+// Memory of elements that are float32 or bfloat16, on a cache line.
+struct Values {
+  DType type;
+  int64_t n;
+  void* memory;
+  Values(DType type, int64_t n) : type(type), n(n), memory(std::aligned_alloc(64, round_up(4 * n + 64, 64))) {
+    std::memset(memory, 0x7f, round_up(4 * n + 64, 64));  // no number that results could be made of
+  }
+  Values(Values&& other) : type(other.type), n(other.n), memory(other.memory) { other.memory = nullptr; }
+  Values(const Values&) = delete;
+  ~Values() { std::free(memory); }
+
+  void set(int64_t i, float value) {
+    if (type == DType::kFloat32) {
+      static_cast<float*>(memory)[i] = value;
+    } else {
+      uint32_t bits;
+      std::memcpy(&bits, &value, 4);
+      static_cast<uint16_t*>(memory)[i] = static_cast<uint16_t>(bits >> 16);
+    }
+  }
+  bool operator==(const Values& other) const {
+    return n == other.n && std::memcmp(memory, other.memory, n * (type == DType::kFloat32 ? 4 : 2)) == 0;
+  }
+};
+
+Values random_values(Random* random, DType type, int64_t n, float scale, float shift = 0) {
+  Values values(type, n);
+  for (int64_t i = 0; i < n; ++i) values.set(i, shift + random->uniform(scale));
+  return values;
+}
+
+// A product's weights, random, in the layout of linear_act.h.
+struct Weights {
+  int64_t in, out;
+  Values packed, bias;
+  std::vector<float> scales;
+  std::vector<int32_t> sums;
+
+  Weights(Random* random, DType type, DType held, int64_t in, int64_t out)
+      : in(in),
+        out(out),
+        packed(type, linear_act_packed_bytes(in, out, held)),
+        bias(random_values(random, type, out, 0.5f)),
+        scales(random->fill(round_up(out, kLinearActPanel), 0.01f)),
+        sums(scales.size(), 0) {
+    std::memset(packed.memory, 0, linear_act_packed_bytes(in, out, held));
+    const int64_t per_word = held == DType::kInt8 ? 4 : held == DType::kBFloat16 ? 2 : 1;
+    const int64_t tiles = ceil_div(in, kLinearActTileWords * per_word);
+    for (int64_t o = 0; o < out; ++o) {
+      for (int64_t k = 0; k < in; ++k) {
+        const int64_t word = k / per_word, column = o % kLinearActPanel;
+        const int64_t at =
+            (((o / kLinearActPanel * tiles + word / 16) * 2 + column / 16) * 16 + word % 16) * 16 + column % 16;
+        if (held == DType::kInt8) {
+          static_cast<int8_t*>(packed.memory)[4 * at + k % 4] = static_cast<int8_t>(random->below(255) - 127);
+        } else {
+          packed.set(per_word * at + k % per_word, random->uniform(1.0f / std::sqrt(static_cast<float>(in))));
+        }
+      }
+    }
+  }
+  TransformerLayerProduct product(bool has_bias) const {
+    return {packed.memory, scales.data(), sums.data(), has_bias ? bias.memory : nullptr};
+  }
+};
+
+struct Problem {
+  DType type, held;
+  int64_t hidden, heads, wide, tokens = 0;
+  bool has_bias;
+  std::vector<int32_t> offsets = {0};
+  Random random;
+  Values x, norms[4];
+  Weights qkv, project, widen, narrow;
+
+  Problem(DType type, DType held, const std::vector<int>& lengths, int64_t hidden, int64_t heads, int64_t wide,
+          bool has_bias)
+      : type(type),
+        held(held),
+        hidden(hidden),
+        heads(heads),
+        wide(wide),
+        tokens(total(lengths)),
+        has_bias(has_bias),
+        random(static_cast<uint64_t>(hidden * 1000 + wide)),
+        x(random_values(&random, type, tokens * hidden, 1.0f)),
+        norms{random_values(&random, type, hidden, 0.3f, 1.0f), random_values(&random, type, hidden, 0.3f),
+              random_values(&random, type, hidden, 0.3f, 1.0f), random_values(&random, type, hidden, 0.3f)},
+        qkv(&random, type, held, hidden, 3 * hidden),
+        project(&random, type, held, hidden, hidden),
+        widen(&random, type, held, hidden, wide),
+        narrow(&random, type, held, wide, hidden) {
+    for (const int length : lengths) offsets.push_back(offsets.back() + length);
+  }
+  static int64_t total(const std::vector<int>& lengths) {
+    int64_t sum = 0;
+    for (const int length : lengths) sum += length;
+    return sum;
+  }
+
+  TransformerLayerParams params(Isa isa, int64_t threads, Values* y) const {
+    TransformerLayerParams p;
+    p.tokens = tokens, p.hidden = hidden, p.heads = heads, p.intermediate = wide;
+    p.sequences = static_cast<int64_t>(offsets.size()) - 1;
+    p.type = type, p.held = held, p.eps = 1e-12f;
+    p.x = x.memory, p.cu_seqlens = offsets.data();
+    p.qkv = qkv.product(has_bias), p.project = project.product(has_bias);
+    p.widen = widen.product(has_bias), p.narrow = narrow.product(has_bias);
+    p.attention_norm = {norms[0].memory, norms[1].memory}, p.output_norm = {norms[2].memory, norms[3].memory};
+    p.y = y->memory;
+    p.threads = threads, p.isa = isa;
+    return p;
+  }
+
+  Values multiply(const Weights& w, const Values& from, Activation activation, bool adds, Isa isa,
+                  Report* report) const {
+    Values to(type, tokens * w.out);
+    LinearActParams p;
+    p.rows = tokens, p.in = w.in, p.out = w.out, p.held = held, p.type = type, p.activation = activation;
+    p.x = from.memory, p.stride_x = w.in, p.packed = w.packed.memory, p.scales = w.scales.data();
+    p.sums = w.sums.data(), p.bias = adds && has_bias ? w.bias.memory : nullptr, p.y = to.memory, p.isa = isa;
+    report->that("linear_act", linear_act_forward(p).ok());
+    return to;
+  }
+
+  Values normalise(const Values& rows, const Weights& w, const Values& residual, int norm, Isa isa,
+                   Report* report) const {
+    Values to(type, tokens * hidden);
+    LayerNormParams p;
+    p.rows = tokens, p.size = hidden, p.type = type, p.sources = 2;
+    p.source[0] = {rows.memory, hidden}, p.source[1] = {residual.memory, hidden};
+    p.shift = has_bias ? w.bias.memory : nullptr, p.weight = norms[norm].memory, p.bias = norms[norm + 1].memory;
+    p.eps = 1e-12f, p.y = to.memory, p.isa = isa;
+    report->that("layer_norm", layer_norm_forward(p).ok());
+    return to;
+  }
+
+  Values by_parts(Isa isa, Report* report) const {
+    const Values rows = multiply(qkv, x, Activation::kNone, true, isa, report);
+    Values context(type, tokens * hidden);
+    AttentionParams p;
+    p.tokens = tokens, p.heads = heads, p.head_dim = hidden / heads;
+    p.sequences = static_cast<int64_t>(offsets.size()) - 1;
+    p.type = type, p.qkv = rows.memory, p.stride_qkv = 3 * hidden, p.cu_seqlens = offsets.data();
+    p.scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(p.head_dim)));
+    p.y = context.memory, p.stride_y = hidden, p.isa = isa;
+    report->that("attention", attention_forward(p).ok());
+    const Values projected = multiply(project, context, Activation::kNone, false, isa, report);
+    const Values h = normalise(projected, project, x, 0, isa, report);
+    const Values between = multiply(widen, h, Activation::kGelu, true, isa, report);
+    return normalise(multiply(narrow, between, Activation::kNone, false, isa, report), narrow, h, 2, isa, report);
+  }
+};
+
+void check_problem(const Problem& problem, Report* report) {
+  for (const Isa isa : runnable_isas()) {
+    const std::string name = std::string(isa_name(isa)) + " hidden " + std::to_string(problem.hidden) + " tokens " +
+                             std::to_string(problem.tokens);
+    const Values want = problem.by_parts(isa, report);
+    for (const int64_t threads : {1, 2, 5}) {
+      Values y(problem.type, problem.tokens * problem.hidden);
+      const Status status = transformer_layer_forward(problem.params(isa, threads, &y));
+      report->that(name + ": " + status.message, status.ok());
+      report->that(name + " threads " + std::to_string(threads), y == want);
+    }
+  }
+}
+
+void check_refusals(Report* report) {
+  const Problem problem(DType::kFloat32, DType::kInt8, {3, 2}, 16, 2, 24, true);
+  const int32_t falls[] = {0, 4, 3}, ends[] = {0, 3, 4};
+  const auto refused = [&](const char* word, auto change) {
+    Values y(DType::kFloat32, 5 * 16);
+    TransformerLayerParams p = problem.params(Isa::kGeneric, 1, &y);
+    change(&p);
+    const Status status = transformer_layer_forward(p);
+    report->that(word, !status.ok() && status.message.find(word) != std::string::npos);
+  };
+  using P = TransformerLayerParams;
+  refused("tokens", [](P* p) { p->tokens = -1; });
+  refused("hidden", [](P* p) { p->hidden = 9000; });
+  refused("heads", [](P* p) { p->heads = 3; });
+  refused("intermediate", [](P* p) { p->intermediate = 0; });
+  refused("threads", [](P* p) { p->threads = 0; });
+  refused("type", [](P* p) { p->type = DType::kFloat16; });
+  refused("held", [](P* p) { p->held = DType::kBFloat16; });
+  refused("cu_seqlens", [](P* p) { p->cu_seqlens = nullptr; });
+  refused("cu_seqlens[2]", [&](P* p) { p->cu_seqlens = falls; });
+  refused("the end of cu_seqlens", [&](P* p) { p->cu_seqlens = ends; });
+  refused("x", [](P* p) { p->x = nullptr; });
+  refused("output_norm.bias", [](P* p) { p->output_norm.bias = nullptr; });
+  refused("packed", [](P* p) { p->widen.packed = nullptr; });
+  refused("cache line", [](P* p) { p->narrow.packed = static_cast<const char*>(p->narrow.packed) + 4; });
+  refused("sums", [](P* p) { p->qkv.sums = nullptr; });
+}
+
+}  // namespace
+
+int main() {
+  Report report;
+  const struct {
+    DType type, held;
+  } kinds[] = {{DType::kFloat32, DType::kFloat32},
+               {DType::kBFloat16, DType::kBFloat16},
+               {DType::kFloat32, DType::kInt8},
+               {DType::kBFloat16, DType::kInt8}};
+  for (const auto& kind : kinds) {
+    check_problem({kind.type, kind.held, {5, 0, 1, 17, 33}, 64, 4, 96, true}, &report);
+    check_problem({kind.type, kind.held, {3, 16}, 35, 5, 67, false}, &report);
+    check_problem({kind.type, kind.held, {200, 1, 192}, 48, 3, 160, true}, &report);  // more rows than a chunk
+    check_problem({kind.type, kind.held, {}, 32, 2, 32, true}, &report);
+  }
+  check_refusals(&report);
+  return report.finish("test_transformer_layer");
+}

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``transformer_layer``: the definition, in plain PyTorch (Vaswani et al. 2017, section 3.1; Devlin et al. 2019).
+
+As in ``attention``'s definition, packed rows are spread over a (sequences, max_seqlen) grid and masked there.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# (weight, bias)
+Pair = tuple[Tensor, "Tensor | None"]
+
+
+def _rounded(x: Tensor) -> Tensor:
+    """Rows in whole steps of 1/127 of their largest magnitude; the gradient passes straight through."""
+    fixed = x.detach()
+    most = fixed.abs().amax(dim=-1, keepdim=True)
+    steps = torch.where(most > 1e-30, 127.0 / most, torch.zeros_like(most))
+    return torch.round(fixed * steps) * (most / 127.0) + (x - fixed)
+
+
+def _product(x: Tensor, pair: Pair, weight_dtype: torch.dtype | None) -> Tensor:
+    weight, bias = pair
+    if weight_dtype is torch.int8:
+        x, weight = _rounded(x), _rounded(weight)
+    return F.linear(x, weight, bias)
+
+
+def _activated(x: Tensor, activation: str) -> Tensor:
+    if activation == "gelu":
+        return F.gelu(x)
+    if activation == "gelu_tanh":
+        return F.gelu(x, approximate="tanh")
+    if activation == "relu":
+        return F.relu(x)
+    return torch.tanh(x) if activation == "tanh" else x
+
+
+def _attended(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    """(T, 3, H, D) -> (T, H, D)."""
+    total, _, _, head_dim = qkv.shape
+    cu_seqlens = cu_seqlens.long()
+    column = torch.arange(max_seqlen, device=qkv.device)
+    inside = column < (cu_seqlens[1:] - cu_seqlens[:-1])[:, None]  # (S, L)
+    row = (cu_seqlens[:-1, None] + column).clamp(max=total - 1)
+    query, key, value = qkv[row].permute(2, 0, 3, 1, 4)  # (S, H, L, D) each
+    wide = torch.promote_types(qkv.dtype, torch.float32)
+    scores = (torch.matmul(query, key.transpose(-1, -2)) * head_dim**-0.5).to(wide)
+    scores = scores.masked_fill(~inside[:, None, None, :], torch.finfo(wide).min)
+    context = torch.matmul(torch.softmax(scores, dim=-1).to(qkv.dtype), value).transpose(1, 2)  # (S, L, H, D)
+    token = torch.arange(total, device=qkv.device)
+    sequence = torch.searchsorted(cu_seqlens, token, right=True) - 1
+    return context[sequence, token - cu_seqlens[sequence]]
+
+
+def transformer_layer(
+    x: Tensor,  # (T, N)
+    cu_seqlens: Tensor,  # (S + 1,)
+    max_seqlen: int,
+    qkv: Pair,  # (3N, N)
+    project: Pair,  # (N, N)
+    attention_norm: tuple[Tensor, Tensor],
+    widen: Pair,  # (M, N)
+    narrow: Pair,  # (N, M)
+    output_norm: tuple[Tensor, Tensor],
+    num_heads: int,
+    activation: str,
+    eps: float,
+    weight_dtype: torch.dtype | None,
+) -> Tensor:
+    """See ``ctxfast.functional.transformer_layer``."""
+    size = x.shape[1:]
+    rows = _product(x, qkv, weight_dtype).unflatten(-1, (3, num_heads, size[0] // num_heads))
+    # Without tokens nothing is attended to; the sum keeps the graph.
+    context = _attended(rows, cu_seqlens, max_seqlen) if x.shape[0] and max_seqlen else rows.sum(dim=1)
+    projected = _product(context.flatten(1), project, weight_dtype)
+    x = F.layer_norm(x + projected, size, *attention_norm, eps)
+    wide = _activated(_product(x, widen, weight_dtype), activation)
+    return F.layer_norm(x + _product(wide, narrow, weight_dtype), size, *output_norm, eps)
