@@ -63,6 +63,7 @@ def _case(
 
 CASES = (
     _case("ragged", (5, 1, 0, 17, 33), 64, 4, 96),
+    _case("tiny", (2, 1), 4, 2, 3),
     _case("one-token", (1,), 32, 1, 48),
     _case("no-tokens", (0, 0), 32, 2, 48),
     _case("no-sequences", (), 32, 2, 48),
