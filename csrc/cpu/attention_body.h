@@ -18,12 +18,12 @@ constexpr int kVectors = kLanes == 16 ? 4 : 2;
 constexpr int rows_of(int vectors) {
   return kLanes == 16 ? vectors == 4 ? 6 : vectors == 3 ? 8 : 12 : kLanes == 8 ? vectors == 2 ? 6 : 10 : 4;
 }
-// Words of a sum that stay in the first cache while rows pass over them.
+// Words of a sum that stay in the nearest caches while rows pass over them. Each block is summed by itself, which also
+// keeps long sums exact.
 constexpr int64_t kBlock = 128;
 
 struct Float32 {
   static constexpr int kTerms = 1;  // of a sum in a word
-  static constexpr bool kHalf = false;
   static Vec spread(uint32_t word) { return (Vec)all_words(word); }
   static Vec dot(Vec sum, Vec x, Vec w) { return x * w + sum; }
 };
@@ -31,24 +31,17 @@ struct Float32 {
 #if defined(CTXFAST_DOT_BF16)
 struct Bfloat16 {
   static constexpr int kTerms = 2;
-  static constexpr bool kHalf = true;
   static Vec spread(uint32_t word) { return (Vec)all_words(word); }
   static Vec dot(Vec sum, Vec x, Vec w) { return CTXFAST_DOT_BF16(sum, x, w); }
 };
 #endif
 
-// z[row][column] (+)= sum over words of x[row][word] w[word][column]; sums go on in the order of the words.
+// z[row][column] = (begin: 0; else z) + sum over words of x[row][word] w[word][column]. The order of a sum is the same
+// for every kRows and kColumns.
 template <class Kind, int kRows, int kColumns>
 inline void tile(const uint32_t* x, int64_t ld_x, const uint32_t* w, int64_t words, bool begin, float* z,
                  int64_t ld_z) {
   Vec sum[kRows][kColumns] = {};
-  if (!begin) {
-#pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 16
-      for (int v = 0; v < kColumns; ++v) sum[r][v] = load(z + r * ld_z + v * kLanes);
-    }
-  }
   for (int64_t k = 0; k < words; ++k, w += kColumns * kLanes) {
     Vec columns[kColumns];
 #pragma GCC unroll 16
@@ -63,7 +56,10 @@ inline void tile(const uint32_t* x, int64_t ld_x, const uint32_t* w, int64_t wor
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 16
-    for (int v = 0; v < kColumns; ++v) store(z + r * ld_z + v * kLanes, sum[r][v]);
+    for (int v = 0; v < kColumns; ++v) {
+      float* const to = z + r * ld_z + v * kLanes;
+      store(to, begin ? sum[r][v] : load(to) + sum[r][v]);
+    }
   }
 }
 
@@ -192,11 +188,11 @@ struct Head {
       return load_half_lanes(static_cast<const uint16_t*>(rows) + row + at, size - at);
     }
   };
-  Part part(int64_t which) const { return {job.qkv, job.bias, bias_at(which), size}; }
+  Part part_of(int64_t which) const { return {job.qkv, job.bias, bias_at(which), size}; }
 
   // A row as words, padded with zeros to whole vectors.
   static void copy_row(const Part part, int64_t row, float sign, uint32_t* to) {
-    if constexpr (Kind::kHalf) {
+    if constexpr (Kind::kTerms == 2) {
       const HalfVec flip = halves_of(all_words(sign < 0 ? 0x8000u : 0u));
       for (int64_t at = 0; at < part.size; at += kLanes) {
         const HalfVec halves = part.half(row, at) ^ flip;
@@ -216,7 +212,7 @@ struct Head {
   // Keys past the end are the last one again: their scores are left out. Terms past the end, to the next multiple of
   // four, are written where the next panel will be, or into what the workspace is padded by.
   void turn_keys() const {
-    const Part from = part(1);
+    const Part from = part_of(1);
     const int64_t ld = ld_row(), size_words = this->size_words;
     for (int64_t panel = 0; panel < keys_in.count; ++panel) {
       const int64_t first = keys_in.first(panel), width = keys_in.width(panel) * kLanes;
@@ -231,7 +227,7 @@ struct Head {
   }
 
   void copy_values() const {
-    const Part from = part(2);
+    const Part from = part_of(2);
     for (int64_t panel = 0; panel < values_in.count; ++panel) {
       const int64_t first = values_in.first(panel) * kLanes, width = values_in.width(panel) * kLanes;
       uint32_t* to = values + first * key_words;
@@ -241,7 +237,7 @@ struct Head {
       for (int64_t word = 0; word < whole; ++word, to += width, row += Kind::kTerms * step) {
         for (int64_t at = 0; at < width; at += kLanes) {
           WordVec words;
-          if constexpr (Kind::kHalf) {
+          if constexpr (Kind::kTerms == 2) {
             words = words_of(part.half(row, at)) | words_of(part.half(row + step, at)) << 16;
           } else {
             words = (WordVec)part.value(row, at);
@@ -249,7 +245,7 @@ struct Head {
           __builtin_memcpy(to + at, &words, sizeof words);
         }
       }
-      if constexpr (Kind::kHalf) {
+      if constexpr (Kind::kTerms == 2) {
         for (int64_t at = 0; length % 2 && at < width; at += kLanes) {
           const WordVec words = words_of(part.half(row, at));
           __builtin_memcpy(to + at, &words, sizeof words);
@@ -258,6 +254,7 @@ struct Head {
     }
   }
 
+  // Of a row of scores. NaN may be passed over here: it stays in the scores.
   float largest(const float* row) const {
     const int64_t whole = length / kLanes * kLanes;
     Vec most = all(-__builtin_inff());
@@ -266,13 +263,13 @@ struct Head {
     return largest_lane(most);
   }
 
-  // A row of scores becomes exp(scale (score - largest)), as words; returns the sum.
+  // A row of scores becomes 2^(step (score - largest)), as words; returns the sum.
   float weigh(float* row, float largest, float step) const {
     const Vec top = all(largest);
     const int64_t whole = length / kLanes * kLanes;
     Vec sum = {};
     const auto put = [row](int64_t j, Vec e) {
-      if constexpr (Kind::kHalf) {
+      if constexpr (Kind::kTerms == 2) {
         // In place: what is written lies before what is still to be read.
         const HalfVec halves = narrowed_fast(e);
         __builtin_memcpy(reinterpret_cast<uint16_t*>(row) + j, &halves, sizeof halves);
@@ -312,7 +309,7 @@ struct Head {
     const int64_t n = to - from;
     // exp(scale s) = 2^(step |s|): a negative scale turns the queries' signs, so that the largest is the largest.
     const float sign = job.scale < 0 ? -1.0f : 1.0f, step = sign * job.scale * 1.44269504f;
-    const Part part = this->part(0);
+    const Part part = part_of(0);
     for (int64_t i = 0; i < n; ++i) copy_row(part, row_at(0, from + i), sign, queries + i * ld_row());
     product<Kind>(n, queries, ld_row(), keys, keys_in, size_words, scores, ld_score, ahead);
     float most[kAttentionRows], sums[kAttentionRows];
@@ -353,9 +350,9 @@ void forward(const AttentionJob& job, int index, int count) {
     const int64_t blocks = panels_of(length, kAttentionRows);
     for (int64_t head = 0; head < job.heads; ++head) {
       const Head<Kind, kHalf> item(job, start, length, head, scratch);
-      // The same rows of the next head, or the next sequence's first.
-      const bool is_last = head + 1 == job.heads;
-      const int64_t next = is_last && s + 1 < job.sequences ? offset(job, s + 2) - offset(job, s + 1) : length;
+      // The same rows of the next head, or those of the next sequence's first.
+      const bool is_last = head + 1 == job.heads, is_end = is_last && s + 1 == job.sequences;
+      const int64_t next = is_end ? 0 : is_last ? offset(job, s + 2) - offset(job, s + 1) : length;
       Ahead ahead = item.ahead(is_last ? start + length : start, is_last ? 0 : head + 1, next);
       bool is_ready = false;
       for (int64_t block = 0; block < blocks; ++block) {

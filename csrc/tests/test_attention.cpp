@@ -137,7 +137,7 @@ void check_problem(const Problem& problem, Report* report) {
   const std::vector<double> want = problem.want();
   // Values and biases lie within 3; bfloat16 weights and outputs are rounded to 1/512 of themselves, and sums of a
   // value and a bias, which move scores.
-  const double limit = problem.type == DType::kBFloat16 ? 0.1 : 1e-5;
+  const double limit = problem.type == DType::kBFloat16 ? 0.03 : 5e-6;
   for (const Isa isa : runnable_isas()) {
     const std::string name = name_of(problem, isa);
     const std::vector<float> found = problem.run(problem.params(isa, 1), report);
