@@ -18,12 +18,12 @@ constexpr int kVectors = kLanes == 16 ? 4 : 2;
 constexpr int rows_of(int vectors) {
   return kLanes == 16 ? vectors == 4 ? 6 : vectors == 3 ? 8 : 12 : kLanes == 8 ? vectors == 2 ? 6 : 10 : 4;
 }
-// Words of a sum that stay in the first cache while rows pass over them.
+// Words of a sum that stay in the nearest caches while rows pass over them. Each block is summed by itself, which also
+// keeps long sums exact.
 constexpr int64_t kBlock = 128;
 
 struct Float32 {
   static constexpr int kTerms = 1;  // of a sum in a word
-  static constexpr bool kHalf = false;
   static Vec spread(uint32_t word) { return (Vec)all_words(word); }
   static Vec dot(Vec sum, Vec x, Vec w) { return x * w + sum; }
 };
@@ -31,24 +31,17 @@ struct Float32 {
 #if defined(CTXFAST_DOT_BF16)
 struct Bfloat16 {
   static constexpr int kTerms = 2;
-  static constexpr bool kHalf = true;
   static Vec spread(uint32_t word) { return (Vec)all_words(word); }
   static Vec dot(Vec sum, Vec x, Vec w) { return CTXFAST_DOT_BF16(sum, x, w); }
 };
 #endif
 
-// z[row][column] (+)= sum over words of x[row][word] w[word][column]; sums go on in the order of the words.
+// z[row][column] = (begin: 0; else z) + sum over words of x[row][word] w[word][column]. The order of a sum is the same
+// for every kRows and kColumns.
 template <class Kind, int kRows, int kColumns>
 inline void tile(const uint32_t* x, int64_t ld_x, const uint32_t* w, int64_t words, bool begin, float* z,
                  int64_t ld_z) {
   Vec sum[kRows][kColumns] = {};
-  if (!begin) {
-#pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 16
-      for (int v = 0; v < kColumns; ++v) sum[r][v] = load(z + r * ld_z + v * kLanes);
-    }
-  }
   for (int64_t k = 0; k < words; ++k, w += kColumns * kLanes) {
     Vec columns[kColumns];
 #pragma GCC unroll 16
@@ -63,7 +56,10 @@ inline void tile(const uint32_t* x, int64_t ld_x, const uint32_t* w, int64_t wor
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 16
-    for (int v = 0; v < kColumns; ++v) store(z + r * ld_z + v * kLanes, sum[r][v]);
+    for (int v = 0; v < kColumns; ++v) {
+      float* const to = z + r * ld_z + v * kLanes;
+      store(to, begin ? sum[r][v] : load(to) + sum[r][v]);
+    }
   }
 }
 
@@ -76,13 +72,32 @@ void tile_rows(int64_t rows, const uint32_t* x, int64_t ld_x, const uint32_t* w,
   tile<Kind, kRows, kColumns>(x, ld_x, w, words, begin, z, ld_z);
 }
 
+// Rows of memory that are asked for ahead of their use, some with every tile of a product: the way from memory takes
+// longer than copying, and is hidden behind the arithmetic.
+struct Ahead {
+  static constexpr int kParts = 4;
+  const char* part[kParts];
+  int64_t step[kParts];  // bytes between rows
+  int64_t bytes, left, at_once;
+
+  void fetch_some() {
+    for (int64_t row = less(at_once, left); row > 0; --row, --left) {
+      for (int i = 0; i < kParts; ++i) {
+        for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(part[i] + at, 0, 2);
+        part[i] += step[i];
+      }
+    }
+  }
+};
+
 template <class Kind, int kColumns>
 void panel_rows(int64_t rows, const uint32_t* x, int64_t ld_x, const uint32_t* w, int64_t words, bool begin, float* z,
-                int64_t ld_z) {
+                int64_t ld_z, Ahead* ahead) {
   constexpr int kRows = rows_of(kColumns);
   const int64_t tiles = panels_of(rows, kRows);
   for (int64_t i = 0; i < tiles; ++i) {  // as even as can be: 8 rows are 4 + 4, not 6 + 2
     const int64_t from = rows * i / tiles, to = rows * (i + 1) / tiles;
+    ahead->fetch_some();
     tile_rows<Kind, kColumns, kRows>(to - from, x + from * ld_x, ld_x, w, words, begin, z + from * ld_z, ld_z);
   }
 }
@@ -99,21 +114,25 @@ struct Panels {
 // z (rows, columns) = x (rows, words) times panels of `words` words each.
 template <class Kind>
 void product(int64_t rows, const uint32_t* x, int64_t ld_x, const uint32_t* w, const Panels& panels, int64_t words,
-             float* z, int64_t ld_z) {
+             float* z, int64_t ld_z, Ahead* ahead) {
   for (int64_t k = 0; k < words; k += kBlock) {
     const int64_t some = less(kBlock, words - k);
     for (int64_t panel = 0; panel < panels.count; ++panel) {
       const int64_t first = panels.first(panel) * kLanes, width = panels.width(panel);
       const uint32_t* const from = w + first * words + k * width * kLanes;
       float* const to = z + first;
-      if (width == 1) panel_rows<Kind, 1>(rows, x + k, ld_x, from, some, k == 0, to, ld_z);
-      if (width == 2) panel_rows<Kind, 2>(rows, x + k, ld_x, from, some, k == 0, to, ld_z);
+      if (width == 1) panel_rows<Kind, 1>(rows, x + k, ld_x, from, some, k == 0, to, ld_z, ahead);
+      if (width == 2) panel_rows<Kind, 2>(rows, x + k, ld_x, from, some, k == 0, to, ld_z, ahead);
       if constexpr (kVectors > 2) {
-        if (width == 3) panel_rows<Kind, 3>(rows, x + k, ld_x, from, some, k == 0, to, ld_z);
-        if (width == 4) panel_rows<Kind, 4>(rows, x + k, ld_x, from, some, k == 0, to, ld_z);
+        if (width == 3) panel_rows<Kind, 3>(rows, x + k, ld_x, from, some, k == 0, to, ld_z, ahead);
+        if (width == 4) panel_rows<Kind, 4>(rows, x + k, ld_x, from, some, k == 0, to, ld_z, ahead);
       }
     }
   }
+}
+
+inline int64_t offset(const AttentionJob& job, int64_t i) {
+  return job.is_int64 ? static_cast<const int64_t*>(job.cu_seqlens)[i] : static_cast<const int32_t*>(job.cu_seqlens)[i];
 }
 
 // One (sequence, head) of a job: addresses, and this thread's workspace. kHalf: qkv, bias and y are bfloat16.
@@ -154,27 +173,34 @@ struct Head {
   int64_t bias_at(int64_t part) const { return (part * job.heads + head) * size; }
   int64_t row_at(int64_t part, int64_t i) const { return (start + i) * job.stride_qkv + bias_at(part); }
 
-  Vec value(int64_t part, int64_t row, int64_t at) const {
-    const Vec x = load_typed<kHalf>(job.qkv, row + at, size - at);
-    return job.bias ? x + load_typed<kHalf>(job.bias, bias_at(part) + at, size - at) : x;
-  }
-  HalfVec half_value(int64_t part, int64_t row, int64_t at) const {
-    if (job.bias) return narrowed_fast(value(part, row, at));
-    return load_half_lanes(static_cast<const uint16_t*>(job.qkv) + row + at, size - at);
-  }
+  // The rows of one part: what is loaded for every vector, apart from `this`, which stores might reach.
+  struct Part {
+    const void* const rows;
+    const void* const bias;
+    const int64_t bias_at, size;
 
-  // Row i as words, padded with zeros to whole vectors.
-  void copy_row(int64_t part, int64_t i, float sign, uint32_t* to) const {
-    const int64_t row = row_at(part, i);
-    if constexpr (Kind::kHalf) {
+    Vec value(int64_t row, int64_t at) const {
+      const Vec x = load_typed<kHalf>(rows, row + at, size - at);
+      return bias ? x + load_typed<kHalf>(bias, bias_at + at, size - at) : x;
+    }
+    HalfVec half(int64_t row, int64_t at) const {
+      if (bias) return narrowed_fast(value(row, at));
+      return load_half_lanes(static_cast<const uint16_t*>(rows) + row + at, size - at);
+    }
+  };
+  Part part_of(int64_t which) const { return {job.qkv, job.bias, bias_at(which), size}; }
+
+  // A row as words, padded with zeros to whole vectors.
+  static void copy_row(const Part part, int64_t row, float sign, uint32_t* to) {
+    if constexpr (Kind::kTerms == 2) {
       const HalfVec flip = halves_of(all_words(sign < 0 ? 0x8000u : 0u));
-      for (int64_t at = 0; at < size; at += kLanes) {
-        const HalfVec halves = half_value(part, row, at) ^ flip;
+      for (int64_t at = 0; at < part.size; at += kLanes) {
+        const HalfVec halves = part.half(row, at) ^ flip;
         __builtin_memcpy(reinterpret_cast<uint16_t*>(to) + at, &halves, sizeof halves);
       }
     } else {
-      for (int64_t at = 0; at < size; at += kLanes) {
-        const Vec x = value(part, row, at) * all(sign);
+      for (int64_t at = 0; at < part.size; at += kLanes) {
+        const Vec x = part.value(row, at) * all(sign);
         __builtin_memcpy(to + at, &x, sizeof x);
       }
     }
@@ -183,54 +209,67 @@ struct Head {
   // Words between rows of words.
   int64_t ld_row() const { return padded_size / Kind::kTerms; }
 
+  // Keys past the end are the last one again: their scores are left out. Terms past the end, to the next multiple of
+  // four, are written where the next panel will be, or into what the workspace is padded by.
   void turn_keys() const {
+    const Part from = part_of(1);
+    const int64_t ld = ld_row(), size_words = this->size_words;
     for (int64_t panel = 0; panel < keys_in.count; ++panel) {
-      const int64_t first = keys_in.first(panel), width = keys_in.width(panel);
-      for (int64_t vector = first; vector < first + width; ++vector) {
-        const int64_t key = vector * kLanes, n = less(kLanes, length - key);
-        for (int64_t i = 0; i < n; ++i) copy_row(1, key + i, 1.0f, rows + i * ld_row());
-        for (int64_t i = n * ld_row(); i < kLanes * ld_row(); ++i) rows[i] = 0;
-        uint32_t* const to = keys + first * kLanes * size_words + (vector - first) * kLanes;
-        for (int64_t k = 0; k < size_words; k += 4) {
-          turn_four(rows + k, ld_row(), to + k * width * kLanes, width * kLanes, less(4, size_words - k));
+      const int64_t first = keys_in.first(panel), width = keys_in.width(panel) * kLanes;
+      for (int64_t vector = first; vector < keys_in.first(panel + 1); ++vector) {
+        for (int64_t i = 0; i < kLanes; ++i) {
+          copy_row(from, row_at(1, less(vector * kLanes + i, length - 1)), 1.0f, rows + i * ld);
         }
+        uint32_t* const to = keys + first * kLanes * size_words + (vector - first) * kLanes;
+        for (int64_t k = 0; k < size_words; k += 4) turn_four(rows + k, ld, to + k * width, width);
       }
     }
   }
 
   void copy_values() const {
+    const Part from = part_of(2);
     for (int64_t panel = 0; panel < values_in.count; ++panel) {
       const int64_t first = values_in.first(panel) * kLanes, width = values_in.width(panel) * kLanes;
       uint32_t* to = values + first * key_words;
-      for (int64_t word = 0; word < key_words; ++word, to += width) {
+      int64_t row = row_at(2, 0) + first;
+      const int64_t step = job.stride_qkv, whole = length / Kind::kTerms;
+      const Part part = {from.rows, from.bias, from.bias_at + first, from.size - first};
+      for (int64_t word = 0; word < whole; ++word, to += width, row += Kind::kTerms * step) {
         for (int64_t at = 0; at < width; at += kLanes) {
-          const int64_t key = word * Kind::kTerms;
           WordVec words;
-          if constexpr (Kind::kHalf) {
-            words = words_of(half_value(2, row_at(2, key), first + at));
-            if (key + 1 < length) words |= words_of(half_value(2, row_at(2, key + 1), first + at)) << 16;
+          if constexpr (Kind::kTerms == 2) {
+            words = words_of(part.half(row, at)) | words_of(part.half(row + step, at)) << 16;
           } else {
-            words = (WordVec)value(2, row_at(2, key), first + at);
+            words = (WordVec)part.value(row, at);
           }
+          __builtin_memcpy(to + at, &words, sizeof words);
+        }
+      }
+      if constexpr (Kind::kTerms == 2) {
+        for (int64_t at = 0; length % 2 && at < width; at += kLanes) {
+          const WordVec words = words_of(part.half(row, at));
           __builtin_memcpy(to + at, &words, sizeof words);
         }
       }
     }
   }
 
-  // A row of scores becomes exp(scale (score - largest)), as words; returns the sum.
-  float weigh(float* row, float step) const {
-    Vec most = load(row);
+  // Of a row of scores. NaN may be passed over here: it stays in the scores.
+  float largest(const float* row) const {
     const int64_t whole = length / kLanes * kLanes;
-    if (whole == 0) most = first_lanes(most, length, all(-__builtin_inff()));
-    for (int64_t j = kLanes; j < whole; j += kLanes) most = larger(most, load(row + j));
-    if (whole > 0 && whole < length) {
-      most = larger(most, first_lanes(load(row + whole), length - whole, all(-__builtin_inff())));
-    }
-    const Vec top = all(largest_lane(most));
+    Vec most = all(-__builtin_inff());
+    for (int64_t j = 0; j < whole; j += kLanes) most = larger(most, load(row + j));
+    if (whole < length) most = larger(most, first_lanes(load(row + whole), length - whole, most));
+    return largest_lane(most);
+  }
+
+  // A row of scores becomes 2^(step (score - largest)), as words; returns the sum.
+  float weigh(float* row, float largest, float step) const {
+    const Vec top = all(largest);
+    const int64_t whole = length / kLanes * kLanes;
     Vec sum = {};
     const auto put = [row](int64_t j, Vec e) {
-      if constexpr (Kind::kHalf) {
+      if constexpr (Kind::kTerms == 2) {
         // In place: what is written lies before what is still to be read.
         const HalfVec halves = narrowed_fast(e);
         __builtin_memcpy(reinterpret_cast<uint16_t*>(row) + j, &halves, sizeof halves);
@@ -251,16 +290,33 @@ struct Head {
     return sum_of_lanes(sum);
   }
 
-  void attend(int64_t from, int64_t to) const {
+  // What the next item reads and writes.
+  Ahead ahead(int64_t token, int64_t head, int64_t tokens) const {
+    constexpr int64_t kBytes = kHalf ? 2 : 4;
+    const int64_t step = job.stride_qkv * kBytes, step_y = job.stride_y * kBytes;
+    const char* const row = static_cast<const char*>(job.qkv) + token * step + head * size * kBytes;
+    const int64_t part = job.heads * size * kBytes;
+    const char* const y = static_cast<const char*>(job.y) + token * step_y + head * size * kBytes;
+    const int64_t tiles = panels_of(length, rows_of(kVectors)) * (keys_in.count + values_in.count);
+    return {{row, row + part, row + 2 * part, y},
+            {step, step, step, step_y},
+            size * kBytes,
+            tokens,
+            panels_of(tokens, tiles)};
+  }
+
+  void attend(int64_t from, int64_t to, Ahead* ahead) const {
     const int64_t n = to - from;
     // exp(scale s) = 2^(step |s|): a negative scale turns the queries' signs, so that the largest is the largest.
     const float sign = job.scale < 0 ? -1.0f : 1.0f, step = sign * job.scale * 1.44269504f;
-    for (int64_t i = 0; i < n; ++i) copy_row(0, from + i, sign, queries + i * ld_row());
-    product<Kind>(n, queries, ld_row(), keys, keys_in, size_words, scores, ld_score);
-    float sums[kAttentionRows];
-    for (int64_t i = 0; i < n; ++i) sums[i] = weigh(scores + i * ld_score, step);
+    const Part part = part_of(0);
+    for (int64_t i = 0; i < n; ++i) copy_row(part, row_at(0, from + i), sign, queries + i * ld_row());
+    product<Kind>(n, queries, ld_row(), keys, keys_in, size_words, scores, ld_score, ahead);
+    float most[kAttentionRows], sums[kAttentionRows];
+    for (int64_t i = 0; i < n; ++i) most[i] = largest(scores + i * ld_score);
+    for (int64_t i = 0; i < n; ++i) sums[i] = weigh(scores + i * ld_score, most[i], step);
     product<Kind>(n, reinterpret_cast<const uint32_t*>(scores), ld_score, values, values_in, key_words, context,
-                  padded_size);
+                  padded_size, ahead);
     for (int64_t i = 0; i < n; ++i) {
       const Vec share = all(1.0f / sums[i]);
       const int64_t out = (start + from + i) * job.stride_y + head * size;
@@ -270,10 +326,6 @@ struct Head {
     }
   }
 };
-
-inline int64_t offset(const AttentionJob& job, int64_t i) {
-  return job.is_int64 ? static_cast<const int64_t*>(job.cu_seqlens)[i] : static_cast<const int32_t*>(job.cu_seqlens)[i];
-}
 
 // What a query row of a sequence costs, in keys it meets: some for its own way in and out, and for a row of keys.
 inline int64_t cost_of_row(int64_t length) { return length + 16; }
@@ -298,6 +350,10 @@ void forward(const AttentionJob& job, int index, int count) {
     const int64_t blocks = panels_of(length, kAttentionRows);
     for (int64_t head = 0; head < job.heads; ++head) {
       const Head<Kind, kHalf> item(job, start, length, head, scratch);
+      // The same rows of the next head, or those of the next sequence's first.
+      const bool is_last = head + 1 == job.heads, is_end = is_last && s + 1 == job.sequences;
+      const int64_t next = is_end ? 0 : is_last ? offset(job, s + 2) - offset(job, s + 1) : length;
+      Ahead ahead = item.ahead(is_last ? start + length : start, is_last ? 0 : head + 1, next);
       bool is_ready = false;
       for (int64_t block = 0; block < blocks; ++block) {
         const int64_t from = length * block / blocks, to = length * (block + 1) / blocks;
@@ -305,7 +361,7 @@ void forward(const AttentionJob& job, int index, int count) {
         if (at < share.from || at >= share.to) continue;
         if (!is_ready) item.turn_keys(), item.copy_values();
         is_ready = true;
-        item.attend(from, to);
+        item.attend(from, to, &ahead);
       }
     }
   }

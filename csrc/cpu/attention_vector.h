@@ -25,7 +25,16 @@ inline HalfVec load_half_lanes(const uint16_t* from, int64_t n) {
   return halves;
 }
 
-inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
+// b where either is NaN.
+inline Vec larger(Vec a, Vec b) {
+#if CTXFAST_LANES == 16
+  return (Vec)_mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)b);
+#elif CTXFAST_LANES == 8
+  return (Vec)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
 
 #if CTXFAST_LANES == 16
 // The four quarters of a vector, joined by `join`. Masked by all ones: the plain instructions' undefined operand draws
@@ -68,36 +77,36 @@ inline float largest_lane(Vec x) {
 inline float sum_of_lanes(Vec x) { return (x[0] + x[2]) + (x[1] + x[3]); }
 #endif
 
-// 2^(x step) for x step <= 0, and 0 below 2^-126; NaN stays NaN. 2^f on [-1/2, 1/2] is a polynomial fitted to 2e-9, or
-// kCoarse 3e-6 for what is rounded to bfloat16.
+// 2^(x step) for x step <= 0, and 0 far below 2^-126; NaN stays NaN. 2^f on [-1/2, 1/2] is a polynomial fitted to 2e-9,
+// or kCoarse 3e-6 for what is rounded to bfloat16.
 template <bool kCoarse>
 inline Vec exp2_scaled(Vec x, float step) {
   constexpr float kFine[] = {1.0f,           0.693147182f,   0.240226462f,   0.0555032864f,
                              0.00961848907f, 0.00133999309f, 0.000153458124f};
   constexpr float kShort[] = {0.999999285f, 0.693121791f, 0.240247443f, 0.0559178591f, 0.00957010221f};
   constexpr int kDegree = kCoarse ? 4 : 6;
-  const Vec whole = x * all(step);
-  const Vec bounded = at_least(whole, -127.0f);
 #if CTXFAST_LANES == 16
-  const Vec n = (Vec)_mm512_maskz_roundscale_ps(0xffff, (__m512)bounded, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  // Scaling by a power of two makes zero of 2^-200.
+  const Vec whole = larger(all(-200.0f), x * all(step));
+  const Vec n = (Vec)_mm512_maskz_roundscale_ps(0xffff, (__m512)whole, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
-  const Vec shifted = bounded + all(kRounding), n = shifted - all(kRounding);
+  const Vec wanted = x * all(step), whole = larger(all(-127.0f), wanted);
+  const Vec shifted = whole + all(kRounding), n = shifted - all(kRounding);
 #endif
-  const Vec f = bounded - n;
+  const Vec f = whole - n;
   Vec p = all(kCoarse ? kShort[kDegree] : kFine[kDegree]);
 #pragma GCC unroll 8
   for (int i = kDegree - 1; i >= 0; --i) p = p * f + all(kCoarse ? kShort[i] : kFine[i]);
 #if CTXFAST_LANES == 16
-  const Vec e = (Vec)_mm512_maskz_scalef_ps(0xffff, (__m512)p, (__m512)n);
+  return (Vec)_mm512_maskz_scalef_ps(0xffff, (__m512)p, (__m512)n);
 #else
   const IntVec exponent = (IntVec)shifted - ((IntVec)all(kRounding) - 127);
-  const Vec e = p * (Vec)(exponent << 23);
+  return wanted < all(-126.0f) ? Vec{} : p * (Vec)(exponent << 23);
 #endif
-  return whole < all(-126.0f) ? Vec{} : e;
 }
 
-// Four words of kLanes rows, ld_from apart, become `n` <= 4 rows of kLanes words, ld_to apart.
-inline void turn_four(const uint32_t* from, int64_t ld_from, uint32_t* to, int64_t ld_to, int64_t n) {
+// Four words of kLanes rows, ld_from apart, become four rows of kLanes words, ld_to apart.
+inline void turn_four(const uint32_t* from, int64_t ld_from, uint32_t* to, int64_t ld_to) {
 #if CTXFAST_LANES >= 8
   Vec turned[4];
 #if CTXFAST_LANES == 16
@@ -130,9 +139,9 @@ inline void turn_four(const uint32_t* from, int64_t ld_from, uint32_t* to, int64
   turned[0] = (Vec)_mm256_shuffle_ps(low, low_2, 0x44), turned[1] = (Vec)_mm256_shuffle_ps(low, low_2, 0xee);
   turned[2] = (Vec)_mm256_shuffle_ps(high, high_2, 0x44), turned[3] = (Vec)_mm256_shuffle_ps(high, high_2, 0xee);
 #endif
-  for (int64_t k = 0; k < n; ++k) __builtin_memcpy(to + k * ld_to, &turned[k], sizeof(Vec));
+  for (int k = 0; k < 4; ++k) __builtin_memcpy(to + k * ld_to, &turned[k], sizeof(Vec));
 #else
-  for (int64_t k = 0; k < n; ++k) {
+  for (int k = 0; k < 4; ++k) {
     for (int row = 0; row < kLanes; ++row) to[k * ld_to + row] = from[row * ld_from + k];
   }
 #endif

@@ -60,7 +60,7 @@ SPEC = registry.register(
             registry.Impl(
                 "cpu",
                 "cpu",
-                note="torch's fused attention per sequence, equal lengths together, no padding",
+                note="a compiled kernel over packed rows, split over threads by cost; backward in torch",
             ),
             registry.Impl("triton", "cuda", note="one pass over packed rows, with backward; not yet run on a GPU"),
         ),

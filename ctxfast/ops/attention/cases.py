@@ -59,5 +59,10 @@ CASES = (
     _case("model-limit", (512, 2), H=1, D=32, dtypes=(torch.float16, torch.bfloat16)),
     _case("head-of-48", (37, 21), H=2, D=48, bias=True),
     _case("negative-scale", (6, 40), H=2, D=32, bias=True, scale=-0.2),
+    _case("blocks-of-queries", (47, 48, 49, 97), H=2, D=32, bias=True),
+    _case("blocks-of-keys", (300, 257), H=1, D=32),
+    _case("head-of-one", (5, 2, 18), H=3, D=1, bias=True),
+    _case("head-of-80", (50, 3), H=2, D=80, bias=True),
+    _case("head-of-256", (9, 20), H=1, D=256, bias=True),
     _case("many-short", tuple((i * 7) % 11 + 1 for i in range(60)), H=2, D=32),
 )

@@ -59,16 +59,18 @@ def _forward(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, bias: Tensor | No
         wide = _forward(qkv.float(), cu_seqlens, max_seqlen, None if bias is None else bias.float(), scale)
         return wide.to(qkv.dtype)
     tokens, _, heads, head_dim = qkv.shape
-    if qkv.stride()[1:] != (heads * head_dim, head_dim, 1):
+    width = 3 * heads * head_dim
+    if qkv.stride()[1:] != (heads * head_dim, head_dim, 1) or qkv.stride(0) < width:
         qkv = qkv.contiguous()
     bias = None if bias is None else bias.contiguous()
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         cu_seqlens = cu_seqlens.long()
     cu_seqlens = cu_seqlens.contiguous()
     out = torch_ops.allocate((tokens, heads, head_dim), qkv)
+    # The stride of a row that is alone may be anything.
     capability.extension().attention_forward(
         tokens, heads, head_dim, cu_seqlens.shape[0] - 1, qkv.dtype is torch.bfloat16, qkv.data_ptr(),
-        max(qkv.stride(0), 3 * heads * head_dim), 0 if bias is None else bias.data_ptr(), cu_seqlens.data_ptr(),
+        max(qkv.stride(0), width), 0 if bias is None else bias.data_ptr(), cu_seqlens.data_ptr(),
         cu_seqlens.dtype is torch.int64, scale, out.data_ptr(), heads * head_dim, torch.get_num_threads(),
     )  # fmt: skip
     return out
