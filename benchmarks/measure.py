@@ -31,6 +31,8 @@ MIN_ROUNDS, MAX_ROUNDS = 3, 200
 _MIN_SAMPLE_S = 2e-3
 # Calls shorter than this are preceded by an untimed one: what the previous provider left in the caches is no matter.
 _REWARM_BELOW_S = 0.05
+# Pause before each provider's turn: the threads of the one before, which wait for more work in loops, go to sleep.
+_SETTLE_S = 0.01
 
 
 @dataclass
@@ -196,6 +198,7 @@ def _time_cpu(runners: list[_Runner], seconds: float, *, flush: bool) -> None:
     try:
         for _ in range(rounds(seconds, a_round)):
             for each in runners:
+                time.sleep(_SETTLE_S)
                 if each.estimate < _REWARM_BELOW_S:
                     each.run()
                 start = time.perf_counter()
@@ -207,7 +210,7 @@ def _time_cpu(runners: list[_Runner], seconds: float, *, flush: bool) -> None:
 
 
 def _cost(each: _Runner) -> float:
-    return each.estimate * (each.inner + (each.estimate < _REWARM_BELOW_S))
+    return _SETTLE_S + each.estimate * (each.inner + (each.estimate < _REWARM_BELOW_S))
 
 
 def rounds(seconds: float, a_round: float) -> int:

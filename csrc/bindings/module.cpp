@@ -6,11 +6,13 @@
 //                           build
 //   cpu_isas() -> list      the instruction sets compiled that this machine runs, the best one last
 //   cpu_isa() -> str        the last of them
+//   same_samples(memory, stride, size, count, kept) -> bool    see samples.h; addresses, bytes
 //
-// Ops: see attention.cpp, layer_norm.cpp, linear_act.cpp, lstm.cpp, lstm_persistent_backward.cpp and scalar_mix.cpp
-// beside this file.
+// Ops: see attention.cpp, layer_norm.cpp, linear_act.cpp, lstm.cpp, lstm_persistent_backward.cpp, scalar_mix.cpp and
+// transformer_layer.cpp beside this file.
 #include "bindings.h"
 #include "ctxfast/cpu_isa.h"
+#include "ctxfast/samples.h"
 #include "ctxfast_build_info.h"
 
 namespace py = pybind11;
@@ -47,6 +49,9 @@ PYBIND11_MODULE(_C, m) {
     std::vector<std::string> names;
     for (const ctxfast::Isa isa : ctxfast::runnable_isas()) names.emplace_back(ctxfast::isa_name(isa));
     return names;
+  });
+  m.def("same_samples", [](std::uintptr_t memory, int64_t stride, int64_t size, int64_t count, std::uintptr_t kept) {
+    return ctxfast::same_samples(pointer<const void>(memory), stride, size, count, pointer<const void>(kept));
   });
   bind_attention(m);
   bind_layer_norm(m);

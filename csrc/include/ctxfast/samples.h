@@ -1,0 +1,37 @@
+// SPDX-License-Identifier: Apache-2.0
+// Whether memory still holds what it held at some places: how packed weights notice that their source has changed.
+#pragma once
+
+#include <cstdint>
+
+namespace ctxfast {
+
+template <class Word>
+bool same_words(const void* memory, int64_t stride, int64_t count, const void* kept) {
+  const char* from = static_cast<const char*>(memory);
+  const Word* const to = static_cast<const Word*>(kept);
+  Word difference = 0;
+  for (int64_t i = 0; i < count; ++i, from += stride) {
+    Word word;
+    __builtin_memcpy(&word, from, sizeof word);
+    difference = static_cast<Word>(difference | (word ^ to[i]));
+  }
+  return difference == 0;
+}
+
+// `count` elements of `size` bytes (1, 2, 4 or 8), `stride` bytes apart, against as many one after another.
+inline bool same_samples(const void* memory, int64_t stride, int64_t size, int64_t count, const void* kept) {
+  switch (size) {
+    case 1:
+      return same_words<uint8_t>(memory, stride, count, kept);
+    case 2:
+      return same_words<uint16_t>(memory, stride, count, kept);
+    case 4:
+      return same_words<uint32_t>(memory, stride, count, kept);
+    case 8:
+      return same_words<uint64_t>(memory, stride, count, kept);
+  }
+  return false;
+}
+
+}  // namespace ctxfast
