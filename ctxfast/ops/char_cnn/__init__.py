@@ -61,5 +61,12 @@ SPEC = registry.register(
         reference=reference,
         check=_check,
         autocast="lower",
+        impls=(
+            registry.Impl(
+                "cpu",
+                "cpu",
+                note="compiled: no value before the maximum in memory, padding windows computed once",
+            ),
+        ),
     )
 )
