@@ -33,7 +33,14 @@ LEVEL = {name: level for level, names in enumerate(ROOMS) for name in names}
 LONG_FILES = {
     "ctxfast/functional.py": "the public function of every op, with its documentation",
 }
-COMPILED = {("char_cnn", "cpu"), ("lstm", "cpu"), ("lstm", "cuda"), ("lstm", "cuda_step"), ("scalar_mix", "cuda")}
+COMPILED = {
+    ("char_cnn", "cpu"),
+    ("char_cnn", "cuda"),
+    ("lstm", "cpu"),
+    ("lstm", "cuda"),
+    ("lstm", "cuda_step"),
+    ("scalar_mix", "cuda"),
+}
 
 
 def _modules() -> list[Path]:

@@ -13,6 +13,7 @@
 #include "ctxfast/cpu_isa.h"
 
 void bind_char_cnn(pybind11::module_& m);
+void bind_char_cnn_cuda(pybind11::module_& m);
 void bind_layer_norm(pybind11::module_& m);
 void bind_linear_act(pybind11::module_& m);
 void bind_lstm(pybind11::module_& m);

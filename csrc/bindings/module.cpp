@@ -7,8 +7,8 @@
 //   cpu_isas() -> list      the instruction sets compiled that this machine runs, the best one last
 //   cpu_isa() -> str        the last of them
 //
-// Ops: see char_cnn.cpp, layer_norm.cpp, linear_act.cpp, lstm.cpp, lstm_persistent_backward.cpp and scalar_mix.cpp
-// beside this file.
+// Ops: see char_cnn.cpp, char_cnn_cuda.cpp, layer_norm.cpp, linear_act.cpp, lstm.cpp, lstm_persistent_backward.cpp and
+// scalar_mix.cpp beside this file.
 #include "bindings.h"
 #include "ctxfast/cpu_isa.h"
 #include "ctxfast_build_info.h"
@@ -49,6 +49,7 @@ PYBIND11_MODULE(_C, m) {
     return names;
   });
   bind_char_cnn(m);
+  bind_char_cnn_cuda(m);
   bind_layer_norm(m);
   bind_linear_act(m);
   bind_lstm(m);
