@@ -6,14 +6,11 @@
 // else in float32 arithmetic: a block keeps 64 filters in shared memory and each of its warps takes words of its own.
 #include <algorithm>
 
-#include "ctxfast/char_cnn_cuda.h"
-#include "device.cuh"
-#include "launch.cuh"
+#include "char_cnn_cuda_impl.cuh"
 
 namespace ctxfast {
 namespace {
 
-constexpr const char* kOp = "char_cnn";
 constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kBlocks = 2;     // of a multiprocessor at least: registers are shared out for that
@@ -49,11 +46,6 @@ CTXFAST_DEVICE bool find_panel(const CharCnnCudaParams& p, int index, Panel* pan
     index -= panels, column += filters;
   }
   return false;
-}
-
-CTXFAST_DEVICE int64_t character(const CharCnnCudaParams& p, int64_t word, int place) {
-  const int64_t at = word * p.characters + place;
-  return p.is_int64 ? static_cast<const int64_t*>(p.ids)[at] : static_cast<const int32_t*>(p.ids)[at];
 }
 
 // A warp puts a word's characters into shared memory, as far as a distinct window may reach. Returns where the run of
@@ -328,40 +320,6 @@ cudaError_t launch_plain(Launch l, cudaStream_t stream) {
   return launch(l.p.at ? char_cnn_plain_kernel<T, true> : char_cnn_plain_kernel<T, false>, config, stream, l);
 }
 
-Status check(const CharCnnCudaParams& p) {
-  const auto null_argument = [](const std::string& name) { return invalid(kOp, name, "null", "a device address"); };
-  if (p.words < 0) return invalid(kOp, "words", std::to_string(p.words), "0 or more");
-  if (p.characters < 1) return invalid(kOp, "characters", std::to_string(p.characters), "1 or more");
-  if (p.size < 1) return invalid(kOp, "size", std::to_string(p.size), "1 or more");
-  if (p.widths < 1 || p.widths > kCharCnnCudaMaxWidths) {
-    return invalid(kOp, "widths", std::to_string(p.widths), "1..16");
-  }
-  int64_t columns = 0, widest = 0;
-  for (int i = 0; i < p.widths; ++i) {
-    const CharCnnCudaFilters& filters = p.filters[i];
-    if (filters.width < 1 || filters.width > p.characters) {
-      return invalid(kOp, "width", std::to_string(filters.width), "1.." + std::to_string(p.characters));
-    }
-    if (filters.filters < 0) return invalid(kOp, "filters", std::to_string(filters.filters), "0 or more");
-    columns += filters.filters, widest = std::max<int64_t>(widest, filters.width);
-    if (p.words == 0 || filters.filters == 0) continue;
-    if (filters.weight == nullptr) return null_argument("weight");
-    if (filters.bias == nullptr) return null_argument("bias");
-  }
-  if (columns != p.columns) return invalid(kOp, "columns", std::to_string(p.columns), std::to_string(columns));
-  const int64_t bytes = char_cnn_cuda_shared_bytes(p.characters, p.size, widest);
-  if (bytes > kCharCnnCudaSharedBytes) {
-    return invalid(kOp, "the shared memory of a word and 64 filters", std::to_string(bytes) + " bytes",
-                   "at most " + std::to_string(kCharCnnCudaSharedBytes));
-  }
-  if (p.dtype == DType::kInt8) return invalid(kOp, "dtype", "int8", "float32, float16 or bfloat16");
-  if (p.words == 0 || p.columns == 0) return {};
-  if (p.ids == nullptr) return null_argument("ids");
-  if (p.table == nullptr) return null_argument("table");
-  if (p.y == nullptr) return null_argument("y");
-  return {};
-}
-
 template <typename T>
 cudaError_t launch_half(const Launch& l, cudaStream_t stream) {
   return takes_tiles(l) ? launch_tiles<T>(l, stream) : launch_plain<T>(l, stream);
@@ -375,7 +333,7 @@ int64_t char_cnn_cuda_shared_bytes(int64_t characters, int64_t size, int64_t wid
 }
 
 Status char_cnn_cuda_forward(const CharCnnCudaParams& p, CUstream_st* stream) {
-  const Status checked = check(p);
+  const Status checked = check(p, true);
   if (!checked.ok() || p.words == 0 || p.columns == 0) return checked;
   Launch l = {p, 0, 0, 0, 0};
   for (int i = 0; i < p.widths; ++i) l.widest = std::max(l.widest, p.filters[i].width);

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// char_cnn on CUDA against plain loops over all windows in double: both kernels, every dtype, words of every length.
+// char_cnn on CUDA against plain loops over all windows in double: both kernels, every dtype, words of every length;
+// and back.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime_api.h>
@@ -138,6 +139,53 @@ struct Problem {
     return found;
   }
 
+  // Gradients of words, then of each width's filters and biases, from those of y; windows as in `at`.
+  void check_backward(const std::string& what, const std::vector<int32_t>& at, Report* report) {
+    CharCnnCudaParams p = params;
+    Random random(3);
+    std::vector<float> grad = random.fill(p.words * p.columns, 1.0f);
+    for (size_t i = 0; i < grad.size(); i += 3) grad[i] = 0.0f;  // as relu leaves them
+    p.grad = to_device(grad);
+    p.at = to_device(at);
+    const int64_t length = int64_t{p.characters} * p.size;
+    std::vector<double> of_words(p.words * length);
+    std::vector<std::vector<double>> of_filters, of_biases;
+    int64_t column = 0;
+    for (int j = 0; j < p.widths; ++j) {
+      const int width = p.filters[j].width, n = p.filters[j].filters;
+      of_filters.emplace_back(int64_t{n} * p.size * width), of_biases.emplace_back(n);
+      for (int64_t i = 0; i < p.words; ++i) {
+        for (int f = 0; f < n; ++f) {
+          const double g = grad[i * p.columns + column + f];
+          of_biases[j][f] += g;
+          for (int k = 0; k < width; ++k) {
+            const int64_t place = at[i * p.columns + column + f] + k, id = ids[i * p.characters + place];
+            for (int d = 0; d < p.size; ++d) {
+              const int64_t weight = (int64_t{f} * p.size + d) * width + k;
+              of_filters[j][weight] += g * table[id * p.size + d];
+              of_words[i * length + place * p.size + d] += g * weights[j][weight];
+            }
+          }
+        }
+      }
+      column += n;
+      p.filters[j].grad_weight = to_device(std::vector<float>(of_filters[j].size(), NAN));
+      p.filters[j].grad_bias = to_device(std::vector<float>(n, NAN));
+    }
+    p.grad_words = to_device(std::vector<float>(of_words.size(), NAN));
+    const Status status = char_cnn_cuda_backward(p, nullptr);
+    report->that(what + " backward " + status.message, status.ok());
+    must(cudaDeviceSynchronize());
+    const double limit = 1e-6 * static_cast<double>(1 + p.words + p.columns);
+    report->near(what + " gradient of words", to_host(p.grad_words, of_words.size()), of_words, limit);
+    for (int j = 0; j < p.widths; ++j) {
+      report->near(what + " gradient of filters", to_host(p.filters[j].grad_weight, of_filters[j].size()),
+                   of_filters[j], limit);
+      report->near(what + " gradient of biases", to_host(p.filters[j].grad_bias, of_biases[j].size()), of_biases[j],
+                   limit);
+    }
+  }
+
   std::vector<double> most_before;
 };
 
@@ -165,6 +213,8 @@ void test(Report* report, const char* name, DType dtype, double eps, int64_t wor
     }
   }
   report->that(what + " windows", worst < 1e-5);
+  at.resize(problem.want.size());
+  problem.check_backward(what, at, report);
 }
 
 void every_dtype(Report* report, int64_t words, int characters, int size, const std::vector<Width>& widths,
@@ -177,10 +227,13 @@ void every_dtype(Report* report, int64_t words, int characters, int size, const 
 void check_refusals(Report* report) {
   Problem<float> problem(2, 6, 4, {{3, 5}}, false, DType::kFloat32);
   problem.params.y = to_device(std::vector<float>(10));
-  const auto refused = [&](const char* word, auto change) {
+  problem.params.at = to_device(std::vector<int32_t>(10));
+  problem.params.grad = problem.params.grad_words = to_device(std::vector<float>(48));
+  problem.params.filters[0].grad_weight = problem.params.filters[0].grad_bias = to_device(std::vector<float>(60));
+  const auto refused = [&](const char* word, auto change, bool is_forward = true) {
     CharCnnCudaParams p = problem.params;
     change(&p);
-    const Status status = char_cnn_cuda_forward(p, nullptr);
+    const Status status = is_forward ? char_cnn_cuda_forward(p, nullptr) : char_cnn_cuda_backward(p, nullptr);
     report->that(word, !status.ok() && status.message.find(word) != std::string::npos);
   };
   typedef CharCnnCudaParams* P;
@@ -199,6 +252,12 @@ void check_refusals(Report* report) {
   refused("weight", [](P p) { p->filters[0].weight = nullptr; });
   refused("bias", [](P p) { p->filters[0].bias = nullptr; });
   refused("y", [](P p) { p->y = nullptr; });
+  refused("weight", [](P p) { p->filters[0].weight = nullptr; }, false);
+  refused("grad_weight", [](P p) { p->filters[0].grad_weight = nullptr; }, false);
+  refused("grad_bias", [](P p) { p->filters[0].grad_bias = nullptr; }, false);
+  refused("at", [](P p) { p->at = nullptr; }, false);
+  refused("grad", [](P p) { p->grad = nullptr; }, false);
+  refused("grad_words", [](P p) { p->grad_words = nullptr; }, false);
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``char_cnn``'s CUDA kernels on the emulator, and its way back: against the float64 reference."""
+"""``char_cnn``'s CUDA kernels on the emulator, forward and backward, against the float64 reference."""
 
 from __future__ import annotations
 
@@ -59,6 +59,17 @@ def test_bits_depend_on_the_word_alone(dtype: torch.dtype, monkeypatch: pytest.M
         with emulated.kernels(monkeypatch, cuda):
             backwards = cuda.char_cnn(**{**kwargs, "char_ids": kwargs["char_ids"].flip(0)})
     assert torch.equal(backwards.flip(0), found[0])
+
+
+@torch.no_grad()
+def test_opcheck(monkeypatch: pytest.MonkeyPatch) -> None:
+    args = parity.arguments("char_cnn", CASES["tiny"].make("cpu", torch.float32, SEED))
+    with emulated.kernels(monkeypatch, cuda):
+        calls = cuda.raw_calls(args)
+        assert {operator for operator, _ in calls} == {cuda._fwd, cuda._bwd}
+        for operator, operands in calls:
+            checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+            assert set(torch.library.opcheck(operator, operands, test_utils=checks).values()) == {"SUCCESS"}
 
 
 def test_a_character_outside_the_table_stops_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,7 @@
 """``char_cnn`` on CUDA: gather, convolutions, maximum and activation in one kernel. Not yet run on a GPU.
 
 In 16 bits on tensor cores, in float32 (and for filters too wide for them) by plain multiply-adds; sums are float32.
-The way back is made of torch's products: the gradient of a filter is laid at the window it was largest in.
+The forward pass notes where each largest window was, and the way back reads those alone.
 """
 
 from __future__ import annotations
@@ -20,20 +20,26 @@ _SHARED_BYTES = 96 * 1024
 _DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
+def _words(ids: Tensor, table: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Ids and table as the kernels read them, and their arguments of them."""
+    ids, table = ids.contiguous(), table.contiguous()
+    sizes = dict(words=ids.shape[0], characters=ids.shape[1], size=table.shape[1], vocabulary=table.shape[0])
+    kinds = dict(dtype=_DTYPES[table.dtype], is_int64=ids.dtype is torch.int64)
+    return ids, table, sizes | kinds | dict(ids=ids.data_ptr(), table=table.data_ptr())
+
+
 def _run(
     ids: Tensor, table: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], is_tanh: bool,
     y: Tensor, at: Tensor | None,
 ) -> None:  # fmt: skip
-    ids, table = ids.contiguous(), table.contiguous()
+    ids, table, words = _words(ids, table)
     weights, biases = [weight.contiguous() for weight in weights], [bias.contiguous() for bias in biases]
     filters = [
         (weight.shape[2], weight.shape[0], weight.data_ptr(), bias.data_ptr()) for weight, bias in zip(weights, biases)
     ]
     with torch_ops.launching(y) as stream:
         capability.extension().char_cnn_cuda_forward(
-            words=ids.shape[0], characters=ids.shape[1], size=table.shape[1], vocabulary=table.shape[0],
-            dtype=_DTYPES[table.dtype], is_int64=ids.dtype is torch.int64, ids=ids.data_ptr(), table=table.data_ptr(),
-            filters=filters, is_tanh=is_tanh, y=y.data_ptr(), at=0 if at is None else at.data_ptr(),
+            **words, filters=filters, is_tanh=is_tanh, y=y.data_ptr(), at=0 if at is None else at.data_ptr(),
             stream=stream,
         )  # fmt: skip
 
@@ -60,29 +66,22 @@ def _forward_fake(
 
 def _backward(grad: Tensor, at: Tensor, ids: Tensor, table: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
     """From the gradient before the activation: those of the table, of every weight, then of every bias."""
-    words, characters = ids.shape
-    size = table.shape[1]
-    grad = grad.float()
-    x = table[ids].float()  # (W, C, D)
-    grad_x, grad_weights = torch.zeros_like(x), []
-    sizes = [weight.shape[0] for weight in weights]
-    for weight, of_outputs, starts in zip(weights, grad.split(sizes, 1), at.long().split(sizes, 1)):
-        filters, _, width = weight.shape
-        positions = characters - width + 1
-        # (W, filters, positions), zero but at each maximum, so a filter's gradients at one position are a column.
-        spread = grad.new_zeros(words, filters, positions).scatter_(2, starts[:, :, None], of_outputs[:, :, None])
-        spread = spread.transpose(1, 2).flatten(0, 1)
-        windows = x.unfold(1, width, 1).flatten(0, 1).flatten(1)  # (W * positions, D * width)
-        grad_weights.append((spread.t() @ windows).view(weight.shape))
-        grad_windows = (spread @ weight.float().flatten(1)).view(words, positions, size, width)
-        for j in range(width):
-            grad_x[:, j : j + positions] += grad_windows[..., j]
-    grad_table = torch.ops.aten.embedding_dense_backward(grad_x, ids, table.shape[0], -1, False)
-    grad_biases = [of_outputs.sum(0) for of_outputs in grad.split(sizes, 1)]
-    found = _backward_fake(grad, at, ids, table, weights)
-    for to, value in zip(found, (grad_table, *grad_weights, *grad_biases)):
-        to.copy_(value)
-    return found
+    ids, table, words = _words(ids, table)
+    grad, at, weights = grad.float().contiguous(), at.contiguous(), [weight.contiguous() for weight in weights]
+    grad_words = torch_ops.allocate((*ids.shape, table.shape[1]), grad)
+    grad_weights = [torch_ops.allocate(weight.shape, grad) for weight in weights]
+    grad_biases = [torch_ops.allocate(weight.shape[:1], grad) for weight in weights]
+    filters = [
+        (weight.shape[2], weight.shape[0], weight.data_ptr(), grad_weight.data_ptr(), grad_bias.data_ptr())
+        for weight, grad_weight, grad_bias in zip(weights, grad_weights, grad_biases)
+    ]
+    with torch_ops.launching(grad) as stream:
+        capability.extension().char_cnn_cuda_backward(
+            **words, filters=filters, at=at.data_ptr(), grad=grad.data_ptr(), grad_words=grad_words.data_ptr(),
+            stream=stream,
+        )  # fmt: skip
+    grad_table = torch.ops.aten.embedding_dense_backward(grad_words, ids, table.shape[0], -1, False)
+    return [each.to(table.dtype) for each in (grad_table, *grad_weights, *grad_biases)]
 
 
 def _backward_fake(grad: Tensor, at: Tensor, ids: Tensor, table: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
