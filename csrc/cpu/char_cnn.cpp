@@ -14,6 +14,7 @@ namespace {
 constexpr const char* kOp = "char_cnn";
 constexpr int64_t kWorkOfThread = 1 << 18;  // multiply-adds that are worth a thread: some 5 us
 constexpr int64_t kUsualWindows = 10;       // distinct windows of a word of text
+constexpr int64_t kWordsOfPart = 4;         // fewer would leave some threads half as much again as others
 
 CharCnnKernels kernels_for(Isa isa) {
 #if CTXFAST_AVX512
@@ -33,10 +34,11 @@ struct Call {
   std::vector<int64_t> costs;  // of the panels before each, and of all
 };
 
-// Words are dealt out; where threads are left over, so are the panels of each part of the words.
+// Words are dealt out in parts; where threads are left over, so are the panels of each part.
 void forward(void* context, int index, int count) {
   const Call& call = *static_cast<Call*>(context);
-  const int64_t words = call.job.params->words, parts = std::min<int64_t>(words, count), shares = count / parts;
+  const int64_t words = call.job.params->words;
+  const int64_t parts = std::clamp<int64_t>(words / kWordsOfPart, 1, count), shares = count / parts;
   if (index >= parts * shares) return;
   const int64_t part = index / shares, share = index % shares;
   const auto first_of = [&](int64_t i) {
