@@ -77,6 +77,7 @@ def op_work(op: str, sizes: dict[str, Any], itemsize: int, backward: bool) -> Wo
         # Forward: three table rows in, one out. Backward: the gradient and the rows again, and three gradients out.
         return Work(bytes=(11.0 if backward else 4.0) * sizes["T"] * sizes["N"] * itemsize, tokens=sizes["T"])
     if op == "char_cnn":
+        # Of all windows: a kernel that computes those in the padding once does about a fifth of it.
         windows = sum(n * w * ELMO_DEPTH * (ELMO_CHARACTERS - w + 1) for w, n in ELMO_FILTERS)
         return Work(flops=2.0 * sizes["W"] * windows)
     if op == "scalar_mix":

@@ -403,7 +403,11 @@ def char_cnn(
     Returns:
         (W, sum of n_i), filters in the order given.
 
-    Implementations: reference (any device and dtype).
+    Numerics: compiled kernels sum in float32. Where windows of different characters tie for the maximum, the first
+        takes the gradient (the reference shares it out).
+    Implementations: cpu (compiled; float32 and bfloat16; words of at most 16384 numbers, characters times D),
+        cuda (float32, float16, bfloat16; filters and words that fit a block's shared memory; not yet run on a GPU),
+        reference (any device and dtype).
     Reference: Kim et al. 2016; Peters et al. 2018; AllenNLP's _ElmoCharacterEncoder.
     """
     args = _char_cnn_args(char_ids, char_embeddings, conv_weights, conv_biases, activation=activation)

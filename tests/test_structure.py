@@ -36,6 +36,8 @@ LONG_FILES = {
 COMPILED = {
     ("attention", "cpu"),
     ("linear_act", "cpu"),
+    ("char_cnn", "cpu"),
+    ("char_cnn", "cuda"),
     ("lstm", "cpu"),
     ("lstm", "cuda"),
     ("lstm", "cuda_step"),

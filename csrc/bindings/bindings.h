@@ -14,6 +14,8 @@
 #include "ctxfast/linear_act.h"
 
 void bind_attention(pybind11::module_& m);
+void bind_char_cnn(pybind11::module_& m);
+void bind_char_cnn_cuda(pybind11::module_& m);
 void bind_layer_norm(pybind11::module_& m);
 void bind_linear_act(pybind11::module_& m);
 void bind_lstm(pybind11::module_& m);

@@ -8,8 +8,8 @@
 //   cpu_isa() -> str        the last of them
 //   same_samples(memory, stride, size, count, kept) -> bool    see samples.h; addresses, bytes
 //
-// Ops: see attention.cpp, layer_norm.cpp, linear_act.cpp, lstm.cpp, lstm_persistent_backward.cpp, scalar_mix.cpp and
-// transformer_layer.cpp beside this file.
+// Ops: see attention.cpp, char_cnn.cpp, char_cnn_cuda.cpp, layer_norm.cpp, linear_act.cpp, lstm.cpp,
+// lstm_persistent_backward.cpp, scalar_mix.cpp and transformer_layer.cpp beside this file.
 #include "bindings.h"
 #include "ctxfast/cpu_isa.h"
 #include "ctxfast/samples.h"
@@ -54,6 +54,8 @@ PYBIND11_MODULE(_C, m) {
     return ctxfast::same_samples(pointer<const void>(memory), stride, size, count, pointer<const void>(kept));
   });
   bind_attention(m);
+  bind_char_cnn(m);
+  bind_char_cnn_cuda(m);
   bind_layer_norm(m);
   bind_linear_act(m);
   bind_lstm(m);

@@ -8,7 +8,8 @@ torch.compile(fullgraph=True) and torch.export see one opaque operator each way.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,6 +26,16 @@ _PLAIN = (Tensor, torch.nn.Parameter, type(None))
 def allocate(size: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """An uninitialised contiguous tensor. Launchers and fake kernels both allocate here, so they cannot drift."""
     return torch.empty(tuple(size), dtype=like.dtype if dtype is None else dtype, device=like.device)
+
+
+@contextmanager
+def launching(tensor: Tensor) -> Iterator[int]:
+    """The tensor's device made current; the handle of its stream."""
+    if not tensor.is_cuda:  # tests run the kernels on the CPU
+        yield 0
+        return
+    with torch.cuda.device(tensor.device):
+        yield torch.cuda.current_stream().cuda_stream
 
 
 def is_watched() -> bool:

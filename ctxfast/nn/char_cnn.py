@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,17 +67,21 @@ class CharCnn(nn.Module):
                 convolution.weight.normal_(0, convolution.weight[0].numel() ** -0.5)
             convolution.bias.zero_()
 
-    def features(self, char_ids: Tensor) -> Tensor:
-        """Words as rows of character ids (W, C) -> (W, num_filters)."""
+    def _arguments(self, char_ids: Tensor) -> dict[str, Any]:
+        """Those of ``functional.char_cnn``."""
         convolutions = self.convolutions()
-        return functional.char_cnn(
-            char_ids,
-            self._char_embedding_weights,
-            [convolution.weight for convolution in convolutions],
-            [convolution.bias for convolution in convolutions],
+        return dict(
+            char_ids=char_ids,
+            char_embeddings=self._char_embedding_weights,
+            conv_weights=[convolution.weight for convolution in convolutions],
+            conv_biases=[convolution.bias for convolution in convolutions],
             activation=self.activation,
             impl=self.impl,
         )
+
+    def features(self, char_ids: Tensor) -> Tensor:
+        """Words as rows of character ids (W, C) -> (W, num_filters)."""
+        return functional.char_cnn(**self._arguments(char_ids))
 
     def forward(self, char_ids: Tensor) -> Tensor:
         """(W, C) int64 -> (W, num_filters)."""

@@ -6,6 +6,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ctxfast._core import capability
+from ctxfast.models.elmo.character_encoder import ElmoCharacterEncoder
+from ctxfast.models.elmo.config import ElmoConfig
+from ctxfast.models.elmo.tokenization import batch_to_ids
 from ctxfast.nn.char_cnn import CharCnn
 from ctxfast.nn.elmo_lstm import ElmoLstm
 from ctxfast.nn.highway import Highway
@@ -113,3 +117,27 @@ def test_char_cnn(activation: str) -> None:
         best = (torch.einsum("wtdk,ndk->wtn", windows, conv.weight) + conv.bias).amax(1)
         expected.append(getattr(torch, activation)(best))
     torch.testing.assert_close(found, torch.cat(expected, 1))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("threads", [1, 2, 3, 4])
+@pytest.mark.parametrize("impl", [None, "reference"])
+def test_a_words_vector_does_not_depend_on_the_others(
+    impl: str | None, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit, as wide as a public model; words are filled up to a fixed number only where products need that."""
+    encoder = ElmoCharacterEncoder(ElmoConfig.preset("small"), impl=impl).eval()
+    words = batch_to_ids([[f"{n:x}" * (1 + n % 9) for n in range(150)]])[0]
+    counts, plain = [], encoder._encode
+    monkeypatch.setattr(encoder, "_encode", lambda part: counts.append(len(part)) or plain(part))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        whole = encoder.encode(words, batch_invariant=True)
+        for first, count in [(0, 1), (7, 2), (30, 34), (3, 64), (100, 50), (1, 149)]:
+            part = encoder.encode(words[first : first + count], batch_invariant=True)
+            assert torch.equal(part, whole[first : first + count]), (first, count)
+    finally:
+        torch.set_num_threads(before)
+    is_filled = impl == "reference" or capability.extension() is None
+    assert set(counts) == {64} if is_filled else counts == [150, 1, 2, 34, 64, 50, 149]

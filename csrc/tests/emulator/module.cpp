@@ -7,6 +7,7 @@
 
 PYBIND11_MODULE(ctxfast_emulated, m) {
   m.def("set_schedule", &ctxfast::emulator::set_schedule);
+  bind_char_cnn_cuda(m);
   bind_lstm_persistent(m);
   bind_lstm_step(m);
   bind_lstm_persistent_backward(m);

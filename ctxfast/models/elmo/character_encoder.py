@@ -16,9 +16,9 @@ from ...nn.words import add_sentence_marks, unique_rows
 from .config import ElmoConfig
 from .tokenization import BEGIN_SENTENCE, END_SENTENCE, ElmoCharacterMapper
 
-# Words computed by one call when results must not depend on the batch: matrix libraries round differently for
-# different numbers of rows, so every call gets this many. The original model's encoder on 2 AVX-512 cores: 19 ms in
-# place of 10 for a sentence alone, 77 in place of 81 for 24; calls of 16 words would cost it several times as much.
+# Words computed by one call when results must not depend on the batch and products do: matrix libraries round
+# differently for different numbers of rows, so every call gets this many. The original model's encoder on 2 AVX-512
+# cores: 12 to 13 ms in place of 3 to 6 for a sentence alone (2026-11), no more for many.
 _FIXED_ROWS = 64
 
 
@@ -75,14 +75,33 @@ class ElmoCharacterEncoder(CharCnn):
 
         Args:
             words: ids, see ``batch_to_ids``.
-            batch_invariant: compute a fixed number of words at a time, so that a word's vector has the same bits
-                whichever words stand beside it. On the CPU only; a GPU's products may differ in the last bits.
+            batch_invariant: see to it that a word's vector has the same bits whichever words stand beside it: where
+                products do not by themselves, a fixed number of words is computed at a time. On the CPU only; a GPU's
+                products may differ in the last bits.
         """
-        if not batch_invariant or words.device.type != "cpu" or torch.compiler.is_compiling():
+        is_free = not batch_invariant or words.device.type != "cpu" or torch.compiler.is_compiling()
+        if is_free or self._is_row_wise(words):
             return self._encode(words)
         count = words.shape[0]
         filled = torch.cat([words, words.new_zeros(-count % _FIXED_ROWS, words.shape[1])])
         return torch.cat([self._encode(part) for part in filled.split(_FIXED_ROWS)])[:count]
+
+    def _linear_layers(self) -> list[nn.Linear]:
+        """Highways, then the projection, as far as there are any."""
+        layers = [] if self._highways is None else list(self._highways._layers)
+        return layers if self._projection is None else [*layers, self._projection]
+
+    def _is_row_wise(self, words: Tensor) -> bool:
+        """Whether a word's vector has the same bits whichever words stand beside it: ctxfast's kernels for the CPU see
+        to that in float32."""
+        if self._char_embedding_weights.dtype is not torch.float32 or torch.is_autocast_enabled("cpu"):
+            return False
+        if functional.explain("char_cnn", **self._arguments(words[:1])).used != "cpu":
+            return False
+        return all(
+            functional.explain("linear_act", one.weight[:1], one.weight, one.bias, impl=self.impl).used == "cpu"
+            for one in self._linear_layers()
+        )
 
     def _encode(self, words: Tensor) -> Tensor:
         vectors = self.features(words)

@@ -80,7 +80,7 @@ def _forward(
     h_0 = None if h_0 is None else _dense_rows(h_0.flatten(0, 1))
     c_0 = None if c_0 is None else c_0.contiguous()
     workspace = torch_ops.allocate((plan["workspace_bytes"],), output, torch.uint8)
-    with device.launching(output) as stream:
+    with torch_ops.launching(output) as stream:
         c.lstm_persistent_forward(
             device=facts, batch=batch, steps=steps, hidden=hidden, size=size, dtype=device.DTYPES[output.dtype],
             gates=[gate.data_ptr() for gate in gates], gates_strides=[gate.stride()[:2] for gate in gates],

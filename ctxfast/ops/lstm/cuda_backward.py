@@ -96,7 +96,7 @@ def _backward(
         None if tensor is None else tensor.float().contiguous() for tensor in (c_0, grad_h_n, grad_c_n)
     )
     workspace = torch_ops.allocate((found["workspace_bytes"],), output, torch.uint8)
-    with device.launching(output) as stream:
+    with torch_ops.launching(output) as stream:
         capability.extension().lstm_persistent_backward(
             batch=batch, steps=steps, hidden=hidden, size=size, dtype=device.DTYPES[output.dtype],
             weight_hh=[w.data_ptr() for w in weight_hh], weight_proj=[w.data_ptr() for w in weight_proj],

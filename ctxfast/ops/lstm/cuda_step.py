@@ -83,7 +83,7 @@ def _forward(
     lengths = None if lengths is None else lengths.to(torch.int64).contiguous()
     h_0, c_0 = (None if state is None else state.contiguous() for state in (h_0, c_0))
     workspace = _workspace(shape, False, output)
-    with device.launching(output) as stream:
+    with torch_ops.launching(output) as stream:
         capability.extension().lstm_step_forward(
             **shape, gates=[gate.data_ptr() for gate in gates], gates_strides=[gate.stride()[:2] for gate in gates],
             packed_gates=[weights.data_ptr() for weights in packed_gates],
@@ -136,7 +136,7 @@ def _backward(
         None if tensor is None else tensor.float().contiguous() for tensor in (c_0, grad_h_n, grad_c_n)
     )
     workspace = _workspace(shape, True, output)
-    with device.launching(output) as stream:
+    with torch_ops.launching(output) as stream:
         capability.extension().lstm_step_backward(
             **shape, z=[gates.data_ptr() for gates in z], z_strides=[gates.stride()[:2] for gates in z],
             packed_gates_t=[weights.data_ptr() for weights in packed_gates],

@@ -8,8 +8,7 @@ walks the recurrence, and the weights' gradients are products over all steps of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,16 +28,6 @@ BWD_SCHEMA = (
     "Tensor cells, Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, float cell_clip, float proj_clip) "
     "-> Tensor[]"
 )
-
-
-@contextmanager
-def launching(tensor: Tensor) -> Iterator[int]:
-    """The tensor's device made current; the handle of its stream."""
-    if not tensor.is_cuda:  # tests run the kernels on the CPU
-        yield 0
-        return
-    with torch.cuda.device(tensor.device):
-        yield torch.cuda.current_stream().cuda_stream
 
 
 def address(tensor: Tensor | None) -> int:
