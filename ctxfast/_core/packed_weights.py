@@ -23,13 +23,21 @@ CACHE = WeightCache()
 
 
 @lru_cache
-def most_rows(dtype: torch.dtype) -> int:
-    """Rows up to which the compiled product is taken."""
+def _most_rows(dtype: torch.dtype) -> int:
     extension = capability.extension()
     if extension is None:
         return 0
     # In float32 all: a row's bits would tell which product it went through.
     return _ANY if dtype is torch.float32 else _FEW_ROWS.get(extension.cpu_isa(), 0)
+
+
+def most_rows(dtype: torch.dtype) -> int:
+    """Rows up to which the compiled product is taken."""
+    return _most_rows(dtype)
+
+
+# A constant of a compiled graph (what torch.compiler.assume_constant_result does; that imports the compiler).
+most_rows._dynamo_marked_constant = True
 
 
 def in_panels(weight: Tensor) -> Tensor:
