@@ -200,6 +200,15 @@ def supports(args: Mapping[str, Any]) -> str | None:
     return None
 
 
+def remark(args: Mapping[str, Any]) -> str | None:
+    """None, or what heads of this size cost."""
+    head_dim = args["qkv"].shape[3]
+    filled = triton_plan.block_d(head_dim)
+    if head_dim == filled:
+        return None
+    return f"heads of {head_dim} are filled up to {filled} on the chip: tiles of matrix units are powers of two"
+
+
 def _scale(qkv: Tensor, softmax_scale: float | None) -> float:
     return 1.0 / math.sqrt(qkv.shape[3]) if softmax_scale is None else softmax_scale
 
