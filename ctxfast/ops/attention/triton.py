@@ -30,7 +30,7 @@ def _kind(dtype: torch.dtype) -> str:
     """How products are made, in the words of triton_plan."""
     if dtype != torch.float32:
         return "half"
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "float32"
+    return "tf32" if capability.allows_tf32() else "float32"
 
 
 def _plan(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> triton_plan.Plan:
