@@ -192,6 +192,27 @@ def test_dropout_comes_from_the_seed() -> None:
     assert torch.equal(step(5)[0], step(6)[0])
 
 
+def test_compiles_in_one_graph_with_gradients() -> None:
+    """A traced feed-forward block keeps its activation's result; the numbers are the same."""
+    off = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    model = Bert(BertConfig(**{**SIZES, **off, "num_hidden_layers": 1})).train().to(DEVICE)
+    model.encoder.layer[0].intermediate.impl = "triton"
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    ids = torch.randint(1, 120, (2, 9), device=DEVICE)
+    found = []
+    with ctxfast.use_impl(attention="triton", add_layer_norm="triton", embed_layer_norm="triton"):
+        for run in (model, compiled):
+            model.zero_grad()
+            out = run(ids)
+            (out.last_hidden_state.square().sum() + out.pooler_output.sum()).backward()
+            grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+            found.append([out.last_hidden_state.detach(), *(grad.clone() for grad in grads)])
+    assert len(found[0]) == len(found[1]) > 15
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * float(other.abs().max() + 1))
+
+
 def _kept_for_backward(run: Callable[[], object], module: nn.Module) -> int:
     """Bytes of all memory that autograd keeps of a run, parameters apart; each piece counts once."""
     own = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
