@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Peers of whole models: Hugging Face, ONNX Runtime and OpenVINO for BERT, plain PyTorch as AllenNLP ran it for ELMo.
+"""Peers of whole models: Hugging Face, ONNX Runtime, OpenVINO, CTranslate2 for BERT, plain PyTorch for ELMo.
 
 All hold the same random weights, made once per model. Results are compared at real tokens only.
 """
@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -114,6 +115,32 @@ def _build_reference_bert(case: Case, args: Mapping[str, Any]) -> Call:
 
 def _build_hf(case: Case, args: Mapping[str, Any]) -> Call:
     return _bert_call(_hf_bert(case, args), args)
+
+
+def _build_hf_sorted(case: Case, args: Mapping[str, Any]) -> Call:
+    """Texts sorted by length and cut into eight batches, each padded to its own longest: what its users do at best."""
+    mask = args["attention_mask"]
+    if mask is None:
+        raise Unavailable("all texts have one length")
+    if case.weight_dtype is not None:
+        raise Unavailable("compared in the model's own dtype")
+    model, ids = _hf_bert(case, args), args["input_ids"]
+    lengths = mask.sum(1)
+    order = lengths.argsort(descending=True, stable=True)
+    back = order.argsort()
+    # The lengths are known to whoever made the texts: choosing the batches is not charged.
+    cuts = [(rows, int(lengths[rows].max())) for rows in order.chunk(8)]
+
+    def forward() -> Outputs:
+        last = ids.new_zeros((*ids.shape, model.config.hidden_size), dtype=case.dtype)
+        pooled = []
+        for rows, longest in cuts:
+            found = model(ids[rows, :longest], attention_mask=mask[rows, :longest])
+            last[rows, :longest] = found.last_hidden_state
+            pooled.append(found.pooler_output)
+        return last, torch.cat(pooled)[back]
+
+    return Call(forward, to_case=_real(args))
 
 
 def _build_hf_int8(case: Case, args: Mapping[str, Any]) -> Call:
@@ -238,6 +265,38 @@ def _export_onnx(model: _Tuple, inputs: tuple[Tensor, Tensor], folder: Path, nam
     except ImportError:
         return str(plain)
     return str(fused)
+
+
+def _build_ctranslate2(case: Case, args: Mapping[str, Any], precision: str = "") -> Call:
+    require("ctranslate2")
+    import ctranslate2
+    from ctranslate2.converters.transformers import BertLoader
+
+    precision = precision or str(case.dtype).removeprefix("torch.")
+    if case.device == "cpu" and precision not in ctranslate2.get_supported_compute_types("cpu"):
+        raise Unavailable(f"CTranslate2 has no {precision} on this CPU")
+    model = _exportable(case, args).model
+    model.config.position_embedding_type = "absolute"  # asked for by its converter; Transformers 5 knows no other
+    with contextlib.redirect_stdout(sys.stderr), tempfile.TemporaryDirectory() as folder:
+        spec = BertLoader().get_model_spec(model)
+        spec.config.layer_norm_epsilon = model.config.layer_norm_eps
+        spec.register_vocabulary([str(i) for i in range(model.config.vocab_size)])  # fed with ids, it reads none
+        spec.validate()
+        spec.optimize()
+        spec.save(folder)
+        encoder = ctranslate2.Encoder(
+            folder, device="cpu", compute_type=precision, inter_threads=1, intra_threads=torch.get_num_threads()
+        )
+    ids, mask = _inputs(args)
+    # With the lengths it packs as we do.
+    feed = [ctranslate2.StorageView.from_array(value.int().numpy()) for value in (ids, mask.sum(1))]
+
+    def forward() -> Outputs:
+        found = encoder.forward_batch(*feed)
+        return found.last_hidden_state, found.pooler_output
+
+    real = _real(args)
+    return Call(forward, to_case=lambda outputs: real(tuple(numpy.array(output) for output in outputs)))
 
 
 # ELMo
@@ -384,12 +443,15 @@ OURS: dict[str, tuple[Provider, ...]] = {
 PEERS: dict[str, tuple[Provider, ...]] = {
     "bert": (
         Provider("Hugging Face, eager", _build_hf),
+        Provider("Hugging Face, eager, sorted by length", _build_hf_sorted, "eight batches, sorting not timed"),
         Provider("ONNX Runtime", _build_onnxruntime),
         Provider("OpenVINO", _build_openvino),
+        Provider("CTranslate2", _build_ctranslate2),
         Provider(
             "OpenVINO, bfloat16", functools.partial(_build_openvino, precision="bf16"), dtype=torch.bfloat16
         ),
         Provider("ONNX Runtime, dynamic int8", _build_onnxruntime_int8, dtype=torch.int8),
+        Provider("CTranslate2, int8", functools.partial(_build_ctranslate2, precision="int8"), dtype=torch.int8),
         Provider("Hugging Face, dynamic int8", _build_hf_int8, dtype=torch.int8),
     ),
     "elmo": (

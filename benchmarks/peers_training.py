@@ -19,7 +19,7 @@ from ctxfast._core import registry
 from ctxfast.models.bert.heads import BertForMaskedLM
 
 from .cases import SEED, Case
-from .peers import Call, Outputs, Provider, require
+from .peers import Call, Outputs, Provider, Unavailable, require
 from .work import BERT_SIZES
 
 # Of the loss, about ln(vocabulary) at random weights: what dropout's draw may move it by.
@@ -67,7 +67,7 @@ def _step(case: Case, args: Mapping[str, Any], model: torch.nn.Module, run: Call
             loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return (loss.detach().float().reshape(1),)
+        return (loss.detach().float().reshape(1).clone(),)  # the next run of a CUDA graph overwrites it
 
     forward()  # the optimiser's state is not the step's memory
     return Call(forward)
@@ -91,10 +91,18 @@ def _build_hf(case: Case, args: Mapping[str, Any]) -> Call:
     return _step(case, args, _hugging_face(case, args))
 
 
-def _build_hf_compiled(case: Case, args: Mapping[str, Any]) -> Call:
-    torch.compiler.reset()
-    model = _hugging_face(case, args)
-    return _step(case, args, model, torch.compile(model))
+def _build_hf_compiled(mode: str | None) -> Callable[[Case, Mapping[str, Any]], Call]:
+    def build(case: Case, args: Mapping[str, Any]) -> Call:
+        if mode is not None and case.device != "cuda":
+            raise Unavailable("compared on a GPU only")
+        torch.compiler.reset()
+        model = _hugging_face(case, args)
+        if case.device == "cuda" and args["attention_mask"] is None:
+            # Without a mask Transformers falls onto a slow attention path under compile.
+            args = {**args, "attention_mask": torch.ones_like(args["input_ids"])}
+        return _step(case, args, model, torch.compile(model, mode=mode))
+
+    return build
 
 
 def oracle(case: Case, args: Mapping[str, Any]) -> Outputs:
@@ -110,4 +118,8 @@ OURS = (
     Provider("ctxfast reference", _build_reference, "every op on plain PyTorch", ours=True),
 )
 PEERS = (Provider("Hugging Face, eager", _build_hf, "BertForMaskedLM, SDPA"),)
-COMPILED = (Provider("Hugging Face, torch.compile", _build_hf_compiled),)
+COMPILED = (
+    Provider("Hugging Face, torch.compile", _build_hf_compiled(None)),
+    Provider("Hugging Face, torch.compile reduce-overhead", _build_hf_compiled("reduce-overhead"), "explicit mask"),
+    Provider("Hugging Face, torch.compile max-autotune", _build_hf_compiled("max-autotune"), "explicit mask"),
+)

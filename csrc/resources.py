@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -85,11 +85,11 @@ def compare(table: Mapping[str, Resources], measured: Mapping[str, Resources]) -
     return problems
 
 
-def format_table(measured: Mapping[str, Resources]) -> str:
+def format_table(measured: Mapping[str, Resources], columns: Sequence[str] = COLUMNS) -> str:
     width = max([len("kernel"), *map(len, measured)])
-    lines = [f"{'kernel':<{width}}  " + "  ".join(f"{column:>12}" for column in COLUMNS)]
+    lines = [f"{'kernel':<{width}}  " + "  ".join(f"{column:>12}" for column in columns)]
     for kernel, row in sorted(measured.items()):
-        lines.append(f"{kernel:<{width}}  " + "  ".join(f"{row[column]:>12}" for column in COLUMNS))
+        lines.append(f"{kernel:<{width}}  " + "  ".join(f"{row[column]:>12}" for column in columns))
     return "\n".join(lines)
 
 

@@ -274,7 +274,8 @@ def linear_act(
 
     Numerics: a row's result on the CPU does not depend on the other rows, to the last bit (impl cpu).
     Implementations: reference (any device and dtype), cpu (packed weights; float32, bfloat16; int8
-    without gradient), triton (CUDA; float32, bfloat16, float16; every activation but none).
+    without gradient), triton (CUDA; float32, bfloat16, float16; every activation, and none in training where x is an
+    activation's result, which it makes again in the backward instead of keeping it).
     Reference: Hendrycks & Gimpel 2016 (both forms of GELU); Devlin et al. 2019.
     """
     args = _linear_act_args(x, weight, bias, activation=activation, weight_dtype=weight_dtype)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from parity import arguments, public
+from parity import arguments, combinations, convert, device_of, public
 
 from ctxfast._core import registry
 
@@ -243,6 +243,21 @@ def test_the_good_arguments_are_good(op) -> None:
 
 def test_every_op_is_in_the_table() -> None:
     assert {row[0] for row in TABLE} == set(registry.OPS)
+
+
+@pytest.mark.parametrize(
+    ("op", "impl"),
+    [(spec.name, impl.name) for spec, impl in combinations() if impl.name != "reference" and device_of(impl) == "cpu"],
+)
+def test_kernels_refuse_float64_by_name(op, impl) -> None:
+    """The definition takes it; whoever asks for a kernel is told, and nobody gets a rounded result unasked."""
+    good = convert(tuple(_good(op).values()), torch.Tensor.double)
+    given = dict(zip(_good(op), good))
+    with pytest.raises(RuntimeError, match=rf"ctxfast\.{op}: impl='{impl}' .* is torch\.float64\."):
+        public(op)(**given, impl=impl)
+    found = public(op)(**given)
+    first = found[0] if isinstance(found, tuple) else found
+    assert first.dtype == torch.float64
 
 
 def test_a_missing_extension_is_said(monkeypatch) -> None:

@@ -79,6 +79,16 @@ def is_triton_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def allows_tf32() -> bool:
+    """Whether float32 products on a GPU may be rounded to TensorFloat-32, as torch's own are.
+
+    torch 2.9 has a second switch, and reading the first raises once the second has been set.
+    """
+    matmul = torch.backends.cuda.matmul
+    precision = getattr(matmul, "fp32_precision", "none")
+    return matmul.allow_tf32 if precision == "none" else precision == "tf32"
+
+
 def compute_capability(index: int | None) -> tuple[int, int]:
     """Compute capability of a GPU, None for the current one; a constant to torch.compile."""
     return torch.cuda.get_device_capability(index)

@@ -60,7 +60,8 @@ class Impl:
     The module holds a function of the op's name, which takes the checked keyword arguments of the public function and
     is differentiable wherever ``supports`` lets a call that needs a gradient through; ``supports(args)``, which
     returns None or the sentence why not, looking at shapes, dtypes, devices and flags only; and ``raw_calls(args)``,
-    which lists ``(operator, arguments)`` of the registered operators behind a call, for torch.library.opcheck.
+    which lists ``(operator, arguments)`` of the registered operators behind a call, for torch.library.opcheck. It may
+    hold ``remark(args)``: what a call that it takes costs more than a like one, as a sentence, or None.
     ``device`` is the device type it runs on.
     """
 
@@ -135,6 +136,13 @@ class OpSpec:
             if objection is not None:
                 return objection
         return self.module(implementation.name).supports(args)
+
+    def note(self, implementation: Impl, args: Mapping[str, Any]) -> str:
+        """What ``explain`` says of an implementation that can run these arguments."""
+        if implementation.name == "reference":
+            return implementation.note
+        remark = getattr(self.module(implementation.name), "remark", lambda args: None)(args)
+        return implementation.note if remark is None else f"{implementation.note}; {remark}"
 
     def function(self, implementation: Impl) -> Callable[..., Any]:
         """The function that runs this implementation."""
@@ -395,9 +403,9 @@ def explain_args(spec: OpSpec, args: dict[str, Any], impl: str | None = None) ->
     for candidate in spec.all_impls:
         objection = spec.supports(candidate, args)
         if candidate.name == chosen:
-            rows.append((candidate.name, "used", candidate.note))
+            rows.append((candidate.name, "used", spec.note(candidate, args)))
         elif objection is None:
-            rows.append((candidate.name, "could", candidate.note))
+            rows.append((candidate.name, "could", spec.note(candidate, args)))
         else:
             rows.append((candidate.name, "no", objection))
     return Explanation(spec.name, tuple(rows))

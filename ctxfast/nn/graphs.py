@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._core import registry
+from .._core import capability, registry
 
 Function = Callable[[Sequence["Tensor | None"], Tensor, int], Sequence[Tensor]]
 _SEQLENS = (16, 32, 64, 128, 256, 512)
@@ -184,7 +184,7 @@ class PackedGraphs:
         kinds = tuple(None if t is None else (t.dtype, t.shape[1:]) for t in tokens)
         modes = (
             torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type),
-            torch.backends.cuda.matmul.allow_tf32,
+            capability.allows_tf32(),
             torch.are_deterministic_algorithms_enabled(),
             registry.requested(),
         )

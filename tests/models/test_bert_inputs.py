@@ -35,6 +35,11 @@ ERRORS: dict[str, tuple[Callable[[Bert], object], type[Exception], str]] = {
         TypeError,
         "ctxfast.Bert: input_ids has dtype torch.float32; expected int64 or int32. Convert it with .long().",
     ),
+    "ids-float64": (
+        lambda m: m(_IDS.double()),
+        TypeError,
+        "ctxfast.Bert: input_ids has dtype torch.float64; expected int64 or int32. Convert it with .long().",
+    ),
     "ids-1d": (
         lambda m: m(_IDS[0]),
         ValueError,
@@ -77,6 +82,25 @@ ERRORS: dict[str, tuple[Callable[[Bert], object], type[Exception], str]] = {
         "ctxfast.Bert: attention_mask has shape (2, 1, 4, 4); expected (batch, seqlen) = (2, 4). "
         "Masks that differ by query (decoder masks) are not supported.",
     ),
+    "mask-3d": (
+        lambda m: m(_IDS, torch.ones(2, 4, 4)),
+        ValueError,
+        "ctxfast.Bert: attention_mask has shape (2, 4, 4); expected (batch, seqlen) = (2, 4). "
+        "Masks that differ by query (decoder masks) are not supported.",
+    ),
+    "mask-additive-4d": (
+        lambda m: m(_IDS, torch.zeros(2, 1, 1, 4)),
+        ValueError,
+        "ctxfast.Bert: attention_mask has shape (2, 1, 1, 4); expected (batch, seqlen) = (2, 4). "
+        "Masks that differ by query (decoder masks) are not supported.",
+    ),
+    "mask-nan": (
+        lambda m: m(_IDS, torch.full((2, 4), float("nan"))),
+        ValueError,
+        "ctxfast.Packing: attention_mask holds other values than 0 and 1; expected 1 for a token, "
+        "0 for padding. "
+        "An additive mask becomes one with: mask == 0.",
+    ),
     "mask-device": (
         lambda m: m(_IDS, _META),
         ValueError,
@@ -109,6 +133,23 @@ ERRORS: dict[str, tuple[Callable[[Bert], object], type[Exception], str]] = {
         ValueError,
         "ctxfast.Bert: position_ids holds 64; expected values in 0..63. The model has 64 rows for them.",
     ),
+    "positions-long": (
+        lambda m: m(torch.zeros(1, 70, dtype=torch.int64), position_ids=torch.arange(70)[None]),
+        ValueError,
+        "ctxfast.Bert: position_ids holds 69; expected values in 0..63. The model has 64 rows for them.",
+    ),
+    "positions-relative": (
+        lambda m: _bert(position_embedding_type="relative_key_query"),
+        ValueError,
+        "ctxfast.BertConfig: position_embedding_type is 'relative_key_query'; expected 'absolute'; relative key and "
+        "query position embeddings are not supported",
+    ),
+    "positions-short-text": (  # 65 columns, of which the mask leaves three
+        lambda m: m(torch.zeros(1, 65, dtype=torch.int64), (torch.arange(65) < 3).long()[None]),
+        ValueError,
+        "ctxfast.Bert: input_ids has 65 columns; expected at most 64, the positions of this model. "
+        "Truncate the text or split it into windows.",
+    ),
     "positions-shape": (
         lambda m: m(_IDS, position_ids=_IDS[0]),
         ValueError,
@@ -128,6 +169,15 @@ def test_bad_input(name: str) -> None:
     with pytest.raises(kind) as caught:
         call(_bert())
     assert str(caught.value) == text
+
+
+@torch.no_grad()
+def test_masks_with_holes_are_packed() -> None:
+    """Tokens on both sides of a hole see each other and keep their positions; the hole itself gives zeros."""
+    model, ids = _bert(), torch.tensor([[5, 9, 17, 3, 40]])
+    found = model(ids, torch.tensor([[1, 0, 1, 0, 1]])).last_hidden_state
+    alone = model(ids[:, ::2], position_ids=torch.tensor([[0, 2, 4]])).last_hidden_state
+    assert torch.equal(found[:, ::2], alone) and not found[:, 1::2].any()
 
 
 def test_bad_task_types_and_roberta_length() -> None:

@@ -11,7 +11,7 @@ import transformers
 from torch import Tensor
 
 from ctxfast.models.bert.config import BertConfig
-from ctxfast.models.bert.heads import BertForMaskedLM
+from ctxfast.models.bert.heads import BertForMaskedLM, BertForSequenceClassification
 from ctxfast.models.bert.modeling import Bert
 
 SIZES = dict(
@@ -19,10 +19,14 @@ SIZES = dict(
     max_position_embeddings=32,
 )  # fmt: skip
 STEPS = 200
+RATES = {"MaskedLM": 3e-3, "SequenceClassification": 1e-3}  # in which a tiny model learns its task in so many steps
 
 
-def _batches(seed: int) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Ids, mask and labels of texts that can be learned: a text has the ten words of one of five topics."""
+def _batches(seed: int, task: str) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Ids, mask and labels of texts that can be learned: a text has the ten words of one of five topics.
+
+    The task is to find hidden words ("MaskedLM"), or the topic, which half of the words are of.
+    """
     generator = torch.Generator().manual_seed(seed)
     batches = []
     for _ in range(STEPS):
@@ -30,18 +34,23 @@ def _batches(seed: int) -> list[tuple[Tensor, Tensor, Tensor]]:
         ids = 10 + 10 * topics + torch.randint(0, 10, (12, 16), generator=generator)
         lengths = torch.randint(4, 17, (12, 1), generator=generator)
         mask = (torch.arange(16) < lengths).long()
-        chosen = (torch.rand(12, 16, generator=generator) < 0.2) & mask.bool()
-        labels = torch.where(chosen, ids, -100)
-        batches.append((torch.where(chosen, 4, ids) * mask, mask, labels))
+        chosen = torch.rand(12, 16, generator=generator) < (0.2 if task == "MaskedLM" else 0.5)
+        if task == "MaskedLM":
+            chosen &= mask.bool()
+            labels, shown = torch.where(chosen, ids, -100), torch.where(chosen, 4, ids)
+        else:
+            labels = topics[:, 0]
+            shown = torch.where(chosen, torch.randint(10, 60, (12, 16), generator=generator), ids)
+        batches.append((shown * mask, mask, labels))
     return batches
 
 
-def _curve(model: torch.nn.Module, seed: int, dropout_seed: int) -> list[float]:
+def _curve(model: torch.nn.Module, task: str, seed: int, dropout_seed: int) -> list[float]:
     model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATES[task])
     torch.manual_seed(dropout_seed)
     losses = []
-    for ids, mask, labels in _batches(seed):
+    for ids, mask, labels in _batches(seed, task):
         if not (labels != -100).any():
             continue
         loss = model(ids, attention_mask=mask, labels=labels).loss
@@ -52,20 +61,21 @@ def _curve(model: torch.nn.Module, seed: int, dropout_seed: int) -> list[float]:
     return losses
 
 
-def _models(dropout: float, seed: int = 0) -> tuple[BertForMaskedLM, torch.nn.Module]:
-    config = BertConfig(**SIZES, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
+def _models(task: str, dropout: float, seed: int = 0) -> tuple[torch.nn.Module, torch.nn.Module]:
+    config = BertConfig(**SIZES, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout, num_labels=5)
     theirs_config = transformers.BertConfig.from_dict(config.to_dict())
     theirs_config._attn_implementation = "eager"
     torch.manual_seed(seed)
-    theirs = transformers.BertForMaskedLM(theirs_config)
-    ours = BertForMaskedLM(config)
+    theirs = getattr(transformers, f"BertFor{task}")(theirs_config)
+    ours = {"MaskedLM": BertForMaskedLM, "SequenceClassification": BertForSequenceClassification}[task](config)
     ours.load_state_dict(theirs.state_dict(), strict=True)
     return ours, theirs
 
 
-def test_loss_curve_without_dropout_is_hugging_faces() -> None:
-    ours, theirs = _models(0.0)
-    mine, want = (torch.tensor(_curve(model, 1, 0)) for model in (ours, theirs))
+@pytest.mark.parametrize("task", RATES)
+def test_loss_curve_without_dropout_is_hugging_faces(task: str) -> None:
+    ours, theirs = _models(task, 0.0)
+    mine, want = (torch.tensor(_curve(model, task, 1, 0)) for model in (ours, theirs))
     assert len(want) > 190 and want[-20:].mean() < want[:20].mean() - 0.5  # it learns
     # Rounding differences grow along a training run; at first they are rounding.
     assert (mine - want)[:20].abs().max() < 1e-5
@@ -73,12 +83,14 @@ def test_loss_curve_without_dropout_is_hugging_faces() -> None:
     assert abs(mine[-50:].mean() - want[-50:].mean()) < 0.01
 
 
-def test_loss_curve_with_dropout_is_within_seed_noise() -> None:
-    ours, theirs = _models(0.1)
+@pytest.mark.slow
+@pytest.mark.parametrize("task", RATES)
+def test_loss_curve_with_dropout_is_within_seed_noise(task: str) -> None:
+    ours, theirs = _models(task, 0.1)
     ends = {}
     for name, model in (("ours", ours), ("theirs", theirs)):
         ends[name] = torch.tensor(
-            [sum(_curve(copy.deepcopy(model), 1, dropout_seed)[-50:]) / 50 for dropout_seed in (1, 2, 3)]
+            [sum(_curve(copy.deepcopy(model), task, 1, dropout_seed)[-50:]) / 50 for dropout_seed in (1, 2, 3)]
         )
     noise = torch.stack(tuple(ends.values())).std(dim=1).max()
     assert abs(ends["ours"].mean() - ends["theirs"].mean()) < 3 * noise + 0.02, ends
@@ -88,6 +100,7 @@ def test_loss_curve_with_dropout_is_within_seed_noise() -> None:
     ("device", "dtype"),
     [
         ("cpu", torch.bfloat16),
+        ("cpu", torch.float16),
         pytest.param("cuda", torch.bfloat16, marks=pytest.mark.gpu),
         pytest.param("cuda", torch.float16, marks=pytest.mark.gpu),
     ],

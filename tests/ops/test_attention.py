@@ -143,19 +143,36 @@ def test_plans_choose_by_length_and_filling() -> None:
 
 
 def test_float32_takes_tensor_cores_only_when_allowed(monkeypatch) -> None:
-    """allow_tf32 is torch's switch for float32 products, and ours."""
+    """torch's switches for float32 products, all three of them, are ours."""
     kwargs = _packed([20, 40], 2, 64, torch.float32)
     precisions = []
     plain = triton_plan.choose
     monkeypatch.setattr(triton_plan, "choose", lambda *args: precisions.append(args[1]) or plain(*args))
-    before = torch.backends.cuda.matmul.allow_tf32
+    matmul = torch.backends.cuda.matmul
+
+    def found() -> str:
+        precisions.clear()
+        run("attention", kwargs, "triton")
+        return precisions[0]
+
     try:
-        for allowed in (False, True):
-            torch.backends.cuda.matmul.allow_tf32 = allowed
-            run("attention", kwargs, "triton")
+        assert found() == "float32"
+        matmul.allow_tf32 = True
+        assert found() == "tf32"
+        torch.set_float32_matmul_precision("highest")
+        assert found() == "float32"
+        torch.set_float32_matmul_precision("high")
+        assert found() == "tf32"
+        if hasattr(matmul, "fp32_precision"):
+            matmul.fp32_precision = "ieee"
+            assert found() == "float32"
+            matmul.fp32_precision = "tf32"
+            assert found() == "tf32"
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
-    assert precisions == ["float32", "tf32"]
+        if hasattr(matmul, "fp32_precision"):
+            matmul.fp32_precision = "ieee"
+        torch.set_float32_matmul_precision("highest")
+    assert not matmul.allow_tf32 and found() == "float32"
 
 
 # dropout
@@ -282,6 +299,15 @@ def test_refusals_say_why() -> None:
         ctxfast.attention(**wide(kwargs), impl="triton")
 
 
+@pytest.mark.parametrize(("D", "filled"), [(8, 16), (48, 64), (80, 128), (32, None), (64, None), (128, None)])
+def test_explain_says_which_heads_are_filled_up(D, filled) -> None:
+    found = ctxfast.explain("attention", **_packed([3], 1, D, torch.float32))
+    (row,) = [row for row in found.rows if row[0] == "triton"]
+    words = f"heads of {D} are filled up to {filled} on the chip: tiles of matrix units are powers of two"
+    assert row[1] in ("could", "used")
+    assert row[2].endswith(words) if filled else "filled up" not in row[2]
+
+
 def test_first_call_may_be_compiled() -> None:
     """Triton is imported on first use, and that use may be torch.compile's trace."""
     code = (
@@ -298,13 +324,16 @@ def test_first_call_may_be_compiled() -> None:
 
 
 def test_kernels_do_not_spill() -> None:
-    """BERT-Base's kernels for an H100, compiled without one; attention_resources.py alone does all of the table."""
-    script = Path(__file__).with_name("attention_resources.py")
+    """BERT-Base's kernels for an H100, compiled without one; ``make resources`` does all of the table."""
+    script = ROOT / "csrc" / "triton_resources.py"
+    rows = "sm_90 bfloat16 attention D=64 dropout"
     done = subprocess.run(
-        [sys.executable, script, "--only", "sm_90 bfloat16 D64 dropout"], capture_output=True, text=True, timeout=600
+        [sys.executable, script, "--only", rows], capture_output=True, text=True, timeout=900, check=False
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.splitlines()[-1] == "11 kernels, 0 spill"
+    # Registers may differ from the table's under another Triton; spills are looked for in any.
+    found = [line.split() for line in done.stdout.splitlines() if line.startswith(rows)]
+    assert len(found) == 11, done.stdout + done.stderr
+    assert all(row[-1] == "0" and int(row[-2]) > 0 for row in found), done.stdout
 
 
 def test_old_gpus_are_refused(monkeypatch) -> None:

@@ -72,6 +72,7 @@ def backward(
     for first in range(program * ROWS, rows, tl.num_programs(0) * ROWS):
         row = (first + tl.arange(0, ROWS)).to(tl.int64)
         inside = (row < rows)[:, None] & (column < N)[None, :]
+        dy = load_tile(grad, row, stride_g, inside, column, BLOCK_N)
         z, kept = _added(
             x, residual, x_bias, seeds, row, inside, column, stride_x, stride_r, threshold, rescale,
             N, BLOCK_N, HAS_RESIDUAL, HAS_BIAS, DROPOUT,
@@ -79,20 +80,19 @@ def backward(
         average = tl.load(mean + row, mask=row < rows, other=0.0)
         inverse = tl.load(rstd + row, mask=row < rows, other=0.0)
         normal = tl.where(inside, (z - average[:, None]) * inverse[:, None], 0.0)
-        # Loaded for every tile: kept, it would cost the longest rows their last registers.
+        # Gradient in first, sums at once, scale for every tile: in another order the longest rows spill.
+        if SUMS:
+            sum_weight += dy * normal
+            sum_bias += dy
         scale = tl.load(weight + column, mask=column < N, other=0.0).to(tl.float32)
-        dy = load_tile(grad, row, stride_g, inside, column, BLOCK_N)
         dz = tl.where(inside, normalised_gradient(dy * scale[None, :], normal, inverse, N), 0.0)
         at = row[:, None] * N + column[None, :]
         tl.store(grad_sum + at, dz.to(grad_sum.dtype.element_ty), mask=inside)
         if DROPOUT:
             dz = tl.where(kept, dz * rescale, 0.0)
             tl.store(grad_x + at, dz.to(grad_x.dtype.element_ty), mask=inside)
-        if SUMS:
-            sum_weight += dy * normal
-            sum_bias += dy
-            if SUM_X:
-                sum_x += dz
+        if SUMS and SUM_X:
+            sum_x += dz
     if SUMS:
         store_partial(partial, 0, program, tl.sum(sum_weight, 0), column, N)
         store_partial(partial, 1, program, tl.sum(sum_bias, 0), column, N)

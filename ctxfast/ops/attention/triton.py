@@ -30,7 +30,7 @@ def _kind(dtype: torch.dtype) -> str:
     """How products are made, in the words of triton_plan."""
     if dtype != torch.float32:
         return "half"
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "float32"
+    return "tf32" if capability.allows_tf32() else "float32"
 
 
 def _plan(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> triton_plan.Plan:
@@ -198,6 +198,15 @@ def supports(args: Mapping[str, Any]) -> str | None:
     if qkv.shape[3] > _MAX_HEAD_DIM:
         return f"it takes heads of at most {_MAX_HEAD_DIM} and head_dim is {qkv.shape[3]}."
     return None
+
+
+def remark(args: Mapping[str, Any]) -> str | None:
+    """None, or what heads of this size cost."""
+    head_dim = args["qkv"].shape[3]
+    filled = triton_plan.block_d(head_dim)
+    if head_dim == filled:
+        return None
+    return f"heads of {head_dim} are filled up to {filled} on the chip: tiles of matrix units are powers of two"
 
 
 def _scale(qkv: Tensor, softmax_scale: float | None) -> float:

@@ -3,8 +3,8 @@
 
 A search would time dozens of variants in a user's first batches and give different bits on different days. The table
 was made without a GPU. Its start is a probe on an H100 (64 x 64 tiles with 4 warps were best from 128 to 512 tokens);
-the rest are the largest tiles that do not spill, with dropout and without (tests/ops/attention_resources.py compiles
-them all). Two things were tried by compiler alone: a second copy of the inner loop for whole blocks, without masks,
+the rest are the largest tiles that do not spill, with dropout and without (csrc/triton_resources.py compiles them
+all). Two things were tried by compiler alone: a second copy of the inner loop for whole blocks, without masks,
 took 203 registers instead of 128 (two blocks an SM instead of four), and so did a loop over blocks of queries inside
 a program. To be tuned on GPUs.
 """

@@ -67,24 +67,28 @@ def backward(
     """grad (rows, N) -> grad_sum (rows, N), the gradient of every table row read; partial (2, programs, N)."""
     program = tl.program_id(0)
     column = tl.arange(0, BLOCK_N)
-    scale = tl.load(weight + column, mask=column < N, other=0.0).to(tl.float32)
+    if N <= 4096:
+        scale = tl.load(weight + column, mask=column < N, other=0.0).to(tl.float32)
     sum_weight = tl.zeros([ROWS, BLOCK_N], tl.float32)
     sum_bias = tl.zeros([ROWS, BLOCK_N], tl.float32)
     for first in range(program * ROWS, rows, tl.num_programs(0) * ROWS):
         row = (first + tl.arange(0, ROWS)).to(tl.int64)
         inside = (row < rows)[:, None] & (column < N)[None, :]
+        dy = load_tile(grad, row, stride_g, inside, column, BLOCK_N)
+        if DROPOUT:
+            dy = tl.where(is_kept(seeds, row[:, None], column[None, :], threshold), dy * rescale, 0.0)
         z = _sum_of_tables(
             ids, positions, types, tasks, word, position, kind, task, row, rows, inside, column, N, BLOCK_N, HAS_TASK
         )
         average = tl.load(mean + row, mask=row < rows, other=0.0)
         inverse = tl.load(rstd + row, mask=row < rows, other=0.0)
         normal = tl.where(inside, (z - average[:, None]) * inverse[:, None], 0.0)
-        dy = load_tile(grad, row, stride_g, inside, column, BLOCK_N)
-        if DROPOUT:
-            dy = tl.where(is_kept(seeds, row[:, None], column[None, :], threshold), dy * rescale, 0.0)
-        dz = normalised_gradient(dy * scale[None, :], normal, inverse, N)
-        tl.store(grad_sum + row[:, None] * N + column[None, :], dz.to(grad_sum.dtype.element_ty), mask=inside)
+        # Gradient in first, sums at once, scale for every tile: in another order the longest rows spill registers.
         sum_weight += dy * normal
         sum_bias += dy
+        if N > 4096:
+            scale = tl.load(weight + column, mask=column < N, other=0.0).to(tl.float32)
+        dz = normalised_gradient(dy * scale[None, :], normal, inverse, N)
+        tl.store(grad_sum + row[:, None] * N + column[None, :], dz.to(grad_sum.dtype.element_ty), mask=inside)
     store_partial(partial, 0, program, tl.sum(sum_weight, 0), column, N)
     store_partial(partial, 1, program, tl.sum(sum_bias, 0), column, N)

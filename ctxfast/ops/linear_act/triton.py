@@ -2,7 +2,10 @@
 """``linear_act`` on a GPU: the product by cuBLAS, bias and activation in one Triton pass. Not yet run on a GPU.
 
 Of the layer's own values only the product is kept for the backward, which takes the activation's slope from it and adds
-up the bias gradient in the same pass. Where no gradient is wanted, relu and gelu_tanh are cuBLASLt's own epilogue.
+up the bias gradient in the same pass. A linear layer that reads the result (the feed-forward block's second) keeps that
+same product instead of what it read, a quarter of what a BERT layer would keep, and makes it again in its backward: one
+more pass over memory beside two matrix products. Where no gradient is wanted, relu and gelu_tanh are cuBLASLt's own
+epilogue.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..._core import torch_ops, triton_rows
+from ..._core import registry, torch_ops, triton_rows
 from . import triton_kernels
 
 
@@ -91,10 +94,14 @@ _bwd = torch_ops.define(
 
 class _LinearAct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, kept: list[Tensor] | None
+    ) -> Tensor:
         product = F.linear(x, weight)
         ctx.save_for_backward(x, weight, bias, product)
         ctx.activation = activation
+        if kept is not None:
+            kept.append(product)
         return _fwd(product, bias, activation)
 
     @staticmethod
@@ -107,7 +114,46 @@ class _LinearAct(torch.autograd.Function):
         if wants_weight:
             flat = grad_product.reshape(-1, weight.shape[0])
             grad_weight = flat.t().matmul(x.reshape(-1, weight.shape[1]))
-        return grad_x, grad_weight, (grad_bias if wants_bias else None), None
+        return grad_x, grad_weight, (grad_bias if wants_bias else None), None, None
+
+
+class _LinearOfActivation(torch.autograd.Function):
+    """A linear layer of an activation's result, which is made again in the backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, product: Tensor, product_bias: Tensor | None,
+        activation: str,
+    ) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(weight, product, product_bias)
+        ctx.activation = activation
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, product, product_bias = ctx.saved_tensors
+        wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        flat, grad_weight = grad.reshape(-1, weight.shape[0]), None
+        if wants_weight:
+            x = _fwd(product, product_bias, ctx.activation)
+            grad_weight = flat.t().matmul(x.reshape(-1, weight.shape[1]))
+        grad_x = grad.matmul(weight) if wants_x else None
+        return grad_x, grad_weight, (flat.sum(0) if wants_bias else None), None, None, None
+
+
+def _source(args: Mapping[str, Any]) -> tuple[Tensor, Tensor | None, str] | None:
+    """What the activation that x is the result of was made from: (product, bias, activation); None if it is none.
+
+    A tensor written to since is none, and a traced one carries no such note.
+    """
+    x = args["x"]
+    note = x.__dict__.get(_NOTE)
+    if note is None or note[0] != x._version or not registry.needs_grad(args):
+        return None
+    return note[1:]
+
+
+_NOTE = "_ctxfast_activation_of"
 
 
 def supports(args: Mapping[str, Any]) -> str | None:
@@ -117,8 +163,8 @@ def supports(args: Mapping[str, Any]) -> str | None:
         return f"it takes float32, float16 and bfloat16 and x is {x.dtype}."
     if args["weight_dtype"] is not None:
         return "int8 products run on the CPU."
-    if args["activation"] == "none":
-        return "there is no activation to fuse: torch's linear layer is all of it."
+    if args["activation"] == "none" and (torch.compiler.is_compiling() or _source(args) is None):
+        return "there is no activation to fuse or to make again: torch's linear layer is all of it."
     return None
 
 
@@ -126,8 +172,14 @@ def linear_act(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, weight_dtype: torch.dtype | None
 ) -> Tensor:
     """See ``ctxfast.functional.linear_act``."""
+    if activation == "none":
+        return _LinearOfActivation.apply(x, weight, bias, *_source(dict(x=x, weight=weight, bias=bias)))
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in (x, weight, bias)):
-        return _LinearAct.apply(x, weight, bias, activation)
+        kept = None if torch.compiler.is_compiling() else []
+        out = _LinearAct.apply(x, weight, bias, activation, kept)
+        if kept:
+            setattr(out, _NOTE, (out._version, kept[0], None if bias is None else bias.detach(), activation))
+        return out
     # On the CPU torch's epilogue is the erf form.
     if x.is_cuda and bias is not None and activation in ("relu", "gelu_tanh"):
         flat = x.reshape(-1, x.shape[-1])
