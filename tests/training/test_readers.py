@@ -80,7 +80,7 @@ def test_a_label_column_is_not_needed_to_predict(tmp_path) -> None:
         ("a.jsonl", '{"text": "a", "label": "x"}\n[1]\n', "line 2: is a list"),
         ("a.jsonl", '{"text": ["a"], "label": "x"}\n', "line 1: holds a list"),
         ("a.doc", "text\tlabel\na\tx\n", "format is '.doc'"),
-        ("a.tsv.gz", None, "cannot be unpacked"),
+        ("a.tsv.gz", None, "is damaged, cut short or no .gz file"),
     ],
 )
 def test_tables_that_are_wrong(tmp_path, name, text, reason) -> None:
