@@ -150,10 +150,16 @@ class LoopConfig:
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{who}: {name} is {getattr(self, name)!r}; expected one of {', '.join(known)}.")
-        for name in ("learning_rate", "max_grad_norm"):
+        for name in ("learning_rate", "max_grad_norm", "eps"):
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"{who}: {name} is {value}; expected a number above 0.")
+        for name in ("weight_decay", "initial_accumulator"):
+            value = getattr(self, name)
+            if not (value >= 0 and math.isfinite(value)):
+                raise ValueError(f"{who}: {name} is {value}; expected 0 or more.")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"{who}: betas is {self.betas}; expected two numbers of 0 <= b < 1.")
         if not 0 <= self.warmup_steps <= self.steps:
             raise ValueError(f"{who}: warmup_steps is {self.warmup_steps}; expected 0 to steps = {self.steps}.")
 
