@@ -166,6 +166,18 @@ def test_a_loss_that_is_no_number_stops_it(tmp_path) -> None:
         train(Breaks(), config(save_every=100), tmp_path / "other")
 
 
+def test_a_figure_that_is_no_number_is_never_the_best_for_long(tmp_path) -> None:
+    class Undefined(Line):
+        figures = iter((float("nan"), 2.0, float("nan"), 1.0, 0.5))
+
+        def evaluate(self, model: nn.Module) -> dict[str, float]:
+            return {"f1": next(self.figures)}
+
+    report = train(Undefined(), config(eval_every=4, best="f1"), tmp_path)
+    assert report.best == {"step": 8, "figures": {"f1": 2.0}}
+    assert json.loads((tmp_path / "best" / "training.json").read_text())["step"] == 8
+
+
 def test_a_directory_of_another_run_is_refused(tmp_path) -> None:
     run = tmp_path / "run"
     train(Line(), config(), run, settings={"data": "a.txt", "model": {"size": 8}})
