@@ -98,7 +98,7 @@ def measure(side: str, args: argparse.Namespace, train_data: list[Any], dev_data
         own = predictor.model
         torch.manual_seed(args.seed)
         predictor.model = _peer(args.task, args.model, labels)
-        if args.exact:
+        if args.no_dropout:
             predictor.model.load_state_dict(own.state_dict())
     task = _Timed(predictor, train_data, dev_data, batch_size=args.batch_size, seed=args.seed, order=args.order)
     per_epoch = task.batches.per_epoch
@@ -151,6 +151,7 @@ def measure(side: str, args: argparse.Namespace, train_data: list[Any], dev_data
         "order": args.order,
         "learning_rate": args.lr,
         "amp": args.amp,
+        "dropout": not args.no_dropout,
         "exact": args.exact,
         "seed": args.seed,
         "threads": torch.get_num_threads(),
@@ -181,12 +182,14 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     add("--device", default="cpu")
     add("--train-examples", type=int, help="take so many, evenly spread")
     add("--dev-examples", type=int)
-    add("--exact", action="store_true", help="no dropout, the same new weights, eps 1e-4: losses must agree")
+    add("--no-dropout", action="store_true", help="on neither side, and the same new weights")
+    add("--exact", action="store_true", help="--no-dropout and eps 1e-4: losses must agree")
     add("--log-every", type=int, default=20)
     add("--sides", default=",".join(SIDES))
     add("-o", "--output", help="file to append the JSON lines to")
     args = parser.parse_args(argv)
-    if args.exact:
+    args.no_dropout |= args.exact
+    if args.no_dropout:
         with tempfile.TemporaryDirectory() as folder:
             args.model = _without_dropout(args.model, Path(folder))
             return _measure_all(args)

@@ -19,12 +19,14 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 PACKED_SUFFIXES = (".gz", ".xz")
+# What unpacking raises where a file is no archive, is cut short, or holds wrong bytes.
+DAMAGE = (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error)
 EMPTY_RULES = ("keep", "skip", "error")
 # A file without line ends must not fill the memory before anything says so.
 MAX_LINE_BYTES = 16 << 20
 # A window holds no more text than this, however many lines were allowed: what is being worked on is lost by a kill.
 _WINDOW_BYTES = 1 << 20
-_BOM = b"\xef\xbb\xbf"
+BOM = b"\xef\xbb\xbf"
 _EDGE_BYTES = 1 << 16
 _BLOCK_BYTES = 1 << 20
 
@@ -70,6 +72,16 @@ def open_binary(path: Path) -> BinaryIO:
     if path.suffix in PACKED_SUFFIXES:
         return (gzip if path.suffix == ".gz" else lzma).open(path, "rb")
     return open(path, "rb", buffering=_BLOCK_BYTES)
+
+
+def damage(path: Path, error: Exception) -> str:
+    """What one of ``DAMAGE`` says of a packed file, and the way out."""
+    return f"is damaged, cut short or no {path.suffix} file ({error}). {archive_test(path)}; fetch or pack it anew."
+
+
+def archive_test(path: Path) -> str:
+    """What tells whether a packed file is sound; "" for one that is not packed."""
+    return {".gz": "gzip -t tests it", ".xz": "xz -t tests it"}.get(path.suffix, "")
 
 
 class Corpus:
@@ -131,8 +143,8 @@ class Corpus:
                     window = self._read(file, offset, number)
                     offset, number, is_last = window.end.offset, window.end.line, window.is_last
                     yield window
-        except (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error) as error:
-            raise ValueError(f"ctxfast.embed: {self.name} is damaged or cut short ({error}).") from error
+        except DAMAGE as error:
+            raise ValueError(f"ctxfast.embed: {self.name} {damage(self.path, error)}") from error
 
     def _read(self, file: BinaryIO, offset: int, number: int) -> Window:
         window = Window(Position())
@@ -151,8 +163,8 @@ class Corpus:
             text = raw[:-1] if raw.endswith(b"\n") else raw
             if text.endswith(b"\r"):
                 text = text[:-1]
-            if offset == 0 and text.startswith(_BOM):
-                text = text[len(_BOM) :]
+            if offset == 0:
+                text = text.removeprefix(BOM)
             offset += len(raw)
             if self.empty != "keep" and is_blank(text):
                 if self.empty == "error":

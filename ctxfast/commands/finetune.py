@@ -174,10 +174,7 @@ def run(args: argparse.Namespace) -> int:
     """Train and predict, or only predict."""
     who = f"ctxfast.finetune {args.task}"
     is_done = args.predict_only or args.evaluate_only
-    for name in ("train", "dev", "test"):
-        file = getattr(args, name)
-        if file is not None and not Path(file).is_file():
-            raise FileNotFoundError(f"{who}: --{name} {file} does not exist; expected a file.")
+    loop_options.check_files(args, who.removeprefix("ctxfast."), "train", "dev", "test")
     if is_done and (args.test is None or args.train is not None or args.dev is not None):
         raise ValueError(f"{who}: --predict-only and --evaluate-only take --test alone; expected it and no other data.")
     if not is_done and args.train is None:
@@ -296,6 +293,7 @@ def _train(args: argparse.Namespace) -> int:
         _check(args, getattr(args, name), examples, labels)
     import torch
 
+    from ..corpus import digest
     from ..training.checkpoints import check_directory
     from ..training.parallel import join
     from ..training.tasks.build import build, load
@@ -324,6 +322,7 @@ def _train(args: argparse.Namespace) -> int:
         "task": args.task,
         "model": str(args.model),
         "data": {name: getattr(args, name) for name in ("train", "dev")},
+        "sha256": {name: digest(getattr(args, name)) for name in ("train", "dev") if name in data},
         "labels": list(labels),
         "choice": {name: getattr(choice, name) for name in choice.__dataclass_fields__},
         "batch_size": args.batch_size,

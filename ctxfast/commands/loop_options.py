@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 _MOST_SHOWN = 6  # figures on a line
@@ -62,11 +64,27 @@ def add(parser: argparse.ArgumentParser, **defaults: Any) -> None:
     add("--quiet", action="store_true", help="print nothing but errors")
 
 
+def check_files(args: argparse.Namespace, who: str, *names: str) -> None:
+    """Refuse files that are not there.
+
+    Raises:
+        FileNotFoundError: naming the argument.
+    """
+    for name in names:
+        value = getattr(args, name)
+        for file in value if isinstance(value, list) else [value]:
+            if file is None or Path(file).is_file():
+                continue
+            shown = name if name == "text" else "--" + name.replace("_", "-")
+            found = "is a directory" if Path(file).is_dir() else "does not exist"
+            raise FileNotFoundError(f"ctxfast.{who}: {shown} {file} {found}; expected a file.")
+
+
 def check(args: argparse.Namespace, who: str) -> None:
     """Refuse what can be seen before any data is read.
 
     Raises:
-        ValueError: both or neither of --epochs and --steps where there is no default.
+        ValueError: both or neither of --epochs and --steps where there is no default; a value that the loop refuses.
     """
     if args.epochs is not None and args.steps is not None:
         raise ValueError(f"ctxfast.{who}: --epochs and --steps are both given; expected one of them.")
@@ -74,6 +92,15 @@ def check(args: argparse.Namespace, who: str) -> None:
         raise ValueError(f"ctxfast.{who}: neither --epochs nor --steps is given; expected one of them.")
     if args.epochs is not None and args.epochs <= 0:
         raise ValueError(f"ctxfast.{who}: --epochs is {args.epochs}; expected a number above 0.")
+    if args.steps is not None and args.steps < 1:
+        raise ValueError(f"ctxfast.{who}: --steps is {args.steps}; expected 1 or more.")
+    if args.batch_size < 1:
+        raise ValueError(f"ctxfast.{who}: --batch-size is {args.batch_size}; expected 1 or more.")
+    # How many steps epochs have is not known yet; it bounds the warm-up only. A learning rate may be the model's.
+    rate = args.learning_rate
+    args.learning_rate = 1.0 if rate is None else rate
+    config(args, args.steps or max(1, math.ceil(args.warmup)))
+    args.learning_rate = rate
 
 
 def config(args: argparse.Namespace, steps: int, **more: Any) -> Any:

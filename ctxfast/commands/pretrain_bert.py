@@ -102,6 +102,8 @@ def run(args: argparse.Namespace) -> int:
     from ..training.knowledge_masking import KnowledgeMasking
     from ..training.parallel import join
 
+    if args.size is not None:
+        sized_config(args.size, 1)  # refuses a name that it does not know
     levels = _levels(args.masking)
     most = args.max_predictions
     if most is None:
@@ -163,7 +165,10 @@ def run(args: argparse.Namespace) -> int:
     elif args.config is not None:
         from ..models.bert.config import BertConfig
 
-        config = dataclasses.replace(BertConfig.from_json_file(args.config), vocab_size=tokenizer.vocab_size)
+        config = BertConfig.from_json_file(args.config)
+        if say is not None and config.vocab_size != tokenizer.vocab_size:
+            say(f"note: vocab_size is {tokenizer.vocab_size}, the vocabulary's, not {config.vocab_size}")
+        config = dataclasses.replace(config, vocab_size=tokenizer.vocab_size)
     else:
         config = sized_config(args.size or "base", tokenizer.vocab_size, max(512, args.max_seq_length))
     task = BertPretraining(
@@ -207,11 +212,7 @@ def _needs_knowledge(args: argparse.Namespace, levels: dict[str, float]) -> bool
 def _check(args: argparse.Namespace) -> None:
     """Refuse what can be seen before any text is read."""
     who = f"ctxfast.{_WHO}"
-    for name in ("text", "held_out", "config", "gazetteer", "spans"):
-        value = getattr(args, name)
-        for file in value if isinstance(value, list) else [value]:
-            if file is not None and not Path(file).is_file():
-                raise FileNotFoundError(f"{who}: {name} {file} does not exist; expected a file.")
+    loop_options.check_files(args, _WHO, "text", "held_out", "config", "gazetteer", "spans")
     given = [name for name in ("vocab", "train_vocab", "init_from") if getattr(args, name) is not None]
     if len(given) != 1:
         raise ValueError(

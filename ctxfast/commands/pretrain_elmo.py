@@ -61,10 +61,12 @@ def add(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prepare the text, train, write the model."""
     loop_options.check(args, _WHO)
-    for name in ("text", "held_out", "options", "vocab"):
-        for file in args.text if name == "text" else [getattr(args, name)]:
-            if file is not None and not Path(file).is_file():
-                raise FileNotFoundError(f"ctxfast.{_WHO}: {name} {file} does not exist; expected a file.")
+    loop_options.check_files(args, _WHO, "text", "held_out", "options", "vocab")
+    if args.init_from is not None and not (Path(args.init_from) / "options.json").is_file():
+        raise FileNotFoundError(
+            f"ctxfast.{_WHO}: --init-from {args.init_from} has no options.json; expected a folder with it and "
+            "weights.hdf5."
+        )
     from ..models.elmo.config import ElmoConfig
     from ..training.bilm_corpus import BiLmCorpus, read_vocabulary
     from ..training.bilm_pretraining import BiLmPretraining

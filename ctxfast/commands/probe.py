@@ -5,11 +5,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
 
+from .loop_options import check_files
+
 _WHO = "ctxfast.probe"
+_PICTURES = (".png", ".svg", ".pdf")
 _HELP = """\
 Train a linear classifier on every layer of a frozen BERT or ELMo, and one on a learned mix of all layers; print how
 well each does on held-out words, and what share each layer has in the mix. Layers are computed once.
@@ -35,6 +39,7 @@ def add(commands: Any) -> None:
     add("--tag-column", type=int, metavar="N", default=-1, help="number; negative: from the end (%(default)s)")
     add("--scheme", default="bio2", help="bio2 (default) or iob1: spans, judged by F1; none: judged by accuracy")
     add("--sentences", type=int, metavar="N", help="use the first N sentences of --train")
+    add("--unseen", default="error", help="tags of --dev that --train lacks: error, or keep (never right)")
     add("--epochs", type=int, default=5, help="(%(default)s)")
     add("--batch-size", type=int, metavar="N", default=256, help="words of a batch (%(default)s)")
     add("--lr", type=float, default=2e-3, help="learning rate (%(default)s)")
@@ -49,16 +54,23 @@ def add(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Probe and print."""
-    for name in ("train", "dev"):
-        if not Path(getattr(args, name)).is_file():
-            raise FileNotFoundError(f"{_WHO}: --{name} {getattr(args, name)} does not exist; expected a file.")
+    check_files(args, "probe", "train", "dev")
     for name in ("epochs", "batch_size", "sentences"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"{_WHO}: {name} is {getattr(args, name)}; expected 1 or more.")
+    if not (args.lr > 0 and math.isfinite(args.lr)):
+        raise ValueError(f"{_WHO}: lr is {args.lr}; expected a number above 0.")
+    if args.unseen not in ("error", "keep"):
+        raise ValueError(f"{_WHO}: --unseen is {args.unseen!r}; expected 'error' or 'keep'.")
+    if args.plot is not None and Path(args.plot).suffix not in _PICTURES:
+        raise ValueError(f"{_WHO}: --plot is {args.plot!r}; expected a name that ends with {', '.join(_PICTURES)}.")
     from ..training.readers.conll import read_conll
+    from ..training.tasks.tag import check_tags, tag_names
 
     columns = {"word_column": args.word_column, "tag_column": args.tag_column, "scheme": args.scheme}
     train, dev = read_conll(args.train, **columns)[: args.sentences], read_conll(args.dev, **columns)
+    if args.unseen == "error":
+        check_tags(args.dev, dev, tag_names(train))
     from ..embed import Embedder
     from ..training.probe import probe
     from ..training.tasks.predictor import write_text

@@ -68,9 +68,24 @@ def check_settings(path: str | os.PathLike[str], settings: Mapping[str, Any]) ->
     file = Path(path) / "config.json"
     if not file.exists():
         return
-    old = json.loads(file.read_text(encoding="utf-8"))["settings"]
+    old = _read_config(file)["settings"]
     old = {name: value for name, value in old.items() if name in settings}
     _compare(Path(path), {"settings": old}, {"settings": json.loads(json.dumps(settings))})
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    """What a run was started with."""
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        reason = None if isinstance(config, dict) and {"loop", "settings"} <= set(config) else "no loop and settings"
+    except ValueError as error:
+        reason = str(error)
+    if reason is not None:
+        raise ValueError(
+            f"ctxfast.training: {file} is not what a run was started with ({reason}); expected it as it was written. "
+            "Choose another directory, or pass overwrite to start anew."
+        )
+    return config
 
 
 def _compare(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -140,7 +155,7 @@ class RunDirectory:
                     f"ctxfast.training: {self.path} holds a run already; expected an empty directory. "
                     "Pass resume, or overwrite to start anew."
                 )
-            _compare(self.path, json.loads(file.read_text(encoding="utf-8")), config)
+            _compare(self.path, _read_config(file), config)
         else:
             with replacing(file) as temporary:
                 temporary.write_text(json.dumps(config, indent=1, sort_keys=True) + "\n", encoding="utf-8")

@@ -142,18 +142,20 @@ class LoopConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{who}: {name} is {value}; expected 1 or more.")
-        for name, known in (
-            ("schedule", SCHEDULES),
-            ("optimizer", OPTIMIZERS),
-            ("amp", AMP),
-            ("parallel", PARALLEL),
-        ):
+        choices = {"schedule": SCHEDULES, "optimizer": OPTIMIZERS, "amp": AMP, "parallel": PARALLEL}
+        for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{who}: {name} is {getattr(self, name)!r}; expected one of {', '.join(known)}.")
-        for name in ("learning_rate", "max_grad_norm"):
+        for name in ("learning_rate", "max_grad_norm", "eps"):
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"{who}: {name} is {value}; expected a number above 0.")
+        for name in ("weight_decay", "initial_accumulator"):
+            value = getattr(self, name)
+            if not (value >= 0 and math.isfinite(value)):
+                raise ValueError(f"{who}: {name} is {value}; expected 0 or more.")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"{who}: betas is {self.betas}; expected two numbers of 0 <= b < 1.")
         if not 0 <= self.warmup_steps <= self.steps:
             raise ValueError(f"{who}: warmup_steps is {self.warmup_steps}; expected 0 to steps = {self.steps}.")
 
@@ -395,6 +397,7 @@ class _Run:
         self._write(figures, "train", board)
 
     def _evaluate(self, board: Any) -> None:
+        self._check_sound()  # on a GPU a broken model must not become the best one
         self.task.model.eval()
         with torch.no_grad():
             self.figures = {name: float(value) for name, value in self.task.evaluate(self.spread.plain).items()}
@@ -411,7 +414,9 @@ class _Run:
                 f"{', '.join(self.figures) or 'of which there are none'}."
             )
         sign = -1 if self.config.best.startswith("-") else 1
-        if self.best is None or sign * self.figures[name] > sign * self.best["figures"][name]:
+        value, before = self.figures[name], math.nan if self.best is None else self.best["figures"][name]
+        # A figure may be no number, such as a mean of nothing; any number is better.
+        if self.best is None or sign * value > sign * before or (math.isnan(before) and not math.isnan(value)):
             self.best = {"step": self.step, "figures": self.figures}
             self._place("best")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -95,7 +96,7 @@ def join(kind: str = "auto", device: str = "auto") -> Group:
         device: "auto" (a GPU if there is one), "cpu", "cuda".
 
     Raises:
-        ValueError: an unknown kind; several processes and kind "no"; "ddp" or "fsdp2" outside torchrun.
+        ValueError: an unknown kind or device; several processes and kind "no"; "ddp" or "fsdp2" outside torchrun.
         RuntimeError: a GPU is asked for and there is none.
     """
     who = "ctxfast.training"
@@ -106,6 +107,8 @@ def join(kind: str = "auto", device: str = "auto") -> Group:
         kind = "ddp" if is_many else "no"
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise ValueError(f"{who}: device is {device!r}; expected 'auto', 'cpu' or 'cuda'.")
     place = torch.device(device)
     if place.type == "cuda" and not torch.cuda.is_available():
         raise RuntimeError(f"{who}: device is {device!r} and torch sees no GPU; expected one, or device='cpu'.")

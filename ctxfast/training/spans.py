@@ -11,7 +11,6 @@ import bisect
 import hashlib
 import os
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from ..models.bert.tokenization import Encoding
@@ -116,8 +115,8 @@ class SpanFile:
     """Spans that somebody else found, by the lines of a text.
 
     Args:
-        path: TSV rows ``line, start, end, kind``: the line's number from 1, counted through all files of the text; the
-            characters of the line (end not included); "word", "phrase" or "entity".
+        path: TSV rows (plain, .gz, .xz) ``line, start, end, kind``: the line's number from 1, counted through all files
+            of the text; the characters of the line (end not included); "word", "phrase" or "entity".
         files: the text (plain, .gz, .xz).
 
     Lines are known again by their content, so the same line has its spans wherever it stands.
@@ -129,7 +128,7 @@ class SpanFile:
 
     def __init__(self, path: str | os.PathLike[str], files: Sequence[str | os.PathLike[str]]) -> None:
         rows: dict[int, list[tuple[int, Span]]] = {}
-        for number, row in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+        for number, row in enumerate(text_lines(path), 1):
             if not row.strip():
                 continue
             fields = row.split("\t")

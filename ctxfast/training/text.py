@@ -8,29 +8,39 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..corpus import open_binary
+from ..corpus import BOM, DAMAGE, archive_test, damage, open_binary
 
 # A closed sentence before white space and an opening word, or Chinese punctuation with nothing after it.
 _SENTENCE_END = re.compile(r"[.!?]+[\"')\]”’]*(?=\s+[\"'(\[“‘]*(\w))|[。！？]+[”’」』）]*")
 
 
 def text_lines(path: str | os.PathLike[str]) -> Iterator[str]:
-    """Lines of a text file (plain, .gz, .xz), UTF-8, without their ends.
+    """Lines of a text file (plain, .gz, .xz), UTF-8, without their ends and without a byte order mark.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a line that is no UTF-8, by its number.
+        ValueError: a line that is no UTF-8, by its number; an archive that is damaged, with the last line read.
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"ctxfast.training: text {path} does not exist; expected a text file.")
+        found = "is a directory" if path.is_dir() else "does not exist"
+        raise FileNotFoundError(f"ctxfast.training: text {path} {found}; expected a text file.")
+    number = 0
     with open_binary(path) as file:
-        for number, raw in enumerate(file, 1):
-            try:
-                line = raw.decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise ValueError(f"ctxfast.training: line {number} of {path} is no UTF-8 ({error.reason}).") from None
-            yield line.rstrip("\r\n")
+        try:
+            for number, raw in enumerate(file, 1):
+                try:
+                    line = (raw.removeprefix(BOM) if number == 1 else raw).decode("utf-8")
+                except UnicodeDecodeError as error:
+                    # A damaged archive may give wrong bytes before its checksum is reached.
+                    way = archive_test(path) or "iconv converts other encodings"
+                    raise ValueError(
+                        f"ctxfast.training: line {number} of {path} is no UTF-8 ({error.reason}); expected UTF-8 text. "
+                        f"{way}."
+                    ) from None
+                yield line.rstrip("\r\n")
+        except DAMAGE as error:
+            raise ValueError(f"ctxfast.training: text {path}, after line {number}, {damage(path, error)}") from error
 
 
 def split_sentences(line: str) -> Iterator[str]:

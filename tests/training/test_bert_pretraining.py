@@ -389,7 +389,9 @@ def test_command_errors(text, tmp_path, capsys) -> None:
         (["--train-vocab", "100", "--masking", "token=x"], "masking has 'token=x'; expected LEVEL=WEIGHT"),
         (["--train-vocab", "100", "--size", "huge"], "size is 'huge'"),
         (["--train-vocab", "100", "--pairs", "both"], "pairs is 'both'"),
-        (["--train-vocab", "100", "--held-out", "nowhere"], "held_out nowhere does not exist"),
+        (["--train-vocab", "100", "--held-out", "nowhere"], "--held-out nowhere does not exist"),
+        (["--train-vocab", "100", "--held-out", str(tmp_path)], "is a directory; expected a file"),
+        (["--train-vocab", "100", "--lr", "0"], "learning_rate is 0.0"),
         (["--train-vocab", "100", "--max-seq-length", "3"], "max_seq_length is 3"),
         (["--init-from", "nowhere", "--size", "tiny"], "--size or --config is given with --init-from"),
         (["--init-from", "nowhere"], "is no model on this machine"),
@@ -397,6 +399,7 @@ def test_command_errors(text, tmp_path, capsys) -> None:
         assert cli.main(["pretrain", "bert", *base, *more]) == 2, more
         said = capsys.readouterr().err
         assert message in said.replace("LEVEL or ", ""), said
+        assert "shard" not in said, f"text was prepared before {more} was refused"
 
 
 def test_many_processes(text, tmp_path) -> None:

@@ -386,7 +386,8 @@ def test_command_errors(grammar, tmp_path, capsys) -> None:
         ([], "neither --epochs nor --steps is given"),
         (["--epochs", "1", "--steps", "2"], "--epochs and --steps are both given"),
         (["--epochs", "1"], "negatives is 8192; expected fewer than"),
-        (["--epochs", "1", "--held-out", "nowhere.txt"], "held_out nowhere.txt does not exist"),
+        (["--epochs", "1", "--held-out", "nowhere.txt"], "--held-out nowhere.txt does not exist"),
+        (["--epochs", "1", "--init-from", "nowhere"], "--init-from nowhere has no options.json"),
         (["--epochs", "1", "--negatives", "0", "--dropout", "1.5"], "dropout is 1.5"),
         (["--epochs", "1", "--negatives", "0", "--batch-size", "5000"], "expected at least 5000 lanes"),
     ):

@@ -168,6 +168,17 @@ def test_a_killed_run_goes_on_bit_for_bit(files, tmp_path, monkeypatch) -> None:
     assert finetune(*argv, "--max-length", 32, "-o", tmp_path / "killed") == 2
 
 
+def test_data_that_changed_under_its_name_is_another_configuration(files, tmp_path, capsys) -> None:
+    path = tmp_path / "tag.tsv"
+    path.write_text((files / "tag.tsv").read_text())
+    argv = ["tag", "-m", files / "bert", "--train", path, "--steps", 2, "-o", tmp_path / "run"]
+    assert finetune(*argv) == 0
+    assert finetune(*argv) == 0, "nothing changed"
+    path.write_text(path.read_text().replace("boat", "sea"))
+    assert finetune(*argv) == 2
+    assert "another configuration: settings.sha256.train was" in capsys.readouterr().err
+
+
 def test_accumulated_batches_are_one_large_batch(files, tmp_path) -> None:
     """With dropout off, two micro-batches of 4 give what one of 8 gives: losses are weighted by labelled words."""
     config = json.loads((files / "bert" / "config.json").read_text())
@@ -195,15 +206,27 @@ def test_accumulated_batches_are_one_large_batch(files, tmp_path) -> None:
         (["tag", "-m", "bert", "--predict-only"], "take --test alone"),
         (["tag", "-m", "bert", "--train", "tag.tsv", "--predicate", "sep"], "without --predicate-column"),
         (["tag", "-m", "bert", "--train", "tag.tsv", "--dev", "wrong.tsv"], "wrong.tsv, line 2: tag 'X'"),
-        (["tag", "-m", "bert", "--train", "tag.tsv", "--dev", "unseen.tsv"], "unseen.tsv, line 1: label 'B-NEW'"),
+        (
+            ["tag", "-m", "bert", "--train", "tag.tsv", "--dev", "unseen.tsv"],
+            "unseen.tsv, line 1: label 'B-NEW' .*--unseen keep",
+        ),
         (["tag", "-m", "bert", "--train", "tag.tsv", "--crf"], "crf is asked for with all of BERT trained"),
         (["tag", "-m", "bert", "--train", "tag.tsv", "--order", "long"], "order is 'long'"),
         (["tag", "-m", "bert", "--train", "tag.tsv", "--epochs", "0"], "--epochs is 0.0"),
+        (["tag", "-m", "bert", "--train", "tag.tsv", "--steps", "0"], "--steps is 0"),
+        (["tag", "-m", "bert", "--train", "."], "--train . is a directory; expected a file"),
+        (["tag", "-m", "bert", "--train", "tag.tsv", "--features", "mix", "--dropout", "1"], "dropout is 1.0"),
+        (["tag", "-m", "bert", "--train", "tag.tsv", "--features", "mix", "--lstm-hidden", "0"], "hidden_size is 0"),
+        (["tag", "-m", "bert", "--train", "tag.tsv", "--weight-decay", "-1"], "weight_decay is -1.0"),
+        (["tag", "-m", "other-words", "--train", "tag.tsv"], "has 37 tokens and the model's word table 36 rows"),
+        (["classify", "-m", "other-words", "--train", "classify.tsv"], "has 37 tokens and the model's word table 36"),
+        (["span", "-m", "other-words", "--train", "span.json"], "has 37 tokens and the model's word table 36 rows"),
         (["classify", "-m", "bert", "--train", "classify.tsv", "--quotes", "odd"], "--quotes is 'odd'"),
         (
             ["classify", "-m", "bert", "--train", "classify.tsv", "--regression"],
-            "line 2: label '.*'; expected a num",
+            "line 2: label '.*'; expected a finite num",
         ),
+        (["classify", "-m", "bert", "--train", "nan.tsv", "--regression"], "nan.tsv, line 3: label 'nan'; expected"),
         (["classify", "-m", "bert", "--test", "classify.tsv", "--evaluate-only"], "has no ctxfast_task.json"),
         (["span", "-m", "bert", "--train", "span.json", "--doc-stride", "60"], "doc_stride is 60"),
     ],
@@ -212,6 +235,9 @@ def test_what_is_refused(files, tmp_path, capsys, monkeypatch, argv, reason) -> 
     monkeypatch.chdir(files)
     (files / "wrong.tsv").write_text("bob\tO\nsaw\tX\n")
     (files / "unseen.tsv").write_text("bob\tB-NEW\n")
+    (files / "nan.tsv").write_text("text\tscore\nbob\t1.5\nanna\tnan\n")
+    other = tiny_bert(files / "other-words", layers=1)
+    (other / "vocab.txt").write_text((other / "vocab.txt").read_text() + "more\n")
     assert finetune(*argv, "-o", tmp_path / "run") == 2
     captured = capsys.readouterr().err
     assert re.search(reason, captured) and captured.count("\n") == 1

@@ -166,6 +166,18 @@ def test_a_loss_that_is_no_number_stops_it(tmp_path) -> None:
         train(Breaks(), config(save_every=100), tmp_path / "other")
 
 
+def test_a_figure_that_is_no_number_is_never_the_best_for_long(tmp_path) -> None:
+    class Undefined(Line):
+        figures = iter((float("nan"), 2.0, float("nan"), 1.0, 0.5))
+
+        def evaluate(self, model: nn.Module) -> dict[str, float]:
+            return {"f1": next(self.figures)}
+
+    report = train(Undefined(), config(eval_every=4, best="f1"), tmp_path)
+    assert report.best == {"step": 8, "figures": {"f1": 2.0}}
+    assert json.loads((tmp_path / "best" / "training.json").read_text())["step"] == 8
+
+
 def test_a_directory_of_another_run_is_refused(tmp_path) -> None:
     run = tmp_path / "run"
     train(Line(), config(), run, settings={"data": "a.txt", "model": {"size": 8}})
@@ -214,6 +226,15 @@ def test_a_damaged_checkpoint_is_named(tmp_path) -> None:
     assert train(Line(), config(), tmp_path).resumed == 4
 
 
+@pytest.mark.parametrize("text", ["{", "[]", '{"loop": {}}'])
+def test_a_damaged_config_is_named(tmp_path, text) -> None:
+    train(Line(), config(), tmp_path)
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"config.json is not what a run was started with .* overwrite to start anew"):
+        train(Line(), config(), tmp_path)
+    assert train(Line(), config(), tmp_path, overwrite=True).step == 20
+
+
 def test_a_failed_save_leaves_nothing(tmp_path) -> None:
     class Full(Line):
         def save(self, directory: Path) -> None:
@@ -243,6 +264,11 @@ def test_a_failed_save_leaves_nothing(tmp_path) -> None:
         (dict(warmup_steps=30), "warmup_steps is 30; expected 0 to steps = 20"),
         (dict(learning_rate=0.0), "learning_rate is 0.0; expected a number above 0"),
         (dict(max_grad_norm=-1.0), "max_grad_norm is -1.0"),
+        (dict(weight_decay=-0.1), "weight_decay is -0.1; expected 0 or more"),
+        (dict(weight_decay=float("nan")), "weight_decay is nan"),
+        (dict(betas=(0.9, 1.0)), r"betas is \(0.9, 1.0\)"),
+        (dict(eps=0.0), "eps is 0.0; expected a number above 0"),
+        (dict(initial_accumulator=-1.0), "initial_accumulator is -1.0"),
         (dict(parallel="tpu"), "parallel is 'tpu'"),
     ],
 )
@@ -254,6 +280,8 @@ def test_values_out_of_range(changed: dict, message: str) -> None:
 def test_more_of_bad_input(tmp_path) -> None:
     with pytest.raises(ValueError, match="best is 'f1'; expected one of the figures of evaluation, error"):
         train(Line(), config(best="f1"), tmp_path / "a")
+    with pytest.raises(ValueError, match="device is 'tpu'; expected 'auto', 'cpu' or 'cuda'"):
+        train(Line(), config(device="tpu"), tmp_path / "a")
     with pytest.raises(ValueError, match="'ddp' in a lone process; start it by torchrun"):
         train(Line(), config(parallel="ddp"), tmp_path / "b")
     frozen = Line()

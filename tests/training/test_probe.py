@@ -85,6 +85,11 @@ def test_without_matplotlib(monkeypatch, tmp_path) -> None:
     [
         (["--train", "none"], "--train none does not exist"),
         (["--epochs", "0"], "epochs is 0"),
+        (["--lr", "-1"], "lr is -1.0; expected a number above 0"),
+        (["--plot", "a.xls"], "--plot is 'a.xls'; expected a name that ends with .png, .svg, .pdf"),
+        (["--dev", "unseen"], "unseen, line 2: label 'B-PER' does not occur in the training data"),
+        (["--unseen", "odd"], "--unseen is 'odd'; expected 'error' or 'keep'"),
+        (["--dev", "unseen", "--unseen", "keep"], "train has 1 tags"),
         (["--scheme", "none"], "train has 1 tags"),
     ],
 )
@@ -92,5 +97,6 @@ def test_what_is_refused(tmp_path, capsys, monkeypatch, argv, reason) -> None:
     monkeypatch.chdir(tmp_path)
     tiny_bert(tmp_path / "m", layers=1)
     (tmp_path / "data").write_text("bob\tO\n")
+    (tmp_path / "unseen").write_text("saw\tO\nbob\tB-PER\n")
     assert main(["probe", "-m", "m", "--train", "data", "--dev", "data", *argv]) == 2
     assert reason in capsys.readouterr().err

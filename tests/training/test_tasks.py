@@ -388,7 +388,7 @@ def test_tag_names() -> None:
 def test_unseen_labels_are_named_with_their_line(data) -> None:
     with pytest.raises(ValueError, match="dev.tsv, line 8: label 'B-z' does not occur in the training data"):
         check_tags("dev.tsv", [Sentence(["a", "b"], ["O", "B-z"], None, 7)], ("O", "B-x", "I-x"))
-    with pytest.raises(ValueError, match="dev.tsv, line 2: label '(positive|negative)'; expected a number"):
+    with pytest.raises(ValueError, match="dev.tsv, line 2: label '(positive|negative)'; expected a finite number"):
         check_labels("dev.tsv", data["classify"], ())
 
 

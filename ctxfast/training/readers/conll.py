@@ -46,8 +46,8 @@ def read_conll(
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a line with too few columns, an empty word, a tag that is none of the scheme, no predicate; file,
-            line and reason are named.
+        ValueError: a line with too few columns (the word's is never the tag's), an empty word, a tag that is none of
+            the scheme, no predicate; file, line and reason are named.
     """
     if scheme not in SCHEMES:
         raise ValueError(f"ctxfast.readers: scheme is {scheme!r}; expected one of {', '.join(SCHEMES)}.")
@@ -66,6 +66,10 @@ def read_conll(
             if len(fields) < needed:
                 signs = "tabs" if has_tabs else "spaces"
                 raise fail(path, f"line {line}", f"{len(fields)} columns, parted by {signs}; expected {needed}")
+            if tag_column is not None and tag_column % len(fields) == word_column % len(fields):
+                signs = "tabs (as other lines are)" if has_tabs else "spaces"
+                found = f"{len(fields)} columns, parted by {signs}: the word's is the tag's"
+                raise fail(path, f"line {line}", f"{found}; expected one for each")
             rows.append((line, fields))
         elif rows:
             sentences.append(_sentence(path, rows, word_column, tag_column, predicate_column, scheme))

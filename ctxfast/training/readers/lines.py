@@ -3,11 +3,10 @@
 
 from __future__ import annotations
 
-import lzma
 import os
 from pathlib import Path
 
-from ...corpus import PACKED_SUFFIXES, open_binary
+from ...corpus import DAMAGE, PACKED_SUFFIXES, damage, open_binary
 
 
 def fail(path: str | os.PathLike[str], where: str, reason: str) -> ValueError:
@@ -35,8 +34,8 @@ def read_text(path: str | os.PathLike[str]) -> str:
     try:
         with open_binary(path) as file:
             data = file.read()
-    except (OSError, EOFError, lzma.LZMAError) as error:
-        raise fail(path, "", f"cannot be unpacked as {path.suffix} ({error})") from error
+    except DAMAGE as error:
+        raise fail(path, "", damage(path, error)) from error
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

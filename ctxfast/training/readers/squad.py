@@ -77,7 +77,7 @@ def read_squad(
                     found.append(_question(path, place, id, entry, context, needs_answers))
                 except _Misaligned as error:
                     if misaligned == "error":
-                        hint = ". Correct it, or leave such questions out (misaligned='skip')"
+                        hint = ". Correct it, or leave such questions out (misaligned='skip', --skip-misaligned)"
                         raise fail(path, place, f"{error}{hint}") from None
                     notes.append(f"{os.fspath(path)}, {place}: left out: {error}")
     if not found:
@@ -123,5 +123,5 @@ def _field(path: Any, where: str, holder: Any, name: str, kind: Any) -> Any:
     value = holder[name]
     if not isinstance(value, kind) or isinstance(value, bool):
         wanted = kind.__name__ if isinstance(kind, type) else "str or int"
-        raise fail(path, where, f"{name!r} is a {type(value).__name__}; expected a {wanted}")
+        raise fail(path, where, f"{name!r} is of type {type(value).__name__}; expected {wanted}")
     return value

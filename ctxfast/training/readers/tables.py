@@ -84,7 +84,7 @@ def read_table(
         if wanted is None or kind == "jsonl":
             names = list(row) if kind == "jsonl" else [name.strip() for name in row]
             has_header = kind == "jsonl" or _has_header(table, names, is_pair)
-            wanted = _columns(path, table, names, has_header, is_pair, needs_label)
+            wanted = _columns(path, line, table, names, has_header, is_pair, needs_label)
             width = len(row)
             if has_header and kind != "jsonl":
                 continue
@@ -122,7 +122,9 @@ def _rows(path: Any, text: str, kind: str, quoting: bool | None) -> Iterator[tup
             return
         except csv.Error as error:
             hint = "a quote sign opens a field and none closes it" if "unexpected end" in str(error) else str(error)
-            raise fail(path, f"line {line}", f"{hint}. Where quote signs are plain text, switch quoting off") from error
+            raise fail(
+                path, f"line {line}", f"{hint}. Where quote signs are plain text, switch quoting off (--quotes plain)"
+            ) from error
         if any(field.strip() for field in row):
             yield line, row
         line = reader.line_num + 1
@@ -152,7 +154,7 @@ def _has_header(table: TableFormat, names: list[str], is_pair: bool) -> bool:
 
 
 def _columns(
-    path: Any, table: TableFormat, names: list[str], has_header: bool, is_pair: bool, needs_label: bool
+    path: Any, line: int, table: TableFormat, names: list[str], has_header: bool, is_pair: bool, needs_label: bool
 ) -> tuple[Any, Any, Any]:
     """Where text, pair and label stand: numbers, or keys of a JSON object; None for what there is not."""
     roles = [("text", table.text, _FIRST_NAMES if is_pair else _TEXT_NAMES, 0)]
@@ -176,7 +178,7 @@ def _columns(
             column = None
         if column is None and (role != "label" or needs_label):
             what = f"column {asked!r}" if asked is not None else f"column for the {role}"
-            raise fail(path, "line 1", f"has no {what}; its columns are {names}. Name the column of the {role}")
+            raise fail(path, f"line {line}", f"has no {what}; its columns are {names}. Name it (--{role}-column)")
         found[role] = column
     return found["text"], found["pair"], found["label"]
 

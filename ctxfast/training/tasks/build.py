@@ -45,6 +45,9 @@ class Choice:
         predicate: see ``BertTagger``; with ``features`` or ELMo anything but "none" is a learned mark.
         is_spans: whether tags are BIO spans.
         doc_stride, max_query, max_answer, n_best, null_threshold: see ``BertSpanFinder``.
+
+    Raises:
+        ValueError: a size below 1, a dropout that is no probability below 1.
     """
 
     features: str | None = None
@@ -60,6 +63,13 @@ class Choice:
     max_answer: int = 30
     n_best: int = 20
     null_threshold: float | None = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_size", "lstm_layers", "doc_stride", "max_query", "max_answer", "n_best"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"ctxfast.finetune: {name} is {getattr(self, name)}; expected 1 or more.")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"ctxfast.finetune: dropout is {self.dropout}; expected a probability, 0 <= p < 1.")
 
 
 def build(
@@ -102,18 +112,34 @@ def _is_elmo(model: str | os.PathLike[str]) -> bool:
 
 
 def _bert(task: str, model: Any, labels: Sequence[str], choice: Choice, device: Any) -> Predictor:
-    tokenizer = BertTokenizer.from_pretrained(model)
+    with warnings.catch_warnings():  # refused below, before a text meets a row that is not there
+        warnings.filterwarnings("ignore", message=".*tokens beyond it cannot be embedded")
+        tokenizer = BertTokenizer.from_pretrained(model)
     options: dict[str, Any] = {} if choice.max_length is None else {"max_length": choice.max_length}
     place = {"dtype": torch.float32, "device": device}
     if task == "tag":
         tagger = BertForTokenClassification.from_pretrained(model, num_labels=list(labels), **place)
+        _check_vocabulary(model, tokenizer, tagger)
         return BertTagger(tagger, tokenizer, labels, predicate=choice.predicate, is_spans=choice.is_spans, **options)
     if task == "span":
         names = ("doc_stride", "max_query", "max_answer", "n_best", "null_threshold")
         options |= {name: getattr(choice, name) for name in names}
-        return BertSpanFinder(BertForQuestionAnswering.from_pretrained(model, **place), tokenizer, **options)
+        finder = BertForQuestionAnswering.from_pretrained(model, **place)
+        _check_vocabulary(model, tokenizer, finder)
+        return BertSpanFinder(finder, tokenizer, **options)
     classifier = BertForSequenceClassification.from_pretrained(model, num_labels=list(labels) or 1, **place)
+    _check_vocabulary(model, tokenizer, classifier)
     return BertClassifier(classifier, tokenizer, labels, is_pair=task == "pair", **options)
+
+
+def _check_vocabulary(model: Any, tokenizer: BertTokenizer, network: Any) -> None:
+    """Refuse a vocabulary of another model, before the first text with a token of its own ends a long run."""
+    rows = network.config.vocab_size
+    if tokenizer.vocab_size > rows:
+        raise ValueError(
+            f"ctxfast.finetune: the vocabulary of {model} has {tokenizer.vocab_size} tokens and the model's word table "
+            f"{rows} rows; expected no more tokens than rows. Use the vocabulary that the model was trained with."
+        )
 
 
 def _head(task: str, num_layers: int, dim: int, labels: Sequence[str], choice: Choice) -> tuple[Any, dict[str, Any]]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -48,9 +49,11 @@ def check_labels(path: str | os.PathLike[str], examples: Sequence[Example], know
             check_label(path, example.line, example.label, known)
         elif example.label is not None:
             try:
-                float(example.label)
+                is_number = math.isfinite(float(example.label))
             except ValueError:
-                raise fail(path, f"line {example.line}", f"label {example.label!r}; expected a number") from None
+                is_number = False
+            if not is_number:
+                raise fail(path, f"line {example.line}", f"label {example.label!r}; expected a finite number")
 
 
 class _Classifier(Predictor):

@@ -185,9 +185,8 @@ def check_label(path: Any, line: int, label: str, known: Sequence[str]) -> None:
     """
     if label not in known:
         shown = ", ".join(sorted(known)[:12]) + (", ..." if len(known) > 12 else "")
-        raise fail(
-            path, f"line {line}", f"label {label!r} does not occur in the training data, which has {shown}. Correct it"
-        )
+        reason = f"label {label!r} does not occur in the training data, which has {shown}"
+        raise fail(path, f"line {line}", f"{reason}. Correct it, or count such labels as wrong (--unseen keep)")
 
 
 def pad(rows: Sequence[Sequence[int]], fill: int) -> Tensor:

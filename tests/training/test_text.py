@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lines of text files: marks, encodings, and archives that are damaged."""
+
+from __future__ import annotations
+
+import gzip
+import lzma
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ctxfast import cli
+from ctxfast.corpus import Corpus
+from ctxfast.training.readers.lines import read_text
+from ctxfast.training.text import text_lines
+
+PACK = {".gz": lambda data: gzip.compress(data, mtime=0), ".xz": lzma.compress}
+LINES = 2000
+
+
+def harmed(suffix: str, how: str) -> bytes:
+    """An archive of ``LINES`` lines that is cut short, has wrong bytes inside, or is none."""
+    draw = random.Random(0)
+    words = " ".join(draw.choice("abcdefgh") for _ in range(40))
+    packed = PACK[suffix]("".join(f"{words} {draw.random()}\n" for _ in range(LINES)).encode())
+    if how == "cut":
+        return packed[: len(packed) // 2]
+    if how == "wrong bytes":
+        middle = len(packed) // 2
+        return packed[:middle] + bytes(byte ^ 255 for byte in packed[middle : middle + 64]) + packed[middle + 64 :]
+    return b"plain text under a packed file's name\n"
+
+
+def by_windows(path: Path) -> None:
+    for _ in Corpus(path).windows():
+        pass
+
+
+@pytest.mark.parametrize("how", ["cut", "wrong bytes", "no archive"])
+@pytest.mark.parametrize("suffix", list(PACK))
+@pytest.mark.parametrize("read", [lambda path: list(text_lines(path)), read_text, by_windows])
+def test_a_damaged_archive_is_named(tmp_path: Path, read: Callable[[Path], object], suffix: str, how: str) -> None:
+    path = tmp_path / f"text{suffix}"
+    path.write_bytes(harmed(suffix, how))
+    # Wrong bytes that unpack all the same are no text, most likely; the checksum comes after them.
+    reason = f"(is damaged, cut short or no {suffix} file|is no UTF-8)" if how == "wrong bytes" else "is damaged"
+    tool = {".gz": "gzip", ".xz": "xz"}[suffix]
+    with pytest.raises(ValueError, match=rf"^ctxfast\..* {reason}.* {tool} -t tests it") as caught:
+        read(path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_damaged_archive_is_named_with_the_last_good_line(tmp_path: Path) -> None:
+    path = tmp_path / "text.gz"
+    path.write_bytes(harmed(".gz", "cut"))
+    read = []
+    with pytest.raises(ValueError) as caught:
+        read.extend(line for line in text_lines(path))
+    seen = 0
+    with pytest.raises(ValueError):
+        for _ in text_lines(path):
+            seen += 1
+    assert 0 < seen < LINES and f"after line {seen}, is damaged" in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["bert", "elmo"])
+def test_commands_name_a_damaged_archive(tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
+    path = tmp_path / "text.xz"
+    path.write_bytes(harmed(".xz", "cut"))
+    more = ["--train-vocab", "90", "--size", "tiny"] if kind == "bert" else []
+    assert cli.main(["pretrain", kind, str(path), "-o", str(tmp_path / "run"), "--steps", "1", *more]) == 2
+    message = capsys.readouterr().err
+    assert str(path) in message and "xz -t" in message and "Traceback" not in message
+
+
+@pytest.mark.parametrize("suffix", ["", *PACK])
+def test_marks_and_line_ends(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"text{suffix}"
+    path.write_bytes(PACK.get(suffix, bytes)("\ufeffone\r\ntwo \ufeff\n\nlast\u2028same line".encode()))
+    assert list(text_lines(path)) == ["one", "two \ufeff", "", "last\u2028same line"]
+
+
+def test_other_encodings_and_folders_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "latin").write_bytes("good\ncafé\n".encode("latin-1"))
+    with pytest.raises(ValueError, match="line 2 of .*latin is no UTF-8 .*iconv"):
+        list(text_lines(tmp_path / "latin"))
+    with pytest.raises(FileNotFoundError, match="is a directory; expected a text file"):
+        list(text_lines(tmp_path))
