@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <string>
 #include <vector>
 
@@ -24,6 +25,20 @@ struct Random {
     return values;
   }
 };
+
+// A bfloat16's bits: the nearest, ties to even.
+inline uint16_t to_half(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+inline float to_float(uint16_t half) {
+  const uint32_t bits = static_cast<uint32_t>(half) << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
 
 // Whether the sizes that a sanitizer can follow are asked for.
 inline bool is_small() { return std::getenv("CTXFAST_SMALL") != nullptr; }

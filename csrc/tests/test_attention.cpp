@@ -12,19 +12,6 @@ namespace {
 
 constexpr float kGuard = -12345.0f;
 
-uint16_t to_half(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
-float to_float(uint16_t half) {
-  const uint32_t bits = static_cast<uint32_t>(half) << 16;
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
-
 std::vector<uint16_t> halves(const std::vector<float>& values) {
   std::vector<uint16_t> found;
   for (const float value : values) found.push_back(to_half(value));

@@ -11,19 +11,6 @@ namespace {
 
 constexpr float kGuard = -12345.0f;
 
-uint16_t to_half(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
-float to_float(uint16_t half) {
-  const uint32_t bits = static_cast<uint32_t>(half) << 16;
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
-
 double activated(double x, Activation activation) {
   switch (activation) {
     case Activation::kGelu:

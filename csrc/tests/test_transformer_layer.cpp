@@ -29,9 +29,7 @@ struct Values {
     if (type == DType::kFloat32) {
       static_cast<float*>(memory)[i] = value;
     } else {
-      uint32_t bits;
-      std::memcpy(&bits, &value, 4);
-      static_cast<uint16_t*>(memory)[i] = static_cast<uint16_t>(bits >> 16);
+      static_cast<uint16_t*>(memory)[i] = to_half(value);
     }
   }
   bool operator==(const Values& other) const {
