@@ -221,7 +221,7 @@ int main() {
   for (const auto& kind : kinds) {
     check_problem({kind.type, kind.held, {5, 0, 1, 17, 33}, 64, 4, 96, true}, &report);
     check_problem({kind.type, kind.held, {3, 16}, 35, 5, 67, false}, &report);
-    check_problem({kind.type, kind.held, {200, 1, 192}, 48, 3, 160, true}, &report);  // more rows than a chunk
+    check_problem({kind.type, kind.held, {600, 1, 300}, 48, 3, 160, true}, &report);  // more rows than a pass
     check_problem({kind.type, kind.held, {}, 32, 2, 32, true}, &report);
   }
   check_refusals(&report);

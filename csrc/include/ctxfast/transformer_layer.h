@@ -5,7 +5,7 @@
 //
 // Each part computes what it computes alone (linear_act.h, attention.h, layer_norm.h), bit for bit: in float32, and in
 // bfloat16 on one instruction set, a sequence's bits depend on nothing but its rows. Rows are contiguous; y may not
-// overlap an input. Beyond the arguments, memory for 3 hidden elements a token, and for the rest of a few hundred.
+// overlap an input. Beyond the arguments, memory for 3 hidden elements a token, and for the rest of at most 768 tokens.
 #pragma once
 
 #include <cstdint>
