@@ -71,6 +71,7 @@ SPEC = registry.register(
         reference=reference,
         check=_check,
         check_values=_check_offsets,
+        autocast="lower",
         # Roundings and sums of six products and two norms add up.
         ceiling={torch.float32: 2e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1},
         impls=(registry.Impl("cpu", "cpu", note="one parallel region for the whole layer, weights packed"),),

@@ -3,7 +3,7 @@
 
 Results have the bits that the parts' own CPU implementations give one after another; what is spared are their calls,
 which take longer than the arithmetic of a short text, and waits between threads. A call with a gradient keeps its
-inputs alone: its backward runs the definition and differentiates that.
+inputs alone: its backward runs the definition and differentiates that, as torch.compile does from the start.
 """
 
 from __future__ import annotations
@@ -128,6 +128,11 @@ def transformer_layer(
     norms = [*attention_norm, *output_norm]
     tensors = (x, cu_seqlens, *weights, *biases, *norms)
     if registry.needs_grad(dict(tensors=tensors)):
+        if torch.compiler.is_compiling():  # differentiates what it sees, so it sees the definition
+            return registry.OPS[_OP].reference(
+                x, cu_seqlens, max_seqlen, qkv, project, attention_norm, widen, narrow, output_norm,
+                num_heads, activation, eps, weight_dtype,
+            )  # fmt: skip
         return _Layer.apply(x, cu_seqlens, (max_seqlen, num_heads, activation, eps), *weights, *biases, *norms)
     forward = _forward if torch_ops.is_direct(*tensors) else _fwd
     return forward(x, cu_seqlens, weights, biases, norms, num_heads, activation, eps, weight_dtype is torch.int8)

@@ -72,11 +72,13 @@ def transformer_layer(
     weight_dtype: torch.dtype | None,
 ) -> Tensor:
     """See ``ctxfast.functional.transformer_layer``."""
-    size = x.shape[1:]
-    rows = _product(x, qkv, weight_dtype).unflatten(-1, (3, num_heads, size[0] // num_heads))
-    # Without tokens nothing is attended to; the sum keeps the graph.
-    context = _attended(rows, cu_seqlens, max_seqlen) if x.shape[0] and max_seqlen else rows.sum(dim=1)
-    projected = _product(context.flatten(1), project, weight_dtype)
-    x = F.layer_norm(x + projected, size, *attention_norm, eps)
-    wide = _activated(_product(x, widen, weight_dtype), activation)
-    return F.layer_norm(x + _product(wide, narrow, weight_dtype), size, *output_norm, eps)
+    # In the inputs' dtype, under autocast too: it has lowered them already, and would raise parts of the layer again.
+    with torch.autocast(x.device.type, enabled=False):
+        size = x.shape[1:]
+        rows = _product(x, qkv, weight_dtype).unflatten(-1, (3, num_heads, size[0] // num_heads))
+        # Without tokens nothing is attended to; the sum keeps the graph.
+        context = _attended(rows, cu_seqlens, max_seqlen) if x.shape[0] and max_seqlen else rows.sum(dim=1)
+        projected = _product(context.flatten(1), project, weight_dtype)
+        x = F.layer_norm(x + projected, size, *attention_norm, eps)
+        wide = _activated(_product(x, widen, weight_dtype), activation)
+        return F.layer_norm(x + _product(wide, narrow, weight_dtype), size, *output_norm, eps)
