@@ -319,7 +319,8 @@ def test_kill_9_and_go_on(tiny_bert, tmp_path):
 def test_ctrl_c_and_stdin(tiny_bert, tmp_path):
     target, work = tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial"
     options = ("embed", "-", "-m", tiny_bert, "-o", target, "--window", "64", "--level", "sentence")
-    lines = "".join(f"{'abcdefgh'[i % 8]} {'xyz'[i % 3]}\n" for i in range(20000))
+    count = 60000  # so many that the signal comes before the end, however the processes are scheduled
+    lines = "".join(f"{'abcdefgh'[i % 8]} {'xyz'[i % 3]}\n" for i in range(count))
     process = start(*options, stdin=subprocess.PIPE)
     process.stdin.write(lines)
     process.stdin.close()
@@ -331,4 +332,4 @@ def test_ctrl_c_and_stdin(tiny_bert, tmp_path):
     _, error = process.communicate(lines, timeout=60)
     assert process.returncode == 0 and "of them by an earlier run" in error
     rows = [json.loads(line) for line in target.read_text().splitlines()]
-    assert [row["index"] for row in rows] == list(range(20000)) and rows[5]["text"] == "f z"
+    assert [row["index"] for row in rows] == list(range(count)) and rows[5]["text"] == "f z"

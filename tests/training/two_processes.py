@@ -11,6 +11,7 @@ from torch import nn
 
 from ctxfast.training.batches import Batches
 from ctxfast.training.loop import BaseTask, LoopConfig, train
+from ctxfast.training.parallel import join
 
 
 class Halves(BaseTask):
@@ -88,3 +89,4 @@ if __name__ == "__main__":
         pass
     report = train(Halves(batch_size=4), loop(kind), directory)
     assert report.resumed == 5 and report.step == 12, report
+    join(kind, "cpu").leave()  # whoever ends first must not take the other down
