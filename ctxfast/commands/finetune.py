@@ -293,7 +293,6 @@ def _train(args: argparse.Namespace) -> int:
         _check(args, getattr(args, name), examples, labels)
     import torch
 
-    from ..corpus import digest
     from ..training.checkpoints import check_directory
     from ..training.parallel import join
     from ..training.tasks.build import build, load
@@ -322,7 +321,7 @@ def _train(args: argparse.Namespace) -> int:
         "task": args.task,
         "model": str(args.model),
         "data": {name: getattr(args, name) for name in ("train", "dev")},
-        "sha256": {name: digest(getattr(args, name)) for name in ("train", "dev") if name in data},
+        "sha256": loop_options.digests(args, "train", "dev"),
         "labels": list(labels),
         "choice": {name: getattr(choice, name) for name in choice.__dataclass_fields__},
         "batch_size": args.batch_size,

@@ -80,6 +80,18 @@ def check_files(args: argparse.Namespace, who: str, *names: str) -> None:
             raise FileNotFoundError(f"ctxfast.{who}: {shown} {file} {found}; expected a file.")
 
 
+def digests(args: argparse.Namespace, *names: str) -> dict[str, dict[str, str]]:
+    """SHA-256 of the files that arguments name. A run's settings hold them, so that it never goes on with others."""
+    from ..corpus import digest
+
+    found = {}
+    for name in names:
+        value = getattr(args, name)
+        files = value if isinstance(value, list) else [value]
+        found[name] = {str(file): digest(file) for file in files if file is not None}
+    return found
+
+
 def check(args: argparse.Namespace, who: str) -> None:
     """Refuse what can be seen before any data is read.
 

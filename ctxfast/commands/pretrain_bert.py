@@ -135,6 +135,7 @@ def run(args: argparse.Namespace) -> int:
     own = ("text", "held_out", "vocab", "train_vocab", "cased", "init_from", "pairs", "relation_sign", "batch_size")
     settings = {name: getattr(args, name) for name in own}
     settings |= {"recipe": dataclasses.asdict(recipe), "sources": sources_name}
+    settings["sha256"] = loop_options.digests(args, "text", "held_out", "vocab")
     check_directory(args.output)
     if not args.overwrite:
         check_settings(args.output, settings)
@@ -194,9 +195,7 @@ def run(args: argparse.Namespace) -> int:
                 f"{way}longer sequences or --pairs order help"
             )
     loop = loop_options.config(args, steps, best="-loss" if held_out is not None else None)
-    # A text that changed under its name shows in these.
-    sizes = [[len(part), part.tokens] for part in (corpus, held_out) if part is not None]
-    settings |= {"model": task.model.config.to_dict(), "sequences": sizes}
+    settings["model"] = task.model.config.to_dict()
     loop_options.run(args, f"ctxfast {_WHO}", task, loop, settings)
     group.leave()
     return 0
@@ -271,7 +270,6 @@ def _tokenizer(args: argparse.Namespace, data: Path, say: Any) -> Any:
 
 def _sources(args: argparse.Namespace) -> tuple[list[Any], Any]:
     """What finds spans, and plain values that tell these sources from others."""
-    from ..corpus import digest
     from ..training.spans import ChineseWords, Gazetteer, SegmentedText, SpanFile
 
     sources: list[Any] = [Gazetteer.from_file(file, "phrase") for file in args.gazetteer]
@@ -279,13 +277,10 @@ def _sources(args: argparse.Namespace) -> tuple[list[Any], Any]:
     sources += [SpanFile(file, [*args.text, *([args.held_out] if args.held_out else [])]) for file in args.spans]
     sources += [SegmentedText()] if args.segmented else []
     sources += [ChineseWords()] if args.jieba else []
-    name = {
-        "gazetteer": [digest(file) for file in args.gazetteer],
-        "spans": [digest(file) for file in args.spans],
-        "segmented": args.segmented,
-        "jieba": args.jieba,
+    name: dict[str, Any] = {
+        kind: [*found.values()] for kind, found in loop_options.digests(args, "gazetteer", "spans").items()
     }
-    return sources, name
+    return sources, name | {"segmented": args.segmented, "jieba": args.jieba}
 
 
 def _say(text: str) -> None:

@@ -83,6 +83,7 @@ def run(args: argparse.Namespace) -> int:
     settings = {
         "text": [str(file) for file in args.text],
         "held_out": args.held_out,
+        "sha256": loop_options.digests(args, "text", "held_out", "vocab"),
         "model": config.to_dict(),
         "vocabulary": [args.vocab, args.vocab_size, args.min_count],
         "init_from": args.init_from,

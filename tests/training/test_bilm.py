@@ -374,8 +374,11 @@ def test_command_killed_and_resumed(grammar, tmp_path, capsys) -> None:
     assert (run / "final" / "weights.hdf5").stat().st_size > 0
     # Another configuration is refused before what this one prepared is touched.
     before = (run / "data" / "train" / "meta.json").stat().st_mtime_ns
-    other = ["pretrain", "elmo", *map(str, arguments), "--vocab-size", "8", "-o", str(run)]
-    assert cli.main(other) == 2 and "settings.vocabulary" in capsys.readouterr().err
+    same = ["pretrain", "elmo", *map(str, arguments), "-o", str(run)]
+    assert cli.main([*same, "--vocab-size", "8"]) == 2 and "settings.vocabulary" in capsys.readouterr().err
+    lines = grammar.read_text().splitlines(keepends=True)
+    grammar.write_text("".join([*lines[1:], lines[0]]))  # as many sentences and words as before
+    assert cli.main(same) == 2 and f"settings.sha256.text.{grammar} was" in capsys.readouterr().err
     assert (run / "data" / "train" / "meta.json").stat().st_mtime_ns == before
 
 

@@ -176,7 +176,7 @@ def test_data_that_changed_under_its_name_is_another_configuration(files, tmp_pa
     assert finetune(*argv) == 0, "nothing changed"
     path.write_text(path.read_text().replace("boat", "sea"))
     assert finetune(*argv) == 2
-    assert "another configuration: settings.sha256.train was" in capsys.readouterr().err
+    assert f"another configuration: settings.sha256.train.{path} was" in capsys.readouterr().err
 
 
 def test_accumulated_batches_are_one_large_batch(files, tmp_path) -> None:
