@@ -175,7 +175,7 @@ def attention(
         (T, H, D), in the dtype of ``qkv``.
 
     Numerics: softmax in float32 (float64 for float64); deterministic without dropout, and with it for a given seed.
-    Implementations: reference (any device and dtype), cpu (float32, bfloat16, float16; no dropout), triton (CUDA;
+    Implementations: reference (any device and dtype), cpu (float32, bfloat16, float16), triton (CUDA;
     float32, bfloat16, float16; D up to 128).
     Reference: Vaswani et al. 2017, equation 1; Devlin et al. 2019.
     """

@@ -3,16 +3,15 @@
 
 from __future__ import annotations
 
-import math
 import random
 import subprocess
 import sys
 from pathlib import Path
 
+import attention_masks
 import pytest
 import torch
 from parity import FORWARD, GRADIENT, check, gradients, run, wide
-from torch import Tensor
 
 import ctxfast
 from ctxfast._core import capability, registry
@@ -29,14 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def _packed(lengths: list[int], H: int, D: int, dtype: torch.dtype, seed: int = 0) -> dict:
-    generator = torch.Generator().manual_seed(seed)
-    offsets = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-    return dict(
-        qkv=torch.randn(sum(lengths), 3, H, D, generator=generator).to(DEVICE, dtype),
-        cu_seqlens=offsets.to(DEVICE),
-        max_seqlen=max(lengths, default=0),
-        bias=(0.3 * torch.randn(3, H, D, generator=generator)).to(DEVICE, dtype),
-    )
+    return attention_masks.packed(lengths, H, D, dtype, DEVICE, seed)
 
 
 def _compare(kwargs: dict, names: tuple[str, ...] = ("qkv", "bias")) -> None:
@@ -178,91 +170,23 @@ def test_float32_takes_tensor_cores_only_when_allowed(monkeypatch) -> None:
 # dropout
 
 
-def _mask(lengths: list[int], H: int, p: float, seed: int, max_seqlen: int, dtype: torch.dtype) -> list[Tensor]:
-    """Share of every weight that dropout leaves, (H, length, length) per sequence: 0 or 1 / (1 - p).
-
-    Equal scores, and values that are the columns of a unit matrix: the result is the weights themselves.
-    """
-    D = 64
-    parts = []
-    for first in range(0, max(lengths), D):
-        qkv = torch.zeros(sum(lengths), 3, H, D, device=DEVICE, dtype=dtype)
-        at = 0
-        for length in lengths:
-            for key in range(first, min(first + D, length)):
-                qkv[at + key, 2, :, key - first] = 1
-            at += length
-        offsets = torch.tensor([0, *lengths], device=DEVICE).cumsum(0).to(torch.int32)
-        torch.manual_seed(seed)
-        with torch.no_grad():
-            parts.append(ctxfast.attention(qkv, offsets, max_seqlen, dropout_p=p, impl="triton").float())
-    weights = torch.cat(parts, dim=2)
-    found, at = [], 0
-    for length in lengths:
-        found.append(weights[at : at + length, :, :length].transpose(0, 1) * length)
-        at += length
-    return found
-
-
 @pytest.mark.parametrize("lengths", [[13, 9], [29, 2], [60, 7], [110, 90], [140]], ids=lambda value: str(max(value)))
 def test_dropout_mask_and_gradients(lengths) -> None:
-    """The mask read out of the forward, put into plain PyTorch, gives the result and the gradients."""
-    H, p, seed = 2, 0.3, 5
-    masks = _mask(lengths, H, p, seed, max(lengths), torch.float16)
-    kept = torch.cat([(mask > 0).float().flatten() for mask in masks])
-    assert abs(float(kept.mean()) - (1 - p)) < 4 * math.sqrt(p * (1 - p) / kept.numel())
-    for mask in masks:
-        torch.testing.assert_close(mask[mask > 0], torch.full_like(mask[mask > 0], 1 / (1 - p)), rtol=2e-3, atol=0)
-
-    kwargs = _packed(lengths, H, 32, torch.float32)
-    qkv, bias = kwargs["qkv"].requires_grad_(), kwargs["bias"].requires_grad_()
-    torch.manual_seed(seed)
-    got = ctxfast.attention(**kwargs, dropout_p=p, impl="triton")
-    grad = torch.randn_like(got)
-    got_grads = torch.autograd.grad(got, (qkv, bias), grad)
-
-    wide_qkv, wide_bias = (tensor.detach().double().requires_grad_() for tensor in (qkv, bias))
-    expected = []
-    for rows, mask in zip((wide_qkv + wide_bias).split(lengths), masks):
-        query, key, value = rows.permute(1, 2, 0, 3)
-        weights = torch.softmax(query @ key.transpose(1, 2) / math.sqrt(32), dim=-1)
-        expected.append(((weights * (mask > 0).double() / (1 - p)) @ value).transpose(0, 1))
-    expected = torch.cat(expected)
-    right = torch.autograd.grad(expected, (wide_qkv, wide_bias), grad.double())
-    torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-5)
-    for one, two in zip(got_grads, right):
-        torch.testing.assert_close(one.double(), two, rtol=1e-4, atol=2e-5 * float(two.abs().max()))
+    attention_masks.check_gradients(lengths, "triton", DEVICE)
 
 
 def test_dropout_mask_does_not_depend_on_tiles() -> None:
     """Every kernel counts alike: a longer max_seqlen or another dtype takes other tiles and draws the same mask."""
     lengths = [15, 4]
-    first = _mask(lengths, 2, 0.4, 1, 15, torch.float32)
+    first = attention_masks.read(lengths, 0.4, 1, "triton", DEVICE)
     for max_seqlen, dtype in ((15, torch.float16), (30, torch.float32), (60, torch.float16), (300, torch.float32)):
-        for one, two in zip(first, _mask(lengths, 2, 0.4, 1, max_seqlen, dtype)):
+        other = attention_masks.read(lengths, 0.4, 1, "triton", DEVICE, dtype=dtype, max_seqlen=max_seqlen)
+        for one, two in zip(first, other):
             assert torch.equal(one > 0, two > 0)
 
 
 def test_dropout_masks_are_independent() -> None:
-    """Neighbouring weights, heads, sequences and calls: what eight weights of one draw share must not show."""
-    mask = torch.stack(_mask([48, 48], 2, 0.5, 3, 48, torch.float32)) > 0  # (sequence, head, query, key)
-    other = torch.stack(_mask([48, 48], 2, 0.5, 4, 48, torch.float32)) > 0
-    signs = mask.float() * 2 - 1
-    pairs = {
-        "next key": (signs[..., 1:], signs[..., :-1]),
-        "key 8 further": (signs[..., 8:], signs[..., :-8]),
-        "next query": (signs[..., 1:, :], signs[..., :-1, :]),
-        "query 8 further": (signs[..., 8:, :], signs[..., :-8, :]),
-        "key and query swapped": (signs, signs.transpose(-1, -2)),
-        "head": (signs[:, 0], signs[:, 1]),
-        "sequence": (signs[0], signs[1]),
-        "call": (signs, other.float() * 2 - 1),
-    }
-    for what, (one, two) in pairs.items():
-        product = one * two
-        if what == "key and query swapped":
-            product = product[..., ~torch.eye(48, dtype=torch.bool, device=DEVICE)]
-        assert abs(float(product.mean())) < 5 / math.sqrt(product.numel()), what
+    attention_masks.check_independence("triton", DEVICE)
 
 
 def test_dropout_near_one_stays_finite() -> None:

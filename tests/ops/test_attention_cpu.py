@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``attention`` on the CPU: every instruction set by the parity rule; bits that depend on the sequence alone."""
+"""``attention`` on the CPU: every instruction set by the parity rule; bits of a sequence by itself; dropout."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import attention_masks
 import pytest
 import torch
-from parity import FORWARD, check, run, wide
+from parity import FORWARD, GRADIENT, check, gradients, run, wide
 from torch import Tensor
 
 import ctxfast
@@ -44,35 +45,58 @@ def _cpu(kwargs: dict) -> Tensor:
     return run("attention", kwargs, "cpu")[0]
 
 
+def _with_gradient(kwargs: dict) -> tuple[Tensor, Tensor]:
+    """The result, and the gradient of qkv for a gradient that is the first part of its rows."""
+    qkv = kwargs["qkv"].detach().requires_grad_()
+    out = ctxfast.attention(**kwargs | dict(qkv=qkv), impl="cpu")
+    return out.detach(), torch.autograd.grad(out, qkv, kwargs["qkv"][:, 0].contiguous())[0]
+
+
 @ALL
 @pytest.mark.parametrize("D", [20, 64])
 def test_bits_depend_on_the_sequence_alone(dtype, D) -> None:
     """Not on what a sequence is batched with, nor on threads, whose parts begin inside sequences."""
     kwargs = _packed(dtype, D)
     with _threads(1):
-        expected = _cpu(kwargs)
+        expected = _with_gradient(kwargs)
+        assert torch.equal(_cpu(kwargs), expected[0])
     for threads in (2, 3, 7):
         with _threads(threads):
-            assert torch.equal(_cpu(kwargs), expected)
+            assert all(map(torch.equal, _with_gradient(kwargs), expected))
             for start, length in zip(kwargs["cu_seqlens"].tolist(), LENGTHS):
                 alone = dict(kwargs, qkv=kwargs["qkv"][start : start + length], max_seqlen=length)
                 alone["cu_seqlens"] = torch.tensor([0, length])
-                assert torch.equal(_cpu(alone), expected[start : start + length])
+                for one, two in zip(_with_gradient(alone), expected):
+                    assert torch.equal(one, two[start : start + length])
+
+
+def _forward_and_back(kwargs: dict, isa: str, dropout_p: float = 0.0) -> tuple[Tensor, Tensor]:
+    """The result and the gradient of qkv on one instruction set."""
+    qkv, bias, offsets = kwargs["qkv"], kwargs["bias"], kwargs["cu_seqlens"]
+    tokens, _, heads, D = qkv.shape
+    grad, seeds = qkv[:, 0].contiguous(), torch.tensor([-5, 7])
+    out, grad_qkv = torch.full_like(grad, torch.nan), torch.full_like(qkv, torch.nan)
+    common = (
+        tokens, heads, D, len(offsets) - 1, qkv.dtype is torch.bfloat16, qkv.data_ptr(), qkv.stride(0),
+        bias.data_ptr(), offsets.data_ptr(), False, D**-0.5, dropout_p, seeds.data_ptr(),
+    )  # fmt: skip
+    extension = capability.extension()
+    extension.attention_forward(*common, out.data_ptr(), out.stride(0), 2, isa)
+    extension.attention_backward(*common, grad.data_ptr(), grad.stride(0), grad_qkv.data_ptr(), qkv.stride(0), 2, isa)
+    return out, grad_qkv
 
 
 @HALF
 @pytest.mark.parametrize("D", [17, 32, 64, 128])
 def test_every_instruction_set_of_this_machine(dtype, D) -> None:
     kwargs = _packed(dtype, D)
-    reference, right = run("attention", kwargs, "reference")[0], run("attention", wide(kwargs), "reference")[0]
-    qkv, bias, offsets = kwargs["qkv"], kwargs["bias"], kwargs["cu_seqlens"]
+    plain, plain_grads, given = gradients("attention", kwargs, ("qkv",), "reference", [kwargs["qkv"][:, 0]])
+    right, right_grads, _ = gradients("attention", wide(kwargs), ("qkv",), "reference", given)
     for isa in capability.extension().cpu_isas():
-        out = torch.full((len(qkv), 3, D), torch.nan, dtype=dtype)
-        capability.extension().attention_forward(
-            len(qkv), 3, D, len(LENGTHS), dtype is torch.bfloat16, qkv.data_ptr(), qkv.stride(0), bias.data_ptr(),
-            offsets.data_ptr(), False, D**-0.5, out.data_ptr(), out.stride(0), 2, isa,
-        )  # fmt: skip
-        check(f"output, {isa}", out, reference, right, dtype, SPEC.ceiling[dtype], FORWARD)
+        out, grad = _forward_and_back(kwargs, isa)
+        ceiling = SPEC.ceiling[dtype]
+        check(f"output, {isa}", out, plain[0], right[0].detach(), dtype, ceiling, FORWARD)
+        check(f"gradient, {isa}", grad, plain_grads[0][1], right_grads[0][1], dtype, ceiling, GRADIENT)
 
 
 @HALF
@@ -100,14 +124,11 @@ def test_float16_is_computed_in_float32() -> None:
 
 @HALF
 def test_bias_with_and_without_gradients(dtype) -> None:
-    """The kernel adds it on its way in; autograd wants it added before."""
     kwargs = _packed(dtype)
     plain = _cpu(kwargs)
-    recorded = _cpu(kwargs | dict(qkv=kwargs["qkv"].clone().requires_grad_()))
-    assert recorded.requires_grad and not plain.requires_grad
-    check("output", plain, recorded, recorded.detach().double(), dtype, SPEC.ceiling[dtype], FORWARD)
-    only_bias = _cpu(kwargs | dict(bias=kwargs["bias"].clone().requires_grad_()))
-    assert only_bias.requires_grad and torch.equal(only_bias, recorded)
+    for name in ("qkv", "bias"):
+        recorded = _cpu(kwargs | {name: kwargs[name].clone().requires_grad_()})
+        assert recorded.requires_grad and not plain.requires_grad and torch.equal(recorded, plain)
 
 
 @HALF
@@ -125,6 +146,70 @@ def test_not_a_number_stays_in_its_sequence_and_head(dtype) -> None:
         touched = torch.zeros_like(clean, dtype=torch.bool)
         touched[inside, 1] = True
         assert torch.equal(got[~touched], clean[~touched])
+
+
+# dropout
+
+
+@pytest.mark.parametrize("lengths", [[13, 9], [1, 50, 33], [97], [140, 64]], ids=str)
+def test_dropout_mask_and_gradients(lengths) -> None:
+    attention_masks.check_gradients(lengths, "cpu")
+
+
+def test_dropout_in_bfloat16() -> None:
+    attention_masks.check_gradients([60, 7], "cpu", dtype=torch.bfloat16, tolerance=0.05)
+
+
+def test_dropout_masks_are_independent() -> None:
+    attention_masks.check_independence("cpu")
+
+
+@HALF
+def test_dropout_on_every_instruction_set(dtype) -> None:
+    """The mask is the same: a weight that is kept by one and dropped by another would show."""
+    kwargs = _packed(dtype)
+    first, *others = [_forward_and_back(kwargs, isa, 0.4) for isa in capability.extension().cpu_isas()]
+    plain = _forward_and_back(kwargs, "generic")
+    for found in others:
+        for one, two, without in zip(first, found, plain):
+            torch.testing.assert_close(one, two, rtol=0, atol=2e-2 if dtype is torch.bfloat16 else 2e-6)
+            assert float((one - without).abs().max()) > 0.1
+
+
+def test_dropout_does_not_depend_on_threads() -> None:
+    kwargs = _packed(torch.float32) | dict(dropout_p=0.1)
+
+    def drawn(threads: int) -> tuple[Tensor, Tensor]:
+        torch.manual_seed(0)
+        with _threads(threads):
+            return _with_gradient(kwargs)
+
+    expected = drawn(1)
+    for threads in (2, 5):
+        assert all(map(torch.equal, drawn(threads), expected))
+
+
+@pytest.mark.parametrize("dropout_p", [1e-9, 0.99999])
+def test_dropout_near_its_ends(dropout_p) -> None:
+    kwargs = _packed(torch.float32)
+    out, grad = _with_gradient(kwargs | dict(dropout_p=dropout_p))
+    assert torch.isfinite(out).all() and torch.isfinite(grad).all()
+    if dropout_p < 0.5:
+        assert torch.equal(out, _cpu(kwargs))
+
+
+def test_dropout_under_a_compiler() -> None:
+    kwargs = _packed(torch.float32)
+    qkv = kwargs.pop("qkv").requires_grad_()
+
+    def call(qkv: Tensor) -> Tensor:
+        return ctxfast.attention(qkv, **kwargs, dropout_p=0.2, impl="cpu").square().sum()
+
+    found = []
+    for function in (call, torch.compile(call, fullgraph=True, backend="aot_eager")):
+        torch.manual_seed(0)
+        found.append(torch.autograd.grad(function(qkv), qkv)[0])
+    assert torch.equal(*found)
 
 
 def test_wide_heads_are_refused() -> None:
