@@ -60,7 +60,7 @@ SPEC = registry.register(
             registry.Impl(
                 "cpu",
                 "cpu",
-                note="a compiled kernel over packed rows, split over threads by cost; backward in torch",
+                note="compiled kernels over packed rows, split over threads by cost",
             ),
             registry.Impl("triton", "cuda", note="one pass over packed rows, with backward; not yet run on a GPU"),
         ),

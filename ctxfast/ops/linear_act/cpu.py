@@ -105,6 +105,23 @@ _fwd = torch_ops.define(
 )  # fmt: skip
 
 
+def _multiply_now(a: Tensor, b: Tensor) -> Tensor:
+    if a.numel() == 0 or b.numel() == 0 or not torch.backends.mkldnn.is_available() or not capability.is_mkl_slow():
+        return a @ b
+    return torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
+
+
+_mm = torch_ops.define(
+    "linear_act_cpu_mm", "(Tensor a, Tensor b) -> Tensor", _multiply_now,
+    lambda a, b: torch_ops.allocate((a.shape[0], b.shape[1]), a), "CPU",
+)  # fmt: skip
+
+
+def _multiply(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b``: float32 by oneDNN where torch would take MKL and MKL is slow. Other dtypes are oneDNN's already."""
+    return _mm(a, b) if a.dtype is torch.float32 else a @ b
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, is_kept: bool) -> Tensor:
@@ -115,8 +132,9 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        of_x = grad @ weight if wants_x else None
-        return of_x, grad.t() @ x if wants_weight else None, grad.sum(0) if wants_bias else None, None
+        of_x = _multiply(grad, weight) if wants_x else None
+        of_weight = _multiply(grad.t(), x) if wants_weight else None
+        return of_x, of_weight, grad.sum(0) if wants_bias else None, None
 
 
 def _activated(y: Tensor, activation: str) -> Tensor:
@@ -167,4 +185,5 @@ def raw_calls(args: Mapping[str, Any]) -> list[tuple[Any, tuple]]:
     """The registered operators behind one call, with arguments for torch.library.opcheck."""
     x = args["x"].reshape(-1, args["x"].shape[-1])
     given = (x, args["weight"], args["bias"], args["activation"], args["weight_dtype"] is torch.int8)
-    return [(_fwd, (*given, True)), (_fwd, (*given, False))]
+    calls = [(_fwd, (*given, True)), (_fwd, (*given, False))]
+    return calls + [(_mm, (x, args["weight"].t()))] if x.dtype is torch.float32 else calls
