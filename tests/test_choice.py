@@ -66,16 +66,16 @@ def test_use_impl_ends_with_its_block_even_after_an_error(qkv) -> None:
 def test_what_is_asked_for_never_falls_back(qkv) -> None:
     wide = (qkv[0].double(), *qkv[1:])
     objection = "it takes float32, bfloat16 and float16 and qkv is torch.float64."
-    expected = (
-        f"ctxfast.attention: impl='cpu' was asked for and cannot run this call: {objection} "
-        f"Pass impl='reference', or leave impl out."
-    )
+    why = f"ctxfast.attention: impl='cpu' was asked for and cannot run this call: {objection} "
     with pytest.raises(RuntimeError) as error:
         ctxfast.attention(*wide, impl="cpu")
-    assert str(error.value) == expected
+    assert str(error.value) == why + "Pass impl='reference', or leave impl out."
     with ctxfast.use_impl("cpu"), pytest.raises(RuntimeError) as error:
         ctxfast.attention(*wide)
-    assert str(error.value) == expected
+    # A whole model may be asked to take an implementation that one of its calls cannot have.
+    assert str(error.value) == why + "Choose for this op alone, as in use_impl('cpu', attention='reference')."
+    with ctxfast.use_impl("cpu", attention="reference"):
+        assert ctxfast.attention(*wide).dtype is torch.float64
 
 
 def test_unknown_names_list_the_known_ones(qkv) -> None:

@@ -234,9 +234,11 @@ def resolve(spec: OpSpec, args: Mapping[str, Any], impl: str | None = None) -> I
         chosen = spec.impl(name)
         objection = spec.supports(chosen, args)
         if objection is not None:
+            way = "Pass impl='reference', or leave impl out."
+            if impl is None:
+                way = f"Choose for this op alone, as in use_impl({name!r}, {spec.name}='reference')."
             raise RuntimeError(
-                f"ctxfast.{spec.name}: impl={name!r} was asked for and cannot run this call: {objection} "
-                f"Pass impl='reference', or leave impl out."
+                f"ctxfast.{spec.name}: impl={name!r} was asked for and cannot run this call: {objection} {way}"
             )
         return chosen
     device = next(tensors(args)).device.type
