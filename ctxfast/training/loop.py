@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -156,6 +157,8 @@ class LoopConfig:
                 raise ValueError(f"{who}: {name} is {value}; expected 0 or more.")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"{who}: betas is {self.betas}; expected two numbers of 0 <= b < 1.")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"{who}: seed is {self.seed}; expected 0 to 2**63 - 1.")
         if not 0 <= self.warmup_steps <= self.steps:
             raise ValueError(f"{who}: warmup_steps is {self.warmup_steps}; expected 0 to steps = {self.steps}.")
 
@@ -182,6 +185,14 @@ class Report:
     seconds: float
     seconds_before: float
     log: list[dict[str, Any]] = field(default_factory=list)
+
+
+def stream(seed: int, step: int, rank: int) -> int:
+    """Seed of all that a process draws in a step: a pure function, so that a break changes nothing.
+
+    torch's generator of the CPU looks at the low 32 bits only, so each of them depends on all three numbers.
+    """
+    return int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0])
 
 
 def moved(batch: Any, device: torch.device) -> Any:
@@ -342,8 +353,7 @@ class _Run:
         config, group = self.config, self.group
         for part, rate in zip(self.optimizer.param_groups, self.rates):
             part["lr"] = rate * self.share(self.step)
-        # What a step draws depends on the seed and its number alone. 2**20 processes keep their streams apart.
-        torch.manual_seed(((config.seed << 44) ^ (self.step << 20) ^ group.rank) & (2**63 - 1))
+        torch.manual_seed(stream(config.seed, self.step, group.rank))
         weights = [float(self.task.weight(batch)) for batch in micro]
         total = group.total(sum(weights))
         for place, (batch, weight) in enumerate(zip(micro, weights)):

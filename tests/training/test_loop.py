@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ctxfast.training.batches import Batches
-from ctxfast.training.loop import BaseTask, LoopConfig, TrainingDiverged, train
+from ctxfast.training.loop import BaseTask, LoopConfig, TrainingDiverged, stream, train
 
 HERE = Path(__file__).parent
 
@@ -126,6 +126,19 @@ def test_a_break_changes_no_bit(tmp_path, optimizer: str, accumulate: int) -> No
         return [{key: value for key, value in line.items() if key != "steps_per_second"} for line in lines]
 
     assert log("whole") == log("broken")
+
+
+def test_what_is_drawn_depends_on_seed_step_and_process(tmp_path) -> None:
+    weights = []
+    for seed in (0, 1, 1 << 19, 1 << 32):  # dropout alone tells these runs apart
+        train(Line(), config(steps=3, seed=seed), tmp_path / str(seed))
+        weights.append(final(tmp_path / str(seed))["1.weight"])
+    assert not any(torch.equal(one, other) for i, one in enumerate(weights) for other in weights[:i])
+    drawn = set()
+    for seed, step, rank in ((0, 0, 0), (0, 1, 0), (0, 4096, 0), (0, 8192, 0), (0, 0, 1), (1, 0, 0), (2**63 - 1, 0, 0)):
+        torch.manual_seed(stream(seed, step, rank))
+        drawn.add(torch.rand(1).item())
+    assert len(drawn) == 7
 
 
 def test_accumulation_is_one_large_batch(tmp_path) -> None:
@@ -269,6 +282,8 @@ def test_a_failed_save_leaves_nothing(tmp_path) -> None:
         (dict(betas=(0.9, 1.0)), r"betas is \(0.9, 1.0\)"),
         (dict(eps=0.0), "eps is 0.0; expected a number above 0"),
         (dict(initial_accumulator=-1.0), "initial_accumulator is -1.0"),
+        (dict(seed=-1), r"seed is -1; expected 0 to 2\*\*63 - 1"),
+        (dict(seed=2**63), "seed is 9223372036854775808"),
         (dict(parallel="tpu"), "parallel is 'tpu'"),
     ],
 )
