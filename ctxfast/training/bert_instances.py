@@ -156,12 +156,15 @@ def _from_elsewhere(corpus: Sequence[Document], index: int, wanted: int, draw: r
 
 def truncate(first: list[int], second: list[int], limit: int, draw: random.Random) -> None:
     """Shorten the longer of the two, a token at a time, from either end."""
-    while len(first) + len(second) > limit:
-        longer = first if len(first) > len(second) else second
+    # Counted first and cut once: a line may be a book.
+    sizes, heads = [len(first), len(second)], [0, 0]
+    while sizes[0] + sizes[1] > limit:
+        longer = 0 if sizes[0] > sizes[1] else 1
+        sizes[longer] -= 1
         if draw.random() < 0.5:
-            del longer[0]
-        else:
-            longer.pop()
+            heads[longer] += 1
+    for tokens, size, head in zip((first, second), sizes, heads):
+        tokens[:] = tokens[head : head + size]
 
 
 def words(ids: Sequence[int], vocabulary: Vocabulary, is_whole: bool) -> list[list[int]]:
