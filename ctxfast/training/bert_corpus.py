@@ -286,7 +286,7 @@ class BertCorpus:
             )
         vocabulary = vocabulary_of(tokenizer)
         meta = {
-            "format": 1,
+            "format": 2,
             "files": [[os.fspath(file), fingerprint(file)] for file in files if Path(file).is_file()],
             "tokenizer": hashlib.sha256(tokenizer.backend.to_str().encode()).hexdigest(),
             "recipe": asdict(recipe),
@@ -325,8 +325,9 @@ class BertCorpus:
             target = path / f"shard-{number - 1:05d}"
             if target.exists():
                 continue
-            is_dialogue = recipe.pairs == "dialogue"
-            coded = (_dialogues if is_dialogue else _tokenized)(documents, tokenizer, sources)
+            read = _dialogues if recipe.pairs == "dialogue" else _tokenized
+            # Words and what lies beyond them are units of flags; without sources they are the tokenizer's.
+            coded = read(documents, tokenizer, sources, bool(sources) or recipe.knowledge is not None)
             made = recipe.make(coded, vocabulary, recipe.seed + number - 1)
             with replacing_folder(target) as temporary:
                 _Shard.write(temporary, made)
@@ -365,10 +366,12 @@ def _groups(documents: Iterator[list[str]], size: int) -> Iterator[list[list[str
         yield group
 
 
-def _dialogues(documents: list[list[str]], tokenizer: BertTokenizer, sources: Sequence[SpanSource]) -> list[Document]:
+def _dialogues(
+    documents: list[list[str]], tokenizer: BertTokenizer, sources: Sequence[SpanSource], has_flags: bool
+) -> list[Document]:
     """Coded ids of every turn, the second speaker's marked."""
     said, is_second = zip(*map(bert_pairs.speakers, documents))
-    coded = _tokenized(list(said), tokenizer, sources)
+    coded = _tokenized(list(said), tokenizer, sources, has_flags)
     for turns, marks in zip(coded, is_second):
         for turn, mark in zip(turns, marks):
             if turn and mark:
@@ -376,14 +379,16 @@ def _dialogues(documents: list[list[str]], tokenizer: BertTokenizer, sources: Se
     return coded
 
 
-def _tokenized(documents: list[list[str]], tokenizer: BertTokenizer, sources: Sequence[SpanSource]) -> list[Document]:
-    """Coded ids of every line."""
+def _tokenized(
+    documents: list[list[str]], tokenizer: BertTokenizer, sources: Sequence[SpanSource], has_flags: bool
+) -> list[Document]:
+    """Coded ids of every line, with flags of units or without."""
     lines = [line for document in documents for line in document]
     coded: list[list[int]] = []
     for start in range(0, len(lines), _BATCH_LINES):
         part = lines[start : start + _BATCH_LINES]
         for line, found in zip(part, tokenizer.backend.encode_batch(part, add_special_tokens=False)):
-            if not sources:
+            if not has_flags:
                 coded.append(found.ids)
                 continue
             flags = begins(Encoding(found, False), [span for source in sources for span in source.spans(line)])

@@ -45,6 +45,12 @@ def test_sentences_of_a_paragraph(line: str, sentences: list[str]) -> None:
     assert list(split_sentences(line)) == sentences
 
 
+def test_a_long_row_of_dots_is_looked_at_once() -> None:
+    start = time.process_time()
+    assert list(split_sentences("Contents " + "." * 20_000 + "7")) == ["Contents " + "." * 20_000 + "7"]
+    assert time.process_time() - start < 2  # 10 s where every dot begins a search of its own
+
+
 def test_paragraphs_become_documents_of_sentences(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("One. Two.\nThree.\n\n\n \nFour\r\n")
     (tmp_path / "b").write_text("Five. Six.")
@@ -233,6 +239,19 @@ def test_chinese_words_through_the_command(tmp_path: Path, more: list[str], is_s
     assert full > 5 if is_whole else partly > 20
     # A pair may begin or end inside a word: what is left of it is no occurrence, so none is masked in part.
     assert partly == 0 if is_whole else full < partly
+
+
+@pytest.mark.parametrize("masking", ["token=1,word=1", "word=1,token=1e-9"])
+def test_words_of_a_mix_need_no_source(tmp_path: Path, masking: str) -> None:
+    """Without --segmented and the like, words are the tokenizer's."""
+    lines = ["the river valley was green", "a tower and a bridge stand over it"]
+    corpus = _command(
+        tmp_path, [*lines, "", *lines[::-1], ""] * 8, "--train-vocab", 40, "--masking", masking, "--mask-rate", 0.4
+    )
+    tokenizer = BertTokenizer.from_pretrained(tmp_path / "run" / "data" / "tokenizer")
+    assert all(corpus.instance(index).positions for index in range(len(corpus)))
+    full, partly = _split_units(corpus, ["tower", "bridge"], tokenizer)
+    assert full > 10 and (partly > 10 if masking == "token=1,word=1" else partly == 0)
 
 
 def test_spans_of_a_file_and_of_a_gazetteer_through_the_command(
