@@ -162,6 +162,13 @@ def test_single_segments(text, tokenizer, tmp_path) -> None:
         one = corpus.instance(index)
         assert one.first_length == len(one.ids) <= 32 and set(one.token_type_ids) == {0}
     assert int(corpus.lengths.max()) == 32
+    # No token is lost, however long a line is: what does not fit begins the next sequence.
+    document, draw = [list(range(100, 175)), [200, 201], list(range(300, 330))], random.Random(0)
+    for short in (0.0, 1.0):
+        options = PairOptions(max_seq_length=32, short_seq_prob=short)
+        made = list(bert_pairs.segments(document, vocabulary_of(tokenizer), options, draw))
+        assert [token for pair in made for token in pair.ids[1:-1]] == sum(document, [])
+        assert all(2 < len(pair.ids) <= 32 and pair.first_length == len(pair.ids) for pair in made)
 
 
 def test_dialogues(text, tokenizer, tmp_path) -> None:
