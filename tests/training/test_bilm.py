@@ -173,6 +173,26 @@ def test_negatives_are_log_uniform() -> None:
         log_uniform_negatives(draw, 5, 5)
 
 
+def test_negatives_may_be_nearly_all_words() -> None:
+    drawn, size, count = [], 8200, 8192
+
+    class Recorded:
+        def __init__(self) -> None:
+            self.draw = np.random.default_rng(0)
+
+        def random(self, number: int) -> np.ndarray:
+            drawn.append(self.draw.random(number))
+            return drawn[-1]
+
+    start = time.process_time()
+    words, tries = log_uniform_negatives(Recorded(), count, size)
+    assert time.process_time() - start < 0.15  # 0.25 s where every round sorts all that came before
+    line = np.minimum(np.exp(np.concatenate(drawn) * math.log(size + 1)).astype(np.int64) - 1, size - 1)
+    _, first = np.unique(line, return_index=True)
+    order = np.sort(first)[:count]
+    assert np.array_equal(words, line[order]) and tries == order[-1] + 1
+
+
 def test_sampled_softmax_against_its_formula() -> None:
     generator = torch.Generator().manual_seed(0)
     size, count, rows, width = 40, 12, 9, 6
