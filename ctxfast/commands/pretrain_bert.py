@@ -101,6 +101,7 @@ def run(args: argparse.Namespace) -> int:
     from ..training.checkpoints import check_directory, check_settings
     from ..training.knowledge_masking import KnowledgeMasking
     from ..training.parallel import join
+    from ..training.prepared import hold
 
     if args.size is not None:
         sized_config(args.size, 1)  # refuses a name that it does not know
@@ -142,8 +143,11 @@ def run(args: argparse.Namespace) -> int:
     say = None if args.quiet or not group.is_first else _say
     data = Path(args.output) / "data"
 
+    locks = []  # held to the end: another command must not prepare what this one reads
+
     def prepare() -> tuple[Any, Any, Any]:
-        data.mkdir(parents=True, exist_ok=True)
+        if group.is_first:
+            locks.append(hold(data))
         tokenizer = _tokenizer(args, data, say)
         found = []
         for name, files, how in (("train", args.text, recipe), ("held_out", args.held_out, judged)):

@@ -72,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
     from ..training.bilm_pretraining import BiLmPretraining
     from ..training.checkpoints import check_directory, check_settings
     from ..training.parallel import join
+    from ..training.prepared import hold
 
     check_directory(args.output)
     start = None if args.init_from is None else Path(args.init_from)
@@ -98,8 +99,12 @@ def run(args: argparse.Namespace) -> int:
     say = None if args.quiet or not group.is_first else _say
     common = {"tokenize": args.tokenize, "max_characters": config.max_characters}
 
+    locks = []  # held to the end: another command must not prepare what this one reads
+
     def prepare() -> tuple[BiLmCorpus, BiLmCorpus | None]:
         data = Path(args.output) / "data"
+        if group.is_first:
+            locks.append(hold(data))
         corpus = BiLmCorpus.prepare(
             data / "train",
             args.text,

@@ -12,6 +12,7 @@ import json
 import os
 import random
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -26,6 +27,7 @@ from ..models.bert.tokenization import BertTokenizer, Encoding
 from . import bert_instances, bert_pairs, knowledge_masking
 from .bert_instances import Document, Instance, Pair, PairOptions, Vocabulary
 from .knowledge_masking import KnowledgeMasking
+from .prepared import read_note
 from .spans import FLAG_SHIFT, ID_MASK, SPEAKER, SpanSource, begins
 from .text import split_sentences, text_lines
 
@@ -294,14 +296,17 @@ class BertCorpus:
         }
         meta = json.loads(json.dumps(meta))
         file = path / "meta.json"
-        if not file.is_file() or json.loads(file.read_text(encoding="utf-8")) != meta:
-            if path.exists():
-                shutil.rmtree(path)
-            path.mkdir(parents=True)
+        if read_note(path, file.name) != meta:
+            path.mkdir(parents=True, exist_ok=True)
+            # Aside first: a kill must not leave shards without the note that tells they are ours.
+            aside = tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.")
+            os.replace(path, aside)
+            shutil.rmtree(aside)
+            path.mkdir()
             with replacing(file) as temporary:
                 temporary.write_text(json.dumps(meta) + "\n", encoding="utf-8")
-        for left in path.glob(".shard-*"):
-            shutil.rmtree(left)
+        for left in path.glob(".*"):  # of a killed process
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
         done = path / "complete.json"
         if not done.is_file():
             count = cls._write_shards(path, files, tokenizer, vocabulary, recipe, sources, say)
