@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -212,6 +213,38 @@ def test_a_directory_of_another_run_is_refused(tmp_path) -> None:
         train(Line(), config(), tmp_path / "theirs" / "thesis.tex")
 
 
+def test_hidden_files_and_models_of_others_are_left_alone(tmp_path) -> None:
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git" / "HEAD").write_text("ref: refs/heads/main")
+    (tmp_path / ".checkpoint-00000004.pt.ab12_xyz").write_bytes(b"half")
+    (tmp_path / ".best.ab12_xyz.old").mkdir()
+    train(Line(), config(steps=3), tmp_path)
+    train(Line(), config(steps=3), tmp_path, overwrite=True)
+    assert (tmp_path / ".git" / "HEAD").read_text() == "ref: refs/heads/main"
+    assert sorted(path.name for path in tmp_path.glob(".*")) == [".git"]
+    other = tmp_path / "other"
+    (other / "best").mkdir(parents=True)
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match="holds best and no config.json; expected an empty directory"):
+            train(Line(), config(), other, overwrite=overwrite)
+    assert list(other.iterdir()) == [other / "best"]
+
+
+def test_reports_of_a_run_killed_before_its_first_checkpoint_are_made_anew(tmp_path) -> None:
+    class Dies(Line):
+        def loss(self, model, batch):
+            if self.losses == 11:
+                raise KeyboardInterrupt
+            return super().loss(model, batch)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(Dies(), config(save_every=100), tmp_path)
+    with open(tmp_path / "log.jsonl", "a") as file:
+        file.write('{"step": 11, "ki')  # killed while it wrote
+    report = train(Line(), config(save_every=100), tmp_path)
+    assert [line["step"] for line in report.log if line["kind"] == "train"] == [5, 10, 15, 20]
+
+
 def test_a_directory_in_use_is_refused(tmp_path) -> None:
     class Nested(Line):
         def loss(self, model, batch):
@@ -344,7 +377,8 @@ def test_two_processes_do_what_one_does(tmp_path, kind: str) -> None:
         capture_output=True,
         text=True,
         timeout=300,
-        cwd=HERE.parents[1],
+        # Not the installed package, which may be another checkout.
+        env={**os.environ, "PYTHONPATH": str(HERE.parents[1])},
     )
     assert done.returncode == 0, done.stderr[-3000:]
     sys.path.insert(0, str(HERE))
