@@ -26,7 +26,10 @@ from .loop_config import LoopConfig
 from .optimizers import BertAdam, Lamb, parameter_groups, share_of_rate
 from .parallel import Group, Spread, join
 
-_FORMAT = 1
+_FORMAT = 2
+
+# Of a mean loss, or of each part of one.
+Weight = float | dict[str, float]
 
 
 class TrainingDiverged(RuntimeError):
@@ -42,11 +45,13 @@ class Task(Protocol):
         """Micro-batch ``step`` (counted over all epochs) of one of ``ranks`` processes, on the CPU, in nested
         dataclasses, dicts, lists and tuples. A pure function; it runs in a thread beside the step before."""
 
-    def weight(self, batch: Any) -> float:
-        """What its mean loss counts for among the micro-batches and processes of a step, e.g. labelled tokens."""
+    def weight(self, batch: Any) -> Weight:
+        """What its mean loss counts for among the micro-batches and processes of a step, e.g. labelled tokens; for a
+        loss of several parts, that of each by its name."""
 
-    def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean loss of a batch, and figures to report (means, too). Calls ``model``, not ``self.model``, once."""
+    def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor | dict[str, Tensor], dict[str, Tensor]]:
+        """Mean loss of a batch, or the means of its parts, whose sum is trained; and figures to report (means over what
+        the first part is a mean over). Calls ``model``, not ``self.model``, once."""
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Held-out figures. Every process calls it and gets the same."""
@@ -68,7 +73,7 @@ class BaseTask:
 
     model: nn.Module
 
-    def weight(self, batch: Any) -> float:
+    def weight(self, batch: Any) -> Weight:
         return 1.0
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
@@ -114,6 +119,11 @@ def stream(seed: int, step: int, rank: int) -> int:
     torch's generator of the CPU looks at the low 32 bits only, so each of them depends on all three numbers.
     """
     return int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0])
+
+
+def _parts(value: Any) -> dict[str, Any]:
+    """A loss or its weight by the names of its parts."""
+    return value if isinstance(value, dict) else {"loss": value}
 
 
 def moved(batch: Any, device: torch.device) -> Any:
@@ -224,7 +234,8 @@ class _Run:
         self.figures: dict[str, float] = {}
         self.seconds_before = 0.0
         self.sums: dict[str, Tensor] = {}
-        self.sum_weight = 0.0
+        self.sum_weights: dict[str, float] = {}
+        self.parts: list[str] = []
         self.is_sound = torch.ones((), dtype=torch.bool, device=group.device)
 
     def go(self) -> Report:
@@ -275,21 +286,29 @@ class _Run:
         for part, rate in zip(self.optimizer.param_groups, self.rates):
             part["lr"] = rate * self.share(self.step)
         torch.manual_seed(stream(config.seed, self.step, group.rank))
-        weights = [float(self.task.weight(batch)) for batch in micro]
-        total = group.total(sum(weights))
+        weights = [_parts(self.task.weight(batch)) for batch in micro]
+        self.parts = names = list(weights[0])
+        own = torch.tensor([sum(weight[name] for weight in weights) for name in names], dtype=torch.float64)
+        if group.ranks > 1:
+            own = group.add(own.to(group.device))
+        totals = dict(zip(names, own.tolist()))
         for place, (batch, weight) in enumerate(zip(micro, weights)):
             with self.spread.local(place + 1 < len(micro)):
                 amp = torch.bfloat16 if config.amp == "bf16" else torch.float16
                 with torch.autocast(group.device.type, amp, enabled=config.amp != "no"):
                     loss, figures = self.task.loss(self.spread.model, moved(batch, group.device))
                 # DDP and FSDP divide by the number of processes.
-                scaled = loss * (weight * group.ranks / max(total, 1e-12))
+                parts = _parts(loss)
+                scaled = sum(
+                    part * (weight[name] * group.ranks / max(totals[name], 1e-12)) for name, part in parts.items()
+                )
                 (scaled if self.scaler is None else self.scaler.scale(scaled)).backward()
-            self.is_sound &= torch.isfinite(loss.detach())
-            for name, value in {"loss": loss, **figures}.items():
-                value = value.detach().double() * weight
-                self.sums[name] = self.sums[name] + value if name in self.sums else value
-        self.sum_weight += sum(weights)
+            self.is_sound &= torch.isfinite(scaled.detach())
+            for name, value in {**parts, **figures}.items():
+                share = weight.get(name, weight[names[0]])
+                value, before = value.detach().double() * share, self.sums.get(name)
+                self.sums[name] = value if before is None else before + value
+                self.sum_weights[name] = self.sum_weights.get(name, 0.0) + share
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         norm = self.spread.clip(self.parameters, config.max_grad_norm)
@@ -317,14 +336,17 @@ class _Run:
     def _report(self, board: Any) -> None:
         self._check_sound()
         names = sorted(self.sums)
-        sums = torch.stack([self.sums[name] for name in names] + [self.sums["loss"].new_tensor(self.sum_weight)])
-        *values, weight = self.group.add(sums).tolist()
-        figures = {name: value / max(weight, 1e-12) for name, value in zip(names, values)}
+        sums = torch.stack([self.sums[name] for name in names])
+        weights = sums.new_tensor([self.sum_weights[name] for name in names])
+        values = self.group.add(torch.stack([sums, weights])).tolist()
+        figures = {name: value / max(weight, 1e-12) for name, value, weight in zip(names, *values)}
+        if "loss" not in figures:
+            figures = {"loss": sum(figures[name] for name in self.parts), **figures}
         now = time.monotonic()
         figures["learning_rate"] = self.optimizer.param_groups[0]["lr"]
         figures["steps_per_second"] = (self.step - self.logged[0]) / max(now - self.logged[1], 1e-9)
         self.logged = (self.step, now)
-        self.sums, self.sum_weight = {}, 0.0
+        self.sums, self.sum_weights = {}, {}
         self._write(figures, "train", board)
 
     def _evaluate(self, board: Any) -> None:
@@ -390,7 +412,7 @@ class _Run:
         self._check_sound()
         model, optimizer = self.spread.state(self.optimizer)
         # On the CPU: another process would put them on this one's GPU.
-        own = {"task": self.task.state_dict(), "sums": self.sums, "sum_weight": self.sum_weight}
+        own = {"task": self.task.state_dict(), "sums": self.sums, "sum_weights": self.sum_weights}
         own = moved(own, torch.device("cpu"))
         states = self.group.all(own)
         if self.run is not None:
@@ -432,7 +454,7 @@ class _Run:
             self.scaler.load_state_dict(state["scaler"])
         own = state["ranks"][self.group.rank]
         self.task.load_state_dict(own["task"])
-        self.sums, self.sum_weight = moved(own["sums"], self.group.device), own["sum_weight"]
+        self.sums, self.sum_weights = moved(own["sums"], self.group.device), own["sum_weights"]
         self.step = self.resumed = state["step"]
         self.figures, self.best = state["figures"], state["best"]
         self.seconds_before = state["seconds"]

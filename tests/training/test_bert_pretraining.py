@@ -310,6 +310,33 @@ def test_evaluation_is_the_loss_of_all_masked_tokens(text, tokenizer, tmp_path, 
     assert figures["masked_accuracy"] == pytest.approx((logits.argmax(-1) == labels).float().mean().item())
 
 
+def test_accumulated_batches_of_unlike_length_are_one_large_batch(text, tokenizer, tmp_path) -> None:
+    """Masked words count by words, relations by sequences, however micro-batches share them out."""
+    corpus = prepare(text, tokenizer, tmp_path / "data", recipe(short_seq_prob=0.5))
+    order = sorted(range(48), key=lambda index: corpus.lengths[index])
+
+    class Fixed(BertPretraining):
+        def batch(self, step: int, rank: int = 0, ranks: int = 1):
+            size = 48 // accumulate
+            start = step % accumulate * size
+            return self._batch([self.corpus.instance(index) for index in order[start : start + size]])
+
+    options = {**vars(tiny(tokenizer)), "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    curves, weights = [], []
+    for accumulate in (1, 6):
+        task = Fixed(corpus, tokenizer, BertConfig(**options))
+        loop = LoopConfig(
+            steps=4, learning_rate=0.05, optimizer="adagrad", weight_decay=0.0, max_grad_norm=None, log_every=1,
+            accumulate=accumulate, parallel="no", device="cpu",
+        )  # fmt: skip
+        report = train(task, loop, tmp_path / str(accumulate))
+        curves.append([(line["loss"], line["masked_loss"], line["relation_loss"]) for line in report.log])
+        weights.append(task.model.cls.seq_relationship.weight.detach())
+    assert curves[0] == [pytest.approx(figures, rel=1e-4) for figures in curves[1]]
+    assert all(loss == pytest.approx(masked + relation) for loss, masked, relation in curves[0])
+    torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-5)
+
+
 def test_relation_sign(text, tokenizer, tmp_path) -> None:
     corpus = prepare(text, tokenizer, tmp_path / "data", recipe())
     google = BertPretraining(corpus, tokenizer, tiny(tokenizer)).batch(0)
@@ -330,7 +357,8 @@ def test_loss_curve_beside_the_reference(text, tokenizer, tmp_path) -> None:
         task.model.train()
         losses = []
         for step in range(200):
-            loss, _ = task.loss(task.model, task.batch(step))
+            parts, _ = task.loss(task.model, task.batch(step))
+            loss = sum(parts.values())
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
