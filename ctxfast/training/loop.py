@@ -25,6 +25,7 @@ from .checkpoints import RunDirectory
 from .loop_config import LoopConfig
 from .optimizers import BertAdam, Lamb, parameter_groups, share_of_rate
 from .parallel import Group, Spread, join
+from .signals import Stop
 
 _FORMAT = 2
 
@@ -121,6 +122,16 @@ def stream(seed: int, step: int, rank: int) -> int:
     return int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0])
 
 
+def check_amp(amp: str, device: torch.device) -> None:
+    """Refuse a half precision that a device does not train in.
+
+    Raises:
+        ValueError: fp16 on a CPU.
+    """
+    if amp == "fp16" and device.type != "cuda":
+        raise ValueError("ctxfast.training: amp is 'fp16' on a CPU; expected 'bf16' or 'no' there.")
+
+
 def _parts(value: Any) -> dict[str, Any]:
     """A loss or its weight by the names of its parts."""
     return value if isinstance(value, dict) else {"loss": value}
@@ -169,7 +180,8 @@ def train(
     """Train a task, leave its model in ``directory/final`` and, if asked for, the best one in ``directory/best``.
 
     Started again with the same configuration, a killed run goes on from its last checkpoint; on one device the outcome
-    is the same, bit for bit, as without the break.
+    is the same, bit for bit, as without the break. In one process, Ctrl-C and SIGTERM end a run after the step it is
+    in, with a checkpoint; a second one ends it at once.
 
     Args:
         task: what to train. Its model may be on any device.
@@ -190,8 +202,7 @@ def train(
         TrainingDiverged: loss or gradients are not finite. Checkpoints of before stay.
     """
     group = join(config.parallel, config.device)
-    if config.amp == "fp16" and group.device.type != "cuda":
-        raise ValueError("ctxfast.training: amp is 'fp16' on a CPU; expected 'bf16' or 'no' there.")
+    check_amp(config.amp, group.device)
     loop = {**asdict(config), "parallel": group.kind, "ranks": group.ranks}
     if group.is_first:
         try:
@@ -244,8 +255,10 @@ class _Run:
         self.start = time.monotonic()
         self.logged = (self.step, self.start)
         board = self._board()
+        # Processes would have to agree on the step; several are left to torchrun and their checkpoints.
+        stop = Stop(self.group.ranks == 1)
         try:
-            with ThreadPoolExecutor(1, thread_name_prefix="batches") as ahead:
+            with stop, ThreadPoolExecutor(1, thread_name_prefix="batches") as ahead:
                 first = self.step * config.accumulate
                 coming = ahead.submit(self._batch, first) if self.step < config.steps else None
                 self.task.model.train()
@@ -262,10 +275,14 @@ class _Run:
                         self._report(board)
                     if is_last or (config.eval_every and self.step % config.eval_every == 0):
                         self._evaluate(board)
-                    if self.step % config.save_every == 0 or is_last:
+                    if self.step % config.save_every == 0 or is_last or stop.asked:
                         self._save()
+                    if stop.asked:
+                        break
                 if coming is not None:
                     coming.cancel()
+            if self.step < config.steps:
+                stop.give_way()
             # It appears as a whole: where it is, the run was finished before.
             if not self.group.first((self.directory / "final").exists()):
                 self._place("final")

@@ -84,6 +84,11 @@ class LoopConfig:
                 raise ValueError(f"{who}: {name} is {value}; expected 0 or more.")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"{who}: betas is {self.betas}; expected two numbers of 0 <= b < 1.")
+        if self.optimizer == "lamb" and not self.weight_decay:
+            raise ValueError(
+                f"{who}: weight_decay is 0 with optimizer 'lamb', which scales the tensors that decay and no others; "
+                "expected more than 0, or optimizer 'adamw'."
+            )
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"{who}: seed is {self.seed}; expected 0 to 2**63 - 1.")
         if not 0 <= self.warmup_steps <= self.steps:

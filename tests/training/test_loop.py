@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -140,6 +141,45 @@ def test_what_is_drawn_depends_on_seed_step_and_process(tmp_path) -> None:
         torch.manual_seed(stream(seed, step, rank))
         drawn.add(torch.rand(1).item())
     assert len(drawn) == 7
+
+
+class Signalled(Line):
+    """Gets a signal in its eighth step."""
+
+    signal = signal.SIGINT
+
+    def loss(self, model, batch):
+        if self.losses == 7:
+            os.kill(os.getpid(), self.signal)
+        return super().loss(model, batch)
+
+
+@pytest.mark.parametrize("kind", ["SIGINT", "SIGTERM"])
+def test_a_signal_ends_a_run_with_a_checkpoint(tmp_path, kind: str) -> None:
+    options = {"steps": 20, "learning_rate": 0.05, "log_every": 5, "save_every": 100, "parallel": "no"}
+    train(Line(), LoopConfig(**options), tmp_path / "whole")
+    script = (
+        "import signal, sys; from test_loop import LoopConfig, Signalled, train\n"
+        f"Signalled.signal = signal.{kind}\n"
+        f"train(Signalled(), LoopConfig(**{options}), sys.argv[1])"
+    )
+    path = os.pathsep.join([str(HERE.parents[1]), str(HERE)])
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "broken")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    # As a shell or a scheduler expects it: ended by the signal.
+    assert done.returncode == -getattr(signal, kind), done.stderr
+    assert [entry.name for entry in (tmp_path / "broken").glob("checkpoint-*")] == ["checkpoint-00000008.pt"]
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    report = train(Line(), LoopConfig(**options), tmp_path / "broken")
+    assert before == {number: signal.getsignal(number) for number in before}
+    assert report.resumed == 8 and [line["step"] for line in report.log if line["kind"] == "train"] == [5, 10, 15, 20]
+    one, other = final(tmp_path / "whole"), final(tmp_path / "broken")
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_accumulation_is_one_large_batch(tmp_path) -> None:
@@ -315,6 +355,7 @@ def test_a_failed_save_leaves_nothing(tmp_path) -> None:
         (dict(betas=(0.9, 1.0)), r"betas is \(0.9, 1.0\)"),
         (dict(eps=0.0), "eps is 0.0; expected a number above 0"),
         (dict(initial_accumulator=-1.0), "initial_accumulator is -1.0"),
+        (dict(optimizer="lamb", weight_decay=0.0), "weight_decay is 0 with optimizer 'lamb'"),
         (dict(seed=-1), r"seed is -1; expected 0 to 2\*\*63 - 1"),
         (dict(seed=2**63), "seed is 9223372036854775808"),
         (dict(parallel="tpu"), "parallel is 'tpu'"),
