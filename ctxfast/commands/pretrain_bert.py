@@ -217,6 +217,12 @@ def _check(args: argparse.Namespace) -> None:
     """Refuse what can be seen before any text is read."""
     who = f"ctxfast.{_WHO}"
     loop_options.check_files(args, _WHO, "text", "held_out", "config", "gazetteer", "spans")
+    if not 0 < args.mask_rate <= 1:
+        raise ValueError(f"{who}: --mask-rate is {args.mask_rate}; expected above 0, at most 1.")
+    if not 0 < args.shard_mb < math.inf:
+        raise ValueError(f"{who}: --shard-mb is {args.shard_mb}; expected a number above 0.")
+    if args.data_seed < 0:
+        raise ValueError(f"{who}: --data-seed is {args.data_seed}; expected 0 or more.")
     given = [name for name in ("vocab", "train_vocab", "init_from") if getattr(args, name) is not None]
     if len(given) != 1:
         raise ValueError(
@@ -227,6 +233,7 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"{who}: --size or --config is given with --init-from, which has its sizes; leave it out.")
     if args.size and args.config:
         raise ValueError(f"{who}: --size and --config are both given; expected one of them.")
+    _check_length(args)
     levels = _levels(args.masking)
     needs_spans = set(levels) & {"phrase", "entity"}
     if needs_spans and not (args.gazetteer or args.spans or args.segmented or args.jieba):
@@ -244,6 +251,24 @@ def _check(args: argparse.Namespace) -> None:
     if args.spans and (args.split_sentences or args.pairs == "dialogue"):
         other = "--split-sentences" if args.split_sentences else "--pairs dialogue"
         raise ValueError(f"{who}: --spans is given with {other}; expected one of them, as spans are of whole lines.")
+
+
+def _check_length(args: argparse.Namespace) -> None:
+    """Refuse sequences that the model has no positions for, if its sizes are in a file."""
+    from ..models.bert.config import BertConfig
+    from ..models.bert.weights import resolve_model
+
+    file = Path(args.config) if args.config is not None else None
+    if args.init_from is not None:
+        file = resolve_model(args.init_from) / "config.json"
+    if file is None or not file.is_file():
+        return
+    longest = BertConfig.from_json_file(file).max_length
+    if args.max_seq_length > longest:
+        raise ValueError(
+            f"ctxfast.{_WHO}: --max-seq-length is {args.max_seq_length}; expected at most the {longest} positions of "
+            f"{file}."
+        )
 
 
 def _levels(text: str) -> dict[str, float]:

@@ -333,7 +333,10 @@ class BertCorpus:
             read = _dialogues if recipe.pairs == "dialogue" else _tokenized
             # Words and what lies beyond them are units of flags; without sources they are the tokenizer's.
             coded = read(documents, tokenizer, sources, bool(sources) or recipe.knowledge is not None)
-            made = recipe.make(coded, vocabulary, recipe.seed + number - 1)
+            try:
+                made = recipe.make(coded, vocabulary, recipe.seed + number - 1)
+            except ValueError as error:
+                raise ValueError(f"{error} This is shard {number} of {', '.join(map(os.fspath, files))}.") from None
             with replacing_folder(target) as temporary:
                 _Shard.write(temporary, made)
             if say is not None:

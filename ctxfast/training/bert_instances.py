@@ -66,7 +66,7 @@ class PairOptions:
             ("max_predictions_per_seq", 1, None),
         ):
             value = getattr(self, name)
-            if value < low or (high is not None and value > high):
+            if not value >= low or (high is not None and not value <= high):
                 wanted = f"{low} or more" if high is None else f"{low} to {high}"
                 raise ValueError(f"ctxfast.training: {name} is {value}; expected {wanted}.")
 

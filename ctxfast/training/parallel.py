@@ -107,6 +107,27 @@ class Group:
             dist.destroy_process_group()
 
 
+def device_of(device: str = "auto") -> torch.device:
+    """The device that a name stands for.
+
+    Args:
+        device: "auto" (a GPU if there is one), "cpu", "cuda".
+
+    Raises:
+        ValueError: an unknown device.
+        RuntimeError: a GPU is asked for and there is none.
+    """
+    who = "ctxfast.training"
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise ValueError(f"{who}: device is {device!r}; expected 'auto', 'cpu' or 'cuda'.")
+    place = torch.device(device)
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError(f"{who}: device is {device!r} and torch sees no GPU; expected one, or device='cpu'.")
+    return place
+
+
 def join(kind: str = "auto", device: str = "auto") -> Group:
     """Find out which process of how many this is; under torchrun, join the others.
 
@@ -124,13 +145,7 @@ def join(kind: str = "auto", device: str = "auto") -> Group:
     is_many = dist.is_initialized() or dist.is_torchelastic_launched()
     if kind == "auto":
         kind = "ddp" if is_many else "no"
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-        raise ValueError(f"{who}: device is {device!r}; expected 'auto', 'cpu' or 'cuda'.")
-    place = torch.device(device)
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError(f"{who}: device is {device!r} and torch sees no GPU; expected one, or device='cpu'.")
+    place = device_of(device)
     if kind == "no":
         if is_many:
             raise ValueError(f"{who}: parallel is 'no' under torchrun; expected 'ddp' or 'fsdp2', or a plain start.")

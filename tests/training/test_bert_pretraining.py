@@ -416,6 +416,7 @@ def test_command_killed_and_resumed(text, tmp_path, capsys) -> None:
 
 def test_command_errors(text, tmp_path, capsys) -> None:
     base = [str(text), "-o", str(tmp_path / "run"), "--steps", "1"]
+    (tmp_path / "c.json").write_text('{"max_position_embeddings": 64}')
     for more, message in (
         ([], "nothing gives the vocabulary"),
         (["--train-vocab", "100", "--vocab", "v.txt"], "--vocab and --train-vocab gives the vocabulary"),
@@ -428,13 +429,25 @@ def test_command_errors(text, tmp_path, capsys) -> None:
         (["--train-vocab", "100", "--held-out", str(tmp_path)], "is a directory; expected a file"),
         (["--train-vocab", "100", "--lr", "0"], "learning_rate is 0.0"),
         (["--train-vocab", "100", "--max-seq-length", "3"], "max_seq_length is 3"),
+        (["--train-vocab", "100", "--warmup", "nan"], "--warmup is nan; expected steps, 0 or more, or a share"),
+        (["--train-vocab", "100", "--warmup", "inf"], "--warmup is inf"),
+        (["--train-vocab", "100", "--seed", "-1"], "seed is -1; expected 0 to 2**63 - 1"),
+        (["--train-vocab", "100", "--data-seed", "-1"], "--data-seed is -1; expected 0 or more"),
+        (["--train-vocab", "100", "--shard-mb", "nan"], "--shard-mb is nan; expected a number above 0"),
+        (["--train-vocab", "100", "--shard-mb", "-1"], "--shard-mb is -1.0"),
+        (["--train-vocab", "100", "--mask-rate", "nan"], "--mask-rate is nan; expected above 0, at most 1"),
+        (["--train-vocab", "100", "--mask-rate", "0"], "--mask-rate is 0.0"),
+        (["--train-vocab", "100", "--short-seq-prob", "nan"], "short_seq_prob is nan; expected 0.0 to 1.0"),
+        (["--train-vocab", "100", "--amp", "fp16", "--device", "cpu"], "amp is 'fp16' on a CPU"),
+        (["--train-vocab", "100", "--impl", "nope"], "impl is 'nope'"),
+        (["--train-vocab", "100", "--config", str(tmp_path / "c.json"), "--max-seq-length", "65"], "the 64 positions"),
         (["--init-from", "nowhere", "--size", "tiny"], "--size or --config is given with --init-from"),
         (["--init-from", "nowhere"], "is no model on this machine"),
     ):
         assert cli.main(["pretrain", "bert", *base, *more]) == 2, more
         said = capsys.readouterr().err
         assert message in said.replace("LEVEL or ", ""), said
-        assert "shard" not in said, f"text was prepared before {more} was refused"
+        assert "shard 1" not in said, f"text was prepared before {more} was refused"
 
 
 def test_many_processes(text, tmp_path) -> None:

@@ -242,6 +242,14 @@ def test_chinese_words_through_the_command(tmp_path: Path, more: list[str], is_s
     assert partly == 0 if is_whole else full < partly
 
 
+def test_the_text_that_has_one_document_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "held").write_text("a single document\n")
+    with pytest.raises(AssertionError):
+        _command(tmp_path, ["one", "line", "", "other"] * 9, "--train-vocab", 40, "--held-out", tmp_path / "held")
+    said = capsys.readouterr().err
+    assert "1 documents with text; expected at least 2" in said and f"shard 1 of {tmp_path / 'held'}." in said
+
+
 @pytest.mark.parametrize("masking", ["token=1,word=1", "word=1,token=1e-9"])
 def test_words_of_a_mix_need_no_source(tmp_path: Path, masking: str) -> None:
     """Without --segmented and the like, words are the tokenizer's."""

@@ -408,7 +408,16 @@ def test_command_errors(grammar, tmp_path, capsys) -> None:
         (["--epochs", "1"], "negatives is 8192; expected fewer than"),
         (["--epochs", "1", "--held-out", "nowhere.txt"], "--held-out nowhere.txt does not exist"),
         (["--epochs", "1", "--init-from", "nowhere"], "--init-from nowhere has no options.json"),
-        (["--epochs", "1", "--negatives", "0", "--dropout", "1.5"], "dropout is 1.5"),
+        (["--epochs", "1", "--negatives", "0", "--dropout", "1.5"], "--dropout is 1.5"),
+        (["--epochs", "1", "--dropout", "nan"], "--dropout is nan"),
+        (["--epochs", "nan"], "--epochs is nan; expected a number above 0"),
+        (["--epochs", "inf"], "--epochs is inf"),
+        (["--epochs", "1", "--unroll", "0"], "--unroll is 0; expected 1 or more"),
+        (["--epochs", "1", "--negatives", "-1"], "--negatives is -1; expected 0 or more"),
+        (["--epochs", "1", "--min-count", "0"], "--min-count is 0; expected 1 or more"),
+        (["--epochs", "1", "--vocab-size", "-5"], "--vocab-size is -5; expected 4 or more"),
+        (["--epochs", "1", "--vocab-size", "20"], "--negatives is 8192; expected fewer than the 20 words"),
+        (["--epochs", "1", "--vocab", str(grammar), "--min-count", "2"], "--vocab-size or --min-count is given with"),
         (["--epochs", "1", "--negatives", "0", "--batch-size", "5000"], "expected at least 5000 lanes"),
     ):
         assert cli.main(["pretrain", "elmo", *base, *more]) == 2
