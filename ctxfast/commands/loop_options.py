@@ -102,12 +102,21 @@ def check(args: argparse.Namespace, who: str) -> None:
         raise ValueError(f"ctxfast.{who}: --epochs and --steps are both given; expected one of them.")
     if args.epochs is None and args.steps is None:
         raise ValueError(f"ctxfast.{who}: neither --epochs nor --steps is given; expected one of them.")
-    if args.epochs is not None and args.epochs <= 0:
+    if args.epochs is not None and not 0 < args.epochs < math.inf:
         raise ValueError(f"ctxfast.{who}: --epochs is {args.epochs}; expected a number above 0.")
     if args.steps is not None and args.steps < 1:
         raise ValueError(f"ctxfast.{who}: --steps is {args.steps}; expected 1 or more.")
     if args.batch_size < 1:
         raise ValueError(f"ctxfast.{who}: --batch-size is {args.batch_size}; expected 1 or more.")
+    if not 0 <= args.warmup < math.inf:
+        raise ValueError(f"ctxfast.{who}: --warmup is {args.warmup}; expected steps, 0 or more, or a share below 1.")
+    from .._core.registry import use_impl
+    from ..training.loop import check_amp
+    from ..training.parallel import device_of
+
+    with use_impl(args.impl):  # refuses a name that no op knows
+        pass
+    check_amp(args.amp, device_of(args.device))
     # How many steps epochs have is not known yet; it bounds the warm-up only. A learning rate may be the model's.
     rate = args.learning_rate
     args.learning_rate = 1.0 if rate is None else rate

@@ -101,6 +101,7 @@ def run(args: argparse.Namespace) -> int:
     from ..training.checkpoints import check_directory, check_settings
     from ..training.knowledge_masking import KnowledgeMasking
     from ..training.parallel import join
+    from ..training.prepared import hold
 
     if args.size is not None:
         sized_config(args.size, 1)  # refuses a name that it does not know
@@ -143,8 +144,11 @@ def run(args: argparse.Namespace) -> int:
     say = None if args.quiet or not group.is_first else _say
     data = Path(args.output) / "data"
 
+    locks = []  # held to the end: another command must not prepare what this one reads
+
     def prepare() -> tuple[Any, Any, Any]:
-        data.mkdir(parents=True, exist_ok=True)
+        if group.is_first:
+            locks.append(hold(data))
         tokenizer = _tokenizer(args, data, say)
         found = []
         for name, files, how in (("train", args.text, recipe), ("held_out", args.held_out, judged)):
@@ -212,6 +216,12 @@ def _check(args: argparse.Namespace) -> None:
     """Refuse what can be seen before any text is read."""
     who = f"ctxfast.{_WHO}"
     loop_options.check_files(args, _WHO, "text", "held_out", "config", "gazetteer", "spans")
+    if not 0 < args.mask_rate <= 1:
+        raise ValueError(f"{who}: --mask-rate is {args.mask_rate}; expected above 0, at most 1.")
+    if not 0 < args.shard_mb < math.inf:
+        raise ValueError(f"{who}: --shard-mb is {args.shard_mb}; expected a number above 0.")
+    if args.data_seed < 0:
+        raise ValueError(f"{who}: --data-seed is {args.data_seed}; expected 0 or more.")
     given = [name for name in ("vocab", "train_vocab", "init_from") if getattr(args, name) is not None]
     if len(given) != 1:
         raise ValueError(
@@ -222,6 +232,7 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"{who}: --size or --config is given with --init-from, which has its sizes; leave it out.")
     if args.size and args.config:
         raise ValueError(f"{who}: --size and --config are both given; expected one of them.")
+    _check_length(args)
     levels = _levels(args.masking)
     needs_spans = set(levels) & {"phrase", "entity"}
     if needs_spans and not (args.gazetteer or args.spans or args.segmented or args.jieba):
@@ -239,6 +250,24 @@ def _check(args: argparse.Namespace) -> None:
     if args.spans and (args.split_sentences or args.pairs == "dialogue"):
         other = "--split-sentences" if args.split_sentences else "--pairs dialogue"
         raise ValueError(f"{who}: --spans is given with {other}; expected one of them, as spans are of whole lines.")
+
+
+def _check_length(args: argparse.Namespace) -> None:
+    """Refuse sequences that the model has no positions for, if its sizes are in a file."""
+    from ..models.bert.config import BertConfig
+    from ..models.bert.weights import resolve_model
+
+    file = Path(args.config) if args.config is not None else None
+    if args.init_from is not None:
+        file = resolve_model(args.init_from) / "config.json"
+    if file is None or not file.is_file():
+        return
+    longest = BertConfig.from_json_file(file).max_length
+    if args.max_seq_length > longest:
+        raise ValueError(
+            f"ctxfast.{_WHO}: --max-seq-length is {args.max_seq_length}; expected at most the {longest} positions of "
+            f"{file}."
+        )
 
 
 def _levels(text: str) -> dict[str, float]:

@@ -62,6 +62,7 @@ def run(args: argparse.Namespace) -> int:
     """Prepare the text, train, write the model."""
     loop_options.check(args, _WHO)
     loop_options.check_files(args, _WHO, "text", "held_out", "options", "vocab")
+    _check(args)
     if args.init_from is not None and not (Path(args.init_from) / "options.json").is_file():
         raise FileNotFoundError(
             f"ctxfast.{_WHO}: --init-from {args.init_from} has no options.json; expected a folder with it and "
@@ -72,6 +73,7 @@ def run(args: argparse.Namespace) -> int:
     from ..training.bilm_pretraining import BiLmPretraining
     from ..training.checkpoints import check_directory, check_settings
     from ..training.parallel import join
+    from ..training.prepared import hold
 
     check_directory(args.output)
     start = None if args.init_from is None else Path(args.init_from)
@@ -99,8 +101,12 @@ def run(args: argparse.Namespace) -> int:
     say = None if args.quiet or not group.is_first else _say
     common = {"tokenize": args.tokenize, "max_characters": config.max_characters}
 
+    locks = []  # held to the end: another command must not prepare what this one reads
+
     def prepare() -> tuple[BiLmCorpus, BiLmCorpus | None]:
         data = Path(args.output) / "data"
+        if group.is_first:
+            locks.append(hold(data))
         corpus = BiLmCorpus.prepare(
             data / "train",
             args.text,
@@ -143,6 +149,26 @@ def run(args: argparse.Namespace) -> int:
     loop_options.run(args, f"ctxfast {_WHO}", task, loop, settings)
     group.leave()
     return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuse what can be seen before any text is read."""
+    for name, least in (("unroll", 1), ("negatives", 0), ("min_count", 1), ("vocab_size", 4)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            shown = name.replace("_", "-")
+            raise ValueError(f"ctxfast.{_WHO}: --{shown} is {value}; expected {least} or more.")
+    if not 0 <= args.dropout < 1:
+        raise ValueError(f"ctxfast.{_WHO}: --dropout is {args.dropout}; expected a probability, 0 <= p < 1.")
+    if args.vocab_size is not None and args.negatives >= args.vocab_size:
+        raise ValueError(
+            f"ctxfast.{_WHO}: --negatives is {args.negatives}; expected fewer than the {args.vocab_size} words of "
+            "--vocab-size, or 0 for a full softmax."
+        )
+    if args.vocab is not None and (args.vocab_size is not None or args.min_count != 1):
+        raise ValueError(
+            f"ctxfast.{_WHO}: --vocab-size or --min-count is given with --vocab, which has its words; leave it out."
+        )
 
 
 def _say(text: str) -> None:

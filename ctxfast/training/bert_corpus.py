@@ -12,6 +12,7 @@ import json
 import os
 import random
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -26,6 +27,7 @@ from ..models.bert.tokenization import BertTokenizer, Encoding
 from . import bert_instances, bert_pairs, knowledge_masking
 from .bert_instances import Document, Instance, Pair, PairOptions, Vocabulary
 from .knowledge_masking import KnowledgeMasking
+from .prepared import read_note
 from .spans import FLAG_SHIFT, ID_MASK, SPEAKER, SpanSource, begins
 from .text import split_sentences, text_lines
 
@@ -286,7 +288,7 @@ class BertCorpus:
             )
         vocabulary = vocabulary_of(tokenizer)
         meta = {
-            "format": 1,
+            "format": 2,
             "files": [[os.fspath(file), fingerprint(file)] for file in files if Path(file).is_file()],
             "tokenizer": hashlib.sha256(tokenizer.backend.to_str().encode()).hexdigest(),
             "recipe": asdict(recipe),
@@ -294,14 +296,17 @@ class BertCorpus:
         }
         meta = json.loads(json.dumps(meta))
         file = path / "meta.json"
-        if not file.is_file() or json.loads(file.read_text(encoding="utf-8")) != meta:
-            if path.exists():
-                shutil.rmtree(path)
-            path.mkdir(parents=True)
+        if read_note(path, file.name) != meta:
+            path.mkdir(parents=True, exist_ok=True)
+            # Aside first: a kill must not leave shards without the note that tells they are ours.
+            aside = tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.")
+            os.replace(path, aside)
+            shutil.rmtree(aside)
+            path.mkdir()
             with replacing(file) as temporary:
                 temporary.write_text(json.dumps(meta) + "\n", encoding="utf-8")
-        for left in path.glob(".shard-*"):
-            shutil.rmtree(left)
+        for left in path.glob(".*"):  # of a killed process
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
         done = path / "complete.json"
         if not done.is_file():
             count = cls._write_shards(path, files, tokenizer, vocabulary, recipe, sources, say)
@@ -325,9 +330,13 @@ class BertCorpus:
             target = path / f"shard-{number - 1:05d}"
             if target.exists():
                 continue
-            is_dialogue = recipe.pairs == "dialogue"
-            coded = (_dialogues if is_dialogue else _tokenized)(documents, tokenizer, sources)
-            made = recipe.make(coded, vocabulary, recipe.seed + number - 1)
+            read = _dialogues if recipe.pairs == "dialogue" else _tokenized
+            # Words and what lies beyond them are units of flags; without sources they are the tokenizer's.
+            coded = read(documents, tokenizer, sources, bool(sources) or recipe.knowledge is not None)
+            try:
+                made = recipe.make(coded, vocabulary, recipe.seed + number - 1)
+            except ValueError as error:
+                raise ValueError(f"{error} This is shard {number} of {', '.join(map(os.fspath, files))}.") from None
             with replacing_folder(target) as temporary:
                 _Shard.write(temporary, made)
             if say is not None:
@@ -365,10 +374,12 @@ def _groups(documents: Iterator[list[str]], size: int) -> Iterator[list[list[str
         yield group
 
 
-def _dialogues(documents: list[list[str]], tokenizer: BertTokenizer, sources: Sequence[SpanSource]) -> list[Document]:
+def _dialogues(
+    documents: list[list[str]], tokenizer: BertTokenizer, sources: Sequence[SpanSource], has_flags: bool
+) -> list[Document]:
     """Coded ids of every turn, the second speaker's marked."""
     said, is_second = zip(*map(bert_pairs.speakers, documents))
-    coded = _tokenized(list(said), tokenizer, sources)
+    coded = _tokenized(list(said), tokenizer, sources, has_flags)
     for turns, marks in zip(coded, is_second):
         for turn, mark in zip(turns, marks):
             if turn and mark:
@@ -376,14 +387,16 @@ def _dialogues(documents: list[list[str]], tokenizer: BertTokenizer, sources: Se
     return coded
 
 
-def _tokenized(documents: list[list[str]], tokenizer: BertTokenizer, sources: Sequence[SpanSource]) -> list[Document]:
-    """Coded ids of every line."""
+def _tokenized(
+    documents: list[list[str]], tokenizer: BertTokenizer, sources: Sequence[SpanSource], has_flags: bool
+) -> list[Document]:
+    """Coded ids of every line, with flags of units or without."""
     lines = [line for document in documents for line in document]
     coded: list[list[int]] = []
     for start in range(0, len(lines), _BATCH_LINES):
         part = lines[start : start + _BATCH_LINES]
         for line, found in zip(part, tokenizer.backend.encode_batch(part, add_special_tokens=False)):
-            if not sources:
+            if not has_flags:
                 coded.append(found.ids)
                 continue
             flags = begins(Encoding(found, False), [span for source in sources for span in source.spans(line)])

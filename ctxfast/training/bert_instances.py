@@ -66,7 +66,7 @@ class PairOptions:
             ("max_predictions_per_seq", 1, None),
         ):
             value = getattr(self, name)
-            if value < low or (high is not None and value > high):
+            if not value >= low or (high is not None and not value <= high):
                 wanted = f"{low} or more" if high is None else f"{low} to {high}"
                 raise ValueError(f"ctxfast.training: {name} is {value}; expected {wanted}.")
 
@@ -156,12 +156,15 @@ def _from_elsewhere(corpus: Sequence[Document], index: int, wanted: int, draw: r
 
 def truncate(first: list[int], second: list[int], limit: int, draw: random.Random) -> None:
     """Shorten the longer of the two, a token at a time, from either end."""
-    while len(first) + len(second) > limit:
-        longer = first if len(first) > len(second) else second
+    # Counted first and cut once: a line may be a book.
+    sizes, heads = [len(first), len(second)], [0, 0]
+    while sizes[0] + sizes[1] > limit:
+        longer = 0 if sizes[0] > sizes[1] else 1
+        sizes[longer] -= 1
         if draw.random() < 0.5:
-            del longer[0]
-        else:
-            longer.pop()
+            heads[longer] += 1
+    for tokens, size, head in zip((first, second), sizes, heads):
+        tokens[:] = tokens[head : head + size]
 
 
 def words(ids: Sequence[int], vocabulary: Vocabulary, is_whole: bool) -> list[list[int]]:

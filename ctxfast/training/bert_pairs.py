@@ -41,19 +41,32 @@ def order_pairs(
 
 
 def segments(document: Document, vocabulary: Vocabulary, options: PairOptions, draw: random.Random) -> Iterator[Pair]:
-    """Stretches of a document as one segment each; what is longer than a sequence is cut off.
+    """Stretches of a document as one segment each. What does not fit begins the next one, so every token is used but a
+    lone last one.
 
     Reference: Liu et al. 2019 (DOC-SENTENCES).
     """
     limit = options.max_seq_length - 2
-    for chunk in _chunks(document, limit, options, draw):
-        tokens = [token for sentence in chunk for token in sentence][:limit]
-        yield Pair([vocabulary.cls_id, *tokens, vocabulary.sep_id], len(tokens) + 2, False)
+    target = _target(limit, options, draw)
+    held: list[int] = []
+    for place, sentence in enumerate(document):
+        held += sentence
+        start, is_last = 0, place == len(document) - 1
+        while len(held) - start >= target or (is_last and len(held) - start > 1):
+            tokens = held[start : start + limit]
+            start += len(tokens)
+            yield Pair([vocabulary.cls_id, *tokens, vocabulary.sep_id], len(tokens) + 2, False)
+        held = held[start:]
+
+
+def _target(limit: int, options: PairOptions, draw: random.Random) -> int:
+    """Tokens a document's sequences aim at."""
+    return draw.randint(2, limit) if draw.random() < options.short_seq_prob else limit
 
 
 def _chunks(document: Document, limit: int, options: PairOptions, draw: random.Random) -> Iterator[list[list[int]]]:
     """Sentences one after another until a target length is met, as BERT's pairs are filled."""
-    target = draw.randint(2, limit) if draw.random() < options.short_seq_prob else limit
+    target = _target(limit, options, draw)
     chunk: list[list[int]] = []
     length = 0
     for place, sentence in enumerate(document):

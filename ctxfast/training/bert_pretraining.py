@@ -23,7 +23,7 @@ from .batches import Batches
 from .bert_corpus import BertCorpus
 from .bert_instances import Instance, Pair, Vocabulary
 from .knowledge_masking import units
-from .loop import BaseTask, moved
+from .loop import BaseTask, Weight, moved
 from .spans import ID_MASK
 
 _WHO = "ctxfast.training.BertPretraining"
@@ -175,8 +175,9 @@ class BertPretraining(BaseTask):
         relation = np.array([one.is_random_next != self._is_ernie for one in instances], dtype=np.int64)
         return BertBatch(*map(torch.from_numpy, (ids, mask, types, labels, relation)))
 
-    def weight(self, batch: BertBatch) -> float:
-        return max(1, int((batch.labels != IGNORE_INDEX).sum()))
+    def weight(self, batch: BertBatch) -> Weight:
+        masked = float((batch.labels != IGNORE_INDEX).sum())
+        return {"masked_loss": masked, "relation_loss": float(len(batch.relation))} if self.has_relation else masked
 
     def _call(self, model: nn.Module, batch: BertBatch, **options: Any) -> Any:
         if self.has_relation:
@@ -184,11 +185,12 @@ class BertPretraining(BaseTask):
         with use_impl(self.impl):
             return model(batch.input_ids, batch.attention_mask, batch.token_type_ids, labels=batch.labels, **options)
 
-    def loss(self, model: nn.Module, batch: BertBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, model: nn.Module, batch: BertBatch) -> tuple[Tensor | dict[str, Tensor], dict[str, Tensor]]:
         found = self._call(model, batch)
         if not self.has_relation:
             return found.loss, {}
-        return found.loss, {"masked_loss": found.mlm_loss, "relation_loss": found.nsp_loss}
+        # Means over masked tokens and over sequences: batches of like length differ in one and not in the other.
+        return {"masked_loss": found.mlm_loss, "relation_loss": found.nsp_loss}, {}
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         if self.held_out is None:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ import numpy as np
 from .._core.files import replacing_folder
 from ..corpus import fingerprint
 from ..models.elmo.tokenization import BEGIN_SENTENCE, END_SENTENCE, ElmoCharacterMapper
+from .prepared import read_note
 from .text import split_sentences, text_lines
 
 UNKNOWN = "<UNK>"
@@ -199,8 +201,7 @@ class BiLmCorpus:
             "tokenize": tokenize,
             "max_characters": max_characters,
         }
-        file = path / "meta.json"
-        if file.is_file() and json.loads(file.read_text(encoding="utf-8")) == json.loads(json.dumps(meta)):
+        if read_note(path, "meta.json") == json.loads(json.dumps(meta)):
             return cls(path)
         if say is not None:
             say(f"counting words of {', '.join(Path(file).name for file in files)}")
@@ -272,7 +273,7 @@ def _write(
         characters[start : start + len(part)] = mapper.rows(part)
     np.save(path / "characters.npy", characters)
     tokens = np.lib.format.open_memmap(path / "tokens.npy", "w+", np.int32, (sum(counts.values()),))
-    starts, position, done = [0], 0, 0
+    starts, position, done = array("q", [0]), 0, 0
     block: list[int] = []
     for file in files:
         for words in sentences(file, tokenize):
@@ -285,4 +286,4 @@ def _write(
                 block = []
     tokens[done:] = block
     tokens.flush()
-    np.save(path / "starts.npy", np.array(starts, dtype=np.int64))
+    np.save(path / "starts.npy", np.frombuffer(starts, dtype=np.int64))

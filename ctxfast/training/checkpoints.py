@@ -23,6 +23,10 @@ from .._core.files import replacing, replacing_folder
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)\.pt")
 _OURS = re.compile(r"checkpoint-\d+\.pt|config\.json|log\.jsonl|lock|best|final|tensorboard|data")
+# What ``replacing`` and ``replacing_folder`` call these until they are whole; other hidden files are not ours.
+_TEMPORARY = re.compile(r"\.(checkpoint-\d+\.pt|config\.json|log\.jsonl|best|final)\.[a-z0-9_]{8}(\.old)?")
+# A directory holds no more than this before its run has started.
+_PREPARED = ("data", "lock")
 # These may differ when a run goes on: results do not depend on them.
 _FREE = frozenset({"loop.keep", "loop.log_every", "loop.save_every", "loop.tensorboard", "loop.device"})
 
@@ -46,12 +50,15 @@ def check_directory(path: str | os.PathLike[str]) -> None:
         return
     if not path.is_dir():
         raise ValueError(f"ctxfast.training: {path} is a file; expected a directory to work in.")
-    strange = sorted(entry.name for entry in path.iterdir() if not _OURS.fullmatch(entry.name))
-    strange = [name for name in strange if not name.startswith(".")]
+    names = sorted(entry.name for entry in path.iterdir() if not entry.name.startswith("."))
+    # A run writes config.json first: a lone best/ or data/train of another program is not for us to replace.
+    is_run = "config.json" in names
+    strange = [name for name in names if not (_OURS.fullmatch(name) if is_run else name in _PREPARED)]
     if strange:
+        without = " and no config.json" if _OURS.fullmatch(strange[0]) else ""
         raise ValueError(
-            f"ctxfast.training: {path} holds {strange[0]}; expected an empty directory, or one of an earlier run. "
-            "Choose another."
+            f"ctxfast.training: {path} holds {strange[0]}{without}; expected an empty directory, or one of an earlier "
+            "run. Choose another."
         )
 
 
@@ -140,11 +147,16 @@ class RunDirectory:
     def _start(self, config: dict[str, Any], resume: bool, overwrite: bool) -> None:
         file = self.path / "config.json"
         if overwrite:
-            for entry in self.path.iterdir():
-                if entry.name not in ("lock", "data"):
+            # config.json goes last: it tells that the directory is a run's.
+            for entry in sorted(self.path.iterdir(), key=lambda entry: entry.name == "config.json"):
+                is_left = _OURS.fullmatch(entry.name) and entry.name not in _PREPARED
+                if is_left or _TEMPORARY.fullmatch(entry.name):
                     shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-        for entry in self.path.glob(".*"):  # what a killed process left half-written, or put aside
-            target = self.path / entry.name.split(".")[1]
+        for entry in list(self.path.iterdir()):  # what a killed process left half-written, or put aside
+            found = _TEMPORARY.fullmatch(entry.name)
+            if found is None:
+                continue
+            target = self.path / found[1]
             if entry.name.endswith(".old") and not target.exists():
                 os.replace(entry, target)
             else:

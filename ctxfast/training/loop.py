@@ -17,17 +17,20 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .checkpoints import RunDirectory
+from .loop_config import LoopConfig
 from .optimizers import BertAdam, Lamb, parameter_groups, share_of_rate
-from .parallel import PARALLEL, Group, Spread, join
+from .parallel import Group, Spread, join
+from .signals import Stop
 
-AMP = ("no", "bf16", "fp16")
-OPTIMIZERS = ("adamw", "bert_adam", "lamb", "adagrad")
-SCHEDULES = ("linear", "cosine", "constant")
-_FORMAT = 1
+_FORMAT = 2
+
+# Of a mean loss, or of each part of one.
+Weight = float | dict[str, float]
 
 
 class TrainingDiverged(RuntimeError):
@@ -43,11 +46,13 @@ class Task(Protocol):
         """Micro-batch ``step`` (counted over all epochs) of one of ``ranks`` processes, on the CPU, in nested
         dataclasses, dicts, lists and tuples. A pure function; it runs in a thread beside the step before."""
 
-    def weight(self, batch: Any) -> float:
-        """What its mean loss counts for among the micro-batches and processes of a step, e.g. labelled tokens."""
+    def weight(self, batch: Any) -> Weight:
+        """What its mean loss counts for among the micro-batches and processes of a step, e.g. labelled tokens; for a
+        loss of several parts, that of each by its name."""
 
-    def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean loss of a batch, and figures to report (means, too). Calls ``model``, not ``self.model``, once."""
+    def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor | dict[str, Tensor], dict[str, Tensor]]:
+        """Mean loss of a batch, or the means of its parts, whose sum is trained; and figures to report (means over what
+        the first part is a mean over). Calls ``model``, not ``self.model``, once."""
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Held-out figures. Every process calls it and gets the same."""
@@ -69,7 +74,7 @@ class BaseTask:
 
     model: nn.Module
 
-    def weight(self, batch: Any) -> float:
+    def weight(self, batch: Any) -> Weight:
         return 1.0
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
@@ -83,81 +88,6 @@ class BaseTask:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         return
-
-
-@dataclass(frozen=True)
-class LoopConfig:
-    """How a task is trained.
-
-    Args:
-        steps: optimiser steps in all.
-        learning_rate: the highest.
-        accumulate: micro-batches of a step.
-        warmup_steps: steps over which the rate rises from 0.
-        schedule: after that "linear" or "cosine" down to 0, or "constant".
-        optimizer: "adamw", "bert_adam" (no bias correction), "lamb", "adagrad".
-        weight_decay: not for biases and normalisation.
-        betas: of the moments (not for "adagrad").
-        eps: None for the optimiser's own: 1e-8 adamw, 1e-6 bert_adam and lamb, 1e-10 adagrad.
-        initial_accumulator: "adagrad": where the sum of squares starts.
-        max_grad_norm: all gradients together are scaled down to it; None for no limit.
-        amp: "no", "bf16" or "fp16" (GPU; with loss scaling): torch.autocast.
-        seed: of dropout and whatever a step draws.
-        log_every, eval_every, save_every: steps between reports, evaluations (None: at the end) and checkpoints.
-        keep: checkpoints that are kept.
-        best: figure of ``evaluate`` whose best model is kept, "-" before it if less is better, e.g. "f1" or "-loss".
-        parallel: "auto" (DDP under torchrun), "no", "ddp", "fsdp2".
-        device: "auto", "cpu", "cuda".
-        tensorboard: write ``tensorboard/`` too.
-
-    Raises:
-        ValueError: a value out of range or unknown.
-    """
-
-    steps: int
-    learning_rate: float
-    accumulate: int = 1
-    warmup_steps: int = 0
-    schedule: str = "linear"
-    optimizer: str = "adamw"
-    weight_decay: float = 0.01
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float | None = None
-    initial_accumulator: float = 0.0
-    max_grad_norm: float | None = 1.0
-    amp: str = "no"
-    seed: int = 0
-    log_every: int = 50
-    eval_every: int | None = None
-    save_every: int = 1000
-    keep: int = 2
-    best: str | None = None
-    parallel: str = "auto"
-    device: str = "auto"
-    tensorboard: bool = False
-
-    def __post_init__(self) -> None:
-        who = "ctxfast.training.LoopConfig"
-        for name in ("steps", "accumulate", "log_every", "eval_every", "save_every", "keep"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{who}: {name} is {value}; expected 1 or more.")
-        choices = {"schedule": SCHEDULES, "optimizer": OPTIMIZERS, "amp": AMP, "parallel": PARALLEL}
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise ValueError(f"{who}: {name} is {getattr(self, name)!r}; expected one of {', '.join(known)}.")
-        for name in ("learning_rate", "max_grad_norm", "eps"):
-            value = getattr(self, name)
-            if value is not None and not (value > 0 and math.isfinite(value)):
-                raise ValueError(f"{who}: {name} is {value}; expected a number above 0.")
-        for name in ("weight_decay", "initial_accumulator"):
-            value = getattr(self, name)
-            if not (value >= 0 and math.isfinite(value)):
-                raise ValueError(f"{who}: {name} is {value}; expected 0 or more.")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"{who}: betas is {self.betas}; expected two numbers of 0 <= b < 1.")
-        if not 0 <= self.warmup_steps <= self.steps:
-            raise ValueError(f"{who}: warmup_steps is {self.warmup_steps}; expected 0 to steps = {self.steps}.")
 
 
 @dataclass
@@ -182,6 +112,29 @@ class Report:
     seconds: float
     seconds_before: float
     log: list[dict[str, Any]] = field(default_factory=list)
+
+
+def stream(seed: int, step: int, rank: int) -> int:
+    """Seed of all that a process draws in a step: a pure function, so that a break changes nothing.
+
+    torch's generator of the CPU looks at the low 32 bits only, so each of them depends on all three numbers.
+    """
+    return int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0])
+
+
+def check_amp(amp: str, device: torch.device) -> None:
+    """Refuse a half precision that a device does not train in.
+
+    Raises:
+        ValueError: fp16 on a CPU.
+    """
+    if amp == "fp16" and device.type != "cuda":
+        raise ValueError("ctxfast.training: amp is 'fp16' on a CPU; expected 'bf16' or 'no' there.")
+
+
+def _parts(value: Any) -> dict[str, Any]:
+    """A loss or its weight by the names of its parts."""
+    return value if isinstance(value, dict) else {"loss": value}
 
 
 def moved(batch: Any, device: torch.device) -> Any:
@@ -227,7 +180,8 @@ def train(
     """Train a task, leave its model in ``directory/final`` and, if asked for, the best one in ``directory/best``.
 
     Started again with the same configuration, a killed run goes on from its last checkpoint; on one device the outcome
-    is the same, bit for bit, as without the break.
+    is the same, bit for bit, as without the break. In one process, Ctrl-C and SIGTERM end a run after the step it is
+    in, with a checkpoint; a second one ends it at once.
 
     Args:
         task: what to train. Its model may be on any device.
@@ -248,8 +202,7 @@ def train(
         TrainingDiverged: loss or gradients are not finite. Checkpoints of before stay.
     """
     group = join(config.parallel, config.device)
-    if config.amp == "fp16" and group.device.type != "cuda":
-        raise ValueError("ctxfast.training: amp is 'fp16' on a CPU; expected 'bf16' or 'no' there.")
+    check_amp(config.amp, group.device)
     loop = {**asdict(config), "parallel": group.kind, "ranks": group.ranks}
     if group.is_first:
         try:
@@ -292,7 +245,8 @@ class _Run:
         self.figures: dict[str, float] = {}
         self.seconds_before = 0.0
         self.sums: dict[str, Tensor] = {}
-        self.sum_weight = 0.0
+        self.sum_weights: dict[str, float] = {}
+        self.parts: list[str] = []
         self.is_sound = torch.ones((), dtype=torch.bool, device=group.device)
 
     def go(self) -> Report:
@@ -301,8 +255,10 @@ class _Run:
         self.start = time.monotonic()
         self.logged = (self.step, self.start)
         board = self._board()
+        # Processes would have to agree on the step; several are left to torchrun and their checkpoints.
+        stop = Stop(self.group.ranks == 1)
         try:
-            with ThreadPoolExecutor(1, thread_name_prefix="batches") as ahead:
+            with stop, ThreadPoolExecutor(1, thread_name_prefix="batches") as ahead:
                 first = self.step * config.accumulate
                 coming = ahead.submit(self._batch, first) if self.step < config.steps else None
                 self.task.model.train()
@@ -319,10 +275,14 @@ class _Run:
                         self._report(board)
                     if is_last or (config.eval_every and self.step % config.eval_every == 0):
                         self._evaluate(board)
-                    if self.step % config.save_every == 0 or is_last:
+                    if self.step % config.save_every == 0 or is_last or stop.asked:
                         self._save()
+                    if stop.asked:
+                        break
                 if coming is not None:
                     coming.cancel()
+            if self.step < config.steps:
+                stop.give_way()
             # It appears as a whole: where it is, the run was finished before.
             if not self.group.first((self.directory / "final").exists()):
                 self._place("final")
@@ -342,23 +302,30 @@ class _Run:
         config, group = self.config, self.group
         for part, rate in zip(self.optimizer.param_groups, self.rates):
             part["lr"] = rate * self.share(self.step)
-        # What a step draws depends on the seed and its number alone. 2**20 processes keep their streams apart.
-        torch.manual_seed(((config.seed << 44) ^ (self.step << 20) ^ group.rank) & (2**63 - 1))
-        weights = [float(self.task.weight(batch)) for batch in micro]
-        total = group.total(sum(weights))
+        torch.manual_seed(stream(config.seed, self.step, group.rank))
+        weights = [_parts(self.task.weight(batch)) for batch in micro]
+        self.parts = names = list(weights[0])
+        own = torch.tensor([sum(weight[name] for weight in weights) for name in names], dtype=torch.float64)
+        if group.ranks > 1:
+            own = group.add(own.to(group.device))
+        totals = dict(zip(names, own.tolist()))
         for place, (batch, weight) in enumerate(zip(micro, weights)):
             with self.spread.local(place + 1 < len(micro)):
                 amp = torch.bfloat16 if config.amp == "bf16" else torch.float16
                 with torch.autocast(group.device.type, amp, enabled=config.amp != "no"):
                     loss, figures = self.task.loss(self.spread.model, moved(batch, group.device))
                 # DDP and FSDP divide by the number of processes.
-                scaled = loss * (weight * group.ranks / max(total, 1e-12))
+                parts = _parts(loss)
+                scaled = sum(
+                    part * (weight[name] * group.ranks / max(totals[name], 1e-12)) for name, part in parts.items()
+                )
                 (scaled if self.scaler is None else self.scaler.scale(scaled)).backward()
-            self.is_sound &= torch.isfinite(loss.detach())
-            for name, value in {"loss": loss, **figures}.items():
-                value = value.detach().double() * weight
-                self.sums[name] = self.sums[name] + value if name in self.sums else value
-        self.sum_weight += sum(weights)
+            self.is_sound &= torch.isfinite(scaled.detach())
+            for name, value in {**parts, **figures}.items():
+                share = weight.get(name, weight[names[0]])
+                value, before = value.detach().double() * share, self.sums.get(name)
+                self.sums[name] = value if before is None else before + value
+                self.sum_weights[name] = self.sum_weights.get(name, 0.0) + share
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         norm = self.spread.clip(self.parameters, config.max_grad_norm)
@@ -386,14 +353,17 @@ class _Run:
     def _report(self, board: Any) -> None:
         self._check_sound()
         names = sorted(self.sums)
-        sums = torch.stack([self.sums[name] for name in names] + [self.sums["loss"].new_tensor(self.sum_weight)])
-        *values, weight = self.group.add(sums).tolist()
-        figures = {name: value / max(weight, 1e-12) for name, value in zip(names, values)}
+        sums = torch.stack([self.sums[name] for name in names])
+        weights = sums.new_tensor([self.sum_weights[name] for name in names])
+        values = self.group.add(torch.stack([sums, weights])).tolist()
+        figures = {name: value / max(weight, 1e-12) for name, value, weight in zip(names, *values)}
+        if "loss" not in figures:
+            figures = {"loss": sum(figures[name] for name in self.parts), **figures}
         now = time.monotonic()
         figures["learning_rate"] = self.optimizer.param_groups[0]["lr"]
         figures["steps_per_second"] = (self.step - self.logged[0]) / max(now - self.logged[1], 1e-9)
         self.logged = (self.step, now)
-        self.sums, self.sum_weight = {}, 0.0
+        self.sums, self.sum_weights = {}, {}
         self._write(figures, "train", board)
 
     def _evaluate(self, board: Any) -> None:
@@ -438,7 +408,7 @@ class _Run:
             raise RuntimeError(
                 "ctxfast.training: tensorboard is not installed; run: pip install tensorboard"
             ) from error
-        return SummaryWriter(str(self.directory / "tensorboard"), purge_step=self.step + 1 if self.step else None)
+        return SummaryWriter(str(self.directory / "tensorboard"), purge_step=self.step + 1)
 
     def _place(self, name: str) -> None:
         whole = self.spread.whole()
@@ -458,7 +428,9 @@ class _Run:
     def _save(self) -> None:
         self._check_sound()
         model, optimizer = self.spread.state(self.optimizer)
-        own = {"task": self.task.state_dict(), "sums": self.sums, "sum_weight": self.sum_weight}
+        # On the CPU: another process would put them on this one's GPU.
+        own = {"task": self.task.state_dict(), "sums": self.sums, "sum_weights": self.sum_weights}
+        own = moved(own, torch.device("cpu"))
         states = self.group.all(own)
         if self.run is not None:
             state = {
@@ -476,7 +448,17 @@ class _Run:
         self.group.wait()
 
     def _load(self) -> None:
-        state = self.group.first(self.run.latest() if self.run is not None else None)
+        state = problem = None
+        if self.run is not None:
+            try:
+                state = self.run.latest()
+            except ValueError as error:
+                problem = error
+        state, problem = self.group.first((state, problem))
+        if problem is not None:
+            raise problem
+        if self.run is not None:  # also where no checkpoint was reached: what was reported will be again
+            self.run.cut_log(0 if state is None else state["step"])
         if state is None:
             return
         if state["format"] != _FORMAT:
@@ -489,9 +471,7 @@ class _Run:
             self.scaler.load_state_dict(state["scaler"])
         own = state["ranks"][self.group.rank]
         self.task.load_state_dict(own["task"])
-        self.sums, self.sum_weight = moved(own["sums"], self.group.device), own["sum_weight"]
+        self.sums, self.sum_weights = moved(own["sums"], self.group.device), own["sum_weights"]
         self.step = self.resumed = state["step"]
         self.figures, self.best = state["figures"], state["best"]
         self.seconds_before = state["seconds"]
-        if self.run is not None:
-            self.run.cut_log(self.step)

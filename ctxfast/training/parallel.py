@@ -8,12 +8,15 @@ import copy
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+# How long processes wait while the first one prepares data.
+_PATIENCE = timedelta(days=7)
 PARALLEL = ("auto", "no", "ddp", "fsdp2")
 
 
@@ -75,17 +78,54 @@ class Group:
             dist.barrier()
 
     def after_first(self, make: Callable[[], Any]) -> Any:
-        """What ``make`` gives, where the first call of it makes files: process 0 makes them, then all find them."""
+        """What ``make`` gives, where the first call of it makes files: process 0 makes them, then all find them.
+
+        Raises:
+            Exception: what ``make`` raised in process 0, in all of them: none is left waiting.
+        """
+        if self.ranks == 1:
+            return make()
+        # Making may take hours; the group's own patience is minutes.
+        patient = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        made, problem = None, None
         if self.is_first:
-            make()
-        self.wait()
-        return make()
+            try:
+                made = make()
+            except Exception as error:
+                problem = error
+        said = [problem]
+        dist.broadcast_object_list(said, src=0, group=patient, device=torch.device("cpu"))
+        dist.destroy_process_group(patient)
+        if said[0] is not None:
+            raise said[0]
+        return made if self.is_first else make()
 
     def leave(self) -> None:
         """Part, at a program's end: a process that ends while others still listen to it may take them down."""
         if dist.is_initialized():
             dist.barrier()
             dist.destroy_process_group()
+
+
+def device_of(device: str = "auto") -> torch.device:
+    """The device that a name stands for.
+
+    Args:
+        device: "auto" (a GPU if there is one), "cpu", "cuda".
+
+    Raises:
+        ValueError: an unknown device.
+        RuntimeError: a GPU is asked for and there is none.
+    """
+    who = "ctxfast.training"
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise ValueError(f"{who}: device is {device!r}; expected 'auto', 'cpu' or 'cuda'.")
+    place = torch.device(device)
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError(f"{who}: device is {device!r} and torch sees no GPU; expected one, or device='cpu'.")
+    return place
 
 
 def join(kind: str = "auto", device: str = "auto") -> Group:
@@ -105,13 +145,7 @@ def join(kind: str = "auto", device: str = "auto") -> Group:
     is_many = dist.is_initialized() or dist.is_torchelastic_launched()
     if kind == "auto":
         kind = "ddp" if is_many else "no"
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-        raise ValueError(f"{who}: device is {device!r}; expected 'auto', 'cpu' or 'cuda'.")
-    place = torch.device(device)
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError(f"{who}: device is {device!r} and torch sees no GPU; expected one, or device='cpu'.")
+    place = device_of(device)
     if kind == "no":
         if is_many:
             raise ValueError(f"{who}: parallel is 'no' under torchrun; expected 'ddp' or 'fsdp2', or a plain start.")

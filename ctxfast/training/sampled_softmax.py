@@ -34,14 +34,22 @@ def log_uniform_negatives(draw: np.random.Generator, count: int, size: int) -> t
             f"ctxfast.training: negatives is {count}; expected 1 to {size - 1}, less than the {size} words of the "
             "vocabulary. Pass 0 for a full softmax."
         )
-    drawn = np.empty(0, dtype=np.int64)
+    found = np.empty(0, dtype=np.int64)
+    is_new = np.ones(size, dtype=np.bool_)
+    tries = 0
     while True:
-        more = np.exp(draw.random(2 * count) * math.log(size + 1)).astype(np.int64) - 1
-        drawn = np.concatenate([drawn, np.clip(more, 0, size - 1)])
-        _, first = np.unique(drawn, return_index=True)
-        if len(first) >= count:
-            order = np.sort(first)[:count]
-            return drawn[order], int(order[-1]) + 1
+        drawn = np.exp(draw.random(2 * count) * math.log(size + 1)).astype(np.int64) - 1
+        drawn = np.clip(drawn, 0, size - 1)
+        # The rarest words take many rounds where nearly all are wanted; most of a later round is known.
+        places = np.flatnonzero(is_new[drawn])
+        _, first = np.unique(drawn[places], return_index=True)
+        places = places[np.sort(first)]
+        if len(found) + len(places) >= count:
+            places = places[: count - len(found)]
+            return np.concatenate([found, drawn[places]]), tries + int(places[-1]) + 1
+        found = np.concatenate([found, drawn[places]])
+        is_new[drawn[places]] = False
+        tries += len(drawn)
 
 
 def _log_expected(words: Tensor, tries: Tensor, size: int) -> Tensor:

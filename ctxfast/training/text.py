@@ -8,10 +8,11 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..corpus import BOM, DAMAGE, archive_test, damage, open_binary
+from ..corpus import BOM, DAMAGE, MAX_LINE_BYTES, archive_test, damage, open_binary
 
 # A closed sentence before white space and an opening word, or Chinese punctuation with nothing after it.
-_SENTENCE_END = re.compile(r"[.!?]+[\"')\]”’]*(?=\s+[\"'(\[“‘]*(\w))|[。！？]+[”’」』）]*")
+# Only a run's first sign starts a match, so that a long row of dots is looked at once.
+_SENTENCE_END = re.compile(r"(?<![.!?])[.!?]+[\"')\]”’]*(?=\s+[\"'(\[“‘]*(\w))|[。！？]+[”’」』）]*")
 
 
 def text_lines(path: str | os.PathLike[str]) -> Iterator[str]:
@@ -19,7 +20,8 @@ def text_lines(path: str | os.PathLike[str]) -> Iterator[str]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a line that is no UTF-8, by its number; an archive that is damaged, with the last line read.
+        ValueError: a line that is no UTF-8 or longer than 16 MiB, by its number; an archive that is damaged, with the
+            last line read.
     """
     path = Path(path)
     if not path.is_file():
@@ -28,7 +30,13 @@ def text_lines(path: str | os.PathLike[str]) -> Iterator[str]:
     number = 0
     with open_binary(path) as file:
         try:
-            for number, raw in enumerate(file, 1):
+            while raw := file.readline(MAX_LINE_BYTES + 1):
+                number += 1
+                if len(raw) > MAX_LINE_BYTES:
+                    raise ValueError(
+                        f"ctxfast.training: line {number} of {path} has more than {MAX_LINE_BYTES} bytes; expected "
+                        "lines of text. Is it a text file, with line feeds at the ends of its lines?"
+                    )
                 try:
                     line = (raw.removeprefix(BOM) if number == 1 else raw).decode("utf-8")
                 except UnicodeDecodeError as error:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from .._core.files import replacing_folder
 from ..corpus import fingerprint
 from ..models.bert.tokenization import BertTokenizer
+from .prepared import read_note
 from .text import text_lines
 
 if TYPE_CHECKING:
@@ -53,8 +54,7 @@ def train_wordpiece(
         "min_frequency": min_frequency,
     }
     made_by = json.loads(json.dumps(made_by))
-    note = path / "made_by.json"
-    if not (note.is_file() and json.loads(note.read_text(encoding="utf-8")) == made_by):
+    if read_note(path, "made_by.json") != made_by:
         from tokenizers import BertWordPieceTokenizer
 
         if say is not None:

@@ -162,6 +162,13 @@ def test_single_segments(text, tokenizer, tmp_path) -> None:
         one = corpus.instance(index)
         assert one.first_length == len(one.ids) <= 32 and set(one.token_type_ids) == {0}
     assert int(corpus.lengths.max()) == 32
+    # No token is lost, however long a line is: what does not fit begins the next sequence.
+    document, draw = [list(range(100, 175)), [200, 201], list(range(300, 330))], random.Random(0)
+    for short in (0.0, 1.0):
+        options = PairOptions(max_seq_length=32, short_seq_prob=short)
+        made = list(bert_pairs.segments(document, vocabulary_of(tokenizer), options, draw))
+        assert [token for pair in made for token in pair.ids[1:-1]] == sum(document, [])
+        assert all(2 < len(pair.ids) <= 32 and pair.first_length == len(pair.ids) for pair in made)
 
 
 def test_dialogues(text, tokenizer, tmp_path) -> None:
@@ -303,6 +310,33 @@ def test_evaluation_is_the_loss_of_all_masked_tokens(text, tokenizer, tmp_path, 
     assert figures["masked_accuracy"] == pytest.approx((logits.argmax(-1) == labels).float().mean().item())
 
 
+def test_accumulated_batches_of_unlike_length_are_one_large_batch(text, tokenizer, tmp_path) -> None:
+    """Masked words count by words, relations by sequences, however micro-batches share them out."""
+    corpus = prepare(text, tokenizer, tmp_path / "data", recipe(short_seq_prob=0.5))
+    order = sorted(range(48), key=lambda index: corpus.lengths[index])
+
+    class Fixed(BertPretraining):
+        def batch(self, step: int, rank: int = 0, ranks: int = 1):
+            size = 48 // accumulate
+            start = step % accumulate * size
+            return self._batch([self.corpus.instance(index) for index in order[start : start + size]])
+
+    options = {**vars(tiny(tokenizer)), "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    curves, weights = [], []
+    for accumulate in (1, 6):
+        task = Fixed(corpus, tokenizer, BertConfig(**options))
+        loop = LoopConfig(
+            steps=4, learning_rate=0.05, optimizer="adagrad", weight_decay=0.0, max_grad_norm=None, log_every=1,
+            accumulate=accumulate, parallel="no", device="cpu",
+        )  # fmt: skip
+        report = train(task, loop, tmp_path / str(accumulate))
+        curves.append([(line["loss"], line["masked_loss"], line["relation_loss"]) for line in report.log])
+        weights.append(task.model.cls.seq_relationship.weight.detach())
+    assert curves[0] == [pytest.approx(figures, rel=1e-4) for figures in curves[1]]
+    assert all(loss == pytest.approx(masked + relation) for loss, masked, relation in curves[0])
+    torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-5)
+
+
 def test_relation_sign(text, tokenizer, tmp_path) -> None:
     corpus = prepare(text, tokenizer, tmp_path / "data", recipe())
     google = BertPretraining(corpus, tokenizer, tiny(tokenizer)).batch(0)
@@ -323,7 +357,8 @@ def test_loss_curve_beside_the_reference(text, tokenizer, tmp_path) -> None:
         task.model.train()
         losses = []
         for step in range(200):
-            loss, _ = task.loss(task.model, task.batch(step))
+            parts, _ = task.loss(task.model, task.batch(step))
+            loss = sum(parts.values())
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -381,6 +416,7 @@ def test_command_killed_and_resumed(text, tmp_path, capsys) -> None:
 
 def test_command_errors(text, tmp_path, capsys) -> None:
     base = [str(text), "-o", str(tmp_path / "run"), "--steps", "1"]
+    (tmp_path / "c.json").write_text('{"max_position_embeddings": 64}')
     for more, message in (
         ([], "nothing gives the vocabulary"),
         (["--train-vocab", "100", "--vocab", "v.txt"], "--vocab and --train-vocab gives the vocabulary"),
@@ -393,13 +429,25 @@ def test_command_errors(text, tmp_path, capsys) -> None:
         (["--train-vocab", "100", "--held-out", str(tmp_path)], "is a directory; expected a file"),
         (["--train-vocab", "100", "--lr", "0"], "learning_rate is 0.0"),
         (["--train-vocab", "100", "--max-seq-length", "3"], "max_seq_length is 3"),
+        (["--train-vocab", "100", "--warmup", "nan"], "--warmup is nan; expected steps, 0 or more, or a share"),
+        (["--train-vocab", "100", "--warmup", "inf"], "--warmup is inf"),
+        (["--train-vocab", "100", "--seed", "-1"], "seed is -1; expected 0 to 2**63 - 1"),
+        (["--train-vocab", "100", "--data-seed", "-1"], "--data-seed is -1; expected 0 or more"),
+        (["--train-vocab", "100", "--shard-mb", "nan"], "--shard-mb is nan; expected a number above 0"),
+        (["--train-vocab", "100", "--shard-mb", "-1"], "--shard-mb is -1.0"),
+        (["--train-vocab", "100", "--mask-rate", "nan"], "--mask-rate is nan; expected above 0, at most 1"),
+        (["--train-vocab", "100", "--mask-rate", "0"], "--mask-rate is 0.0"),
+        (["--train-vocab", "100", "--short-seq-prob", "nan"], "short_seq_prob is nan; expected 0.0 to 1.0"),
+        (["--train-vocab", "100", "--amp", "fp16", "--device", "cpu"], "amp is 'fp16' on a CPU"),
+        (["--train-vocab", "100", "--impl", "nope"], "impl is 'nope'"),
+        (["--train-vocab", "100", "--config", str(tmp_path / "c.json"), "--max-seq-length", "65"], "the 64 positions"),
         (["--init-from", "nowhere", "--size", "tiny"], "--size or --config is given with --init-from"),
         (["--init-from", "nowhere"], "is no model on this machine"),
     ):
         assert cli.main(["pretrain", "bert", *base, *more]) == 2, more
         said = capsys.readouterr().err
         assert message in said.replace("LEVEL or ", ""), said
-        assert "shard" not in said, f"text was prepared before {more} was refused"
+        assert "shard 1" not in said, f"text was prepared before {more} was refused"
 
 
 def test_many_processes(text, tmp_path) -> None:

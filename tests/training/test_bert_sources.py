@@ -45,6 +45,12 @@ def test_sentences_of_a_paragraph(line: str, sentences: list[str]) -> None:
     assert list(split_sentences(line)) == sentences
 
 
+def test_a_long_row_of_dots_is_looked_at_once() -> None:
+    start = time.process_time()
+    assert list(split_sentences("Contents " + "." * 20_000 + "7")) == ["Contents " + "." * 20_000 + "7"]
+    assert time.process_time() - start < 2  # 10 s where every dot begins a search of its own
+
+
 def test_paragraphs_become_documents_of_sentences(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("One. Two.\nThree.\n\n\n \nFour\r\n")
     (tmp_path / "b").write_text("Five. Six.")
@@ -108,7 +114,8 @@ def test_forms_of_dialogues(tmp_path: Path) -> None:
         assert all(sum(a != b for a, b in zip(turns, real.split())) == 1 for turns in fakes), "one turn is another's"
     task = BertPretraining(corpus, tokenizer, _small(tokenizer), batch_size=16)
     batch = task.batch(0)
-    loss, figures = task.loss(task.model, batch)
+    parts, _ = task.loss(task.model, batch)
+    loss = sum(parts.values())
     loss.backward()
     assert torch.isfinite(loss) and set(batch.token_type_ids.unique().tolist()) == {0, 1}
     assert (batch.input_ids < tokenizer.vocab_size).all() and (batch.labels < tokenizer.vocab_size).all()
@@ -233,6 +240,27 @@ def test_chinese_words_through_the_command(tmp_path: Path, more: list[str], is_s
     assert full > 5 if is_whole else partly > 20
     # A pair may begin or end inside a word: what is left of it is no occurrence, so none is masked in part.
     assert partly == 0 if is_whole else full < partly
+
+
+def test_the_text_that_has_one_document_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "held").write_text("a single document\n")
+    with pytest.raises(AssertionError):
+        _command(tmp_path, ["one", "line", "", "other"] * 9, "--train-vocab", 40, "--held-out", tmp_path / "held")
+    said = capsys.readouterr().err
+    assert "1 documents with text; expected at least 2" in said and f"shard 1 of {tmp_path / 'held'}." in said
+
+
+@pytest.mark.parametrize("masking", ["token=1,word=1", "word=1,token=1e-9"])
+def test_words_of_a_mix_need_no_source(tmp_path: Path, masking: str) -> None:
+    """Without --segmented and the like, words are the tokenizer's."""
+    lines = ["the river valley was green", "a tower and a bridge stand over it"]
+    corpus = _command(
+        tmp_path, [*lines, "", *lines[::-1], ""] * 8, "--train-vocab", 40, "--masking", masking, "--mask-rate", 0.4
+    )
+    tokenizer = BertTokenizer.from_pretrained(tmp_path / "run" / "data" / "tokenizer")
+    assert all(corpus.instance(index).positions for index in range(len(corpus)))
+    full, partly = _split_units(corpus, ["tower", "bridge"], tokenizer)
+    assert full > 10 and (partly > 10 if masking == "token=1,word=1" else partly == 0)
 
 
 def test_spans_of_a_file_and_of_a_gazetteer_through_the_command(

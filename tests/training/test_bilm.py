@@ -173,6 +173,26 @@ def test_negatives_are_log_uniform() -> None:
         log_uniform_negatives(draw, 5, 5)
 
 
+def test_negatives_may_be_nearly_all_words() -> None:
+    drawn, size, count = [], 8200, 8192
+
+    class Recorded:
+        def __init__(self) -> None:
+            self.draw = np.random.default_rng(0)
+
+        def random(self, number: int) -> np.ndarray:
+            drawn.append(self.draw.random(number))
+            return drawn[-1]
+
+    start = time.process_time()
+    words, tries = log_uniform_negatives(Recorded(), count, size)
+    assert time.process_time() - start < 0.15  # 0.25 s where every round sorts all that came before
+    line = np.minimum(np.exp(np.concatenate(drawn) * math.log(size + 1)).astype(np.int64) - 1, size - 1)
+    _, first = np.unique(line, return_index=True)
+    order = np.sort(first)[:count]
+    assert np.array_equal(words, line[order]) and tries == order[-1] + 1
+
+
 def test_sampled_softmax_against_its_formula() -> None:
     generator = torch.Generator().manual_seed(0)
     size, count, rows, width = 40, 12, 9, 6
@@ -391,7 +411,16 @@ def test_command_errors(grammar, tmp_path, capsys) -> None:
         (["--epochs", "1"], "negatives is 8192; expected fewer than"),
         (["--epochs", "1", "--held-out", "nowhere.txt"], "--held-out nowhere.txt does not exist"),
         (["--epochs", "1", "--init-from", "nowhere"], "--init-from nowhere has no options.json"),
-        (["--epochs", "1", "--negatives", "0", "--dropout", "1.5"], "dropout is 1.5"),
+        (["--epochs", "1", "--negatives", "0", "--dropout", "1.5"], "--dropout is 1.5"),
+        (["--epochs", "1", "--dropout", "nan"], "--dropout is nan"),
+        (["--epochs", "nan"], "--epochs is nan; expected a number above 0"),
+        (["--epochs", "inf"], "--epochs is inf"),
+        (["--epochs", "1", "--unroll", "0"], "--unroll is 0; expected 1 or more"),
+        (["--epochs", "1", "--negatives", "-1"], "--negatives is -1; expected 0 or more"),
+        (["--epochs", "1", "--min-count", "0"], "--min-count is 0; expected 1 or more"),
+        (["--epochs", "1", "--vocab-size", "-5"], "--vocab-size is -5; expected 4 or more"),
+        (["--epochs", "1", "--vocab-size", "20"], "--negatives is 8192; expected fewer than the 20 words"),
+        (["--epochs", "1", "--vocab", str(grammar), "--min-count", "2"], "--vocab-size or --min-count is given with"),
         (["--epochs", "1", "--negatives", "0", "--batch-size", "5000"], "expected at least 5000 lanes"),
     ):
         assert cli.main(["pretrain", "elmo", *base, *more]) == 2

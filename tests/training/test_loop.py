@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +16,7 @@ import torch
 from torch import nn
 
 from ctxfast.training.batches import Batches
-from ctxfast.training.loop import BaseTask, LoopConfig, TrainingDiverged, train
+from ctxfast.training.loop import BaseTask, LoopConfig, TrainingDiverged, stream, train
 
 HERE = Path(__file__).parent
 
@@ -128,6 +130,58 @@ def test_a_break_changes_no_bit(tmp_path, optimizer: str, accumulate: int) -> No
     assert log("whole") == log("broken")
 
 
+def test_what_is_drawn_depends_on_seed_step_and_process(tmp_path) -> None:
+    weights = []
+    for seed in (0, 1, 1 << 19, 1 << 32):  # dropout alone tells these runs apart
+        train(Line(), config(steps=3, seed=seed), tmp_path / str(seed))
+        weights.append(final(tmp_path / str(seed))["1.weight"])
+    assert not any(torch.equal(one, other) for i, one in enumerate(weights) for other in weights[:i])
+    drawn = set()
+    for seed, step, rank in ((0, 0, 0), (0, 1, 0), (0, 4096, 0), (0, 8192, 0), (0, 0, 1), (1, 0, 0), (2**63 - 1, 0, 0)):
+        torch.manual_seed(stream(seed, step, rank))
+        drawn.add(torch.rand(1).item())
+    assert len(drawn) == 7
+
+
+class Signalled(Line):
+    """Gets a signal in its eighth step."""
+
+    signal = signal.SIGINT
+
+    def loss(self, model, batch):
+        if self.losses == 7:
+            os.kill(os.getpid(), self.signal)
+        return super().loss(model, batch)
+
+
+@pytest.mark.parametrize("kind", ["SIGINT", "SIGTERM"])
+def test_a_signal_ends_a_run_with_a_checkpoint(tmp_path, kind: str) -> None:
+    options = {"steps": 20, "learning_rate": 0.05, "log_every": 5, "save_every": 100, "parallel": "no"}
+    train(Line(), LoopConfig(**options), tmp_path / "whole")
+    script = (
+        "import signal, sys; from test_loop import LoopConfig, Signalled, train\n"
+        f"Signalled.signal = signal.{kind}\n"
+        f"train(Signalled(), LoopConfig(**{options}), sys.argv[1])"
+    )
+    path = os.pathsep.join([str(HERE.parents[1]), str(HERE)])
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "broken")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    # As a shell or a scheduler expects it: ended by the signal.
+    assert done.returncode == -getattr(signal, kind), done.stderr
+    assert [entry.name for entry in (tmp_path / "broken").glob("checkpoint-*")] == ["checkpoint-00000008.pt"]
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    report = train(Line(), LoopConfig(**options), tmp_path / "broken")
+    assert before == {number: signal.getsignal(number) for number in before}
+    assert report.resumed == 8 and [line["step"] for line in report.log if line["kind"] == "train"] == [5, 10, 15, 20]
+    one, other = final(tmp_path / "whole"), final(tmp_path / "broken")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 def test_accumulation_is_one_large_batch(tmp_path) -> None:
     """Micro-batches of unequal size count by their examples."""
 
@@ -197,6 +251,38 @@ def test_a_directory_of_another_run_is_refused(tmp_path) -> None:
             train(Line(), config(), tmp_path / "theirs", overwrite=overwrite)
     with pytest.raises(ValueError, match="is a file; expected a directory"):
         train(Line(), config(), tmp_path / "theirs" / "thesis.tex")
+
+
+def test_hidden_files_and_models_of_others_are_left_alone(tmp_path) -> None:
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git" / "HEAD").write_text("ref: refs/heads/main")
+    (tmp_path / ".checkpoint-00000004.pt.ab12_xyz").write_bytes(b"half")
+    (tmp_path / ".best.ab12_xyz.old").mkdir()
+    train(Line(), config(steps=3), tmp_path)
+    train(Line(), config(steps=3), tmp_path, overwrite=True)
+    assert (tmp_path / ".git" / "HEAD").read_text() == "ref: refs/heads/main"
+    assert sorted(path.name for path in tmp_path.glob(".*")) == [".git"]
+    other = tmp_path / "other"
+    (other / "best").mkdir(parents=True)
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match="holds best and no config.json; expected an empty directory"):
+            train(Line(), config(), other, overwrite=overwrite)
+    assert list(other.iterdir()) == [other / "best"]
+
+
+def test_reports_of_a_run_killed_before_its_first_checkpoint_are_made_anew(tmp_path) -> None:
+    class Dies(Line):
+        def loss(self, model, batch):
+            if self.losses == 11:
+                raise KeyboardInterrupt
+            return super().loss(model, batch)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(Dies(), config(save_every=100), tmp_path)
+    with open(tmp_path / "log.jsonl", "a") as file:
+        file.write('{"step": 11, "ki')  # killed while it wrote
+    report = train(Line(), config(save_every=100), tmp_path)
+    assert [line["step"] for line in report.log if line["kind"] == "train"] == [5, 10, 15, 20]
 
 
 def test_a_directory_in_use_is_refused(tmp_path) -> None:
@@ -269,6 +355,9 @@ def test_a_failed_save_leaves_nothing(tmp_path) -> None:
         (dict(betas=(0.9, 1.0)), r"betas is \(0.9, 1.0\)"),
         (dict(eps=0.0), "eps is 0.0; expected a number above 0"),
         (dict(initial_accumulator=-1.0), "initial_accumulator is -1.0"),
+        (dict(optimizer="lamb", weight_decay=0.0), "weight_decay is 0 with optimizer 'lamb'"),
+        (dict(seed=-1), r"seed is -1; expected 0 to 2\*\*63 - 1"),
+        (dict(seed=2**63), "seed is 9223372036854775808"),
         (dict(parallel="tpu"), "parallel is 'tpu'"),
     ],
 )
@@ -329,7 +418,8 @@ def test_two_processes_do_what_one_does(tmp_path, kind: str) -> None:
         capture_output=True,
         text=True,
         timeout=300,
-        cwd=HERE.parents[1],
+        # Not the installed package, which may be another checkout.
+        env={**os.environ, "PYTHONPATH": str(HERE.parents[1])},
     )
     assert done.returncode == 0, done.stderr[-3000:]
     sys.path.insert(0, str(HERE))

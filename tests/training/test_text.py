@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from ctxfast import cli
-from ctxfast.corpus import Corpus
+from ctxfast.corpus import MAX_LINE_BYTES, Corpus
 from ctxfast.training.readers.lines import read_text
 from ctxfast.training.text import text_lines
 
@@ -80,6 +80,15 @@ def test_marks_and_line_ends(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"text{suffix}"
     path.write_bytes(PACK.get(suffix, bytes)("\ufeffone\r\ntwo \ufeff\n\nlast\u2028same line".encode()))
     assert list(text_lines(path)) == ["one", "two \ufeff", "", "last\u2028same line"]
+
+
+def test_a_file_without_line_ends_does_not_fill_the_memory(tmp_path: Path) -> None:
+    path = tmp_path / "text"
+    path.write_bytes(b"first line\n" + b"x" * (MAX_LINE_BYTES + 1))
+    with pytest.raises(ValueError, match=r"line 2 of .*text has more than 16777216 bytes; expected lines of text"):
+        list(text_lines(path))
+    path.write_bytes(b"x" * MAX_LINE_BYTES)
+    assert [len(line) for line in text_lines(path)] == [MAX_LINE_BYTES]
 
 
 def test_other_encodings_and_folders_are_refused(tmp_path: Path) -> None:

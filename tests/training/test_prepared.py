@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prepared data: whose it is, who may make it, what killed commands leave, what many processes see of it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ctxfast import cli
+from ctxfast.training.prepared import hold, read_note
+
+HERE = Path(__file__).parent
+TEXT = "the river valley was green\na tower stands over it\n\nthe farmer cuts corn\nrain falls on the field\n\n" * 4
+
+
+def _words(kind: str, folder: Path, *more: object) -> list[str]:
+    if not (folder / "text").exists():
+        (folder / "text").write_text(TEXT)
+    own: dict[str, list[object]] = {
+        "bert": ["--train-vocab", 60, "--size", "tiny", "--max-seq-length", 32, "--dupe-factor", 1, "--prepare-only"],
+        "elmo": ["--steps", 1, "--batch-size", 1000, "--negatives", 0, "--size", "small"],  # a text too short for it
+    }
+    return ["pretrain", kind, *map(str, [folder / "text", "-o", folder / "run", *own[kind], "--quiet", *more])]
+
+
+@pytest.mark.parametrize(("kind", "name"), [("bert", "train"), ("bert", "tokenizer"), ("elmo", "train")])
+def test_data_of_somebody_else_is_left_alone(tmp_path: Path, capsys, kind: str, name: str) -> None:
+    theirs = tmp_path / "run" / "data" / name
+    theirs.mkdir(parents=True)
+    (theirs / "images.tar").write_text("precious")
+    for more in ([], ["--overwrite"]):
+        assert cli.main(_words(kind, tmp_path, *more)) == 2
+        assert f"{theirs} holds images.tar and no m" in capsys.readouterr().err
+        assert (theirs / "images.tar").read_text() == "precious"
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"other": 1}'])
+def test_a_note_that_is_none_of_ours(tmp_path: Path, text: str) -> None:
+    assert read_note(tmp_path / "nothing", "meta.json") is None and read_note(tmp_path, "meta.json") is None
+    (tmp_path / "meta.json").write_text(text)
+    with pytest.raises(ValueError, match="holds meta.json and no meta.json that says"):
+        read_note(tmp_path, "meta.json")
+    (tmp_path / "meta.json").write_text('{"files": []}')
+    assert read_note(tmp_path, "meta.json") == {"files": []}
+
+
+@pytest.mark.parametrize("kind", ["bert", "elmo"])
+def test_two_commands_do_not_prepare_in_one_directory(tmp_path: Path, capsys, kind: str) -> None:
+    lock = hold(tmp_path / "run" / "data")
+    assert cli.main(_words(kind, tmp_path)) == 2
+    assert "another process works in" in capsys.readouterr().err
+    assert sorted(path.name for path in (tmp_path / "run" / "data").iterdir()) == ["lock"]
+    lock.close()
+    cli.main(_words(kind, tmp_path))
+    assert "another process" not in capsys.readouterr().err and (tmp_path / "run" / "data" / "train").is_dir()
+
+
+def test_what_killed_commands_leave_is_removed(tmp_path: Path) -> None:
+    data = tmp_path / "run" / "data"
+    for name in (".train.ab12_xyz", ".tokenizer.ab12_xyz", ".train.ab12_xyz.old", ".train.mine", ".git"):
+        (data / name).mkdir(parents=True)
+    assert cli.main(_words("bert", tmp_path)) == 0
+    assert sorted(path.name for path in data.iterdir()) == [".git", ".train.mine", "lock", "tokenizer", "train"]
+    for name in (".meta.json.ab12_xyz", ".complete.json.ab12_xyz"):
+        (data / "train" / name).write_text("half")
+    (data / "train" / ".shard-00000.ab12_xyz").mkdir()
+    assert cli.main(_words("bert", tmp_path)) == 0
+    assert not list((data / "train").glob(".*"))
+
+
+def test_a_kill_while_old_data_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other settings make other data; killed in between, the command goes on all the same."""
+    assert cli.main(_words("bert", tmp_path)) == 0
+
+    def killed(path: Path, **_: object) -> None:
+        (Path(path) / "meta.json").unlink(missing_ok=True)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ctxfast.training.bert_corpus.shutil.rmtree", killed)
+        assert cli.main(_words("bert", tmp_path, "--data-seed", 7)) == 130
+    assert cli.main(_words("bert", tmp_path, "--data-seed", 7)) == 0
+    assert not [path for path in (tmp_path / "run" / "data").iterdir() if path.name.startswith(".")]
+
+
+def test_all_processes_hear_what_the_first_one_made_or_why_it_failed(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        + [str(HERE / "first_process.py"), str(tmp_path / "file")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        # Not the installed package, which may be another checkout.
+        env={**os.environ, "PYTHONPATH": str(HERE.parents[1])},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = [(tmp_path / f"said-{rank}").read_text() for rank in range(2)]
+    assert said == ["ctxfast.training: line 7 is no UTF-8"] * 2
