@@ -37,7 +37,7 @@ def add(commands: Any) -> None:
     add("--dev", required=True, metavar="FILE", help="tagged words to judge by")
     add("--word-column", type=int, metavar="N", default=0, help="number from 0 (%(default)s)")
     add("--tag-column", type=int, metavar="N", default=-1, help="number; negative: from the end (%(default)s)")
-    add("--scheme", default="bio2", help="bio2 (default) or iob1: spans, judged by F1; none: judged by accuracy")
+    add("--scheme", default="bio2", help="bio2 (default), iob1 or bioes: spans, judged by F1; none: accuracy")
     add("--sentences", type=int, metavar="N", help="use the first N sentences of --train")
     add("--unseen", default="error", help="tags of --dev that --train lacks: error, or keep (never right)")
     add("--epochs", type=int, default=5, help="(%(default)s)")
