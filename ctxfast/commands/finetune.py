@@ -109,7 +109,7 @@ def _add_head(parser: argparse.ArgumentParser, task: str) -> None:
     add(
         "--features",
         metavar="WHICH",
-        help="freeze the encoder, train an LSTM over: last, second-to-last, sum4, concat4, embeddings, mix (learned)",
+        help="freeze it, train an LSTM over: last, second-to-last, sum4, concat4, embeddings; mix4, mix (learned sums)",
     )
     add(
         "--lstm-hidden",

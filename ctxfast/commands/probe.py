@@ -64,15 +64,18 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"{_WHO}: --unseen is {args.unseen!r}; expected 'error' or 'keep'.")
     if args.plot is not None and Path(args.plot).suffix not in _PICTURES:
         raise ValueError(f"{_WHO}: --plot is {args.plot!r}; expected a name that ends with {', '.join(_PICTURES)}.")
+    from ..training.probe import figure_class, probe
     from ..training.readers.conll import read_conll
     from ..training.tasks.tag import check_tags, tag_names
+
+    if args.plot is not None:
+        figure_class()  # that there is none is better known before than after hours of work
 
     columns = {"word_column": args.word_column, "tag_column": args.tag_column, "scheme": args.scheme}
     train, dev = read_conll(args.train, **columns)[: args.sentences], read_conll(args.dev, **columns)
     if args.unseen == "error":
         check_tags(args.dev, dev, tag_names(train))
     from ..embed import Embedder
-    from ..training.probe import probe
     from ..training.tasks.predictor import write_text
 
     embedder = Embedder(args.model, device=args.device, impl=args.impl, dtype="float16")

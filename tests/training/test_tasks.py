@@ -18,7 +18,7 @@ from ctxfast.nn.crf import Crf, bio_rules
 from ctxfast.training.readers.conll import Sentence, read_conll
 from ctxfast.training.readers.squad import Answer, Question, read_squad
 from ctxfast.training.readers.tables import read_table
-from ctxfast.training.tasks import features
+from ctxfast.training.tasks import bert_inputs, features
 from ctxfast.training.tasks.bert_inputs import Frame, windows, word_pieces
 from ctxfast.training.tasks.build import Choice, build, load
 from ctxfast.training.tasks.classify import check_labels, class_names
@@ -217,6 +217,23 @@ def test_roberta(tmp_path) -> None:
         build("tag", folder, ("O", "B-x", "I-x"), Choice(predicate="type"))
 
 
+@pytest.mark.parametrize("task", ["tag", "classify", "pair", "span"])
+def test_texts_are_encoded_in_parts(bert, data, task, monkeypatch) -> None:
+    """Encodings of a large file must not exist all at once; what comes of them is the same."""
+    choice = Choice(max_length=48, doc_stride=8, max_query=8) if task == "span" else Choice()
+    predictor = build(task, bert, labels_of(task, data[task]), choice)
+    whole = predictor.items(data[task])
+    sizes = []
+    encode = BertTokenizer._encode
+    monkeypatch.setattr(
+        BertTokenizer, "_encode", lambda own, texts, *a, **k: sizes.append(len(texts)) or encode(own, texts, *a, **k)
+    )
+    monkeypatch.setattr(bert_inputs, "_ENCODED_TEXTS", 5)
+    parts = predictor.items(data[task])
+    assert [(row.ids, row.types, row.labels) for row in parts] == [(row.ids, row.types, row.labels) for row in whole]
+    assert max(sizes) == 5 and sum(sizes) >= len(data[task])
+
+
 # Answers
 
 
@@ -287,7 +304,7 @@ def test_no_answer_is_longer_than_allowed(bert) -> None:
 # Frozen layers
 
 
-@pytest.mark.parametrize("which", ["last", "second-to-last", "sum4", "concat4", "embeddings", "mix"])
+@pytest.mark.parametrize("which", ["last", "second-to-last", "sum4", "concat4", "embeddings", "mix4", "mix"])
 def test_features_of_bert(bert, which) -> None:
     embedder = Embedder(bert)
     words = ["anna", "saw", "the", "sea"]
@@ -298,6 +315,7 @@ def test_features_of_bert(bert, which) -> None:
         "sum4": everything[-4:].sum(0, keepdims=True),
         "concat4": everything[-4:].transpose(1, 0, 2).reshape(1, 4, -1),
         "embeddings": everything[:1],
+        "mix4": everything[-4:],
         "mix": everything,
     }[which]
     frozen = FrozenLayers(embedder, which)
@@ -310,6 +328,19 @@ def test_features_of_sentences_longer_than_the_model(bert) -> None:
     frozen = FrozenLayers(Embedder(bert), "last")
     (found,) = frozen([["anna", "saw"] * 100])
     assert found.shape == (1, 200, 32) and (abs(found).sum(-1) > 0).all()
+
+
+def test_layers_are_computed_in_parts(bert, data, monkeypatch) -> None:
+    """Where only the sum of four layers is kept, the four of all texts must not exist at once."""
+    texts = [sentence.words for sentence in data["tag"]]
+    frozen = FrozenLayers(Embedder(bert), "sum4")
+    whole, sizes = frozen(texts), []
+    some = FrozenLayers._some
+    monkeypatch.setattr(FrozenLayers, "_some", lambda own, part: sizes.append(len(part)) or some(own, part))
+    monkeypatch.setattr(features, "_EMBEDDED_TEXTS", 5)
+    for one, other in zip(frozen(texts), whole, strict=True):
+        assert abs(one - other).max() < 1e-5
+    assert sizes == [5, 5, 2]
 
 
 # Storing

@@ -20,7 +20,7 @@ from ...models.lstm_heads import LstmClassifier, OverElmo
 from .. import metrics
 from ..readers.lines import fail
 from ..readers.tables import Example
-from .bert_inputs import Row, collate_rows
+from .bert_inputs import Row, collate_rows, encoded
 from .features import FrozenLayers, WordInputs, WordItem, save_feature_model
 from .predictor import Predictor, check_label, label_numbers, write_text
 
@@ -154,12 +154,12 @@ class BertClassifier(_Classifier):
 
     def items(self, examples: Sequence[Example]) -> list[Row]:
         texts = [(example.text, example.pair) if self.is_pair else example.text for example in examples]
-        found = self.tokenizer.encode_batch(texts, max_length=self.max_length, truncation=True)
-        self.cut += sum(encoding.truncated > 0 for encoding in found)
-        return [
-            Row(encoding.ids, encoding.type_ids, self._target(example), index)
-            for index, (example, encoding) in enumerate(zip(examples, found))
-        ]
+        found = encoded(self.tokenizer.encode_batch, texts, max_length=self.max_length, truncation=True)
+        rows = []
+        for index, (example, encoding) in enumerate(zip(examples, found)):
+            self.cut += encoding.truncated > 0
+            rows.append(Row(encoding.ids, encoding.type_ids, self._target(example), index))
+        return rows
 
     def collate(self, items: Sequence[Row]) -> dict[str, Tensor]:
         batch = collate_rows(items, self.tokenizer.pad_token_id, False)

@@ -20,8 +20,11 @@ from ...models.elmo.tokenization import batch_to_ids
 from ...models.elmo.weights import save_weights
 from .bert_inputs import Frame, windows, word_pieces
 
-FEATURES = ("last", "second-to-last", "sum4", "concat4", "mix", "embeddings")
-_LAYERS = {"last": [-1], "second-to-last": [-2], "sum4": [-4, -3, -2, -1], "concat4": [-4, -3, -2, -1], "mix": "all"}
+FEATURES = ("last", "second-to-last", "sum4", "concat4", "mix4", "mix", "embeddings")
+_LAST4 = [-4, -3, -2, -1]
+_LAYERS = {"last": [-1], "second-to-last": [-2], "sum4": _LAST4, "concat4": _LAST4, "mix4": _LAST4, "mix": "all"}
+# All layers of so many texts exist at a time, also where but their sum is kept.
+_EMBEDDED_TEXTS = 512
 # Vectors of the training data are kept up to this much; beyond it they are computed anew for each batch.
 _KEPT_BYTES = 4 << 30
 
@@ -47,7 +50,7 @@ class FrozenLayers:
     Args:
         embedder: BERT (the first piece of a word stands for it) or ELMo.
         features: "last", "second-to-last", "sum4" (sum of the last four layers), "concat4", "embeddings" (the token
-            layer), or "mix": all layers, the token layer included, for a learned weighted sum.
+            layer), or for a learned weighted sum "mix4" (the last four) and "mix" (all, the token layer included).
 
     Attributes:
         num_layers, dim: K and N of what ``__call__`` returns.
@@ -66,11 +69,15 @@ class FrozenLayers:
                 f"4 or more for it. Choose 'mix'."
             )
         self.embedder, self.features, self._layers = embedder, features, layers
-        self.num_layers = embedder.num_layers if features == "mix" else 1
+        self.num_layers = {"mix": embedder.num_layers, "mix4": 4}.get(features, 1)
         self.dim = embedder.dim * (4 if features == "concat4" else 1)
 
     def __call__(self, texts: Sequence[Sequence[str]]) -> list[np.ndarray]:
         """Lists of words -> (K, n, N) float32 each."""
+        starts = range(0, len(texts), _EMBEDDED_TEXTS)
+        return [vectors for start in starts for vectors in self._some(texts[start : start + _EMBEDDED_TEXTS])]
+
+    def _some(self, texts: Sequence[Sequence[str]]) -> list[np.ndarray]:
         parts, owners = self._parts(texts)
         # Windows fit; only a single word longer than the model is cut, behind its first piece.
         found = self.embedder([words for words, _, _ in parts], layers=self._layers, truncate=True)

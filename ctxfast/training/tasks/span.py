@@ -19,7 +19,7 @@ from ...models.bert.tokenization import BertTokenizer
 from ...models.lstm_heads import LstmSpanFinder, OverElmo
 from .. import metrics
 from ..readers.squad import Question
-from .bert_inputs import Frame, Row, collate_rows, unlimited
+from .bert_inputs import Frame, Row, collate_rows, encoded, unlimited
 from .features import FrozenLayers, WordInputs, WordItem, save_feature_model
 from .predictor import Predictor, write_text
 
@@ -214,13 +214,13 @@ class BertSpanFinder(_SpanFinder):
         tokenizer = unlimited(self.tokenizer)
         contexts: dict[str, Any] = {}
         new = list(dict.fromkeys(example.context for example in examples))
-        for text, encoding in zip(new, tokenizer.encode_batch(new)):
+        for text, encoding in zip(new, encoded(tokenizer.encode_batch, new)):
             contexts[text] = self._bare(encoding)
-        questions = [self._bare(encoding)[0] for encoding in tokenizer.encode_batch([e.question for e in examples])]
+        questions = encoded(tokenizer.encode_batch, [example.question for example in examples])
         rows = []
-        for index, (example, question) in enumerate(zip(examples, questions)):
+        for index, (example, encoding) in enumerate(zip(examples, questions)):
             ids, offsets = contexts[example.context]
-            question = question[: self.max_query]
+            question = self._bare(encoding)[0][: self.max_query]
             target = _token_span(offsets, example)
             room = self._frame.room(self.max_length, True) - len(question)
             start = 0
