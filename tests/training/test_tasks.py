@@ -17,7 +17,7 @@ from ctxfast.models.lstm_heads import LstmClassifier, LstmSpanFinder, LstmTagger
 from ctxfast.nn.crf import Crf, bio_rules
 from ctxfast.training.readers.conll import Sentence, read_conll
 from ctxfast.training.readers.squad import Answer, Question, read_squad
-from ctxfast.training.readers.tables import read_table
+from ctxfast.training.readers.tables import Example, read_table
 from ctxfast.training.tasks import bert_inputs, features
 from ctxfast.training.tasks.bert_inputs import Frame, windows, word_pieces
 from ctxfast.training.tasks.build import Choice, build, load
@@ -429,6 +429,87 @@ def test_a_cased_model_stays_cased(tmp_path) -> None:
     assert theirs.tokenize(" ".join(words)) == ["[UNK]", "bob", "[UNK]"]
 
 
+@pytest.mark.parametrize("task", ["tag", "classify", "pair", "span"])
+def test_a_model_that_hugging_face_fine_tuned_predicts(task, bert, data, tmp_path) -> None:
+    """Labels in its own order; what it gives is what Hugging Face's model and tokenizer give."""
+    import transformers
+
+    names = list(reversed(labels_of(task, data[task])))
+    kind = {"tag": "TokenClassification", "span": "QuestionAnswering"}.get(task, "SequenceClassification")
+    torch.manual_seed(0)
+    options = (
+        {} if task == "span" else {"id2label": dict(enumerate(names)), "label2id": {n: k for k, n in enumerate(names)}}
+    )
+    model = getattr(transformers, f"AutoModelFor{kind}").from_pretrained(bert, **options).eval()
+    model.save_pretrained(tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(bert)
+    tokenizer.save_pretrained(tmp_path)
+    changes = {"max_length": 60, "doc_stride": 8, "max_query": 8} if task == "span" else {}
+    predictor = load(tmp_path, task=task, changes=changes)
+    assert (predictor.task, predictor.labels) == (task, tuple(names))
+    found = predictor.predict(data[task])
+    for example, one in zip(data[task], found, strict=True):
+        if task == "tag":
+            encoded = tokenizer(example.words, is_split_into_words=True, return_tensors="pt")
+            first = [encoded.word_ids().index(k) for k in range(len(example.words))]
+            assert one == [names[k] for k in model(**encoded).logits[0, first].argmax(-1).tolist()]
+        elif task == "span":
+            encoded = tokenizer(example.question, example.context, return_tensors="pt")
+            output, size = model(**encoded), encoded["input_ids"].shape[1]
+            begin = encoded.sequence_ids().index(1)
+            start, end = output.start_logits[0], output.end_logits[0]
+            pairs = [(float(start[a] + end[b]), a, b) for a in range(begin, size - 1) for b in range(a, size - 1)]
+            score, a, b = max(pairs)
+            assert one.spans[0].score == pytest.approx(score, abs=1e-4) and one.answer == one.spans[0].text
+            assert one.null_score == pytest.approx(float(start[0] + end[0]), abs=1e-4)
+            text = example.context[encoded.token_to_chars(a).start : encoded.token_to_chars(b).end]
+            assert one.answer == text
+        else:
+            logits = model(**tokenizer(example.text, example.pair, return_tensors="pt")).logits[0].detach()
+            assert one.label == names[int(logits.argmax())]
+            assert one.probability == pytest.approx(float(logits.softmax(-1).max()), abs=1e-5)
+    predictor.save(tmp_path / "again")
+    assert load(tmp_path / "again").predict(data[task]) == found
+
+
+def test_models_of_other_kinds_are_refused(bert, tmp_path) -> None:
+    build("tag", bert, ("O", "B-a", "I-a")).save(tmp_path)
+    with pytest.raises(ValueError, match="is one for 'tag'; expected one for 'classify'"):
+        load(tmp_path, task="classify")
+    (tmp_path / "ctxfast_task.json").unlink()
+    with pytest.raises(ValueError, match="is one for 'tag'; expected one for 'pair'"):
+        load(tmp_path, task="pair")
+    build("classify", bert, ("x", "y")).save(tmp_path / "several")
+    (tmp_path / "several" / "ctxfast_task.json").unlink()
+    config = json.loads((tmp_path / "several" / "config.json").read_text())
+    config["problem_type"] = "multi_label_classification"
+    (tmp_path / "several" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="gives a text several labels"):
+        load(tmp_path / "several")
+    # To train on from it is another matter: the labels are those of the data.
+    again = build("classify", tmp_path / "several", ("x", "y"))
+    batch = again.collate(again.items([Example("bob", None, "y", 1)]))
+    assert math.isfinite(again.model(**batch).loss.item())
+    assert again.model.config.to_dict()["problem_type"] == "single_label_classification"
+
+
+def test_a_classifier_of_the_same_names_is_kept_in_their_order(bert, tmp_path) -> None:
+    first = build("classify", bert, ("no", "maybe", "yes"))
+    first.save(tmp_path)
+    old = first.model.classifier.weight
+    assert torch.equal(build("classify", tmp_path, ("maybe", "no", "yes")).model.classifier.weight, old[[1, 0, 2]])
+    other = build("classify", tmp_path, ("a", "b", "c")).model.classifier.weight
+    assert not torch.allclose(other, old, atol=1e-3), "a classifier of other labels starts anew"
+
+
+@pytest.mark.parametrize("task", ["classify", "pair", "tag"])
+@pytest.mark.parametrize("choice", [Choice(), Choice("last", hidden_size=8)], ids=["bert", "features"])
+def test_one_label_is_nothing_to_learn(task, choice, bert) -> None:
+    """With a single class BERT's head would fit numbers in silence."""
+    with pytest.raises(ValueError, match="labels is 'x' alone; expected two or more"):
+        build(task, bert, ("x",), choice)
+
+
 def test_loading_names_what_is_missing(bert, tmp_path) -> None:
     with pytest.raises(FileNotFoundError, match="has no ctxfast_task.json"):
         load(tmp_path)
@@ -482,6 +563,8 @@ def test_regression(bert, tmp_path) -> None:
         ("tag", "bert", Choice(features="first"), "features is 'first'"),
         ("tag", "bert", Choice(max_length=65), "max_length is 65; expected 16 to 64"),
         ("span", "bert", Choice(max_length=48, max_query=44), "doc_stride is 128"),
+        ("span", "bert", Choice(max_length=65), "max_length is 65; expected 1 to 64, the model's limit"),
+        ("classify", "bert", Choice(max_length=65), "max_length is 65; expected 1 to 64, the model's limit"),
         ("tag", "elmo", Choice(max_length=64), "max_length is given with features or ELMo"),
         ("parse", "bert", Choice(), "task is 'parse'"),
     ],

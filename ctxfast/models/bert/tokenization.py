@@ -366,7 +366,7 @@ class BertTokenizer:
             settings["model_max_length"] = self.max_length
         normalizer = self.backend.normalizer
         if isinstance(normalizer, normalizers.BertNormalizer):
-            # Hugging Face takes its own defaults for what stands in tokenizer.json alone: a cased model would lose case.
+            # Hugging Face has defaults of its own for what stands in tokenizer.json alone: it would lower-case.
             settings["do_lower_case"] = normalizer.lowercase
             settings["strip_accents"] = normalizer.strip_accents
             settings["tokenize_chinese_chars"] = normalizer.handle_chinese_chars

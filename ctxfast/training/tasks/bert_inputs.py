@@ -61,6 +61,17 @@ class Frame:
         return Row(head + tail, [0] * len(head) + [self.second_type] * len(tail))
 
 
+def usual_length(asked: int | None, usual: int, limit: int) -> int:
+    """The tokens asked for, or else the usual number as far as the model goes.
+
+    Raises:
+        ValueError: more than the model's limit.
+    """
+    if asked is not None and not 1 <= asked <= limit:
+        raise ValueError(f"ctxfast.finetune: max_length is {asked}; expected 1 to {limit}, the model's limit.")
+    return min(usual, limit) if asked is None else asked
+
+
 def unlimited(tokenizer: BertTokenizer) -> BertTokenizer:
     """The tokenizer without a limit on length: texts are cut into windows after it."""
     result = copy.copy(tokenizer)

@@ -20,9 +20,11 @@ from ...models.lstm_heads import LstmClassifier, OverElmo
 from .. import metrics
 from ..readers.lines import fail
 from ..readers.tables import Example
-from .bert_inputs import Row, collate_rows, encoded
+from .bert_inputs import Row, collate_rows, encoded, usual_length
 from .features import FrozenLayers, WordInputs, WordItem, save_feature_model
 from .predictor import Predictor, check_label, label_numbers, write_text
+
+_USUAL_LENGTH = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +46,10 @@ def check_labels(path: str | os.PathLike[str], examples: Sequence[Example], know
     Raises:
         ValueError: with file and line.
     """
+    names = frozenset(known)
     for example in examples:
         if known and example.label is not None:
-            check_label(path, example.line, example.label, known)
+            check_label(path, example.line, example.label, names)
         elif example.label is not None:
             try:
                 is_number = math.isfinite(float(example.label))
@@ -127,10 +130,14 @@ class BertClassifier(_Classifier):
         tokenizer: the model's.
         labels: names of classes; () for numbers.
         is_pair: whether examples are pairs.
-        max_length: tokens of a text, special ones included; longer ones are cut, of pairs the longer text first.
+        max_length: tokens of a text, special ones included; longer ones are cut, of pairs the longer text first. None
+            for 128, or the model's limit if that is lower.
 
     Attributes:
         cut: texts that were cut so far.
+
+    Raises:
+        ValueError: a length the model does not have.
 
     Reference: Devlin et al. 2019, 4.1.
     """
@@ -144,11 +151,11 @@ class BertClassifier(_Classifier):
         labels: Sequence[str],
         *,
         is_pair: bool = False,
-        max_length: int = 128,
+        max_length: int | None = None,
     ) -> None:
         super().__init__(labels, is_pair)
         self.model, self.tokenizer = model, tokenizer
-        self.max_length = min(max_length, model.config.max_length)
+        self.max_length = usual_length(max_length, _USUAL_LENGTH, model.config.max_length)
         self.options = {"max_length": self.max_length}
         self.cut = 0
 

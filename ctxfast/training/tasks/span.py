@@ -19,12 +19,14 @@ from ...models.bert.tokenization import BertTokenizer
 from ...models.lstm_heads import LstmSpanFinder, OverElmo
 from .. import metrics
 from ..readers.squad import Question
-from .bert_inputs import Frame, Row, collate_rows, encoded, unlimited
+from .bert_inputs import Frame, Row, collate_rows, encoded, unlimited, usual_length
 from .features import FrozenLayers, WordInputs, WordItem, save_feature_model
 from .predictor import Predictor, write_text
 
 # Weight of a window's length in choosing the window with most context for a token, as in Google's code.
 _LENGTH_SHARE = 0.01
+_USUAL_LENGTH = 384
+_SURE = 1e9
 _WORD = re.compile(r"\w+|[^\w\s]")
 
 
@@ -142,10 +144,17 @@ class _SpanFinder(Predictor):
         return finding
 
     def scores(self, examples: Sequence[Question], predictions: Sequence[Finding]) -> dict[str, float]:
-        """SQuAD's ``f1`` and ``exact``, and parts: see ``metrics.squad_scores``."""
+        """SQuAD's ``f1`` and ``exact``, and parts: see ``metrics.squad_scores``; where some questions have no answer,
+        also those of the best threshold: see ``metrics.squad_best_scores``."""
         gold = {example.id: [answer.text for answer in example.answers] for example in examples}
         result = metrics.squad_scores(gold, {one.id: one.answer for one in predictions})
-        return {"f1": result.pop("f1"), **result}
+        result = {"f1": result.pop("f1"), **result}
+        if "no_answer_accuracy" in result:
+            # Without any span, "no answer" is sure; a number, as JSON has no infinity.
+            odds = {one.id: one.null_odds if one.spans else _SURE for one in predictions}
+            best = {one.id: one.spans[0].text if one.spans else "" for one in predictions}
+            result |= metrics.squad_best_scores(gold, best, odds)
+        return result
 
     def write_predictions(self, path: Path, examples: Sequence[Question], predictions: Sequence[Finding]) -> list[Path]:
         """SQuAD's predictions.json (id -> answer), and beside it NAME-nbest.json and NAME-null-odds.json."""
@@ -175,10 +184,14 @@ class BertSpanFinder(_SpanFinder):
 
     Args:
         model, tokenizer: BERT and its tokenizer.
-        max_length: tokens of a window, special tokens and question included; the model's limit at most.
+        max_length: tokens of a window, special tokens and question included; None for 384, or the model's limit if that
+            is lower.
         doc_stride: tokens from one window to the next.
         max_query: tokens of a question; the rest is cut.
         max_answer, n_best, null_threshold: as ``_SpanFinder`` says: how answers are chosen.
+
+    Raises:
+        ValueError: a length the model does not have, a stride larger than a window.
 
     Reference: Devlin et al. 2019, 4.2 and 4.3.
     """
@@ -190,7 +203,7 @@ class BertSpanFinder(_SpanFinder):
         model: BertForQuestionAnswering,
         tokenizer: BertTokenizer,
         *,
-        max_length: int = 384,
+        max_length: int | None = None,
         doc_stride: int = 128,
         max_query: int = 64,
         max_answer: int = 30,
@@ -199,7 +212,7 @@ class BertSpanFinder(_SpanFinder):
     ) -> None:
         super().__init__(max_answer, n_best, null_threshold)
         self.model, self.tokenizer = model, tokenizer
-        self.max_length = min(max_length, model.config.max_length)
+        self.max_length = usual_length(max_length, _USUAL_LENGTH, model.config.max_length)
         self._frame = Frame(tokenizer)
         room = self._frame.room(self.max_length, True) - max_query
         if room < 1 or not 1 <= doc_stride <= room:
