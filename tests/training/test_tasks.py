@@ -22,7 +22,7 @@ from ctxfast.training.tasks import bert_inputs, features
 from ctxfast.training.tasks.bert_inputs import Frame, windows, word_pieces
 from ctxfast.training.tasks.build import Choice, build, load
 from ctxfast.training.tasks.classify import check_labels, class_names
-from ctxfast.training.tasks.features import FrozenLayers
+from ctxfast.training.tasks.features import FrozenLayers, split_words
 from ctxfast.training.tasks.predictor import IGNORE, FineTune
 from ctxfast.training.tasks.tag import check_tags, tag_names
 
@@ -341,6 +341,30 @@ def test_layers_are_computed_in_parts(bert, data, monkeypatch) -> None:
     for one, other in zip(frozen(texts), whole, strict=True):
         assert abs(one - other).max() < 1e-5
     assert sizes == [5, 5, 2]
+
+
+def test_words_of_texts() -> None:
+    text = "It's \u4f60\u597d\uff0c\u30c6x 3.5 \u0939\u093f\u0928\u094d cafe\u0301! \ud800\u3000z"
+    words = split_words(text)
+    assert [word for word, _ in words][:5] == ["It's", "\u4f60", "\u597d", "\uff0c", "\u30c6"]
+    assert [word for word, _ in words][5:] == ["x", "3.5", "\u0939\u093f\u0928\u094d", "cafe\u0301!", "\ufffd", "z"]
+    signs = split_words(text, at_signs=True)
+    assert [word for word, _ in signs][:3] == ["It", "'", "s"] and ("cafe\u0301", (20, 25)) in signs
+    for word, (start, end) in (*words, *signs):
+        assert text[start:end] in (word, "\ud800")
+    assert split_words(" \t") == []
+
+
+@pytest.mark.parametrize("choice", [Choice("last", hidden_size=8), Choice(max_length=32, doc_stride=8, max_query=8)])
+def test_an_answer_in_chinese_is_a_part_of_its_sentence(bert, choice) -> None:
+    """Words without spaces are no single word, which no part could be the answer of."""
+    context = "\u5317\u4eac\u662f\u4e2d\u56fd\u7684\u9996\u90fd\u3002"
+    answer = context[3:5]
+    finder = build("span", bert, (), choice)
+    (item,) = finder.items([Question("q", "\u54ea\u91cc\uff1f", context, (Answer(answer, 3),), False)])
+    place = item.data.place
+    start, end = item.labels[0] - place, item.labels[1] - place
+    assert context[item.data.offsets[start][0] : item.data.offsets[end][1]] == answer
 
 
 # Storing

@@ -21,7 +21,7 @@ from .. import metrics
 from ..readers.lines import fail
 from ..readers.tables import Example
 from .bert_inputs import Row, collate_rows, encoded, usual_length
-from .features import FrozenLayers, WordInputs, WordItem, save_feature_model
+from .features import FrozenLayers, WordInputs, WordItem, save_feature_model, split_words
 from .predictor import Predictor, check_label, label_numbers, write_text
 
 _USUAL_LENGTH = 128
@@ -178,7 +178,8 @@ class BertClassifier(_Classifier):
 
 
 class FeatureClassifier(_Classifier):
-    """A bidirectional LSTM over a frozen BERT or ELMo, or an ELMo trained with it. Texts are split at white space.
+    """A bidirectional LSTM over a frozen BERT or ELMo, or an ELMo trained with it. Texts are split at white
+    space, and around Chinese and Japanese signs.
 
     Args:
         model: an ``LstmClassifier``, or an ``OverElmo`` around one.
@@ -207,7 +208,11 @@ class FeatureClassifier(_Classifier):
         items = []
         for index, example in enumerate(examples):
             texts = [example.text, example.pair] if self.is_pair else [example.text]
-            items.append(_Texts([WordItem(text.split()) for text in texts], self._target(example), index))
+            items.append(
+                _Texts(
+                    [WordItem([word for word, _ in split_words(text)]) for text in texts], self._target(example), index
+                )
+            )
         self._words.keep([text for item in items for text in item.texts])
         return items
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,14 +19,13 @@ from ...models.lstm_heads import LstmSpanFinder, OverElmo
 from .. import metrics
 from ..readers.squad import Question
 from .bert_inputs import Frame, Row, collate_rows, encoded, unlimited, usual_length
-from .features import FrozenLayers, WordInputs, WordItem, save_feature_model
+from .features import FrozenLayers, WordInputs, WordItem, save_feature_model, split_words
 from .predictor import Predictor, write_text
 
 # Weight of a window's length in choosing the window with most context for a token, as in Google's code.
 _LENGTH_SHARE = 0.01
 _USUAL_LENGTH = 384
 _SURE = 1e9
-_WORD = re.compile(r"\w+|[^\w\s]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,7 +268,7 @@ class BertSpanFinder(_SpanFinder):
 class FeatureSpanFinder(_SpanFinder):
     """An LSTM with attention over a frozen BERT or ELMo, or an ELMo trained with it; texts are read whole.
 
-    Words are runs of letters and digits, and single other signs.
+    Words are runs of letters and digits, and single other signs; so are Chinese and Japanese ones.
 
     Args:
         model: an ``LstmSpanFinder``, or an ``OverElmo`` around one.
@@ -300,10 +298,10 @@ class FeatureSpanFinder(_SpanFinder):
         items = []
         for index, example in enumerate(examples):
             if example.context not in contexts:
-                found = list(_WORD.finditer(example.context))
-                contexts[example.context] = WordItem([one.group() for one in found]), [one.span() for one in found]
+                found = split_words(example.context, at_signs=True)
+                contexts[example.context] = WordItem([word for word, _ in found]), [place for _, place in found]
             context, offsets = contexts[example.context]
-            question = WordItem(_WORD.findall(example.question))
+            question = WordItem([word for word, _ in split_words(example.question, at_signs=True)])
             target = _token_span(offsets, example)
             # Column 0 stands for no answer.
             labels = (0, 0) if target is None else (target[0] + 1, target[1] + 1)
