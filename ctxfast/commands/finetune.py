@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,17 @@ DIR/final holds the finished model, DIR/best the one with the best figures on --
 for --dev and --test are written beside the model. Killed, the same command goes on. Learning rate, where none is given:
 5e-5, or 1e-3 for an LSTM over frozen layers or ELMo. Epochs: 3.
 """
+_LSTM_LAYERS = {"classify": 1, "pair": 1, "tag": 2, "span": 1}
+# What a model is made with, and what reading and deciding depend on also later; by their names in ``Choice``.
+_MADE_WITH = {
+    "features": "features",
+    "lstm_hidden": "hidden_size",
+    "lstm_layers": "lstm_layers",
+    "dropout": "dropout",
+    "crf": "crf",
+}
+_READ_WITH = ("max_length", "doc_stride", "max_query", "max_answer", "n_best", "null_threshold")
+_OF_WINDOWS = ("max_length", "doc_stride", "max_query")
 _TASKS = {
     "classify": (
         "a class, or a number, for every text",
@@ -90,12 +102,13 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     add("--train", metavar="FILE", help="examples to learn from")
     add("--dev", metavar="FILE", help="examples to choose the best model by")
     add("--test", metavar="FILE", help="examples to judge the chosen model by, or to predict")
-    add(
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument(
         "--predict-only",
         action="store_true",
-        help="no training: -m is a finished model; DIR gets predictions of --test",
+        help="no training: -m is a finished model, of Hugging Face's, too; DIR gets predictions of --test",
     )
-    add("--evaluate-only", action="store_true", help="the same, with figures: --test has labels")
+    only.add_argument("--evaluate-only", action="store_true", help="the same, with figures: --test has labels")
     add("--max-length", type=int, metavar="N", help="tokens of a text or window (128; span 384; tag: the model's)")
     add(
         "--order",
@@ -109,17 +122,16 @@ def _add_head(parser: argparse.ArgumentParser, task: str) -> None:
     add(
         "--features",
         metavar="WHICH",
-        help="freeze the encoder, train an LSTM over: last, second-to-last, sum4, concat4, embeddings, mix (learned)",
+        help="freeze it, train an LSTM over: last, second-to-last, sum4, concat4, embeddings; mix4, mix (learned sums)",
     )
     add(
         "--lstm-hidden",
         type=int,
         metavar="N",
-        default=256,
-        help="with --features or ELMo: size of the LSTM (%(default)s)",
+        help="with --features or ELMo: size of the LSTM (256)",
     )
-    add("--lstm-layers", type=int, metavar="N", default=2 if task == "tag" else 1, help="its layers (%(default)s)")
-    add("--dropout", type=float, default=0.3, help="around it (%(default)s)")
+    add("--lstm-layers", type=int, metavar="N", help=f"its layers ({_LSTM_LAYERS[task]})")
+    add("--dropout", type=float, help="around it (0.3)")
     if task != "span":
         add(
             "--unseen",
@@ -151,7 +163,7 @@ def _add_tag(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--word-column", type=int, metavar="N", default=0, help="number from 0 (%(default)s)")
     add("--tag-column", type=int, metavar="N", default=-1, help="number; negative: from the end (%(default)s)")
-    add("--scheme", default="bio2", help="bio2 (default), iob1 (converted), or none: tags are no spans")
+    add("--scheme", default="bio2", help="bio2 (default), iob1 or bioes (converted), or none: tags are no spans")
     add("--predicate-column", type=int, metavar="N", help="column that marks the predicate (anything but - _ O 0)")
     add("--predicate", help="how BERT sees it: type (token type, default) or sep ([SEP] predicate)")
     add("--crf", action="store_true", help="with --features or ELMo: score tags together")
@@ -159,11 +171,16 @@ def _add_tag(parser: argparse.ArgumentParser) -> None:
 
 def _add_span(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--doc-stride", type=int, metavar="N", default=128, help="tokens between windows (%(default)s)")
-    add("--max-query", type=int, metavar="N", default=64, help="tokens of a question (%(default)s)")
-    add("--max-answer", type=int, metavar="N", default=30, help="tokens of an answer (%(default)s)")
-    add("--n-best", type=int, metavar="N", default=20, help="candidates (%(default)s)")
-    add("--null-threshold", type=float, help="no answer above this difference of scores (0; never if all have answers)")
+    add("--doc-stride", type=int, metavar="N", help="tokens between windows (128)")
+    add("--max-query", type=int, metavar="N", help="tokens of a question (64)")
+    add("--max-answer", type=int, metavar="N", help="tokens of an answer (30)")
+    add("--n-best", type=int, metavar="N", help="candidates (20)")
+    add(
+        "--null-threshold",
+        type=float,
+        metavar="X",
+        help="no answer above this difference of scores (0; never if all have answers); scores-dev.json has the best",
+    )
     add("--skip-misaligned", action="store_true", help="leave out answers that do not stand where they say")
 
 
@@ -250,25 +267,39 @@ def _check(args: argparse.Namespace, path: str, examples: list[Any], labels: tup
         check_labels(path, examples, labels)
 
 
+def _given(args: argparse.Namespace, names: Iterable[str]) -> list[str]:
+    """Those of the arguments that were given; a task may not have some."""
+    values = {name: getattr(args, name, None) for name in names}
+    return [name for name, value in values.items() if value is not None and value is not False]
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
 def _choice(args: argparse.Namespace, train: list[Any]) -> Any:
     from ..training.tasks.build import Choice
 
-    options: dict[str, Any] = {
-        "max_length": args.max_length,
-        "features": args.features,
-        "hidden_size": args.lstm_hidden,
-        "lstm_layers": args.lstm_layers,
-        "dropout": args.dropout,
-    }
-    if args.task == "span":
-        options |= {name: getattr(args, name) for name in ("doc_stride", "max_query", "max_answer", "n_best")}
-        options["null_threshold"] = args.null_threshold
-        if args.null_threshold is None and any(question.is_impossible for question in train):
-            options["null_threshold"] = 0.0
+    options: dict[str, Any] = {"lstm_layers": _LSTM_LAYERS[args.task]}
+    options |= {_MADE_WITH[name]: getattr(args, name) for name in _given(args, _MADE_WITH)}
+    options |= {name: getattr(args, name) for name in _given(args, _READ_WITH)}
+    if args.task == "span" and args.null_threshold is None:
+        options["null_threshold"] = 0.0 if any(question.is_impossible for question in train) else None
     if args.task == "tag":
         predicate = (args.predicate or "type") if args.predicate_column is not None else "none"
-        options |= {"crf": args.crf, "predicate": predicate, "is_spans": args.scheme != "none"}
+        options |= {"predicate": predicate, "is_spans": args.scheme != "none"}
     return Choice(**options)
+
+
+def _check_used(args: argparse.Namespace, form: str) -> None:
+    """Refuse what this form of model has no use for."""
+    wrong = _given(args, ("lstm_hidden", "lstm_layers", "dropout") if form == "bert" else _OF_WINDOWS)
+    if wrong:
+        found = "all of BERT is trained" if form == "bert" else "an LSTM reads texts whole"
+        raise ValueError(
+            f"ctxfast.finetune: {_option(wrong[0])} is given, but {found}; expected it only "
+            f"{'with --features, or ELMo' if form == 'bert' else 'without --features, and for BERT'}."
+        )
 
 
 def _labels(args: argparse.Namespace, examples: list[Any]) -> tuple[str, ...]:
@@ -302,6 +333,7 @@ def _train(args: argparse.Namespace) -> int:
     group = join(args.parallel, args.device)
     torch.manual_seed(args.seed)
     predictor = build(args.task, args.model, labels, choice, device=group.device)
+    _check_used(args, predictor.form)
     if args.learning_rate is None:
         args.learning_rate = 5e-5 if predictor.form == "bert" else 1e-3
     order = args.order
@@ -345,7 +377,11 @@ def _judge(args: argparse.Namespace, predictor: Any, name: str, examples: list[A
 
     from ..training.tasks.predictor import write_text
 
+    before = getattr(predictor, "cut", 0)
     predictions = predictor.predict(examples)
+    cut = getattr(predictor, "cut", 0) - before
+    if cut:
+        _say(args, f"{name}: {cut:,} of {len(examples):,} texts are longer than {predictor.max_length} tokens: cut")
     suffix = {"tag": "tsv", "span": "json"}.get(args.task, "jsonl")
     written = predictor.write_predictions(directory / f"predictions-{name}.{suffix}", examples, predictions)
     if args.predict_only:
@@ -361,16 +397,27 @@ def _judge(args: argparse.Namespace, predictor: Any, name: str, examples: list[A
 def _predict_only(args: argparse.Namespace) -> int:
     from ..training.parallel import join
     from ..training.tasks.build import load
+    from ..training.tasks.predictor import SETTINGS_FILE
 
-    predictor = load(args.model, device=join("no", args.device).device)
-    if predictor.task != args.task:
+    is_ours = (Path(args.model) / SETTINGS_FILE).is_file()
+    # A model of Hugging Face's does not say how a predicate is marked.
+    wrong = _given(args, (*_MADE_WITH, "regression", *(["predicate"] if is_ours else [])))
+    if wrong:
         raise ValueError(
-            f"ctxfast.finetune: model {args.model} is one for {predictor.task!r}; expected one for {args.task!r}."
+            f"ctxfast.finetune: {_option(wrong[0])} is given for a finished model; expected it in training only, as "
+            "the model was made with it or without."
         )
+    changes = {name: getattr(args, name) for name in _given(args, _READ_WITH)}
+    if args.task == "tag" and not is_ours and args.predicate_column is not None:
+        changes["predicate"] = args.predicate or "type"
+    predictor = load(args.model, task=args.task, device=join("no", args.device).device, changes=changes)
+    _check_used(args, predictor.form)
     if args.task == "tag":
         args.scheme = "none" if not predictor.is_spans else args.scheme
     examples = _read(args, args.test, needs_labels=args.evaluate_only)
     if args.evaluate_only:
         _check(args, args.test, examples, predictor.labels)
+        if args.task == "span" and not is_ours and args.null_threshold is None:
+            predictor.null_threshold = 0.0 if any(question.is_impossible for question in examples) else None
     _judge(args, predictor, "test", examples, Path(args.output))
     return 0

@@ -37,7 +37,7 @@ def add(commands: Any) -> None:
     add("--dev", required=True, metavar="FILE", help="tagged words to judge by")
     add("--word-column", type=int, metavar="N", default=0, help="number from 0 (%(default)s)")
     add("--tag-column", type=int, metavar="N", default=-1, help="number; negative: from the end (%(default)s)")
-    add("--scheme", default="bio2", help="bio2 (default) or iob1: spans, judged by F1; none: judged by accuracy")
+    add("--scheme", default="bio2", help="bio2 (default), iob1 or bioes: spans, judged by F1; none: accuracy")
     add("--sentences", type=int, metavar="N", help="use the first N sentences of --train")
     add("--unseen", default="error", help="tags of --dev that --train lacks: error, or keep (never right)")
     add("--epochs", type=int, default=5, help="(%(default)s)")
@@ -64,15 +64,18 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"{_WHO}: --unseen is {args.unseen!r}; expected 'error' or 'keep'.")
     if args.plot is not None and Path(args.plot).suffix not in _PICTURES:
         raise ValueError(f"{_WHO}: --plot is {args.plot!r}; expected a name that ends with {', '.join(_PICTURES)}.")
+    from ..training.probe import figure_class, probe
     from ..training.readers.conll import read_conll
     from ..training.tasks.tag import check_tags, tag_names
+
+    if args.plot is not None:
+        figure_class()  # that there is none is better known before than after hours of work
 
     columns = {"word_column": args.word_column, "tag_column": args.tag_column, "scheme": args.scheme}
     train, dev = read_conll(args.train, **columns)[: args.sentences], read_conll(args.dev, **columns)
     if args.unseen == "error":
         check_tags(args.dev, dev, tag_names(train))
     from ..embed import Embedder
-    from ..training.probe import probe
     from ..training.tasks.predictor import write_text
 
     embedder = Embedder(args.model, device=args.device, impl=args.impl, dtype="float16")

@@ -77,7 +77,8 @@ def token_accuracy(gold: Sequence[Sequence[str]], predicted: Sequence[Sequence[s
 def class_scores(gold: Sequence[int], predicted: Sequence[int], num_classes: int) -> dict[str, float]:
     """``accuracy``, ``f1_macro``, ``matthews`` and, for two classes, ``f1`` (of class 1).
 
-    The mean of F1 is over the classes that occur in gold or predicted.
+    The mean of F1 is over the classes that occur in gold or predicted. The correlation with a side that is all one
+    class is 0, as scikit-learn has it.
 
     Raises:
         ValueError: no entries, or other lengths.
@@ -90,7 +91,8 @@ def class_scores(gold: Sequence[int], predicted: Sequence[int], num_classes: int
     result = {
         "accuracy": float((one == other).double().mean()),
         "f1_macro": float(functional.multiclass_f1_score(one, other, average="macro", **size)),
-        "matthews": float(functional.multiclass_matthews_corrcoef(one, other, **size)),
+        # torchmetrics has 0.41 for [0, 0, 1] against [0, 0, 0].
+        "matthews": float(functional.multiclass_matthews_corrcoef(one, other, **size)) if _vary(one, other) else 0.0,
     }
     if num_classes == 2:
         result["f1"] = float(functional.binary_f1_score(one, other))
@@ -98,15 +100,27 @@ def class_scores(gold: Sequence[int], predicted: Sequence[int], num_classes: int
 
 
 def regression_scores(gold: Sequence[float], predicted: Sequence[float]) -> dict[str, float]:
-    """``pearson``, ``spearman`` and ``mse`` (mean squared error)."""
+    """``pearson``, ``spearman`` and ``mse`` (mean squared error). Correlations with a constant are 0."""
     _same_length("regression_scores", gold, predicted)
     functional = _library("torchmetrics.functional.regression")
     one, other = (torch.tensor(values, dtype=torch.float64) for values in (predicted, gold))
-    return {
-        "pearson": float(functional.pearson_corrcoef(one, other)),
-        "spearman": float(functional.spearman_corrcoef(one, other)),
-        "mse": float((one - other).square().mean()),
-    }
+    found = {"pearson": 0.0, "spearman": 0.0, "mse": float((one - other).square().mean())}
+    if _vary(one, other):
+        # Spearman's is Pearson's of ranks, where equals share the mean of theirs.
+        ranks = [_ranks(values) for values in (one, other)]
+        found["pearson"] = float(functional.pearson_corrcoef(one, other))
+        found["spearman"] = float(functional.pearson_corrcoef(*ranks))
+    return found
+
+
+def _vary(*sides: torch.Tensor) -> bool:
+    return all(bool((side != side[0]).any()) for side in sides)
+
+
+def _ranks(values: torch.Tensor) -> torch.Tensor:
+    _, places, counts = values.unique(return_inverse=True, return_counts=True)
+    last = counts.cumsum(0)
+    return (last - (counts - 1) / 2).double()[places]
 
 
 # SQuAD
@@ -123,6 +137,15 @@ def _answer_f1(gold: str, predicted: str) -> float:
         return float(one == other)
     shared = sum((collections.Counter(one) & collections.Counter(other)).values())
     return 2 * shared / (len(one) + len(other))
+
+
+def _answer_exact(gold: str, predicted: str) -> float:
+    return float(normalized_answer(gold) == normalized_answer(predicted))
+
+
+def _real_answers(answers: Sequence[str]) -> list[str]:
+    """Those that are more than articles and punctuation, as in SQuAD 2.0's script."""
+    return [answer for answer in answers if normalized_answer(answer)]
 
 
 def squad_scores(gold: Mapping[str, Sequence[str]], predicted: Mapping[str, str]) -> dict[str, float]:
@@ -151,12 +174,10 @@ def squad_scores(gold: Mapping[str, Sequence[str]], predicted: Mapping[str, str]
     exact: dict[bool, list[float]] = {True: [], False: []}
     f1: dict[bool, list[float]] = {True: [], False: []}
     for id, answers in gold.items():
-        # An answer of nothing but articles and punctuation is none, as in SQuAD 2.0's script.
-        real = [answer for answer in answers if normalized_answer(answer)]
-        against = real or [""]
+        real = _real_answers(answers)
         guess = predicted[id]
-        exact[bool(real)].append(max(float(normalized_answer(a) == normalized_answer(guess)) for a in against))
-        f1[bool(real)].append(max(_answer_f1(a, guess) for a in against))
+        exact[bool(real)].append(max(_answer_exact(answer, guess) for answer in real or [""]))
+        f1[bool(real)].append(max(_answer_f1(answer, guess) for answer in real or [""]))
     count = len(gold)
     result = {"exact": sum(map(sum, exact.values())) / count, "f1": sum(map(sum, f1.values())) / count}
     if exact[False]:
@@ -164,4 +185,33 @@ def squad_scores(gold: Mapping[str, Sequence[str]], predicted: Mapping[str, str]
         if exact[True]:
             result["has_answer_exact"] = sum(exact[True]) / len(exact[True])
             result["has_answer_f1"] = sum(f1[True]) / len(f1[True])
+    return result
+
+
+def squad_best_scores(
+    gold: Mapping[str, Sequence[str]], answers: Mapping[str, str], null_odds: Mapping[str, float]
+) -> dict[str, float]:
+    """``best_exact`` and ``best_f1`` that a threshold for "no answer" can give, and these, ``best_..._threshold``.
+
+    Args:
+        gold: as ``squad_scores``.
+        answers: id -> the best answer there is, whether or not none is likelier.
+        null_odds: id -> how much likelier none is: the answer is given where this is not above the threshold.
+
+    Reference: find_best_thresh of SQuAD 2.0's script; but with its threshold ``squad_scores`` gives the very figure:
+    questions of equal odds are answered together, and where it is best to answer none, it lies below all odds.
+    """
+    order = sorted(gold, key=lambda id: null_odds[id])
+    result = {}
+    for name, figure in (("exact", _answer_exact), ("f1", _answer_f1)):
+        score = best = float(sum(not _real_answers(answers) for answers in gold.values()))
+        threshold = null_odds[order[0]] - 1
+        for place, id in enumerate(order):
+            real = _real_answers(gold[id])
+            # To answer what has no answer loses the point of having said none.
+            score += max(figure(one, answers[id]) for one in real) if real else -bool(normalized_answer(answers[id]))
+            is_last_of_equals = place + 1 == len(order) or null_odds[order[place + 1]] != null_odds[id]
+            if score > best and is_last_of_equals:
+                best, threshold = score, null_odds[id]
+        result |= {f"best_{name}": best / len(gold), f"best_{name}_threshold": threshold}
     return result

@@ -27,6 +27,7 @@ from .tasks.features import FrozenLayers
 from .tasks.tag import tag_names
 
 _CHUNK = 8192  # words judged at a time
+_SENTENCES = 512  # sentences embedded at a time
 _PLOT_SIZE = (8.0, 3.2)
 
 
@@ -75,14 +76,8 @@ class ProbeReport:
         Raises:
             RuntimeError: matplotlib is not installed.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise RuntimeError(
-                "ctxfast.probe: matplotlib is not installed; expected it for a plot. "
-                "Install it: pip install 'ctxfast[plot]'"
-            ) from error
-        figure = Figure(figsize=_PLOT_SIZE, layout="constrained")
+        figure_type = figure_class()
+        figure = figure_type(figsize=_PLOT_SIZE, layout="constrained")
         left, right = figure.subplots(1, 2)
         numbers = range(len(self.layers))
         left.plot(numbers, [100 * score for score in self.layers], "o-", label="one layer")
@@ -93,6 +88,22 @@ class ProbeReport:
         right.bar(numbers, self.mix_weights)
         right.set(xlabel="layer (0: tokens)", ylabel="weight in the mix", xticks=list(numbers))
         figure.savefig(path, dpi=120)
+
+
+def figure_class() -> Any:
+    """Matplotlib's Figure.
+
+    Raises:
+        RuntimeError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise RuntimeError(
+            "ctxfast.probe: matplotlib is not installed; expected it for a plot. "
+            "Install it: pip install 'ctxfast[plot]'"
+        ) from error
+    return Figure
 
 
 class _Probes(nn.Module):
@@ -115,8 +126,16 @@ class _Layers:
     """The vectors of all words of a set of sentences, in one array: (K, W, N) in the embedder's dtype."""
 
     def __init__(self, embedder: Embedder, sentences: Sequence[Sentence]) -> None:
-        found = FrozenLayers(embedder, "mix")([sentence.words for sentence in sentences])
-        self.values = np.concatenate(found, 1)
+        frozen = FrozenLayers(embedder, "mix")
+        words = sum(len(sentence.words) for sentence in sentences)
+        place = 0
+        # Filled part by part: a list of everything beside it would take the memory twice.
+        for start in range(0, len(sentences), _SENTENCES):
+            for vectors in frozen([sentence.words for sentence in sentences[start : start + _SENTENCES]]):
+                if place == 0:
+                    self.values = np.empty((vectors.shape[0], words, vectors.shape[2]), dtype=embedder.dtype)
+                self.values[:, place : place + vectors.shape[1]] = vectors
+                place += vectors.shape[1]
 
     def rows(self, rows: Any, device: torch.device) -> Tensor:
         """(K, rows, N) float32."""

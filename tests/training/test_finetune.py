@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -125,6 +126,46 @@ def test_predictions_of_files_without_labels(files, tmp_path) -> None:
     assert all(line["prediction"] in ("positive", "negative") and 0.5 <= line["probability"] <= 1 for line in lines)
 
 
+def test_how_answers_are_decided_may_change_later(files, tmp_path) -> None:
+    """The best threshold found on the development part, given back, gives the figures that it promised."""
+    run, dev = tmp_path / "run", files / "span-dev.json"
+    argv = ["-m", files / "bert", *data(files, "span", "json"), "--steps", 60, "--batch-size", 8, "--lr", 3e-3]
+    argv += ["--max-length", 32, "--doc-stride", 8, "--max-query", 8]
+    assert finetune("span", *argv, "-o", run) == 0
+    figures = scores(run / "best")
+    argv = ["span", "-m", run / "best", "--evaluate-only", "--test", dev, "--null-threshold"]
+    assert finetune(*argv, figures["best_f1_threshold"], "-o", tmp_path / "f1") == 0
+    assert scores(tmp_path / "f1", "test")["f1"] == pytest.approx(figures["best_f1"], abs=1e-9)
+    assert figures["best_f1"] >= figures["f1"]
+    assert finetune(*argv, 1e6, "--max-answer", 1, "--n-best", 3, "-o", tmp_path / "all") == 0
+    found = json.loads((tmp_path / "all" / "predictions-test.json").read_text())
+    assert any(found.values()) and all(" " not in answer for answer in found.values())
+    nbest = json.loads((tmp_path / "all" / "predictions-test-nbest.json").read_text())
+    assert 1 <= max(map(len, nbest.values())) <= 3
+
+
+def test_texts_that_are_cut_are_counted(files, tmp_path, capsys) -> None:
+    argv = ["-m", files / "bert", "--train", files / "classify.tsv", "--steps", 1, "--max-length", 5]
+    assert finetune("classify", *argv, "-o", tmp_path / "run") == 0
+    argv = ["classify", "-m", tmp_path / "run" / "final", "--predict-only", "--test", files / "classify.tsv"]
+    assert main(["finetune", *map(str, argv), "-o", str(tmp_path / "out"), "--device", "cpu"]) == 0
+    assert re.search(r"test: \d+ of 60 texts are longer than 5 tokens: cut", capsys.readouterr().err)
+
+
+def test_a_tagger_of_hugging_face_marks_predicates_as_told(files, tmp_path) -> None:
+    import transformers
+
+    names = {0: "O", 1: "B-A0", 2: "I-A0"}
+    model = transformers.AutoModelForTokenClassification.from_pretrained(files / "bert", id2label=names)
+    model.save_pretrained(tmp_path / "model")
+    shutil.copy(files / "bert" / "vocab.txt", tmp_path / "model")
+    (tmp_path / "srl.tsv").write_text("bob\t-\tB-A0\nsaw\tV\tO\n")
+    argv = ["-m", tmp_path / "model", "--evaluate-only", "--test", tmp_path / "srl.tsv", "--predicate-column", 1]
+    for how in ("type", "sep"):
+        assert finetune("tag", *argv, "--predicate", how, "-o", tmp_path / how) == 0
+        assert set(scores(tmp_path / how, "test")) >= {"f1", "accuracy"}
+
+
 def test_predicate_marked_tagging(files, tmp_path) -> None:
     """The tag of a word is whether it stands before or after the predicate, which only the mark tells."""
     lines = []
@@ -229,12 +270,21 @@ def test_accumulated_batches_are_one_large_batch(files, tmp_path) -> None:
         (["classify", "-m", "bert", "--train", "nan.tsv", "--regression"], "nan.tsv, line 3: label 'nan'; expected"),
         (["classify", "-m", "bert", "--test", "classify.tsv", "--evaluate-only"], "has no ctxfast_task.json"),
         (["span", "-m", "bert", "--train", "span.json", "--doc-stride", "60"], "doc_stride is 60"),
+        (["tag", "-m", "bert", "--train", "tag.tsv", "--lstm-hidden", "8"], "--lstm-hidden is given, but all of BERT"),
+        (
+            ["span", "-m", "bert", "--features", "mix", "--train", "span.json", "--doc-stride", "8"],
+            "--doc-stride is given, but an LSTM reads texts whole",
+        ),
+        (["tag", "-m", "bert", "--predict-only", "--test", "tag.tsv", "--crf"], "--crf is given for a finished model"),
+        (["classify", "-m", "bert", "--train", "one.tsv"], "labels is 'x' alone; expected two or more"),
+        (["classify", "-m", "bert", "--train", "classify.tsv", "--max-length", "65"], "max_length is 65; expected 1"),
     ],
 )
 def test_what_is_refused(files, tmp_path, capsys, monkeypatch, argv, reason) -> None:
     monkeypatch.chdir(files)
     (files / "wrong.tsv").write_text("bob\tO\nsaw\tX\n")
     (files / "unseen.tsv").write_text("bob\tB-NEW\n")
+    (files / "one.tsv").write_text("text\tlabel\nbob\tx\nanna\tx\n")
     (files / "nan.tsv").write_text("text\tscore\nbob\t1.5\nanna\tnan\n")
     other = tiny_bert(files / "other-words", layers=1)
     (other / "vocab.txt").write_text((other / "vocab.txt").read_text() + "more\n")

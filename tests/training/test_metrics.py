@@ -60,6 +60,46 @@ def test_classes_as_scikit_learn() -> None:
     assert found["f1"] == pytest.approx(2 / 3, abs=1e-6) and found["matthews"] == pytest.approx(-1 / 3, abs=1e-6)
 
 
+def _spans(tags):
+    """Kind, start and end of each span, as conlleval takes them."""
+    found, start, kind = set(), None, None
+    for place, tag in enumerate([*tags, "O"]):
+        if start is not None and (tag[0] != "I" or tag[2:] != kind):
+            found.add((kind, start, place))
+            start = None
+        if tag != "O" and start is None:
+            start, kind = place, tag[2:]
+    return found
+
+
+@pytest.mark.parametrize("kinds", [("a", "b"), ("creative-work", "work", "R-A0"), ("A", "A-B", "B")])
+def test_entities_of_any_name_against_a_count_by_hand(kinds) -> None:
+    draw = random.Random(1)
+    tags = ["O", *(f"{mark}-{kind}" for kind in kinds for mark in "BI")]
+    gold = [[draw.choice(tags) for _ in range(draw.randint(1, 12))] for _ in range(200)]
+    predicted = [[draw.choice(tags) for _ in row] for row in gold]
+    one, other = ({(k, *span) for k, row in enumerate(rows) for span in _spans(row)} for rows in (gold, predicted))
+    found = metrics.entity_scores(gold, predicted)
+    assert found["f1"] == pytest.approx(2 * len(one & other) / (len(one) + len(other)), abs=1e-12)
+    for kind in kinds:
+        parts = [{span for span in spans if span[1] == kind} for spans in (one, other)]
+        expected = 2 * len(parts[0] & parts[1]) / sum(map(len, parts))
+        assert found[f"f1_{kind}"] == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize(("gold", "predicted"), [([0, 0, 1], [0, 0, 0]), ([0, 0], [0, 0]), ([1, 1, 1], [0, 1, 2])])
+def test_a_constant_correlates_with_nothing(gold, predicted) -> None:
+    """scikit-learn's values; torchmetrics has 0.41, 1 and so on, and no number for Pearson's."""
+    assert metrics.class_scores(gold, predicted, 3)["matthews"] == 0.0
+    found = metrics.regression_scores([float(k) for k in gold], [float(k) for k in predicted])
+    assert found["pearson"] == found["spearman"] == 0.0
+
+
+def test_equals_share_a_rank() -> None:
+    found = metrics.regression_scores([1.0, 2.0, 2.0, 3.0, 0.0], [5.0, 1.0, 1.0, 2.0, 4.0])
+    assert found["spearman"] == pytest.approx(-0.5789473684210528, abs=1e-12)  # scipy 1.17.1
+
+
 def test_regression() -> None:
     found = metrics.regression_scores([1.0, 2.0, 3.0, 4.0], [1.0, 3.0, 2.0, 9.0])
     assert found["spearman"] == pytest.approx(0.8, abs=1e-5)
@@ -76,6 +116,24 @@ def test_squad() -> None:
     assert "no_answer_accuracy" not in metrics.squad_scores({"a": ["x"]}, {"a": "y"})
     with pytest.raises(ValueError, match="no answer to 1 of 1 questions, a the first"):
         metrics.squad_scores({"a": ["x"]}, {})
+
+
+def test_the_best_threshold_of_squad_is_the_best_of_all() -> None:
+    draw = random.Random(0)
+    for _ in range(300):
+        ids = [str(k) for k in range(draw.randint(1, 9))]
+        gold = {id: draw.choice([[], ["a cat"], ["red dog", "dog"], ["the"]]) for id in ids}
+        answers = {id: draw.choice(["cat", "dog", "red", "", "the"]) for id in ids}
+        odds = {id: float(draw.randint(-3, 3)) for id in ids}  # with equals among them
+        best = metrics.squad_best_scores(gold, answers, odds)
+
+        def scores(threshold, gold=gold, answers=answers, odds=odds):
+            return metrics.squad_scores(gold, {id: answers[id] if odds[id] <= threshold else "" for id in gold})
+
+        for name in ("exact", "f1"):
+            possible = [scores(threshold)[name] for threshold in range(-4, 4)]
+            assert best[f"best_{name}"] == pytest.approx(max(possible), abs=1e-12)
+            assert scores(best[f"best_{name}_threshold"])[name] == pytest.approx(max(possible), abs=1e-12)
 
 
 def test_squad_answers_are_normalised() -> None:

@@ -80,6 +80,29 @@ def test_without_matplotlib(monkeypatch, tmp_path) -> None:
         report.plot(tmp_path / "a.png")
 
 
+def test_without_matplotlib_nothing_is_computed(monkeypatch, tmp_path, capsys) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    (tmp_path / "data").write_text("bob\tO\nsaw\tB-x\n")
+    argv = ["-m", tmp_path / "no-model", "--train", tmp_path / "data", "--dev", tmp_path / "data", "--plot", "a.png"]
+    assert main(["probe", *map(str, argv)]) == 2
+    assert "matplotlib is not installed" in capsys.readouterr().err
+
+
+def test_vectors_come_in_parts(monkeypatch, tmp_path) -> None:
+    """So that the layers of a large file are held once; what is learned is the same."""
+    embedder = Embedder(tiny_bert(tmp_path / "bert", layers=2))
+    data = [Sentence(["bob", "saw", "paris"][:n], ["B-PER", "O", "B-LOC"][:n], None, 1) for n in (3, 1, 2)] * 7
+    whole = probe(embedder, data, data, epochs=1)
+    sizes = []
+    frozen = probe_module.FrozenLayers.__call__
+    monkeypatch.setattr(
+        probe_module.FrozenLayers, "__call__", lambda own, texts: sizes.append(len(texts)) or frozen(own, texts)
+    )
+    monkeypatch.setattr(probe_module, "_SENTENCES", 4)
+    assert probe(embedder, data, data, epochs=1).layers == whole.layers
+    assert sizes == [4, 4, 4, 4, 4, 1] * 2
+
+
 @pytest.mark.parametrize(
     ("argv", "reason"),
     [

@@ -6,10 +6,11 @@ from __future__ import annotations
 import gzip
 import json
 import lzma
+import time
 
 import pytest
 
-from ctxfast.training.readers.conll import iob1_to_bio2, read_conll
+from ctxfast.training.readers.conll import bioes_to_bio2, iob1_to_bio2, read_conll
 from ctxfast.training.readers.squad import read_squad
 from ctxfast.training.readers.tables import TableFormat, read_table
 
@@ -108,6 +109,39 @@ def test_conll_with_tabs_keeps_spaces_and_signs(tmp_path) -> None:
     assert found.words == ["1 000", "#"] and found.predicate == [False, True]
 
 
+def test_only_spaces_and_tabs_part_columns(tmp_path) -> None:
+    (found,) = read_conll(write(tmp_path / "a.txt", "10\u00a0000 X  B-N\n\u3000x Y O\n"))
+    assert found.words == ["10\u00a0000", "x"] and found.tags == ["B-N", "O"]
+
+
+def test_ranges_and_empty_words_of_conllu_are_no_words(tmp_path) -> None:
+    rows = [
+        "# sent_id = 1",
+        *(
+            f"{n}\t{w}\t_\t{t}\t_\t_\t0\t_\t_\t_"
+            for n, w, t in (
+                ("1-2", "don't", "_"),
+                ("1", "do", "AUX"),
+                ("2", "n't", "PART"),
+                ("2.1", "go", "VERB"),
+                ("3", "1.5", "NUM"),
+            )
+        ),
+    ]
+    (found,) = read_conll(write(tmp_path / "a.conllu", "\n".join(rows)), word_column=1, tag_column=3, scheme="none")
+    assert found.words == ["do", "n't", "1.5"] and found.tags == ["AUX", "PART", "NUM"]
+
+
+def test_bioes_and_bilou(tmp_path) -> None:
+    tags = ["S-A", "S-A", "B-A", "I-A", "E-A", "E-A", "B-B", "E-A", "O", "I-A", "E-A", "I-A"]
+    expected = ["B-A", "B-A", "B-A", "I-A", "I-A", "B-A", "B-B", "B-A", "O", "B-A", "I-A", "B-A"]
+    assert bioes_to_bio2(tags) == expected
+    swap = str.maketrans("SE", "UL")
+    assert bioes_to_bio2([tag.translate(swap) for tag in tags]) == expected
+    (found,) = read_conll(write(tmp_path / "a.tsv", "a\tS-x\nb\tO\n"), scheme="bioes")
+    assert found.tags == ["B-x", "O"]
+
+
 def test_iob1() -> None:
     assert iob1_to_bio2(["I-A", "I-A", "B-A", "O", "I-B", "I-A"]) == ["B-A", "I-A", "B-A", "O", "B-B", "B-A"]
 
@@ -117,14 +151,19 @@ def test_iob1() -> None:
     [
         ("", {}, "is empty"),
         ("-DOCSTART- O\n\n", {}, "holds no sentences"),
-        ("a\tO\nb\n", {"tag_column": 1}, "line 2: 1 columns, parted by tabs; expected 2"),
+        ("a\tO\nb\n", {"tag_column": 1}, "line 2: 1 columns, parted by tabs .*; expected 2"),
         ("a\tO\nb\n", {}, "line 2: 1 columns, parted by tabs .*: the word's is the tag's; expected one for each"),
         ("a O\n\nb\n", {"scheme": "none"}, "line 3: 1 columns, parted by spaces: the word's is the tag's"),
         ("a\tO\nb O\n", {"scheme": "none"}, "line 2: 1 columns, parted by tabs"),
         ("a\tO\n\tO\n", {}, "line 2: the word is empty"),
         ("a\tO\nb\tPER\n", {}, "line 2: tag 'PER'; expected O, B-x or I-x"),
         ("a\tO\nb\tB-\n", {}, "line 2: tag 'B-'"),
+        ("a\tB-x\nb\tI-y\n", {}, "line 2: tag 'I-y' goes on with nothing, as 'B-x' comes before .* scheme 'iob1'"),
+        ("a\tO\n\nb\tI-y\n", {}, "line 3: tag 'I-y' goes on with nothing"),
+        ("a\tS-x\n", {}, "line 1: tag 'S-x'; expected O, B-x or I-x. E-x and S-x: scheme 'bioes'; other tags:"),
+        ("a\tM-x\n", {"scheme": "bioes"}, "line 1: tag 'M-x'; expected O, B-x, I-x, .* or U-x"),
         ("a\tO\t-\nb\tO\t_\n", {"tag_column": 1, "predicate_column": 2}, "line 1: .* no predicate"),
+        ("a\tO\tV\n", {"predicate_column": 2, "scheme": "none"}, "line 1: .* the tag's is the predicate's"),
     ],
 )
 def test_conll_that_is_wrong(tmp_path, text, options, reason) -> None:
@@ -168,12 +207,38 @@ def test_squad_leaves_out_answers_that_do_not_align(tmp_path) -> None:
         (squad(("cat", -1)), "answer 0 is 'cat'"),
         (squad(), "has no answer and is not marked is_impossible"),
         (squad(("", 0)), "answer 0 is empty"),
+        (squad(("cat", 4), is_impossible="false"), "'is_impossible' is of type str; expected bool"),
     ],
 )
 def test_squad_that_is_wrong(tmp_path, data, reason) -> None:
     path = write(tmp_path / "a.json", data if isinstance(data, str) else json.dumps(data))
     with pytest.raises(ValueError, match=reason):
         read_squad(path)
+
+
+@pytest.mark.parametrize("id", ["q2", 2, "\u4f60"])
+def test_the_line_of_a_question(tmp_path, id) -> None:
+    """The second place of an id that comes twice; ids are text or numbers."""
+    data = squad(("cat", 4))
+    entries = data["data"][0]["paragraphs"][0]["qas"]
+    entries += [{**entries[0], "id": id}, {**entries[0], "id": id}]
+    for ascii in (True, False):
+        text = json.dumps(data, indent=1, ensure_ascii=ascii)
+        lines = [number for number, line in enumerate(text.splitlines(), 1) if line.strip().startswith('"id"')]
+        with pytest.raises(ValueError, match=rf"qas\[2\] \(id {id}, line {lines[2]}\): the id came before"):
+            read_squad(write(tmp_path / "a.json", text))
+
+
+def test_the_time_of_squad_grows_with_its_size(tmp_path) -> None:
+    """Places are looked up where something is wrong only: once for each question, 20,000 of them took a minute."""
+    entries = [
+        {"id": f"{k:024}", "question": "who?", "answers": [{"text": "cat", "answer_start": 4}]} for k in range(20000)
+    ]
+    paragraphs = [{"context": "the cat sat " * 80, "qas": entries[k : k + 5]} for k in range(0, 20000, 5)]
+    path = write(tmp_path / "a.json", json.dumps({"data": [{"paragraphs": paragraphs}]}))
+    start = time.process_time()
+    found, _ = read_squad(path)
+    assert len(found) == 20000 and time.process_time() - start < 8
 
 
 def test_real_files(shared_data) -> None:

@@ -17,12 +17,12 @@ from ctxfast.models.lstm_heads import LstmClassifier, LstmSpanFinder, LstmTagger
 from ctxfast.nn.crf import Crf, bio_rules
 from ctxfast.training.readers.conll import Sentence, read_conll
 from ctxfast.training.readers.squad import Answer, Question, read_squad
-from ctxfast.training.readers.tables import read_table
-from ctxfast.training.tasks import features
+from ctxfast.training.readers.tables import Example, read_table
+from ctxfast.training.tasks import bert_inputs, features
 from ctxfast.training.tasks.bert_inputs import Frame, windows, word_pieces
 from ctxfast.training.tasks.build import Choice, build, load
 from ctxfast.training.tasks.classify import check_labels, class_names
-from ctxfast.training.tasks.features import FrozenLayers
+from ctxfast.training.tasks.features import FrozenLayers, split_words
 from ctxfast.training.tasks.predictor import IGNORE, FineTune
 from ctxfast.training.tasks.tag import check_tags, tag_names
 
@@ -217,6 +217,23 @@ def test_roberta(tmp_path) -> None:
         build("tag", folder, ("O", "B-x", "I-x"), Choice(predicate="type"))
 
 
+@pytest.mark.parametrize("task", ["tag", "classify", "pair", "span"])
+def test_texts_are_encoded_in_parts(bert, data, task, monkeypatch) -> None:
+    """Encodings of a large file must not exist all at once; what comes of them is the same."""
+    choice = Choice(max_length=48, doc_stride=8, max_query=8) if task == "span" else Choice()
+    predictor = build(task, bert, labels_of(task, data[task]), choice)
+    whole = predictor.items(data[task])
+    sizes = []
+    encode = BertTokenizer._encode
+    monkeypatch.setattr(
+        BertTokenizer, "_encode", lambda own, texts, *a, **k: sizes.append(len(texts)) or encode(own, texts, *a, **k)
+    )
+    monkeypatch.setattr(bert_inputs, "_ENCODED_TEXTS", 5)
+    parts = predictor.items(data[task])
+    assert [(row.ids, row.types, row.labels) for row in parts] == [(row.ids, row.types, row.labels) for row in whole]
+    assert max(sizes) == 5 and sum(sizes) >= len(data[task])
+
+
 # Answers
 
 
@@ -287,7 +304,7 @@ def test_no_answer_is_longer_than_allowed(bert) -> None:
 # Frozen layers
 
 
-@pytest.mark.parametrize("which", ["last", "second-to-last", "sum4", "concat4", "embeddings", "mix"])
+@pytest.mark.parametrize("which", ["last", "second-to-last", "sum4", "concat4", "embeddings", "mix4", "mix"])
 def test_features_of_bert(bert, which) -> None:
     embedder = Embedder(bert)
     words = ["anna", "saw", "the", "sea"]
@@ -298,6 +315,7 @@ def test_features_of_bert(bert, which) -> None:
         "sum4": everything[-4:].sum(0, keepdims=True),
         "concat4": everything[-4:].transpose(1, 0, 2).reshape(1, 4, -1),
         "embeddings": everything[:1],
+        "mix4": everything[-4:],
         "mix": everything,
     }[which]
     frozen = FrozenLayers(embedder, which)
@@ -310,6 +328,43 @@ def test_features_of_sentences_longer_than_the_model(bert) -> None:
     frozen = FrozenLayers(Embedder(bert), "last")
     (found,) = frozen([["anna", "saw"] * 100])
     assert found.shape == (1, 200, 32) and (abs(found).sum(-1) > 0).all()
+
+
+def test_layers_are_computed_in_parts(bert, data, monkeypatch) -> None:
+    """Where only the sum of four layers is kept, the four of all texts must not exist at once."""
+    texts = [sentence.words for sentence in data["tag"]]
+    frozen = FrozenLayers(Embedder(bert), "sum4")
+    whole, sizes = frozen(texts), []
+    some = FrozenLayers._some
+    monkeypatch.setattr(FrozenLayers, "_some", lambda own, part: sizes.append(len(part)) or some(own, part))
+    monkeypatch.setattr(features, "_EMBEDDED_TEXTS", 5)
+    for one, other in zip(frozen(texts), whole, strict=True):
+        assert abs(one - other).max() < 1e-5
+    assert sizes == [5, 5, 2]
+
+
+def test_words_of_texts() -> None:
+    text = "It's \u4f60\u597d\uff0c\u30c6x 3.5 \u0939\u093f\u0928\u094d cafe\u0301! \ud800\u3000z"
+    words = split_words(text)
+    assert [word for word, _ in words][:5] == ["It's", "\u4f60", "\u597d", "\uff0c", "\u30c6"]
+    assert [word for word, _ in words][5:] == ["x", "3.5", "\u0939\u093f\u0928\u094d", "cafe\u0301!", "\ufffd", "z"]
+    signs = split_words(text, at_signs=True)
+    assert [word for word, _ in signs][:3] == ["It", "'", "s"] and ("cafe\u0301", (20, 25)) in signs
+    for word, (start, end) in (*words, *signs):
+        assert text[start:end] in (word, "\ud800")
+    assert split_words(" \t") == []
+
+
+@pytest.mark.parametrize("choice", [Choice("last", hidden_size=8), Choice(max_length=32, doc_stride=8, max_query=8)])
+def test_an_answer_in_chinese_is_a_part_of_its_sentence(bert, choice) -> None:
+    """Words without spaces are no single word, which no part could be the answer of."""
+    context = "\u5317\u4eac\u662f\u4e2d\u56fd\u7684\u9996\u90fd\u3002"
+    answer = context[3:5]
+    finder = build("span", bert, (), choice)
+    (item,) = finder.items([Question("q", "\u54ea\u91cc\uff1f", context, (Answer(answer, 3),), False)])
+    place = item.data.place
+    start, end = item.labels[0] - place, item.labels[1] - place
+    assert context[item.data.offsets[start][0] : item.data.offsets[end][1]] == answer
 
 
 # Storing
@@ -355,17 +410,128 @@ def test_a_stored_model_predicts_the_same(task, model, choice, data, request, tm
     assert all(path.stat().st_size > 0 for path in paths)
 
 
-def test_hugging_face_reads_what_was_stored(bert, data, tmp_path) -> None:
+@pytest.mark.parametrize("make", [tiny_bert, tiny_roberta])
+@pytest.mark.parametrize("task", ["tag", "classify", "pair", "span"])
+def test_hugging_face_reads_what_was_stored(task, make, data, tmp_path) -> None:
+    """The Auto classes open it and give the same logits, from ids that their tokenizer gives, too."""
     import transformers
 
-    predictor = build("tag", bert, tag_names(data["tag"]))
-    predictor.save(tmp_path)
-    model = transformers.AutoModelForTokenClassification.from_pretrained(tmp_path).eval()
-    assert model.config.id2label == dict(enumerate(predictor.labels))
-    batch = predictor.collate(predictor.items(data["tag"][:3]))
+    choice = Choice(max_length=60, doc_stride=8, max_query=16) if task == "span" else Choice()
+    predictor = build(task, make(tmp_path / "model"), labels_of(task, data[task]), choice)
+    predictor.save(tmp_path / "out")
+    kind = {"tag": "TokenClassification", "span": "QuestionAnswering"}.get(task, "SequenceClassification")
+    model = getattr(transformers, f"AutoModelFor{kind}").from_pretrained(tmp_path / "out").eval()
+    if task != "span":
+        assert model.config.id2label == dict(enumerate(predictor.labels))
+    rows = predictor.items(data[task][:1])
+    batch = predictor.collate(rows[:1])
+    inputs = {name: value for name, value in batch.items() if name in ("input_ids", "token_type_ids", "attention_mask")}
     with torch.no_grad():
-        theirs, ours = model(**batch), predictor.model.eval()(**batch)
-    assert torch.allclose(theirs.loss, ours.loss, atol=1e-5)
+        theirs, ours = model(**inputs), predictor.model.eval()(**inputs)
+    for name in ("start_logits", "end_logits") if task == "span" else ("logits",):
+        assert torch.allclose(getattr(theirs, name), getattr(ours, name), atol=1e-5), name
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    example = data[task][0]
+    if task == "span":
+        ids = tokenizer(example.question, example.context, truncation="only_second", max_length=60)["input_ids"]
+    elif task == "tag":  # RoBERTa's needs to be told of the spaces between words
+        ids = tokenizer(" " + " ".join(example.words))["input_ids"]
+    else:
+        ids = tokenizer(example.text, example.pair)["input_ids"]
+    assert ids == rows[0].ids
+
+
+def test_a_cased_model_stays_cased(tmp_path) -> None:
+    """Hugging Face lower-cases unless tokenizer_config.json says no, whatever tokenizer.json has."""
+    import transformers
+
+    build("classify", tiny_bert(tmp_path / "tiny-cased"), ("x", "y")).save(tmp_path / "out")
+    words = ["Bob", "bob", "Paris"]
+    tokenizer = BertTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.tokenize(" ".join(words)) == ["[UNK]", "bob", "[UNK]"]
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert theirs.tokenize(" ".join(words)) == ["[UNK]", "bob", "[UNK]"]
+
+
+@pytest.mark.parametrize("task", ["tag", "classify", "pair", "span"])
+def test_a_model_that_hugging_face_fine_tuned_predicts(task, bert, data, tmp_path) -> None:
+    """Labels in its own order; what it gives is what Hugging Face's model and tokenizer give."""
+    import transformers
+
+    names = list(reversed(labels_of(task, data[task])))
+    kind = {"tag": "TokenClassification", "span": "QuestionAnswering"}.get(task, "SequenceClassification")
+    torch.manual_seed(0)
+    options = (
+        {} if task == "span" else {"id2label": dict(enumerate(names)), "label2id": {n: k for k, n in enumerate(names)}}
+    )
+    model = getattr(transformers, f"AutoModelFor{kind}").from_pretrained(bert, **options).eval()
+    model.save_pretrained(tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(bert)
+    tokenizer.save_pretrained(tmp_path)
+    changes = {"max_length": 60, "doc_stride": 8, "max_query": 8} if task == "span" else {}
+    predictor = load(tmp_path, task=task, changes=changes)
+    assert (predictor.task, predictor.labels) == (task, tuple(names))
+    found = predictor.predict(data[task])
+    for example, one in zip(data[task], found, strict=True):
+        if task == "tag":
+            encoded = tokenizer(example.words, is_split_into_words=True, return_tensors="pt")
+            first = [encoded.word_ids().index(k) for k in range(len(example.words))]
+            assert one == [names[k] for k in model(**encoded).logits[0, first].argmax(-1).tolist()]
+        elif task == "span":
+            encoded = tokenizer(example.question, example.context, return_tensors="pt")
+            output, size = model(**encoded), encoded["input_ids"].shape[1]
+            begin = encoded.sequence_ids().index(1)
+            start, end = output.start_logits[0], output.end_logits[0]
+            pairs = [(float(start[a] + end[b]), a, b) for a in range(begin, size - 1) for b in range(a, size - 1)]
+            score, a, b = max(pairs)
+            assert one.spans[0].score == pytest.approx(score, abs=1e-4) and one.answer == one.spans[0].text
+            assert one.null_score == pytest.approx(float(start[0] + end[0]), abs=1e-4)
+            text = example.context[encoded.token_to_chars(a).start : encoded.token_to_chars(b).end]
+            assert one.answer == text
+        else:
+            logits = model(**tokenizer(example.text, example.pair, return_tensors="pt")).logits[0].detach()
+            assert one.label == names[int(logits.argmax())]
+            assert one.probability == pytest.approx(float(logits.softmax(-1).max()), abs=1e-5)
+    predictor.save(tmp_path / "again")
+    assert load(tmp_path / "again").predict(data[task]) == found
+
+
+def test_models_of_other_kinds_are_refused(bert, tmp_path) -> None:
+    build("tag", bert, ("O", "B-a", "I-a")).save(tmp_path)
+    with pytest.raises(ValueError, match="is one for 'tag'; expected one for 'classify'"):
+        load(tmp_path, task="classify")
+    (tmp_path / "ctxfast_task.json").unlink()
+    with pytest.raises(ValueError, match="is one for 'tag'; expected one for 'pair'"):
+        load(tmp_path, task="pair")
+    build("classify", bert, ("x", "y")).save(tmp_path / "several")
+    (tmp_path / "several" / "ctxfast_task.json").unlink()
+    config = json.loads((tmp_path / "several" / "config.json").read_text())
+    config["problem_type"] = "multi_label_classification"
+    (tmp_path / "several" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="gives a text several labels"):
+        load(tmp_path / "several")
+    # To train on from it is another matter: the labels are those of the data.
+    again = build("classify", tmp_path / "several", ("x", "y"))
+    batch = again.collate(again.items([Example("bob", None, "y", 1)]))
+    assert math.isfinite(again.model(**batch).loss.item())
+    assert again.model.config.to_dict()["problem_type"] == "single_label_classification"
+
+
+def test_a_classifier_of_the_same_names_is_kept_in_their_order(bert, tmp_path) -> None:
+    first = build("classify", bert, ("no", "maybe", "yes"))
+    first.save(tmp_path)
+    old = first.model.classifier.weight
+    assert torch.equal(build("classify", tmp_path, ("maybe", "no", "yes")).model.classifier.weight, old[[1, 0, 2]])
+    other = build("classify", tmp_path, ("a", "b", "c")).model.classifier.weight
+    assert not torch.allclose(other, old, atol=1e-3), "a classifier of other labels starts anew"
+
+
+@pytest.mark.parametrize("task", ["classify", "pair", "tag"])
+@pytest.mark.parametrize("choice", [Choice(), Choice("last", hidden_size=8)], ids=["bert", "features"])
+def test_one_label_is_nothing_to_learn(task, choice, bert) -> None:
+    """With a single class BERT's head would fit numbers in silence."""
+    with pytest.raises(ValueError, match="labels is 'x' alone; expected two or more"):
+        build(task, bert, ("x",), choice)
 
 
 def test_loading_names_what_is_missing(bert, tmp_path) -> None:
@@ -421,6 +587,8 @@ def test_regression(bert, tmp_path) -> None:
         ("tag", "bert", Choice(features="first"), "features is 'first'"),
         ("tag", "bert", Choice(max_length=65), "max_length is 65; expected 16 to 64"),
         ("span", "bert", Choice(max_length=48, max_query=44), "doc_stride is 128"),
+        ("span", "bert", Choice(max_length=65), "max_length is 65; expected 1 to 64, the model's limit"),
+        ("classify", "bert", Choice(max_length=65), "max_length is 65; expected 1 to 64, the model's limit"),
         ("tag", "elmo", Choice(max_length=64), "max_length is given with features or ELMo"),
         ("parse", "bert", Choice(), "task is 'parse'"),
     ],

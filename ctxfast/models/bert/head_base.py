@@ -67,6 +67,19 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return total / (labels != IGNORE_INDEX).sum().clamp(min=1)
 
 
+def _order_of_labels(file: BertConfig, wanted: BertConfig) -> list[int] | None:
+    """The file's row of each label wanted; None if the file's classifier is one of other labels."""
+    if file.num_labels != wanted.num_labels:
+        return None
+    rows = file.label2id
+    is_named = rows is not None and any(name != f"LABEL_{row}" for name, row in rows.items())
+    if not is_named or wanted.id2label is None:
+        return list(range(file.num_labels))
+    if set(rows) != set(wanted.id2label.values()):
+        return None
+    return [rows[wanted.id2label[k]] for k in range(wanted.num_labels)]
+
+
 class BertWithHead(Pretrained):
     """A ``Bert`` under ``bert.`` and a head beside it."""
 
@@ -88,7 +101,8 @@ class BertWithHead(Pretrained):
 
         Args:
             path_or_name, gelu, dtype, device: as ``Bert.from_pretrained``.
-            num_labels: number or names of a classifier's labels; None for what the file says.
+            num_labels: number or names of a classifier's labels; None for what the file says. A classifier of the same
+                names keeps its weights, row by row in the order asked for; one of other names starts anew.
 
         Raises:
             FileNotFoundError, ValueError: as ``load_checkpoint``.
@@ -100,10 +114,11 @@ class BertWithHead(Pretrained):
         read = cls._read(path_or_name, gelu)
         if num_labels is not None and num_labels != read.config.num_labels:
             config = read.config.with_labels(num_labels)
+            order = _order_of_labels(read.config, config)
             state_dict = {
-                name: tensor
+                name: tensor[order] if order is not None and name.startswith("classifier.") else tensor
                 for name, tensor in read.state_dict.items()
-                if not (name.startswith("classifier.") and tensor.shape[0] != config.num_labels)
+                if order is not None or not name.startswith("classifier.")
             }
             read = dataclasses.replace(read, config=config, state_dict=state_dict)
         return cls._from_checkpoint(read, dtype, device)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 import torch
-from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import Tokenizer, normalizers, pre_tokenizers
 
 from ..._core.files import replacing
 from .config import BertConfig, write_json
@@ -364,6 +364,12 @@ class BertTokenizer:
         settings.update((f"{role}_token", token) for role, token in self.special_tokens.items())
         if self.max_length is not None:
             settings["model_max_length"] = self.max_length
+        normalizer = self.backend.normalizer
+        if isinstance(normalizer, normalizers.BertNormalizer):
+            # Hugging Face has defaults of its own for what stands in tokenizer.json alone: it would lower-case.
+            settings["do_lower_case"] = normalizer.lowercase
+            settings["strip_accents"] = normalizer.strip_accents
+            settings["tokenize_chinese_chars"] = normalizer.handle_chinese_chars
         write_json(directory / "tokenizer_config.json", settings)
         return [path, directory / "tokenizer_config.json"]
 

@@ -4,13 +4,19 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .lines import fail, read_text
 
-SCHEMES = ("bio2", "iob1", "none")
+SCHEMES = ("bio2", "iob1", "bioes", "none")
 _NO_PREDICATE = ("", "-", "_", "O", "0")
+# White space that is no sign of its own; a no-break space, say, may stand in a word.
+_SPACES = re.compile(r"[ \t]+")
+# A CoNLL-U row of several words ("1-2 don't") or of a word that is not in the text ("8.1"): its words have own rows.
+_RANGE = re.compile(r"\d+[-.]\d+")
+_CONLLU_COLUMNS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,25 +42,28 @@ def read_conll(
 
     Args:
         path: columns parted by tabs, or by spaces where no line has a tab; also .gz and .xz. Lines that begin with
-            "-DOCSTART-" are left out, and, in a file with tabs, lines "# name = value" as well.
+            "-DOCSTART-" are left out, and, in a file with tabs, lines "# name = value" as well, and CoNLL-U's rows of
+            ranges ("1-2") and empty words ("8.1").
         word_column, tag_column: numbers from 0; negative ones from the end. None for no tags.
         predicate_column: column that is none of "", "-", "_", "O", "0" for the words of the predicate; every sentence
             has one.
-        scheme: "bio2"; "iob1" (B- only between neighbours of one kind; converted to BIO2); "none" for tags that are no
-            spans, such as parts of speech. With "bio2" a tag must be O, B-x or I-x.
+        scheme: "bio2"; "iob1" (B- only between neighbours of one kind) and "bioes" (also written BILOU), both converted
+            to BIO2; "none" for tags that are no spans, such as parts of speech. With "bio2" a tag must be O, B-x, or
+            I-x after B-x or I-x.
         separator: "tab" or "space"; None to look.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a line with too few columns (the word's is never the tag's), an empty word, a tag that is none of
-            the scheme, no predicate; file, line and reason are named.
+        ValueError: a line with too few columns (word, tag and predicate never share one), an empty word, a tag that is
+            none of the scheme, no predicate; file, line and reason are named.
     """
     if scheme not in SCHEMES:
         raise ValueError(f"ctxfast.readers: scheme is {scheme!r}; expected one of {', '.join(SCHEMES)}.")
     text = read_text(path)
     has_tabs = "\t" in text if separator is None else separator == "tab"
-    columns = [column for column in (word_column, tag_column, predicate_column) if column is not None]
-    needed = max(column + 1 if column >= 0 else -column for column in columns)
+    wanted = (("word", word_column), ("tag", tag_column), ("predicate", predicate_column))
+    columns = [(name, column) for name, column in wanted if column is not None]
+    width = 0
     sentences: list[Sentence] = []
     rows: list[tuple[int, list[str]]] = []
     for line, content in enumerate([*text.split("\n"), ""], 1):
@@ -62,14 +71,12 @@ def read_conll(
             is_comment = has_tabs and content.startswith("# ") and "\t" not in content
             if content.startswith("-DOCSTART-") or is_comment:
                 continue
-            fields = content.split("\t") if has_tabs else content.split()
-            if len(fields) < needed:
-                signs = "tabs" if has_tabs else "spaces"
-                raise fail(path, f"line {line}", f"{len(fields)} columns, parted by {signs}; expected {needed}")
-            if tag_column is not None and tag_column % len(fields) == word_column % len(fields):
-                signs = "tabs (as other lines are)" if has_tabs else "spaces"
-                found = f"{len(fields)} columns, parted by {signs}: the word's is the tag's"
-                raise fail(path, f"line {line}", f"{found}; expected one for each")
+            fields = content.split("\t") if has_tabs else _SPACES.split(content.strip(" \t"))
+            if len(fields) != width:
+                _check_columns(path, line, len(fields), columns, has_tabs)
+                width = len(fields)
+            if has_tabs and len(fields) == _CONLLU_COLUMNS and _RANGE.fullmatch(fields[0]):
+                continue
             rows.append((line, fields))
         elif rows:
             sentences.append(_sentence(path, rows, word_column, tag_column, predicate_column, scheme))
@@ -94,20 +101,59 @@ def _sentence(
     tags = None
     if tag_column is not None:
         tags = [fields[tag_column].strip() for _, fields in rows]
-        for (line, _), tag in zip(rows, tags):
-            if scheme == "none":
-                if not tag:
-                    raise fail(path, f"line {line}", "the tag is empty")
-            elif tag != "O" and (tag[:2] not in ("B-", "I-") or len(tag) < 3):
-                raise fail(path, f"line {line}", f"tag {tag!r}; expected O, B-x or I-x. Other tags: scheme 'none'")
-        if scheme == "iob1":
-            tags = iob1_to_bio2(tags)
+        _check_tags(path, [line for line, _ in rows], tags, scheme)
+        if scheme in ("iob1", "bioes"):
+            tags = iob1_to_bio2(tags) if scheme == "iob1" else bioes_to_bio2(tags)
     predicate = None
     if predicate_column is not None:
         predicate = [fields[predicate_column].strip() not in _NO_PREDICATE for _, fields in rows]
         if not any(predicate):
             raise fail(path, f"line {rows[0][0]}", "the sentence that begins here has no predicate")
     return Sentence(words, tags, predicate, rows[0][0])
+
+
+def _check_columns(
+    path: str | os.PathLike[str], line: int, width: int, columns: list[tuple[str, int]], has_tabs: bool
+) -> None:
+    """Whether a line of so many columns has those asked for, one for each."""
+    signs = "tabs (as other lines are)" if has_tabs else "spaces"
+    needed = max(column + 1 if column >= 0 else -column for _, column in columns)
+    if width < needed:
+        raise fail(path, f"line {line}", f"{width} columns, parted by {signs}; expected {needed}")
+    taken: dict[int, str] = {}
+    for name, column in columns:
+        other = taken.setdefault(column % width, name)
+        if other != name:
+            found = f"{width} columns, parted by {signs}: the {other}'s is the {name}'s"
+            raise fail(path, f"line {line}", f"{found}; expected one for each")
+
+
+def _check_tags(path: str | os.PathLike[str], lines: list[int], tags: list[str], scheme: str) -> None:
+    marks = "BIESLU" if scheme == "bioes" else "BI"
+    before = "O"
+    for line, tag in zip(lines, tags):
+        if scheme == "none":
+            if not tag:
+                raise fail(path, f"line {line}", "the tag is empty")
+            continue
+        if tag != "O" and (len(tag) < 3 or tag[0] not in marks or tag[1] != "-"):
+            expected = f"expected O, {', '.join(f'{mark}-x' for mark in marks[:-1])} or {marks[-1]}-x"
+            other = "" if scheme == "bioes" else "E-x and S-x: scheme 'bioes'; o"
+            raise fail(path, f"line {line}", f"tag {tag!r}; {expected}. {other or 'O'}ther tags: scheme 'none'")
+        if scheme == "bio2" and tag[0] == "I" and (before == "O" or before[2:] != tag[2:]):
+            reason = f"tag {tag!r} goes on with nothing, as {before!r} comes before it; expected 'B-{tag[2:]}' in BIO2"
+            raise fail(path, f"line {line}", f"{reason}. Where such tags begin spans: scheme 'iob1'")
+        before = tag
+
+
+def bioes_to_bio2(tags: Sequence[str]) -> list[str]:
+    """Tags of BIOES, or BILOU, as BIO2: S-x and U-x begin a span, and so does any other that goes on with nothing."""
+    result, before = [], "O"
+    for tag in tags:
+        goes_on = tag[0] in "IEL" and before[0] in "BI" and before[2:] == tag[2:]
+        result.append("O" if tag == "O" else ("I-" if goes_on else "B-") + tag[2:])
+        before = tag
+    return result
 
 
 def iob1_to_bio2(tags: Sequence[str]) -> list[str]:

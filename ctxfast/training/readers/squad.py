@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +61,11 @@ def read_squad(
     found: list[Question] = []
     notes: list[str] = []
     seen: set[str] = set()
+
+    def at(place: str, id: str) -> str:
+        # Only where something is wrong: looking for the line reads the file from its beginning.
+        return f"{place} (id {id}, line {_line(text, id, id in seen)})"
+
     for a, article in enumerate(articles):
         for p, paragraph in enumerate(_field(path, f"data[{a}]", article, "paragraphs", list)):
             where = f"data[{a}].paragraphs[{p}]"
@@ -69,17 +75,19 @@ def read_squad(
             for q, entry in enumerate(_field(path, where, paragraph, "qas", list)):
                 place = f"{where}.qas[{q}]"
                 id = str(_field(path, place, entry, "id", (str, int)))
-                place = f"{place} (id {id}, line {_line(text, id)})"
                 if id in seen:
-                    raise fail(path, place, "the id came before; expected a different one for every question")
-                seen.add(id)
+                    reason = "the id came before; expected a different one for every question"
+                    raise fail(path, at(place, id), reason)
                 try:
-                    found.append(_question(path, place, id, entry, context, needs_answers))
+                    found.append(_question(id, entry, context, needs_answers))
                 except _Misaligned as error:
                     if misaligned == "error":
                         hint = ". Correct it, or leave such questions out (misaligned='skip', --skip-misaligned)"
-                        raise fail(path, place, f"{error}{hint}") from None
-                    notes.append(f"{os.fspath(path)}, {place}: left out: {error}")
+                        raise fail(path, at(place, id), f"{error}{hint}") from None
+                    notes.append(f"{os.fspath(path)}, {at(place, id)}: left out: {error}")
+                except _Wrong as error:
+                    raise fail(path, at(place, id) + error.where, error.reason) from None
+                seen.add(id)
     if not found:
         raise fail(path, "", "holds no questions")
     return found, notes
@@ -89,15 +97,23 @@ class _Misaligned(Exception):
     pass
 
 
-def _question(path: Any, place: str, id: str, entry: dict, context: str, needs_answers: bool) -> Question:
-    question = _field(path, place, entry, "question", str)
+class _Wrong(Exception):
+    """What is wrong in a question, and where in it."""
+
+    def __init__(self, where: str, reason: str) -> None:
+        super().__init__(reason)
+        self.where, self.reason = where, reason
+
+
+def _question(id: str, entry: dict, context: str, needs_answers: bool) -> Question:
+    question = _part("", entry, "question", str)
     if not question.strip():
-        raise fail(path, place, "the question is empty")
-    is_impossible = bool(entry.get("is_impossible", False))
+        raise _Wrong("", "the question is empty")
+    is_impossible = _part("", entry, "is_impossible", bool) if "is_impossible" in entry else False
     answers = []
-    for k, answer in enumerate(_field(path, place, entry, "answers", list) if "answers" in entry else []):
-        where = f"{place}.answers[{k}]"
-        text, start = _field(path, where, answer, "text", str), _field(path, where, answer, "answer_start", int)
+    for k, answer in enumerate(_part("", entry, "answers", list) if "answers" in entry else []):
+        where = f".answers[{k}]"
+        text, start = _part(where, answer, "text", str), _part(where, answer, "answer_start", int)
         if not text.strip():
             raise _Misaligned(f"answer {k} is empty")
         if not 0 <= start <= len(context) or context[start : start + len(text)] != text:
@@ -107,21 +123,32 @@ def _question(path: Any, place: str, id: str, entry: dict, context: str, needs_a
     if is_impossible:
         answers = []
     elif not answers and needs_answers:
-        raise fail(path, place, "has no answer and is not marked is_impossible")
+        raise _Wrong("", "has no answer and is not marked is_impossible")
     return Question(id, question, context, tuple(answers), is_impossible)
 
 
-def _line(text: str, id: str) -> int:
-    """The line an id stands on: files are often a single one, but those written by hand are not."""
-    place = text.find(json.dumps(id))
-    return text.count("\n", 0, max(place, 0)) + 1
+def _line(text: str, id: str, is_second: bool) -> int:
+    """The line an id stands on, or that of its second place: files are often a single line, those written by hand are
+    not."""
+    # As text or as a number, with letters beyond ASCII as they are or escaped.
+    spellings = "|".join(re.escape(form) for form in {json.dumps(id), json.dumps(id, ensure_ascii=False), id})
+    places = [match.start() for match in re.finditer(rf'"id"\s*:\s*(?:{spellings})(?=\s*[,}}])', text)]
+    place = places[min(int(is_second), len(places) - 1)] if places else 0
+    return text.count("\n", 0, place) + 1
+
+
+def _part(where: str, holder: Any, name: str, kind: Any) -> Any:
+    if not isinstance(holder, dict) or name not in holder:
+        raise _Wrong(where, f"has no {name!r}; expected SQuAD's data, paragraphs, context, qas, answers")
+    value = holder[name]
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        wanted = kind.__name__ if isinstance(kind, type) else "str or int"
+        raise _Wrong(where, f"{name!r} is of type {type(value).__name__}; expected {wanted}")
+    return value
 
 
 def _field(path: Any, where: str, holder: Any, name: str, kind: Any) -> Any:
-    if not isinstance(holder, dict) or name not in holder:
-        raise fail(path, where, f"has no {name!r}; expected SQuAD's data, paragraphs, context, qas, answers")
-    value = holder[name]
-    if not isinstance(value, kind) or isinstance(value, bool):
-        wanted = kind.__name__ if isinstance(kind, type) else "str or int"
-        raise fail(path, where, f"{name!r} is of type {type(value).__name__}; expected {wanted}")
-    return value
+    try:
+        return _part("", holder, name, kind)
+    except _Wrong as error:
+        raise fail(path, where, error.reason) from None

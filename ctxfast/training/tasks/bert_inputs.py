@@ -4,15 +4,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...models.bert.tokenization import BertTokenizer
+from ...models.bert.tokenization import BertTokenizer, Encoding
 from .predictor import IGNORE, pad
+
+# Encodings hold far more than ids (some 150 bytes a token), so only so many exist at a time.
+_ENCODED_TEXTS = 2048
 
 
 @dataclass(slots=True)
@@ -58,6 +61,17 @@ class Frame:
         return Row(head + tail, [0] * len(head) + [self.second_type] * len(tail))
 
 
+def usual_length(asked: int | None, usual: int, limit: int) -> int:
+    """The tokens asked for, or else the usual number as far as the model goes.
+
+    Raises:
+        ValueError: more than the model's limit.
+    """
+    if asked is not None and not 1 <= asked <= limit:
+        raise ValueError(f"ctxfast.finetune: max_length is {asked}; expected 1 to {limit}, the model's limit.")
+    return min(usual, limit) if asked is None else asked
+
+
 def unlimited(tokenizer: BertTokenizer) -> BertTokenizer:
     """The tokenizer without a limit on length: texts are cut into windows after it."""
     result = copy.copy(tokenizer)
@@ -65,16 +79,20 @@ def unlimited(tokenizer: BertTokenizer) -> BertTokenizer:
     return result
 
 
-def word_pieces(tokenizer: BertTokenizer, sentences: Sequence[Sequence[str]]) -> list[list[list[int]]]:
+def encoded(encode: Callable[..., list[Encoding]], texts: Sequence[Any], **options: Any) -> Iterator[Encoding]:
+    """``encode`` (``encode_batch``, ``encode_words_batch``) of many texts, in constant memory."""
+    for start in range(0, len(texts), _ENCODED_TEXTS):
+        yield from encode(texts[start : start + _ENCODED_TEXTS], **options)
+
+
+def word_pieces(tokenizer: BertTokenizer, sentences: Sequence[Sequence[str]]) -> Iterator[list[list[int]]]:
     """Ids of the pieces of every word, at least one: a word that leaves none (a control character) is unknown."""
-    result = []
-    for words, encoding in zip(sentences, unlimited(tokenizer).encode_words_batch(sentences)):
+    for words, encoding in zip(sentences, encoded(unlimited(tokenizer).encode_words_batch, sentences)):
         pieces: list[list[int]] = [[] for _ in words]
         for word, id in zip(encoding.word_ids, encoding.ids):
             if word is not None:
                 pieces[word].append(id)
-        result.append([own or [tokenizer.unk_token_id] for own in pieces])
-    return result
+        yield [own or [tokenizer.unk_token_id] for own in pieces]
 
 
 @dataclass(frozen=True, slots=True)

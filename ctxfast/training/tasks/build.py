@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 
 from ...embed import Embedder
 from ...encoders import ElmoEncoder
+from ...models.bert.config import BertConfig
 from ...models.bert.heads import (
     BertForQuestionAnswering,
     BertForSequenceClassification,
@@ -27,9 +29,14 @@ from .classify import BertClassifier, FeatureClassifier
 from .features import FrozenLayers
 from .predictor import FORMAT, SETTINGS_FILE, Predictor
 from .span import BertSpanFinder, FeatureSpanFinder
-from .tag import BertTagger, FeatureTagger
+from .tag import BertTagger, FeatureTagger, is_bio
 
 TASKS = ("classify", "pair", "tag", "span")
+_ARCHITECTURES = {
+    "ForSequenceClassification": "classify",
+    "ForTokenClassification": "tag",
+    "ForQuestionAnswering": "span",
+}
 
 
 @dataclass(frozen=True)
@@ -90,11 +97,13 @@ def build(
         device: of the model.
 
     Raises:
-        FileNotFoundError, ValueError: as ``Embedder``; a choice that the model or the task does not have.
+        FileNotFoundError, ValueError: as ``Embedder``; a choice that the model or the task does not have; one label.
     """
     choice = choice or Choice()
     if task not in TASKS:
         raise ValueError(f"ctxfast.finetune: task is {task!r}; expected one of {', '.join(TASKS)}.")
+    if len(labels) == 1:
+        raise ValueError(f"ctxfast.finetune: labels is {labels[0]!r} alone; expected two or more to tell apart.")
     if choice.features is not None:
         return _over_features(task, Embedder(model, device=device), labels, choice)
     if _is_elmo(model):
@@ -128,6 +137,10 @@ def _bert(task: str, model: Any, labels: Sequence[str], choice: Choice, device: 
         _check_vocabulary(model, tokenizer, finder)
         return BertSpanFinder(finder, tokenizer, **options)
     classifier = BertForSequenceClassification.from_pretrained(model, num_labels=list(labels) or 1, **place)
+    # The file may be of another kind of problem; Hugging Face's pipelines look here, too.
+    problem = "single_label_classification" if labels else "regression"
+    extra = {**classifier.config.extra, "problem_type": problem}
+    classifier.config = dataclasses.replace(classifier.config, extra=extra)
     _check_vocabulary(model, tokenizer, classifier)
     return BertClassifier(classifier, tokenizer, labels, is_pair=task == "pair", **options)
 
@@ -188,34 +201,82 @@ def _predictor(
     return FeatureClassifier(model, frozen, labels, is_pair=task == "pair", head=head)
 
 
-def load(directory: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> Predictor:
-    """Open what ``Predictor.save`` wrote; the model is in eval mode.
+def load(
+    directory: str | os.PathLike[str],
+    *,
+    task: str | None = None,
+    device: str | torch.device = "cpu",
+    changes: Mapping[str, Any] | None = None,
+) -> Predictor:
+    """Open what ``Predictor.save`` wrote, or a BERT that Hugging Face's library fine-tuned; the model is in eval mode.
+
+    Args:
+        directory: the model's.
+        task: what it is to be for; None for what it is. (Hugging Face has one class for texts and for pairs.)
+        device: of the model.
+        changes: fields of ``Choice`` that reading and deciding depend on, to replace those stored.
 
     Raises:
         FileNotFoundError: no such model.
-        ValueError: written by another version, or damaged.
+        ValueError: of another task, written by another version, or damaged.
     """
     directory = Path(directory)
     file = directory / SETTINGS_FILE
     if not file.is_file():
-        inner = [name for name in ("best", "final") if (directory / name / SETTINGS_FILE).is_file()]
-        hint = f" Did you mean {directory / inner[0]}?" if inner else ""
-        raise FileNotFoundError(
-            f"ctxfast.finetune: {directory} has no {SETTINGS_FILE}; expected a fine-tuned model.{hint}"
-        )
+        return _load_foreign(directory, task, device, dict(changes or {}))
     settings = json.loads(file.read_text(encoding="utf-8"))
     if settings.get("format") != FORMAT:
         raise ValueError(f"ctxfast.finetune: {file} has format {settings.get('format')}; expected {FORMAT}.")
-    task, form, labels, options = (settings[name] for name in ("task", "form", "labels", "options"))
+    _check_task(directory, settings["task"], task)
+    form, labels = settings["form"], settings["labels"]
+    options = {**settings["options"], **(changes or {})}
     fields = {name: value for name, value in options.items() if name in Choice.__dataclass_fields__}
     if form == "bert":
-        predictor = _bert(task, directory, labels, Choice(**fields), device)
+        predictor = _bert(settings["task"], directory, labels, Choice(**fields), device)
     else:
         head = dict(options["head"])
         marks = head.pop("marks_predicate", False)
         choice = Choice(**fields, predicate="type" if marks else "none", **head)
-        predictor = build(task, directory / "encoder", labels, choice, device=device)
+        predictor = build(settings["task"], directory / "encoder", labels, choice, device=device)
         model = predictor.model.head if form == "elmo" else predictor.model
         model.load_state_dict(load_file(directory / "head.safetensors", device=str(device)))
+    predictor.model.eval()
+    return predictor
+
+
+def _check_task(directory: Path, found: str, task: str | None) -> None:
+    if task is not None and found != task:
+        raise ValueError(f"ctxfast.finetune: model {directory} is one for {found!r}; expected one for {task!r}.")
+
+
+def _load_foreign(directory: Path, task: str | None, device: Any, changes: dict[str, Any]) -> Predictor:
+    """A BERT with a head that was not trained here: its config.json says of what kind."""
+    file = directory / "config.json"
+    config = BertConfig.from_json_file(file) if file.is_file() else None
+    kinds = config.extra.get("architectures") or [""] if config is not None else [""]
+    found = next((own for end, own in _ARCHITECTURES.items() if str(kinds[0]).endswith(end)), None)
+    if config is None or found is None:
+        inner = [name for name in ("best", "final") if (directory / name / SETTINGS_FILE).is_file()]
+        hint = f" Did you mean {directory / inner[0]}?" if inner else ""
+        raise FileNotFoundError(
+            f"ctxfast.finetune: {directory} has no {SETTINGS_FILE}, nor a config.json of a model with a head that is "
+            f"known here; expected a fine-tuned model.{hint}"
+        )
+    if found == "classify" and task == "pair":
+        found = "pair"
+    _check_task(directory, found, task)
+    labels: tuple[str, ...] = ()
+    if found != "span" and not (found != "tag" and config.num_labels == 1):
+        names = config.id2label or {k: f"LABEL_{k}" for k in range(config.num_labels)}
+        labels = tuple(names[k] for k in range(config.num_labels))
+    if labels and config.extra.get("problem_type") == "multi_label_classification":
+        raise ValueError(
+            f"ctxfast.finetune: {directory} gives a text several labels; expected a model of one label each."
+        )
+    if found == "tag":
+        changes = {"is_spans": is_bio(labels), **changes}
+    elif found == "span":
+        changes = {"null_threshold": None, **changes}
+    predictor = _bert(found, directory, labels, Choice(**changes), device)
     predictor.model.eval()
     return predictor

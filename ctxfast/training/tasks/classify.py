@@ -20,9 +20,11 @@ from ...models.lstm_heads import LstmClassifier, OverElmo
 from .. import metrics
 from ..readers.lines import fail
 from ..readers.tables import Example
-from .bert_inputs import Row, collate_rows
-from .features import FrozenLayers, WordInputs, WordItem, save_feature_model
+from .bert_inputs import Row, collate_rows, encoded, usual_length
+from .features import FrozenLayers, WordInputs, WordItem, save_feature_model, split_words
 from .predictor import Predictor, check_label, label_numbers, write_text
+
+_USUAL_LENGTH = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +46,10 @@ def check_labels(path: str | os.PathLike[str], examples: Sequence[Example], know
     Raises:
         ValueError: with file and line.
     """
+    names = frozenset(known)
     for example in examples:
         if known and example.label is not None:
-            check_label(path, example.line, example.label, known)
+            check_label(path, example.line, example.label, names)
         elif example.label is not None:
             try:
                 is_number = math.isfinite(float(example.label))
@@ -127,10 +130,14 @@ class BertClassifier(_Classifier):
         tokenizer: the model's.
         labels: names of classes; () for numbers.
         is_pair: whether examples are pairs.
-        max_length: tokens of a text, special ones included; longer ones are cut, of pairs the longer text first.
+        max_length: tokens of a text, special ones included; longer ones are cut, of pairs the longer text first. None
+            for 128, or the model's limit if that is lower.
 
     Attributes:
         cut: texts that were cut so far.
+
+    Raises:
+        ValueError: a length the model does not have.
 
     Reference: Devlin et al. 2019, 4.1.
     """
@@ -144,22 +151,22 @@ class BertClassifier(_Classifier):
         labels: Sequence[str],
         *,
         is_pair: bool = False,
-        max_length: int = 128,
+        max_length: int | None = None,
     ) -> None:
         super().__init__(labels, is_pair)
         self.model, self.tokenizer = model, tokenizer
-        self.max_length = min(max_length, model.config.max_length)
+        self.max_length = usual_length(max_length, _USUAL_LENGTH, model.config.max_length)
         self.options = {"max_length": self.max_length}
         self.cut = 0
 
     def items(self, examples: Sequence[Example]) -> list[Row]:
         texts = [(example.text, example.pair) if self.is_pair else example.text for example in examples]
-        found = self.tokenizer.encode_batch(texts, max_length=self.max_length, truncation=True)
-        self.cut += sum(encoding.truncated > 0 for encoding in found)
-        return [
-            Row(encoding.ids, encoding.type_ids, self._target(example), index)
-            for index, (example, encoding) in enumerate(zip(examples, found))
-        ]
+        found = encoded(self.tokenizer.encode_batch, texts, max_length=self.max_length, truncation=True)
+        rows = []
+        for index, (example, encoding) in enumerate(zip(examples, found)):
+            self.cut += encoding.truncated > 0
+            rows.append(Row(encoding.ids, encoding.type_ids, self._target(example), index))
+        return rows
 
     def collate(self, items: Sequence[Row]) -> dict[str, Tensor]:
         batch = collate_rows(items, self.tokenizer.pad_token_id, False)
@@ -171,7 +178,8 @@ class BertClassifier(_Classifier):
 
 
 class FeatureClassifier(_Classifier):
-    """A bidirectional LSTM over a frozen BERT or ELMo, or an ELMo trained with it. Texts are split at white space.
+    """A bidirectional LSTM over a frozen BERT or ELMo, or an ELMo trained with it. Texts are split at white
+    space, and around Chinese and Japanese signs.
 
     Args:
         model: an ``LstmClassifier``, or an ``OverElmo`` around one.
@@ -200,7 +208,11 @@ class FeatureClassifier(_Classifier):
         items = []
         for index, example in enumerate(examples):
             texts = [example.text, example.pair] if self.is_pair else [example.text]
-            items.append(_Texts([WordItem(text.split()) for text in texts], self._target(example), index))
+            items.append(
+                _Texts(
+                    [WordItem([word for word, _ in split_words(text)]) for text in texts], self._target(example), index
+                )
+            )
         self._words.keep([text for item in items for text in item.texts])
         return items
 

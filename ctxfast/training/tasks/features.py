@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import save_file
+from tokenizers import Regex, pre_tokenizers
 from torch import Tensor
 
 from ..._core.files import replacing
@@ -20,10 +22,32 @@ from ...models.elmo.tokenization import batch_to_ids
 from ...models.elmo.weights import save_weights
 from .bert_inputs import Frame, windows, word_pieces
 
-FEATURES = ("last", "second-to-last", "sum4", "concat4", "mix", "embeddings")
-_LAYERS = {"last": [-1], "second-to-last": [-2], "sum4": [-4, -3, -2, -1], "concat4": [-4, -3, -2, -1], "mix": "all"}
+FEATURES = ("last", "second-to-last", "sum4", "concat4", "mix4", "mix", "embeddings")
+_LAST4 = [-4, -3, -2, -1]
+_LAYERS = {"last": [-1], "second-to-last": [-2], "sum4": _LAST4, "concat4": _LAST4, "mix4": _LAST4, "mix": "all"}
+# All layers of so many texts exist at a time, also where but their sum is kept.
+_EMBEDDED_TEXTS = 512
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+# Chinese and Japanese have no spaces: each sign is a word, as BERT's tokenizer has it. Marks belong to their letter.
+_IDEOGRAPH = r"[\p{Han}\p{Hiragana}\p{Katakana}]"
+_AT_SPACES = pre_tokenizers.WhitespaceSplit()
+_BY_SPACES = pre_tokenizers.Sequence([_AT_SPACES, pre_tokenizers.Split(Regex(_IDEOGRAPH), "isolated")])
+_BY_SIGNS = pre_tokenizers.Sequence(
+    [_AT_SPACES, pre_tokenizers.Split(Regex(rf"{_IDEOGRAPH}|[^\p{{L}}\p{{M}}\p{{N}}]"), "isolated")]
+)
 # Vectors of the training data are kept up to this much; beyond it they are computed anew for each batch.
 _KEPT_BYTES = 4 << 30
+
+
+def split_words(text: str, at_signs: bool = False) -> list[tuple[str, tuple[int, int]]]:
+    """Words of a text and where they stand among its characters.
+
+    They are parted by white space, and around every Chinese or Japanese sign; with ``at_signs`` also around every other
+    sign that is no letter, mark or number.
+    """
+    splitter = _BY_SIGNS if at_signs else _BY_SPACES
+    # JSON may hold half a character, which is no text to others. One for one, so that places stay.
+    return splitter.pre_tokenize_str(_LONE_SURROGATE.sub("\ufffd", text))
 
 
 @dataclass(slots=True)
@@ -47,7 +71,7 @@ class FrozenLayers:
     Args:
         embedder: BERT (the first piece of a word stands for it) or ELMo.
         features: "last", "second-to-last", "sum4" (sum of the last four layers), "concat4", "embeddings" (the token
-            layer), or "mix": all layers, the token layer included, for a learned weighted sum.
+            layer), or for a learned weighted sum "mix4" (the last four) and "mix" (all, the token layer included).
 
     Attributes:
         num_layers, dim: K and N of what ``__call__`` returns.
@@ -66,11 +90,15 @@ class FrozenLayers:
                 f"4 or more for it. Choose 'mix'."
             )
         self.embedder, self.features, self._layers = embedder, features, layers
-        self.num_layers = embedder.num_layers if features == "mix" else 1
+        self.num_layers = {"mix": embedder.num_layers, "mix4": 4}.get(features, 1)
         self.dim = embedder.dim * (4 if features == "concat4" else 1)
 
     def __call__(self, texts: Sequence[Sequence[str]]) -> list[np.ndarray]:
         """Lists of words -> (K, n, N) float32 each."""
+        starts = range(0, len(texts), _EMBEDDED_TEXTS)
+        return [vectors for start in starts for vectors in self._some(texts[start : start + _EMBEDDED_TEXTS])]
+
+    def _some(self, texts: Sequence[Sequence[str]]) -> list[np.ndarray]:
         parts, owners = self._parts(texts)
         # Windows fit; only a single word longer than the model is cut, behind its first piece.
         found = self.embedder([words for words, _, _ in parts], layers=self._layers, truncate=True)

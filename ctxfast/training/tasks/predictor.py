@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -177,7 +177,7 @@ def label_numbers(labels: Sequence[str]) -> dict[str, int]:
     return {label: number for number, label in enumerate(labels)}
 
 
-def check_label(path: Any, line: int, label: str, known: Sequence[str]) -> None:
+def check_label(path: Any, line: int, label: str, known: Collection[str]) -> None:
     """Refuse a label that training has not seen.
 
     Raises:

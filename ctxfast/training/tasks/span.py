@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,13 +18,14 @@ from ...models.bert.tokenization import BertTokenizer
 from ...models.lstm_heads import LstmSpanFinder, OverElmo
 from .. import metrics
 from ..readers.squad import Question
-from .bert_inputs import Frame, Row, collate_rows, unlimited
-from .features import FrozenLayers, WordInputs, WordItem, save_feature_model
+from .bert_inputs import Frame, Row, collate_rows, encoded, unlimited, usual_length
+from .features import FrozenLayers, WordInputs, WordItem, save_feature_model, split_words
 from .predictor import Predictor, write_text
 
 # Weight of a window's length in choosing the window with most context for a token, as in Google's code.
 _LENGTH_SHARE = 0.01
-_WORD = re.compile(r"\w+|[^\w\s]")
+_USUAL_LENGTH = 384
+_SURE = 1e9
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,10 +142,17 @@ class _SpanFinder(Predictor):
         return finding
 
     def scores(self, examples: Sequence[Question], predictions: Sequence[Finding]) -> dict[str, float]:
-        """SQuAD's ``f1`` and ``exact``, and parts: see ``metrics.squad_scores``."""
+        """SQuAD's ``f1`` and ``exact``, and parts: see ``metrics.squad_scores``; where some questions have no answer,
+        also those of the best threshold: see ``metrics.squad_best_scores``."""
         gold = {example.id: [answer.text for answer in example.answers] for example in examples}
         result = metrics.squad_scores(gold, {one.id: one.answer for one in predictions})
-        return {"f1": result.pop("f1"), **result}
+        result = {"f1": result.pop("f1"), **result}
+        if "no_answer_accuracy" in result:
+            # Without any span, "no answer" is sure; a number, as JSON has no infinity.
+            odds = {one.id: one.null_odds if one.spans else _SURE for one in predictions}
+            best = {one.id: one.spans[0].text if one.spans else "" for one in predictions}
+            result |= metrics.squad_best_scores(gold, best, odds)
+        return result
 
     def write_predictions(self, path: Path, examples: Sequence[Question], predictions: Sequence[Finding]) -> list[Path]:
         """SQuAD's predictions.json (id -> answer), and beside it NAME-nbest.json and NAME-null-odds.json."""
@@ -175,10 +182,14 @@ class BertSpanFinder(_SpanFinder):
 
     Args:
         model, tokenizer: BERT and its tokenizer.
-        max_length: tokens of a window, special tokens and question included; the model's limit at most.
+        max_length: tokens of a window, special tokens and question included; None for 384, or the model's limit if that
+            is lower.
         doc_stride: tokens from one window to the next.
         max_query: tokens of a question; the rest is cut.
         max_answer, n_best, null_threshold: as ``_SpanFinder`` says: how answers are chosen.
+
+    Raises:
+        ValueError: a length the model does not have, a stride larger than a window.
 
     Reference: Devlin et al. 2019, 4.2 and 4.3.
     """
@@ -190,7 +201,7 @@ class BertSpanFinder(_SpanFinder):
         model: BertForQuestionAnswering,
         tokenizer: BertTokenizer,
         *,
-        max_length: int = 384,
+        max_length: int | None = None,
         doc_stride: int = 128,
         max_query: int = 64,
         max_answer: int = 30,
@@ -199,7 +210,7 @@ class BertSpanFinder(_SpanFinder):
     ) -> None:
         super().__init__(max_answer, n_best, null_threshold)
         self.model, self.tokenizer = model, tokenizer
-        self.max_length = min(max_length, model.config.max_length)
+        self.max_length = usual_length(max_length, _USUAL_LENGTH, model.config.max_length)
         self._frame = Frame(tokenizer)
         room = self._frame.room(self.max_length, True) - max_query
         if room < 1 or not 1 <= doc_stride <= room:
@@ -214,13 +225,13 @@ class BertSpanFinder(_SpanFinder):
         tokenizer = unlimited(self.tokenizer)
         contexts: dict[str, Any] = {}
         new = list(dict.fromkeys(example.context for example in examples))
-        for text, encoding in zip(new, tokenizer.encode_batch(new)):
+        for text, encoding in zip(new, encoded(tokenizer.encode_batch, new)):
             contexts[text] = self._bare(encoding)
-        questions = [self._bare(encoding)[0] for encoding in tokenizer.encode_batch([e.question for e in examples])]
+        questions = encoded(tokenizer.encode_batch, [example.question for example in examples])
         rows = []
-        for index, (example, question) in enumerate(zip(examples, questions)):
+        for index, (example, encoding) in enumerate(zip(examples, questions)):
             ids, offsets = contexts[example.context]
-            question = question[: self.max_query]
+            question = self._bare(encoding)[0][: self.max_query]
             target = _token_span(offsets, example)
             room = self._frame.room(self.max_length, True) - len(question)
             start = 0
@@ -257,7 +268,7 @@ class BertSpanFinder(_SpanFinder):
 class FeatureSpanFinder(_SpanFinder):
     """An LSTM with attention over a frozen BERT or ELMo, or an ELMo trained with it; texts are read whole.
 
-    Words are runs of letters and digits, and single other signs.
+    Words are runs of letters and digits, and single other signs; so are Chinese and Japanese ones.
 
     Args:
         model: an ``LstmSpanFinder``, or an ``OverElmo`` around one.
@@ -287,10 +298,10 @@ class FeatureSpanFinder(_SpanFinder):
         items = []
         for index, example in enumerate(examples):
             if example.context not in contexts:
-                found = list(_WORD.finditer(example.context))
-                contexts[example.context] = WordItem([one.group() for one in found]), [one.span() for one in found]
+                found = split_words(example.context, at_signs=True)
+                contexts[example.context] = WordItem([word for word, _ in found]), [place for _, place in found]
             context, offsets = contexts[example.context]
-            question = WordItem(_WORD.findall(example.question))
+            question = WordItem([word for word, _ in split_words(example.question, at_signs=True)])
             target = _token_span(offsets, example)
             # Column 0 stands for no answer.
             labels = (0, 0) if target is None else (target[0] + 1, target[1] + 1)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,15 @@ PREDICATES = ("none", "type", "sep")
 _LONGEST_WORD = 4
 
 
+def is_bio(tags: Iterable[str]) -> bool:
+    """Whether tags are BIO's."""
+    return all(tag == "O" or tag[:2] in ("B-", "I-") for tag in tags)
+
+
 def tag_names(sentences: Sequence[Sentence]) -> tuple[str, ...]:
     """The tags of training data, sorted; BIO tags have O first, and both B- and I- of every kind."""
     found = {tag for sentence in sentences for tag in sentence.tags}
-    if all(tag == "O" or tag[:2] in ("B-", "I-") for tag in found):
+    if is_bio(found):
         kinds = sorted({tag[2:] for tag in found if tag != "O"})
         return ("O", *(f"{mark}-{kind}" for kind in kinds for mark in "BI"))
     return tuple(sorted(found))
@@ -39,9 +44,10 @@ def check_tags(path: str | os.PathLike[str], sentences: Sequence[Sentence], know
     Raises:
         ValueError: with file, line and the tags there are.
     """
+    names = frozenset(known)
     for sentence in sentences:
         for place, tag in enumerate(sentence.tags or ()):
-            check_label(path, sentence.line + place, tag, known)
+            check_label(path, sentence.line + place, tag, names)
 
 
 class _Tagger(Predictor):
