@@ -119,6 +119,11 @@ def test_shards_are_made_once_and_go_on(text, tokenizer, tmp_path) -> None:
     assert files == sorted(p.relative_to(tmp_path / "broken") for p in (tmp_path / "broken").rglob("*") if p.is_file())
     for file in files:
         assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "broken" / file).read_bytes(), file
+    spread: list[str] = []
+    prepare(text, tokenizer, tmp_path / "spread", how, say=spread.append, workers=2)
+    assert sorted(spread) == sorted(said)
+    for file in files:
+        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "spread" / file).read_bytes(), file
     other = prepare(text, tokenizer, tmp_path / "whole", recipe(shard_bytes=1500, dupe_factor=1))
     assert len(other) < len(whole)
 
@@ -434,6 +439,7 @@ def test_command_errors(text, tmp_path, capsys) -> None:
         (["--train-vocab", "100", "--seed", "-1"], "seed is -1; expected 0 to 2**63 - 1"),
         (["--train-vocab", "100", "--data-seed", "-1"], "--data-seed is -1; expected 0 or more"),
         (["--train-vocab", "100", "--shard-mb", "nan"], "--shard-mb is nan; expected a number above 0"),
+        (["--train-vocab", "100", "--workers", "0"], "--workers is 0; expected 1 or more"),
         (["--train-vocab", "100", "--shard-mb", "-1"], "--shard-mb is -1.0"),
         (["--train-vocab", "100", "--mask-rate", "nan"], "--mask-rate is nan; expected above 0, at most 1"),
         (["--train-vocab", "100", "--mask-rate", "0"], "--mask-rate is 0.0"),
