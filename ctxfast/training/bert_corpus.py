@@ -422,14 +422,20 @@ def _tokenized(
     """Coded ids of every line, with flags of units or without."""
     lines = [line for document in documents for line in document]
     coded: list[list[int]] = []
-    for start in range(0, len(lines), _BATCH_LINES):
-        part = lines[start : start + _BATCH_LINES]
-        for line, found in zip(part, tokenizer.backend.encode_batch(part, add_special_tokens=False)):
-            if not has_flags:
-                coded.append(found.ids)
-                continue
-            flags = begins(Encoding(found, False), [span for source in sources for span in source.spans(line)])
-            coded.append([token | flag << FLAG_SHIFT for token, flag in zip(found.ids, flags)])
+    backend = tokenizer.backend
+    before = backend.encode_special_tokens
+    backend.encode_special_tokens = True  # "[SEP]" in a text is punctuation and a word, as in Google's data
+    try:
+        for start in range(0, len(lines), _BATCH_LINES):
+            part = lines[start : start + _BATCH_LINES]
+            for line, found in zip(part, backend.encode_batch(part, add_special_tokens=False)):
+                if not has_flags:
+                    coded.append(found.ids)
+                    continue
+                flags = begins(Encoding(found, False), [span for source in sources for span in source.spans(line)])
+                coded.append([token | flag << FLAG_SHIFT for token, flag in zip(found.ids, flags)])
+    finally:
+        backend.encode_special_tokens = before
     result, at = [], 0
     for document in documents:
         result.append(coded[at : at + len(document)])
