@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ masking: which tokens are predicted together
 """
 # Half of the pairs should be wrong. Where lines are long, there is nothing to follow, and nearly all of them are.
 _MOST_WRONG = 0.75
+# Each holds a shard's sequences in memory, some 700 MB; --workers asks for more.
+_MOST_WORKERS = 8
 _LEVELS = ("token", "word", "phrase", "entity")
 
 
@@ -68,6 +71,7 @@ def add(commands: Any) -> None:
     add("--prepare-only", action="store_true", help="stop when the sequences are written; do so before torchrun")
     add("--data-seed", type=int, metavar="N", default=12345, help="of sequences and masks (%(default)s)")
     add("--shard-mb", type=float, default=4.0, help="megabytes of text prepared at once (%(default)s)")
+    add("--workers", type=int, metavar="N", help="processes that prepare (as many as cores, 8 at most)")
     group = parser.add_argument_group("masking")
     add = group.add_argument
     add("--masking", default="token", help="token (default), word, phrase, entity, or weights, see above")
@@ -144,6 +148,7 @@ def run(args: argparse.Namespace) -> int:
     say = None if args.quiet or not group.is_first else _say
     data = Path(args.output) / "data"
 
+    workers = args.workers or min(len(os.sched_getaffinity(0)), _MOST_WORKERS)
     locks = []  # held to the end: another command must not prepare what this one reads
 
     def prepare() -> tuple[Any, Any, Any]:
@@ -157,7 +162,7 @@ def run(args: argparse.Namespace) -> int:
                 continue
             files = [files] if isinstance(files, str) else files
             corpus = BertCorpus.prepare(
-                data / name, files, tokenizer, how, sources=sources, sources_name=sources_name, say=say
+                data / name, files, tokenizer, how, sources=sources, sources_name=sources_name, say=say, workers=workers
             )
             found.append(corpus)
         return tokenizer, *found
@@ -220,6 +225,8 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"{who}: --mask-rate is {args.mask_rate}; expected above 0, at most 1.")
     if not 0 < args.shard_mb < math.inf:
         raise ValueError(f"{who}: --shard-mb is {args.shard_mb}; expected a number above 0.")
+    if args.workers is not None and args.workers < 1:
+        raise ValueError(f"{who}: --workers is {args.workers}; expected 1 or more.")
     if args.data_seed < 0:
         raise ValueError(f"{who}: --data-seed is {args.data_seed}; expected 0 or more.")
     given = [name for name in ("vocab", "train_vocab", "init_from") if getattr(args, name) is not None]

@@ -30,6 +30,7 @@ from .knowledge_masking import KnowledgeMasking
 from .prepared import read_note
 from .spans import FLAG_SHIFT, ID_MASK, SPEAKER, SpanSource, begins
 from .text import split_sentences, text_lines
+from .workers import spread
 
 _WHO = "ctxfast.training.BertCorpus"
 _BATCH_LINES = 1024
@@ -260,6 +261,7 @@ class BertCorpus:
         sources: Sequence[SpanSource] = (),
         sources_name: Any = None,
         say: Callable[[str], None] | None = None,
+        workers: int = 1,
     ) -> BertCorpus:
         """Read text into shards; shards that the same arguments made before are kept.
 
@@ -271,9 +273,11 @@ class BertCorpus:
             sources: find spans of words, phrases and entities; see ``spans``.
             sources_name: plain values that tell one set of sources from another.
             say: called with a line a shard.
+            workers: processes that make shards at the same time; what is in them does not depend on it. With more than
+                1 the calling program must be guarded by ``if __name__ == "__main__"``, as Python starts them anew.
 
-        Memory: that of one shard's sequences as lists of numbers. With ten passes over the text and stored masks that
-        is some 165 bytes for a byte of text: 700 MB for shards of 4 MB (2026-11-23).
+        Memory of each process: that of one shard's sequences as lists of numbers. With ten passes over the text and
+        stored masks that is some 165 bytes for a byte of text: 700 MB for shards of 4 MB (2026-11-23).
 
         Raises:
             FileNotFoundError: a file is missing.
@@ -309,7 +313,9 @@ class BertCorpus:
             shutil.rmtree(left) if left.is_dir() else left.unlink()
         done = path / "complete.json"
         if not done.is_file():
-            count = cls._write_shards(path, files, tokenizer, vocabulary, recipe, sources, say)
+            names = ", ".join(map(os.fspath, files))
+            make = _ShardMaker(path, names, tokenizer, vocabulary, recipe, tuple(sources))
+            count = cls._write_shards(make, text_documents(files, recipe.is_split), workers, say)
             with replacing(done) as temporary:
                 temporary.write_text(json.dumps({"shards": count}) + "\n", encoding="utf-8")
         return cls(path, vocabulary, recipe)
@@ -317,40 +323,63 @@ class BertCorpus:
     @classmethod
     def _write_shards(
         cls,
-        path: Path,
-        files: Sequence[str | os.PathLike[str]],
-        tokenizer: BertTokenizer,
-        vocabulary: Vocabulary,
-        recipe: Recipe,
-        sources: Sequence[SpanSource],
+        make: _ShardMaker,
+        documents: Iterator[list[str]],
+        workers: int,
         say: Callable[[str], None] | None,
     ) -> int:
-        number = 0
-        for number, documents in enumerate(_groups(text_documents(files, recipe.is_split), recipe.shard_bytes), 1):
-            target = path / f"shard-{number - 1:05d}"
-            if target.exists():
-                continue
-            read = _dialogues if recipe.pairs == "dialogue" else _tokenized
-            # Words and what lies beyond them are units of flags; without sources they are the tokenizer's.
-            coded = read(documents, tokenizer, sources, bool(sources) or recipe.knowledge is not None)
-            try:
-                made = recipe.make(coded, vocabulary, recipe.seed + number - 1)
-            except ValueError as error:
-                raise ValueError(f"{error} This is shard {number} of {', '.join(map(os.fspath, files))}.") from None
-            with replacing_folder(target) as temporary:
-                _Shard.write(temporary, made)
+        count = 0
+
+        def missing() -> Iterator[tuple[int, list[list[str]]]]:
+            nonlocal count
+            for count, group in enumerate(_groups(documents, make.recipe.shard_bytes), 1):
+                if not make.target(count).exists():
+                    yield count, group
+
+        for line in spread(make, missing(), workers):
             if say is not None:
-                tokens = sum(len(pair.ids) for pair, _ in made)
-                say(f"shard {number}: {len(documents):,} documents, {len(made):,} sequences, {tokens:,} tokens")
-        if number == 0:
-            raise ValueError(f"{_WHO}: {', '.join(map(os.fspath, files))}: no text; expected lines of it.")
-        if not any(len(_Shard(shard)) for shard in path.glob("shard-*")):
-            wanted = "three turns of two speakers or more" if recipe.pairs == "dialogue" else "two tokens or more"
+                say(line)
+        if count == 0:
+            raise ValueError(f"{_WHO}: {make.names}: no text; expected lines of it.")
+        pairs = make.recipe.pairs
+        if not any(len(_Shard(shard)) for shard in make.path.glob("shard-*")):
+            wanted = "three turns of two speakers or more" if pairs == "dialogue" else "two tokens or more"
             raise ValueError(
-                f"{_WHO}: {', '.join(map(os.fspath, files))}: not one sequence of pairs {recipe.pairs!r}; expected "
-                f"documents of {wanted}."
+                f"{_WHO}: {make.names}: not one sequence of pairs {pairs!r}; expected documents of {wanted}."
             )
-        return number
+        return count
+
+
+@dataclass(frozen=True)
+class _ShardMaker:
+    """Makes a shard of some documents; can be sent to another process."""
+
+    path: Path
+    names: str
+    tokenizer: BertTokenizer
+    vocabulary: Vocabulary
+    recipe: Recipe
+    sources: tuple[SpanSource, ...]
+
+    def target(self, number: int) -> Path:
+        """The folder of a shard, counted from 1."""
+        return self.path / f"shard-{number - 1:05d}"
+
+    def __call__(self, task: tuple[int, list[list[str]]]) -> str:
+        """Writes the shard of this number and documents; what there is to say of it."""
+        number, documents = task
+        recipe = self.recipe
+        read = _dialogues if recipe.pairs == "dialogue" else _tokenized
+        # Words and what lies beyond them are units of flags; without sources they are the tokenizer's.
+        coded = read(documents, self.tokenizer, self.sources, bool(self.sources) or recipe.knowledge is not None)
+        try:
+            made = recipe.make(coded, self.vocabulary, recipe.seed + number - 1)
+        except ValueError as error:
+            raise ValueError(f"{error} This is shard {number} of {self.names}.") from None
+        with replacing_folder(self.target(number)) as temporary:
+            _Shard.write(temporary, made)
+        tokens = sum(len(pair.ids) for pair, _ in made)
+        return f"shard {number}: {len(documents):,} documents, {len(made):,} sequences, {tokens:,} tokens"
 
 
 def _groups(documents: Iterator[list[str]], size: int) -> Iterator[list[list[str]]]:
@@ -393,14 +422,20 @@ def _tokenized(
     """Coded ids of every line, with flags of units or without."""
     lines = [line for document in documents for line in document]
     coded: list[list[int]] = []
-    for start in range(0, len(lines), _BATCH_LINES):
-        part = lines[start : start + _BATCH_LINES]
-        for line, found in zip(part, tokenizer.backend.encode_batch(part, add_special_tokens=False)):
-            if not has_flags:
-                coded.append(found.ids)
-                continue
-            flags = begins(Encoding(found, False), [span for source in sources for span in source.spans(line)])
-            coded.append([token | flag << FLAG_SHIFT for token, flag in zip(found.ids, flags)])
+    backend = tokenizer.backend
+    before = backend.encode_special_tokens
+    backend.encode_special_tokens = True  # "[SEP]" in a text is punctuation and a word, as in Google's data
+    try:
+        for start in range(0, len(lines), _BATCH_LINES):
+            part = lines[start : start + _BATCH_LINES]
+            for line, found in zip(part, backend.encode_batch(part, add_special_tokens=False)):
+                if not has_flags:
+                    coded.append(found.ids)
+                    continue
+                flags = begins(Encoding(found, False), [span for source in sources for span in source.spans(line)])
+                coded.append([token | flag << FLAG_SHIFT for token, flag in zip(found.ids, flags)])
+    finally:
+        backend.encode_special_tokens = before
     result, at = [], 0
     for document in documents:
         result.append(coded[at : at + len(document)])

@@ -109,6 +109,14 @@ def _compare(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> N
         )
 
 
+def _unhidden(error: BaseException, target: Path) -> BaseException:
+    """What the system said where torch's writer of archives, left with half of one, complains of that instead."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    return error if cause is None else OSError(cause.errno, cause.strerror, str(target))
+
+
 class RunDirectory:
     """A run's directory.
 
@@ -182,13 +190,20 @@ class RunDirectory:
         return sorted(found, key=lambda entry: int(_CHECKPOINT.fullmatch(entry.name).group(1)))
 
     def save(self, step: int, state: dict[str, Any], keep: int) -> Path:
-        """Write a checkpoint and remove all but the newest ``keep``."""
+        """Write a checkpoint and remove all but the newest ``keep``.
+
+        Raises:
+            OSError: it cannot be written; earlier ones stay.
+        """
         target = self.path / f"checkpoint-{step:08d}.pt"
         with replacing(target) as temporary:
-            with open(temporary, "wb") as file:
-                torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())
+            try:
+                with open(temporary, "wb") as file:
+                    torch.save(state, file)
+                    file.flush()
+                    os.fsync(file.fileno())
+            except (OSError, RuntimeError) as error:
+                raise _unhidden(error, target) from error
         for old in self.checkpoints()[:-keep]:
             old.unlink()
         return target

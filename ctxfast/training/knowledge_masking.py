@@ -7,7 +7,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from .bert_instances import Instance, Pair, Vocabulary, replacement
+from .bert_instances import Instance, Pair, Vocabulary, replacement, shuffle
 from .spans import FLAG_SHIFT, ID_MASK, KINDS
 
 LEVELS = ("token", *KINDS)
@@ -89,7 +89,7 @@ def mask(pair: Pair, vocabulary: Vocabulary, options: KnowledgeMasking, draw: ra
     if options.count == "each":
         candidates = [unit for unit in candidates if draw.random() < options.rate]
         quota = most
-    draw.shuffle(candidates)
+    shuffle(candidates, draw)
     if options.count == "spans":
         candidates = candidates[: max(1, int(len(candidates) * options.rate))]
         quota = most

@@ -8,10 +8,11 @@ it, so units survive the cutting and joining that makes pretraining pairs.
 from __future__ import annotations
 
 import bisect
+import functools
 import hashlib
 import os
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from ..models.bert.tokenization import Encoding
 from .text import text_lines
@@ -70,8 +71,12 @@ class Gazetteer:
         if not cleaned:
             raise ValueError("ctxfast.training.Gazetteer: entries has no text; expected one phrase or name each.")
         self.size = len(cleaned)
+        self._entries = sorted(cleaned)
         # Overlapping matches: which of them counts depends on word boundaries.
-        self._matcher = ahocorasick_rs.AhoCorasick(sorted(cleaned))
+        self._matcher = ahocorasick_rs.AhoCorasick(self._entries)
+
+    def __reduce__(self) -> tuple[Any, ...]:  # to workers: the matcher is made anew
+        return functools.partial(type(self), ignore_case=self.ignore_case), (self._entries, self.kind)
 
     @classmethod
     def from_file(
@@ -209,9 +214,13 @@ class ChineseWords:
                 "ctxfast.training.ChineseWords needs jieba: pip install 'ctxfast[pretrain]'."
             ) from error
         jieba.setLogLevel(60)
+        self._user_dictionary = user_dictionary
         self._tokenizer = jieba.Tokenizer()
         if user_dictionary is not None:
             self._tokenizer.load_userdict(os.fspath(user_dictionary))
+
+    def __reduce__(self) -> tuple[Any, ...]:  # to workers: its dictionary has a lock
+        return type(self), (self._user_dictionary,)
 
     def spans(self, text: str) -> list[Span]:
         return [Span(start, end, "word") for word, start, end in self._tokenizer.tokenize(text) if not word.isspace()]

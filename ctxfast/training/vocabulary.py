@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,7 @@ from .text import text_lines
 if TYPE_CHECKING:
     from tokenizers import BertWordPieceTokenizer
 
+_LONGEST_WORD = 100  # of the library's WordPiece; a longer one is [UNK]
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
@@ -60,11 +61,13 @@ def train_wordpiece(
         if say is not None:
             say(f"making a vocabulary of {size:,} word pieces")
         trainer = BertWordPieceTokenizer(lowercase=not is_cased, strip_accents=not is_cased)
+        # One that trains is locked: what it is to read is looked at by another.
+        reader = BertWordPieceTokenizer(lowercase=not is_cased, strip_accents=not is_cased)
         # The library numbers letters in the order of a hash table, and breaks ties by number; given as special tokens
         # they have theirs from the start, and the same text always makes the same vocabulary.
-        letters = _letters(trainer, files, size // 2)
+        letters = _letters(reader, files, size // 2)
         trainer.train_from_iterator(
-            (line for file in files for line in text_lines(file)),
+            _trained_lines(reader, files),
             size,
             min_frequency,
             special_tokens=[*SPECIAL_TOKENS, *letters],
@@ -83,9 +86,20 @@ def train_wordpiece(
     return BertTokenizer.from_pretrained(path)
 
 
-def _letters(trainer: BertWordPieceTokenizer, files: Sequence[str | os.PathLike[str]], most: int) -> list[str]:
+def _trained_lines(reader: BertWordPieceTokenizer, files: Sequence[str | os.PathLike[str]]) -> Iterator[str]:
+    """Lines without the words that WordPiece gives up on; joining the letters of one takes the square of its length."""
+    normalize, split = reader.normalizer.normalize_str, reader.pre_tokenizer.pre_tokenize_str
+    for file in files:
+        for line in text_lines(file):
+            # Chinese has no spaces, and words of a letter all the same: lines that may have a long word are looked at.
+            if len(line) > _LONGEST_WORD and max(map(len, line.split()), default=0) > _LONGEST_WORD:
+                line = " ".join(word for word, _ in split(normalize(line)) if len(word) <= _LONGEST_WORD)
+            yield line
+
+
+def _letters(reader: BertWordPieceTokenizer, files: Sequence[str | os.PathLike[str]], most: int) -> list[str]:
     """Letters that begin a word and, marked by ##, that go on with one: the most frequent ones, in order."""
-    normalize, split = trainer.normalizer.normalize_str, trainer.pre_tokenizer.pre_tokenize_str
+    normalize, split = reader.normalizer.normalize_str, reader.pre_tokenizer.pre_tokenize_str
     words: Counter[str] = Counter()
     for file in files:
         for line in text_lines(file):

@@ -10,7 +10,7 @@ import pytest
 from oracles import google_bert_data
 
 from ctxfast.training.bert_corpus import Recipe
-from ctxfast.training.bert_instances import Instance, PairOptions, Vocabulary, quota, truncate
+from ctxfast.training.bert_instances import Instance, PairOptions, Vocabulary, quota, shuffle, truncate
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(40)), *(f"##p{i}" for i in range(15))]
 ID = {word: i for i, word in enumerate(WORDS)}
@@ -76,6 +76,14 @@ def test_a_line_may_be_a_book() -> None:
     assert first == list(range(first[0], first[0] + 97)) and second == [1, 2, 3]
     assert 149_000 < first[0] < 151_000  # from either end alike
     assert time.process_time() - start < 1.2  # 2.5 s where every token is taken out of the list
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 3, 31, 32, 33, 1000])
+def test_shuffle_is_pythons_own(size: int) -> None:
+    mine, own, items, others = random.Random(size), random.Random(size), list(range(size)), list(range(size))
+    shuffle(items, mine)
+    own.shuffle(others)
+    assert items == others and mine.getstate() == own.getstate()
 
 
 def test_errors_say_what_is_wrong() -> None:

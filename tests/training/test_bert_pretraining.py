@@ -75,6 +75,13 @@ def test_vocabulary(text, tokenizer, tmp_path) -> None:
     train_wordpiece(made[0].parent, [text], 120, say=said.append)
     assert said == []
     assert train_wordpiece(made[0].parent, [text], 110, is_cased=True, say=said.append).vocab_size <= 110 and said
+    # Words that are always [UNK] teach nothing and cost nothing; Chinese lines without spaces count in full.
+    lines = text.read_text().splitlines()
+    (tmp_path / "more").write_text("\n".join([*lines, "xy" * 30_000, "省会" * 60]) + "\n", encoding="utf-8")
+    start = time.process_time()
+    more = train_wordpiece(tmp_path / "d", [tmp_path / "more"], 120)
+    assert time.process_time() - start < 10
+    assert more.tokenize("xyxy")[0] != "xyxy" and more.tokenize("省会") == ["省", "会"]
     with pytest.raises(ValueError, match="vocabulary size is 3; expected 10 or more"):
         train_wordpiece(tmp_path / "c", [text], 3)
 
@@ -95,6 +102,17 @@ def test_one_shard_is_googles_data(text, tokenizer, tmp_path) -> None:
         assert one.positions == positions and [words[token] for token in one.labels] == labels
         assert one.is_random_next == random_next
     assert corpus.lengths.tolist() == [len(tokens) for tokens, *_ in stated]
+
+
+def test_marks_in_a_text_are_text(tokenizer, tmp_path) -> None:
+    """[SEP] and the like are split as punctuation, as Google's tokeniser does: a sequence's marks are ours alone."""
+    (tmp_path / "text").write_text("the [SEP] ship [MASK]\nthe [CLS] sea\n\nthe field [PAD]\n[UNK] corn\n")
+    for more in ({}, {"knowledge": KnowledgeMasking({"word": 1.0})}):
+        corpus = prepare(tmp_path / "text", tokenizer, tmp_path / str(len(more)), recipe(is_dynamic=True, **more))
+        for index in range(len(corpus)):
+            ids = [code & ID_MASK for code in corpus.pair(index).ids]
+            assert ids.count(2) == 1 and ids.count(3) == 2 and not {0, 4} & set(ids)
+    assert tokenizer.tokenize("a [SEP] b")[1] == "[SEP]", "the tokenizer is as before"
 
 
 def test_shards_are_made_once_and_go_on(text, tokenizer, tmp_path) -> None:
@@ -119,6 +137,11 @@ def test_shards_are_made_once_and_go_on(text, tokenizer, tmp_path) -> None:
     assert files == sorted(p.relative_to(tmp_path / "broken") for p in (tmp_path / "broken").rglob("*") if p.is_file())
     for file in files:
         assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "broken" / file).read_bytes(), file
+    spread: list[str] = []
+    prepare(text, tokenizer, tmp_path / "spread", how, say=spread.append, workers=2)
+    assert sorted(spread) == sorted(said)
+    for file in files:
+        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "spread" / file).read_bytes(), file
     other = prepare(text, tokenizer, tmp_path / "whole", recipe(shard_bytes=1500, dupe_factor=1))
     assert len(other) < len(whole)
 
@@ -434,6 +457,7 @@ def test_command_errors(text, tmp_path, capsys) -> None:
         (["--train-vocab", "100", "--seed", "-1"], "seed is -1; expected 0 to 2**63 - 1"),
         (["--train-vocab", "100", "--data-seed", "-1"], "--data-seed is -1; expected 0 or more"),
         (["--train-vocab", "100", "--shard-mb", "nan"], "--shard-mb is nan; expected a number above 0"),
+        (["--train-vocab", "100", "--workers", "0"], "--workers is 0; expected 1 or more"),
         (["--train-vocab", "100", "--shard-mb", "-1"], "--shard-mb is -1.0"),
         (["--train-vocab", "100", "--mask-rate", "nan"], "--mask-rate is nan; expected above 0, at most 1"),
         (["--train-vocab", "100", "--mask-rate", "0"], "--mask-rate is 0.0"),

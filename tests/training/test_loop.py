@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -338,6 +340,27 @@ def test_a_failed_save_leaves_nothing(tmp_path) -> None:
     ]
     assert train(Line(), config(), tmp_path).resumed == 20
     assert (tmp_path / "final" / "model.pt").exists()
+
+
+def test_a_full_disk_is_named_and_harms_no_checkpoint(tmp_path) -> None:
+    train(Line(), config(steps=3), tmp_path / "small")
+    size = (tmp_path / "small" / "checkpoint-00000003.pt").stat().st_size
+
+    class Filled(Line):
+        def loss(self, model, batch):
+            if self.losses == 6:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, limits[1]))
+            return super().loss(model, batch)
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises(OSError, match="checkpoint-00000008.pt") as caught:
+            train(Filled(), config(), tmp_path / "run")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caught.value.errno == errno.EFBIG
+    assert [path.name for path in (tmp_path / "run").glob("*checkpoint*")] == ["checkpoint-00000004.pt"]
+    assert train(Line(), config(), tmp_path / "run").resumed == 4
 
 
 @pytest.mark.parametrize(
