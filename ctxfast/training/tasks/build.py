@@ -102,6 +102,11 @@ def build(
     choice = choice or Choice()
     if task not in TASKS:
         raise ValueError(f"ctxfast.finetune: task is {task!r}; expected one of {', '.join(TASKS)}.")
+    if (Path(model) / "head.safetensors").is_file():
+        raise ValueError(
+            f"ctxfast.finetune: model {model} is a finished one with an LSTM over its encoder; expected a pretrained "
+            f"one. Its encoder is {Path(model) / 'encoder'}."
+        )
     if len(labels) == 1:
         raise ValueError(f"ctxfast.finetune: labels is {labels[0]!r} alone; expected two or more to tell apart.")
     if choice.features is not None:

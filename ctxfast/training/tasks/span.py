@@ -128,7 +128,8 @@ class _SpanFinder(Predictor):
     def _finding(self, example: Question, own: _Candidates, offsets: list[tuple[int, int]]) -> Finding:
         spans: dict[str, float] = {}
         for score, first, last in sorted(own.spans, key=lambda span: (-span[0], span[1], span[2])):
-            text = example.context[offsets[first][0] : offsets[last][1]]
+            # Some tokenizers count the space before a word in.
+            text = example.context[offsets[first][0] : offsets[last][1]].strip()
             if text and text not in spans:
                 spans[text] = score
             if len(spans) == self.n_best:
