@@ -187,6 +187,22 @@ def test_an_lstm_head_is_not_trained_on(bert, tmp_path) -> None:
     assert build("tag", tmp_path / "encoder", ("O", "B-a", "I-a")).form == "bert"
 
 
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ('{"format": 1,', "is damaged"),
+        ("[1]", "has format None; expected 1"),
+        ('{"format": 2}', "has format 2; expected 1"),
+        ('{"format": 1, "task": "tag", "form": "bert"}', "has no labels, options"),
+    ],
+)
+def test_settings_that_are_wrong(bert, tmp_path, text, reason) -> None:
+    build("tag", bert, ("O", "B-a", "I-a")).save(tmp_path)
+    (tmp_path / "ctxfast_task.json").write_text(text)
+    with pytest.raises(ValueError, match=f"ctxfast_task.json {reason}"):
+        load(tmp_path)
+
+
 def test_loading_names_what_is_missing(bert, tmp_path) -> None:
     with pytest.raises(FileNotFoundError, match="has no ctxfast_task.json"):
         load(tmp_path)

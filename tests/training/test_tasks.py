@@ -255,6 +255,14 @@ def test_decoding_of_answers(bert) -> None:
     assert finder.predict([question])[0].answer == "Sea saw"
 
 
+def test_an_answer_keeps_its_accents(bert) -> None:
+    """Also a last one that is a character of its own, which the tokenizer strips."""
+    finder = build("span", bert, (), Choice(max_length=32, doc_stride=8, max_query=8))
+    finder.model = _Fixed([finder.tokenizer.token_to_id("saw")] * 2)
+    question = Question("q", "who ?", "the sa\u0301w\u0301 bob", (), False)
+    assert finder.predict([question])[0].answer == "sa\u0301w\u0301"
+
+
 def test_an_answer_has_no_space_around_it(bert) -> None:
     """SentencePiece's tokens begin with the space before a word."""
     finder = build("span", bert, (), Choice(max_length=32, doc_stride=8, max_query=8))
