@@ -131,6 +131,7 @@ def test_ranges_and_empty_words_of_conllu_are_no_words(tmp_path) -> None:
     ]
     (found,) = read_conll(write(tmp_path / "a.conllu", "\n".join(rows)), word_column=1, tag_column=3, scheme="none")
     assert found.words == ["do", "n't", "1.5"] and found.tags == ["AUX", "PART", "NUM"]
+    assert [found.line_of(word) for word in range(3)] == [3, 4, 6]
 
 
 def test_bioes_and_bilou(tmp_path) -> None:
