@@ -47,6 +47,19 @@ def test_google_checkpoint(tmp_path, capsys) -> None:
     assert tokenizer.batch(["the banks"])["input_ids"].tolist() == [[2, 5, 6, 7, 3]]
 
 
+def test_a_fine_tuned_model_stays_one(tmp_path) -> None:
+    from training.tiny_models import tiny_bert
+
+    from ctxfast.training.tasks.build import build, load
+
+    build("tag", tiny_bert(tmp_path / "bert", layers=1), ("O", "B-x", "I-x")).save(tmp_path / "tagger")
+    assert convert(tmp_path / "tagger", tmp_path / "half", "--dtype", "float16") == 0
+    assert load(tmp_path / "half").labels == ("O", "B-x", "I-x")
+    assert (tmp_path / "half" / "model.safetensors").stat().st_size < (
+        0.6 * (tmp_path / "tagger" / "model.safetensors").stat().st_size
+    )
+
+
 def test_half_precision_and_no_tokenizer(tmp_path, capsys) -> None:
     ctxfast.Bert(ctxfast.BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2)).save_pretrained(
         tmp_path / "one"

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import pickle
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,7 @@ def _bert(args: argparse.Namespace, folder: Path) -> str:
 
     from ..models.bert.tokenization import BertTokenizer
     from ..models.bert.weights import load_checkpoint, save_checkpoint
+    from ..training.tasks.predictor import SETTINGS_FILE
 
     found = load_checkpoint(args.source, gelu=args.gelu)
     state = found.state_dict
@@ -85,6 +87,8 @@ def _bert(args: argparse.Namespace, folder: Path) -> str:
     has_tokenizer = any((place / name).is_file() for name in ("tokenizer.json", "vocab.txt", "vocab.json"))
     if has_tokenizer:
         BertTokenizer.from_pretrained(place).save(folder)
+    if (place / SETTINGS_FILE).is_file():  # a fine-tuned model stays one
+        shutil.copy(place / SETTINGS_FILE, folder)
     count = sum(value.numel() for value in state.values())
     return f"{found.config.model_type}, {count:,} parameters" + ("" if has_tokenizer else "; no tokenizer found")
 

@@ -15,8 +15,9 @@ _HELP = """\
 Fine-tune a BERT or ELMo model, or train an LSTM over its frozen layers, and predict.
 
 DIR/final holds the finished model, DIR/best the one with the best figures on --dev (evaluated every epoch); predictions
-for --dev and --test are written beside the model. Killed, the same command goes on. Learning rate, where none is given:
-5e-5, or 1e-3 for an LSTM over frozen layers or ELMo. Epochs: 3.
+for --dev and --test are written beside the model. Killed, the same command goes on. A finished model, one that Hugging
+Face's library trained included, takes --predict-only or --evaluate-only with --test. Learning rate, where none is
+given: 5e-5, or 1e-3 for an LSTM over frozen layers or ELMo. Epochs: 3.
 """
 _LSTM_LAYERS = {"classify": 1, "pair": 1, "tag": 2, "span": 1}
 # What a model is made with, and what reading and deciding depend on also later; by their names in ``Choice``.
@@ -68,6 +69,7 @@ Questions: SQuAD's JSON, 1.1 or 2.0, also .gz and .xz.
 
   ctxfast finetune span -m MODEL --train train-v2.0.json --dev dev-v2.0.json -o run --epochs 2 --lr 3e-5 --batch-size 24
   ctxfast finetune span -m ELMO --features mix --train train-v1.1.json --dev dev-v1.1.json -o run --epochs 10
+  ctxfast finetune span -m run/best --evaluate-only --test test-v2.0.json --null-threshold -1.5 -o scores
 """,
     ),
 }
@@ -122,7 +124,7 @@ def _add_head(parser: argparse.ArgumentParser, task: str) -> None:
     add(
         "--features",
         metavar="WHICH",
-        help="freeze it, train an LSTM over: last, second-to-last, sum4, concat4, embeddings; mix4, mix (learned sums)",
+        help="train an LSTM over frozen layers: last, second-to-last, sum4, concat4, embeddings; mix4, mix (learned)",
     )
     add(
         "--lstm-hidden",

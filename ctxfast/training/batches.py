@@ -24,7 +24,7 @@ class Batches:
         is_shuffled: False keeps the order of the examples.
 
     Raises:
-        ValueError: no examples, a batch size below 1, lengths of another number of examples.
+        ValueError: no examples, a batch size below 1, a seed below 0, lengths of another number of examples.
     """
 
     def __init__(
@@ -40,6 +40,8 @@ class Batches:
             raise ValueError(f"{who}: count is {count}; expected at least one example.")
         if batch_size < 1:
             raise ValueError(f"{who}: batch_size is {batch_size}; expected 1 or more.")
+        if seed < 0:
+            raise ValueError(f"{who}: seed is {seed}; expected 0 or more.")
         if lengths is not None and len(lengths) != count:
             raise ValueError(f"{who}: lengths has {len(lengths)} values; expected count = {count}.")
         self.count = count

@@ -255,6 +255,7 @@ def test_accumulated_batches_are_one_large_batch(files, tmp_path) -> None:
         (["tag", "-m", "bert", "--train", "tag.tsv", "--order", "long"], "order is 'long'"),
         (["tag", "-m", "bert", "--train", "tag.tsv", "--epochs", "0"], "--epochs is 0.0"),
         (["tag", "-m", "bert", "--train", "tag.tsv", "--steps", "0"], "--steps is 0"),
+        (["tag", "-m", "bert", "--train", "tag.tsv", "--seed", "-1"], "seed is -1; expected 0 or more"),
         (["tag", "-m", "bert", "--train", "."], "--train . is a directory; expected a file"),
         (["tag", "-m", "bert", "--train", "tag.tsv", "--features", "mix", "--dropout", "1"], "dropout is 1.0"),
         (["tag", "-m", "bert", "--train", "tag.tsv", "--features", "mix", "--lstm-hidden", "0"], "hidden_size is 0"),

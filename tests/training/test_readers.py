@@ -75,6 +75,7 @@ def test_a_label_column_is_not_needed_to_predict(tmp_path) -> None:
         ("a.tsv", "text\tlabel\na\tx\n \ty\n", "line 3: the text is empty"),
         ("a.tsv", "text\tlabel\na\tx\nb\t\n", "line 3: the label is empty"),
         ("a.tsv", "text\tfoo\na\tx\n", "no column for the label"),
+        ("a.tsv", "why ?\tquestion\na\tx\n", "no column for the label; .* if this row names no columns, .*--no-header"),
         ("a.tsv", "text\tlabel\na\tx\n\xff".encode("latin-1"), "line 3: byte 0xff is not UTF-8"),
         ("a.csv", 'text,label\na,x\n"b,y\n', "line 3: a quote sign opens a field"),
         ("a.jsonl", '{"text": "a", "label": "x"}\n{"text"\n', "line 2: is no JSON"),
@@ -130,6 +131,7 @@ def test_ranges_and_empty_words_of_conllu_are_no_words(tmp_path) -> None:
     ]
     (found,) = read_conll(write(tmp_path / "a.conllu", "\n".join(rows)), word_column=1, tag_column=3, scheme="none")
     assert found.words == ["do", "n't", "1.5"] and found.tags == ["AUX", "PART", "NUM"]
+    assert [found.line_of(word) for word in range(3)] == [3, 4, 6]
 
 
 def test_bioes_and_bilou(tmp_path) -> None:

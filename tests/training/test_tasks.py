@@ -1,66 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tasks of fine-tuning: inputs, windows, heads, what is predicted, what is stored."""
+"""Tasks of fine-tuning: inputs, windows, heads, what is predicted."""
 
 from __future__ import annotations
 
 import itertools
-import json
 import math
 
 import pytest
 import torch
-from tiny_models import classified, paired, questions, tagged, tiny_bert, tiny_elmo, tiny_roberta
+from tiny_models import labels_of, tiny_bert, tiny_roberta
 
 from ctxfast.embed import Embedder
 from ctxfast.models.bert.tokenization import BertTokenizer
 from ctxfast.models.lstm_heads import LstmClassifier, LstmSpanFinder, LstmTagger
 from ctxfast.nn.crf import Crf, bio_rules
-from ctxfast.training.readers.conll import Sentence, read_conll
-from ctxfast.training.readers.squad import Answer, Question, read_squad
-from ctxfast.training.readers.tables import Example, read_table
+from ctxfast.training.readers.conll import Sentence
+from ctxfast.training.readers.squad import Answer, Question
+from ctxfast.training.readers.tables import read_table
 from ctxfast.training.tasks import bert_inputs, features
 from ctxfast.training.tasks.bert_inputs import Frame, windows, word_pieces
-from ctxfast.training.tasks.build import Choice, build, load
-from ctxfast.training.tasks.classify import check_labels, class_names
+from ctxfast.training.tasks.build import Choice, build
+from ctxfast.training.tasks.classify import check_labels
 from ctxfast.training.tasks.features import FrozenLayers, split_words
 from ctxfast.training.tasks.predictor import IGNORE, FineTune
 from ctxfast.training.tasks.tag import check_tags, tag_names
-
-
-@pytest.fixture(scope="module")
-def bert(tmp_path_factory):
-    return tiny_bert(tmp_path_factory.mktemp("models") / "bert")
-
-
-@pytest.fixture(scope="module")
-def elmo(tmp_path_factory):
-    return tiny_elmo(tmp_path_factory.mktemp("models") / "elmo")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """Examples of every task."""
-    folder = tmp_path_factory.mktemp("data")
-    for name, text in (
-        ("tag.tsv", tagged(12)),
-        ("classify.tsv", classified(12)),
-        ("pair.tsv", paired(12)),
-        ("span.json", json.dumps(questions(12))),
-    ):
-        (folder / name).write_text(text)
-    return {
-        "tag": read_conll(folder / "tag.tsv"),
-        "classify": read_table(folder / "classify.tsv"),
-        "pair": read_table(folder / "pair.tsv", is_pair=True),
-        "span": read_squad(folder / "span.json")[0],
-    }
-
-
-def labels_of(task, examples):
-    if task == "tag":
-        return tag_names(examples)
-    return () if task == "span" else class_names(examples)
-
 
 # CRF
 
@@ -292,6 +255,24 @@ def test_decoding_of_answers(bert) -> None:
     assert finder.predict([question])[0].answer == "Sea saw"
 
 
+def test_an_answer_keeps_its_accents(bert) -> None:
+    """Also a last one that is a character of its own, which the tokenizer strips."""
+    finder = build("span", bert, (), Choice(max_length=32, doc_stride=8, max_query=8))
+    finder.model = _Fixed([finder.tokenizer.token_to_id("saw")] * 2)
+    question = Question("q", "who ?", "the sa\u0301w\u0301 bob", (), False)
+    assert finder.predict([question])[0].answer == "sa\u0301w\u0301"
+
+
+def test_an_answer_has_no_space_around_it(bert) -> None:
+    """SentencePiece's tokens begin with the space before a word."""
+    finder = build("span", bert, (), Choice(max_length=32, doc_stride=8, max_query=8))
+    finder.model = _Fixed([finder.tokenizer.token_to_id(token) for token in ("sea", "saw")])
+    question = Question("q", "who ?", "the sea saw bob", (), False)
+    (row,) = finder.items([question])
+    row.data.offsets = [(0, 3), (3, 7), (7, 11), (11, 15)]
+    assert finder.predict([question], [row])[0].answer == "sea saw"
+
+
 def test_no_answer_is_longer_than_allowed(bert) -> None:
     context = "anna " + "the " * 8 + "boat"
     finder = build("span", bert, (), Choice(max_length=32, doc_stride=8, max_query=8, max_answer=3))
@@ -365,181 +346,6 @@ def test_an_answer_in_chinese_is_a_part_of_its_sentence(bert, choice) -> None:
     place = item.data.place
     start, end = item.labels[0] - place, item.labels[1] - place
     assert context[item.data.offsets[start][0] : item.data.offsets[end][1]] == answer
-
-
-# Storing
-
-
-@pytest.mark.parametrize(
-    ("task", "model", "choice"),
-    [
-        ("tag", "bert", Choice()),
-        ("tag", "bert", Choice(features="concat4", crf=True, hidden_size=8)),
-        ("tag", "elmo", Choice(features="mix", hidden_size=8)),
-        ("tag", "elmo", Choice(crf=True, hidden_size=8)),
-        ("classify", "bert", Choice(max_length=32)),
-        ("classify", "elmo", Choice(hidden_size=8)),
-        ("pair", "bert", Choice()),
-        ("pair", "bert", Choice(features="sum4", hidden_size=8)),
-        ("pair", "elmo", Choice(hidden_size=8)),
-        ("span", "bert", Choice(max_length=48, doc_stride=8, max_query=8)),
-        ("span", "bert", Choice(features="mix", hidden_size=8, lstm_layers=1)),
-        ("span", "elmo", Choice(hidden_size=8, lstm_layers=1, null_threshold=None)),
-    ],
-    ids=lambda value: value if isinstance(value, str) else (value.features or "all"),
-)
-def test_a_stored_model_predicts_the_same(task, model, choice, data, request, tmp_path) -> None:
-    examples = data[task]
-    predictor = build(task, request.getfixturevalue(model), labels_of(task, examples), choice)
-    fine_tune = FineTune(predictor, examples, batch_size=5)
-    loss, _ = fine_tune.loss(predictor.model, fine_tune.batch(0, 0, 1))
-    loss.backward()
-    with torch.no_grad():  # so that what is stored is not what was built
-        for parameter in predictor.model.parameters():
-            if parameter.grad is not None:
-                parameter.add_(parameter.grad, alpha=-0.5)
-    fine_tune.save(tmp_path)
-    again = load(tmp_path)
-    assert (again.task, again.form, again.options) == (predictor.task, predictor.form, predictor.options)
-    first, second = predictor.predict(examples), again.predict(examples)
-    if model == "elmo":  # a forget bias returns within 6e-8
-        assert predictor.scores(examples, first) == again.scores(examples, second)
-    else:
-        assert first == second
-    paths = again.write_predictions(tmp_path / "out" / "predictions.txt", examples, second)
-    assert all(path.stat().st_size > 0 for path in paths)
-
-
-@pytest.mark.parametrize("make", [tiny_bert, tiny_roberta])
-@pytest.mark.parametrize("task", ["tag", "classify", "pair", "span"])
-def test_hugging_face_reads_what_was_stored(task, make, data, tmp_path) -> None:
-    """The Auto classes open it and give the same logits, from ids that their tokenizer gives, too."""
-    import transformers
-
-    choice = Choice(max_length=60, doc_stride=8, max_query=16) if task == "span" else Choice()
-    predictor = build(task, make(tmp_path / "model"), labels_of(task, data[task]), choice)
-    predictor.save(tmp_path / "out")
-    kind = {"tag": "TokenClassification", "span": "QuestionAnswering"}.get(task, "SequenceClassification")
-    model = getattr(transformers, f"AutoModelFor{kind}").from_pretrained(tmp_path / "out").eval()
-    if task != "span":
-        assert model.config.id2label == dict(enumerate(predictor.labels))
-    rows = predictor.items(data[task][:1])
-    batch = predictor.collate(rows[:1])
-    inputs = {name: value for name, value in batch.items() if name in ("input_ids", "token_type_ids", "attention_mask")}
-    with torch.no_grad():
-        theirs, ours = model(**inputs), predictor.model.eval()(**inputs)
-    for name in ("start_logits", "end_logits") if task == "span" else ("logits",):
-        assert torch.allclose(getattr(theirs, name), getattr(ours, name), atol=1e-5), name
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
-    example = data[task][0]
-    if task == "span":
-        ids = tokenizer(example.question, example.context, truncation="only_second", max_length=60)["input_ids"]
-    elif task == "tag":  # RoBERTa's needs to be told of the spaces between words
-        ids = tokenizer(" " + " ".join(example.words))["input_ids"]
-    else:
-        ids = tokenizer(example.text, example.pair)["input_ids"]
-    assert ids == rows[0].ids
-
-
-def test_a_cased_model_stays_cased(tmp_path) -> None:
-    """Hugging Face lower-cases unless tokenizer_config.json says no, whatever tokenizer.json has."""
-    import transformers
-
-    build("classify", tiny_bert(tmp_path / "tiny-cased"), ("x", "y")).save(tmp_path / "out")
-    words = ["Bob", "bob", "Paris"]
-    tokenizer = BertTokenizer.from_pretrained(tmp_path / "out")
-    assert tokenizer.tokenize(" ".join(words)) == ["[UNK]", "bob", "[UNK]"]
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
-    assert theirs.tokenize(" ".join(words)) == ["[UNK]", "bob", "[UNK]"]
-
-
-@pytest.mark.parametrize("task", ["tag", "classify", "pair", "span"])
-def test_a_model_that_hugging_face_fine_tuned_predicts(task, bert, data, tmp_path) -> None:
-    """Labels in its own order; what it gives is what Hugging Face's model and tokenizer give."""
-    import transformers
-
-    names = list(reversed(labels_of(task, data[task])))
-    kind = {"tag": "TokenClassification", "span": "QuestionAnswering"}.get(task, "SequenceClassification")
-    torch.manual_seed(0)
-    options = (
-        {} if task == "span" else {"id2label": dict(enumerate(names)), "label2id": {n: k for k, n in enumerate(names)}}
-    )
-    model = getattr(transformers, f"AutoModelFor{kind}").from_pretrained(bert, **options).eval()
-    model.save_pretrained(tmp_path)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(bert)
-    tokenizer.save_pretrained(tmp_path)
-    changes = {"max_length": 60, "doc_stride": 8, "max_query": 8} if task == "span" else {}
-    predictor = load(tmp_path, task=task, changes=changes)
-    assert (predictor.task, predictor.labels) == (task, tuple(names))
-    found = predictor.predict(data[task])
-    for example, one in zip(data[task], found, strict=True):
-        if task == "tag":
-            encoded = tokenizer(example.words, is_split_into_words=True, return_tensors="pt")
-            first = [encoded.word_ids().index(k) for k in range(len(example.words))]
-            assert one == [names[k] for k in model(**encoded).logits[0, first].argmax(-1).tolist()]
-        elif task == "span":
-            encoded = tokenizer(example.question, example.context, return_tensors="pt")
-            output, size = model(**encoded), encoded["input_ids"].shape[1]
-            begin = encoded.sequence_ids().index(1)
-            start, end = output.start_logits[0], output.end_logits[0]
-            pairs = [(float(start[a] + end[b]), a, b) for a in range(begin, size - 1) for b in range(a, size - 1)]
-            score, a, b = max(pairs)
-            assert one.spans[0].score == pytest.approx(score, abs=1e-4) and one.answer == one.spans[0].text
-            assert one.null_score == pytest.approx(float(start[0] + end[0]), abs=1e-4)
-            text = example.context[encoded.token_to_chars(a).start : encoded.token_to_chars(b).end]
-            assert one.answer == text
-        else:
-            logits = model(**tokenizer(example.text, example.pair, return_tensors="pt")).logits[0].detach()
-            assert one.label == names[int(logits.argmax())]
-            assert one.probability == pytest.approx(float(logits.softmax(-1).max()), abs=1e-5)
-    predictor.save(tmp_path / "again")
-    assert load(tmp_path / "again").predict(data[task]) == found
-
-
-def test_models_of_other_kinds_are_refused(bert, tmp_path) -> None:
-    build("tag", bert, ("O", "B-a", "I-a")).save(tmp_path)
-    with pytest.raises(ValueError, match="is one for 'tag'; expected one for 'classify'"):
-        load(tmp_path, task="classify")
-    (tmp_path / "ctxfast_task.json").unlink()
-    with pytest.raises(ValueError, match="is one for 'tag'; expected one for 'pair'"):
-        load(tmp_path, task="pair")
-    build("classify", bert, ("x", "y")).save(tmp_path / "several")
-    (tmp_path / "several" / "ctxfast_task.json").unlink()
-    config = json.loads((tmp_path / "several" / "config.json").read_text())
-    config["problem_type"] = "multi_label_classification"
-    (tmp_path / "several" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="gives a text several labels"):
-        load(tmp_path / "several")
-    # To train on from it is another matter: the labels are those of the data.
-    again = build("classify", tmp_path / "several", ("x", "y"))
-    batch = again.collate(again.items([Example("bob", None, "y", 1)]))
-    assert math.isfinite(again.model(**batch).loss.item())
-    assert again.model.config.to_dict()["problem_type"] == "single_label_classification"
-
-
-def test_a_classifier_of_the_same_names_is_kept_in_their_order(bert, tmp_path) -> None:
-    first = build("classify", bert, ("no", "maybe", "yes"))
-    first.save(tmp_path)
-    old = first.model.classifier.weight
-    assert torch.equal(build("classify", tmp_path, ("maybe", "no", "yes")).model.classifier.weight, old[[1, 0, 2]])
-    other = build("classify", tmp_path, ("a", "b", "c")).model.classifier.weight
-    assert not torch.allclose(other, old, atol=1e-3), "a classifier of other labels starts anew"
-
-
-@pytest.mark.parametrize("task", ["classify", "pair", "tag"])
-@pytest.mark.parametrize("choice", [Choice(), Choice("last", hidden_size=8)], ids=["bert", "features"])
-def test_one_label_is_nothing_to_learn(task, choice, bert) -> None:
-    """With a single class BERT's head would fit numbers in silence."""
-    with pytest.raises(ValueError, match="labels is 'x' alone; expected two or more"):
-        build(task, bert, ("x",), choice)
-
-
-def test_loading_names_what_is_missing(bert, tmp_path) -> None:
-    with pytest.raises(FileNotFoundError, match="has no ctxfast_task.json"):
-        load(tmp_path)
-    build("tag", bert, ("O", "B-a", "I-a")).save(tmp_path / "best")
-    with pytest.raises(FileNotFoundError, match="Did you mean .*best"):
-        load(tmp_path)
 
 
 # Labels and choices

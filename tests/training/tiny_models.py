@@ -15,6 +15,8 @@ from ctxfast.models.bert.modeling import Bert
 from ctxfast.models.elmo.config import ElmoConfig
 from ctxfast.models.elmo.tokenization import PADDING_ID
 from ctxfast.models.elmo.weights import random_weights, save_weights
+from ctxfast.training.tasks.classify import class_names
+from ctxfast.training.tasks.tag import tag_names
 
 NAMES, PLACES = ("anna", "bob", "carla", "deniz"), ("paris", "rome", "new york", "oslo")
 FILLERS = ("went", "to", "and", "saw", "the", "sea", "with", "from", "a", "boat")
@@ -171,3 +173,10 @@ def tiny_roberta(folder: Path) -> Path:
     torch.manual_seed(7)
     Bert(config).save_pretrained(folder, overwrite=True)
     return folder
+
+
+def labels_of(task, examples):
+    """The labels of examples of a task."""
+    if task == "tag":
+        return tag_names(examples)
+    return () if task == "span" else class_names(examples)

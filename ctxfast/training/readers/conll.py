@@ -21,12 +21,18 @@ _CONLLU_COLUMNS = 10
 
 @dataclass(frozen=True, slots=True)
 class Sentence:
-    """Words, their tags (None where the file has none), which words are the predicate, and the first word's line."""
+    """Words, their tags (None where the file has none), which words are the predicate, and the first word's line;
+    ``lines`` are those of all words where they do not follow one another."""
 
     words: list[str]
     tags: list[str] | None
     predicate: list[bool] | None
     line: int
+    lines: tuple[int, ...] | None = None
+
+    def line_of(self, word: int) -> int:
+        """The line of a word, by its number."""
+        return self.line + word if self.lines is None else self.lines[word]
 
 
 def read_conll(
@@ -109,7 +115,9 @@ def _sentence(
         predicate = [fields[predicate_column].strip() not in _NO_PREDICATE for _, fields in rows]
         if not any(predicate):
             raise fail(path, f"line {rows[0][0]}", "the sentence that begins here has no predicate")
-    return Sentence(words, tags, predicate, rows[0][0])
+    lines = tuple(line for line, _ in rows)
+    follow = lines[-1] - lines[0] + 1 == len(lines)
+    return Sentence(words, tags, predicate, lines[0], None if follow else lines)
 
 
 def _check_columns(

@@ -178,7 +178,11 @@ def _columns(
             column = None
         if column is None and (role != "label" or needs_label):
             what = f"column {asked!r}" if asked is not None else f"column for the {role}"
-            raise fail(path, f"line {line}", f"has no {what}; its columns are {names}. Name it (--{role}-column)")
+            hint = f"Name it (--{role}-column)"
+            is_json = (table.format or _FORMATS.get(data_suffix(path))) == "jsonl"
+            if has_header and table.header is None and not is_json:
+                hint += "; if this row names no columns, say so (--no-header)"
+            raise fail(path, f"line {line}", f"has no {what}; its columns are {names}. {hint}")
         found[role] = column
     return found["text"], found["pair"], found["label"]
 

@@ -102,6 +102,11 @@ def build(
     choice = choice or Choice()
     if task not in TASKS:
         raise ValueError(f"ctxfast.finetune: task is {task!r}; expected one of {', '.join(TASKS)}.")
+    if (Path(model) / "head.safetensors").is_file():
+        raise ValueError(
+            f"ctxfast.finetune: model {model} is a finished one with an LSTM over its encoder; expected a pretrained "
+            f"one. Its encoder is {Path(model) / 'encoder'}."
+        )
     if len(labels) == 1:
         raise ValueError(f"ctxfast.finetune: labels is {labels[0]!r} alone; expected two or more to tell apart.")
     if choice.features is not None:
@@ -224,9 +229,7 @@ def load(
     file = directory / SETTINGS_FILE
     if not file.is_file():
         return _load_foreign(directory, task, device, dict(changes or {}))
-    settings = json.loads(file.read_text(encoding="utf-8"))
-    if settings.get("format") != FORMAT:
-        raise ValueError(f"ctxfast.finetune: {file} has format {settings.get('format')}; expected {FORMAT}.")
+    settings = _read_settings(file)
     _check_task(directory, settings["task"], task)
     form, labels = settings["form"], settings["labels"]
     options = {**settings["options"], **(changes or {})}
@@ -242,6 +245,20 @@ def load(
         model.load_state_dict(load_file(directory / "head.safetensors", device=str(device)))
     predictor.model.eval()
     return predictor
+
+
+def _read_settings(file: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"ctxfast.finetune: {file} is damaged ({error}); expected what training wrote.") from error
+    found = settings.get("format") if isinstance(settings, dict) else None
+    if found != FORMAT:
+        raise ValueError(f"ctxfast.finetune: {file} has format {found}; expected {FORMAT}.")
+    missing = {"task", "form", "labels", "options"} - set(settings)
+    if missing:
+        raise ValueError(f"ctxfast.finetune: {file} has no {', '.join(sorted(missing))}; expected what training wrote.")
+    return settings
 
 
 def _check_task(directory: Path, found: str, task: str | None) -> None:

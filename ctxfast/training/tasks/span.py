@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -128,7 +129,9 @@ class _SpanFinder(Predictor):
     def _finding(self, example: Question, own: _Candidates, offsets: list[tuple[int, int]]) -> Finding:
         spans: dict[str, float] = {}
         for score, first, last in sorted(own.spans, key=lambda span: (-span[0], span[1], span[2])):
-            text = example.context[offsets[first][0] : offsets[last][1]]
+            # Some tokenizers count the space before a word in.
+            end = _after_marks(example.context, offsets[last][1])
+            text = example.context[offsets[first][0] : end].strip()
             if text and text not in spans:
                 spans[text] = score
             if len(spans) == self.n_best:
@@ -329,6 +332,14 @@ class _Asked:
     @property
     def length(self) -> int:
         return self.context.length
+
+
+def _after_marks(text: str, end: int) -> int:
+    """Behind the combining marks at ``end``: they belong to the letter before, but a tokenizer that strips accents ends
+    its token there."""
+    while end < len(text) and unicodedata.category(text[end]).startswith("M"):
+        end += 1
+    return end
 
 
 def _token_span(offsets: Sequence[tuple[int, int]], example: Question) -> tuple[int, int] | None:

@@ -47,7 +47,7 @@ def check_tags(path: str | os.PathLike[str], sentences: Sequence[Sentence], know
     names = frozenset(known)
     for sentence in sentences:
         for place, tag in enumerate(sentence.tags or ()):
-            check_label(path, sentence.line + place, tag, names)
+            check_label(path, sentence.line_of(place), tag, names)
 
 
 class _Tagger(Predictor):
