@@ -129,11 +129,14 @@ ROWS: tuple[Row, ...] = (
         passes=("fb",)),
     Row("linear_cross_entropy", "bert-base MLM 2457 of 16384 rows", dict(T=16384, labelled=2457, N=768, V=30522),
         cpu=(), passes=("f", "fb")),
-    Row("transformer_layer", "bert-base 1x16", dict(lengths=(16,), N=768, H=12, M=3072), "small", cpu=_EVERY_BERT,
+    Row("transformer_layers", "minilm 1x16", dict(lengths=(16,), N=384, H=12, M=1536, K=6), "small", cpu=_EVERY_BERT,
         cuda=()),
-    Row("transformer_layer", "bert-base 1x128", dict(lengths=(128,), N=768, H=12, M=3072), cpu=_EVERY_BERT),
-    Row("transformer_layer", "bert-base ragged 32 (fill 0.39)", dict(lengths=RAGGED_32, N=768, H=12, M=3072),
+    Row("transformer_layers", "bert-base 1x16, one layer", dict(lengths=(16,), N=768, H=12, M=3072, K=1), "small",
         cpu=_EVERY_BERT, cuda=()),
+    Row("transformer_layers", "bert-base 1x128, one layer", dict(lengths=(128,), N=768, H=12, M=3072, K=1),
+        cpu=_EVERY_BERT),
+    Row("transformer_layers", "bert-base ragged 32 (fill 0.39), one layer",
+        dict(lengths=RAGGED_32, N=768, H=12, M=3072, K=1), cpu=_EVERY_BERT, cuda=()),
     # ELMo around its LSTM
     Row("char_cnn", "elmo-original 32 words", dict(W=32), "small"),
     Row("char_cnn", "elmo-original 256 words", dict(W=256)),
@@ -342,23 +345,23 @@ def _linear_act(random: torch.Generator, T: int, N: int, M: int, activation: str
     )
 
 
-def _transformer_layer(random: torch.Generator, lengths: tuple[int, ...], N: int, H: int, M: int) -> dict[str, Any]:
+def _transformer_layers(
+    random: torch.Generator, lengths: tuple[int, ...], N: int, H: int, M: int, K: int
+) -> dict[str, Any]:
     def product(out: int, size: int) -> tuple[Tensor, Tensor]:
         return _normal(random, out, size, std=size**-0.5), _normal(random, out, std=0.1)
 
     def norm() -> tuple[Tensor, Tensor]:
         return 1 + _normal(random, N, std=0.1), _normal(random, N, std=0.1)
 
+    weights: list[Tensor] = []
+    for _ in range(K):
+        weights += (*product(3 * N, N), *product(N, N), *norm(), *product(M, N), *product(N, M), *norm())
     return dict(
         x=_normal(random, sum(lengths), N),
         cu_seqlens=torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32),
         max_seqlen=max(lengths),
-        qkv=product(3 * N, N),
-        project=product(N, N),
-        attention_norm=norm(),
-        widen=product(M, N),
-        narrow=product(N, M),
-        output_norm=norm(),
+        weights=tuple(weights),
         num_heads=H,
     )
 
@@ -444,7 +447,7 @@ _MAKERS: dict[str, Callable[..., dict[str, Any]]] = {
     "embed_layer_norm": _embed_layer_norm,
     "char_cnn": _char_cnn,
     "scalar_mix": _scalar_mix,
-    "transformer_layer": _transformer_layer,
+    "transformer_layers": _transformer_layers,
     "linear_cross_entropy": _linear_cross_entropy,
     "bert": _bert,
     "bert_mlm": _bert_mlm,

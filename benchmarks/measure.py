@@ -32,7 +32,9 @@ _MIN_SAMPLE_S = 2e-3
 # Calls shorter than this are preceded by an untimed one: what the previous provider left in the caches is no matter.
 _REWARM_BELOW_S = 0.05
 # Pause before each provider's turn: the threads of the one before, which wait for more work in loops, go to sleep.
-_SETTLE_S = 0.01
+# ONNX Runtime's take longer: after 10 ms they still slow down whoever comes next (MiniLM, one text of 16 tokens on two
+# cores: OpenVINO 5.0 ms instead of 3.2, ctxfast 6.2 instead of 3.5; 2026-11-28).
+_SETTLE_S, _SETTLE_MODELS_S = 0.01, 0.05
 
 
 @dataclass
@@ -138,7 +140,7 @@ def measure(case: Case, providers: Sequence[Provider], settings: Settings) -> li
             if captured is not None:
                 runners.append(_Runner(graph_row, captured))
     if runners:
-        (_time_cuda if case.device == "cuda" else _time_cpu)(runners, settings.seconds, flush=not case.is_model)
+        (_time_cuda if case.device == "cuda" else _time_cpu)(runners, settings.seconds, is_model=case.is_model)
     for each in runners:
         _summarise(each, case)
     _set_ratios(rows)
@@ -184,7 +186,7 @@ def _prepare(
 # time
 
 
-def _time_cpu(runners: list[_Runner], seconds: float, *, flush: bool) -> None:
+def _time_cpu(runners: list[_Runner], seconds: float, *, is_model: bool) -> None:
     for each in runners:
         each.run()
         start = time.perf_counter()
@@ -192,13 +194,14 @@ def _time_cpu(runners: list[_Runner], seconds: float, *, flush: bool) -> None:
         each.estimate = time.perf_counter() - start
         each.inner = max(1, round(_MIN_SAMPLE_S / max(each.estimate, 1e-7)))
         each.row.timing = "wall clock, warm"
-    a_round = sum(_cost(each) for each in runners)
+    settle = _SETTLE_MODELS_S if is_model else _SETTLE_S
+    a_round = sum(settle + _cost(each) for each in runners)
     gc.collect()
     gc.disable()
     try:
         for _ in range(rounds(seconds, a_round)):
             for each in runners:
-                time.sleep(_SETTLE_S)
+                time.sleep(settle)
                 if each.estimate < _REWARM_BELOW_S:
                     each.run()
                 start = time.perf_counter()
@@ -210,7 +213,7 @@ def _time_cpu(runners: list[_Runner], seconds: float, *, flush: bool) -> None:
 
 
 def _cost(each: _Runner) -> float:
-    return _SETTLE_S + each.estimate * (each.inner + (each.estimate < _REWARM_BELOW_S))
+    return each.estimate * (each.inner + (each.estimate < _REWARM_BELOW_S))
 
 
 def rounds(seconds: float, a_round: float) -> int:
@@ -218,10 +221,10 @@ def rounds(seconds: float, a_round: float) -> int:
     return max(MIN_ROUNDS, min(MAX_ROUNDS, int(seconds / max(a_round, 1e-6))))
 
 
-def _time_cuda(runners: list[_Runner], seconds: float, *, flush: bool) -> None:
+def _time_cuda(runners: list[_Runner], seconds: float, *, is_model: bool) -> None:
     # Written over before each timed call: four times the L2 cache, so that nothing of the inputs stays in it.
     size = 4 * torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
-    scratch = torch.empty(max(size, 1 << 20), dtype=torch.int8, device="cuda") if flush else None
+    scratch = torch.empty(max(size, 1 << 20), dtype=torch.int8, device="cuda") if not is_model else None
     for each in runners:
         for _ in range(3):
             each.run()
@@ -232,7 +235,7 @@ def _time_cuda(runners: list[_Runner], seconds: float, *, flush: bool) -> None:
         torch.cuda.synchronize()
         each.estimate = (time.perf_counter() - start) / 5
         each.inner = max(1, min(20, round(_MIN_SAMPLE_S / each.estimate)))
-        kind = "CUDA events, " + ("L2 flushed" if flush else "warm")
+        kind = "CUDA events, " + ("warm" if is_model else "L2 flushed")
         each.row.timing = kind
     a_round = sum(each.inner * (each.estimate + 1e-4) for each in runners)
     for _ in range(rounds(seconds, a_round)):

@@ -294,41 +294,44 @@ def _build_varlen(case: Case, args: Mapping[str, Any]) -> Call:
 # layers of an encoder
 
 
-def _build_encoder_layer(case: Case, args: Mapping[str, Any]) -> Call:
+def _layers(args: Mapping[str, Any]) -> list[tuple[Tensor, ...]]:
+    weights = args["weights"]
+    return [weights[i : i + 12] for i in range(0, len(weights), 12)]
+
+
+def _build_encoder(case: Case, args: Mapping[str, Any]) -> Call:
     row, inside, places = _padding(args)
-    x = args["x"][row].masked_fill(~inside[:, :, None], 0)  # padded for free
+    x, layers = args["x"][row].masked_fill(~inside[:, :, None], 0), _layers(args)  # padded for free
     layer = torch.nn.TransformerEncoderLayer(
-        x.shape[-1], args["num_heads"], args["widen"][0].shape[0], 0.0, "gelu", layer_norm_eps=1e-12, batch_first=True
+        x.shape[-1], args["num_heads"], layers[0][6].shape[0], 0.0, "gelu", layer_norm_eps=1e-12, batch_first=True
     )
-    names = dict(qkv="self_attn.in_proj_", project="self_attn.out_proj.", attention_norm="norm1.", widen="linear1.",
-                 narrow="linear2.", output_norm="norm2.")  # fmt: skip
-    pairs = {own + kind: args[name][i] for name, own in names.items() for i, kind in enumerate(("weight", "bias"))}
-    layer.load_state_dict(pairs)
-    layer = layer.to(case.device, case.dtype).eval()
+    encoder = torch.nn.TransformerEncoder(layer, len(layers))
+    parts = ("self_attn.in_proj_", "self_attn.out_proj.", "norm1.", "linear1.", "linear2.", "norm2.")
+    names = [part + kind for part in parts for kind in ("weight", "bias")]
+    for layer, weights in zip(encoder.layers, layers):
+        layer.load_state_dict(dict(zip(names, weights)))
+    encoder = encoder.to(case.device, case.dtype).eval()
     padding = None if bool(inside.all()) else ~inside
     return Call(
-        lambda: (layer(x, src_key_padding_mask=padding),),
+        lambda: (encoder(x, src_key_padding_mask=padding),),
         to_case=lambda outputs: (outputs[0].flatten(0, 1)[places],),
     )
 
 
 def _build_layer_parts(case: Case, args: Mapping[str, Any]) -> Call:
-    x, offsets, longest, heads = args["x"], args["cu_seqlens"], args["max_seqlen"], args["num_heads"]
-    weight_dtype = args.get("weight_dtype")
+    offsets, longest, heads = args["cu_seqlens"], args["max_seqlen"], args["num_heads"]
+    weight_dtype, layers = args.get("weight_dtype"), _layers(args)
+    product, norm = partial(ctxfast.functional.linear_act, weight_dtype=weight_dtype), ctxfast.functional.add_layer_norm
 
     def forward() -> Outputs:
-        own = (3, heads, x.shape[1] // heads)
-        qkv = ctxfast.functional.linear_act(x, *args["qkv"], weight_dtype=weight_dtype).unflatten(-1, own)
-        context = ctxfast.functional.attention(qkv, offsets, longest).flatten(1)
-        (w, b), (v, c) = args["project"], args["narrow"]
-        projected = ctxfast.functional.linear_act(context, w, weight_dtype=weight_dtype)
-        h = ctxfast.functional.add_layer_norm(projected, x, *args["attention_norm"], b)
-        wide = ctxfast.functional.linear_act(h, *args["widen"], activation="gelu", weight_dtype=weight_dtype)
-        return (
-            ctxfast.functional.add_layer_norm(
-                ctxfast.functional.linear_act(wide, v, weight_dtype=weight_dtype), h, *args["output_norm"], c
-            ),
-        )
+        x = args["x"]
+        for w_qkv, b_qkv, w, b, gain, shift, w_wide, b_wide, w_narrow, b_narrow, last_gain, last_shift in layers:
+            qkv = product(x, w_qkv, b_qkv).unflatten(-1, (3, heads, x.shape[1] // heads))
+            context = ctxfast.functional.attention(qkv, offsets, longest).flatten(1)
+            h = norm(product(context, w), x, gain, shift, b)
+            wide = product(h, w_wide, b_wide, activation="gelu")
+            x = norm(product(wide, w_narrow), h, last_gain, last_shift, b_narrow)
+        return (x,)
 
     return Call(forward)
 
@@ -486,9 +489,9 @@ PEERS: dict[str, tuple[Provider, ...]] = {
     ),
     "linear_act": (Provider("nn.Linear and activation", _build_linear),),
     "embed_layer_norm": (Provider("nn.Embedding and nn.LayerNorm", _build_embeddings),),
-    "transformer_layer": (
-        Provider("ctxfast, part by part", _build_layer_parts, "seven calls", ours=True),
-        Provider("nn.TransformerEncoderLayer", _build_encoder_layer, "padding not timed"),
+    "transformer_layers": (
+        Provider("ctxfast, part by part", _build_layer_parts, "seven calls a layer", ours=True),
+        Provider("nn.TransformerEncoder", _build_encoder, "padding not timed"),
     ),
     "char_cnn": (
         Provider("nn.Conv1d (AllenNLP style)", _build_conv1d),

@@ -84,11 +84,11 @@ def op_work(op: str, sizes: dict[str, Any], itemsize: int, backward: bool) -> Wo
         return Work(bytes=(sizes["K"] + 1.0) * sizes["B"] * sizes["T"] * sizes["N"] * itemsize)
     if op == "linear_cross_entropy":
         return Work(flops=passes * 2.0 * sizes["labelled"] * sizes["N"] * sizes["V"])
-    if op == "transformer_layer":
+    if op == "transformer_layers":
         lengths, size = sizes["lengths"], sizes["N"]
         per_token = 2.0 * (4 * size**2 + 2 * size * sizes["M"])
         attended = 4.0 * sum(n * n for n in lengths) * size
-        return Work(flops=passes * (sum(lengths) * per_token + attended), tokens=sum(lengths))
+        return Work(flops=passes * sizes["K"] * (sum(lengths) * per_token + attended), tokens=sum(lengths))
     if op in ("bert", "bert_mlm"):
         passes = 3 if op == "bert_mlm" else 1
         lengths, s = sizes["lengths"], BERT_SIZES[sizes["model"]]

@@ -19,7 +19,7 @@ from .functional import (
     linear_cross_entropy,
     lstm,
     scalar_mix,
-    transformer_layer,
+    transformer_layers,
 )
 
 try:
@@ -60,7 +60,7 @@ __all__ = [
     "linear_cross_entropy",
     "lstm",
     "scalar_mix",
-    "transformer_layer",
+    "transformer_layers",
     "show_config",
     "use_impl",
     *_LAZY,

@@ -28,7 +28,7 @@ from .ops import (
     linear_cross_entropy as _linear_cross_entropy,
     lstm as _lstm,
     scalar_mix as _scalar_mix,
-    transformer_layer as _transformer_layer,
+    transformer_layers as _transformer_layers,
 )
 
 __all__ = [
@@ -41,7 +41,7 @@ __all__ = [
     "linear_cross_entropy",
     "lstm",
     "scalar_mix",
-    "transformer_layer",
+    "transformer_layers",
 ]
 
 
@@ -518,86 +518,75 @@ def linear_cross_entropy(
     return registry.call(_linear_cross_entropy.SPEC, args, impl)
 
 
-def _transformer_layer_args(
+def _transformer_layers_args(
     x: Tensor,
     cu_seqlens: Tensor,
     max_seqlen: int,
-    qkv: tuple[Tensor, Tensor | None],
-    project: tuple[Tensor, Tensor | None],
-    attention_norm: tuple[Tensor, Tensor],
-    widen: tuple[Tensor, Tensor | None],
-    narrow: tuple[Tensor, Tensor | None],
-    output_norm: tuple[Tensor, Tensor],
+    weights: Sequence[Tensor | None],
     *,
     num_heads: int,
     activation: str = "gelu",
     eps: float = 1e-12,
     weight_dtype: torch.dtype | None = None,
+    all_layers: bool = False,
 ) -> dict[str, Any]:
     return dict(
         x=x,
         cu_seqlens=cu_seqlens,
         max_seqlen=max_seqlen,
-        qkv=qkv,
-        project=project,
-        attention_norm=attention_norm,
-        widen=widen,
-        narrow=narrow,
-        output_norm=output_norm,
+        weights=tuple(weights),
         num_heads=num_heads,
         activation=activation,
         eps=eps,
         weight_dtype=weight_dtype,
+        all_layers=all_layers,
     )
 
 
-def transformer_layer(
+def transformer_layers(
     x: Tensor,
     cu_seqlens: Tensor,
     max_seqlen: int,
-    qkv: tuple[Tensor, Tensor | None],
-    project: tuple[Tensor, Tensor | None],
-    attention_norm: tuple[Tensor, Tensor],
-    widen: tuple[Tensor, Tensor | None],
-    narrow: tuple[Tensor, Tensor | None],
-    output_norm: tuple[Tensor, Tensor],
+    weights: Sequence[Tensor | None],
     *,
     num_heads: int,
     activation: str = "gelu",
     eps: float = 1e-12,
     weight_dtype: torch.dtype | None = None,
+    all_layers: bool = False,
     impl: str | None = None,
-) -> Tensor:
-    """A whole post-LN encoder layer over S packed sequences, without dropout.
+) -> Tensor | tuple[Tensor, ...]:
+    """Whole post-LN encoder layers over S packed sequences, one after another, without dropout.
 
-    ``h = LayerNorm(x + project(attention(qkv(x))))``; ``LayerNorm(h + narrow(activation(widen(h))))``.
+    A layer: ``h = LayerNorm(x + project(attention(qkv(x))))``; ``LayerNorm(h + narrow(activation(widen(h))))``.
 
     Args:
         x: (T, N), sequences one after another.
         cu_seqlens: (S + 1,) int32 or int64, row where each sequence starts; the last entry is T.
         max_seqlen: length of the longest sequence, or more.
-        qkv, project, widen, narrow: (weight, bias) of the products: query, key and value together (3N, N); (N, N);
-            (M, N); (N, M). A bias may be None.
-        attention_norm, output_norm: (weight, bias) of the LayerNorms, (N,) each.
+        weights: 12 tensors of each layer, layers one after another: weight and bias of qkv (query, key and value
+            together: (3N, N)), project (N, N), the attention's LayerNorm (N,), widen (M, N), narrow (N, M) and the
+            output's LayerNorm (N,). The bias of a product may be None.
         num_heads: a divisor of N.
         activation, weight_dtype: as in ``linear_act``.
-        eps: of both LayerNorms.
+        eps: of every LayerNorm.
+        all_layers: return what every layer gives, not only the last.
         impl: name of an implementation; None chooses.
 
     Returns:
-        (T, N), in the dtype of ``x``.
+        (T, N), in the dtype of ``x``; with ``all_layers`` one for each layer.
 
     Numerics: cpu gives the bits that its parts (``linear_act``, ``attention``, ``add_layer_norm``) give one by one; in
     float32 and int8 a sequence's do not depend on the others.
     Implementations: reference (any device and dtype), cpu (float32, bfloat16; int8 without gradient; the backward pass
-    recomputes the layer). ``nn.TransformerLayer`` takes it where it is faster than the parts.
+    recomputes each layer). ``nn.TransformerLayer`` and ``Bert`` take it where it is faster than the parts.
     Reference: Vaswani et al. 2017, section 3.1; Devlin et al. 2019.
     """
-    args = _transformer_layer_args(
-        x, cu_seqlens, max_seqlen, qkv, project, attention_norm, widen, narrow, output_norm,
-        num_heads=num_heads, activation=activation, eps=eps, weight_dtype=weight_dtype,
+    args = _transformer_layers_args(
+        x, cu_seqlens, max_seqlen, weights, num_heads=num_heads, activation=activation, eps=eps,
+        weight_dtype=weight_dtype, all_layers=all_layers,
     )  # fmt: skip
-    return registry.call(_transformer_layer.SPEC, args, impl)
+    return registry.call(_transformer_layers.SPEC, args, impl)
 
 
 # Arguments of a public function -> the keyword arguments implementations take. Tests, benchmarks and explain use it.
@@ -610,7 +599,7 @@ ARGS = {
     "linear_cross_entropy": _linear_cross_entropy_args,
     "lstm": _lstm_args,
     "scalar_mix": _scalar_mix_args,
-    "transformer_layer": _transformer_layer_args,
+    "transformer_layers": _transformer_layers_args,
 }
 
 

@@ -25,7 +25,7 @@ TINY = {
     "embed_layer_norm": dict(T=4, N=8, V=11),
     "char_cnn": dict(W=3),
     "scalar_mix": dict(K=3, B=2, T=3, N=4),
-    "transformer_layer": dict(lengths=(4, 1, 3), N=8, H=2, M=12),
+    "transformer_layers": dict(lengths=(4, 1, 3), N=8, H=2, M=12, K=2),
     "linear_cross_entropy": dict(T=6, labelled=2, N=8, V=11),
 }
 QUICK = Settings(seconds=0.0)
@@ -270,7 +270,7 @@ def test_cuda_timing_takes_event_times(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: type("", (), {"L2_cache_size": 1 << 20}))
     each = measure._Runner(row("a", None), lambda: time.sleep(1e-3))
-    measure._time_cuda([each], 0.0, flush=False)
+    measure._time_cuda([each], 0.0, is_model=True)
     assert set(each.times) == {2e-3} and len(each.times) == measure.MIN_ROUNDS * each.inner
     assert each.row.timing == "CUDA events, warm"
 

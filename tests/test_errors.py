@@ -38,12 +38,18 @@ def _good(op: str) -> dict[str, Any]:
         "scalar_mix": dict(tensors=[t(2, 3, 4)] * 2, scalar_parameters=t(2), gamma=t(1), mask=torch.ones(2, 3).bool(),
                            do_layer_norm=True),
         "linear_cross_entropy": dict(hidden=t(5, 4), weight=t(9, 4), labels=ids, bias=t(9)),
-        "transformer_layer": dict(
-            x=t(5, 8), cu_seqlens=torch.tensor([0, 2, 5]), max_seqlen=3, qkv=(t(24, 8), t(24)), project=(t(8, 8), t(8)),
-            attention_norm=(t(8), t(8)), widen=(t(6, 8), None), narrow=(t(8, 6), t(8)), output_norm=(t(8), t(8)),
-            num_heads=2,
-        ),
+        "transformer_layers": dict(x=t(5, 8), cu_seqlens=torch.tensor([0, 2, 5]), max_seqlen=3, weights=_weights(),
+                                   num_heads=2),
     }[op]  # fmt: skip
+
+
+def _weights(at: int | None = None, put: Any = None) -> list[Any]:
+    """Those of two layers of ``transformer_layers``, one of them replaced."""
+    shapes = ((24, 8), (24,), (8, 8), (8,), (8,), (8,), (6, 8), None, (8, 6), (8,), (8,), (8,)) * 2
+    weights = [None if shape is None else torch.zeros(shape) for shape in shapes]
+    if at is not None:
+        weights[at] = put
+    return weights
 
 
 _T = torch.zeros
@@ -54,7 +60,7 @@ _F = "ctxfast.linear_act: "
 _E = "ctxfast.embed_layer_norm: "
 _C = "ctxfast.char_cnn: "
 _M = "ctxfast.scalar_mix: "
-_Y = "ctxfast.transformer_layer: "
+_Y = "ctxfast.transformer_layers: "
 _X = "ctxfast.linear_cross_entropy: "
 _FLOATS = "expected float32, float16, bfloat16 or float64. Convert it with .float()."
 _CONVERT = "Convert one of them, or run under torch.autocast."
@@ -166,33 +172,41 @@ TABLE = [
     ("char_cnn", dict(conv_weights=[_T(5, 4, 2), _T(7, 4, 8)]), ValueError,
      _C + "conv_weights[1] has width 8; expected at most 6, the characters of a word in char_ids."),
     ("char_cnn", dict(activation="gelu"), ValueError, _C + "activation is 'gelu'; expected one of 'relu', 'tanh'."),
-    # transformer_layer
-    ("transformer_layer", dict(x=_T(1, 5, 8)), ValueError,
+    # transformer_layers
+    ("transformer_layers", dict(x=_T(1, 5, 8)), ValueError,
      _Y + "x has shape (1, 5, 8); expected (tokens, hidden_size), packed. Pack a padded batch with ctxfast.packing "
      "first."),
-    ("transformer_layer", dict(x=_T(5, 8).long()), TypeError, _Y + "x has dtype torch.int64; " + _FLOATS),
-    ("transformer_layer", dict(num_heads=3), ValueError, _Y + "num_heads is 3; expected a divisor of hidden_size = 8."),
-    ("transformer_layer", dict(qkv=_T(24, 8)), ValueError, _Y + "qkv is a Tensor; expected (weight, bias)."),
-    ("transformer_layer", dict(qkv=(_T(24, 8), _T(24), _T(1))), ValueError,
-     _Y + "qkv is 3 values; expected (weight, bias)."),
-    ("transformer_layer", dict(qkv=(_T(8, 24), None)), ValueError,
-     _Y + "qkv[0] has shape (8, 24); expected (3*hidden_size, hidden_size) = (24, 8)."),
-    ("transformer_layer", dict(project=(_T(8, 8), _T(7))), ValueError,
-     _Y + "project[1] has shape (7,); expected (hidden_size,) = (8,)."),
-    ("transformer_layer", dict(attention_norm=(_T(8), None)), TypeError,
-     _Y + "attention_norm[1] is a NoneType; expected a torch.Tensor."),
-    ("transformer_layer", dict(narrow=(_T(8, 7), None)), ValueError,
-     _Y + "narrow[0] has shape (8, 7); expected (hidden_size, intermediate_size) = (8, 6)."),
-    ("transformer_layer", dict(widen=(_T(6, 8).half(), None)), TypeError,
-     _Y + "widen[0] has dtype torch.float16; expected torch.float32, that of x. " + _CONVERT),
-    ("transformer_layer", dict(cu_seqlens=torch.tensor([0, 6, 5])), ValueError,
+    ("transformer_layers", dict(x=_T(5, 8).long()), TypeError, _Y + "x has dtype torch.int64; " + _FLOATS),
+    ("transformer_layers", dict(num_heads=3), ValueError,
+     _Y + "num_heads is 3; expected a divisor of hidden_size = 8."),
+    ("transformer_layers", dict(weights=[]), ValueError,
+     _Y + "weights holds 0 tensors; expected 12 for each of one or more layers: weight and bias of qkv, project, "
+     "attention_norm, widen, narrow, output_norm."),
+    ("transformer_layers", dict(weights=_weights()[:-1]), ValueError,
+     _Y + "weights holds 23 tensors; expected 12 for each of one or more layers: weight and bias of qkv, project, "
+     "attention_norm, widen, narrow, output_norm."),
+    ("transformer_layers", dict(weights=_weights(at=0, put=_T(8, 24))), ValueError,
+     _Y + "weight of qkv of layer 0 has shape (8, 24); expected (3*hidden_size, hidden_size) = (24, 8)."),
+    ("transformer_layers", dict(weights=_weights(at=15, put=_T(7))), ValueError,
+     _Y + "bias of project of layer 1 has shape (7,); expected (hidden_size,) = (8,)."),
+    ("transformer_layers", dict(weights=_weights(at=5, put=None)), TypeError,
+     _Y + "bias of attention_norm of layer 0 is a NoneType; expected a torch.Tensor."),
+    ("transformer_layers", dict(weights=_weights(at=6, put=None)), TypeError,
+     _Y + "weight of widen of layer 0 is a NoneType; expected a torch.Tensor."),
+    ("transformer_layers", dict(weights=_weights(at=18, put=_T(7, 8))), ValueError,
+     _Y + "weight of widen of layer 1 has shape (7, 8); expected (intermediate_size, hidden_size) = (6, 8)."),
+    ("transformer_layers", dict(weights=_weights(at=8, put=_T(8, 7))), ValueError,
+     _Y + "weight of narrow of layer 0 has shape (8, 7); expected (hidden_size, intermediate_size) = (8, 6)."),
+    ("transformer_layers", dict(weights=_weights(at=18, put=_T(6, 8).half())), TypeError,
+     _Y + "weight of widen of layer 1 has dtype torch.float16; expected torch.float32, that of x. " + _CONVERT),
+    ("transformer_layers", dict(cu_seqlens=torch.tensor([0, 6, 5])), ValueError,
      _Y + "cu_seqlens runs from 0 to 5; expected offsets that never fall, from 0 to the 5 rows of x."),
-    ("transformer_layer", dict(max_seqlen=2), ValueError,
+    ("transformer_layers", dict(max_seqlen=2), ValueError,
      _Y + "max_seqlen is 2; expected at least 3, the longest sequence in cu_seqlens."),
-    ("transformer_layer", dict(max_seqlen=3.5), TypeError, _Y + "max_seqlen is a float; expected an int."),
-    ("transformer_layer", dict(activation="swish"), ValueError,
+    ("transformer_layers", dict(max_seqlen=3.5), TypeError, _Y + "max_seqlen is a float; expected an int."),
+    ("transformer_layers", dict(activation="swish"), ValueError,
      _Y + "activation is 'swish'; expected one of 'none', 'gelu', 'gelu_tanh', 'relu', 'tanh'."),
-    ("transformer_layer", dict(weight_dtype=torch.float16), ValueError,
+    ("transformer_layers", dict(weight_dtype=torch.float16), ValueError,
      _Y + "weight_dtype is torch.float16; expected one of None, torch.int8."),
     # scalar_mix
     ("scalar_mix", dict(tensors=[]), ValueError, _M + "tensors holds 0 tensors; expected at least one layer."),

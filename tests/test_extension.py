@@ -7,15 +7,18 @@ instruction set and several thread counts are tried.
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
 
+import ctxfast
 from ctxfast import _C
 from ctxfast._core.rounding import rounded_rows
 
@@ -369,3 +372,19 @@ def test_one_openmp_runtime() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+def test_threads_stay_free_to_run_on_every_core() -> None:
+    """A thread that wakes up on its caller's core moves away, and may come back."""
+
+    def masks() -> dict[int, set[int]]:
+        return {int(task): os.sched_getaffinity(int(task)) for task in os.listdir("/proc/self/task")}
+
+    qkv, offsets = torch.randn(256, 3, 4, 32), torch.tensor([0, 256], dtype=torch.int32)
+    ctxfast.attention(qkv, offsets, 256, impl="cpu")  # starts the threads
+    before = masks()
+    for _ in range(10):
+        time.sleep(0.03)  # so that they sleep
+        ctxfast.attention(qkv, offsets, 256, impl="cpu")
+        after = masks()
+        assert {task: after[task] for task in before} == before

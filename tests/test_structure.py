@@ -42,7 +42,7 @@ COMPILED = {
     ("lstm", "cuda"),
     ("lstm", "cuda_step"),
     ("scalar_mix", "cuda"),
-    ("transformer_layer", "cpu"),
+    ("transformer_layers", "cpu"),
 }
 
 

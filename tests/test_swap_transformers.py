@@ -14,7 +14,7 @@ from hf_models import IDS, MASK, tiny_model as _model
 from torch import Tensor, nn
 
 import ctxfast
-from ctxfast.nn import swap_transformers
+from ctxfast.nn import swap_transformers, whole_layer
 
 transformers = pytest.importorskip("transformers")
 
@@ -152,8 +152,8 @@ def test_dense_batches_run_as_before_on_a_cpu_unless_asked_for(monkeypatch) -> N
     monkeypatch.setattr(swap_transformers.capability, "is_mkl_slow", lambda: False)
     model = _model("Bert")
     expected = model(IDS).last_hidden_state
-    calls, run = [], swap_transformers._run_layer
-    monkeypatch.setattr(swap_transformers, "_run_layer", lambda *args: calls.append(1) or run(*args))
+    calls, find = [], swap_transformers._plain_parts
+    monkeypatch.setattr(swap_transformers, "_plain_parts", lambda layer: calls.append(1) or find(layer))
     ctxfast.swap_in(model)
     assert torch.equal(model(IDS).last_hidden_state, expected) and not calls
     monkeypatch.setattr(swap_transformers.capability, "is_mkl_slow", lambda: True)
@@ -256,6 +256,22 @@ def test_weights_changed_afterwards_are_used() -> None:
             parameter.mul_(1.5)
     found, expected = (each(IDS, attention_mask=MASK).last_hidden_state for each in (model, other))
     torch.testing.assert_close(found[MASK == 1], expected[MASK == 1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_all_layers_are_one_call_with_the_same_bits(kind, monkeypatch) -> None:
+    calls, run = [], whole_layer.run
+    monkeypatch.setattr(
+        whole_layer, "run", lambda *args, **options: calls.append(len(args[3])) or run(*args, **options)
+    )
+    model = _model(kind)
+    ctxfast.swap_in(model)
+    found = model(IDS, attention_mask=MASK).last_hidden_state
+    assert calls == [2]
+    layers = model(IDS, attention_mask=MASK, output_hidden_states=True)  # looks between the layers
+    assert calls == [2, 1, 1]
+    assert torch.equal(found, layers.last_hidden_state) and torch.equal(found, layers.hidden_states[-1])
 
 
 @pytest.mark.parametrize("place", ["layer.1", "layer.1.attention.self", "layer.0.output.dense"])

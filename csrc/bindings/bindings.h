@@ -23,7 +23,7 @@ void bind_lstm_persistent(pybind11::module_& m);
 void bind_lstm_step(pybind11::module_& m);
 void bind_lstm_persistent_backward(pybind11::module_& m);
 void bind_scalar_mix(pybind11::module_& m);
-void bind_transformer_layer(pybind11::module_& m);
+void bind_transformer_layers(pybind11::module_& m);
 
 // ValueError for arguments, RuntimeError for everything else.
 inline void throw_unless_ok(const ctxfast::Status& status) {

@@ -6,10 +6,14 @@
 //                           build
 //   cpu_isas() -> list      the instruction sets compiled that this machine runs, the best one last
 //   cpu_isa() -> str        the last of them
-//   same_samples(memory, stride, size, count, kept) -> bool    see samples.h; addresses, bytes
+//   same_samples(samples, count) -> bool    whether all are the same; address of rows of five words, see samples.h
+//   extremes(integers, count, is_int64) -> (least, most)    of one or more int64 or int32; address
 //
 // Ops: see attention.cpp, char_cnn.cpp, char_cnn_cuda.cpp, layer_norm.cpp, linear_act.cpp, lstm.cpp,
-// lstm_persistent_backward.cpp, scalar_mix.cpp and transformer_layer.cpp beside this file.
+// lstm_persistent_backward.cpp, scalar_mix.cpp and transformer_layers.cpp beside this file.
+#include <algorithm>
+#include <utility>
+
 #include "bindings.h"
 #include "ctxfast/cpu_isa.h"
 #include "ctxfast/samples.h"
@@ -39,6 +43,13 @@ py::dict build_info() {
   return info;
 }
 
+template <class Integer>
+std::pair<int64_t, int64_t> extremes(const Integer* integers, int64_t count) {
+  Integer least = integers[0], most = integers[0];
+  for (int64_t i = 1; i < count; ++i) least = std::min(least, integers[i]), most = std::max(most, integers[i]);
+  return {least, most};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -50,8 +61,13 @@ PYBIND11_MODULE(_C, m) {
     for (const ctxfast::Isa isa : ctxfast::runnable_isas()) names.emplace_back(ctxfast::isa_name(isa));
     return names;
   });
-  m.def("same_samples", [](std::uintptr_t memory, int64_t stride, int64_t size, int64_t count, std::uintptr_t kept) {
-    return ctxfast::same_samples(pointer<const void>(memory), stride, size, count, pointer<const void>(kept));
+  m.def("same_samples", [](std::uintptr_t samples, int64_t count) {
+    const auto* const first = pointer<const ctxfast::Samples>(samples);
+    return std::all_of(first, first + count, ctxfast::same_samples);
+  });
+  m.def("extremes", [](std::uintptr_t integers, int64_t count, bool is_int64) {
+    return is_int64 ? extremes(pointer<const int64_t>(integers), count)
+                    : extremes(pointer<const int32_t>(integers), count);
   });
   bind_attention(m);
   bind_char_cnn(m);
@@ -63,5 +79,5 @@ PYBIND11_MODULE(_C, m) {
   bind_lstm_step(m);
   bind_lstm_persistent_backward(m);
   bind_scalar_mix(m);
-  bind_transformer_layer(m);
+  bind_transformer_layers(m);
 }

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from array import array
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -31,49 +32,75 @@ def _sample(tensor: Tensor) -> Tensor:
     return tensor.flatten()[::step]
 
 
+def _facts(sources: Sequence[Tensor]) -> tuple[list[Any], ...]:
+    try:
+        versions = [tensor._version for tensor in sources]
+    except RuntimeError:  # a tensor made in inference mode has none
+        versions = [-1 if tensor.is_inference() else tensor._version for tensor in sources]
+    return [tensor.data_ptr() for tensor in sources], [tensor.shape for tensor in sources], versions
+
+
 class _Seen:
-    """A source as it was when something was packed from it."""
+    """Sources as they were when something was packed from them."""
 
-    def __init__(self, tensor: Tensor, forget: Callable[[Any], None]) -> None:
-        self._ref = weakref.ref(tensor, forget)
-        self._facts = self._facts_of(tensor)
-        sample = _sample(tensor)
-        self._values = sample.clone()
-        # What reads the values where the tensor holds them, in a tenth of the time that torch takes to compare them.
-        self._compare, self._place = None, ()
-        if tensor.is_contiguous() and capability.extension() is not None:
-            size = sample.element_size()
-            stride = sample.stride(0) * size
-            self._compare = capability.extension().same_samples
-            self._place = (tensor.data_ptr(), stride, size, sample.numel(), self._values.data_ptr())
+    def __init__(
+        self, sources: Sequence[Tensor], is_read: Callable[[Tensor], bool], forget: Callable[[Any], None]
+    ) -> None:
+        self._refs = [weakref.ref(tensor, forget) for tensor in sources]
+        self._facts = _facts(sources)
+        self._extension = capability.extension()
+        # Samples that are read where the tensors hold them, all in one call, in a tenth of the time that torch takes to
+        # compare one; and the others.
+        self._table, self._held = array("q"), []
+        self._others: list[tuple[int, Tensor]] = []
+        for i, tensor in enumerate(sources):
+            if is_read(tensor):
+                continue
+            sample = _sample(tensor)
+            value, size = sample.clone(), sample.element_size()
+            if self._extension is not None and tensor.is_contiguous():
+                self._held.append(value)
+                place = (tensor.data_ptr(), sample.stride(0) * size, size, sample.numel(), value.data_ptr())
+                self._table.extend(place)
+            else:
+                self._others.append((i, value))
+        self._rows = (self._table.buffer_info()[0], len(self._held))
 
-    @staticmethod
-    def _facts_of(tensor: Tensor) -> tuple[Any, ...]:
-        return tensor.data_ptr(), tensor.shape, -1 if tensor.is_inference() else tensor._version
-
-    def is_still(self, tensor: Tensor) -> bool:
-        if self._ref() is not tensor or self._facts_of(tensor) != self._facts:
+    def are_still(self, sources: Sequence[Tensor]) -> bool:
+        if not all([ref() is tensor for ref, tensor in zip(self._refs, sources)]) or _facts(sources) != self._facts:
             return False
-        if self._compare is not None:
-            return self._compare(*self._place)
-        return torch.equal(_sample(tensor), self._values)
+        if self._rows[1] and not self._extension.same_samples(*self._rows):
+            return False
+        return all([torch.equal(_sample(sources[i]), value) for i, value in self._others])
 
 
 class WeightCache:
     """Maps the identity and content of some CPU tensors to what was packed from them."""
 
     def __init__(self) -> None:
-        self._entries: dict[tuple[Any, ...], tuple[tuple[_Seen, ...], Any]] = {}
+        self._entries: dict[tuple[Any, ...], tuple[_Seen, Any]] = {}
         self._lock = threading.Lock()
 
-    def get(self, sources: Sequence[Tensor], kind: Any, pack: Callable[[], Any]) -> Any:
-        """The packed form of ``sources`` for this ``kind``, made by ``pack()`` unless it is at hand and current."""
-        key = (kind, *(id(tensor) for tensor in sources))
+    def get(
+        self,
+        sources: Sequence[Tensor],
+        kind: Any,
+        pack: Callable[[], Any],
+        is_read: Callable[[Tensor], bool] = lambda tensor: False,
+    ) -> Any:
+        """The packed form of ``sources`` for this ``kind``, made by ``pack()`` unless it is at hand and current.
+
+        ``is_read`` tells sources of which only the address is kept: their values are read where they are.
+        """
+        key = (kind, *map(id, sources))
         entry = self._entries.get(key)
-        if entry is not None and all([seen.is_still(tensor) for seen, tensor in zip(entry[0], sources)]):
+        if entry is not None and entry[0].are_still(sources):
             return entry[1]
+        # First let go of what was packed before, so that both are never held at once.
+        entry = None
+        self._entries.pop(key, None)
         # Whoever dies first takes the entry with it. Noted before packing: a write meanwhile must not go unseen.
-        seen = tuple(_Seen(tensor, lambda _, key=key: self._entries.pop(key, None)) for tensor in sources)
+        seen = _Seen(sources, is_read, lambda _: self._entries.pop(key, None))
         packed = pack()
         with self._lock:
             self._entries[key] = (seen, packed)

@@ -298,26 +298,34 @@ def _query_key_value(parts: Parts, x: Tensor) -> tuple[Tensor, Tensor | None]:
     return torch.stack(products, dim=1), None
 
 
-def _run_whole(parts: Parts, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor | None:
-    """One layer in one call; None where its parts must be called."""
-    if not whole_layer.is_open(x) or any(type(linear) is not nn.Linear for linear in parts.linears):
+def _whole(parts: Parts) -> whole_layer.Layer | None:
+    """What one call needs to compute a layer; None where its parts must be called."""
+    if any(type(linear) is not nn.Linear for linear in parts.linears):
         return None
     if any(_rate(dropout) for dropout in parts.dropouts) or parts.attention_norm.eps != parts.output_norm.eps:
         return None
     modules = (parts.project, parts.attention_norm, parts.widen, parts.narrow, parts.output_norm)
-    pairs = (_qkv(parts), *((module.weight, module.bias) for module in modules))
-    return whole_layer.run(
-        x, cu_seqlens, max_seqlen, *pairs,
-        num_heads=parts.heads, activation=_activation(parts.activation), eps=parts.output_norm.eps,
-    )  # fmt: skip
+    weights = (*_qkv(parts), *(tensor for module in modules for tensor in (module.weight, module.bias)))
+    options = dict(num_heads=parts.heads, activation=_activation(parts.activation), eps=parts.output_norm.eps)
+    return whole_layer.Layer(weights, options)
+
+
+def _run_whole(
+    every: Sequence[Parts], impl: str | None, x: Tensor, cu_seqlens: Tensor, max_seqlen: int
+) -> tuple[Tensor] | None:
+    """What the last of these layers gives, by one call; None where it cannot be done so."""
+    with nullcontext() if impl is None else registry.use_impl(impl):
+        if not whole_layer.is_open(x):
+            return None
+        return whole_layer.run(x, cu_seqlens, max_seqlen, [_whole(parts) for parts in every])
 
 
 def _run_layer(parts: Parts, impl: str | None, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
     """One post-LN layer over packed tokens, (T, N) -> (T, N)."""
+    whole = _run_whole([parts], impl, x, cu_seqlens, max_seqlen)
+    if whole is not None:
+        return whole[0]
     with nullcontext() if impl is None else registry.use_impl(impl):
-        y = _run_whole(parts, x, cu_seqlens, max_seqlen)
-        if y is not None:
-            return y
         qkv, bias = _query_key_value(parts, x)
         context = functional.attention(qkv, cu_seqlens, max_seqlen, bias, dropout_p=_rate(parts.attention_dropout))
         norm = parts.attention_norm
@@ -388,11 +396,15 @@ class PackedEncoder(nn.Module):
         collects = _collected("hidden_states")
         packed, padded = packing.pack(hidden_states), hidden_states
         every = [_plain_parts(layer) for layer in self.layer]
-        if self.cuda_graphs and not collects and None not in every and self._graphs.can_run(packed):
-            (packed,) = self._graphs.run(
-                partial(_run_layers, every, self.impl), self, (packed,), packing.cu_seqlens, packing.max_seqlen
-            )
-            return self._result(last_hidden_state=packing.unpack(packed))
+        if not collects and None not in every:
+            offsets, longest = packing.cu_seqlens, packing.max_seqlen
+            if self.cuda_graphs and self._graphs.can_run(packed):
+                run = partial(_run_layers, every, self.impl)
+                whole = self._graphs.run(run, self, (packed,), offsets, longest)
+            else:
+                whole = _run_whole(every, self.impl, packed, offsets, longest)
+            if whole is not None:
+                return self._result(last_hidden_state=packing.unpack(whole[0]))
         for layer, parts in zip(self.layer, every):
             if parts is None:
                 before = packing.unpack(packed) if padded is None else padded

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -88,14 +90,14 @@ class TransformerLayer(nn.Module):
         """x (T, N) packed tokens, cu_seqlens (S + 1,) int32, max_seqlen (the longest sequence, or
         more) -> (T, N)."""
         if whole_layer.is_open(x):
-            y = self._whole(x, cu_seqlens, max_seqlen)
-            if y is not None:
-                return y
+            states = whole_layer.run(x, cu_seqlens, max_seqlen, [self.whole()])
+            if states is not None:
+                return states[0]
         x = self.attention(x, cu_seqlens, max_seqlen)
         return self.output(self.intermediate(x), x)
 
-    def _whole(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor | None:
-        """The layer in one call; None where its parts must be called."""
+    def whole(self) -> whole_layer.Layer | None:
+        """What one call needs to compute this layer, as it is now; None where its parts must be called."""
         # By their tables: through attributes it takes ten times as long, and all of a short text's layer some 100 us.
         modules = self._modules
         attention, widen, narrow = modules["attention"], modules["intermediate"], modules["output"]
@@ -116,14 +118,31 @@ class TransformerLayer(nn.Module):
         if self.training and (own.dropout or first_norm.dropout or last_norm.dropout):
             return None
         qkv = own._parameters
-        return whole_layer.run(
-            x, cu_seqlens, max_seqlen, (qkv["qkv_weight"], qkv["qkv_bias"]), _pair(project_dense), _pair(first_norm),
-            _pair(widen_dense), _pair(narrow_dense), _pair(last_norm), num_heads=own.num_heads,
-            activation=widen.activation, eps=first_norm.eps, weight_dtype=own.weight_dtype,
+        weights = (
+            qkv["qkv_weight"], qkv["qkv_bias"], *_pair(project_dense), *_pair(first_norm), *_pair(widen_dense),
+            *_pair(narrow_dense), *_pair(last_norm),
         )  # fmt: skip
+        options = dict(
+            num_heads=own.num_heads, activation=widen.activation, eps=first_norm.eps, weight_dtype=own.weight_dtype
+        )
+        return whole_layer.Layer(weights, options)
 
 
-# Of the parts that ``TransformerLayer._whole`` lists.
+def run_whole(
+    layers: Iterable[nn.Module], x: Tensor, cu_seqlens: Tensor, max_seqlen: int, *, all_layers: bool = False
+) -> tuple[Tensor, ...] | None:
+    """What the last of some layers gives, or every one, by one call; None where they must be called one by one."""
+    if not whole_layer.is_open(x):
+        return None
+    found = []
+    for layer in layers:
+        if type(layer) is not TransformerLayer or whole_layer.is_watched(layer):
+            return None
+        found.append(layer.whole())
+    return whole_layer.run(x, cu_seqlens, max_seqlen, found, all_layers=all_layers)
+
+
+# Of the parts that ``TransformerLayer.whole`` lists.
 _KINDS = (AttentionBlock, SelfAttention, ProjectAddLayerNorm, nn.Linear, AddLayerNorm, Intermediate, nn.Linear,
           ProjectAddLayerNorm, nn.Linear, AddLayerNorm)  # fmt: skip
 

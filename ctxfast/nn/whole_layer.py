@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where an encoder layer is computed by one call, ``functional.transformer_layer``, and where by its parts.
+"""Where encoder layers are computed by one call, ``functional.transformer_layers``, and where by their parts.
 
 One call is faster on a CPU, where calls of a short text's parts take longer than their arithmetic. Parts it is on a
-GPU (CUDA graphs make calls free), with gradients (one call would compute the layer again on the way back), under
-autocast, and where somebody asked for an implementation of a part or looks between the parts.
+GPU (CUDA graphs make calls free), with gradients (one call would compute layers again on the way back), under autocast,
+and where somebody asked for an implementation of a part or looks between the parts.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,13 @@ from .._core import registry
 _PARTS = ("add_layer_norm", "attention", "linear_act")
 
 
+class Layer(NamedTuple):
+    """What one call needs of a layer."""
+
+    weights: tuple[Tensor | None, ...]  # as functional.transformer_layers takes them
+    options: dict[str, Any]  # its other arguments
+
+
 def is_watched(module: nn.Module) -> bool:
     """Whether somebody wants to see a module's inputs or outputs, or has given it another ``forward``."""
     state = module.__dict__
@@ -26,7 +34,7 @@ def is_watched(module: nn.Module) -> bool:
 
 
 def is_open(x: Tensor) -> bool:
-    """Whether one call could compute a layer over these tokens, as far as the layer itself allows it."""
+    """Whether one call could compute layers over these tokens, as far as the layers themselves allow it."""
     if not x.is_cpu or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         return False
     if torch.nn.modules.module._has_any_global_hook():
@@ -35,8 +43,20 @@ def is_open(x: Tensor) -> bool:
 
 
 def run(
-    x: Tensor, cu_seqlens: Tensor, max_seqlen: int, *pairs: tuple[Tensor, Tensor | None], **options: Any
-) -> Tensor | None:
-    """``functional.transformer_layer``, or None where only its reference would take the call."""
-    args = functional.ARGS["transformer_layer"](x, cu_seqlens, max_seqlen, *pairs, **options)
-    return registry.call_unless_reference(registry.OPS["transformer_layer"], args)
+    x: Tensor, cu_seqlens: Tensor, max_seqlen: int, layers: Sequence[Layer | None], *, all_layers: bool = False
+) -> tuple[Tensor, ...] | None:
+    """What the last layer gives, or every layer, by one call.
+
+    None where the layers must run by themselves: there are none, one of them cannot be part of such a call (None), they
+    differ in options, or only the reference would take the call.
+    """
+    if not layers or any([layer is None for layer in layers]):
+        return None
+    if any([layer.options != layers[0].options for layer in layers]):
+        return None
+    weights = [tensor for layer in layers for tensor in layer.weights]
+    args = functional.ARGS["transformer_layers"](
+        x, cu_seqlens, max_seqlen, weights, **layers[0].options, all_layers=all_layers
+    )
+    found = registry.call_unless_reference(registry.OPS["transformer_layers"], args)
+    return (found,) if isinstance(found, Tensor) else found

@@ -13,7 +13,7 @@ from . import (  # noqa: F401  (importing an op enters it in the table)
     linear_cross_entropy,
     lstm,
     scalar_mix,
-    transformer_layer,
+    transformer_layers,
 )
 
 registry.load_implementations()

@@ -19,17 +19,25 @@ bool same_words(const void* memory, int64_t stride, int64_t count, const void* k
   return difference == 0;
 }
 
-// `count` elements of `size` bytes (1, 2, 4 or 8), `stride` bytes apart, against as many one after another.
-inline bool same_samples(const void* memory, int64_t stride, int64_t size, int64_t count, const void* kept) {
-  switch (size) {
+// `count` elements of `size` bytes (1, 2, 4 or 8) at `memory`, `stride` bytes apart; at `kept` as many one after
+// another. Five 64-bit words and nothing else: callers may keep it as a row of integers.
+struct Samples {
+  const void* memory;
+  int64_t stride, size, count;
+  const void* kept;
+};
+static_assert(sizeof(Samples) == 5 * 8, "no padding");
+
+inline bool same_samples(const Samples& s) {
+  switch (s.size) {
     case 1:
-      return same_words<uint8_t>(memory, stride, count, kept);
+      return same_words<uint8_t>(s.memory, s.stride, s.count, s.kept);
     case 2:
-      return same_words<uint16_t>(memory, stride, count, kept);
+      return same_words<uint16_t>(s.memory, s.stride, s.count, s.kept);
     case 4:
-      return same_words<uint32_t>(memory, stride, count, kept);
+      return same_words<uint32_t>(s.memory, s.stride, s.count, s.kept);
     case 8:
-      return same_words<uint64_t>(memory, stride, count, kept);
+      return same_words<uint64_t>(s.memory, s.stride, s.count, s.kept);
   }
   return false;
 }

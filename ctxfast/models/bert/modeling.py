@@ -24,6 +24,7 @@ from ..._core import checks
 from ...nn import AddLayerNorm, Embeddings, SelfAttention, TransformerLayer
 from ...nn.embeddings import roberta_position_ids
 from ...nn.graphs import PackedGraphs
+from ...nn.transformer import run_whole
 from ...packing import Packing
 from .config import BertConfig
 from .weights import Checkpoint, load_checkpoint, save_checkpoint
@@ -185,8 +186,13 @@ class Encoder(nn.Module):
         )
         self.gradient_checkpointing = False
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> list[Tensor]:
-        """(T, N) -> the input and the output of every layer, (T, N) each."""
+    def forward(
+        self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, output_hidden_states: bool = True
+    ) -> list[Tensor]:
+        """(T, N) -> the input and the output of every layer, or the last output alone, (T, N) each."""
+        whole = run_whole(self.layer, x, cu_seqlens, max_seqlen, all_layers=output_hidden_states)
+        if whole is not None:
+            return [x, *whole] if output_hidden_states else list(whole)
         states = [x]
         recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         for layer in self.layer:
@@ -195,7 +201,7 @@ class Encoder(nn.Module):
             else:
                 x = layer(x, cu_seqlens, max_seqlen)
             states.append(x)
-        return states
+        return states if output_hidden_states else states[-1:]
 
 
 class Pooler(nn.Module):
@@ -366,8 +372,7 @@ class Bert(Pretrained):
         )
 
         def encode(tokens: Sequence[Tensor | None], cu_seqlens: Tensor, max_seqlen: int) -> list[Tensor]:
-            states = self.encoder(self.embeddings(*tokens), cu_seqlens, max_seqlen)
-            return states if output_hidden_states else states[-1:]
+            return self.encoder(self.embeddings(*tokens), cu_seqlens, max_seqlen, output_hidden_states)
 
         if self.cuda_graphs and self._graphs.can_run(tokens[0]):
             states = self._graphs.run(

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// transformer_layer on the CPU against its parts, called one by one: the same bits, on every instruction set this
+// transformer_layers on the CPU against its parts, called one by one: the same bits, on every instruction set this
 // machine runs and on any number of threads. The parts have programs of their own.
 #include <cstring>
 
@@ -7,7 +7,7 @@
 #include "ctxfast/attention.h"
 #include "ctxfast/layer_norm.h"
 #include "ctxfast/linear_act.h"
-#include "ctxfast/transformer_layer.h"
+#include "ctxfast/transformer_layers.h"
 
 using namespace ctxfast;
 
@@ -73,8 +73,25 @@ struct Weights {
       }
     }
   }
-  TransformerLayerProduct product(bool has_bias) const {
+  TransformerProduct product(bool has_bias) const {
     return {packed.memory, scales.data(), sums.data(), has_bias ? bias.memory : nullptr};
+  }
+};
+
+struct Layer {
+  Weights qkv, project, widen, narrow;
+  Values norms[4];
+
+  Layer(Random* random, DType type, DType held, int64_t hidden, int64_t wide)
+      : qkv(random, type, held, hidden, 3 * hidden),
+        project(random, type, held, hidden, hidden),
+        widen(random, type, held, hidden, wide),
+        narrow(random, type, held, wide, hidden),
+        norms{random_values(random, type, hidden, 0.3f, 1.0f), random_values(random, type, hidden, 0.3f),
+              random_values(random, type, hidden, 0.3f, 1.0f), random_values(random, type, hidden, 0.3f)} {}
+  TransformerLayer packed(bool has_bias) const {
+    return {qkv.product(has_bias),   project.product(has_bias), {norms[0].memory, norms[1].memory},
+            widen.product(has_bias), narrow.product(has_bias),  {norms[2].memory, norms[3].memory}};
   }
 };
 
@@ -84,11 +101,12 @@ struct Problem {
   bool has_bias;
   std::vector<int32_t> offsets = {0};
   Random random;
-  Values x, norms[4];
-  Weights qkv, project, widen, narrow;
+  Values x;
+  std::vector<Layer> layers;
+  std::vector<TransformerLayer> packed;
 
   Problem(DType type, DType held, const std::vector<int>& lengths, int64_t hidden, int64_t heads, int64_t wide,
-          bool has_bias)
+          bool has_bias, int count = 1)
       : type(type),
         held(held),
         hidden(hidden),
@@ -97,14 +115,10 @@ struct Problem {
         tokens(total(lengths)),
         has_bias(has_bias),
         random(static_cast<uint64_t>(hidden * 1000 + wide)),
-        x(random_values(&random, type, tokens * hidden, 1.0f)),
-        norms{random_values(&random, type, hidden, 0.3f, 1.0f), random_values(&random, type, hidden, 0.3f),
-              random_values(&random, type, hidden, 0.3f, 1.0f), random_values(&random, type, hidden, 0.3f)},
-        qkv(&random, type, held, hidden, 3 * hidden),
-        project(&random, type, held, hidden, hidden),
-        widen(&random, type, held, hidden, wide),
-        narrow(&random, type, held, wide, hidden) {
+        x(random_values(&random, type, tokens * hidden, 1.0f)) {
     for (const int length : lengths) offsets.push_back(offsets.back() + length);
+    for (int i = 0; i < count; ++i) layers.emplace_back(&random, type, held, hidden, wide);
+    for (const Layer& layer : layers) packed.push_back(layer.packed(has_bias));
   }
   static int64_t total(const std::vector<int>& lengths) {
     int64_t sum = 0;
@@ -112,16 +126,14 @@ struct Problem {
     return sum;
   }
 
-  TransformerLayerParams params(Isa isa, int64_t threads, Values* y) const {
-    TransformerLayerParams p;
+  TransformerLayersParams params(Isa isa, int64_t threads, void* const* y) const {
+    TransformerLayersParams p;
     p.tokens = tokens, p.hidden = hidden, p.heads = heads, p.intermediate = wide;
     p.sequences = static_cast<int64_t>(offsets.size()) - 1;
     p.type = type, p.held = held, p.eps = 1e-12f;
     p.x = x.memory, p.cu_seqlens = offsets.data();
-    p.qkv = qkv.product(has_bias), p.project = project.product(has_bias);
-    p.widen = widen.product(has_bias), p.narrow = narrow.product(has_bias);
-    p.attention_norm = {norms[0].memory, norms[1].memory}, p.output_norm = {norms[2].memory, norms[3].memory};
-    p.y = y->memory;
+    p.layers = packed.data(), p.count = static_cast<int64_t>(packed.size());
+    p.y = y;
     p.threads = threads, p.isa = isa;
     return p;
   }
@@ -137,20 +149,20 @@ struct Problem {
     return to;
   }
 
-  Values normalise(const Values& rows, const Weights& w, const Values& residual, int norm, Isa isa,
+  Values normalise(const Values& rows, const Weights& w, const Values& residual, const Values* norm, Isa isa,
                    Report* report) const {
     Values to(type, tokens * hidden);
     LayerNormParams p;
     p.rows = tokens, p.size = hidden, p.type = type, p.sources = 2;
     p.source[0] = {rows.memory, hidden}, p.source[1] = {residual.memory, hidden};
-    p.shift = has_bias ? w.bias.memory : nullptr, p.weight = norms[norm].memory, p.bias = norms[norm + 1].memory;
+    p.shift = has_bias ? w.bias.memory : nullptr, p.weight = norm[0].memory, p.bias = norm[1].memory;
     p.eps = 1e-12f, p.y = to.memory, p.isa = isa;
     report->that("layer_norm", layer_norm_forward(p).ok());
     return to;
   }
 
-  Values by_parts(Isa isa, Report* report) const {
-    const Values rows = multiply(qkv, x, Activation::kNone, true, isa, report);
+  Values by_parts(const Layer& layer, const Values& from, Isa isa, Report* report) const {
+    const Values rows = multiply(layer.qkv, from, Activation::kNone, true, isa, report);
     Values context(type, tokens * hidden);
     AttentionParams p;
     p.tokens = tokens, p.heads = heads, p.head_dim = hidden / heads;
@@ -159,23 +171,40 @@ struct Problem {
     p.scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(p.head_dim)));
     p.y = context.memory, p.stride_y = hidden, p.isa = isa;
     report->that("attention", attention_forward(p).ok());
-    const Values projected = multiply(project, context, Activation::kNone, false, isa, report);
-    const Values h = normalise(projected, project, x, 0, isa, report);
-    const Values between = multiply(widen, h, Activation::kGelu, true, isa, report);
-    return normalise(multiply(narrow, between, Activation::kNone, false, isa, report), narrow, h, 2, isa, report);
+    const Values projected = multiply(layer.project, context, Activation::kNone, false, isa, report);
+    const Values h = normalise(projected, layer.project, from, layer.norms, isa, report);
+    const Values between = multiply(layer.widen, h, Activation::kGelu, true, isa, report);
+    const Values narrowed = multiply(layer.narrow, between, Activation::kNone, false, isa, report);
+    return normalise(narrowed, layer.narrow, h, layer.norms + 2, isa, report);
   }
 };
 
 void check_problem(const Problem& problem, Report* report) {
+  const int64_t count = static_cast<int64_t>(problem.layers.size()), elements = problem.tokens * problem.hidden;
   for (const Isa isa : runnable_isas()) {
     const std::string name = std::string(isa_name(isa)) + " hidden " + std::to_string(problem.hidden) + " tokens " +
-                             std::to_string(problem.tokens);
-    const Values want = problem.by_parts(isa, report);
+                             std::to_string(problem.tokens) + " layers " + std::to_string(count);
+    std::vector<Values> want;
+    for (const Layer& layer : problem.layers) {
+      want.push_back(problem.by_parts(layer, want.empty() ? problem.x : want.back(), isa, report));
+    }
     for (const int64_t threads : {1, 2, 5}) {
-      Values y(problem.type, problem.tokens * problem.hidden);
-      const Status status = transformer_layer_forward(problem.params(isa, threads, &y));
+      Values last(problem.type, elements);
+      std::vector<Values> every;
+      std::vector<void*> places;
+      for (int64_t i = 0; i < count; ++i) {
+        every.emplace_back(problem.type, elements);
+        places.push_back(every.back().memory);
+      }
+      TransformerLayersParams p = problem.params(isa, threads, &last.memory);
+      const Status status = transformer_layers_forward(p);
       report->that(name + ": " + status.message, status.ok());
-      report->that(name + " threads " + std::to_string(threads), y == want);
+      report->that(name + " threads " + std::to_string(threads), last == want.back());
+      p.y = places.data(), p.all_layers = true;
+      report->that(name, transformer_layers_forward(p).ok());
+      for (int64_t i = 0; i < count; ++i) {
+        report->that(name + " layer " + std::to_string(i), every[i] == want[i]);
+      }
     }
   }
 }
@@ -185,12 +214,12 @@ void check_refusals(Report* report) {
   const int32_t falls[] = {0, 4, 3}, ends[] = {0, 3, 4};
   const auto refused = [&](const char* word, auto change) {
     Values y(DType::kFloat32, 5 * 16);
-    TransformerLayerParams p = problem.params(Isa::kGeneric, 1, &y);
+    TransformerLayersParams p = problem.params(Isa::kGeneric, 1, &y.memory);
     change(&p);
-    const Status status = transformer_layer_forward(p);
+    const Status status = transformer_layers_forward(p);
     report->that(word, !status.ok() && status.message.find(word) != std::string::npos);
   };
-  using P = TransformerLayerParams;
+  using P = TransformerLayersParams;
   refused("tokens", [](P* p) { p->tokens = -1; });
   refused("hidden", [](P* p) { p->hidden = 9000; });
   refused("heads", [](P* p) { p->heads = 3; });
@@ -202,10 +231,21 @@ void check_refusals(Report* report) {
   refused("cu_seqlens[2]", [&](P* p) { p->cu_seqlens = falls; });
   refused("the end of cu_seqlens", [&](P* p) { p->cu_seqlens = ends; });
   refused("x", [](P* p) { p->x = nullptr; });
-  refused("output_norm.bias", [](P* p) { p->output_norm.bias = nullptr; });
-  refused("packed", [](P* p) { p->widen.packed = nullptr; });
-  refused("cache line", [](P* p) { p->narrow.packed = static_cast<const char*>(p->narrow.packed) + 4; });
-  refused("sums", [](P* p) { p->qkv.sums = nullptr; });
+  refused("count", [](P* p) { p->count = 0; });
+  void* const nowhere = nullptr;
+  refused("y", [&](P* p) { p->y = &nowhere; });
+  refused("layers", [](P* p) { p->layers = nullptr; });
+  TransformerLayer layers[2];
+  const auto refused_layer = [&](const char* word, auto change) {
+    layers[0] = layers[1] = problem.packed[0];
+    change(&layers[1]);
+    refused(word, [&](P* p) { p->layers = layers, p->count = 2; });
+  };
+  using L = TransformerLayer;
+  refused_layer("norm", [](L* l) { l->output_norm.bias = nullptr; });
+  refused_layer("packed", [](L* l) { l->widen.packed = nullptr; });
+  refused_layer("cache line", [](L* l) { l->narrow.packed = static_cast<const char*>(l->narrow.packed) + 4; });
+  refused_layer("sums", [](L* l) { l->qkv.sums = nullptr; });
 }
 
 }  // namespace
@@ -220,10 +260,11 @@ int main() {
                {DType::kBFloat16, DType::kInt8}};
   for (const auto& kind : kinds) {
     check_problem({kind.type, kind.held, {5, 0, 1, 17, 33}, 64, 4, 96, true}, &report);
-    check_problem({kind.type, kind.held, {3, 16}, 35, 5, 67, false}, &report);
+    check_problem({kind.type, kind.held, {3, 16}, 35, 5, 67, false, 2}, &report);
+    check_problem({kind.type, kind.held, {2, 9}, 48, 3, 64, true, 3}, &report);
     check_problem({kind.type, kind.held, {600, 1, 300}, 48, 3, 160, true}, &report);  // more rows than a pass
     check_problem({kind.type, kind.held, {}, 32, 2, 32, true}, &report);
   }
   check_refusals(&report);
-  return report.finish("test_transformer_layer");
+  return report.finish("test_transformer_layers");
 }

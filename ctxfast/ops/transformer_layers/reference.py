@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``transformer_layer``: the definition, in plain PyTorch (Vaswani et al. 2017, section 3.1; Devlin et al. 2019).
+"""``transformer_layers``: the definition, in plain PyTorch (Vaswani et al. 2017, section 3.1; Devlin et al. 2019).
 
 As in ``attention``'s definition, packed rows are spread over a (sequences, max_seqlen) grid and masked there.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -56,29 +58,45 @@ def _attended(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
     return context[sequence, token - cu_seqlens[sequence]]
 
 
-def transformer_layer(
-    x: Tensor,  # (T, N)
-    cu_seqlens: Tensor,  # (S + 1,)
+def _layer(
+    x: Tensor,
+    cu_seqlens: Tensor,
     max_seqlen: int,
-    qkv: Pair,  # (3N, N)
-    project: Pair,  # (N, N)
-    attention_norm: tuple[Tensor, Tensor],
-    widen: Pair,  # (M, N)
-    narrow: Pair,  # (N, M)
-    output_norm: tuple[Tensor, Tensor],
+    weights: Sequence[Tensor | None],
     num_heads: int,
     activation: str,
     eps: float,
     weight_dtype: torch.dtype | None,
 ) -> Tensor:
-    """See ``ctxfast.functional.transformer_layer``."""
-    # In the inputs' dtype, under autocast too: it has lowered them already, and would raise parts of the layer again.
+    qkv, project, attention_norm, widen, narrow, output_norm = zip(weights[::2], weights[1::2])
+    size = x.shape[1:]
+    rows = _product(x, qkv, weight_dtype).unflatten(-1, (3, num_heads, size[0] // num_heads))
+    # Without tokens nothing is attended to; the sum keeps the graph.
+    context = _attended(rows, cu_seqlens, max_seqlen) if x.shape[0] and max_seqlen else rows.sum(dim=1)
+    projected = _product(context.flatten(1), project, weight_dtype)
+    x = F.layer_norm(x + projected, size, *attention_norm, eps)
+    wide = _activated(_product(x, widen, weight_dtype), activation)
+    return F.layer_norm(x + _product(wide, narrow, weight_dtype), size, *output_norm, eps)
+
+
+def transformer_layers(
+    x: Tensor,  # (T, N)
+    cu_seqlens: Tensor,  # (S + 1,)
+    max_seqlen: int,
+    # of each layer: qkv (3N, N), project (N, N), attention_norm (N,), widen (M, N), narrow (N, M), output_norm (N,),
+    # weight and bias each
+    weights: Sequence[Tensor | None],
+    num_heads: int,
+    activation: str,
+    eps: float,
+    weight_dtype: torch.dtype | None,
+    all_layers: bool,
+) -> Tensor | tuple[Tensor, ...]:
+    """See ``ctxfast.functional.transformer_layers``."""
+    states = []
+    # In the inputs' dtype, under autocast too: it has lowered them already, and would raise parts of a layer again.
     with torch.autocast(x.device.type, enabled=False):
-        size = x.shape[1:]
-        rows = _product(x, qkv, weight_dtype).unflatten(-1, (3, num_heads, size[0] // num_heads))
-        # Without tokens nothing is attended to; the sum keeps the graph.
-        context = _attended(rows, cu_seqlens, max_seqlen) if x.shape[0] and max_seqlen else rows.sum(dim=1)
-        projected = _product(context.flatten(1), project, weight_dtype)
-        x = F.layer_norm(x + projected, size, *attention_norm, eps)
-        wide = _activated(_product(x, widen, weight_dtype), activation)
-        return F.layer_norm(x + _product(wide, narrow, weight_dtype), size, *output_norm, eps)
+        for i in range(0, len(weights), 12):
+            x = _layer(x, cu_seqlens, max_seqlen, weights[i : i + 12], num_heads, activation, eps, weight_dtype)
+            states.append(x)
+    return tuple(states) if all_layers else x

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "ctxfast/transformer_layer.h"
+#include "ctxfast/transformer_layers.h"
 
 #include <algorithm>
 #include <cmath>
@@ -14,7 +14,7 @@
 namespace ctxfast {
 namespace {
 
-constexpr const char* kOp = "transformer_layer";
+constexpr const char* kOp = "transformer_layers";
 // Multiply-adds that are worth a thread: some 3 us.
 constexpr int64_t kWorkOfThread = 1 << 18;
 // Tokens that pass through the layer's second half together. Each pass reads its weights again: with few tokens to a
@@ -24,19 +24,24 @@ constexpr int64_t kPass = 4 * kLinearActMostRows;
 int64_t size_of(DType type) { return type == DType::kFloat32 ? 4 : 2; }
 
 // What one call is made of; addresses of parts of the workspace.
-struct Layer {
-  const TransformerLayerParams& p;
+struct Layers {
+  const TransformerLayersParams& p;
   LinearActKernel product;
   AttentionKernel attention;
   LayerNormKernel norm;
   AttentionJob attention_job;
-  char *qkv, *projected, *h, *wide, *scratch;  // (tokens, 3 hidden); the rest for rows of a pass
+  char *qkv, *spare, *projected, *h, *wide,
+      *scratch;  // (tokens, 3 hidden), (tokens, hidden); the rest for rows of a pass
   SpinBarrier barrier;
 
-  char* y(int64_t row) const { return static_cast<char*>(p.y) + row * p.hidden * size_of(p.type); }
-  const char* x(int64_t row) const { return static_cast<const char*>(p.x) + row * p.hidden * size_of(p.type); }
+  int64_t bytes(int64_t rows) const { return rows * p.hidden * size_of(p.type); }
+  // Where a layer's rows go. If only the last layer's are wanted, y and `spare` take turns, and the last gets y.
+  char* output(int64_t layer) const {
+    if (p.all_layers) return static_cast<char*>(p.y[layer]);
+    return (p.count - 1 - layer) % 2 ? spare : static_cast<char*>(p.y[0]);
+  }
 
-  void multiply(const TransformerLayerProduct& weights, const void* bias, Activation activation, const void* from,
+  void multiply(const TransformerProduct& weights, const void* bias, Activation activation, const void* from,
                 int64_t in, void* to, int64_t out, int64_t rows, int index, int count) {
     LinearActParams call;
     call.rows = rows, call.in = in, call.out = out;
@@ -49,7 +54,7 @@ struct Layer {
   }
 
   // to = LayerNorm(rows of `projected` + shift + residual)
-  void normalise(const void* shift, const void* residual, const TransformerLayerNorm& weights, void* to, int64_t rows,
+  void normalise(const void* shift, const void* residual, const TransformerNorm& weights, void* to, int64_t rows,
                  int index, int count) {
     LayerNormParams call;
     call.rows = rows, call.size = p.hidden, call.type = p.type;
@@ -62,26 +67,53 @@ struct Layer {
     barrier.wait(count);
   }
 
-  // The whole layer, as thread `index` of `count`. What attention finds waits in y: a pass's rows of it are read
+  // A whole layer, x -> y, as thread `index` of `count`. What attention finds waits in y: a pass's rows of it are read
   // before they are written.
-  void run(int index, int count) {
-    multiply(p.qkv, p.qkv.bias, Activation::kNone, p.x, p.hidden, qkv, 3 * p.hidden, p.tokens, index, count);
-    attention(attention_job, index, count);
+  void run(const TransformerLayer& layer, const char* x, char* y, int index, int count) {
+    multiply(layer.qkv, layer.qkv.bias, Activation::kNone, x, p.hidden, qkv, 3 * p.hidden, p.tokens, index, count);
+    AttentionJob job = attention_job;
+    job.y = y;
+    attention(job, index, count);
     barrier.wait(count);
     for (int64_t row = 0; row < p.tokens; row += kPass) {
-      const int64_t rows = std::min(kPass, p.tokens - row);
-      multiply(p.project, nullptr, Activation::kNone, y(row), p.hidden, projected, p.hidden, rows, index, count);
-      normalise(p.project.bias, x(row), p.attention_norm, h, rows, index, count);
-      multiply(p.widen, p.widen.bias, p.activation, h, p.hidden, wide, p.intermediate, rows, index, count);
-      multiply(p.narrow, nullptr, Activation::kNone, wide, p.intermediate, projected, p.hidden, rows, index, count);
-      normalise(p.narrow.bias, h, p.output_norm, y(row), rows, index, count);
+      const int64_t rows = std::min(kPass, p.tokens - row), at = bytes(row);
+      multiply(layer.project, nullptr, Activation::kNone, y + at, p.hidden, projected, p.hidden, rows, index, count);
+      normalise(layer.project.bias, x + at, layer.attention_norm, h, rows, index, count);
+      multiply(layer.widen, layer.widen.bias, p.activation, h, p.hidden, wide, p.intermediate, rows, index, count);
+      multiply(layer.narrow, nullptr, Activation::kNone, wide, p.intermediate, projected, p.hidden, rows, index, count);
+      normalise(layer.narrow.bias, h, layer.output_norm, y + at, rows, index, count);
+    }
+  }
+
+  void run(int index, int count) {
+    const char* x = static_cast<const char*>(p.x);
+    for (int64_t layer = 0; layer < p.count; ++layer) {
+      char* const y = output(layer);
+      run(p.layers[layer], x, y, index, count);
+      x = y;
     }
   }
 };
 
-void run(void* context, int index, int count) { static_cast<Layer*>(context)->run(index, count); }
+void run(void* context, int index, int count) { static_cast<Layers*>(context)->run(index, count); }
 
-Status check(const TransformerLayerParams& p, int64_t* longest) {
+Status check(const TransformerLayer& layer, bool is_int8) {
+  for (const TransformerNorm* norm : {&layer.attention_norm, &layer.output_norm}) {
+    if (!norm->weight || !norm->bias) return invalid(kOp, "a norm", "null", "two addresses");
+  }
+  for (const TransformerProduct* product : {&layer.qkv, &layer.project, &layer.widen, &layer.narrow}) {
+    if (!product->packed) return invalid(kOp, "packed", "null", "an address");
+    if (reinterpret_cast<uintptr_t>(product->packed) % 64) {
+      return invalid(kOp, "packed", "not on a cache line", "64 bytes alignment");
+    }
+    if (is_int8 && (!product->scales || !product->sums)) {
+      return invalid(kOp, product->scales ? "sums" : "scales", "null", "an address");
+    }
+  }
+  return {};
+}
+
+Status check(const TransformerLayersParams& p, int64_t* longest) {
   const struct {
     const char* name;
     int64_t value, least, most;
@@ -90,6 +122,7 @@ Status check(const TransformerLayerParams& p, int64_t* longest) {
                {"hidden", p.hidden, 1, kLayerNormMaxSize},
                {"heads", p.heads, 1, p.hidden},
                {"intermediate", p.intermediate, 1, p.held == DType::kInt8 ? 65536 : int64_t{1} << 30},
+               {"count", p.count, 1, int64_t{1} << 20},
                {"threads", p.threads, 1, int64_t{1} << 20}};
   for (const auto& size : sizes) {
     if (size.value < size.least || size.value > size.most) {
@@ -112,30 +145,23 @@ Status check(const TransformerLayerParams& p, int64_t* longest) {
   const struct {
     const char* name;
     const void* address;
-  } needed[] = {{"x", p.x},
-                {"y", p.y},
-                {"attention_norm.weight", p.attention_norm.weight},
-                {"attention_norm.bias", p.attention_norm.bias},
-                {"output_norm.weight", p.output_norm.weight},
-                {"output_norm.bias", p.output_norm.bias}};
+  } needed[] = {{"x", p.x}, {"y", p.y}, {"layers", p.layers}};
   for (const auto& each : needed) {
     if (!each.address) return invalid(kOp, each.name, "null", "an address");
   }
-  for (const TransformerLayerProduct* product : {&p.qkv, &p.project, &p.widen, &p.narrow}) {
-    if (!product->packed) return invalid(kOp, "packed", "null", "an address");
-    if (reinterpret_cast<uintptr_t>(product->packed) % 64) {
-      return invalid(kOp, "packed", "not on a cache line", "64 bytes alignment");
-    }
-    if (p.held == DType::kInt8 && (!product->scales || !product->sums)) {
-      return invalid(kOp, product->scales ? "sums" : "scales", "null", "an address");
-    }
+  for (int64_t i = 0; i < (p.all_layers ? p.count : 1); ++i) {
+    if (!p.y[i]) return invalid(kOp, "y", "null for a layer", "an address");
+  }
+  for (int64_t i = 0; i < p.count; ++i) {
+    const Status found = check(p.layers[i], p.held == DType::kInt8);
+    if (!found.ok()) return found;
   }
   return {};
 }
 
 }  // namespace
 
-Status transformer_layer_forward(const TransformerLayerParams& p) {
+Status transformer_layers_forward(const TransformerLayersParams& p) {
   int64_t longest = 0;
   const Status checked = check(p, &longest);
   if (!checked.ok() || p.tokens == 0) return checked;
@@ -147,34 +173,36 @@ Status transformer_layer_forward(const TransformerLayerParams& p) {
   const int64_t of_products = std::max(linear_act_scratch_bytes(p.tokens, p.hidden, p.held),
                                        linear_act_scratch_bytes(pass, p.intermediate, p.held));
   const int64_t of_thread = attention_scratch_bytes(longest, head_dim);
-  const int64_t parts[] = {round_up(p.tokens * 3 * p.hidden * size, 64), round_up(pass * p.hidden * size, 64),
-                           round_up(pass * p.hidden * size, 64), round_up(pass * p.intermediate * size, 64),
-                           round_up(std::max(of_products, threads * of_thread), 64)};
+  const bool has_spare = p.count > 1 && !p.all_layers;
+  const int64_t parts[] = {p.tokens * 3 * p.hidden * size, has_spare ? p.tokens * p.hidden * size : 0,
+                           pass * p.hidden * size,         pass * p.hidden * size,
+                           pass * p.intermediate * size,   std::max(of_products, threads * of_thread)};
   int64_t bytes = 0;
-  for (const int64_t part : parts) bytes += part;
+  for (const int64_t part : parts) bytes += round_up(part, 64);
   char* memory = static_cast<char*>(workspace(static_cast<size_t>(bytes)));
   if (!memory) return runtime_error(kOp, "no memory for a workspace of " + std::to_string(bytes) + " bytes.");
-  Layer layer{p,
-              linear_act_kernel_for(p.held, p.isa),
-              attention_kernel_for(p.type, p.isa),
-              layer_norm_kernel_for(p.isa),
-              {},
-              {},
-              {},
-              {},
-              {},
-              {},
-              {}};
-  char** const places[] = {&layer.qkv, &layer.projected, &layer.h, &layer.wide, &layer.scratch};
-  for (int i = 0; i < 5; ++i) *places[i] = memory, memory += parts[i];
-  AttentionJob& job = layer.attention_job;
+  Layers layers{p,
+                linear_act_kernel_for(p.held, p.isa),
+                attention_kernel_for(p.type, p.isa),
+                layer_norm_kernel_for(p.isa),
+                {},
+                {},
+                {},
+                {},
+                {},
+                {},
+                {},
+                {}};
+  char** const places[] = {&layers.qkv, &layers.spare, &layers.projected, &layers.h, &layers.wide, &layers.scratch};
+  for (int i = 0; i < 6; ++i) *places[i] = memory, memory += round_up(parts[i], 64);
+  AttentionJob& job = layers.attention_job;
   job.heads = p.heads, job.head_dim = head_dim, job.sequences = p.sequences;
   job.is_int64 = p.is_int64, job.cu_seqlens = p.cu_seqlens;
-  job.qkv = layer.qkv, job.stride_qkv = 3 * p.hidden, job.bias = nullptr;
+  job.qkv = layers.qkv, job.stride_qkv = 3 * p.hidden, job.bias = nullptr;
   job.scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(head_dim)));
-  job.y = p.y, job.stride_y = p.hidden;
-  job.scratch = layer.scratch, job.scratch_bytes = of_thread;
-  if (!run_parallel(threads, run, &layer)) return runtime_error(kOp, "no thread could be started.");
+  job.stride_y = p.hidden;
+  job.scratch = layers.scratch, job.scratch_bytes = of_thread;
+  if (!run_parallel(threads, run, &layers)) return runtime_error(kOp, "no thread could be started.");
   return {};
 }
 

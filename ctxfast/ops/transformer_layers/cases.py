@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Test cases of ``transformer_layer``: heads and sizes around tiles, ragged lengths, every activation."""
+"""Test cases of ``transformer_layers``: heads and sizes around tiles, ragged lengths, every activation."""
 
 from __future__ import annotations
 
@@ -9,9 +9,6 @@ import torch
 
 from ..._core.registry import Case
 from ..._core.samples import Sampler
-
-_PRODUCTS = ("qkv", "project", "widen", "narrow")
-_NORMS = ("attention_norm", "output_norm")
 
 
 def _case(
@@ -25,15 +22,21 @@ def _case(
     bias: bool = True,
     weight_dtype: torch.dtype | None = None,
     slack: int = 0,
+    layers: int = 1,
+    all_layers: bool = False,
 ) -> Case:
     def make(device: str, dtype: torch.dtype, seed: int) -> dict[str, Any]:
         sample = Sampler(device, dtype, seed)
 
-        def product(out: int, size: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-            return sample.normal(out, size, spread=size**-0.5), sample.normal(out, spread=0.3) if bias else None
+        def product(out: int, size: int) -> list[torch.Tensor | None]:
+            return [sample.normal(out, size, spread=size**-0.5), sample.normal(out, spread=0.3) if bias else None]
 
-        def norm() -> tuple[torch.Tensor, torch.Tensor]:
-            return 1.0 + sample.normal(hidden, spread=0.2), sample.normal(hidden, spread=0.2)
+        def norm() -> list[torch.Tensor]:
+            return [1.0 + sample.normal(hidden, spread=0.2), sample.normal(hidden, spread=0.2)]
+
+        def layer() -> list[torch.Tensor | None]:
+            attention = (*product(3 * hidden, hidden), *product(hidden, hidden), *norm())
+            return [*attention, *product(wide, hidden), *product(hidden, wide), *norm()]
 
         offsets = [0]
         for length in lengths:
@@ -42,23 +45,19 @@ def _case(
             x=sample.normal(offsets[-1], hidden),
             cu_seqlens=torch.tensor(offsets, dtype=torch.int32, device=device),
             max_seqlen=max(lengths, default=0) + slack,
-            qkv=product(3 * hidden, hidden),
-            project=product(hidden, hidden),
-            attention_norm=norm(),
-            widen=product(wide, hidden),
-            narrow=product(hidden, wide),
-            output_norm=norm(),
+            weights=[tensor for _ in range(layers) for tensor in layer()],
             num_heads=heads,
             activation=activation,
             eps=1e-12,
             weight_dtype=weight_dtype,
+            all_layers=all_layers,
         )
 
     if weight_dtype is not None:  # see linear_act: values near the middle of two steps go either way
         return Case(name, make, dtypes=(torch.float32,), tolerance=3e-2)
     # relu's kink is crossed by half precision's rounding
     grad_dtypes = (torch.float32,) if activation == "relu" else (torch.float32, torch.float16, torch.bfloat16)
-    return Case(name, make, ("x", *_PRODUCTS, *_NORMS), grad_dtypes=grad_dtypes)
+    return Case(name, make, ("x", "weights"), grad_dtypes=grad_dtypes)
 
 
 CASES = (
@@ -71,6 +70,11 @@ CASES = (
     _case("no-bias", (9, 8), 48, 3, 100, activation="tanh", bias=False),
     _case("relu", (12, 7), 48, 6, 33, activation="relu", slack=5),
     _case("large-chunks", (130, 63, 64, 1, 129), 64, 2, 128),
+    _case("two-layers", (6, 2, 9), 48, 4, 64, layers=2),
+    _case("three-layers", (5, 3), 40, 2, 48, layers=3, bias=False),
+    _case("all-layers", (4, 0, 7), 32, 2, 48, layers=3, all_layers=True),
+    _case("all-of-one", (3, 2), 32, 2, 48, all_layers=True),
+    _case("no-tokens-all-layers", (0,), 32, 2, 48, layers=2, all_layers=True),
     _case("int8", (11, 4), 64, 4, 96, weight_dtype=torch.int8),
     _case("int8-odd", (1, 6), 33, 3, 35, bias=False, activation="relu", weight_dtype=torch.int8),
 )

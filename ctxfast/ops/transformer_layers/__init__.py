@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``transformer_layers``: whole post-LN encoder layers over packed sequences in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..._core import checks, registry
+from .reference import transformer_layers as reference
+
+_OP = "transformer_layers"
+_ACTIVATIONS = ("none", "gelu", "gelu_tanh", "relu", "tanh")
+
+
+# Parts of a layer, (weight, bias) each, in the order of ``weights``.
+PARTS = ("qkv", "project", "attention_norm", "widen", "narrow", "output_norm")
+TENSORS = 2 * len(PARTS)
+
+
+def _check_layer(x: Tensor, layer: int, weights: Sequence[Tensor | None], wide: int) -> None:
+    size = x.shape[1]
+    shapes = {
+        "qkv": ((3 * size, size), "(3*hidden_size, hidden_size)"),
+        "project": ((size, size), "(hidden_size, hidden_size)"),
+        "widen": ((wide, size), "(intermediate_size, hidden_size)"),
+        "narrow": ((size, wide), "(hidden_size, intermediate_size)"),
+    }
+    for part, weight, bias in zip(PARTS, weights[::2], weights[1::2]):
+        name, is_norm = f"{part} of layer {layer}", part not in shapes
+        shape, meaning = shapes.get(part, ((size,), "(hidden_size,)"))
+        checks.shape(_OP, f"weight of {name}", checks.tensor(_OP, f"weight of {name}", weight), shape, meaning)
+        if bias is not None or is_norm:
+            first = meaning.strip("()").partition(",")[0]
+            bias = checks.tensor(_OP, f"bias of {name}", bias)
+            checks.shape(_OP, f"bias of {name}", bias, shape[:1], f"({first},)")
+        checks.same(_OP, "x", x, [(f"weight of {name}", weight), (f"bias of {name}", bias)])
+
+
+def _check(args: Mapping[str, Any]) -> None:
+    x, cu_seqlens, heads = checks.tensor(_OP, "x", args["x"]), args["cu_seqlens"], args["num_heads"]
+    checks.floating(_OP, "x", x)
+    if x.dim() != 2 or x.shape[1] == 0:
+        raise ValueError(
+            f"ctxfast.{_OP}: x has shape {tuple(x.shape)}; expected (tokens, hidden_size), packed. Pack a padded batch "
+            f"with ctxfast.packing first."
+        )
+    checks.integer(_OP, "cu_seqlens", checks.tensor(_OP, "cu_seqlens", cu_seqlens))
+    checks.shape(_OP, "cu_seqlens", cu_seqlens, (None,), "(sequences + 1,)")
+    checks.same(_OP, "x", x, [("cu_seqlens", cu_seqlens)], dtype=False)
+    if not isinstance(args["max_seqlen"], (int, torch.SymInt)):
+        raise TypeError(f"ctxfast.{_OP}: max_seqlen is a {type(args['max_seqlen']).__name__}; expected an int.")
+    size = x.shape[1]
+    if not isinstance(heads, int) or heads < 1 or size % heads:
+        raise ValueError(f"ctxfast.{_OP}: num_heads is {heads}; expected a divisor of hidden_size = {size}.")
+    weights = args["weights"]
+    if not weights or len(weights) % TENSORS:
+        raise ValueError(
+            f"ctxfast.{_OP}: weights holds {len(weights)} tensors; expected {TENSORS} for each of one or more layers: "
+            f"weight and bias of {', '.join(PARTS)}."
+        )
+    first = checks.tensor(_OP, "weight of widen of layer 0", weights[2 * PARTS.index("widen")])
+    wide = first.shape[0] if first.dim() else None
+    for i in range(0, len(weights), TENSORS):
+        _check_layer(x, i // TENSORS, weights[i : i + TENSORS], wide)
+    checks.choice(_OP, "activation", args["activation"], _ACTIVATIONS)
+    checks.choice(_OP, "weight_dtype", args["weight_dtype"], (None, torch.int8))
+
+
+def _check_offsets(args: Mapping[str, Any]) -> None:
+    checks.offsets(_OP, args["cu_seqlens"], args["max_seqlen"], "x", args["x"].shape[0])
+
+
+SPEC = registry.register(
+    registry.OpSpec(
+        name=_OP,
+        package=__name__,
+        summary="post-LN encoder layers: attention and feed-forward block, residuals, LayerNorms",
+        cite="Vaswani et al. 2017, section 3.1; Devlin et al. 2019",
+        reference=reference,
+        check=_check,
+        check_values=_check_offsets,
+        autocast="lower",
+        # Roundings and sums of six products and two norms add up.
+        ceiling={torch.float32: 2e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1},
+        impls=(registry.Impl("cpu", "cpu", note="one parallel region for all layers, weights packed"),),
+    )
+)

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``transformer_layers`` on the CPU: all layers in one compiled call (csrc/include/ctxfast/transformer_layers.h).
+
+Results have the bits that the parts' own CPU implementations give one after another; what is spared are their calls,
+which take longer than the arithmetic of a short text, and waits between threads. A call with a gradient keeps each
+layer's input alone: its backward runs the definition and differentiates that, as torch.compile does from the start.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..._core import capability, packed_weights, registry, torch_ops
+
+_OP = "transformer_layers"
+# Of a layer's tensors; the weights of its products among them, and of its first feed-forward product.
+_TENSORS, _PRODUCTS, _WIDEN = 12, (0, 2, 6, 8), 6
+
+
+def _packed(weights: Sequence[Tensor | None], is_int8: bool) -> tuple[array, list[Any]]:
+    """A row of 20 addresses for each layer, as the kernel reads them, and what lies there."""
+    table, held = array("q"), []
+
+    def address(tensor: Tensor | None) -> int:
+        held.append(tensor)
+        return 0 if tensor is None else tensor.data_ptr()
+
+    for i in range(0, len(weights), 2):
+        weight, bias = weights[i : i + 2]
+        bias = None if bias is None else bias.detach().contiguous()
+        if i % _TENSORS not in _PRODUCTS:  # a LayerNorm
+            parts = (weight.detach().contiguous(), bias)
+        elif is_int8:
+            parts = (*packed_weights.int8(weight), bias)
+        else:
+            parts = (packed_weights.panels(weight), None, None, bias)
+        table.extend(map(address, parts))
+    return table, held
+
+
+def _is_read(tensor: Tensor) -> bool:
+    """Whether the kernel reads a tensor where it is: biases and LayerNorms, unless they are strided."""
+    return tensor.dim() == 1 and tensor.is_contiguous()
+
+
+def _addresses(weights: Sequence[Tensor | None], is_int8: bool) -> tuple[array, list[Any]]:
+    """See ``_packed``; made again when a weight changes. To be held while the kernel reads."""
+    # Biases that are missing need no place in the key: what is there stands between matrices, LayerNorms have both.
+    sources = [tensor for tensor in weights if tensor is not None]
+    kind = (_OP, is_int8, sources[0].dtype)
+    return packed_weights.CACHE.get(sources, kind, lambda: _packed(weights, is_int8), _is_read)
+
+
+def _forward(
+    x: Tensor, cu_seqlens: Tensor, weights: Sequence[Tensor | None], num_heads: int, activation: str, eps: float,
+    is_int8: bool, all_layers: bool,
+) -> list[Tensor]:  # fmt: skip
+    outputs = _forward_fake(x, cu_seqlens, weights, num_heads, activation, eps, is_int8, all_layers)
+    x, cu_seqlens = x.contiguous(), cu_seqlens.contiguous()
+    # _held: what the table points to stays while the kernel reads it.
+    (table, _held), places = _addresses(weights, is_int8), array("q", [y.data_ptr() for y in outputs])
+    capability.extension().transformer_layers_forward(
+        x.shape[0], x.shape[1], num_heads, weights[_WIDEN].shape[0], cu_seqlens.shape[0] - 1,
+        x.dtype is torch.bfloat16, is_int8, activation, eps, x.data_ptr(), cu_seqlens.data_ptr(),
+        cu_seqlens.dtype is torch.int64, table.buffer_info()[0], len(weights) // _TENSORS, all_layers,
+        places.buffer_info()[0], torch.get_num_threads(),
+    )  # fmt: skip
+    return outputs
+
+
+def _forward_fake(
+    x: Tensor, cu_seqlens: Tensor, weights: Sequence[Tensor | None], num_heads: int, activation: str, eps: float,
+    is_int8: bool, all_layers: bool,
+) -> list[Tensor]:  # fmt: skip
+    return [torch_ops.allocate(x.shape, x) for _ in range(len(weights) // _TENSORS if all_layers else 1)]
+
+
+_fwd = torch_ops.define(
+    "transformer_layers_cpu_fwd",
+    "(Tensor x, Tensor cu_seqlens, Tensor?[] weights, int num_heads, str activation, float eps, bool is_int8, "
+    "bool all_layers) -> Tensor[]",
+    _forward, _forward_fake, "CPU",
+)  # fmt: skip
+
+
+class _Layer(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cu_seqlens: Tensor, options: tuple[Any, ...], *weights: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, cu_seqlens, *weights)
+        ctx.options = options
+        return _fwd(x, cu_seqlens, weights, *options[1:], False, False)[0]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, cu_seqlens, *weights = ctx.saved_tensors
+        max_seqlen, *options = ctx.options
+        wanted = (ctx.needs_input_grad[0], *ctx.needs_input_grad[3:])
+        leaves = [
+            None if tensor is None else tensor.detach().requires_grad_(wants)
+            for tensor, wants in zip((x, *weights), wanted)
+        ]
+        with torch.enable_grad():
+            y = registry.OPS[_OP].reference(leaves[0], cu_seqlens, max_seqlen, leaves[1:], *options, None, False)
+        sources = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
+        found = iter(torch.autograd.grad(y, sources, grad))
+        grads = [next(found) if leaf is not None and leaf.requires_grad else None for leaf in leaves]
+        return grads[0], None, None, *grads[1:]
+
+
+def supports(args: Mapping[str, Any]) -> str | None:
+    """None, or why the compiled layers cannot run this call."""
+    x, wide = args["x"], args["weights"][_WIDEN].shape[0]
+    if x.device.type != "cpu":
+        return f"it runs on the CPU and x is on {x.device}."
+    if x.dtype not in (torch.float32, torch.bfloat16):
+        return f"it takes float32 and bfloat16 and x is {x.dtype}."
+    if x.shape[1] > 8192 or x.shape[1] // args["num_heads"] > 1024 or not 0 < wide <= 65536:
+        return "it takes at most 8192 columns, heads of 1024 and 1 to 65536 columns between the last two products."
+    if args["weight_dtype"] is not None and registry.needs_grad(args):
+        return "its int8 products have no gradient."
+    if capability.extension() is None:
+        return capability.why_no_extension()
+    if args["weight_dtype"] is None and x.shape[0] > packed_weights.most_rows(x.dtype):
+        return f"on this processor, products of {x.shape[0]} rows in {x.dtype} are faster by oneDNN, one by one."
+    return None
+
+
+def transformer_layers(
+    x: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    weights: Sequence[Tensor | None],
+    num_heads: int,
+    activation: str,
+    eps: float,
+    weight_dtype: torch.dtype | None,
+    all_layers: bool,
+) -> Tensor | tuple[Tensor, ...]:
+    """See ``ctxfast.functional.transformer_layers``."""
+    options = (num_heads, activation, eps)
+    if not registry.needs_grad(dict(x=x, weights=weights)):
+        forward = _forward if torch_ops.is_direct(x, cu_seqlens, *weights) else _fwd
+        states = forward(x, cu_seqlens, weights, *options, weight_dtype is torch.int8, all_layers)
+        return tuple(states) if all_layers else states[0]
+    if torch.compiler.is_compiling():  # differentiates what it sees, so it sees the definition
+        return registry.OPS[_OP].reference(x, cu_seqlens, max_seqlen, weights, *options, weight_dtype, all_layers)
+    states = []
+    for i in range(0, len(weights), _TENSORS):
+        x = _Layer.apply(x, cu_seqlens, (max_seqlen, *options), *weights[i : i + _TENSORS])
+        states.append(x)
+    return tuple(states) if all_layers else x
+
+
+def raw_calls(args: Mapping[str, Any]) -> list[tuple[Any, tuple]]:
+    """The registered operators behind one call, with arguments for torch.library.opcheck."""
+    names = ("x", "cu_seqlens", "weights", "num_heads", "activation", "eps")
+    return [(_fwd, (*(args[name] for name in names), args["weight_dtype"] is torch.int8, args["all_layers"]))]
