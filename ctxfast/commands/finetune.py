@@ -29,6 +29,9 @@ _MADE_WITH = {
     "crf": "crf",
 }
 _READ_WITH = ("max_length", "doc_stride", "max_query", "max_answer", "n_best", "null_threshold")
+# What examples are made of, of each task's arguments those that it has.
+_READING = ("text_column", "pair_column", "label_column", "header", "quotes", "format", "regression", "word_column")
+_READING += ("tag_column", "scheme", "predicate_column", "skip_misaligned", "unseen")
 _OF_WINDOWS = ("max_length", "doc_stride", "max_query")
 _TASKS = {
     "classify": (
@@ -356,6 +359,7 @@ def _train(args: argparse.Namespace) -> int:
         "model": str(args.model),
         "data": {name: getattr(args, name) for name in ("train", "dev")},
         "sha256": loop_options.digests(args, "train", "dev"),
+        "reading": {name: getattr(args, name) for name in _READING if hasattr(args, name)},
         "labels": list(labels),
         "choice": {name: getattr(choice, name) for name in choice.__dataclass_fields__},
         "batch_size": args.batch_size,

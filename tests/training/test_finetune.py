@@ -215,6 +215,8 @@ def test_data_that_changed_under_its_name_is_another_configuration(files, tmp_pa
     argv = ["tag", "-m", files / "bert", "--train", path, "--steps", 2, "-o", tmp_path / "run"]
     assert finetune(*argv) == 0
     assert finetune(*argv) == 0, "nothing changed"
+    assert finetune(*argv, "--tag-column", 1) == 2
+    assert "another configuration: settings.reading.tag_column was -1 and is 1 now" in capsys.readouterr().err
     path.write_text(path.read_text().replace("boat", "sea"))
     assert finetune(*argv) == 2
     assert f"another configuration: settings.sha256.train.{path} was" in capsys.readouterr().err
@@ -255,7 +257,7 @@ def test_accumulated_batches_are_one_large_batch(files, tmp_path) -> None:
         (["tag", "-m", "bert", "--train", "tag.tsv", "--order", "long"], "order is 'long'"),
         (["tag", "-m", "bert", "--train", "tag.tsv", "--epochs", "0"], "--epochs is 0.0"),
         (["tag", "-m", "bert", "--train", "tag.tsv", "--steps", "0"], "--steps is 0"),
-        (["tag", "-m", "bert", "--train", "tag.tsv", "--seed", "-1"], "seed is -1; expected 0 or more"),
+        (["tag", "-m", "bert", "--train", "tag.tsv", "--seed", "-1"], "seed is -1; expected 0"),
         (["tag", "-m", "bert", "--train", "."], "--train . is a directory; expected a file"),
         (["tag", "-m", "bert", "--train", "tag.tsv", "--features", "mix", "--dropout", "1"], "dropout is 1.0"),
         (["tag", "-m", "bert", "--train", "tag.tsv", "--features", "mix", "--lstm-hidden", "0"], "hidden_size is 0"),
