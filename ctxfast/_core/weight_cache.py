@@ -46,7 +46,7 @@ class _Seen:
     def __init__(
         self, sources: Sequence[Tensor], is_read: Callable[[Tensor], bool], forget: Callable[[Any], None]
     ) -> None:
-        self._refs = [weakref.ref(tensor, forget) for tensor in sources]
+        self._refs = [weakref.ref(tensor, forget) for tensor in sources]  # held, or nobody is told
         self._facts = _facts(sources)
         self._extension = capability.extension()
         # Samples that are read where the tensors hold them, all in one call, in a tenth of the time that torch takes to
@@ -67,7 +67,8 @@ class _Seen:
         self._rows = (self._table.buffer_info()[0], len(self._held))
 
     def are_still(self, sources: Sequence[Tensor]) -> bool:
-        if not all([ref() is tensor for ref, tensor in zip(self._refs, sources)]) or _facts(sources) != self._facts:
+        """Whether sources, the same objects as then, hold what they held."""
+        if _facts(sources) != self._facts:
             return False
         if self._rows[1] and not self._extension.same_samples(*self._rows):
             return False
@@ -92,6 +93,7 @@ class WeightCache:
 
         ``is_read`` tells sources of which only the address is kept: their values are read where they are.
         """
+        # An object's id is its own while it lives, and whoever dies first takes the entry with it.
         key = (kind, *map(id, sources))
         entry = self._entries.get(key)
         if entry is not None and entry[0].are_still(sources):
@@ -99,7 +101,7 @@ class WeightCache:
         # First let go of what was packed before, so that both are never held at once.
         entry = None
         self._entries.pop(key, None)
-        # Whoever dies first takes the entry with it. Noted before packing: a write meanwhile must not go unseen.
+        # Noted before packing: a write meanwhile must not go unseen.
         seen = _Seen(sources, is_read, lambda _: self._entries.pop(key, None))
         packed = pack()
         with self._lock:
