@@ -31,10 +31,19 @@ MIN_ROUNDS, MAX_ROUNDS = 3, 200
 _MIN_SAMPLE_S = 2e-3
 # Calls shorter than this are preceded by an untimed one: what the previous provider left in the caches is no matter.
 _REWARM_BELOW_S = 0.05
-# Pause before each provider's turn: the threads of the one before, which wait for more work in loops, go to sleep.
-# ONNX Runtime's take longer: after 10 ms they still slow down whoever comes next (MiniLM, one text of 16 tokens on two
-# cores: OpenVINO 5.0 ms instead of 3.2, ctxfast 6.2 instead of 3.5; 2026-11-28).
-_SETTLE_S, _SETTLE_MODELS_S = 0.01, 0.05
+# Pauses before each provider's turn, until nobody's threads turn in loops: those of the provider before wait for more
+# work so, ONNX Runtime's for some 20 ms, CTranslate2's for some 200, and take a core from whoever comes next (MiniLM in
+# int8, one text of 16 tokens on two cores: ctxfast 3.5 ms after a pause of 50 ms, 1.4 without CTranslate2; 2026-11-28).
+_PAUSE_S, _MOST_PAUSES = 0.01, 100
+
+
+def settle() -> None:
+    """Wait until this process's threads are idle, or for a second."""
+    for _ in range(_MOST_PAUSES):
+        used, start = time.process_time(), time.perf_counter()
+        time.sleep(_PAUSE_S)
+        if time.process_time() - used < 0.1 * (time.perf_counter() - start):
+            return
 
 
 @dataclass
@@ -140,7 +149,10 @@ def measure(case: Case, providers: Sequence[Provider], settings: Settings) -> li
             if captured is not None:
                 runners.append(_Runner(graph_row, captured))
     if runners:
-        (_time_cuda if case.device == "cuda" else _time_cpu)(runners, settings.seconds, is_model=case.is_model)
+        if case.device == "cuda":
+            _time_cuda(runners, settings.seconds, is_model=case.is_model)
+        else:
+            _time_cpu(runners, settings.seconds)
     for each in runners:
         _summarise(each, case)
     _set_ratios(rows)
@@ -186,7 +198,7 @@ def _prepare(
 # time
 
 
-def _time_cpu(runners: list[_Runner], seconds: float, *, is_model: bool) -> None:
+def _time_cpu(runners: list[_Runner], seconds: float) -> None:
     for each in runners:
         each.run()
         start = time.perf_counter()
@@ -194,14 +206,13 @@ def _time_cpu(runners: list[_Runner], seconds: float, *, is_model: bool) -> None
         each.estimate = time.perf_counter() - start
         each.inner = max(1, round(_MIN_SAMPLE_S / max(each.estimate, 1e-7)))
         each.row.timing = "wall clock, warm"
-    settle = _SETTLE_MODELS_S if is_model else _SETTLE_S
-    a_round = sum(settle + _cost(each) for each in runners)
+    a_round = sum(_PAUSE_S + _cost(each) for each in runners)
     gc.collect()
     gc.disable()
     try:
         for _ in range(rounds(seconds, a_round)):
             for each in runners:
-                time.sleep(settle)
+                settle()
                 if each.estimate < _REWARM_BELOW_S:
                     each.run()
                 start = time.perf_counter()

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import threading
 import time
 
 import pytest
@@ -470,3 +471,17 @@ def test_command_lists_and_refuses(capsys):
     if not torch.cuda.is_available():
         assert command.main(["--device", "cuda"]) == 2
         assert "needs a GPU" in capsys.readouterr().err
+
+
+def test_settle_waits_for_threads_that_turn_in_loops() -> None:
+    stop = time.monotonic() + 0.3
+
+    def spin() -> None:
+        while time.monotonic() < stop:
+            pass
+
+    thread = threading.Thread(target=spin)
+    thread.start()
+    measure.settle()
+    assert time.monotonic() >= stop - 0.02
+    thread.join()
