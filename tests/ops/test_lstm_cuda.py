@@ -17,8 +17,8 @@ H100 = (132, 9, 0, 227 * 1024, True)
 
 @pytest.fixture(autouse=True)
 def _emulator(monkeypatch: pytest.MonkeyPatch) -> Any:
-    emulator = emulated.extension()
-    monkeypatch.setattr(capability, "extension", lambda: emulator)
+    both = emulated.Instead(emulated.extension())
+    monkeypatch.setattr(capability, "extension", lambda: both)
     facts = cuda._facts
     facts.cache_clear()
     yield
