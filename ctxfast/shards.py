@@ -9,7 +9,6 @@ needs the last one only.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
@@ -20,6 +19,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+
+from ._core.files import locked
 
 _OURS = re.compile(r"\d{8}\.(values|index)|manifest\.json|finished\.json|output|input(\.new)?|lock")
 _STATE = "state."
@@ -191,12 +192,8 @@ class WorkDirectory:
                     f"{foreign[0]}). Move it away, or choose another output."
                 )
         self.path.mkdir(exist_ok=True)
-        self._lock = open(self.path / "lock", "wb")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._lock.close()
-            raise RuntimeError(f"ctxfast.embed: another process is writing {target} (it holds {self.path}).") from None
+        refusal = f"ctxfast.embed: another process is writing {target} (it holds {self.path})."
+        self._lock = locked(self.path / "lock", refusal)
 
     def release(self) -> None:
         self._lock.close()

@@ -130,6 +130,16 @@ def in_range(op: str, name: str, value: Tensor, low: int, high: int, hint: str =
         raise ValueError(f"ctxfast.{op}: {name} holds {got}; expected values in {low}..{high}.{tail}")
 
 
+def packed(op: str, rows_name: str, rows: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> None:
+    """Raise TypeError or ValueError unless these could say where sequences lie in ``rows``; see ``offsets``."""
+    integer(op, "cu_seqlens", tensor(op, "cu_seqlens", cu_seqlens))
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+        raise ValueError(f"ctxfast.{op}: cu_seqlens has shape {tuple(cu_seqlens.shape)}; expected (sequences + 1,).")
+    same(op, rows_name, rows, [("cu_seqlens", cu_seqlens)], dtype=False)
+    if not isinstance(max_seqlen, (int, torch.SymInt)):
+        raise TypeError(f"ctxfast.{op}: max_seqlen is a {type(max_seqlen).__name__}; expected an int.")
+
+
 def offsets(op: str, cu_seqlens: Tensor, max_seqlen: int, rows_name: str, rows: int) -> None:
     """Raise ValueError unless offsets, where they may be read, rise from 0 to ``rows`` in steps up to max_seqlen."""
     if not is_readable(cu_seqlens):

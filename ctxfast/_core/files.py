@@ -1,14 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files and folders that appear under their name only when they are whole."""
+"""Files and folders that appear under their name only when they are whole; locks between processes."""
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
+
+
+def locked(path: Path, refusal: str) -> TextIO:
+    """A file that this process alone holds: closing it, or the end of the process, lets others in.
+
+    Raises:
+        RuntimeError: ``refusal``, where another process holds it.
+    """
+    lock = open(path, "w")  # noqa: SIM115
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise RuntimeError(refusal) from None
+    return lock
 
 
 @contextmanager

@@ -8,7 +8,6 @@ the same configuration. ``data/`` is left to the task: what it made of its input
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
@@ -19,7 +18,7 @@ from typing import Any
 
 import torch
 
-from .._core.files import replacing, replacing_folder
+from .._core.files import locked, replacing, replacing_folder
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)\.pt")
 _OURS = re.compile(r"checkpoint-\d+\.pt|config\.json|log\.jsonl|lock|best|final|tensorboard|data")
@@ -138,14 +137,8 @@ class RunDirectory:
         check_directory(self.path)
         config = json.loads(json.dumps(config))  # as it will be read: lists for tuples
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.path / "lock", "w")  # noqa: SIM115
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock.close()
-            raise RuntimeError(
-                f"ctxfast.training: another process trains in {self.path}; wait for it, or choose another directory."
-            ) from None
+        refusal = f"ctxfast.training: another process trains in {self.path}; wait for it, or choose another directory."
+        self._lock = locked(self.path / "lock", refusal)
         try:
             self._start(config, resume, overwrite)
         except BaseException:

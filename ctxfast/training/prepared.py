@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
 import shutil
 from pathlib import Path
 from typing import Any, TextIO
+
+from .._core.files import locked
 
 # What ``_core.files`` gives folders and files for names until they are whole.
 _TEMPORARY = re.compile(r"\.(tokenizer|train|held_out)\.[a-z0-9_]{8}(\.old)?")
@@ -26,14 +27,8 @@ def hold(path: str | os.PathLike[str]) -> TextIO:
     """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    lock = open(path / "lock", "w")  # noqa: SIM115
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        lock.close()
-        raise RuntimeError(
-            f"ctxfast.training: another process works in {path.parent}; wait for it, or choose another directory."
-        ) from None
+    refusal = f"ctxfast.training: another process works in {path.parent}; wait for it, or choose another directory."
+    lock = locked(path / "lock", refusal)
     for entry in path.iterdir():
         if _TEMPORARY.fullmatch(entry.name):
             shutil.rmtree(entry)

@@ -22,13 +22,7 @@ ALL = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.flo
 
 
 def _packed(dtype: torch.dtype, D: int = 64) -> dict:
-    generator = torch.Generator().manual_seed(0)
-    return dict(
-        qkv=torch.randn(sum(LENGTHS), 3, 3, D, generator=generator).to(dtype),
-        cu_seqlens=torch.tensor([0, *LENGTHS]).cumsum(0).to(torch.int32),
-        max_seqlen=max(LENGTHS),
-        bias=(0.3 * torch.randn(3, 3, D, generator=generator)).to(dtype),
-    )
+    return attention_masks.packed(list(LENGTHS), 3, D, dtype, "cpu")
 
 
 @contextmanager

@@ -6,8 +6,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from ..._core import checks, registry
 from .reference import attention as reference
 
@@ -15,21 +13,14 @@ _OP = "attention"
 
 
 def _check(args: Mapping[str, Any]) -> None:
-    qkv, cu_seqlens, max_seqlen = args["qkv"], args["cu_seqlens"], args["max_seqlen"]
+    qkv = args["qkv"]
     checks.floating(_OP, "qkv", checks.tensor(_OP, "qkv", qkv))
     if qkv.dim() != 4 or qkv.shape[1] != 3:
         raise ValueError(
             f"ctxfast.attention: qkv has shape {tuple(qkv.shape)}; expected (tokens, 3, heads, head_dim): the packed "
             f"query, key and value rows. Pack a padded batch with ctxfast.packing first."
         )
-    checks.integer(_OP, "cu_seqlens", checks.tensor(_OP, "cu_seqlens", cu_seqlens))
-    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
-        raise ValueError(
-            f"ctxfast.attention: cu_seqlens has shape {tuple(cu_seqlens.shape)}; expected (sequences + 1,)."
-        )
-    checks.same(_OP, "qkv", qkv, [("cu_seqlens", cu_seqlens)], dtype=False)
-    if not isinstance(max_seqlen, (int, torch.SymInt)):
-        raise TypeError(f"ctxfast.attention: max_seqlen is a {type(max_seqlen).__name__}; expected an int.")
+    checks.packed(_OP, "qkv", qkv, args["cu_seqlens"], args["max_seqlen"])
     if args["bias"] is not None:
         checks.shape(
             _OP,

@@ -41,18 +41,14 @@ def _check_layer(x: Tensor, layer: int, weights: Sequence[Tensor | None], wide: 
 
 
 def _check(args: Mapping[str, Any]) -> None:
-    x, cu_seqlens, heads = checks.tensor(_OP, "x", args["x"]), args["cu_seqlens"], args["num_heads"]
+    x, heads = checks.tensor(_OP, "x", args["x"]), args["num_heads"]
     checks.floating(_OP, "x", x)
     if x.dim() != 2 or x.shape[1] == 0:
         raise ValueError(
             f"ctxfast.{_OP}: x has shape {tuple(x.shape)}; expected (tokens, hidden_size), packed. Pack a padded batch "
             f"with ctxfast.packing first."
         )
-    checks.integer(_OP, "cu_seqlens", checks.tensor(_OP, "cu_seqlens", cu_seqlens))
-    checks.shape(_OP, "cu_seqlens", cu_seqlens, (None,), "(sequences + 1,)")
-    checks.same(_OP, "x", x, [("cu_seqlens", cu_seqlens)], dtype=False)
-    if not isinstance(args["max_seqlen"], (int, torch.SymInt)):
-        raise TypeError(f"ctxfast.{_OP}: max_seqlen is a {type(args['max_seqlen']).__name__}; expected an int.")
+    checks.packed(_OP, "x", x, args["cu_seqlens"], args["max_seqlen"])
     size = x.shape[1]
     if not isinstance(heads, int) or heads < 1 or size % heads:
         raise ValueError(f"ctxfast.{_OP}: num_heads is {heads}; expected a divisor of hidden_size = {size}.")

@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from ..._core import capability, packed_weights, registry, torch_ops
+from . import PARTS, TENSORS
 
 _OP = "transformer_layers"
-# Of a layer's tensors; the weights of its products among them, and of its first feed-forward product.
-_TENSORS, _PRODUCTS, _WIDEN = 12, (0, 2, 6, 8), 6
+# Among a layer's tensors: the weights of its products, and of its first feed-forward product.
+_PRODUCTS = tuple(2 * PARTS.index(part) for part in ("qkv", "project", "widen", "narrow"))
+_WIDEN = 2 * PARTS.index("widen")
 
 
 def _packed(weights: Sequence[Tensor | None], is_int8: bool) -> tuple[array, list[Any]]:
@@ -33,7 +35,7 @@ def _packed(weights: Sequence[Tensor | None], is_int8: bool) -> tuple[array, lis
     for i in range(0, len(weights), 2):
         weight, bias = weights[i : i + 2]
         bias = None if bias is None else bias.detach().contiguous()
-        if i % _TENSORS not in _PRODUCTS:  # a LayerNorm
+        if i % TENSORS not in _PRODUCTS:  # a LayerNorm
             parts = (weight.detach().contiguous(), bias)
         elif is_int8:
             parts = (*packed_weights.int8(weight), bias)
@@ -67,7 +69,7 @@ def _forward(
     capability.extension().transformer_layers_forward(
         x.shape[0], x.shape[1], num_heads, weights[_WIDEN].shape[0], cu_seqlens.shape[0] - 1,
         x.dtype is torch.bfloat16, is_int8, activation, eps, x.data_ptr(), cu_seqlens.data_ptr(),
-        cu_seqlens.dtype is torch.int64, table.buffer_info()[0], len(weights) // _TENSORS, all_layers,
+        cu_seqlens.dtype is torch.int64, table.buffer_info()[0], len(weights) // TENSORS, all_layers,
         places.buffer_info()[0], torch.get_num_threads(),
     )  # fmt: skip
     return outputs
@@ -77,7 +79,7 @@ def _forward_fake(
     x: Tensor, cu_seqlens: Tensor, weights: Sequence[Tensor | None], num_heads: int, activation: str, eps: float,
     is_int8: bool, all_layers: bool,
 ) -> list[Tensor]:  # fmt: skip
-    return [torch_ops.allocate(x.shape, x) for _ in range(len(weights) // _TENSORS if all_layers else 1)]
+    return [torch_ops.allocate(x.shape, x) for _ in range(len(weights) // TENSORS if all_layers else 1)]
 
 
 _fwd = torch_ops.define(
@@ -151,8 +153,8 @@ def transformer_layers(
     if torch.compiler.is_compiling():  # differentiates what it sees, so it sees the definition
         return registry.OPS[_OP].reference(x, cu_seqlens, max_seqlen, weights, *options, weight_dtype, all_layers)
     states = []
-    for i in range(0, len(weights), _TENSORS):
-        x = _Layer.apply(x, cu_seqlens, (max_seqlen, *options), *weights[i : i + _TENSORS])
+    for i in range(0, len(weights), TENSORS):
+        x = _Layer.apply(x, cu_seqlens, (max_seqlen, *options), *weights[i : i + TENSORS])
         states.append(x)
     return tuple(states) if all_layers else x
 
