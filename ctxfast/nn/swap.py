@@ -17,7 +17,7 @@ from torch import nn
 
 from .. import functional
 from .._core import registry
-from . import swap_allennlp, swap_transformers
+from . import swap_allennlp, swap_identity, swap_padding, swap_transformers
 from .layer_norm import LayerNorm
 from .lstm import LSTM
 
@@ -54,8 +54,14 @@ def why_not(op: str, impl: str | None, **args: Any) -> str | None:
 
 
 def _lstm_objection(module: nn.LSTM, impl: str | None) -> str | None:
-    weights = [tensor for name, tensor in module.named_parameters() if name.startswith("weight")]
-    if any(type(weight) is not nn.Parameter for weight in weights) or len(weights) < 2:
+    reason = swap_identity.why_not_stock(nn.LSTM, "torch")
+    if reason is not None:
+        return reason
+    tensors = dict(module.named_parameters())
+    weights = [tensor for name, tensor in tensors.items() if name.startswith("weight")]
+    if any(type(tensor) is not nn.Parameter for tensor in tensors.values()) or set(tensors) != set(
+        module._flat_weights_names
+    ):
         return "its weights are not plain parameters (parametrised, pruned or lazy)."
     if weights[0].is_meta:
         return "its parameters are on the meta device; load them first."
@@ -69,13 +75,14 @@ def _encoder_objection(module: nn.Module, impl: str | None) -> str | None:
     objection = swap_transformers.objection(module)
     if objection is not None:
         return objection
-    parts = swap_transformers.parts_of(module.layer[0])
+    parts = swap_transformers.parts_of(module)
     weight = parts.query.weight
-    if weight.is_meta:
+    if any(tensor.is_meta for tensor in module.parameters()):
         return "its parameters are on the meta device; load them first."
     qkv = weight.new_zeros(1, 3, parts.heads, weight.shape[0] // parts.heads)
     offsets = torch.tensor([0, 1], dtype=torch.int32, device=weight.device)
-    return why_not("attention", impl, qkv=qkv, cu_seqlens=offsets, max_seqlen=1)
+    reason = why_not("attention", impl, qkv=qkv, cu_seqlens=offsets, max_seqlen=1)
+    return swap_transformers.difference(module) if reason is None else reason
 
 
 def _allennlp_objection(module: nn.Module, impl: str | None) -> str | None:
@@ -115,22 +122,25 @@ class SwapReport:
         swapped: (path, class before, class now) of every module that is swapped, those of earlier calls too.
         near_misses: (path, sentence) of modules left alone though their kind is in the table, and of swapped modules
             whose calls sometimes run as before.
+        notes: (path, sentence) of what is otherwise now than it was.
     """
 
     swapped: tuple[tuple[str, str, str], ...]
     near_misses: tuple[tuple[str, str], ...]
+    notes: tuple[tuple[str, str], ...] = ()
 
     def __str__(self) -> str:
         lines = [f"swapped {len(self.swapped)}:" if self.swapped else _NOTHING]
         lines += [f"  {path}: {before} -> {now}" for path, before, now in self.swapped]
-        together: dict[str, list[str]] = {}
-        for path, sentence in self.near_misses:
-            together.setdefault(sentence, []).append(path)
-        if together:
-            lines.append("near misses:")
-        for sentence, paths in together.items():
-            more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
-            lines.append(f"  {paths[0]}{more}: {sentence}")
+        for title, entries in (("near misses", self.near_misses), ("notes", self.notes)):
+            together: dict[str, list[str]] = {}
+            for path, sentence in entries:
+                together.setdefault(sentence, []).append(path)
+            if together:
+                lines.append(f"{title}:")
+            for sentence, paths in together.items():
+                more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+                lines.append(f"  {paths[0]}{more}: {sentence}")
         return "\n".join(lines)
 
     __repr__ = __str__
@@ -188,18 +198,31 @@ def _objection(module: nn.Module, name: str, impl: str | None) -> str | None:
         return f"{kind.__name__} is a subclass of {base.__name__}, which would lose its type."
     if "forward" in module.__dict__:
         return "its forward was replaced on the object, as wrappers do that move weights about."
-    return _TABLE[name].objection(module, impl)
+    try:
+        return _TABLE[name].objection(module, impl)
+    except Exception as error:  # whatever somebody's parts raise when they are looked at, the model stays usable
+        return f"it is not built as {name.rpartition('.')[2]} is ({type(error).__name__}: {error})."
 
 
-def _walk(module: nn.Module, path: str, above: tuple[nn.Module, ...], seen: set[nn.Module]) -> Iterator[tuple]:
-    """(path, module, modules above it), every module once; what is below an opaque one is left out."""
-    if module in seen:
-        return
-    seen.add(module)
-    yield path, module, above
-    if _opaque(module) is None:
-        for name, child in module.named_children():
-            yield from _walk(child, f"{path}.{name}" if path else name, (*above, module), seen)
+def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(path, module), every module once; what is below an opaque one is left out."""
+    seen: set[nn.Module] = set()
+
+    def walk(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+        if module in seen:
+            return
+        seen.add(module)
+        yield path, module
+        if _opaque(module) is None:
+            for name, child in module.named_children():
+                yield from walk(child, f"{path}.{name}" if path else name)
+
+    return walk(model, "")
+
+
+def _above(model: nn.Module, module: nn.Module) -> tuple[nn.Module, ...]:
+    """Every module of a model that a module stands in, by whatever path."""
+    return tuple(each for each in model.modules() if each is not module and module in each.modules())
 
 
 def swap_in(
@@ -207,20 +230,29 @@ def swap_in(
     impl: str | None = None,
     strict: bool = False,
     only: Iterable[str | type] | str | type | None = None,
+    *,
+    padding: str | None = None,
 ) -> SwapReport:
     """Make a model faster in place: its ``torch.nn.LSTM``, encoders of Hugging Face's BERT family, AllenNLP's ELMo.
 
     Parameters stay the very same objects under the same names, state_dict, hooks, device, dtype, mode and tied
     weights included; training, autocast, gradient checkpointing, copies and pickles go on. ``restore`` undoes it.
-    Swap in before compiling. A second call changes nothing more.
+    Swap in before compiling.
 
-    An encoder drops padding on its way in and puts zeros back in its place, so hidden states at padding differ from
-    Hugging Face's, which nothing should read. Calls that must see them run as before: attention weights are asked
-    for, a question-answering head scores padding, padding comes first in a row, masks differ by query, caches. So do,
-    on a CPU and without ``impl``, batches with less than a tenth of padding, which gain nothing. A layer runs as before
-    while it, or a part of it, has hooks or is no longer a plain module (an adapter, say).
-    In training, dropout draws other numbers than the original does. Inference on a GPU goes through CUDA graphs;
-    ``model.encoder.cuda_graphs = False`` switches them off. Not yet run on a GPU.
+    Only what is Hugging Face's own is swapped: classes and functions of every part are compared, and an encoder is run
+    both ways once on a small input. What was changed is a near miss with its reason; what changes later is noticed at
+    the next call, which then runs as before. In training, dropout draws other numbers than the original does.
+
+    An encoder drops padding on its way in and puts zeros back in its place. Under heads of Transformers and modules of
+    sentence-transformers that read a text's own tokens alone this changes nothing; calls that read more (question
+    answering, labels at padding, masked query expansion) run as before, and so does every batch with padding under a
+    class that is not known. Other calls that run as before: attention weights are asked for, padding comes first in a
+    row, masks differ by query, caches, tracing, torch.func; on a CPU and without ``impl``, batches with less than a
+    tenth of padding, which gain nothing; layers that have hooks or hold other modules than they had.
+
+    Packed copies of weights are made on the CPU; a write to a weight is noticed as ``ctxfast.forget_packed`` says,
+    which also drops them. Inference on a GPU goes through CUDA graphs; ``model.encoder.cuda_graphs = False`` switches
+    them off. Not yet run on a GPU.
 
     Args:
         model: any module; also one that is swapped itself.
@@ -228,6 +260,9 @@ def swap_in(
         strict: raise if nothing can be swapped.
         only: names of classes, or classes, to swap and no others: "LSTM", "BertEncoder", ... "LayerNorm" is swapped
             only where named.
+        padding: what encoders give at padding: "zero", or "keep" for Hugging Face's own values at every row (batches
+            with padding run as before). None decides for each encoder by what stands around it, as above. A second
+            call decides anew.
 
     Returns:
         What was swapped and what nearly was, with reasons; print it.
@@ -242,11 +277,23 @@ def swap_in(
         raise ValueError(
             f"ctxfast.swap_in: impl is {impl!r}; expected None or one of {', '.join(registry.IMPL_NAMES)}."
         )
+    if padding not in (None, *swap_padding.PADDINGS):
+        raise ValueError(f"ctxfast.swap_in: padding is {padding!r}; expected None, 'zero' or 'keep'.")
     wanted = _wanted(only)
-    plan: list[tuple[nn.Module, type[nn.Module], tuple[nn.Module, ...]]] = []
+    plan: list[tuple[nn.Module, type[nn.Module]]] = []
+    readers: list[tuple[nn.Module, swap_padding.Reader]] = []
     swapped: list[tuple[str, str, str]] = []
     misses: list[tuple[str, str]] = []
-    for path, module, above in _walk(model, "", (), set()):
+    notes: list[tuple[str, str]] = []
+
+    def read(path: str, module: nn.Module) -> None:
+        reader = swap_padding.Reader(_above(model, module), padding)
+        readers.append((module, reader))
+        if reader.note is not None:
+            (misses if reader.is_near_miss else notes).append((path, reader.note))
+        notes.extend((path, sentence) for sentence in reader.sometimes)
+
+    for path, module in _walk(model):
         path, kind = path or "(the model)", type(module)
         reason = _opaque(module)
         if reason is not None:
@@ -255,6 +302,8 @@ def swap_in(
         before = module.__dict__.get(_ORIGINAL)
         if before is not None:
             swapped.append((path, before.__name__, _shown(kind)))
+            if isinstance(module, swap_transformers.PackedEncoder):
+                read(path, module)
             continue
         name = next((_full_name(each) for each in kind.__mro__ if _full_name(each) in wanted), None)
         if name is None and swap_allennlp.is_known(kind) and kind.__name__ in wanted:
@@ -268,20 +317,22 @@ def swap_in(
             misses.append((path, reason))
             continue
         replacement = _TABLE[name].replacement(kind)
-        plan.append((module, replacement, above))
+        plan.append((module, replacement))
         swapped.append((path, kind.__name__, _shown(replacement)))
-        if name in swap_transformers.ENCODERS and swap_transformers.reads_padding(above):
-            misses.append((path, swap_transformers.PADDING_IS_READ))
+        if name in swap_transformers.ENCODERS:
+            read(path, module)
     if strict and not swapped:
         raise ValueError(f"ctxfast.swap_in: {SwapReport((), tuple(misses))}")
-    for module, replacement, above in plan:
+    for module, replacement in plan:
         module.__dict__[_ORIGINAL] = type(module)
         module.__class__ = replacement
         if impl is not None:
             module.__dict__["impl"] = impl
-        if swap_transformers.reads_padding(above):
-            module.__dict__["padding_is_read"] = True
-    return SwapReport(tuple(swapped), tuple(misses))
+    for module, reader in readers:
+        module.__dict__["padding"] = reader.padding
+        for each in reader.watched:
+            swap_padding.watch(each)
+    return SwapReport(tuple(swapped), tuple(misses), tuple(notes))
 
 
 def _shown(kind: type) -> str:
@@ -298,10 +349,11 @@ def restore(model: nn.Module) -> tuple[str, ...]:
     """
     paths = []
     for path, module in model.named_modules():
+        swap_padding.unwatch(module)
         original = module.__dict__.get(_ORIGINAL)
         if original is None:
             continue
-        for name in (_ORIGINAL, "impl", "padding_is_read", "cuda_graphs", "_ctxfast_graphs"):
+        for name in swap_transformers.OWN_NAMES:
             module.__dict__.pop(name, None)
         module.__class__ = original
         if isinstance(module, nn.LSTM):

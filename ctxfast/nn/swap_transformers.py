@@ -8,10 +8,10 @@ Transformers is imported with the first encoder that is swapped.
 
 from __future__ import annotations
 
+import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -23,109 +23,11 @@ from .. import functional
 from .._core import capability, registry
 from .._core.weight_cache import WeightCache
 from ..packing import Packing
-from . import whole_layer
-from .graphs import PackedGraphs, is_capture
-from .layer_norm import LayerNorm
+from . import swap_identity, swap_layers, swap_padding, whole_layer
+from .graphs import PackedGraphs
+from .swap_layers import ENCODERS, Kind, Layer, Layers, Parts
 
 _fused = WeightCache()
-
-
-@dataclass(frozen=True)
-class Parts:
-    """The modules of one layer, whatever its names for them, and what else its arithmetic needs."""
-
-    query: nn.Linear
-    key: nn.Linear
-    value: nn.Linear
-    project: nn.Linear
-    attention_norm: nn.LayerNorm
-    widen: nn.Linear
-    narrow: nn.Linear
-    output_norm: nn.LayerNorm
-    activation: nn.Module
-    heads: int
-    attention_dropout: nn.Dropout
-    project_dropout: nn.Dropout | None
-    output_dropout: nn.Dropout
-    containers: tuple[nn.Module, ...]  # modules between the layer and these, which may have hooks too
-
-    @property
-    def linears(self) -> tuple[nn.Linear, ...]:
-        return self.query, self.key, self.value, self.project, self.widen, self.narrow
-
-    @property
-    def norms(self) -> tuple[nn.LayerNorm, ...]:
-        return self.attention_norm, self.output_norm
-
-    @property
-    def dropouts(self) -> tuple[nn.Dropout, ...]:
-        every = (self.attention_dropout, self.project_dropout, self.output_dropout)
-        return tuple(dropout for dropout in every if dropout is not None)
-
-
-def _bert_parts(layer: nn.Module) -> Parts:
-    attention, own = layer.attention, layer.attention.self
-    return Parts(
-        query=own.query,
-        key=own.key,
-        value=own.value,
-        project=attention.output.dense,
-        attention_norm=attention.output.LayerNorm,
-        widen=layer.intermediate.dense,
-        narrow=layer.output.dense,
-        output_norm=layer.output.LayerNorm,
-        activation=layer.intermediate.intermediate_act_fn,
-        heads=own.num_attention_heads,
-        attention_dropout=own.dropout,
-        project_dropout=attention.output.dropout,
-        output_dropout=layer.output.dropout,
-        containers=(attention, own, attention.output, layer.intermediate, layer.output),
-    )
-
-
-def _distilbert_parts(layer: nn.Module) -> Parts:
-    attention, ffn = layer.attention, layer.ffn
-    return Parts(
-        query=attention.q_lin,
-        key=attention.k_lin,
-        value=attention.v_lin,
-        project=attention.out_lin,
-        attention_norm=layer.sa_layer_norm,
-        widen=ffn.lin1,
-        narrow=ffn.lin2,
-        output_norm=layer.output_layer_norm,
-        activation=ffn.activation,
-        heads=attention.n_heads,
-        attention_dropout=attention.dropout,
-        project_dropout=None,
-        output_dropout=ffn.dropout,
-        containers=(attention, ffn),
-    )
-
-
-_MODELS = "transformers.models"
-# Encoder's full name -> class of its layers, how their parts are found, class of its result.
-ENCODERS: dict[str, tuple[str, Callable[[nn.Module], Parts], str]] = {
-    f"{_MODELS}.{model}.modeling_{model}.{name}Encoder": (
-        f"{name}Layer",
-        _bert_parts,
-        "BaseModelOutputWithPastAndCrossAttentions",
-    )
-    for model, name in (
-        ("bert", "Bert"),
-        ("roberta", "Roberta"),
-        ("xlm_roberta", "XLMRoberta"),
-        ("camembert", "Camembert"),
-        ("electra", "Electra"),
-        ("ernie", "Ernie"),
-    )
-}
-ENCODERS[f"{_MODELS}.distilbert.modeling_distilbert.Transformer"] = (
-    "TransformerBlock",
-    _distilbert_parts,
-    "BaseModelOutput",
-)
-_PARTS = {layer: parts for layer, parts, _ in ENCODERS.values()}
 
 # Encoders that look alike and cannot be swapped.
 NEAR_MISSES = {
@@ -136,64 +38,6 @@ NEAR_MISSES = {
     "RobertaPreLayerNormEncoder": "its layers normalise before they compute, not after.",
     "AlbertTransformer": "its layers share weights in groups; use ctxfast for BERT, RoBERTa, ELECTRA or DistilBERT.",
 }
-PADDING_IS_READ = "batches with padding run as before: a question-answering head scores padding, too."
-
-_ACTIVATIONS = {
-    "GELUActivation": "gelu",
-    "GELU": "gelu",
-    "GELUTanh": "gelu_tanh",
-    "NewGELUActivation": "gelu_tanh",
-    "ReLU": "relu",
-    "Tanh": "tanh",
-}
-
-
-def _activation(module: Any) -> str | None:
-    """The activation's name in ``ctxfast.linear_act``; None if it has none."""
-    if type(module) is nn.GELU and module.approximate == "tanh":
-        return "gelu_tanh"
-    return _ACTIVATIONS.get(type(module).__name__)
-
-
-def parts_of(layer: nn.Module) -> Parts:
-    """The parts of a layer of a known class."""
-    return _PARTS[type(layer).__name__](layer)
-
-
-def reads_padding(above: Sequence[nn.Module]) -> bool:
-    """Whether a model around an encoder reads hidden states at padding."""
-    return any(type(module).__name__.endswith("ForQuestionAnswering") for module in above)
-
-
-def _is_adapter(module: nn.Module) -> bool:
-    """Whether a module is one of peft's around a Linear: it works on rows, so packed ones will do."""
-    is_peft = any(kind.__module__.startswith("peft.tuners.") for kind in type(module).__mro__)
-    return is_peft and type(getattr(module, "base_layer", None)) is nn.Linear
-
-
-def _odd(parts: Parts) -> str | None:
-    """Why a layer cannot be computed from its parameters alone; None if it can."""
-    for linear in parts.linears:
-        if type(linear) is not nn.Linear and not _is_adapter(linear):
-            return f"a layer holds a {type(linear).__name__} where torch.nn.Linear was (an adapter, or quantised)."
-    for norm in parts.norms:
-        if type(norm) not in (nn.LayerNorm, LayerNorm) or norm.weight is None or norm.bias is None or norm.eps <= 0:
-            return f"a layer holds a {type(norm).__name__} where a plain torch.nn.LayerNorm was."
-    for dropout in parts.dropouts:
-        if type(dropout) is not nn.Dropout or dropout.p >= 1:
-            return f"a layer holds {dropout} where a plain torch.nn.Dropout was."
-    if _activation(parts.activation) is None:
-        return f"its activation {type(parts.activation).__name__} is none of ctxfast.linear_act's."
-    biases = [linear.bias is None for linear in (parts.query, parts.key, parts.value)]
-    if any(biases) and not all(biases):
-        return "only some of query, key and value have a bias."
-    first = parts.query.weight
-    for module in (*parts.linears, *parts.norms):
-        if module.weight.dtype != first.dtype or module.weight.device != first.device:
-            return "the parameters of a layer differ in dtype or device."
-    return None
-
-
 # Major version of Transformers that tests run with.
 _TESTED = 5
 _is_warned = False
@@ -219,42 +63,64 @@ def objection(encoder: nn.Module) -> str | None:
         return f"Transformers is {version}; version {_TESTED} is needed."
     if major > _TESTED:
         _warn_of(version)
-    expected, _, _ = ENCODERS[f"{type(encoder).__module__}.{type(encoder).__qualname__}"]
+    kind = ENCODERS[f"{type(encoder).__module__}.{type(encoder).__qualname__}"]
+    reason = swap_identity.why_not_stock(type(encoder), "transformers")
+    if reason is not None:
+        return reason
+    if type(encoder.layer) is not nn.ModuleList:
+        return f"its layers stand in a {type(encoder.layer).__name__}, not in a torch.nn.ModuleList."
     if len(encoder.layer) == 0:
         return "it has no layers."
     for layer in encoder.layer:
-        if type(layer).__name__ != expected:
-            return f"a layer is a {type(layer).__name__}, not a {expected}."
-        if getattr(layer, "is_decoder", False):
-            return "it is a decoder: its attention looks back only, or across to an encoder."
-        reason = _odd(parts_of(layer))
-        if reason is not None:
-            return reason
+        found = swap_layers.examine(layer, kind)
+        if isinstance(found, str):
+            return found
     return None
 
 
-_HOOKS = ("_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+def parts_of(encoder: nn.Module) -> Parts:
+    """The parts of the first layer of an encoder that nothing speaks against."""
+    return ENCODERS[f"{type(encoder).__module__}.{type(encoder).__qualname__}"].parts(encoder.layer[0])
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    """Whether somebody wants to see a module's inputs or outputs, beside Transformers itself."""
-    state = module.__dict__
-    if any(state[name] for name in _HOOKS) or "forward" in state:
-        return True
-    return bool(state["_forward_hooks"]) and not all(is_capture(hook) for hook in state["_forward_hooks"].values())
+# How far results on a small input may lie apart, relative to the largest, where only the order of sums differs.
+_BOUNDS = {torch.float32: 2e-4, torch.float16: 3e-2, torch.bfloat16: 2e-1}
 
 
-def _plain_parts(layer: nn.Module) -> Parts | None:
-    """The parts of a layer that can be computed packed now; None if it must be called."""
-    find = _PARTS.get(type(layer).__name__)
-    if find is None or _has_hooks(layer):
+def difference(encoder: nn.Module) -> str | None:
+    """Runs an encoder both ways on a small ragged input: None if the results are the same, else a sentence.
+
+    Classes and functions may all be Hugging Face's own and the result still be another: this sees it whatever the
+    cause. Not where hooks are in the way, which would see the input.
+    """
+    kind = ENCODERS[f"{type(encoder).__module__}.{type(encoder).__qualname__}"]
+    layers = Layers().examined(encoder.layer, kind)
+    if None in layers or torch.nn.modules.module._has_any_global_hook():
         return None
-    parts = find(layer)
-    # Oddness first: it makes sure that the rest are modules.
-    if _odd(parts) is not None:
+    parts = layers[0].parts
+    weight, function = parts.query.weight, swap_layers.attention_function(parts.attention, kind.modeling)
+    real = torch.tensor([[True] * 5, [True] * 3 + [False] * 2], device=weight.device)
+    mask: Tensor | None = torch.zeros(2, 1, 1, 5, dtype=weight.dtype, device=weight.device)
+    mask = mask.masked_fill(~real[:, None, None], torch.finfo(weight.dtype).min)
+    if function.__name__ == "flash_attention_forward":
+        mask = real.long()
+    elif function.__name__ == "flex_attention_forward":
+        mask, real = None, torch.ones_like(real)
+    packed = packed_class(f"{kind.modeling}.{kind.name}")
+    other = packed.__new__(packed)
+    other.__dict__.update(encoder.__dict__)
+    other.__dict__.update(impl="reference", padding="zero", cuda_graphs=False)
+    with swap_identity.undisturbed(encoder):
+        x = torch.randn(2, 5, weight.shape[1]).to(weight)
+        expected = type(encoder).forward(encoder, x, mask).last_hidden_state[real].double()
+        found = packed.forward(other, x, mask).last_hidden_state[real].double()
+    apart = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+    if apart <= _BOUNDS.get(weight.dtype, 0.0):
         return None
-    inner = (*parts.containers, *parts.linears, *parts.norms, *parts.dropouts, parts.activation)
-    return None if any(_has_hooks(module) for module in inner) else parts
+    return (
+        f"on a small input its own result and the packed one are {apart:.2g} of the largest value apart: something in "
+        f"it is not Hugging Face's."
+    )
 
 
 def _rate(dropout: nn.Dropout | None) -> float:
@@ -263,18 +129,19 @@ def _rate(dropout: nn.Dropout | None) -> float:
 
 def _qkv(parts: Parts) -> tuple[Tensor, Tensor | None]:
     """Weight (3N, N) and bias (3N,) of one product for query, key and value."""
-    linears = (parts.query, parts.key, parts.value)
-    sources = [linear.weight for linear in linears]
-    has_bias = parts.query.bias is not None
+    tables = [linear._parameters for linear in (parts.query, parts.key, parts.value)]
+    sources = [table["weight"] for table in tables]
+    has_bias = tables[0]["bias"] is not None
     if has_bias:
-        sources += [linear.bias for linear in linears]
+        sources += [table["bias"] for table in tables]
 
     def join() -> tuple[Tensor, Tensor | None]:
         return torch.cat(sources[:3]), torch.cat(sources[3:]) if has_bias else None
 
-    is_trained = torch.is_grad_enabled() and any(source.requires_grad for source in sources)
+    is_trained = torch.is_grad_enabled() and any([source.requires_grad for source in sources])
     # On a GPU nothing tells the host, without waiting, that weights are still what they were.
-    if is_trained or torch.compiler.is_compiling() or sources[0].device.type != "cpu":
+    is_once = ("*", "reference") in registry.requested()
+    if is_trained or is_once or sources[0].device.type != "cpu":
         return join()
     return _fused.get(sources, "qkv", join)
 
@@ -298,33 +165,36 @@ def _query_key_value(parts: Parts, x: Tensor) -> tuple[Tensor, Tensor | None]:
     return torch.stack(products, dim=1), None
 
 
-def _whole(parts: Parts) -> whole_layer.Layer | None:
+def _whole(layer: Layer) -> whole_layer.Layer | None:
     """What one call needs to compute a layer; None where its parts must be called."""
-    if any(type(linear) is not nn.Linear for linear in parts.linears):
+    parts = layer.parts
+    if not layer.is_linear or any([_rate(dropout) for dropout in parts.dropouts]):
         return None
-    if any(_rate(dropout) for dropout in parts.dropouts) or parts.attention_norm.eps != parts.output_norm.eps:
+    if parts.attention_norm.eps != parts.output_norm.eps:
         return None
     modules = (parts.project, parts.attention_norm, parts.widen, parts.narrow, parts.output_norm)
-    weights = (*_qkv(parts), *(tensor for module in modules for tensor in (module.weight, module.bias)))
-    options = dict(num_heads=parts.heads, activation=_activation(parts.activation), eps=parts.output_norm.eps)
+    tables = [module._parameters for module in modules]
+    weights = (*_qkv(parts), *[table[name] for table in tables for name in ("weight", "bias")])
+    options = dict(num_heads=parts.heads, activation=layer.activation, eps=parts.output_norm.eps)
     return whole_layer.Layer(weights, options)
 
 
 def _run_whole(
-    every: Sequence[Parts], impl: str | None, x: Tensor, cu_seqlens: Tensor, max_seqlen: int
+    every: Sequence[Layer], impl: str | None, x: Tensor, cu_seqlens: Tensor, max_seqlen: int
 ) -> tuple[Tensor] | None:
     """What the last of these layers gives, by one call; None where it cannot be done so."""
     with nullcontext() if impl is None else registry.use_impl(impl):
         if not whole_layer.is_open(x):
             return None
-        return whole_layer.run(x, cu_seqlens, max_seqlen, [_whole(parts) for parts in every])
+        return whole_layer.run(x, cu_seqlens, max_seqlen, [_whole(layer) for layer in every])
 
 
-def _run_layer(parts: Parts, impl: str | None, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+def _run_layer(layer: Layer, impl: str | None, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
     """One post-LN layer over packed tokens, (T, N) -> (T, N)."""
-    whole = _run_whole([parts], impl, x, cu_seqlens, max_seqlen)
+    whole = _run_whole([layer], impl, x, cu_seqlens, max_seqlen)
     if whole is not None:
         return whole[0]
+    parts = layer.parts
     with nullcontext() if impl is None else registry.use_impl(impl):
         qkv, bias = _query_key_value(parts, x)
         context = functional.attention(qkv, cu_seqlens, max_seqlen, bias, dropout_p=_rate(parts.attention_dropout))
@@ -334,8 +204,7 @@ def _run_layer(parts: Parts, impl: str | None, x: Tensor, cu_seqlens: Tensor, ma
             projected, x, norm.weight, norm.bias, bias, eps=norm.eps, dropout_p=_rate(parts.project_dropout)
         )
         if type(parts.widen) is nn.Linear:
-            activation = _activation(parts.activation)
-            wide = functional.linear_act(x, parts.widen.weight, parts.widen.bias, activation=activation)
+            wide = functional.linear_act(x, parts.widen.weight, parts.widen.bias, activation=layer.activation)
         else:
             wide = parts.activation(parts.widen(x))
         norm = parts.output_norm
@@ -346,12 +215,12 @@ def _run_layer(parts: Parts, impl: str | None, x: Tensor, cu_seqlens: Tensor, ma
 
 
 def _run_layers(
-    every: Sequence[Parts], impl: str | None, tokens: Sequence[Tensor], cu_seqlens: Tensor, max_seqlen: int
+    every: Sequence[Layer], impl: str | None, tokens: Sequence[Tensor], cu_seqlens: Tensor, max_seqlen: int
 ) -> tuple[Tensor]:
     """All layers over packed tokens, as CUDA graphs want it."""
     (x,) = tokens
-    for parts in every:
-        x = _run_layer(parts, impl, x, cu_seqlens, max_seqlen)
+    for layer in every:
+        x = _run_layer(layer, impl, x, cu_seqlens, max_seqlen)
     return (x,)
 
 
@@ -383,19 +252,25 @@ class PackedEncoder(nn.Module):
     ``packed_class``, whose second base is the original."""
 
     impl: str | None = None
-    padding_is_read: bool = False
+    padding: str = "zero"  # or "keep": batches with padding run as before
     cuda_graphs: bool = True  # inference on a GPU goes through CUDA graphs; set it to False to switch them off
+    _kind: Kind
     _result: type
+    _original: type
 
     def forward(self, hidden_states: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As the original."""
+        # Compiled, it is Hugging Face's code: where tokens are is read from a mask's values, which no graph can do.
+        if torch.compiler.is_compiling():
+            return super().forward(hidden_states, attention_mask, *args, **kwargs)
         packing = self._packing(hidden_states, attention_mask, args, kwargs)
-        if packing is None:
+        layers = self.__dict__["_modules"]["layer"]
+        if packing is None or type(layers) is not nn.ModuleList:
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
         passed = {name: value for name, value in kwargs.items() if name not in _ENCODER_ONLY}
         collects = _collected("hidden_states")
         packed, padded = packing.pack(hidden_states), hidden_states
-        every = [_plain_parts(layer) for layer in self.layer]
+        every = self._layers.examined(list(layers._modules.values()), self._kind)
         if not collects and None not in every:
             offsets, longest = packing.cu_seqlens, packing.max_seqlen
             if self.cuda_graphs and self._graphs.can_run(packed):
@@ -405,14 +280,14 @@ class PackedEncoder(nn.Module):
                 whole = _run_whole(every, self.impl, packed, offsets, longest)
             if whole is not None:
                 return self._result(last_hidden_state=packing.unpack(whole[0]))
-        for layer, parts in zip(self.layer, every):
-            if parts is None:
+        for layer, found in zip(layers, every):
+            if found is None:
                 before = packing.unpack(packed) if padded is None else padded
                 padded = layer(before, attention_mask, **passed)
                 packed = packing.pack(padded)
                 continue
-            run = partial(_run_layer, parts, self.impl)
-            if getattr(layer, "gradient_checkpointing", False) and layer.training:
+            run = partial(_run_layer, found, self.impl)
+            if getattr(layer, "gradient_checkpointing", False) and layer.training and torch.is_grad_enabled():
                 run = partial(layer._gradient_checkpointing_func, run)
             before, padded = padded, None
             packed = run(packed, packing.cu_seqlens, packing.max_seqlen)
@@ -422,39 +297,55 @@ class PackedEncoder(nn.Module):
                     hook(layer, (before,), padded)
         return self._result(last_hidden_state=packing.unpack(packed) if padded is None else padded)
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What torch.jit.script compiles in its place: the original over the same parts."""
+        original = self._original
+        plain = original.__new__(original)
+        plain.__dict__.update({name: value for name, value in self.__dict__.items() if name not in OWN_NAMES})
+        return plain
+
     @property
     def _graphs(self) -> PackedGraphs:
         return self.__dict__.setdefault("_ctxfast_graphs", PackedGraphs())
 
+    @property
+    def _layers(self) -> Layers:
+        return self.__dict__.setdefault("_ctxfast_layers", Layers())
+
     def _packing(self, x: Tensor, mask: Any, args: tuple, kwargs: dict[str, Any]) -> Packing | None:
         """Where the tokens are; None if this call is one for the original."""
-        if args or any(kwargs.get(name) is not None for name in _NOT_PACKED) or kwargs.get("use_cache"):
+        if args or any(
+            [value is not None and value is not False and name not in _HARMLESS for name, value in kwargs.items()]
+        ):
+            if not args and kwargs.get("output_attentions"):
+                _warn_of_attentions()
             return None
-        if kwargs.get("output_attentions") or _collected("attentions"):
-            warnings.warn(
-                "ctxfast.swap_in: attention weights were asked for, which packed attention never holds; such calls "
-                "run Hugging Face's encoder.",
-                stacklevel=2,
-            )
+        if kwargs.get("use_cache"):
             return None
-        if torch.nn.modules.module._has_any_global_hook():
+        if _collected("attentions"):
+            _warn_of_attentions()
+            return None
+        if torch.nn.modules.module._has_any_global_hook() or not _is_ordinary(x, mask):
+            return None
+        # Somebody replaced the encoder's own forward, for all encoders of its kind.
+        if self._original.forward is not _forwards[self._kind]:
             return None
         batch, length = x.shape[:2]
         if mask is None:
             return None if self._is_dense(x, batch * length) else Packing.full(batch, length, x.device)
-        if torch.compiler.is_compiling() or length == 0:  # the number of tokens is read from the mask
+        if length == 0:
             return None
         real = real_tokens(mask, batch, length)
         if real is None:
             return None
         packing = Packing.from_mask(real)
-        if self.padding_is_read and not packing.is_full:
+        if not packing.is_full and (self.padding == "keep" or swap_padding.is_read_now()):
             return None
         return None if self._is_dense(x, packing.total) else packing
 
     def _is_dense(self, x: Tensor, tokens: int) -> bool:
         """Whether a batch has so little padding that the original is faster."""
-        if x.device.type != "cpu" or self.impl is not None or torch.compiler.is_compiling():
+        if x.device.type != "cpu" or self.impl is not None:
             return False
         if x.dtype in (torch.float32, torch.bfloat16) and not torch.is_grad_enabled() and capability.is_mkl_slow():
             return False
@@ -467,10 +358,34 @@ class PackedEncoder(nn.Module):
 # in both (BERT-Base, 1 x 128, 2 threads of a Zen 4, 2026-11-28).
 _DENSE = 0.9
 
-# Arguments of calls that the original runs.
-_NOT_PACKED = ("encoder_hidden_states", "encoder_attention_mask", "past_key_values", "cu_seq_lens_q")
+# Arguments that change nothing in what an encoder computes. Any other that is given is one for the original.
+_HARMLESS = frozenset(
+    ("use_cache", "position_ids", "return_dict", "output_hidden_states", "num_items_in_batch", "output_router_logits")
+)
 # Arguments that an encoder does not hand on to its layers as they are.
-_ENCODER_ONLY = ("encoder_hidden_states", "encoder_attention_mask", "past_key_values", "use_cache")
+_ENCODER_ONLY = ("encoder_hidden_states", "encoder_attention_mask", "past_key_values", "cache", "use_cache")
+# In the __dict__ of a swapped encoder, and not in that of an original.
+OWN_NAMES = ("_ctxfast_original", "impl", "padding", "cuda_graphs", "_ctxfast_graphs", "_ctxfast_layers")
+
+
+def _warn_of_attentions() -> None:
+    warnings.warn(
+        "ctxfast.swap_in: attention weights were asked for, which packed attention never holds; such calls run Hugging "
+        "Face's encoder.",
+        stacklevel=4,
+    )
+
+
+def _is_ordinary(x: Tensor, mask: Any) -> bool:
+    """Whether a call computes numbers now: no tracing, no transform or forward-mode derivative, no meta or fake tensor,
+    no kind of tensor of somebody's own."""
+    if type(x) not in (Tensor, nn.Parameter) or x.is_meta or (mask is not None and type(mask) is not Tensor):
+        return False
+    return (
+        torch._C._get_tracing_state() is None
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch.autograd.forward_ad._current_level < 0
+    )
 
 
 def _collected(key: str) -> bool:
@@ -479,19 +394,28 @@ def _collected(key: str) -> bool:
     return collector is not None and key in collector
 
 
+_making = threading.Lock()
+_forwards: dict[Kind, Any] = {}  # what each encoder's own forward was when its class was made
+
+
 def packed_class(full_name: str) -> type[PackedEncoder]:
-    """The class that modules of this encoder class are given."""
-    return __getattr__(full_name.rpartition(".")[2])
+    """The class that modules of this encoder class are given. Made once, so that pickles find it."""
+    name = full_name.rpartition(".")[2]
+    with _making:
+        if name not in globals():
+            kind = ENCODERS[full_name]
+            original = getattr(import_module(kind.modeling), name)
+            outputs = import_module("transformers.modeling_outputs")
+            values = {"__module__": __name__, "_kind": kind, "_result": getattr(outputs, kind.result)}
+            values["_original"] = original
+            _forwards[kind] = original.forward
+            globals()[name] = type(name, (PackedEncoder, original), values)
+        return globals()[name]
 
 
 def __getattr__(name: str) -> Any:
-    """Classes of swapped encoders, made when first asked for: pickles find them here, too."""
+    """Classes of swapped encoders: a pickle asks for one before anything is swapped in its process."""
     found = next((full for full in ENCODERS if full.rpartition(".")[2] == name), None)
     if found is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module, _, result = found.rpartition(".")[0], *ENCODERS[found][1:]
-    original = getattr(import_module(module), name)
-    outputs = import_module("transformers.modeling_outputs")
-    made = type(name, (PackedEncoder, original), {"__module__": __name__, "_result": getattr(outputs, result)})
-    globals()[name] = made
-    return made
+    return packed_class(found)

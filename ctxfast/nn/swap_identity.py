@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether a part of somebody's model is what its name says: objects are compared, never names alone.
+
+A class is *stock* if it is defined where its package defines it and none of its functions was replaced: every function
+must have been written in the package's own files, decorators included. That also finds classes that were patched as a
+whole and subclasses that took over a name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from importlib import import_module
+from pathlib import Path
+from types import FunctionType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+@lru_cache
+def _folder(package: str) -> str:
+    return str(Path(import_module(package).__file__).parent) + "/"
+
+
+def is_written_in(function: Any, *packages: str) -> bool:
+    """Whether a function, and every function that it wraps, was written in one of some packages."""
+    while function is not None:
+        code = getattr(function, "__code__", None)
+        if code is None or not code.co_filename.startswith(tuple(map(_folder, packages))):
+            return False
+        function = getattr(function, "__wrapped__", None)
+    return True
+
+
+def running(kind: type, names: Sequence[str] | None = None) -> Iterator[tuple[type, str, Any]]:
+    """(class, name, function) of what a class and those under it, up to ``nn.Module``, define: all, or these names."""
+    for each in kind.__mro__:
+        if each is nn.Module:
+            return
+        for name, value in vars(each).items():
+            if name in names if names is not None else isinstance(value, FunctionType) and name != "__init__":
+                yield each, name, value
+
+
+def why_not_stock(kind: type, package: str, names: Sequence[str] | None = None) -> str | None:
+    """None if a class, and what it inherits up to ``nn.Module``, is a package's own and untouched; else a sentence.
+
+    ``names``: the functions that matter; None for all of them.
+    """
+    for each in kind.__mro__ if names is None else (kind,):
+        if each is nn.Module:
+            break
+        if not each.__module__.startswith((package + ".", "torch.")) and each.__module__ not in ("abc", "typing"):
+            return f"{kind.__name__} is none of {package}'s own classes."
+    for owner, name, function in running(kind, names):
+        if not is_written_in(function, package, "torch"):
+            return f"{owner.__name__}.{name} was replaced by a function of another package."
+        *_, written_for, _ = ("", *function.__qualname__.split("."))
+        if written_for not in ("", "<locals>", *(each.__name__ for each in kind.__mro__)):
+            return f"{owner.__name__}.{name} was replaced by {function.__qualname__}."
+    return None
+
+
+def is_stock(kind: type, package: str, module: str, name: str) -> bool:
+    """Whether a class is the one that a package defines under this name in this module, with its own functions."""
+    return kind.__module__ == module and kind.__qualname__ == name and why_not_stock(kind, package) is None
+
+
+# What torch's own layers compute with. People replace these to change every model at once (attention above all).
+_TORCH = {
+    name: getattr(F, name)
+    for name in ("linear", "layer_norm", "gelu", "relu", "dropout", "softmax", "scaled_dot_product_attention")
+}
+
+
+def torch_objection() -> str | None:
+    """Why torch's own functions are not what they were; None if they are."""
+    for name, function in _TORCH.items():
+        if getattr(F, name) is not function or not _is_torchs(function):
+            return f"torch.nn.functional.{name} was replaced."
+    return None
+
+
+def _is_torchs(function: Any) -> bool:
+    return inspect.isbuiltin(function) or is_written_in(function, "torch")
+
+
+class Watched:
+    """Names in the tables of classes and modules, and what stood there: whether it still does takes a look-up each."""
+
+    def __init__(self) -> None:
+        self._entries: list[tuple[Any, str, Any]] = []
+        for name, function in _TORCH.items():
+            self._entries.append((vars(F), name, function))
+
+    def add(self, kind: type) -> None:
+        """Watch ``forward`` and every other function that an instance of this class runs."""
+        for owner, name, function in running(kind):
+            entry = (vars(owner), name, function)
+            if not any(known[0] == entry[0] and known[1] == name for known in self._entries):
+                self._entries.append(entry)
+
+    def are_still(self) -> bool:
+        for table, name, value in self._entries:
+            if table.get(name) is not value:
+                return False
+        return True
+
+
+@contextlib.contextmanager
+def undisturbed(module: nn.Module) -> Iterator[None]:
+    """Within, the module evaluates without gradients, autocast or randomness of its own; afterwards its mode and the
+    random numbers are as before."""
+    modes = [(part, part.training) for part in module.modules()]
+    device = next((tensor.device for tensor in module.parameters()), torch.device("cpu"))
+    devices = [device] if device.type == "cuda" else []
+    for part, _ in modes:
+        part.__dict__["training"] = False
+    try:
+        with torch.no_grad(), torch.autocast(device.type, enabled=False), torch.random.fork_rng(devices=devices):
+            torch.manual_seed(0)
+            yield
+    finally:
+        for part, mode in modes:
+            part.__dict__["training"] = mode
