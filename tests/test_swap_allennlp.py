@@ -192,6 +192,76 @@ def test_copies_that_forget_or_raise_are_left_alone() -> None:
     assert "AssertionError: no such input" in miss[1]
 
 
+class _Gated(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) * 0.5
+
+
+def _gated(linear: nn.Linear) -> None:
+    linear.__class__ = _Gated
+
+
+def _scaled(module: nn.Module) -> None:
+    own = type(module).forward
+    module.forward = lambda *args: own(module, *args) * 0.5
+
+
+# What somebody changes inside an ElmoLstm: seen before swap_in and after it, in the module and in its copies.
+CHANGES = {
+    "a linear layer of another class": lambda m: _gated(m.forward_layer_0.input_linearity),
+    "a projection put in its place": lambda m: setattr(
+        m.backward_layer_1, "state_projection", nn.Sequential(m.backward_layer_1.state_projection, nn.Tanh())
+    ),
+    "a hook inside": lambda m: m.forward_layer_1.state_linearity.register_forward_hook(lambda *args: args[2] * 0.5),
+    "a forward on a part": lambda m: _scaled(m.backward_layer_0.state_linearity),
+    "one cell's clip": lambda m: setattr(m.backward_layer_1, "memory_cell_clip_value", 0.01),
+    "every cell's clip": lambda m: (
+        [setattr(cell, "state_projection_clip_value", 0.01) for cell in m.children()] and None
+    ),
+    "one layer fewer": lambda m: setattr(m, "num_layers", 1),
+}
+
+
+def _lstm_outputs(module: nn.Module) -> torch.Tensor:
+    x = torch.randn(2, 4, 4, generator=torch.Generator().manual_seed(1))
+    mask = torch.tensor([[True] * 4, [True, True, False, False]])
+    module.reset_states()
+    with torch.no_grad():
+        return torch.stack([module(x, mask)[-1], module(x, mask)[-1]])
+
+
+@pytest.mark.parametrize("when", ["before", "afterwards", "in a copy"])
+@pytest.mark.parametrize("name", CHANGES)
+def test_changed_inside(name, when) -> None:
+    torch.manual_seed(5)
+    plain = like.ElmoLstm(4, 4, 6, 2, cell_clip=0.5, proj_clip=0.4).eval()
+    model = copy.deepcopy(plain)
+    before = _lstm_outputs(plain)
+    if when != "before":
+        assert ctxfast.swap_in(model).swapped
+        torch.testing.assert_close(_lstm_outputs(model), before, rtol=1e-4, atol=1e-6)
+    for each in (plain, model):
+        CHANGES[name](each)
+    expected = _lstm_outputs(plain)
+    assert (expected - before).abs().max() > 1e-4
+    if when == "before":
+        report = ctxfast.swap_in(model)
+        assert report.swapped or report.near_misses
+    elif when == "in a copy":
+        model = copy.deepcopy(model)
+    torch.testing.assert_close(_lstm_outputs(model), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_tracing_and_transforms_run_the_original() -> None:
+    module = like.ElmoLstm(4, 4, 6, 1).eval()
+    x, mask = torch.randn(2, 3, 4), torch.ones(2, 3, dtype=torch.bool)
+    right = torch.func.jvp(lambda x: (module.reset_states(), module(x, mask))[1], (x,), (x,))
+    ctxfast.swap_in(module)
+    found = torch.func.jvp(lambda x: (module.reset_states(), module(x, mask))[1], (x,), (x,))
+    for one, other in zip(found, right):
+        torch.testing.assert_close(one, other)
+
+
 def test_ours_are_left_alone() -> None:
     config = ElmoConfig(6, 10, 2, ((1, 3),), 4)
     assert not ctxfast.swap_in(ElmoBiLm(config)).swapped

@@ -353,7 +353,7 @@ def restore(model: nn.Module) -> tuple[str, ...]:
         original = module.__dict__.get(_ORIGINAL)
         if original is None:
             continue
-        for name in swap_transformers.OWN_NAMES:
+        for name in (*swap_transformers.OWN_NAMES, *swap_allennlp.OWN_NAMES):
             module.__dict__.pop(name, None)
         module.__class__ = original
         if isinstance(module, nn.LSTM):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from .. import functional
+from . import swap_identity
 from .highway import highways
 from .words import add_sentence_marks, unique_rows
 
@@ -25,15 +26,64 @@ def _cells(module: nn.Module, layer: int) -> tuple[nn.Module, nn.Module]:
     return getattr(module, f"forward_layer_{layer}"), getattr(module, f"backward_layer_{layer}")
 
 
-class SwappedElmoLstm:
-    """AllenNLP's ElmoLstm by ``ctxfast.lstm``: both directions of a layer at once, the state carried as there."""
+class _Swapped:
+    """What swapped modules share. The first base of their classes; the second is the original."""
 
     impl: str | None = None
+    _original: type
+
+    def _runs(self, *inputs: Any) -> bool:
+        """Whether this call is computed here: nothing inside has changed since the results were last compared."""
+        if torch.compiler.is_compiling():
+            return True
+        state = self.__dict__.get(_STATE)
+        if state is None or not state.inside.is_still():
+            if state is not None and state.inside.is_hooked:
+                return False
+            state = self.__dict__[_STATE] = State(self)
+        return state.is_same and not state.inside.is_hooked and swap_identity.is_ordinary(*inputs)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What torch.jit.script compiles in its place: the original over the same parts."""
+        original = self._original
+        plain = original.__new__(original)
+        plain.__dict__.update({name: value for name, value in self.__dict__.items() if name not in OWN_NAMES})
+        return plain
+
+
+_STATE = "_ctxfast_state"
+# In the __dict__ of a swapped module, and not in that of an original.
+OWN_NAMES = ("_ctxfast_original", "impl", _STATE)
+
+
+class State:
+    """What stood inside a module when both ways of computing it were compared, and whether they agreed.
+
+    Copies and pickles of it are empty: the copy is compared anew at its first call.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.is_same = objection(module, module._original) is None
+        self.inside = swap_identity.Inside(module)
+
+    def __reduce__(self) -> tuple:
+        return _nothing, ()
+
+    def __deepcopy__(self, memo: dict) -> None:
+        return None
+
+
+def _nothing() -> None:
+    return None
+
+
+class SwappedElmoLstm(_Swapped):
+    """AllenNLP's ElmoLstm by ``ctxfast.lstm``: both directions of a layer at once, the state carried as there."""
 
     def forward(self, inputs: Tensor, mask: Tensor) -> Tensor:
         """(B, T, I) and (B, T) bool -> (L, B, T, 2P), as the original."""
         first = self.forward_layer_0
-        if self.training and first.recurrent_dropout_probability > 0:
+        if not self._runs(inputs, mask) or (self.training and first.recurrent_dropout_probability > 0):
             return super().forward(inputs, mask)
         batch, lengths = inputs.shape[0], mask.long().sum(1)
         states = self._started(batch)
@@ -83,13 +133,13 @@ class SwappedElmoLstm:
         self._states = tuple(final)
 
 
-class SwappedElmoCharacterEncoder:
+class SwappedElmoCharacterEncoder(_Swapped):
     """AllenNLP's _ElmoCharacterEncoder over the distinct words of a batch, without a loop over sentences."""
-
-    impl: str | None = None
 
     def forward(self, inputs: Tensor) -> dict[str, Tensor]:
         """(B, T, 50) -> ``token_embedding`` (B, T + 2, P) and ``mask`` (B, T + 2) bool, as the original."""
+        if not self._runs(inputs):
+            return super().forward(inputs)
         mask = (inputs > 0).any(dim=-1)
         begin, end = (
             marks.to(inputs) for marks in (self._beginning_of_sentence_characters, self._end_of_sentence_characters)
@@ -112,16 +162,15 @@ class SwappedElmoCharacterEncoder:
         return {"mask": mask, "token_embedding": vectors.unflatten(0, mask.shape)}
 
 
-class SwappedStackedBidirectionalLstm:
+class SwappedStackedBidirectionalLstm(_Swapped):
     """AllenNLP's StackedBidirectionalLstm without highways by ``ctxfast.lstm``."""
-
-    impl: str | None = None
 
     def forward(
         self, inputs: PackedSequence, initial_state: tuple[Tensor, Tensor] | None = None
     ) -> tuple[PackedSequence, tuple[Tensor, Tensor]]:
         """Packed (B, T, I) -> packed (B, T, 2H) and the final states (2L, B, H), as the original."""
-        if initial_state is not None or (self.training and self.forward_layer_0.recurrent_dropout_probability > 0):
+        dropped = self.training and self.forward_layer_0.recurrent_dropout_probability > 0
+        if initial_state is not None or dropped or not self._runs(inputs.data):
             return super().forward(inputs, initial_state)
         x, lengths = pad_packed_sequence(inputs, batch_first=True)
         h_n, c_n = [], []
@@ -185,13 +234,14 @@ def swapped_class(original: type) -> type:
     """The class that modules of this class are given."""
     if original not in _made:
         own, _ = KINDS[original.__name__]
-        _made[original] = type(original.__name__, (own, original), {"__reduce_ex__": _reduce, "__module__": __name__})
+        values = {"__reduce_ex__": _reduce, "__module__": __name__, "_original": original}
+        _made.setdefault(original, type(original.__name__, (own, original), values))
     return _made[original]
 
 
 def _reduce(module: nn.Module, protocol: int) -> tuple[Any, ...]:
     # Made classes have no name to be found under again: copies and pickles name the original.
-    return _blank, (type(module).__mro__[2],), module.__dict__
+    return _blank, (module._original,), module.__dict__
 
 
 def _blank(original: type) -> nn.Module:
@@ -199,24 +249,47 @@ def _blank(original: type) -> nn.Module:
     return made.__new__(made)
 
 
-def objection(module: nn.Module) -> str | None:
-    """Why a module stays as it is; None if its results stay the same."""
-    name = type(module).__name__
-    for tensor in module.parameters():
+# Settings that every cell of a stack has of its own, and that the fused layers take from the first.
+_SHARED = ("memory_cell_clip_value", "state_projection_clip_value", "recurrent_dropout_probability", "use_highway")
+
+
+def _odd(module: nn.Module, name: str) -> str | None:
+    """Why a module stays as it is, by what it holds."""
+    for tensor in (*module.parameters(), *module.buffers()):
         if tensor.is_meta:
             return "its parameters are on the meta device; load them first."
-        if not tensor.is_floating_point():
-            return "its parameters are no floating-point numbers."
-    highway = getattr(getattr(module, "forward_layer_0", None), "use_highway", False)
-    if name == "StackedBidirectionalLstm" and highway:
+        if type(tensor) not in swap_identity.PLAIN:
+            return f"a weight is a {type(tensor).__name__}, a kind of tensor of its own (quantised or distributed)."
+    if not all(tensor.is_floating_point() for tensor in module.parameters()):
+        return "its parameters are no floating-point numbers."
+    if "Lstm" in name:
+        every = [cell for layer in range(module.num_layers) for cell in _cells(module, layer)]
+        for setting in _SHARED:
+            values = [getattr(cell, setting, None) for cell in every]
+            if any(value != values[0] for value in values):
+                return f"its layers differ in {setting}."
+    if name == "StackedBidirectionalLstm" and getattr(module.forward_layer_0, "use_highway", False):
         return "its layers have highway connections inside the recurrence, which ctxfast.lstm does not."
+    return swap_identity.torch_objection()
+
+
+def objection(module: nn.Module, kind: type | None = None) -> str | None:
+    """Why a module, of this class or one made of it, stays as it is; None if its results stay the same."""
+    kind = type(module) if kind is None else kind
+    name = kind.__name__
     try:
+        reason = _odd(module, name)
+        if reason is not None:
+            return reason
+        # Hooks inside would see this input; such modules run as before anyway while they have them.
+        if any(swap_identity.is_hooked(part) for part in module.modules() if part is not module):
+            return None
         with _undisturbed(module):
             inputs = KINDS[name][1](module)
             # Twice: the second call starts from the states that the first one left.
-            expected = [out for _ in range(2) for out in _tensors(type(module).forward(module, *inputs))]
+            expected = [out for _ in range(2) for out in _tensors(kind.forward(module, *inputs))]
         with _undisturbed(module):
-            other = _as_swapped(module)
+            other = _as_swapped(module, kind)
             found = [out for _ in range(2) for out in _tensors(type(other).forward(other, *inputs))]
     except Exception as error:  # whatever somebody's forward raises
         return f"it is not built as AllenNLP's {name} is ({type(error).__name__}: {error})."
@@ -229,30 +302,33 @@ def objection(module: nn.Module) -> str | None:
     return None
 
 
-def _as_swapped(module: nn.Module) -> nn.Module:
+class _Compared(State):
+    """The state of the copy that is being compared: it takes every call."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.is_same, self.inside = True, swap_identity.Inside(module)
+
+
+def _as_swapped(module: nn.Module, kind: type) -> nn.Module:
     """Another module over the same parts, of the swapped class."""
-    other = _blank(type(module))
+    other = _blank(kind)
     other.__dict__.update(module.__dict__)
+    other.__dict__[_STATE] = _Compared(other)
     return other
 
 
 @contextlib.contextmanager
 def _undisturbed(module: nn.Module) -> Iterator[None]:
-    """Within, the module evaluates; afterwards its mode, its states and the random numbers are as before."""
-    modes = [(part, part.training) for part in module.modules()]
+    """As ``swap_identity.undisturbed``, from states that are zeros; afterwards the states are as before."""
     states = module.__dict__.get("_states")
-    module.eval()
     if "_states" in module.__dict__:
         module._states = None
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+        with swap_identity.undisturbed(module):
             yield
     finally:
         if "_states" in module.__dict__:
             module._states = states
-        for part, mode in modes:
-            part.training = mode
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -112,6 +112,68 @@ class Watched:
         return True
 
 
+def is_ordinary(*inputs: Any) -> bool:
+    """Whether a call with these inputs computes numbers now: no tracing, no transform or forward-mode derivative, no
+    meta or fake tensor, no kind of tensor of somebody's own. Inputs that are no tensors do not count."""
+    for each in inputs:
+        if isinstance(each, torch.Tensor) and (type(each) not in PLAIN or each.is_meta):
+            return False
+    return (
+        torch._C._get_tracing_state() is None
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch.autograd.forward_ad._current_level < 0
+    )
+
+
+PLAIN = (torch.Tensor, nn.Parameter)
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether somebody wants to see a module's inputs or outputs, or gave it another ``forward``."""
+    state = module.__dict__
+    return bool(
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+        or "forward" in state
+    )
+
+
+class Inside:
+    """What stands inside a module: objects, classes, functions, settings and kinds of parameters."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._parts = [(part, part.__dict__, type(part), dict(part._modules)) for part in module.modules()]
+        self._settings = [
+            (state, name, value)
+            for _, state, _, _ in self._parts
+            for name, value in state.items()
+            if isinstance(value, (int, float, str)) and name != "training"
+        ]
+        self._watched = Watched()
+        for kind in {kind for _, _, kind, _ in self._parts}:
+            self._watched.add(kind)
+
+    @property
+    def is_hooked(self) -> bool:
+        """Whether somebody looks at a part inside; the module itself may have hooks, which run around it."""
+        return any([is_hooked(part) for part, _, _, _ in self._parts[1:]])
+
+    def is_still(self) -> bool:
+        """Whether all is as it was."""
+        for part, state, kind, children in self._parts:
+            if part.__class__ is not kind or state["_modules"] != children:
+                return False
+            for tensor in state["_parameters"].values():
+                if tensor is not None and type(tensor) not in PLAIN:
+                    return False
+        for state, name, value in self._settings:
+            if state.get(name) != value:
+                return False
+        return self._watched.are_still()
+
+
 @contextlib.contextmanager
 def undisturbed(module: nn.Module) -> Iterator[None]:
     """Within, the module evaluates without gradients, autocast or randomness of its own; afterwards its mode and the

@@ -16,7 +16,7 @@ from importlib import import_module
 from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from . import swap_identity
 from .graphs import is_capture
@@ -190,7 +190,6 @@ def _is_adapter(module: nn.Module) -> bool:
     return is_peft and type(getattr(module, "base_layer", None)) is nn.Linear
 
 
-_PLAIN = (nn.Parameter, Tensor)
 _OWN_LEAVES = (nn.Linear, nn.LayerNorm, nn.Dropout)
 
 
@@ -211,7 +210,7 @@ def _odd_leaf(parts: Parts) -> str | None:
             return "a weight is no parameter of its layer (pruned, normalised or parametrised)."
         for name in ("weight", "bias"):
             tensor = getattr(module, name)
-            if tensor is not None and type(tensor) not in _PLAIN:
+            if tensor is not None and type(tensor) not in swap_identity.PLAIN:
                 return f"a {name} is a {type(tensor).__name__}, a kind of tensor of its own (quantised or distributed)."
     return None
 
@@ -371,7 +370,7 @@ class Layer:
                 if shape is not None:
                     return False
                 continue
-            if type(tensor) not in _PLAIN or tensor.shape != shape:
+            if type(tensor) not in swap_identity.PLAIN or tensor.shape != shape:
                 return False
             if dtype is None:
                 dtype, device = tensor.dtype, tensor.device

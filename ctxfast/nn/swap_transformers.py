@@ -325,7 +325,7 @@ class PackedEncoder(nn.Module):
         if _collected("attentions"):
             _warn_of_attentions()
             return None
-        if torch.nn.modules.module._has_any_global_hook() or not _is_ordinary(x, mask):
+        if torch.nn.modules.module._has_any_global_hook() or not swap_identity.is_ordinary(x, mask):
             return None
         # Somebody replaced the encoder's own forward, for all encoders of its kind.
         if self._original.forward is not _forwards[self._kind]:
@@ -373,18 +373,6 @@ def _warn_of_attentions() -> None:
         "ctxfast.swap_in: attention weights were asked for, which packed attention never holds; such calls run Hugging "
         "Face's encoder.",
         stacklevel=4,
-    )
-
-
-def _is_ordinary(x: Tensor, mask: Any) -> bool:
-    """Whether a call computes numbers now: no tracing, no transform or forward-mode derivative, no meta or fake tensor,
-    no kind of tensor of somebody's own."""
-    if type(x) not in (Tensor, nn.Parameter) or x.is_meta or (mask is not None and type(mask) is not Tensor):
-        return False
-    return (
-        torch._C._get_tracing_state() is None
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and torch.autograd.forward_ad._current_level < 0
     )
 
 
