@@ -146,6 +146,10 @@ class SwapReport:
     __repr__ = __str__
 
 
+_BY_CLASS = (
+    "tools that look for torch.nn.LSTM by its class (quantize_dynamic, say) do not find it now: call ctxfast.restore "
+    "first."
+)
 _NOTHING = (
     "nothing to swap: no module is a torch.nn.LSTM, an encoder of Transformers or a part of AllenNLP's ELMo that "
     "ctxfast knows and can run faster."
@@ -179,10 +183,10 @@ def _wanted(only: Iterable[str | type] | str | type | None) -> frozenset[str]:
 def _opaque(module: nn.Module) -> str | None:
     """Why nothing in this module and below can be swapped; None if it can be looked into."""
     if isinstance(module, torch.jit.ScriptModule):
-        return "it is TorchScript, whose code is fixed. Swap in first, then script."
+        return "it is TorchScript, whose code is fixed: swap in the module that it was made from."
     kind = type(module)
     if _full_name(kind) == "torch._dynamo.eval_frame.OptimizedModule" or module._compiled_call_impl is not None:
-        return "it is compiled already, and compiled code would not follow. Swap in first, then compile."
+        return "it is compiled already, and compiled code would not follow: swap in the module, then compile it."
     if ".quantized" in kind.__module__ and kind.__name__ in _short_names():
         return "it is quantised, and its weights are packed for other kernels."
     return None
@@ -304,6 +308,8 @@ def swap_in(
             swapped.append((path, before.__name__, _shown(kind)))
             if isinstance(module, swap_transformers.PackedEncoder):
                 read(path, module)
+            elif before is nn.LSTM:
+                notes.append((path, _BY_CLASS))
             continue
         name = next((_full_name(each) for each in kind.__mro__ if _full_name(each) in wanted), None)
         if name is None and swap_allennlp.is_known(kind) and kind.__name__ in wanted:
@@ -321,6 +327,8 @@ def swap_in(
         swapped.append((path, kind.__name__, _shown(replacement)))
         if name in swap_transformers.ENCODERS:
             read(path, module)
+        elif kind is nn.LSTM:
+            notes.append((path, _BY_CLASS))
     if strict and not swapped:
         raise ValueError(f"ctxfast.swap_in: {SwapReport((), tuple(misses))}")
     for module, replacement in plan:

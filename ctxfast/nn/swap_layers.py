@@ -396,7 +396,8 @@ class Layers:
 
     def examined(self, layers: Sequence[nn.Module], kind: Kind) -> list[Layer | None]:
         """Each layer as it is now; None for one that must be called itself."""
-        if not self._is_attention_still() or not self._watched.are_still():
+        is_crowded = len(self._known) > 2 * len(layers)  # layers that were replaced are not kept for ever
+        if is_crowded or not self._is_attention_still() or not self._watched.are_still():
             self.__init__()
         return [self._one(layer, kind) for layer in layers]
 
