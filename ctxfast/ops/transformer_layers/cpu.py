@@ -33,10 +33,9 @@ def _packed(weights: Sequence[Tensor | None], is_int8: bool) -> tuple[array, lis
         return 0 if tensor is None else tensor.data_ptr()
 
     for i in range(0, len(weights), 2):
-        weight, bias = weights[i : i + 2]
-        bias = None if bias is None else bias.detach().contiguous()
+        weight, bias = weights[i], _vector(weights[i + 1])
         if i % TENSORS not in _PRODUCTS:  # a LayerNorm
-            parts = (weight.detach().contiguous(), bias)
+            parts = (_vector(weight), bias)
         elif is_int8:
             parts = (*packed_weights.int8(weight), bias)
         else:
@@ -46,8 +45,16 @@ def _packed(weights: Sequence[Tensor | None], is_int8: bool) -> tuple[array, lis
 
 
 def _is_read(tensor: Tensor) -> bool:
-    """Whether the kernel reads a tensor where it is: biases and LayerNorms, unless they are strided."""
-    return tensor.dim() == 1 and tensor.is_contiguous()
+    """Whether the kernel reads a tensor where it is: biases and LayerNorms, unless they are strided, or stand in larger
+    memory: what is kept for the kernel would keep all of that."""
+    own = tensor.numel() * tensor.element_size()
+    return tensor.dim() == 1 and tensor.is_contiguous() and tensor.untyped_storage().nbytes() == own
+
+
+def _vector(tensor: Tensor | None) -> Tensor | None:
+    if tensor is None or _is_read(tensor):
+        return None if tensor is None else tensor.detach()
+    return tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
 def _addresses(weights: Sequence[Tensor | None], is_int8: bool) -> tuple[array, list[Any]]:
