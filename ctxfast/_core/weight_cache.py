@@ -116,7 +116,7 @@ def _facts(sources: Sequence[Tensor]) -> tuple[list[Any], ...]:
     return addresses, versions, strides, list(map(_layout, sources))
 
 
-class _Seen:
+class Seen:
     """Sources as they were when something was packed from them."""
 
     def __init__(
@@ -143,17 +143,21 @@ class _Seen:
             size, (row_stride, column_stride) = matrix.element_size(), matrix.stride()
             shape = (matrix.shape[0], row_stride * size, matrix.shape[1], column_stride * size, size, kept.shape[1])
             self._table.extend((matrix.data_ptr(), *shape, kept.data_ptr()))
-        self._rows = (self._table.buffer_info()[0], len(self._held))
+        # Address and number of the rows that compiled code compares (csrc/include/ctxfast/samples.h).
+        self.table, self.count = self._table.buffer_info()[0], len(self._held)
 
     @property
     def addresses(self) -> list[int]:
         return self._facts[0]
 
-    def are_still(self, sources: Sequence[Tensor]) -> bool:
-        """Whether sources, the same objects as then, hold what they held."""
-        if _facts(sources) != self._facts:
-            return False
-        if self._rows[1] and not self._extension.same_samples(*self._rows, torch.get_num_threads()):
+    def have_facts_of(self, sources: Sequence[Tensor]) -> bool:
+        """Whether sources, the same objects as then, have the memory and version they had. Only then may their samples
+        be read."""
+        return _facts(sources) == self._facts
+
+    def have_samples_of(self, sources: Sequence[Tensor]) -> bool:
+        """Whether sources hold what they held at all sampled places."""
+        if self.count and not self._extension.same_samples(self.table, self.count, torch.get_num_threads()):
             return False
         for i, kept in self._others:
             matrix = _matrix(sources[i])
@@ -167,7 +171,7 @@ class WeightCache:
     """Maps the identity and content of some CPU tensors to what was packed from them."""
 
     def __init__(self) -> None:
-        self._entries: dict[tuple[Any, ...], tuple[_Seen, Any]] = {}
+        self._entries: dict[tuple[Any, ...], tuple[Seen, Any]] = {}
         self._times_forgotten = 0
         _caches.add(self)
 
@@ -183,16 +187,45 @@ class WeightCache:
         ``is_read`` tells sources of which only the address is kept: their values are read where they are. ``pack`` must
         not keep its sources or views of them: entries would not die.
         """
-        key = (kind, *map(id, sources))
-        entry = self._entries.get(key)
-        if entry is not None and entry[0].are_still(sources):
+        entry = self._entries.get((kind, *map(id, sources)))
+        if entry is not None and entry[0].have_facts_of(sources) and entry[0].have_samples_of(sources):
             return entry[1]
+        return self._pack(sources, kind, pack, is_read)
+
+    def get_unchecked(
+        self,
+        sources: Sequence[Tensor],
+        kind: Any,
+        pack: Callable[[], Any],
+        is_read: Callable[[Tensor], bool],
+        count: int,
+    ) -> tuple[Any, Seen | None]:
+        """As ``get``, but the samples of the ``count`` sources that are not read may be left to compiled code to compare.
+
+        They are, if there is a second result. The caller holds it, and the sources' storages from before this call, until
+        they are compared, and calls ``drop`` if one differs.
+        """
+        entry = self._entries.get((kind, *map(id, sources)))
+        if entry is not None and entry[0].have_facts_of(sources):
+            if entry[0].count == count:
+                return entry[1], entry[0]
+            if entry[0].have_samples_of(sources):
+                return entry[1], None
+        return self._pack(sources, kind, pack, is_read), None
+
+    def drop(self, sources: Sequence[Tensor], kind: Any) -> None:
+        """Lets go of what was packed from these sources for this ``kind``."""
+        self._entries.pop((kind, *map(id, sources)), None)
+
+    def _pack(
+        self, sources: Sequence[Tensor], kind: Any, pack: Callable[[], Any], is_read: Callable[[Tensor], bool]
+    ) -> Any:
+        key = (kind, *map(id, sources))
         # First let go of what was packed before, so that both are never held at once.
-        entry = None
         self._entries.pop(key, None)
         times_forgotten = self._times_forgotten
         # Noted before packing: a write meanwhile must not go unseen.
-        seen = _Seen(sources, is_read, lambda _: self._entries.pop(key, None))
+        seen = Seen(sources, is_read, lambda _: self._entries.pop(key, None))
         packed = pack()
         with _changes_at_once:
             if times_forgotten == self._times_forgotten:  # else what was just read is to be forgotten, too
