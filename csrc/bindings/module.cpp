@@ -6,7 +6,8 @@
 //                           build
 //   cpu_isas() -> list      the instruction sets compiled that this machine runs, the best one last
 //   cpu_isa() -> str        the last of them
-//   same_samples(samples, count) -> bool    whether all are the same; address of rows of five words, see samples.h
+//   same_samples(samples, count, threads) -> bool    whether all hold what they held; address of rows of eight words,
+//                                                    see samples.h. Keeps the GIL, so that nobody frees what it reads
 //   extremes(integers, count, is_int64) -> (least, most)    of one or more int64 or int32; address
 //
 // Ops: see attention.cpp, char_cnn.cpp, char_cnn_cuda.cpp, layer_norm.cpp, linear_act.cpp, lstm.cpp,
@@ -61,9 +62,8 @@ PYBIND11_MODULE(_C, m) {
     for (const ctxfast::Isa isa : ctxfast::runnable_isas()) names.emplace_back(ctxfast::isa_name(isa));
     return names;
   });
-  m.def("same_samples", [](std::uintptr_t samples, int64_t count) {
-    const auto* const first = pointer<const ctxfast::Samples>(samples);
-    return std::all_of(first, first + count, ctxfast::same_samples);
+  m.def("same_samples", [](std::uintptr_t samples, int64_t count, int64_t threads) {
+    return ctxfast::same_samples(pointer<const ctxfast::Samples>(samples), count, threads);
   });
   m.def("extremes", [](std::uintptr_t integers, int64_t count, bool is_int64) {
     return is_int64 ? extremes(pointer<const int64_t>(integers), count)

@@ -1,10 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packed copies of weights, kept beside the weights they were made from and never used stale.
+"""Packed copies of weights, kept beside the weights they were made from.
 
 A kernel that wants its weights in another layout packs them once and finds the packed form here on the next call.
-An entry is used only while every source tensor is the same object, at the same address, with the same autograd
-version counter and the same values at some 64 sampled places: the sample catches writes through ``.data``, which
-leave the version counter alone. Entries die with their sources.
+What a packed copy may be used for is a contract:
+
+- A change that PyTorch counts (any operation on the tensor outside ``.data``, as every optimiser's) is seen at the
+  next call, and so is another memory, shape, layout or dtype under the same tensor.
+- A write by any other road (``.data``, a NumPy or DLPack view, the storage, another process) is seen at the next call
+  if it changes a whole row, a whole column or more of a matrix: a weight's first dimension are its rows, all others its
+  columns. So it is in a weight of at most ``WHOLE`` bytes, whatever it changes, and in a vector.
+- Such a write to single entries of a larger weight may go unseen. ``forget_packed`` makes all packed copies new.
+
+For this an entry keeps the facts of its sources and a sample of their bits: of every row some neighbours, which move on
+from row to row, so that no column is left out either. Facts are compared first: only memory that a source still holds
+is read. Entries die with their sources.
 """
 
 from __future__ import annotations
@@ -12,24 +21,90 @@ from __future__ import annotations
 import threading
 import weakref
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
+from operator import attrgetter
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import capability
 
-_SAMPLES = 64
+# Weights up to this size are compared whole.
+WHOLE = 160 << 10
+# Entries of one kind that may stand at one address: tensors that share their memory have one each.
+_MOST_AT_ONE_PLACE = 4
+
+_caches: weakref.WeakSet[WeightCache] = weakref.WeakSet()
+_changes_at_once = threading.RLock()  # a collection may call forget_packed while this thread changes an entry
 
 
-def _sample(tensor: Tensor) -> Tensor:
-    """Some 64 values of a tensor; a view of it if it is contiguous."""
+def forget_packed(*of: nn.Module | Tensor) -> None:
+    """Forgets the packed copies of weights on the CPU; the next call packs them again.
+
+    Needed only after writing single entries of a large weight behind PyTorch's back, as through ``.data`` or a NumPy
+    view. Every other change is noticed: whatever PyTorch counts, and by any road a change of a whole row, a whole
+    column or all of a weight, or of anything in a weight of at most 160 KiB. Safe to call from any thread.
+
+    Args:
+        of: modules, whose parameters are meant, and weights. Nothing: all weights there are.
+
+    Raises:
+        TypeError: if an argument is neither a module nor a tensor.
+    """
+    tensors: list[Tensor] = []
+    for each in of:
+        if isinstance(each, nn.Module):
+            tensors += chain(each.parameters(), each.buffers())
+        elif isinstance(each, Tensor):
+            tensors.append(each)
+        else:
+            kind = type(each).__name__
+            raise TypeError(
+                f"ctxfast.forget_packed: of is a {kind}; expected modules and tensors. Pass none to mean all weights."
+            )
+    for cache in list(_caches):
+        cache.forget(tensors if of else None)
+
+
+def _matrix(tensor: Tensor) -> Tensor | None:
+    """A view (rows, columns) of a tensor with elements; None if its strides allow none."""
     tensor = tensor.detach()
-    step = max(1, tensor.numel() // _SAMPLES)
-    if tensor.is_contiguous():
-        return tensor.as_strided((-(-tensor.numel() // step),), (step,))
-    return tensor.flatten()[::step]
+    if tensor.dim() == 2:
+        return tensor
+    try:
+        return tensor.view(1, -1) if tensor.dim() < 2 else tensor.view(tensor.shape[0], -1)
+    except RuntimeError:
+        return None
+
+
+def sample_columns(rows: int, columns: int, size: int) -> Tensor:
+    """(rows, width): the columns of a matrix that are looked at in each row (csrc/include/ctxfast/samples.h)."""
+    width = columns if rows * columns * size <= WHOLE else -(-columns // rows)
+    starts = torch.arange(-(-columns // width)).mul_(width).clamp_(max=columns - width)
+    return starts[torch.arange(rows) % len(starts), None] + torch.arange(width)
+
+
+def _sample(matrix: Tensor) -> Tensor:
+    return matrix.gather(1, sample_columns(*matrix.shape, matrix.element_size()))
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone(memory_format=torch.contiguous_format)
+
+
+def _equal_bits(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+def _watch(tensor: Tensor, forget: Callable[[Any], None]) -> weakref.ref:
+    """Tells of a source's end. To a parameter itself no reference may be held: torch.utils.swap_tensors refuses those,
+    and with them ``nn.Module.to``. Of other tensors, as of ``.data``, many may come and go over one memory."""
+    return weakref.ref(tensor.untyped_storage() if isinstance(tensor, nn.Parameter) else tensor, forget)
+
+
+_layout = attrgetter("shape", "dtype")
 
 
 def _facts(sources: Sequence[Tensor]) -> tuple[list[Any], ...]:
@@ -37,50 +112,68 @@ def _facts(sources: Sequence[Tensor]) -> tuple[list[Any], ...]:
         versions = [tensor._version for tensor in sources]
     except RuntimeError:  # a tensor made in inference mode has none
         versions = [-1 if tensor.is_inference() else tensor._version for tensor in sources]
-    return [tensor.data_ptr() for tensor in sources], [tensor.shape for tensor in sources], versions
+    addresses, strides = [tensor.data_ptr() for tensor in sources], [tensor.stride() for tensor in sources]
+    return addresses, versions, strides, list(map(_layout, sources))
 
 
-class _Seen:
+class Seen:
     """Sources as they were when something was packed from them."""
 
     def __init__(
         self, sources: Sequence[Tensor], is_read: Callable[[Tensor], bool], forget: Callable[[Any], None]
     ) -> None:
-        self._refs = [weakref.ref(tensor, forget) for tensor in sources]  # held, or nobody is told
+        self._refs = [_watch(tensor, forget) for tensor in sources]  # held, or nobody is told
         self._facts = _facts(sources)
         self._extension = capability.extension()
-        # Samples that are read where the tensors hold them, all in one call, in a tenth of the time that torch takes to
-        # compare one; and the others.
+        # Samples that compiled code compares, where the tensors hold them and without a copy; and the others.
         self._table, self._held = array("q"), []
         self._others: list[tuple[int, Tensor]] = []
         for i, tensor in enumerate(sources):
-            if is_read(tensor):
+            if is_read(tensor) or tensor.numel() == 0:
                 continue
-            sample = _sample(tensor)
-            value, size = sample.clone(), sample.element_size()
-            if self._extension is not None and tensor.is_contiguous():
-                self._held.append(value)
-                place = (tensor.data_ptr(), sample.stride(0) * size, size, sample.numel(), value.data_ptr())
-                self._table.extend(place)
-            else:
-                self._others.append((i, value))
-        self._rows = (self._table.buffer_info()[0], len(self._held))
+            matrix = _matrix(tensor)
+            if matrix is None:
+                self._others.append((i, _copy(tensor)))
+                continue
+            kept = _sample(matrix)
+            if self._extension is None:
+                self._others.append((i, kept))
+                continue
+            self._held.append(kept)
+            size, (row_stride, column_stride) = matrix.element_size(), matrix.stride()
+            shape = (matrix.shape[0], row_stride * size, matrix.shape[1], column_stride * size, size, kept.shape[1])
+            self._table.extend((matrix.data_ptr(), *shape, kept.data_ptr()))
+        # Address and number of the rows that compiled code compares (csrc/include/ctxfast/samples.h).
+        self.table, self.count = self._table.buffer_info()[0], len(self._held)
 
-    def are_still(self, sources: Sequence[Tensor]) -> bool:
-        """Whether sources, the same objects as then, hold what they held."""
-        if _facts(sources) != self._facts:
+    @property
+    def addresses(self) -> list[int]:
+        return self._facts[0]
+
+    def have_facts_of(self, sources: Sequence[Tensor]) -> bool:
+        """Whether sources, the same objects as then, have the memory and version they had. Only then may their samples
+        be read."""
+        return _facts(sources) == self._facts
+
+    def have_samples_of(self, sources: Sequence[Tensor]) -> bool:
+        """Whether sources hold what they held at all sampled places."""
+        if self.count and not self._extension.same_samples(self.table, self.count, torch.get_num_threads()):
             return False
-        if self._rows[1] and not self._extension.same_samples(*self._rows):
-            return False
-        return all([torch.equal(_sample(sources[i]), value) for i, value in self._others])
+        for i, kept in self._others:
+            matrix = _matrix(sources[i])
+            now = _copy(sources[i]) if matrix is None else _sample(matrix)
+            if not _equal_bits(now, kept):
+                return False
+        return True
 
 
 class WeightCache:
     """Maps the identity and content of some CPU tensors to what was packed from them."""
 
     def __init__(self) -> None:
-        self._entries: dict[tuple[Any, ...], tuple[_Seen, Any]] = {}
-        self._lock = threading.Lock()
+        self._entries: dict[tuple[Any, ...], tuple[Seen, Any]] = {}
+        self._times_forgotten = 0
+        _caches.add(self)
 
     def get(
         self,
@@ -91,22 +184,74 @@ class WeightCache:
     ) -> Any:
         """The packed form of ``sources`` for this ``kind``, made by ``pack()`` unless it is at hand and current.
 
-        ``is_read`` tells sources of which only the address is kept: their values are read where they are.
+        ``is_read`` tells sources of which only the address is kept: their values are read where they are. ``pack`` must
+        not keep its sources or views of them: entries would not die.
         """
-        # An object's id is its own while it lives, and whoever dies first takes the entry with it.
-        key = (kind, *map(id, sources))
-        entry = self._entries.get(key)
-        if entry is not None and entry[0].are_still(sources):
+        entry = self._entries.get((kind, *map(id, sources)))
+        if entry is not None and entry[0].have_facts_of(sources) and entry[0].have_samples_of(sources):
             return entry[1]
+        return self._pack(sources, kind, pack, is_read)
+
+    def get_unchecked(
+        self,
+        sources: Sequence[Tensor],
+        kind: Any,
+        pack: Callable[[], Any],
+        is_read: Callable[[Tensor], bool],
+        count: int,
+    ) -> tuple[Any, Seen | None]:
+        """As ``get``, but the samples of the ``count`` sources that are not read may be left to compiled code to compare.
+
+        They are, if there is a second result. The caller holds it, and the sources' storages from before this call, until
+        they are compared, and calls ``drop`` if one differs.
+        """
+        entry = self._entries.get((kind, *map(id, sources)))
+        if entry is not None and entry[0].have_facts_of(sources):
+            if entry[0].count == count:
+                return entry[1], entry[0]
+            if entry[0].have_samples_of(sources):
+                return entry[1], None
+        return self._pack(sources, kind, pack, is_read), None
+
+    def drop(self, sources: Sequence[Tensor], kind: Any) -> None:
+        """Lets go of what was packed from these sources for this ``kind``."""
+        self._entries.pop((kind, *map(id, sources)), None)
+
+    def _pack(
+        self, sources: Sequence[Tensor], kind: Any, pack: Callable[[], Any], is_read: Callable[[Tensor], bool]
+    ) -> Any:
+        key = (kind, *map(id, sources))
         # First let go of what was packed before, so that both are never held at once.
-        entry = None
         self._entries.pop(key, None)
+        times_forgotten = self._times_forgotten
         # Noted before packing: a write meanwhile must not go unseen.
-        seen = _Seen(sources, is_read, lambda _: self._entries.pop(key, None))
+        seen = Seen(sources, is_read, lambda _: self._entries.pop(key, None))
         packed = pack()
-        with self._lock:
-            self._entries[key] = (seen, packed)
+        with _changes_at_once:
+            if times_forgotten == self._times_forgotten:  # else what was just read is to be forgotten, too
+                self._entries[key] = (seen, packed)
+                self._keep_few_at(seen.addresses, kind)
         return packed
+
+    def _keep_few_at(self, addresses: list[int], kind: Any) -> None:
+        """Nobody tells the end of a parameter whose memory lives on in other tensors."""
+        there = [
+            key for key, (seen, _) in list(self._entries.items()) if key[0] == kind and seen.addresses == addresses
+        ]
+        for key in there[:-_MOST_AT_ONE_PLACE]:
+            self._entries.pop(key, None)
+
+    def forget(self, tensors: Iterable[Tensor] | None = None) -> None:
+        """Drops what was packed from any of these tensors; None: everything."""
+        with _changes_at_once:
+            self._times_forgotten += 1
+            if tensors is None:
+                self._entries.clear()
+                return
+            ids = set(map(id, tensors))
+            for key in list(self._entries):
+                if not ids.isdisjoint(key[1:]):
+                    self._entries.pop(key, None)
 
     def __len__(self) -> int:
         return len(self._entries)

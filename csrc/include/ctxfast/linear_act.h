@@ -15,6 +15,7 @@
 
 #include "ctxfast/common.h"
 #include "ctxfast/cpu_isa.h"
+#include "ctxfast/samples.h"
 
 namespace ctxfast {
 

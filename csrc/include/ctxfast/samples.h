@@ -1,45 +1,29 @@
 // SPDX-License-Identifier: Apache-2.0
-// Whether memory still holds what it held at some places: how packed weights notice that their source has changed.
+// Whether a matrix still holds what it held at some places: how packed weights notice that their source has changed.
+//
+// Of each row `width` neighbours are looked at, which move on from row to row: ceil(columns / width) rows in a row look
+// at every column. With width >= ceil(columns / rows) no row and no column is left out.
 #pragma once
 
 #include <cstdint>
 
 namespace ctxfast {
 
-template <class Word>
-bool same_words(const void* memory, int64_t stride, int64_t count, const void* kept) {
-  const char* from = static_cast<const char*>(memory);
-  const Word* const to = static_cast<const Word*>(kept);
-  Word difference = 0;
-  for (int64_t i = 0; i < count; ++i, from += stride) {
-    Word word;
-    __builtin_memcpy(&word, from, sizeof word);
-    difference = static_cast<Word>(difference | (word ^ to[i]));
-  }
-  return difference == 0;
-}
-
-// `count` elements of `size` bytes (1, 2, 4 or 8) at `memory`, `stride` bytes apart; at `kept` as many one after
-// another. Five 64-bit words and nothing else: callers may keep it as a row of integers.
+// A matrix at `memory`, strides in bytes; elements of `size` bytes (1, 2, 4 or 8); 1 <= width <= columns. At `kept`,
+// (rows, width), contiguous: what its samples were. Eight 64-bit words: callers may keep it as a row of integers.
 struct Samples {
   const void* memory;
-  int64_t stride, size, count;
+  int64_t rows, row_stride, columns, column_stride, size, width;
   const void* kept;
 };
-static_assert(sizeof(Samples) == 5 * 8, "no padding");
+static_assert(sizeof(Samples) == 8 * 8, "no padding");
 
-inline bool same_samples(const Samples& s) {
-  switch (s.size) {
-    case 1:
-      return same_words<uint8_t>(s.memory, s.stride, s.count, s.kept);
-    case 2:
-      return same_words<uint16_t>(s.memory, s.stride, s.count, s.kept);
-    case 4:
-      return same_words<uint32_t>(s.memory, s.stride, s.count, s.kept);
-    case 8:
-      return same_words<uint64_t>(s.memory, s.stride, s.count, s.kept);
-  }
-  return false;
-}
+// Whether all `count` of them hold the bits they held, found out by at most `threads` threads. Allocates nothing.
+bool same_samples(const Samples* samples, int64_t count, int64_t threads);
+
+// The same in parts, for kernels that have something to do while memory answers: asks for the samples of rows
+// from..to-1, and tells whether they differ.
+void fetch_samples(const Samples& samples, int64_t from, int64_t to);
+bool samples_differ(const Samples& samples, int64_t from, int64_t to);
 
 }  // namespace ctxfast

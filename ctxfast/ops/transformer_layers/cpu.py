@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -24,6 +25,12 @@ _PRODUCTS = tuple(2 * PARTS.index(part) for part in ("qkv", "project", "widen", 
 _WIDEN = 2 * PARTS.index("widen")
 
 
+@lru_cache
+def _product_places(count: int) -> list[int]:
+    """Where the weights of products stand among the tensors of ``count`` layers."""
+    return [TENSORS * layer + place for layer in range(count) for place in _PRODUCTS]
+
+
 def _packed(weights: Sequence[Tensor | None], is_int8: bool) -> tuple[array, list[Any]]:
     """A row of 20 addresses for each layer, as the kernel reads them, and what lies there."""
     table, held = array("q"), []
@@ -33,10 +40,9 @@ def _packed(weights: Sequence[Tensor | None], is_int8: bool) -> tuple[array, lis
         return 0 if tensor is None else tensor.data_ptr()
 
     for i in range(0, len(weights), 2):
-        weight, bias = weights[i : i + 2]
-        bias = None if bias is None else bias.detach().contiguous()
+        weight, bias = weights[i], _vector(weights[i + 1])
         if i % TENSORS not in _PRODUCTS:  # a LayerNorm
-            parts = (weight.detach().contiguous(), bias)
+            parts = (_vector(weight), bias)
         elif is_int8:
             parts = (*packed_weights.int8(weight), bias)
         else:
@@ -46,16 +52,16 @@ def _packed(weights: Sequence[Tensor | None], is_int8: bool) -> tuple[array, lis
 
 
 def _is_read(tensor: Tensor) -> bool:
-    """Whether the kernel reads a tensor where it is: biases and LayerNorms, unless they are strided."""
-    return tensor.dim() == 1 and tensor.is_contiguous()
+    """Whether the kernel reads a tensor where it is: biases and LayerNorms, unless they are strided, or stand in larger
+    memory: what is kept for the kernel would keep all of that."""
+    own = tensor.numel() * tensor.element_size()
+    return tensor.dim() == 1 and tensor.is_contiguous() and tensor.untyped_storage().nbytes() == own
 
 
-def _addresses(weights: Sequence[Tensor | None], is_int8: bool) -> tuple[array, list[Any]]:
-    """See ``_packed``; made again when a weight changes. To be held while the kernel reads."""
-    # Biases that are missing need no place in the key: what is there stands between matrices, LayerNorms have both.
-    sources = [tensor for tensor in weights if tensor is not None]
-    kind = (_OP, is_int8, sources[0].dtype)
-    return packed_weights.CACHE.get(sources, kind, lambda: _packed(weights, is_int8), _is_read)
+def _vector(tensor: Tensor | None) -> Tensor | None:
+    if tensor is None or _is_read(tensor):
+        return None if tensor is None else tensor.detach()
+    return tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
 def _forward(
@@ -64,14 +70,27 @@ def _forward(
 ) -> list[Tensor]:  # fmt: skip
     outputs = _forward_fake(x, cu_seqlens, weights, num_heads, activation, eps, is_int8, all_layers)
     x, cu_seqlens = x.contiguous(), cu_seqlens.contiguous()
-    # _held: what the table points to stays while the kernel reads it.
-    (table, _held), places = _addresses(weights, is_int8), array("q", [y.data_ptr() for y in outputs])
-    capability.extension().transformer_layers_forward(
-        x.shape[0], x.shape[1], num_heads, weights[_WIDEN].shape[0], cu_seqlens.shape[0] - 1,
-        x.dtype is torch.bfloat16, is_int8, activation, eps, x.data_ptr(), cu_seqlens.data_ptr(),
-        cu_seqlens.dtype is torch.int64, table.buffer_info()[0], len(weights) // TENSORS, all_layers,
-        places.buffer_info()[0], torch.get_num_threads(),
-    )  # fmt: skip
+    count, places = len(weights) // TENSORS, array("q", [y.data_ptr() for y in outputs])
+    # Biases that are missing need no place in the key: what is there stands between matrices, LayerNorms have both.
+    sources, kind = [tensor for tensor in weights if tensor is not None], (_OP, is_int8, x.dtype)
+    # Held while the kernel compares samples, whatever other threads put in the weights' place.
+    _storages = [weights[i].untyped_storage() for i in _product_places(count)]
+
+    def run() -> bool:
+        # _held: what the table points to stays while the kernel reads it.
+        (table, _held), seen = packed_weights.CACHE.get_unchecked(
+            sources, kind, lambda: _packed(weights, is_int8), _is_read, len(_storages)
+        )
+        return capability.extension().transformer_layers_forward(
+            x.shape[0], x.shape[1], num_heads, weights[_WIDEN].shape[0], cu_seqlens.shape[0] - 1,
+            x.dtype is torch.bfloat16, is_int8, activation, eps, x.data_ptr(), cu_seqlens.data_ptr(),
+            cu_seqlens.dtype is torch.int64, table.buffer_info()[0], count, all_layers,
+            places.buffer_info()[0], torch.get_num_threads(), 0 if seen is None else seen.table,
+        )  # fmt: skip
+
+    if not run():  # a weight has changed: what was packed from it is packed again
+        packed_weights.CACHE.drop(sources, kind)
+        run()
     return outputs
 
 
