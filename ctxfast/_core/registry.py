@@ -131,6 +131,9 @@ class OpSpec:
         """None, or the sentence why this implementation cannot run these arguments."""
         if implementation.name == "reference":
             return None
+        objection = torch_ops.why_definition(tensors(args))
+        if objection is not None:
+            return objection
         if implementation.name == "triton":
             objection = capability.why_no_triton(next(tensors(args)).device)
             if objection is not None:

@@ -119,7 +119,7 @@ _mm = torch_ops.define(
 
 def _multiply(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b``: float32 by oneDNN where torch would take MKL and MKL is slow. Other dtypes are oneDNN's already."""
-    return _mm(a, b) if a.dtype is torch.float32 else a @ b
+    return a @ b if a.dtype is not torch.float32 or torch_ops.needs_definition(a, b) else _mm(a, b)
 
 
 class _Linear(torch.autograd.Function):
