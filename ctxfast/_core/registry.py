@@ -265,7 +265,7 @@ def _autocast(spec: OpSpec, args: dict[str, Any]) -> dict[str, Any]:
     if spec.autocast == "keep":
         return args
     device = next(tensors(args)).device.type
-    if not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):  # meta has none
         return args
     dtype = torch.get_autocast_dtype(device) if spec.autocast == "lower" else torch.float32
     return {name: _cast(value, dtype) for name, value in args.items()}

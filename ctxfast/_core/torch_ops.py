@@ -13,7 +13,7 @@ that are to be differentiated again (``needs_definition``, ``definition_gradient
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -31,6 +31,11 @@ _PLAIN = (Tensor, torch.nn.Parameter, type(None))
 def allocate(size: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """An uninitialised contiguous tensor. Launchers and fake kernels both allocate here, so they cannot drift."""
     return torch.empty(tuple(size), dtype=like.dtype if dtype is None else dtype, device=like.device)
+
+
+def without_autocast(device: str) -> AbstractContextManager:
+    """Autocast off for a device type, also for one that has none (meta)."""
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 @contextmanager
@@ -124,7 +129,7 @@ def definition_gradients(
             for each, wants in zip(inputs, wanted)
         ]
         # The inputs have the dtypes that autocast gave them in the forward.
-        with torch.autocast(grads[0].device.type, enabled=False):
+        with without_autocast(grads[0].device.type):
             outputs = definition(*leaves)
     outputs = [outputs] if isinstance(outputs, Tensor) else outputs
     reached = [(output, grad.to(output.dtype)) for output, grad in zip(outputs, grads) if output.requires_grad]

@@ -158,7 +158,7 @@ def _scale(qkv: Tensor, softmax_scale: float | None) -> float:
 
 def _seeds(dropout_p: float) -> Tensor | None:
     """Seed and offset of this call's mask, from torch's generator."""
-    return torch.randint(-(2**63), 2**63 - 1, (2,)) if dropout_p > 0 else None
+    return torch.randint(-(2**63), 2**63 - 1, (2,), device="cpu") if dropout_p > 0 else None
 
 
 def attention(

@@ -26,7 +26,7 @@ _ROUNDING = {"float32": None, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
 def _room(size: int) -> Tensor:
     """``size`` bytes that begin on a cache line."""
-    memory = torch.empty(size + 64, dtype=torch.uint8)
+    memory = torch.empty(size + 64, dtype=torch.uint8, device="cpu")
     start = -memory.data_ptr() % 64
     return memory[start : start + size]
 
@@ -243,7 +243,7 @@ def _h_before(output: Tensor, h_0: Tensor | None, lengths: Tensor | None, revers
     shifted = torch.cat((output[:, 1:], first), dim=1)
     if lengths is None or h_0 is None:
         return shifted  # past a row's end the output is zero, which is its first h too
-    last = torch.arange(output.shape[1]) == lengths[:, None] - 1
+    last = torch.arange(output.shape[1], device="cpu") == lengths[:, None] - 1
     return torch.where(last[:, :, None], first, shifted)
 
 
