@@ -135,11 +135,11 @@ class Packing:
         device = torch.device("cpu" if device is None else device)
         if sum(host_lengths) == len(host_lengths) * seqlen:
             return cls.full(len(host_lengths), seqlen, device)
-        per_row = torch.tensor(host_lengths, dtype=torch.int64)
+        per_row = torch.tensor(host_lengths, dtype=torch.int64, device="cpu")
         cu_seqlens = _offsets(per_row)
         # Each text moves on by the padding of all texts before it.
-        shift = torch.arange(len(host_lengths)) * seqlen - cu_seqlens[:-1]
-        indices = torch.arange(sum(host_lengths)) + shift.repeat_interleave(per_row)
+        shift = torch.arange(len(host_lengths), device="cpu") * seqlen - cu_seqlens[:-1]
+        indices = torch.arange(sum(host_lengths), device="cpu") + shift.repeat_interleave(per_row)
         return cls(
             indices.to(device),
             cu_seqlens.to(device),

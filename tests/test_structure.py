@@ -134,7 +134,7 @@ def test_implementations_do_not_import_one_another() -> None:
 
 
 def test_references_import_only_torch() -> None:
-    allowed = {"torch", "math", "collections", "__future__", "typing"}
+    allowed = {"torch", "math", "collections", "contextlib", "__future__", "typing"}
     for path in (PACKAGE / "ops").glob("*/reference.py"):
         assert {name[0] for name in _imports(path)} <= allowed, path
 

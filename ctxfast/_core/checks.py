@@ -104,8 +104,10 @@ def probability(op: str, name: str, value: float) -> None:
 
 
 def is_readable(value: Tensor) -> bool:
-    """Whether values may be read: on the CPU, outside tracing. A GPU is never waited for."""
+    """Whether values may be read: on the CPU, outside tracing and transforms. A GPU is never waited for."""
     if value.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    if torch._C._functorch.is_functorch_wrapped_tensor(value):
         return False
     return not isinstance(value, torch._subclasses.FakeTensor)
 

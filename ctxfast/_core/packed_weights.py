@@ -47,7 +47,7 @@ def in_panels(weight: Tensor) -> Tensor:
     padded = weight.new_zeros(out * 32, size * 16 * per_word)
     padded[: weight.shape[0], : weight.shape[1]] = weight
     panels = padded.view(out, 2, 16, size, 16, per_word).permute(0, 3, 1, 4, 2, 5)
-    memory = torch.empty(padded.numel() * padded.element_size() + 64, dtype=torch.uint8)
+    memory = torch.empty(padded.numel() * padded.element_size() + 64, dtype=torch.uint8, device="cpu")
     start = -memory.data_ptr() % 64
     aligned = memory[start : start + padded.numel() * padded.element_size()]
     aligned.view(weight.dtype).view(panels.shape).copy_(panels)

@@ -131,6 +131,9 @@ class OpSpec:
         """None, or the sentence why this implementation cannot run these arguments."""
         if implementation.name == "reference":
             return None
+        objection = torch_ops.why_definition(tensors(args))
+        if objection is not None:
+            return objection
         if implementation.name == "triton":
             objection = capability.why_no_triton(next(tensors(args)).device)
             if objection is not None:
@@ -262,7 +265,7 @@ def _autocast(spec: OpSpec, args: dict[str, Any]) -> dict[str, Any]:
     if spec.autocast == "keep":
         return args
     device = next(tensors(args)).device.type
-    if not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):  # meta has none
         return args
     dtype = torch.get_autocast_dtype(device) if spec.autocast == "lower" else torch.float32
     return {name: _cast(value, dtype) for name, value in args.items()}

@@ -4,16 +4,21 @@
 Kernels are entered with ``Library.define`` + ``impl`` + a fake kernel (measured cheaper per call than
 ``torch.library.custom_op``); autograd stays outside, in a ``torch.autograd.Function`` per op, so that
 torch.compile(fullgraph=True) and torch.export see one opaque operator each way.
+
+What no kernel can answer, its op's definition does, in plain PyTorch: calls under a torch.func transform, forward-mode
+differentiation or torch.jit.trace, and on tensors that keep no values at an address (``why_definition``); gradients
+that are to be differentiated again (``needs_definition``, ``definition_gradients``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _LIBRARY = torch.library.Library("ctxfast", "DEF")
 _TAGS = tuple(
@@ -26,6 +31,11 @@ _PLAIN = (Tensor, torch.nn.Parameter, type(None))
 def allocate(size: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """An uninitialised contiguous tensor. Launchers and fake kernels both allocate here, so they cannot drift."""
     return torch.empty(tuple(size), dtype=like.dtype if dtype is None else dtype, device=like.device)
+
+
+def without_autocast(device: str) -> AbstractContextManager:
+    """Autocast off for a device type, also for one that has none (meta)."""
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 @contextmanager
@@ -45,14 +55,90 @@ def is_watched() -> bool:
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._get_tracing_state() is not None
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        or is_transformed()
         or torch.autograd._profiler_enabled()
     )
 
 
 def is_direct(*inputs: Tensor | None) -> bool:
     """Whether a kernel may be called on these CPU tensors without going through its operator: see ``is_watched``."""
-    return not is_watched() and all([type(each) in _PLAIN for each in inputs])
+    if is_watched() or not all([type(each) in _PLAIN for each in inputs]):
+        return False
+    # A view of an imaginary part may hold its values with the other sign; the operator's dispatch puts that right.
+    return not any([type(each) is Tensor and each.is_neg() for each in inputs])
+
+
+def is_transformed() -> bool:
+    """Whether a torch.func transform (grad, vmap, jvp, ...) or a level of forward-mode differentiation is active."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _is_foreign(tensor: Tensor) -> bool:
+    """Whether only operations of torch know a tensor's values: a subclass with its own dispatch, or no strided one."""
+    kind = type(tensor)
+    if kind in _PLAIN:
+        return tensor.layout is not torch.strided
+    # Compilers' own, which take the operators as they are: there are fake kernels for them.
+    if issubclass(kind, (torch._subclasses.FakeTensor, torch._subclasses.functional_tensor.FunctionalTensor)):
+        return False
+    function = getattr(kind.__torch_function__, "__func__", kind.__torch_function__)
+    usual = (Tensor.__torch_function__.__func__, torch._C._disabled_torch_function_impl)
+    return function not in usual or kind.__torch_dispatch__ is not Tensor.__torch_dispatch__
+
+
+def why_definition(tensors: Iterable[Tensor]) -> str | None:
+    """None, or why only its definition, made of torch's own operations, can run a call on these tensors."""
+    if is_transformed():
+        return "a torch.func transform or forward-mode differentiation is active: the definition is differentiated."
+    if torch._C._get_tracing_state() is not None:
+        return "torch.jit.trace is to record torch's own operations: the definition's."
+    for tensor in tensors:
+        if _is_foreign(tensor):
+            what = type(tensor).__name__ if type(tensor) not in _PLAIN else f"tensor of layout {tensor.layout}"
+            return f"a {what} is among its tensors, whose values only torch's own operations can read."
+    return None
+
+
+def needs_definition(*grads: Tensor) -> bool:
+    """Whether a backward that is given ``grads`` must answer with ``definition_gradients``: something will
+    differentiate its answer (``create_graph``), or a transform looks into it."""
+    if torch.compiler.is_compiling():  # a graph of its own, which nothing looks into
+        return False
+    if torch.is_grad_enabled() or is_transformed():
+        return True
+    # is_grads_batched, by which torch.autograd.functional vectorises, has a vmap of its own.
+    return any([torch._C._functorch.is_legacy_batchedtensor(grad) for grad in grads])
+
+
+def definition_gradients(
+    definition: Callable[..., Tensor | Sequence[Tensor]],
+    inputs: Sequence[Tensor | None],
+    wanted: Sequence[bool],
+    grads: Sequence[Tensor],
+) -> list[Tensor | None]:
+    """Gradients of ``definition(*inputs)`` for the ``wanted`` inputs, None for the others.
+
+    ``grads`` are those of its outputs. Where gradients are recorded, they can be differentiated as often as the
+    definition's operations can.
+    """
+    is_recorded = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Aliases: an input that another one was made from takes no more than its own share.
+        leaves = [
+            each if not wants else each.view_as(each) if is_recorded else each.detach().requires_grad_()
+            for each, wants in zip(inputs, wanted)
+        ]
+        # The inputs have the dtypes that autocast gave them in the forward.
+        with without_autocast(grads[0].device.type):
+            outputs = definition(*leaves)
+    outputs = [outputs] if isinstance(outputs, Tensor) else outputs
+    reached = [(output, grad.to(output.dtype)) for output, grad in zip(outputs, grads) if output.requires_grad]
+    sources = [leaf for leaf, wants in zip(leaves, wanted) if wants]
+    if not reached or not sources:
+        return [None] * len(leaves)
+    outputs, grads = zip(*reached)
+    found = iter(torch.autograd.grad(outputs, sources, grads, create_graph=is_recorded, allow_unused=True))
+    return [next(found) if wants else None for wants in wanted]
 
 
 def define(name: str, schema: str, kernel: Callable[..., Any], fake: Callable[..., Any], device: str) -> Any:

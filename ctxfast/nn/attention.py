@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional
+from . import tools
 
 _PARTS = ("query", "key", "value")
 
 
-class SelfAttention(nn.Module):
+class SelfAttention(tools.Unscripted):
     """Projections to query, key and value, and bidirectional attention inside each packed sequence.
 
     The three projections are one parameter pair, ``qkv_weight`` (3N, N) and ``qkv_bias`` (3N,), so
@@ -68,6 +69,7 @@ class SelfAttention(nn.Module):
         nn.init.uniform_(self.qkv_weight, -bound, bound)
         nn.init.uniform_(self.qkv_bias, -bound, bound)
 
+    @tools.one_call
     def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
         """x (T, N), cu_seqlens (S + 1,) int32, max_seqlen -> (T, N), heads side by side."""
         heads = (3, self.num_heads, self.head_dim)

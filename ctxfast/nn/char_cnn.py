@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional
+from . import tools
 
 
-class CharCnn(nn.Module):
+class CharCnn(tools.Unscripted):
     """Character embedding, convolutions of several widths, maximum over positions, activation.
 
     Args:
@@ -83,6 +84,7 @@ class CharCnn(nn.Module):
         """Words as rows of character ids (W, C) -> (W, num_filters)."""
         return functional.char_cnn(**self._arguments(char_ids))
 
+    @tools.one_call
     def forward(self, char_ids: Tensor) -> Tensor:
         """(W, C) int64 -> (W, num_filters)."""
         return self.features(char_ids)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import functional
+from . import tools
 
 State = tuple[Tensor, Tensor]
 
@@ -33,7 +34,7 @@ class _Cell(nn.Module):
         self.state_linearity.bias[cells : 2 * cells].fill_(1)
 
 
-class ElmoLstm(nn.Module):
+class ElmoLstm(tools.Unscripted):
     """Layers of two LSTM directions: a direction reads only its own output of the layer below.
 
     From the second layer on a layer's input is added to its output; the recurrent state stays without it.
@@ -108,6 +109,7 @@ class ElmoLstm(nn.Module):
     def _cells(self, layer: int) -> tuple[_Cell, _Cell]:
         return getattr(self, f"forward_layer_{layer}"), getattr(self, f"backward_layer_{layer}")
 
+    @tools.one_call
     def forward(
         self, inputs: Tensor, lengths: Tensor | None = None, initial_state: State | None = None
     ) -> tuple[Tensor, State]:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional
+from . import tools
 from .layer_norm import LayerNorm
 
 
@@ -22,7 +23,7 @@ def roberta_position_ids(input_ids: Tensor, padding_idx: int) -> Tensor:
     return is_real.cumsum(dim=1) * is_real + padding_idx
 
 
-class Embeddings(nn.Module):
+class Embeddings(tools.Unscripted):
     """``dropout(LayerNorm(word + token type + position [+ task type]))`` of packed tokens.
 
     Args:
@@ -70,6 +71,7 @@ class Embeddings(nn.Module):
         self.LayerNorm = LayerNorm(hidden_size, eps=eps, **place)
         self.dropout, self.impl = dropout, impl
 
+    @tools.one_call
     def forward(
         self,
         input_ids: Tensor,

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional
+from . import tools
 from .layer_norm import AddLayerNorm
 
 
-class Intermediate(nn.Module):
+class Intermediate(tools.Unscripted):
     """``activation(x W^T + b)``: the widening half. Parameters: ``dense.weight``,
     ``dense.bias``."""
 
@@ -29,6 +30,7 @@ class Intermediate(nn.Module):
         self.activation, self.impl = activation, impl
         self.weight_dtype: torch.dtype | None = None
 
+    @tools.one_call
     def forward(self, x: Tensor) -> Tensor:
         """(..., N) -> (..., intermediate_size)."""
         return functional.linear_act(
@@ -40,7 +42,7 @@ class Intermediate(nn.Module):
         return f"activation={self.activation}, impl={self.impl or 'auto'}"
 
 
-class ProjectAddLayerNorm(nn.Module):
+class ProjectAddLayerNorm(tools.Unscripted):
     """``LayerNorm(residual + dropout(x W^T + b))``: the end of the attention and of the
     feed-forward block.
 
@@ -65,6 +67,7 @@ class ProjectAddLayerNorm(nn.Module):
         self.impl = impl
         self.weight_dtype: torch.dtype | None = None
 
+    @tools.one_call
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         """x (..., in_features), residual (..., N) -> (..., N)."""
         product = functional.linear_act(x, self.dense.weight, weight_dtype=self.weight_dtype, impl=self.impl)
@@ -74,7 +77,7 @@ class ProjectAddLayerNorm(nn.Module):
         return f"impl={self.impl or 'auto'}"
 
 
-class FeedForward(nn.Module):
+class FeedForward(tools.Unscripted):
     """``LayerNorm(x + dropout(W_2 activation(W_1 x + b_1) + b_2))``.
 
     Args:
@@ -108,6 +111,7 @@ class FeedForward(nn.Module):
         self.intermediate = Intermediate(hidden_size, intermediate_size, activation, impl=impl, **place)
         self.output = ProjectAddLayerNorm(intermediate_size, hidden_size, eps=eps, dropout=dropout, impl=impl, **place)
 
+    @tools.one_call
     def forward(self, x: Tensor) -> Tensor:
         """(..., N) -> (..., N)."""
         return self.output(self.intermediate(x), x)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional
+from . import tools
 
 # Elements that torch leaves to one thread (at::internal::GRAIN_SIZE).
 _OF_ONE_THREAD = 32768
@@ -23,7 +24,7 @@ def _sigmoid(x: Tensor) -> Tensor:
     if x.device.type != "cpu" or x.requires_grad or torch.compiler.is_compiling() or x.numel() <= _OF_ONE_THREAD:
         return torch.sigmoid(x)
     rows, count = x.flatten(0, -2), max(1, _OF_ONE_THREAD // x.shape[-1])
-    found = torch.empty(rows.shape, dtype=x.dtype)
+    found = torch.empty_like(rows)
     for part, to in zip(rows.split(count), found.split(count)):
         torch.sigmoid(part, out=to)
     return found.view(x.shape)
@@ -39,7 +40,7 @@ def highways(x: Tensor, layers: Iterable[nn.Linear], impl: str | None = None) ->
     return x
 
 
-class Highway(nn.Module):
+class Highway(tools.Unscripted):
     """``y = g * x + (1 - g) * relu(t)``, with ``[t, g] = [W_t x + b_t, sigmoid(W_g x + b_g)]``, layer after layer.
 
     Args:
@@ -71,6 +72,7 @@ class Highway(nn.Module):
             for layer in self._layers:
                 layer.bias[input_dim:].fill_(1)
 
+    @tools.one_call
     def forward(self, inputs: Tensor) -> Tensor:
         """(..., N) -> (..., N)."""
         return highways(inputs, self._layers, self.impl)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional
+from . import tools
 
 
 class LayerNorm(nn.LayerNorm):
@@ -38,6 +39,14 @@ class LayerNorm(nn.LayerNorm):
         super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)
         self.impl = impl
 
+    def __prepare_scriptable__(self) -> nn.LayerNorm:
+        """What torch.jit.script compiles: a ``torch.nn.LayerNorm`` of these very parameters."""
+        twin = nn.LayerNorm.__new__(nn.LayerNorm)
+        own = ("impl", "_ctxfast_original")
+        twin.__dict__.update({name: value for name, value in self.__dict__.items() if name not in own})
+        return twin
+
+    @tools.one_call
     def forward(self, input: Tensor) -> Tensor:
         weight, bias = self.weight, self.bias
         is_plain = len(self.normalized_shape) == 1 and self.eps > 0
@@ -50,7 +59,7 @@ class LayerNorm(nn.LayerNorm):
         return f"{super().extra_repr()}, impl={self.impl or 'auto'}"
 
 
-class AddLayerNorm(nn.Module):
+class AddLayerNorm(tools.Unscripted):
     """``LayerNorm(residual + dropout(x + x_bias))``, the end of every post-LN transformer block.
 
     Args:
@@ -82,6 +91,7 @@ class AddLayerNorm(nn.Module):
         nn.init.ones_(self.weight)
         nn.init.zeros_(self.bias)
 
+    @tools.one_call
     def forward(self, x: Tensor, residual: Tensor | None = None, x_bias: Tensor | None = None) -> Tensor:
         """x, residual (..., N) and x_bias (N,), the bias of the linear layer before -> (..., N)."""
         return functional.add_layer_norm(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from .. import functional
+from . import tools
 
 State = tuple[Tensor, Tensor]
 
@@ -64,6 +66,11 @@ class LSTM(nn.RNNBase):
     On a CPU, dropout between layers draws the numbers that torch's module draws. It is no subclass of
     ``torch.nn.LSTM``, which torch.compile refuses to trace.
 
+    TorchScript gets torch's operators: torch.jit.trace records ``torch.nn.LSTM`` (with clips or a ``weight_dtype`` a
+    loop over the steps), and torch.jit.script compiles a ``torch.nn.LSTM`` of the same parameters, which it leaves in
+    the model as well, with a warning. torch.fx.symbolic_trace records one call. torch.ao.quantization leaves it as it
+    is, with a warning.
+
     Reference: Hochreiter & Schmidhuber 1997; torch.nn.LSTM.
     """
 
@@ -114,8 +121,64 @@ class LSTM(nn.RNNBase):
     def flatten_parameters(self) -> None:
         """Does nothing: no weight has to lie beside another."""
 
+    def _as_torch(self) -> nn.LSTM:
+        """A ``torch.nn.LSTM`` of these very parameters."""
+        twin = nn.LSTM.__new__(nn.LSTM)
+        own = ("cell_clip", "proj_clip", "weight_dtype", "impl", "_ctxfast_original")
+        twin.__dict__.update({name: value for name, value in self.__dict__.items() if name not in own})
+        twin.__dict__["_flat_weights"] = [getattr(self, name) for name in self._flat_weights_names]
+        return twin
+
+    def _is_torchs(self) -> bool:
+        return self.cell_clip is None and self.proj_clip is None and self.weight_dtype is None
+
+    def __prepare_scriptable__(self) -> nn.LSTM:
+        """What torch.jit.script compiles; it also puts it into the model."""
+        for name in ("cell_clip", "proj_clip", "weight_dtype"):
+            if getattr(self, name) is not None:
+                raise RuntimeError(
+                    f"ctxfast.nn.LSTM: {name} is {getattr(self, name)} where torch.jit.script compiles it; expected "
+                    f"None, as torch.nn.LSTM has none. torch.jit.trace records it."
+                )
+        if not all(name in self._parameters for name in self._flat_weights_names):
+            raise RuntimeError(
+                "ctxfast.nn.LSTM: weights are computed at every call (parametrised or pruned) where torch.jit.script "
+                "compiles it; expected parameters. Make them permanent first: torch.nn.utils.prune.remove, "
+                "torch.nn.utils.parametrize.remove_parametrizations."
+            )
+        warnings.warn(
+            "ctxfast.nn.LSTM: TorchScript cannot call ctxfast. torch.jit.script compiles a torch.nn.LSTM of the same "
+            "parameters and leaves it in the model that is scripted, too; script copy.deepcopy(model) to keep that.",
+            stacklevel=2,
+        )
+        return self._as_torch()
+
+    # torch.ao.quantization looks modules up by type, and notes on each what it found: nothing here.
+    @property
+    def qconfig(self) -> Any:
+        if "qconfig" not in self.__dict__:
+            raise AttributeError("qconfig")
+        return self.__dict__["qconfig"]
+
+    @qconfig.setter
+    def qconfig(self, value: Any) -> None:
+        self.__dict__["qconfig"] = value
+        warnings.warn(
+            "ctxfast.nn.LSTM: torch.ao.quantization converts modules by type, torch.nn.LSTM among them, and leaves "
+            "this one as it is. Call ctxfast.restore(model) first; or set module.weight_dtype = torch.int8, by which "
+            "ctxfast multiplies in 8 bits.",
+            stacklevel=2,
+        )
+
+    @qconfig.deleter
+    def qconfig(self) -> None:
+        del self.__dict__["qconfig"]
+
+    @tools.one_call
     def forward(self, input: Tensor | PackedSequence, hx: State | None = None) -> tuple[Tensor | PackedSequence, State]:
         """As ``torch.nn.LSTM``: output and ``(h_n, c_n)``, in the forms that the input came in."""
+        if torch.jit.is_tracing() and self._is_torchs():
+            return self._as_torch().forward(input, hx)
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx)
         if input.dim() not in (2, 3):

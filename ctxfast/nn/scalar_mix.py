@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional
+from . import tools
 
 
-class ScalarMix(nn.Module):
+class ScalarMix(tools.Unscripted):
     """``gamma * sum_k softmax(s)_k x_k`` over K layers.
 
     Args:
@@ -48,6 +49,7 @@ class ScalarMix(nn.Module):
         )
         self.gamma = nn.Parameter(torch.ones(1), requires_grad=trainable)
 
+    @tools.one_call
     def forward(self, tensors: Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
         """K tensors (..., N) -> (..., N).
 

@@ -8,13 +8,13 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from . import whole_layer
+from . import tools, whole_layer
 from .attention import SelfAttention
 from .feed_forward import Intermediate, ProjectAddLayerNorm
 from .layer_norm import AddLayerNorm
 
 
-class AttentionBlock(nn.Module):
+class AttentionBlock(tools.Unscripted):
     """Self-attention, output projection, residual and LayerNorm: ``self.{query,key,value}``,
     ``output.{dense,LayerNorm}``."""
 
@@ -34,12 +34,13 @@ class AttentionBlock(nn.Module):
         self.self = SelfAttention(hidden_size, num_heads, dropout=attention_dropout, **place)
         self.output = ProjectAddLayerNorm(hidden_size, hidden_size, eps=eps, dropout=dropout, **place)
 
+    @tools.one_call
     def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
         """x (T, N) -> (T, N)."""
         return self.output(self.self(x, cu_seqlens, max_seqlen), x)
 
 
-class TransformerLayer(nn.Module):
+class TransformerLayer(tools.Unscripted):
     """A layer of BERT's encoder: attention block, then feed-forward block, each ended by residual
     and LayerNorm.
 
@@ -86,6 +87,7 @@ class TransformerLayer(nn.Module):
         self.intermediate = Intermediate(hidden_size, intermediate_size, activation, **place)
         self.output = ProjectAddLayerNorm(intermediate_size, hidden_size, eps=eps, dropout=dropout, **place)
 
+    @tools.one_call
     def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
         """x (T, N) packed tokens, cu_seqlens (S + 1,) int32, max_seqlen (the longest sequence, or
         more) -> (T, N)."""

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ... import functional
 from ..._core import checks
-from ...nn import AddLayerNorm, Embeddings, SelfAttention, TransformerLayer
+from ...nn import AddLayerNorm, Embeddings, SelfAttention, TransformerLayer, tools
 from ...nn.embeddings import roberta_position_ids
 from ...nn.graphs import PackedGraphs
 from ...nn.transformer import run_whole
@@ -54,7 +54,7 @@ class BertOutput(NamedTuple):
     packed_hidden_states: tuple[Tensor, ...] | None
 
 
-class Pretrained(nn.Module):
+class Pretrained(tools.Unscripted):
     """What ``Bert`` and the models built on it share: first weights, reading and writing of
     files."""
 
@@ -316,6 +316,7 @@ class Bert(Pretrained):
         third more time."""
         self.encoder.gradient_checkpointing = enabled
 
+    @tools.one_call
     def forward(
         self,
         input_ids: Tensor,

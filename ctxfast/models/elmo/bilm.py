@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...nn import tools
 from ...nn.elmo_lstm import ElmoLstm
 from ...nn.words import add_sentence_marks
 from .calibration import SENTENCES
@@ -32,7 +33,7 @@ _STATES = ("carry", "steady", "zero")
 _Path = str | os.PathLike[str]
 
 
-class ElmoBiLm(nn.Module):
+class ElmoBiLm(tools.Unscripted):
     """ELMo's language model: characters to the token layer and every LSTM layer.
 
     Args:
@@ -244,6 +245,7 @@ class ElmoBiLm(nn.Module):
         begin, end = self._cached_marks.to(vectors)
         return add_sentence_marks(vectors, mask, begin, end)
 
+    @tools.one_call
     def forward(self, inputs: Tensor | None, word_inputs: Tensor | None = None) -> dict[str, Tensor | list[Tensor]]:
         """Run the language model.
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...nn import tools
 from ...nn.scalar_mix import ScalarMix
 from .bilm import ElmoBiLm
 from .character_encoder import remove_sentence_marks, without_sentence_marks
@@ -29,7 +30,7 @@ _OP = "ctxfast.Elmo"
 _Path = str | os.PathLike[str]
 
 
-class Elmo(nn.Module):
+class Elmo(tools.Unscripted):
     """ELMo representations: one run of the language model, several mixes of its layers.
 
     Args:
@@ -180,6 +181,7 @@ class Elmo(nn.Module):
         """See ``ElmoBiLm.load_steady_state``."""
         self._bilm("load_steady_state").load_steady_state(path)
 
+    @tools.one_call
     def forward(self, inputs: Tensor, word_inputs: Tensor | None = None) -> dict[str, list[Tensor] | Tensor]:
         """Character ids to representations.
 

@@ -15,11 +15,14 @@ def add_layer_norm(
     x_bias: Tensor | None,  # (N,)
     eps: float,
     dropout_p: float,
+    dropout_mask: Tensor | None = None,  # (..., N)
 ) -> Tensor:
-    """See ``ctxfast.functional.add_layer_norm``."""
+    """See ``ctxfast.functional.add_layer_norm``; ``dropout_mask`` is multiplied by in place of a drawn one."""
     if x_bias is not None:
         x = x + x_bias
-    if dropout_p > 0:
+    if dropout_mask is not None:
+        x = x * dropout_mask
+    elif dropout_p > 0:
         x = F.dropout(x, dropout_p)
     if residual is not None:
         x = residual + x

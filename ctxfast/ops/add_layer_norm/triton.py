@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._core import torch_ops, triton_rows
+from ..._core import philox, registry, torch_ops, triton_rows
 from . import triton_kernels
 
 MAX_SIZE = 8192  # elements of a row; more would leave the registers
@@ -138,17 +138,25 @@ class _AddLayerNorm(torch.autograd.Function):
         dropout_p: float, seeds: Tensor | None,
     ) -> Tensor:  # fmt: skip
         out, mean, rstd = _fwd(x, residual, weight, bias, x_bias, eps, dropout_p, seeds, True)
-        ctx.save_for_backward(x, residual, weight, x_bias, mean, rstd, seeds)
-        ctx.dropout_p = dropout_p
+        ctx.save_for_backward(x, residual, weight, bias, x_bias, mean, rstd, seeds)
+        ctx.numbers = (eps, dropout_p)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, residual, weight, x_bias, mean, rstd, seeds = ctx.saved_tensors
-        wanted = ctx.needs_input_grad
+        x, residual, weight, bias, x_bias, mean, rstd, seeds = ctx.saved_tensors
+        wanted, (eps, dropout_p) = ctx.needs_input_grad, ctx.numbers
+        if torch_ops.needs_definition(grad):
+            mask = None if seeds is None else philox.row_bits(x.numel() // x.shape[-1], x.shape[-1], seeds)
+            mask = None if mask is None else philox.multiplier(mask, dropout_p, x.dtype).view(x.shape)
+            grads = torch_ops.definition_gradients(
+                lambda *given: registry.OPS["add_layer_norm"].reference(*given, eps, dropout_p, mask),
+                (x, residual, weight, bias, x_bias), wanted[:5], (grad,),
+            )  # fmt: skip
+            return *grads, None, None, None
         with_sums = wanted[2] or wanted[3] or wanted[4]
         grad_sum, grad_x, grad_weight, grad_bias, grad_x_bias = _bwd(
-            grad, x, residual, weight, x_bias, mean, rstd, ctx.dropout_p, seeds, with_sums
+            grad, x, residual, weight, x_bias, mean, rstd, dropout_p, seeds, with_sums
         )
         grads = (grad_sum if seeds is None else grad_x, grad_sum, grad_weight, grad_bias, grad_x_bias)
         return (*(value if wants else None for value, wants in zip(grads, wanted)), None, None, None)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._core import capability, registry, torch_ops
+from ..._core import capability, philox, registry, torch_ops
 
 _MAX_HEAD_DIM = 1024  # of csrc/include/ctxfast/attention.h
 
@@ -100,6 +100,18 @@ _fwd = torch_ops.define("attention_cpu_fwd", f"({_ARGUMENTS}) -> Tensor", _forwa
 _bwd = torch_ops.define("attention_cpu_bwd", f"(Tensor grad, {_ARGUMENTS}) -> Tensor", _backward, _backward_fake, "CPU")
 
 
+def _mask(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, dropout_p: float, seeds: Tensor | None) -> Tensor | None:
+    """(S, H, L, L): the mask that csrc/include/ctxfast/attention.h lays down, for the definition."""
+    if seeds is None:
+        return None
+    sequences, heads = cu_seqlens.shape[0] - 1, qkv.shape[2]
+    key = torch.arange(max_seqlen, device=qkv.device)
+    query, pair = key[:, None], torch.arange(sequences * heads, device=qkv.device).view(sequences, heads, 1, 1)
+    counter = (16 * (key // 32) + key % 16, query // 4, pair, seeds[1])
+    bits = philox.half(philox.draw(counter, seeds[0]), query % 4, (key // 16) % 2 == 1)
+    return philox.multiplier(bits, dropout_p, torch.promote_types(qkv.dtype, torch.float32))
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -114,6 +126,15 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         qkv, bias, cu_seqlens, seeds = ctx.saved_tensors
         max_seqlen, scale, dropout_p = ctx.numbers
+        if torch_ops.needs_definition(grad):
+            mask = _mask(qkv, cu_seqlens, max_seqlen, dropout_p, seeds)
+            grads = torch_ops.definition_gradients(
+                lambda qkv, bias: registry.OPS["attention"].reference(
+                    qkv, cu_seqlens, max_seqlen, bias, scale, dropout_p, mask
+                ),
+                (qkv, bias), ctx.needs_input_grad, (grad,),
+            )  # fmt: skip
+            return *grads, None, None, None, None, None
         grad_qkv = _bwd(grad, qkv, cu_seqlens, max_seqlen, bias, scale, dropout_p, seeds)
         grad_bias = grad_qkv.sum(0) if ctx.needs_input_grad[1] else None
         return grad_qkv if ctx.needs_input_grad[0] else None, grad_bias, None, None, None, None, None
@@ -137,7 +158,7 @@ def _scale(qkv: Tensor, softmax_scale: float | None) -> float:
 
 def _seeds(dropout_p: float) -> Tensor | None:
     """Seed and offset of this call's mask, from torch's generator."""
-    return torch.randint(-(2**63), 2**63 - 1, (2,)) if dropout_p > 0 else None
+    return torch.randint(-(2**63), 2**63 - 1, (2,), device="cpu") if dropout_p > 0 else None
 
 
 def attention(

@@ -21,8 +21,9 @@ def attention(
     bias: Tensor | None,  # (3, H, D)
     softmax_scale: float | None,
     dropout_p: float,
+    dropout_mask: Tensor | None = None,  # (S, H, L, L)
 ) -> Tensor:
-    """See ``ctxfast.functional.attention``."""
+    """See ``ctxfast.functional.attention``; ``dropout_mask`` is multiplied by in place of a drawn one."""
     total, _, heads, head_dim = qkv.shape
     if bias is not None:
         qkv = qkv + bias
@@ -40,7 +41,9 @@ def attention(
     wide = torch.promote_types(qkv.dtype, torch.float32)
     scores = scores.to(wide).masked_fill(~inside[:, None, None, :], torch.finfo(wide).min)
     weights = torch.softmax(scores, dim=-1)
-    if dropout_p > 0:
+    if dropout_mask is not None:
+        weights = weights * dropout_mask
+    elif dropout_p > 0:
         weights = F.dropout(weights, dropout_p)
     context = torch.matmul(weights.to(qkv.dtype), value)  # (S, H, L, D)
     token = torch.arange(total, device=qkv.device)

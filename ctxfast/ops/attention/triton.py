@@ -18,7 +18,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..._core import capability, torch_ops
+from ..._core import capability, philox, registry, torch_ops
 from . import triton_backward, triton_forward, triton_plan
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -168,6 +168,19 @@ _bwd = torch_ops.define(
 )  # fmt: skip
 
 
+def _mask(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, dropout_p: float, seeds: Tensor | None) -> Tensor | None:
+    """(S, H, L, L): the mask that triton_dropout draws, for the definition."""
+    if seeds is None:
+        return None
+    sequences, heads = cu_seqlens.shape[0] - 1, qkv.shape[2]
+    key = torch.arange(max_seqlen, device=qkv.device)
+    query, pair = key[:, None], torch.arange(sequences * heads, device=qkv.device).view(sequences, heads, 1, 1)
+    counter = ((query >> 4) * 8 + (query & 7), (key >> 4) * 4 + ((key & 7) >> 1), pair, seeds[1])
+    which = ((query >> 3) & 1) * 2 + ((key >> 3) & 1)
+    bits = philox.half(philox.draw(counter, seeds[0]), which, (key & 1) == 1)
+    return philox.multiplier(bits, dropout_p, torch.promote_types(qkv.dtype, torch.float32))
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -183,6 +196,15 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         qkv, bias, cu_seqlens, seeds, out, lse = ctx.saved_tensors
         max_seqlen, softmax_scale, dropout_p = ctx.numbers
+        if torch_ops.needs_definition(grad):
+            mask = _mask(qkv, cu_seqlens, max_seqlen, dropout_p, seeds)
+            grads = torch_ops.definition_gradients(
+                lambda qkv, bias: registry.OPS["attention"].reference(
+                    qkv, cu_seqlens, max_seqlen, bias, softmax_scale, dropout_p, mask
+                ),
+                (qkv, bias), ctx.needs_input_grad, (grad,),
+            )  # fmt: skip
+            return *grads, None, None, None, None, None
         grad_qkv = _bwd(grad, qkv, cu_seqlens, max_seqlen, bias, softmax_scale, dropout_p, seeds, out, lse)
         grad_bias = grad_qkv.sum(0) if ctx.needs_input_grad[1] else None
         return (grad_qkv if ctx.needs_input_grad[0] else None), grad_bias, None, None, None, None, None

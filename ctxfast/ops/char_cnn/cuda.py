@@ -108,13 +108,24 @@ class _CharCnn(torch.autograd.Function):
         count = len(parameters) // 2
         weights, biases = list(parameters[:count]), list(parameters[count:])
         y, at = _fwd(ids, table, weights, biases, is_tanh, True)
-        ctx.save_for_backward(y, at, ids, table, *weights)
+        ctx.save_for_backward(y, at, ids, table, *parameters)
         ctx.is_tanh = is_tanh
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        y, at, ids, table, *weights = ctx.saved_tensors
+        y, at, ids, table, *parameters = ctx.saved_tensors
+        count = len(parameters) // 2
+        if torch_ops.needs_definition(grad):
+            activation = "tanh" if ctx.is_tanh else "relu"
+            grads = torch_ops.definition_gradients(
+                lambda table, *given: registry.OPS["char_cnn"].reference(
+                    ids, table, given[:count], given[count:], activation
+                ),
+                (table, *parameters), ctx.needs_input_grad[2:], (grad,),
+            )  # fmt: skip
+            return None, None, *grads
+        weights = parameters[:count]
         grad = grad * (1 - y * y) if ctx.is_tanh else grad.masked_fill(y <= 0, 0.0)
         return (None, None, *_bwd(grad, at, ids, table, weights))
 

@@ -22,12 +22,15 @@ def embed_layer_norm(
     padding_idx: int | None,
     position_padding_idx: int | None,
     dropout_p: float,
+    dropout_mask: Tensor | None = None,  # (T, N)
 ) -> Tensor:
-    """See ``ctxfast.functional.embed_layer_norm``."""
+    """See ``ctxfast.functional.embed_layer_norm``; ``dropout_mask`` is multiplied by in place of a drawn one."""
     x = F.embedding(input_ids, word_embeddings, padding_idx)
     x = x + F.embedding(token_type_ids, token_type_embeddings)
     x = x + F.embedding(position_ids, position_embeddings, position_padding_idx)
     if task_type_ids is not None:
         x = x + F.embedding(task_type_ids, task_type_embeddings)
     x = F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
+    if dropout_mask is not None:
+        return x * dropout_mask
     return F.dropout(x, dropout_p) if dropout_p > 0 else x

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._core import torch_ops, triton_rows
+from ..._core import philox, registry, torch_ops, triton_rows
 from . import triton_kernels
 
 MAX_SIZE = 8192  # elements of a row; more would leave the registers
@@ -123,15 +123,30 @@ class _EmbedLayerNorm(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         ids, tables = list(ids_and_tables[:count]), list(ids_and_tables[count:])
         out, mean, rstd = _fwd(ids, tables, weight, bias, eps, dropout_p, seeds, True)
-        ctx.save_for_backward(seeds, weight, mean, rstd, *ids, *tables)
-        ctx.rest = (count, paddings, dropout_p)
+        ctx.save_for_backward(seeds, weight, bias, mean, rstd, *ids, *tables)
+        ctx.rest = (count, paddings, eps, dropout_p)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        seeds, weight, mean, rstd, *ids_and_tables = ctx.saved_tensors
-        count, paddings, dropout_p = ctx.rest
+        seeds, weight, bias, mean, rstd, *ids_and_tables = ctx.saved_tensors
+        count, paddings, eps, dropout_p = ctx.rest
         ids, tables = ids_and_tables[:count], ids_and_tables[count:]
+        if torch_ops.needs_definition(grad):
+            given = [None if row < 0 else row for row in paddings]
+            mask = None if seeds is None else philox.row_bits(*grad.shape, seeds)
+            mask = None if mask is None else philox.multiplier(mask, dropout_p, grad.dtype)
+            task_ids = ids[3] if count == 4 else None
+
+            def definition(weight: Tensor, bias: Tensor, *tables: Tensor) -> Tensor:
+                task_table = tables[3] if count == 4 else None
+                return registry.OPS["embed_layer_norm"].reference(
+                    *ids[:3], *tables[:3], weight, bias, task_ids, task_table, eps, *given, dropout_p, mask
+                )
+
+            wanted = (*ctx.needs_input_grad[4:6], *ctx.needs_input_grad[7 + count :])
+            grads = torch_ops.definition_gradients(definition, (weight, bias, *tables), wanted, (grad,))
+            return (None, None, None, None, *grads[:2], None, *[None] * count, *grads[2:])
         grad_sum, grad_weight, grad_bias = _bwd(grad, ids, tables, weight, mean, rstd, dropout_p, seeds)
         wanted = ctx.needs_input_grad[7 + count :]
         # Rows of padding take no gradient: words and positions may have one, types and tasks have none.

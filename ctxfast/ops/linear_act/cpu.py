@@ -35,7 +35,7 @@ def _tried(dtype: torch.dtype) -> str | None:
     if not torch.backends.mkldnn.is_available():
         return "this build of torch has no oneDNN."
     try:
-        x, weight = torch.ones(3, 4, dtype=dtype), torch.eye(4, dtype=dtype)
+        x, weight = torch.ones(3, 4, dtype=dtype, device="cpu"), torch.eye(4, dtype=dtype, device="cpu")
         found = _product(x, torch.ops.mkldnn._reorder_linear_weight(weight, None), None, "none")
     except (AttributeError, RuntimeError, NotImplementedError) as error:
         return f"oneDNN does not run packed products of {dtype} here ({str(error).splitlines()[0]})."
@@ -119,7 +119,7 @@ _mm = torch_ops.define(
 
 def _multiply(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b``: float32 by oneDNN where torch would take MKL and MKL is slow. Other dtypes are oneDNN's already."""
-    return _mm(a, b) if a.dtype is torch.float32 else a @ b
+    return a @ b if a.dtype is not torch.float32 or torch_ops.needs_definition(a, b) else _mm(a, b)
 
 
 class _Linear(torch.autograd.Function):

@@ -107,7 +107,13 @@ class _LinearAct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, product = ctx.saved_tensors
-        wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        wants_x, wants_weight, wants_bias = wanted = ctx.needs_input_grad[:3]
+        if torch_ops.needs_definition(grad):
+            grads = torch_ops.definition_gradients(
+                lambda x, weight, bias: registry.OPS["linear_act"].reference(x, weight, bias, ctx.activation, None),
+                (x, weight, bias), wanted, (grad,),
+            )  # fmt: skip
+            return *grads, None, None
         grad_product, grad_bias = _bwd(grad, product, bias, ctx.activation, bias is not None and wants_bias)
         grad_x = grad_product.matmul(weight) if wants_x else None
         grad_weight = None
@@ -118,31 +124,39 @@ class _LinearAct(torch.autograd.Function):
 
 
 class _LinearOfActivation(torch.autograd.Function):
-    """A linear layer of an activation's result, which is made again in the backward."""
+    """A linear layer of an activation's result, which is made again in the backward.
+
+    ``sources``: x, weight and bias that the activation's layer had. They have their gradient from there; a backward
+    that is differentiated itself makes the result from them.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, product: Tensor, product_bias: Tensor | None,
-        activation: str,
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, product: Tensor, activation: str,
+        *sources: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        ctx.save_for_backward(weight, product, product_bias)
+        ctx.save_for_backward(weight, product, *sources)
         ctx.activation = activation
         return F.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, product, product_bias = ctx.saved_tensors
+        weight, product, *sources = ctx.saved_tensors
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         flat, grad_weight = grad.reshape(-1, weight.shape[0]), None
         if wants_weight:
-            x = _fwd(product, product_bias, ctx.activation)
+            if torch_ops.needs_definition(grad):
+                x = registry.OPS["linear_act"].reference(*sources, ctx.activation, None)
+            else:
+                x = _fwd(product, sources[2], ctx.activation)
             grad_weight = flat.t().matmul(x.reshape(-1, weight.shape[1]))
         grad_x = grad.matmul(weight) if wants_x else None
-        return grad_x, grad_weight, (flat.sum(0) if wants_bias else None), None, None, None
+        return grad_x, grad_weight, (flat.sum(0) if wants_bias else None), *[None] * 5
 
 
-def _source(args: Mapping[str, Any]) -> tuple[Tensor, Tensor | None, str] | None:
-    """What the activation that x is the result of was made from: (product, bias, activation); None if it is none.
+def _source(args: Mapping[str, Any]) -> tuple[Any, ...] | None:
+    """What the activation that x is the result of was made from, (product, activation, x, weight, bias); None if it is
+    none.
 
     A tensor written to since is none, and a traced one carries no such note.
     """
@@ -178,7 +192,7 @@ def linear_act(
         kept = None if torch.compiler.is_compiling() else []
         out = _LinearAct.apply(x, weight, bias, activation, kept)
         if kept:
-            setattr(out, _NOTE, (out._version, kept[0], None if bias is None else bias.detach(), activation))
+            setattr(out, _NOTE, (out._version, kept[0], activation, x, weight, bias))
         return out
     # On the CPU torch's epilogue is the erf form.
     if x.is_cuda and bias is not None and activation in ("relu", "gelu_tanh"):

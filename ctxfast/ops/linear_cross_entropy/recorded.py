@@ -8,13 +8,13 @@ with the gradient, and float16, where the scale of the loss that keeps small gra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..._core import checks, torch_ops
+from ..._core import checks, registry, torch_ops
 from . import chunks
 
 
@@ -41,6 +41,17 @@ def _shares(labels: Tensor, ignore_index: int, reduction: str) -> Tensor:
     return has_label.float() / has_label.sum().clamp(min=1)
 
 
+def _definition_gradients(ctx: Any, operands: Sequence[Tensor | None], labels: Tensor, grad: Tensor) -> tuple[Any, ...]:
+    """What a backward returns that is itself differentiated; ``operands``: hidden, weight and bias."""
+    grads = torch_ops.definition_gradients(
+        lambda hidden, weight, bias: registry.OPS["linear_cross_entropy"].reference(
+            hidden, weight, labels, bias, *ctx.rest[1:3]
+        ),
+        operands, ctx.needs_input_grad[1:4], (grad,),
+    )  # fmt: skip
+    return (None, *grads, None, None, None, None)
+
+
 class _InForward(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -49,12 +60,17 @@ class _InForward(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         shares = _shares(labels, ignore_index, reduction)
         losses, *grads = operators.gradients(hidden, weight, labels, bias, ignore_index, shares, with_weight)
-        ctx.save_for_backward(*grads)
+        # The operands are alive anyway but for hidden, small beside the logits: they may be wanted with more gradients.
+        ctx.save_for_backward(hidden, weight, bias, labels, *grads)
+        ctx.rest = (operators, ignore_index, reduction)
         return (losses * shares).sum()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        wanted, grads = ctx.needs_input_grad[1:4], ctx.saved_tensors
+        hidden, weight, bias, labels, *grads = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[1:4]
+        if torch_ops.needs_definition(grad):
+            return _definition_gradients(ctx, (hidden, weight, bias), labels, grad)
         # The result of a loss is most often its end: its gradient is 1, seen where looking costs nothing.
         if not (checks.is_readable(grad) and grad.item() == 1.0):
             grads = [value * grad.to(value.dtype) for value in grads]
@@ -77,6 +93,8 @@ class _InBackward(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, labels = ctx.saved_tensors
         operators, ignore_index, reduction, with_weight = ctx.rest
+        if torch_ops.needs_definition(grad):
+            return _definition_gradients(ctx, (hidden, weight, bias), labels, grad)
         scale = grad.float().contiguous() if reduction == "none" else grad * _shares(labels, ignore_index, reduction)
         wanted = ctx.needs_input_grad[1:4]
         _, *grads = operators.gradients(hidden, weight, labels, bias, ignore_index, scale, with_weight)

@@ -26,7 +26,7 @@ _ROUNDING = {"float32": None, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
 def _room(size: int) -> Tensor:
     """``size`` bytes that begin on a cache line."""
-    memory = torch.empty(size + 64, dtype=torch.uint8)
+    memory = torch.empty(size + 64, dtype=torch.uint8, device="cpu")
     start = -memory.data_ptr() % 64
     return memory[start : start + size]
 
@@ -243,7 +243,7 @@ def _h_before(output: Tensor, h_0: Tensor | None, lengths: Tensor | None, revers
     shifted = torch.cat((output[:, 1:], first), dim=1)
     if lengths is None or h_0 is None:
         return shifted  # past a row's end the output is zero, which is its first h too
-    last = torch.arange(output.shape[1]) == lengths[:, None] - 1
+    last = torch.arange(output.shape[1], device="cpu") == lengths[:, None] - 1
     return torch.where(last[:, :, None], first, shifted)
 
 
@@ -272,6 +272,8 @@ class _Lstm(torch.autograd.Function):
         lengths, h_0, c_0, output, cells, z, *tensors = ctx.saved_tensors
         counts, clips, kind = ctx.facts
         x, weight_ih, bias, hh, proj = _split(tensors, counts)
+        if torch_ops.needs_definition(*grads):
+            return _definition_gradients(ctx, grads)
         rounding = _ROUNDING[kind]
         grad_z, grad_hidden, m, of_h_0, of_c_0 = _bwd(
             list(grads), hh, proj, lengths, c_0, output, cells, z, *clips, kind
@@ -303,6 +305,24 @@ class _Lstm(torch.autograd.Function):
             None, None, None, None,
             of_h_0 if ctx.needs_input_grad[4] else None, of_c_0 if ctx.needs_input_grad[5] else None, *found,
         )  # fmt: skip
+
+
+def _definition_gradients(ctx: Any, grads: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    """What a backward returns that is itself differentiated."""
+    lengths, h_0, c_0, _, _, _, *tensors = ctx.saved_tensors
+    counts, (cell_clip, proj_clip), kind = ctx.facts
+
+    def definition(h_0: Tensor | None, c_0: Tensor | None, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, weight_ih, bias, hh, proj = _split([tensor.float() for tensor in tensors], counts)
+        state = None if h_0 is None else (h_0, c_0)
+        output, (h_n, c_n) = registry.OPS["lstm"].reference(
+            x * (counts[1] // counts[0]), weight_ih, hh, bias or None, proj or None, lengths, state,
+            cell_clip or None, proj_clip or None, _ROUNDING[kind],
+        )  # fmt: skip
+        return output, h_n, c_n
+
+    wanted = ctx.needs_input_grad[4:]
+    return None, None, None, None, *torch_ops.definition_gradients(definition, (h_0, c_0, *tensors), wanted, grads)
 
 
 def _split(tensors: Sequence[Tensor], counts: Sequence[int]) -> list[list[Tensor]]:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..._core import capability, torch_ops
+from .reference import recurrence as recurrence_definition
 
 DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
 
@@ -117,6 +118,27 @@ def _gate_product(of_gates: Tensor, h_before: Tensor) -> Tensor:
     return product if by_gate else gate_major(product)
 
 
+def _definition(
+    directions: int, lengths: Tensor | None, clips: tuple[float, float], h_0: Tensor | None, c_0: Tensor | None,
+    tensors: Sequence[Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """What ``Recurrence.forward`` computes, in plain PyTorch and float32."""
+    gates, hh, proj = (tensors[i * directions : (i + 1) * directions] for i in range(3))
+    found = []
+    for r in range(directions):
+        by_gate = gates[r].float().transpose(2, 3).flatten(2)
+        h = by_gate.new_zeros(by_gate.shape[0], hh[r].shape[1]) if h_0 is None else h_0[r].float()
+        c = by_gate.new_zeros(by_gate.shape[0], gates[r].shape[2]) if c_0 is None else c_0[r]
+        found.append(
+            recurrence_definition(
+                by_gate, hh[r].float(), proj[r].float() if proj else None, lengths, h, c, r == 1,
+                clips[0] or None, clips[1] or None, None,
+            )
+        )  # fmt: skip
+    output, h_n, c_n = zip(*found)
+    return torch.cat(output, dim=2), torch.stack(h_n), torch.stack(c_n)
+
+
 def recurrence(fwd: Callable[..., Any], bwd: Callable[..., Any]) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     """The differentiable recurrence of a pair of raw operators (``FWD_SCHEMA``, ``BWD_SCHEMA``)."""
 
@@ -144,6 +166,12 @@ def recurrence(fwd: Callable[..., Any], bwd: Callable[..., Any]) -> Callable[...
             lengths, h_0, c_0, output, cells, *tensors = ctx.saved_tensors
             directions, clips = ctx.facts
             gates, hh, proj = (list(tensors[i * directions : (i + 1) * directions]) for i in range(3))
+            if torch_ops.needs_definition(*grads):
+                found = torch_ops.definition_gradients(
+                    lambda h_0, c_0, *tensors: _definition(directions, lengths, clips, h_0, c_0, tensors),
+                    (h_0, c_0, *tensors), ctx.needs_input_grad[3:], grads,
+                )  # fmt: skip
+                return None, None, None, *found
             size = hh[0].shape[1]
             before, z = [], []
             for r in range(directions):

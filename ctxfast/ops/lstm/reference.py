@@ -22,7 +22,7 @@ def _rounded(x: Tensor, dtype: torch.dtype | None) -> Tensor:
     if dtype is None or x.shape[-1] == 0:
         return x
     fixed = x.detach()
-    if dtype is torch.int8:
+    if dtype == torch.int8:
         most = fixed.abs().amax(dim=-1, keepdim=True)
         steps = torch.where(most > 1e-30, 127.0 / most, torch.zeros_like(most))
         held = torch.round(fixed * steps) * (most / 127.0)
@@ -31,11 +31,11 @@ def _rounded(x: Tensor, dtype: torch.dtype | None) -> Tensor:
     return held + (x - fixed)
 
 
-def _direction(
-    x: Tensor,  # (B, T, I)
-    weight_ih: Tensor,  # (4H, I)
+# torch.jit.trace, which would record the steps of one input as the steps of every input, is handed a loop.
+@torch.jit.script_if_tracing
+def recurrence(
+    gates_in: Tensor,  # (B, T, 4H), the input's share, bias included
     weight_hh: Tensor,  # (4H, P)
-    bias: Tensor | None,  # (4H,)
     weight_proj: Tensor | None,  # (P, H)
     lengths: Tensor | None,  # (B,)
     h: Tensor,  # (B, P)
@@ -45,12 +45,14 @@ def _direction(
     proj_clip: float | None,
     dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    steps = x.shape[1]
-    weight_ih, weight_hh = _rounded(weight_ih, dtype), _rounded(weight_hh, dtype)
-    weight_proj = None if weight_proj is None else _rounded(weight_proj, dtype)
-    gates_in = F.linear(_rounded(x, dtype), weight_ih, bias)  # all steps at once: nothing in it waits for h
-    output: list[Tensor] = [h] * steps
-    for t in reversed(range(steps)) if reverse else range(steps):
+    """One direction over all steps -> (B, T, P), (B, P), (B, H); written so that TorchScript can compile it, too."""
+    steps = gates_in.shape[1]
+    weight_hh = _rounded(weight_hh, dtype)
+    if weight_proj is not None:
+        weight_proj = _rounded(weight_proj, dtype)
+    output = [h] * steps
+    for k in range(steps):
+        t = steps - 1 - k if reverse else k
         i, f, g, o = (gates_in[:, t] + F.linear(_rounded(h, dtype), weight_hh)).chunk(4, dim=1)
         c_new = torch.sigmoid(i) * torch.tanh(g) + torch.sigmoid(f) * c
         if cell_clip is not None:
@@ -67,7 +69,7 @@ def _direction(
             active = (t < lengths)[:, None]
             h, c = torch.where(active, h_new, h), torch.where(active, c_new, c)
             output[t] = torch.where(active, h_new, torch.zeros_like(h_new))
-    stacked = torch.stack(output, dim=1) if steps else x.new_zeros(x.shape[0], 0, h.shape[1])
+    stacked = torch.stack(output, dim=1) if steps > 0 else h.new_zeros([h.shape[0], 0, h.shape[1]])
     return stacked, h, c
 
 
@@ -91,9 +93,13 @@ def lstm(
             h, c = x.new_zeros(x.shape[0], size), x.new_zeros(x.shape[0], hidden)
         else:
             h, c = initial_state[0][r], initial_state[1][r]
-        y, h, c = _direction(
-            x, weight_ih[r], weight_hh[r], None if bias is None else bias[r],
-            None if weight_proj is None else weight_proj[r], lengths, h, c, r == 1, cell_clip, proj_clip, weight_dtype,
+        # All steps at once: nothing in these products waits for h.
+        gates_in = F.linear(
+            _rounded(x, weight_dtype), _rounded(weight_ih[r], weight_dtype), None if bias is None else bias[r]
+        )
+        y, h, c = recurrence(
+            gates_in, weight_hh[r], None if weight_proj is None else weight_proj[r], lengths, h, c, r == 1,
+            cell_clip, proj_clip, weight_dtype,
         )  # fmt: skip
         outputs.append(y)
         h_n.append(h)

@@ -87,6 +87,13 @@ class _ScalarMix(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
         weights, *layers = ctx.saved_tensors
+        if torch_ops.needs_definition(grad):
+            return tuple(
+                torch_ops.definition_gradients(
+                    lambda weights, *layers: sum(weight.to(x.dtype) * x for weight, x in zip(weights, layers)),
+                    (weights, *layers), ctx.needs_input_grad, (grad,),
+                )
+            )  # fmt: skip
         *grad_layers, grad_weights = _bwd(grad, layers, weights)
         return (grad_weights, *grad_layers)
 

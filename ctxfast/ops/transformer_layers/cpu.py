@@ -117,20 +117,15 @@ class _Layer(torch.autograd.Function):
         return _fwd(x, cu_seqlens, weights, *options[1:], False, False)[0]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, cu_seqlens, *weights = ctx.saved_tensors
         max_seqlen, *options = ctx.options
-        wanted = (ctx.needs_input_grad[0], *ctx.needs_input_grad[3:])
-        leaves = [
-            None if tensor is None else tensor.detach().requires_grad_(wants)
-            for tensor, wants in zip((x, *weights), wanted)
-        ]
-        with torch.enable_grad():
-            y = registry.OPS[_OP].reference(leaves[0], cu_seqlens, max_seqlen, leaves[1:], *options, None, False)
-        sources = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
-        found = iter(torch.autograd.grad(y, sources, grad))
-        grads = [next(found) if leaf is not None and leaf.requires_grad else None for leaf in leaves]
+        grads = torch_ops.definition_gradients(
+            lambda x, *weights: registry.OPS[_OP].reference(
+                x, cu_seqlens, max_seqlen, weights, *options, None, False
+            ),
+            (x, *weights), (ctx.needs_input_grad[0], *ctx.needs_input_grad[3:]), (grad,),
+        )  # fmt: skip
         return grads[0], None, None, *grads[1:]
 
 

@@ -7,6 +7,7 @@ As in ``attention``'s definition, packed rows are spread over a (sequences, max_
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -95,7 +96,8 @@ def transformer_layers(
     """See ``ctxfast.functional.transformer_layers``."""
     states = []
     # In the inputs' dtype, under autocast too: it has lowered them already, and would raise parts of a layer again.
-    with torch.autocast(x.device.type, enabled=False):
+    has_autocast = torch.amp.is_autocast_available(x.device.type)
+    with torch.autocast(x.device.type, enabled=False) if has_autocast else nullcontext():
         for i in range(0, len(weights), 12):
             x = _layer(x, cu_seqlens, max_seqlen, weights[i : i + 12], num_heads, activation, eps, weight_dtype)
             states.append(x)

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What tools that take models apart by the types of their modules find in ctxfast's: TorchScript and torch.fx."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch import fx, nn
+
+
+def name_of(module: nn.Module) -> str:
+    """A module's class as errors name it."""
+    kind = type(module)
+    return f"ctxfast.nn.{kind.__name__}" if kind.__module__.startswith("ctxfast.nn.") else f"ctxfast.{kind.__name__}"
+
+
+class Unscripted(nn.Module):
+    """A module that TorchScript cannot compile from its source, and says so."""
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What torch.jit.script asks for before it compiles a module."""
+        raise RuntimeError(
+            f"{name_of(self)}: torch.jit.script was asked to compile it; expected a module of what TorchScript knows. "
+            f"torch.jit.trace records it in torch's own operations, and torch.export exports it."
+        )
+
+
+def one_call(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A module's ``forward`` that torch.fx, where it traces symbolically, records as one call of the module, as it does
+    with torch's own modules."""
+
+    @functools.wraps(forward)
+    def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        for each in (*args, *kwargs.values()):
+            if isinstance(each, fx.Proxy):
+                return _recorded(self, each.tracer, args, kwargs)
+        return forward(self, *args, **kwargs)
+
+    return run
+
+
+def _recorded(module: nn.Module, tracer: fx.Tracer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Proxy:
+    if module is tracer.root:
+        raise TypeError(
+            f"{name_of(module)}: torch.fx was asked to trace it; expected a model that holds it, in which it is one "
+            f"call. torch.fx.symbolic_trace(torch.nn.Sequential(module)) is the smallest."
+        )
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), args, kwargs)
