@@ -13,6 +13,8 @@ from typing import Any
 # An error that begins so was written for the user already.
 _OWN = ("ctxfast.", "CTXFAST_")
 _MOST_OF_A_REASON = 200
+# Numbers of a trained model hardly shrink when they are packed. A small file may hold zeros alone.
+_MOST_GROWTH, _SMALL = 20, 64 << 20
 
 
 @contextmanager
@@ -62,6 +64,16 @@ def read_json(path: Path, who: str, what: str = "JSON file") -> dict[str, Any]:
         if not isinstance(value, dict):
             raise ValueError(f"{who}: {path} holds a JSON {type(value).__name__}; expected an object")
     return value
+
+
+def check_growth(size: int, stored: int, who: str, path: str | os.PathLike[str]) -> None:
+    """Raise ValueError where ``stored`` bytes of a file would become ``size`` in memory, and no weights are like that:
+    a packed bomb, one number spread over a matrix, one place read many times."""
+    if size > max(_SMALL, _MOST_GROWTH * stored):
+        raise ValueError(
+            f"{who}: {os.fspath(path)} stores {stored:,} bytes that would become {size:,} in memory; expected at most "
+            f"{_MOST_GROWTH} times as many. It is damaged, or no file of weights"
+        )
 
 
 def _renewed(error: BaseException, text: str) -> BaseException:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -52,8 +53,14 @@ _POSITIVE = (
 _PROBABILITIES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
 
 
+# Where a config.json gives a number alone and no name of a label, more than this is damage: a head is built from it.
+_MOST_UNNAMED_LABELS = 65536
+
+
 def _fail(field: str, got: object, expected: str) -> ValueError:
-    return ValueError(f"ctxfast.BertConfig: {field} is {got!r}; expected {expected}")
+    shown = repr(got)
+    shown = shown if len(shown) <= 300 else shown[:300] + "..."
+    return ValueError(f"ctxfast.BertConfig: {field} is {shown}; expected {expected}")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -129,8 +136,11 @@ class BertConfig:
                 raise _fail(name, value, "a probability in [0, 1)")
         for name in ("layer_norm_eps", "initializer_range"):
             value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not value > 0.0:
+            if not isinstance(value, (int, float)) or not 0.0 < value < math.inf:
                 raise _fail(name, value, "a number above 0")
+        for name in ("use_task_id", "tie_word_embeddings"):
+            if not isinstance(getattr(self, name), bool):
+                raise _fail(name, getattr(self, name), "true or false")
         if self.pad_token_id >= self.vocab_size:
             raise _fail("pad_token_id", self.pad_token_id, f"an id below {self.vocab_size}")
         if self.max_position_embeddings <= self.position_offset:
@@ -152,6 +162,9 @@ class BertConfig:
                 raise _fail(name, True, "False; only bidirectional encoders are supported")
         if self.extra.get("pruned_heads"):
             raise _fail("pruned_heads", self.extra["pruned_heads"], "none; heads are kept whole")
+        if self.extra.get("quantization_config"):
+            expected = "none; weights that were quantised are not supported. Save the model dequantised"
+            raise _fail("quantization_config", self.extra["quantization_config"], expected)
         if self.id2label is not None:
             if sorted(self.id2label) != list(range(len(self.id2label))):
                 raise _fail("id2label", self.id2label, "the keys 0, 1, ... without gaps")
@@ -257,7 +270,11 @@ class BertConfig:
             raise FileNotFoundError(f"ctxfast.BertConfig: {path} does not exist")
         values = read_json(path, "ctxfast.BertConfig")
         with reading(path, "ctxfast.BertConfig", "config of a model"):
-            return cls.from_dict(values)
+            config = cls.from_dict(values)
+            if config.id2label is None and config.num_labels > _MOST_UNNAMED_LABELS:
+                expected = f"at most {_MOST_UNNAMED_LABELS} labels without names. Name them in id2label"
+                raise _fail("num_labels", config.num_labels, expected)
+            return config
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the keys Hugging Face writes, with `extra` merged in."""
