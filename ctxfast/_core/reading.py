@@ -89,4 +89,5 @@ def _reason(error: BaseException, text: str) -> str:
     line = text.strip().partition("\n")[0]
     if len(line) > _MOST_OF_A_REASON:
         line = line[:_MOST_OF_A_REASON] + "..."
-    return f"{type(error).__name__}: {line}" if line else type(error).__name__
+    kind = type(error).__name__.lstrip("_")
+    return f"{kind}: {line}" if line else kind
