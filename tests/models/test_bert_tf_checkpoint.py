@@ -156,9 +156,9 @@ def test_bundle_dtypes_and_names(tmp_path: Path) -> None:
         assert got.dtype == values[name].dtype
         np.testing.assert_array_equal(got, values[name])
     assert {v.name: v.dtype for v in bundle.variables()}["bf"] == "bfloat16"
-    with pytest.raises(TypeError, match="text has dtype string"):
+    with pytest.raises(TypeError, match=r"text in .* has dtype string"):
         bundle.read("text")
-    with pytest.raises(ValueError, match="part is stored in slices"):
+    with pytest.raises(ValueError, match=r"part in .* is stored in slices"):
         bundle.read("part")
     with pytest.raises(KeyError, match="no variable 'nothing'"):
         bundle.read("nothing")

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
 
 from ..._core.files import replacing
+from ..._core.reading import read_json, reading
 
 ROBERTA_TYPES = ("roberta", "xlm-roberta", "camembert")
 MODEL_TYPES = ("bert", *ROBERTA_TYPES, "ernie")
@@ -51,8 +53,14 @@ _POSITIVE = (
 _PROBABILITIES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
 
 
+# Where a config.json gives a number alone and no name of a label, more than this is damage: a head is built from it.
+_MOST_UNNAMED_LABELS = 65536
+
+
 def _fail(field: str, got: object, expected: str) -> ValueError:
-    return ValueError(f"ctxfast.BertConfig: {field} is {got!r}; expected {expected}")
+    shown = repr(got)
+    shown = shown if len(shown) <= 300 else shown[:300] + "..."
+    return ValueError(f"ctxfast.BertConfig: {field} is {shown}; expected {expected}")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -60,17 +68,6 @@ def write_json(path: Path, value: Any) -> None:
     with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         json.dump(value, file, indent=2, ensure_ascii=False)
         file.write("\n")
-
-
-def read_json(path: Path, caller: str) -> dict[str, Any]:
-    """Reads a JSON object from `path`; a ValueError names the file when it is not one."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{caller}: {path} is not valid JSON ({error}); the file may be cut short") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{caller}: {path} holds a JSON {type(value).__name__}; expected an object")
-    return value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,8 +136,11 @@ class BertConfig:
                 raise _fail(name, value, "a probability in [0, 1)")
         for name in ("layer_norm_eps", "initializer_range"):
             value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not value > 0.0:
+            if not isinstance(value, (int, float)) or not 0.0 < value < math.inf:
                 raise _fail(name, value, "a number above 0")
+        for name in ("use_task_id", "tie_word_embeddings"):
+            if not isinstance(getattr(self, name), bool):
+                raise _fail(name, getattr(self, name), "true or false")
         if self.pad_token_id >= self.vocab_size:
             raise _fail("pad_token_id", self.pad_token_id, f"an id below {self.vocab_size}")
         if self.max_position_embeddings <= self.position_offset:
@@ -162,6 +162,9 @@ class BertConfig:
                 raise _fail(name, True, "False; only bidirectional encoders are supported")
         if self.extra.get("pruned_heads"):
             raise _fail("pruned_heads", self.extra["pruned_heads"], "none; heads are kept whole")
+        if self.extra.get("quantization_config"):
+            expected = "none; weights that were quantised are not supported. Save the model dequantised"
+            raise _fail("quantization_config", self.extra["quantization_config"], expected)
         if self.id2label is not None:
             if sorted(self.id2label) != list(range(len(self.id2label))):
                 raise _fail("id2label", self.id2label, "the keys 0, 1, ... without gaps")
@@ -266,10 +269,12 @@ class BertConfig:
         if not path.is_file():
             raise FileNotFoundError(f"ctxfast.BertConfig: {path} does not exist")
         values = read_json(path, "ctxfast.BertConfig")
-        try:
-            return cls.from_dict(values)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"{error} (in {path})") from error
+        with reading(path, "ctxfast.BertConfig", "config of a model"):
+            config = cls.from_dict(values)
+            if config.id2label is None and config.num_labels > _MOST_UNNAMED_LABELS:
+                expected = f"at most {_MOST_UNNAMED_LABELS} labels without names. Name them in id2label"
+                raise _fail("num_labels", config.num_labels, expected)
+            return config
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the keys Hugging Face writes, with `extra` merged in."""

@@ -135,6 +135,9 @@ class Pretrained(tools.Unscripted):
                     fresh = torch.zeros(parameter.shape, **place)
                     setattr(module, name, nn.Parameter(fresh, requires_grad=parameter.requires_grad))
                 model._init_module(module)
+                for name, parameter in own.items():  # the file may have the weight and not the bias
+                    if not parameter.is_meta:
+                        setattr(module, name, parameter)
         model.tie_weights()
         if missing:
             warnings.warn(

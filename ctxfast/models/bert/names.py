@@ -21,7 +21,10 @@ _CLASS_PREFIX = {
     "camembert": "Camembert",
     "ernie": "Ernie",
 }
-_BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")
+# Counts from 0 and zeros that older classes stored; Hugging Face's library does not read them.
+BUFFERS = ("bert.embeddings.position_ids", "bert.embeddings.token_type_ids")
+DECODER_WEIGHT, DECODER_BIAS = "cls.predictions.decoder.weight", "cls.predictions.decoder.bias"
+WORDS, BIAS = "bert.embeddings.word_embeddings.weight", "cls.predictions.bias"
 
 # RoBERTa's heads compute what BERT's do under other names: `classifier.dense` with tanh on the
 # first token is the pooler, `out_proj` the classifier behind it.
@@ -105,13 +108,14 @@ def layer_of(name: str) -> int | None:
 
 
 def from_torch_names(names: Iterable[str], config: BertConfig) -> dict[str, str]:
-    """Maps names of a PyTorch file to the normal form; names it drops are left out.
+    """Maps names of a PyTorch file to the normal form; several may have the same.
 
     Accepts every name with or without the backbone's prefix, `module.` in front, and the old
-    LayerNorm names gamma and beta. Two names with one normal form raise a ValueError.
+    LayerNorm names gamma and beta. The decoder's own bias keeps its name (`DECODER_BIAS`), and so
+    do buffers (`BUFFERS`). A RoBERTa's pooler beside a classifier that has the pooler's place
+    keeps a name without prefix, which is no part known here.
     """
     result: dict[str, str] = {}
-    taken: dict[str, str] = {}
     names = list(names)
     stripped = {name: name.removeprefix("module.") for name in names}
     has_dense_head = config.is_roberta and "classifier.dense.weight" in stripped.values()
@@ -123,25 +127,14 @@ def from_torch_names(names: Iterable[str], config: BertConfig) -> dict[str, str]
         for prefix in ("bert.", "roberta.", "ernie."):
             key = key.removeprefix(prefix)
         if key.startswith(("embeddings.", "encoder.", "pooler.")):
-            if key in _BUFFERS or (has_dense_head and key.startswith("pooler.")):
-                continue
-            key = f"bert.{key}"
+            if not (has_dense_head and key.startswith("pooler.")):
+                key = f"bert.{key}"
         elif config.is_roberta:
             for theirs, ours in _ROBERTA_HEADS:
                 if key.startswith(theirs):
                     key = ours + key.removeprefix(theirs)
                     break
-        if key in taken:
-            raise ValueError(f"ctxfast.load_checkpoint: names {taken[key]!r} and {name!r} both stand for {key!r}")
-        taken[key] = name
         result[name] = key
-    # The decoder's bias is stored twice, once or under either name.
-    if "cls.predictions.decoder.bias" in taken:
-        name = taken["cls.predictions.decoder.bias"]
-        if "cls.predictions.bias" in taken:
-            del result[name]
-        else:
-            result[name] = "cls.predictions.bias"
     return result
 
 

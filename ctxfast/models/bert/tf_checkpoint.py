@@ -19,6 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ..._core.reading import reading
+
 _MAGIC = 0xDB4775248B80FB57
 _FOOTER_BYTES = 48
 _TRAILER_BYTES = 5  # one byte of compression kind, four of checksum
@@ -27,6 +29,10 @@ _CRC_POLYNOMIAL = 0x82F63B78  # Castagnoli, bits reversed
 _CRC_MASK_DELTA = 0xA282EAD8
 _CRC_LANES = 16384
 _WHO = "ctxfast.TensorBundle"
+_WHAT = "index of a TensorFlow checkpoint"
+# BERT-Large has 1,200 variables with its optimiser's, in an index of 50 KB. More than this is damage, and would take
+# long to go through.
+_MOST_BYTES, _MOST_VARIABLES, _MOST_BLOCKS, _MOST_DIMS, _LONGEST_NAME = 4 << 20, 100_000, 10_000, 64, 4096
 
 # TensorFlow's DataType numbers. bfloat16 (14) is read as raw 16-bit words and widened.
 _BFLOAT16 = 14
@@ -94,14 +100,14 @@ class TensorBundle:
         self._maps: dict[int, mmap.mmap] = {}
         self._variables: dict[str, Variable] = {}
         self.num_shards = 0
-        for key, value in _read_table(index, verify):
-            if not key:
-                self._read_header(value)
-                continue
-            name = key.decode("utf-8", "replace")
-            # Slices of a partitioned variable have keys that start with a NUL byte.
-            if not name.startswith("\0"):
-                self._variables[name] = _parse_entry(name, value, index)
+        with reading(index, _WHO, _WHAT):
+            for key, value in _read_table(index, verify):
+                if not key:
+                    self._read_header(value)
+                # Slices of a partitioned variable have keys that start with a NUL byte.
+                elif not key.startswith(b"\0"):
+                    name = key.decode("utf-8")
+                    self._variables[name] = _parse_entry(name, value)
         if not self.num_shards:
             raise ValueError(f"{_WHO}: {index} has no bundle header; it is not a TensorFlow checkpoint")
         for shard in sorted({v.shard for v in self._variables.values()}):
@@ -109,8 +115,8 @@ class TensorBundle:
                 raise FileNotFoundError(f"{_WHO}: {self.shard_path(shard)} does not exist, but {index.name} names it")
 
     def _read_header(self, value: bytes) -> None:
-        fields = dict(_fields(value, self.index_path))
-        self.num_shards = int(fields.get(1, 0))
+        fields = dict(_fields(value))
+        self.num_shards = _number(fields.get(1, 0))
         if fields.get(2, 0) != 0:
             raise ValueError(f"{_WHO}: {self.index_path} was written on a big-endian machine")
 
@@ -148,10 +154,12 @@ class TensorBundle:
             raise KeyError(f"{_WHO}: {self.index_path} has no variable {name!r}")
         variable = self._variables[name]
         if variable.is_sliced:
-            raise ValueError(f"{_WHO}: {name} is stored in slices (partitioned), which is not supported")
+            raise ValueError(
+                f"{_WHO}: {name} in {self.index_path} is stored in slices (partitioned), which is not supported"
+            )
         dtype = _DTYPES.get(variable.dtype_code)
         if dtype is None:
-            raise TypeError(f"{_WHO}: {name} has dtype {variable.dtype}, which is not supported")
+            raise TypeError(f"{_WHO}: {name} in {self.index_path} has dtype {variable.dtype}, which is not supported")
         path = self.shard_path(variable.shard)
         expected = math.prod(variable.shape) * dtype.itemsize
         if variable.size != expected:
@@ -159,19 +167,20 @@ class TensorBundle:
                 f"{_WHO}: {name} has {variable.size} bytes in {self.index_path}; "
                 f"expected {expected} for shape {variable.shape} and dtype {variable.dtype}"
             )
-        data = self._map(variable.shard)
-        end = variable.offset + variable.size
-        if end > len(data):
-            raise ValueError(
-                f"{_WHO}: {path} has {len(data)} bytes, but {name} ends at byte {end}; the file is cut short"
-            )
-        raw = np.frombuffer(data, np.uint8, variable.size, variable.offset)
-        if self.verify and variable.crc32c is not None and mask_crc(crc32c(raw)) != variable.crc32c:
-            raise ValueError(f"{_WHO}: the checksum of {name} in {path} is wrong; the file is damaged")
-        array = raw.copy().view(dtype).reshape(variable.shape)
-        if variable.dtype_code == _BFLOAT16:
-            array = (array.astype(np.uint32) << 16).view(np.float32)
-        return array
+        with reading(path, _WHO, "data file of a TensorFlow checkpoint"):
+            data = self._map(variable.shard)
+            end = variable.offset + variable.size
+            if end > len(data):
+                raise ValueError(
+                    f"{_WHO}: {path} has {len(data)} bytes, but {name} ends at byte {end}; the file is cut short"
+                )
+            raw = np.frombuffer(data, np.uint8, variable.size, variable.offset)
+            if self.verify and variable.crc32c is not None and mask_crc(crc32c(raw)) != variable.crc32c:
+                raise ValueError(f"{_WHO}: the checksum of {name} in {path} is wrong; the file is damaged")
+            array = raw.copy().view(dtype).reshape(variable.shape)
+            if variable.dtype_code == _BFLOAT16:
+                array = (array.astype(np.uint32) << 16).view(np.float32)
+            return array
 
     def _map(self, shard: int) -> mmap.mmap | bytes:
         """The bytes of data file `shard`, mapped on first use."""
@@ -196,7 +205,10 @@ def bundle_prefix(path: str | os.PathLike[str]) -> Path:
 
 
 def _read_table(path: Path, verify: bool) -> Iterator[tuple[bytes, bytes]]:
-    """Keys and values of a LevelDB table, in order."""
+    """Keys and values of a LevelDB table, in order. Its blocks and its keys are in order, too: none comes twice."""
+    size = path.stat().st_size
+    if size > _MOST_BYTES:
+        raise ValueError(f"{_WHO}: {path} has {size:,} bytes; expected an index, of at most {_MOST_BYTES:,}")
     data = path.read_bytes()
     if len(data) < _FOOTER_BYTES:
         raise ValueError(
@@ -205,20 +217,29 @@ def _read_table(path: Path, verify: bool) -> Iterator[tuple[bytes, bytes]]:
     footer = data[-_FOOTER_BYTES:]
     if struct.unpack("<Q", footer[-8:])[0] != _MAGIC:
         raise ValueError(f"{_WHO}: {path} does not end with the table magic; it is cut short or no index file")
-    try:
-        _, _, at = _block_handle(footer, 0)
-        offset, size, _ = _block_handle(footer, at)
-        for _, handle in _block_entries(_read_block(data, offset, size, verify)):
-            offset, size, _ = _block_handle(handle, 0)
-            yield from _block_entries(_read_block(data, offset, size, verify))
-    except (IndexError, struct.error) as error:
-        raise ValueError(f"{_WHO}: {path} is damaged (a record runs past its end)") from error
-    except _Damaged as error:
-        raise ValueError(f"{_WHO}: {path} is damaged ({error})") from error
+    _, _, at = _block_handle(footer, 0)
+    offset, size, _ = _block_handle(footer, at)
+    end = unpacked = total = count = 0
+    last = None
+    for number, (_, handle) in enumerate(_block_entries(_read_block(data, offset, size, verify))):
+        offset, size, _ = _block_handle(handle, 0)
+        if number == _MOST_BLOCKS:
+            raise _Damaged(f"more than {_MOST_BLOCKS:,} blocks")
+        if offset < end:
+            raise _Damaged(f"the block at byte {offset} begins before the end of the one before it")
+        block = _read_block(data, offset, size, verify)
+        end, unpacked = offset + size, unpacked + len(block)
+        for key, value in _block_entries(block):
+            if last is not None and key <= last:
+                raise _Damaged("its names are not in order")
+            last, count, total = key, count + 1, total + len(key) + len(value)
+            if count > _MOST_VARIABLES or max(total, unpacked) > _MOST_BYTES:
+                raise _Damaged(f"more than {_MOST_VARIABLES:,} variables, or {_MOST_BYTES:,} bytes of them")
+            yield key, value
 
 
 class _Damaged(Exception):
-    """Something in a table that cannot be; the caller adds the file's name."""
+    """Something in an index that cannot be; ``reading`` adds the file's name."""
 
 
 def _block_handle(data: bytes, at: int) -> tuple[int, int, int]:
@@ -260,6 +281,8 @@ def _block_entries(block: bytes) -> Iterator[tuple[bytes, bytes]]:
         length, at = _varint(block, at)
         if shared > len(key) or at + unshared + length > end:
             raise _Damaged("a record runs past its block")
+        if shared + unshared > _LONGEST_NAME:
+            raise _Damaged(f"a name of {shared + unshared:,} bytes")
         key = key[:shared] + block[at : at + unshared]
         at += unshared
         yield key, block[at : at + length]
@@ -269,8 +292,10 @@ def _block_entries(block: bytes) -> Iterator[tuple[bytes, bytes]]:
 def snappy_decompress(data: bytes) -> bytes:
     """Decodes one raw Snappy block (literals and back references; no framing)."""
     length, at = _varint(data, 0)
+    if length > _MOST_BYTES:
+        raise _Damaged(f"a compressed block of {length:,} bytes")
     out = bytearray()
-    while at < len(data):
+    while at < len(data) and len(out) <= length:
         tag = data[at]
         at += 1
         if tag & 3 == 0:
@@ -297,10 +322,11 @@ def snappy_decompress(data: bytes) -> bytes:
         if not 0 < distance <= len(out):
             raise _Damaged("a compressed copy points before the start of its block")
         # A copy may overlap what it writes: the last `distance` bytes then repeat.
-        source = bytes(out[-distance:])
+        start = len(out) - distance
+        source = bytes(out[start : start + size])
         out += (source * (size // distance + 1))[:size]
     if len(out) != length:
-        raise _Damaged(f"a compressed block gave {len(out)} bytes instead of {length}")
+        raise _Damaged(f"a compressed block gives {len(out)} bytes or more instead of {length}")
     return bytes(out)
 
 
@@ -318,46 +344,51 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
             raise _Damaged("a number of more than 64 bits")
 
 
-def _fields(message: bytes, path: Path) -> Iterator[tuple[int, int | bytes]]:
+def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
     """Field numbers and values of a protocol-buffer message, in order."""
     at = 0
-    try:
-        while at < len(message):
-            tag, at = _varint(message, at)
-            kind = tag & 7
-            if kind == 0:
-                value, at = _varint(message, at)
-            elif kind == 2:
-                size, at = _varint(message, at)
-                value, at = message[at : at + size], at + size
-            elif kind in (1, 5):
-                size = 8 if kind == 1 else 4
-                value, at = int.from_bytes(message[at : at + size], "little"), at + size
-            else:
-                raise _Damaged(f"wire type {kind}")
-            if at > len(message):
-                raise _Damaged("a field runs past its message")
-            yield tag >> 3, value
-    except (IndexError, _Damaged) as error:
-        raise ValueError(f"{_WHO}: {path} is damaged (a bundle entry is no message)") from error
+    while at < len(message):
+        tag, at = _varint(message, at)
+        kind = tag & 7
+        if kind == 0:
+            value, at = _varint(message, at)
+        elif kind == 2:
+            size, at = _varint(message, at)
+            value, at = message[at : at + size], at + size
+        elif kind in (1, 5):
+            size = 8 if kind == 1 else 4
+            value, at = int.from_bytes(message[at : at + size], "little"), at + size
+        else:
+            raise _Damaged(f"wire type {kind}")
+        if at > len(message):
+            raise _Damaged("a field runs past its message")
+        yield tag >> 3, value
 
 
-def _parse_entry(name: str, value: bytes, path: Path) -> Variable:
+def _number(value: int | bytes) -> int:
+    if not isinstance(value, int):
+        raise _Damaged("a number is stored as text")
+    return value
+
+
+def _parse_entry(name: str, value: bytes) -> Variable:
     """One BundleEntryProto."""
     shape: list[int] = []
     numbers = {1: 0, 3: 0, 4: 0, 5: 0}
     crc, is_sliced = None, False
-    for field, content in _fields(value, path):
+    for field, content in _fields(value):
         if field == 2 and isinstance(content, bytes):
-            for inner, dim in _fields(content, path):
+            for inner, dim in _fields(content):
                 if inner == 2 and isinstance(dim, bytes):
-                    shape.append(int(dict(_fields(dim, path)).get(1, 0)))
+                    shape.append(_number(dict(_fields(dim)).get(1, 0)))
+                if len(shape) > _MOST_DIMS:
+                    raise _Damaged(f"{name} has more than {_MOST_DIMS} dimensions")
         elif field == 6:
-            crc = int(content)
+            crc = _number(content)
         elif field == 7:
             is_sliced = True
         elif field in numbers:
-            numbers[field] = int(content)
+            numbers[field] = _number(content)
     code = numbers[1]
     if code == _BFLOAT16:
         dtype = "bfloat16"

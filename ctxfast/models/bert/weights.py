@@ -5,39 +5,42 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import math
 import os
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ..._core.checks import FLOATING
 from ..._core.files import replacing
-from .config import BertConfig, read_json, write_json
+from ..._core.reading import check_growth, read_json, reading
+from .config import BertConfig, write_json
 from .names import (
+    BIAS,
+    BUFFERS,
+    DECODER_BIAS,
+    DECODER_WEIGHT,
     HEAD_SHAPES,
     POOLER_SHAPES,
+    WORDS,
     backbone_shapes,
     class_name,
     from_tensorflow_names,
     from_torch_names,
-    is_tensorflow_kernel,
     layer_of,
     to_torch_names,
 )
-from .tf_checkpoint import TensorBundle, bundle_prefix
+from .sources import Source, is_same, open_source
+from .tf_checkpoint import bundle_prefix
 
 _WHO = "ctxfast.load_checkpoint"
 _CONFIG_NAMES = ("config.json", "bert_config.json")
-# Each format's single file and the index of its sharded form, in order of preference.
-_TORCH_FILES = (
-    ("safetensors", "model.safetensors"),
-    ("safetensors", "model.safetensors.index.json"),
-    ("pytorch", "pytorch_model.bin"),
-    ("pytorch", "pytorch_model.bin.index.json"),
-)
+_ADAPTER = "adapter_config.json"
+# Longer tables of positions do not exist; what claims to be one is not read only to be compared.
+_LONGEST_BUFFER = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,16 +63,6 @@ class Checkpoint:
     source: Path
     files: tuple[Path, ...]
     unexpected: tuple[str, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Source:
-    """Tensors of one checkpoint by name, read one at a time."""
-
-    kind: str
-    files: list[Path]
-    names: list[str]
-    read: Callable[[str], torch.Tensor]
 
 
 def resolve_model(path_or_name: str | os.PathLike[str]) -> Path:
@@ -132,8 +125,12 @@ def load_checkpoint(path_or_name: str | os.PathLike[str], *, gelu: str | None = 
 
     Formats, the first that is there: model.safetensors (also sharded), pytorch_model.bin (also
     sharded; read with `weights_only=True`, so no code in it runs), Google's TensorFlow
-    checkpoint with bert_config.json. Tied copies of the word table and position buffers are
-    dropped, optimiser slots skipped, TensorFlow's kernels transposed.
+    checkpoint with bert_config.json; the others in the folder are not looked at. Copies of one
+    tensor under several names become one, position buffers are dropped, optimiser slots skipped,
+    TensorFlow's kernels transposed. A decoder whose weight or bias is not the word table's or the
+    other bias computes with its own, as in Hugging Face's library from version 5.
+
+    Names, shapes, dtypes and sizes are checked before a tensor is read.
 
     Args:
         path_or_name: as `resolve_model`.
@@ -147,45 +144,78 @@ def load_checkpoint(path_or_name: str | os.PathLike[str], *, gelu: str | None = 
     Raises:
         FileNotFoundError: no model, no config or no weights; or a shard is absent.
         ValueError: a file is cut short, damaged or holds code, a tensor is absent or has
-            another shape than the config says, or the config is not supported.
+            another shape than the config says, copies of one tensor differ, or the config is not
+            supported; the folder holds an adapter.
+        TypeError: a tensor is not floating point, or quantised.
 
     Warns:
-        UserWarning: tensors that hold NaN or infinity; names that were not used.
+        UserWarning: tensors that hold NaN or infinity; names that were not used; a decoder that is
+            not tied though the config says so; buffers with other numbers than usual; code that
+            the config names (`auto_map`), which is not run.
     """
     model = resolve_model(path_or_name)
     config_path = find_config(model)
     config = BertConfig.from_json_file(config_path)
-    source = _open_source(model)
+    with reading(model, _WHO, "model"):
+        return _load(model, config_path, config, gelu)
+
+
+def _load(model: Path, config_path: Path, config: BertConfig, gelu: str | None) -> Checkpoint:
+    if (config_path.parent / _ADAPTER).is_file():
+        raise ValueError(
+            f"{_WHO}: {config_path.parent} has {_ADAPTER}, weights that are added to a model's when it runs; expected "
+            "a whole model. Merge them (merge_and_unload in peft) and save the result"
+        )
+    if any(key.startswith("AutoModel") for key in config.extra.get("auto_map") or {}):
+        warnings.warn(
+            f"{_WHO}: {config_path} names code of its own (auto_map), which is not run; the model is computed as "
+            f"{config.model_type}",
+            stacklevel=3,
+        )
+    source = open_source(model)
     if source.kind == "tensorflow":
-        mapping = from_tensorflow_names(source.names)
+        mapping = from_tensorflow_names(source.tensors)
         is_google = "model_type" not in read_json(config_path, _WHO)
         if gelu is None and config.hidden_act == "gelu" and is_google:
             gelu = "tanh"
     else:
-        mapping = from_torch_names(source.names, config)
+        mapping = from_torch_names(source.tensors, config)
     if gelu is not None:
         config = config.with_gelu(gelu)
-    known = {**backbone_shapes(config), **POOLER_SHAPES, **HEAD_SHAPES}
-    wanted = {theirs: ours for theirs, ours in mapping.items() if ours in known}
-    too_deep = [ours for ours in mapping.values() if ours not in known and layer_of(ours) is not None]
-    where = source.files[-1] if len(source.files) == 1 else source.files[0].parent
-    _check_depth(config, too_deep, f"{where} and {config_path}")
-    if not any(ours.startswith("bert.") for ours in wanted.values()):
+    where = f"{source.place} and {config_path}"
+    places: dict[str, list[str]] = {}  # the names in the files of each name in normal form
+    for theirs, ours in mapping.items():
+        places.setdefault(ours, []).append(theirs)
+    if not any(ours.startswith("bert.") for ours in places):
         raise ValueError(
-            f"{_WHO}: {where} holds no BERT weights; its first names are "
-            f"{', '.join(sorted(source.names)[:5]) or '(none)'}"
+            f"{_WHO}: {source.place} holds no BERT weights; its first names are "
+            f"{', '.join(sorted(source.tensors)[:5]) or '(none)'}"
         )
-    state_dict = {ours: source.read(theirs) for theirs, ours in wanted.items()}
-    config = _untie_or_drop(config, state_dict)
+    # Before a table of all layers is made: the config may say a thousand million.
+    _check_depth(config, places, where)
+    known = {**backbone_shapes(config), **POOLER_SHAPES, **HEAD_SHAPES, DECODER_BIAS: HEAD_SHAPES[BIAS]}
+    unexpected = [theirs for theirs, ours in mapping.items() if ours not in known and ours not in BUFFERS]
+    places = {ours: theirs for ours, theirs in places.items() if ours in known or ours in BUFFERS}
+    size = 0
+    for ours, shape in known.items():
+        for stored in (source.tensors[name] for name in places.get(ours, ())):
+            _check_kind(ours, stored.dtype, stored.is_float, where)
+            _check_shape(config, ours, stored.shape, shape, where)
+            size += stored.nbytes
+    check_growth(size, sum(path.stat().st_size for path in source.files), _WHO, source.place)
+    for ours in BUFFERS:
+        _check_buffer(source, ours, places.pop(ours, []))
+    state_dict = {ours: _read_copies(source, ours, theirs) for ours, theirs in places.items()}
+    config = _one_decoder(config, state_dict, source)
     config = _fit_labels(config, state_dict)
-    check_state_dict(config, state_dict, source=f"{where} against {config_path}")
-    unexpected = tuple(sorted(theirs for theirs, ours in mapping.items() if ours not in known))
-    if unexpected:
+    check_state_dict(config, state_dict, source=where)
+    left = tuple(sorted((*unexpected, *source.others)))
+    if left:
         warnings.warn(
-            f"{_WHO}: {where} has {len(unexpected)} tensors that were not used: {_some(unexpected)}",
-            stacklevel=2,
+            f"{_WHO}: {source.place} has {len(left)} tensors that were not used: {_some(left)}",
+            stacklevel=3,
         )
-    return Checkpoint(config, state_dict, source.kind, model, (config_path, *source.files), unexpected)
+    return Checkpoint(config, state_dict, source.kind, model, (config_path, *source.files), left)
 
 
 def check_state_dict(
@@ -219,9 +249,8 @@ def check_state_dict(
         tensor = state_dict.get(name)
         if tensor is None:
             continue
-        if not tensor.is_floating_point():
-            raise TypeError(f"{_WHO}: {name} has dtype {tensor.dtype}; expected floating point ({source})")
-        _check_shape(config, name, tensor, shape, source)
+        _check_kind(name, str(tensor.dtype), tensor.dtype in FLOATING, source)
+        _check_shape(config, name, tuple(tensor.shape), shape, source)
         if tensor.numel():
             low, high = torch.aminmax(tensor)
             if not (torch.isfinite(low) and torch.isfinite(high)):
@@ -280,6 +309,9 @@ def save_checkpoint(
     renamed = to_torch_names(config, state_dict, task)
     # safetensors refuses tensors that share memory, such as slices of one packed QKV weight.
     tensors = {renamed[name]: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state_dict.items()}
+    if BIAS in state_dict and not config.tie_word_embeddings:
+        # Hugging Face's library looks for the decoder's own bias then.
+        tensors[renamed[BIAS].removesuffix("bias") + "decoder.bias"] = tensors[renamed[BIAS]].clone()
     values = config.to_dict()
     values["architectures"] = [class_name(config, state_dict, task)]
     values.pop("torch_dtype", None)
@@ -302,16 +334,24 @@ def _some(names: Iterable[str], limit: int = 8) -> str:
 
 
 def _check_depth(config: BertConfig, names: Iterable[str], source: str) -> None:
-    deepest = max((layer_of(name) or 0 for name in names), default=0)
-    if deepest >= config.num_hidden_layers:
-        raise ValueError(
-            f"{_WHO}: the weights have {deepest + 1} layers; expected num_hidden_layers = "
-            f"{config.num_hidden_layers} ({source})"
+    layers = 1 + max((number for name in names if (number := layer_of(name)) is not None), default=-1)
+    wanted = config.num_hidden_layers
+    if layers < wanted:
+        name = f"bert.encoder.layer.{layers}.attention.self.query.weight"
+        raise ValueError(f"{_WHO}: {name} is missing; expected num_hidden_layers = {wanted} layers ({source})")
+    if layers > wanted:
+        raise ValueError(f"{_WHO}: the weights have {layers} layers; expected num_hidden_layers = {wanted} ({source})")
+
+
+def _check_kind(name: str, dtype: str, is_float: bool, source: str) -> None:
+    if not is_float:
+        raise TypeError(
+            f"{_WHO}: {name} has dtype {dtype}; expected floating point: float32, float16, bfloat16 or float64. "
+            f"Weights that were quantised have to be saved dequantised ({source})"
         )
 
 
-def _check_shape(config: BertConfig, name: str, tensor: torch.Tensor, fields: tuple[str, ...], source: str) -> None:
-    got = tuple(tensor.shape)
+def _check_shape(config: BertConfig, name: str, got: tuple[int, ...], fields: tuple[str, ...], source: str) -> None:
     sizes = tuple(
         got[i] if field == "labels" and i < len(got) else getattr(config, field, None) for i, field in enumerate(fields)
     )
@@ -319,20 +359,65 @@ def _check_shape(config: BertConfig, name: str, tensor: torch.Tensor, fields: tu
         raise ValueError(f"{_WHO}: {name} has shape {got}; expected ({', '.join(fields)}) = {sizes} ({source})")
 
 
-def _untie_or_drop(config: BertConfig, state_dict: dict[str, torch.Tensor]) -> BertConfig:
-    """Drops a decoder that is the word table; the config says whether it may differ."""
-    name = "cls.predictions.decoder.weight"
-    decoder = state_dict.get(name)
+def _check_buffer(source: Source, ours: str, names: list[str]) -> None:
+    """Says where a buffer holds something else than Hugging Face's library and `Bert` put in its place."""
+    for name in names:
+        shape = source.tensors[name].shape
+        length = shape[-1] if shape else 0
+        usual = False
+        if math.prod(shape) <= _LONGEST_BUFFER:
+            expected = torch.arange(length) if ours.endswith("position_ids") else torch.zeros(length)
+            usual = is_same(source.read(name), expected.expand(shape))
+        if not usual:
+            warnings.warn(
+                f"{_WHO}: {name} in {source.place} holds other numbers than usual; it is not used, as in "
+                "Hugging Face's library. Pass such numbers at the call",
+                stacklevel=4,
+            )
+
+
+def _read_copies(source: Source, ours: str, names: list[str]) -> torch.Tensor:
+    """A tensor that the files may hold several times, under several names: the copies must be equal."""
+    tensor = source.read(names[0])
+    for other in names[1:]:
+        if not is_same(tensor, source.read(other)):
+            raise ValueError(
+                f"{_WHO}: names {names[0]!r} and {other!r} both stand for {ours!r}, with other numbers; expected one "
+                f"of them ({source.place})"
+            )
+    return tensor
+
+
+def _one_decoder(config: BertConfig, state_dict: dict[str, torch.Tensor], source: Source) -> BertConfig:
+    """Decides on the decoder's own copies of the word table and of the bias, as Hugging Face's library from version 5:
+    what the decoder holds is what it computes with, whatever the config says."""
+    own, shared = state_dict.pop(DECODER_BIAS, None), state_dict.get(BIAS)
+    if own is not None:
+        state_dict[BIAS] = own
+        if shared is not None and not is_same(own, shared):
+            warnings.warn(
+                f"{_WHO}: {DECODER_BIAS} and {BIAS} differ in {source.place}; the decoder's is used, as in Hugging "
+                "Face's library from version 5 (before, the other)",
+                stacklevel=4,
+            )
+    elif shared is not None and not config.tie_word_embeddings:
+        warnings.warn(
+            f"{_WHO}: {source.place} has no {DECODER_BIAS}, and the config ties nothing; {BIAS} is used, as in Hugging "
+            "Face's library before version 5 (since, zeros)",
+            stacklevel=4,
+        )
+    decoder = state_dict.get(DECODER_WEIGHT)
     if decoder is None or not config.tie_word_embeddings:
         return config
-    words = state_dict.get("bert.embeddings.word_embeddings.weight")
-    if words is None or not torch.equal(words, decoder):
-        warnings.warn(
-            f"{_WHO}: {name} differs from the word table, but the config ties them; the word table is used",
-            stacklevel=3,
-        )
-    del state_dict[name]
-    return config
+    if WORDS in state_dict and is_same(state_dict[WORDS], decoder):
+        del state_dict[DECODER_WEIGHT]
+        return config
+    warnings.warn(
+        f"{_WHO}: {DECODER_WEIGHT} differs from the word table in {source.place}, but the config ties them; each is "
+        "used as it is, as in Hugging Face's library from version 5 (before, the word table)",
+        stacklevel=4,
+    )
+    return dataclasses.replace(config, tie_word_embeddings=False)
 
 
 def _fit_labels(config: BertConfig, state_dict: dict[str, torch.Tensor]) -> BertConfig:
@@ -350,104 +435,3 @@ def _fit_labels(config: BertConfig, state_dict: dict[str, torch.Tensor]) -> Bert
             "of id2label in the config"
         )
     return config.with_labels(len(weight))
-
-
-def _open_source(model: Path) -> _Source:
-    """Opens the weights that `resolve_model` found."""
-    if model.is_file():
-        if model.suffix == ".safetensors":
-            return _open_safetensors([model])
-        if model.suffix in (".bin", ".pt", ".pth"):
-            return _open_pickles([model])
-        return _open_tensorflow(model)
-    if not model.is_dir():
-        return _open_tensorflow(model)
-    for kind, name in _TORCH_FILES:
-        path = model / name
-        if path.is_file():
-            shards = _shards(path) if name.endswith(".index.json") else [path]
-            return _open_safetensors(shards) if kind == "safetensors" else _open_pickles(shards)
-    prefix = _tensorflow_prefix(model)
-    if prefix is None:
-        raise FileNotFoundError(
-            f"{_WHO}: {model} has no weights; looked for "
-            + ", ".join(name for _, name in _TORCH_FILES)
-            + " and a TensorFlow *.ckpt.index"
-        )
-    return _open_tensorflow(prefix)
-
-
-def _tensorflow_prefix(folder: Path) -> Path | None:
-    """The checkpoint of a folder: the only one, else bert_model.ckpt."""
-    prefixes = [bundle_prefix(path) for path in sorted(folder.glob("*.index"))]
-    if len(prefixes) <= 1:
-        return prefixes[0] if prefixes else None
-    usual = folder / "bert_model.ckpt"
-    if usual in prefixes:
-        return usual
-    raise ValueError(
-        f"{_WHO}: {folder} has {len(prefixes)} TensorFlow checkpoints "
-        f"({_some(p.name for p in prefixes)}); pass the prefix of one, such as {prefixes[-1]}"
-    )
-
-
-def _shards(index: Path) -> list[Path]:
-    """Files that a sharded checkpoint's index names."""
-    weight_map = read_json(index, _WHO).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{_WHO}: {index} has no weight_map")
-    paths = []
-    for name in sorted(set(weight_map.values())):
-        if Path(name).name != name:
-            raise ValueError(f"{_WHO}: {index} names {name!r}; expected a file beside it")
-        paths.append(index.parent / name)
-        if not paths[-1].is_file():
-            raise FileNotFoundError(f"{_WHO}: {paths[-1]} does not exist, but {index.name} names it")
-    return paths
-
-
-def _open_safetensors(files: list[Path]) -> _Source:
-    where = {}
-    for path in files:
-        try:
-            handle = safe_open(path, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise ValueError(
-                f"{_WHO}: {path} ({path.stat().st_size} bytes) is cut short or no safetensors file ({error})"
-            ) from error
-        where.update(dict.fromkeys(handle.keys(), handle))
-    return _Source("safetensors", files, list(where), lambda name: where[name].get_tensor(name))
-
-
-def _open_pickles(files: list[Path]) -> _Source:
-    tensors: dict[str, torch.Tensor] = {}
-    for path in files:
-        try:
-            values = torch.load(path, map_location="cpu", weights_only=True)
-        except MemoryError:
-            raise
-        except Exception as error:  # a damaged pickle or zip fails in any of a dozen ways
-            text = str(error)
-            if "Unsupported global" in text or "Unsupported class" in text or "GLOBAL" in text:
-                raise ValueError(
-                    f"{_WHO}: {path} holds Python objects beside tensors, which would run code "
-                    "when loaded. Convert it to safetensors where you trust it"
-                ) from error
-            raise ValueError(
-                f"{_WHO}: {path} ({path.stat().st_size} bytes) is cut short or no PyTorch weight "
-                f"file ({text.splitlines()[0] if text else type(error).__name__})"
-            ) from error
-        if not isinstance(values, dict):
-            raise ValueError(f"{_WHO}: {path} holds a {type(values).__name__}; expected a dict of tensors")
-        tensors.update((k, v) for k, v in values.items() if isinstance(v, torch.Tensor))
-    return _Source("pytorch", files, list(tensors), tensors.__getitem__)
-
-
-def _open_tensorflow(prefix: Path) -> _Source:
-    bundle = TensorBundle(prefix)
-
-    def read(name: str) -> torch.Tensor:
-        tensor = torch.from_numpy(bundle.read(name))
-        return tensor.t().contiguous() if is_tensorflow_kernel(name) else tensor
-
-    return _Source("tensorflow", bundle.files, bundle.names(), read)
