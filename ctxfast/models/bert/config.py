@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..._core.files import replacing
+from ..._core.reading import read_json, reading
 
 ROBERTA_TYPES = ("roberta", "xlm-roberta", "camembert")
 MODEL_TYPES = ("bert", *ROBERTA_TYPES, "ernie")
@@ -60,17 +61,6 @@ def write_json(path: Path, value: Any) -> None:
     with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         json.dump(value, file, indent=2, ensure_ascii=False)
         file.write("\n")
-
-
-def read_json(path: Path, caller: str) -> dict[str, Any]:
-    """Reads a JSON object from `path`; a ValueError names the file when it is not one."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{caller}: {path} is not valid JSON ({error}); the file may be cut short") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{caller}: {path} holds a JSON {type(value).__name__}; expected an object")
-    return value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -266,10 +256,8 @@ class BertConfig:
         if not path.is_file():
             raise FileNotFoundError(f"ctxfast.BertConfig: {path} does not exist")
         values = read_json(path, "ctxfast.BertConfig")
-        try:
+        with reading(path, "ctxfast.BertConfig", "config of a model"):
             return cls.from_dict(values)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"{error} (in {path})") from error
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the keys Hugging Face writes, with `extra` merged in."""

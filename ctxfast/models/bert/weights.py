@@ -15,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..._core.files import replacing
-from .config import BertConfig, read_json, write_json
+from ..._core.reading import read_json
+from .config import BertConfig, write_json
 from .names import (
     HEAD_SHAPES,
     POOLER_SHAPES,
