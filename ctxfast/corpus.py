@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from ._core.files import create, naming
+
 PACKED_SUFFIXES = (".gz", ".xz")
 # What unpacking raises where a file is no archive, is cut short, or holds wrong bytes.
 DAMAGE = (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error)
@@ -240,7 +242,7 @@ def spool(stream: BinaryIO, path: Path) -> int:
     """Write all of a stream to a file, under a temporary name first; returns its bytes."""
     temporary = path.with_name(path.name + ".tmp")
     size = 0
-    with open(temporary, "wb") as file:
+    with naming(path), create(temporary) as file:
         while block := stream.read(_BLOCK_BYTES):
             size += file.write(block)
     os.replace(temporary, path)

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .._core.reading import reading
 from .checkpoints import RunDirectory
 from .loop_config import LoopConfig
 from .optimizers import BertAdam, Lamb, parameter_groups, share_of_rate
@@ -459,6 +460,7 @@ class _Run:
             raise problem
         if self.run is not None:  # also where no checkpoint was reached: what was reported will be again
             self.run.cut_log(0 if state is None else state["step"])
+            self.run.prune(self.config.keep)
         if state is None:
             return
         if state["format"] != _FORMAT:
@@ -466,12 +468,13 @@ class _Run:
                 f"ctxfast.training: the checkpoint in {self.directory} has format {state['format']}; "
                 f"expected {_FORMAT}. It was written by another version of ctxfast."
             )
-        self.spread.load(self.optimizer, state["model"], state["optimizer"])
-        if self.scaler is not None:
-            self.scaler.load_state_dict(state["scaler"])
-        own = state["ranks"][self.group.rank]
-        self.task.load_state_dict(own["task"])
-        self.sums, self.sum_weights = moved(own["sums"], self.group.device), own["sum_weights"]
+        with reading(self.directory / f"checkpoint-{state['step']:08d}.pt", "ctxfast.training", "checkpoint"):
+            self.spread.load(self.optimizer, state["model"], state["optimizer"])
+            if self.scaler is not None:
+                self.scaler.load_state_dict(state["scaler"])
+            own = state["ranks"][self.group.rank]
+            self.task.load_state_dict(own["task"])
+            self.sums, self.sum_weights = moved(own["sums"], self.group.device), own["sum_weights"]
         self.step = self.resumed = state["step"]
         self.figures, self.best = state["figures"], state["best"]
         self.seconds_before = state["seconds"]
