@@ -115,19 +115,21 @@ def test_links_are_not_followed(tmp_path, make):
 
 
 @pytest.mark.parametrize("kind", ["link", "dangling link", "folder", "pipe"])
-def test_what_cannot_be_a_lock_is_left_as_it_is(tmp_path, kind):
+def test_what_is_no_lock(tmp_path, kind):
+    """A link is replaced and what it points to left alone; anything else is refused."""
     path, theirs = tmp_path / "lock", tmp_path / "theirs"
     if kind == "link":
         theirs.write_text("precious")
     if "link" in kind:
         path.symlink_to(theirs)
-    elif kind == "folder":
-        path.mkdir()
-    else:
-        os.mkfifo(path)
-    with pytest.raises(ValueError, match=r"^ctxfast\.x: .*lock is (a link|a directory|no regular file); expected"):
+        locked(path, "ctxfast.x", "another process").close()
+        assert path.is_file() and not path.is_symlink() and path.stat().st_size == 0
+        assert theirs.exists() == (kind == "link") and (kind != "link" or theirs.read_text() == "precious")
+        return
+    path.mkdir() if kind == "folder" else os.mkfifo(path)
+    with pytest.raises(ValueError, match=r"^ctxfast\.x: .*lock is no file; expected one to lock\. Remove it\.$"):
         locked(path, "ctxfast.x", "another process")
-    assert theirs.exists() == (kind == "link") and (kind != "link" or theirs.read_text() == "precious")
+    assert path.exists()
 
 
 def test_a_lock_empties_nothing_and_is_held_once(tmp_path):

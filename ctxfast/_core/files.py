@@ -33,7 +33,7 @@ def locked(path: Path, who: str, busy: str) -> BinaryIO:
 
     Raises:
         RuntimeError: ``who: busy``, where another process holds it.
-        ValueError: something else has its name, such as a link; it is left as it is.
+        ValueError: something else has its name; it is left as it is. A link is removed, what it points to is not.
     """
     lock = _held(path, who, waits=False)
     if lock is None:
@@ -48,14 +48,17 @@ def _held(path: Path, who: str, *, waits: bool) -> BinaryIO | None:
             # Others may have put anything there in a folder that is shared: a link is not followed, nothing is emptied.
             handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
         except OSError as error:
-            if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
-                raise ValueError(f"{who}: {path} is {_kind(path)}; expected a file to lock. Remove it.") from None
+            if path.is_symlink():
+                remove(path)
+                continue
+            if error.errno in (errno.EISDIR, errno.ENXIO):
+                raise ValueError(f"{who}: {path} is no file; expected one to lock. Remove it.") from None
             raise
         lock = os.fdopen(handle, "rb+", buffering=0)
         try:
             status = os.fstat(handle)
             if not stat.S_ISREG(status.st_mode):
-                raise ValueError(f"{who}: {path} is {_kind(path)}; expected a file to lock. Remove it.")
+                raise ValueError(f"{who}: {path} is no file; expected one to lock. Remove it.")
             fcntl.flock(handle, fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB))
             # Whoever held it before may have removed it meanwhile: then the lock is on a file without a name.
             with suppress(FileNotFoundError):
@@ -68,12 +71,6 @@ def _held(path: Path, who: str, *, waits: bool) -> BinaryIO | None:
             lock.close()
             raise
         lock.close()
-
-
-def _kind(path: Path) -> str:
-    if path.is_symlink():
-        return "a link"
-    return "a directory" if path.is_dir() else "no regular file"
 
 
 # What is made
