@@ -7,6 +7,7 @@ import argparse
 import math
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,7 @@ def check(args: argparse.Namespace, who: str) -> None:
     if not 0 <= args.warmup < math.inf:
         raise ValueError(f"ctxfast.{who}: --warmup is {args.warmup}; expected steps, 0 or more, or a share below 1.")
     from .._core.registry import use_impl
-    from ..training.loop import check_amp
+    from ..training.loop import board_writer, check_amp
     from ..training.parallel import device_of
 
     with use_impl(args.impl):  # refuses a name that no op knows
@@ -120,8 +121,10 @@ def check(args: argparse.Namespace, who: str) -> None:
     # How many steps epochs have is not known yet; it bounds the warm-up only. A learning rate may be the model's.
     rate = args.learning_rate
     args.learning_rate = 1.0 if rate is None else rate
-    config(args, args.steps or max(1, math.ceil(args.warmup)))
+    board_writer(config(args, args.steps or max(1, math.ceil(args.warmup))))  # refuses what is not installed
     args.learning_rate = rate
+    if Path(args.output).exists() and not Path(args.output).is_dir():
+        raise ValueError(f"ctxfast.{who}: -o {args.output} is a file; expected a directory to work in.")
 
 
 def config(args: argparse.Namespace, steps: int, **more: Any) -> Any:
@@ -182,13 +185,15 @@ class Show:
             self._bar.close()
 
 
-def run(args: argparse.Namespace, name: str, task: Any, loop: Any, settings: dict[str, Any]) -> Any:
-    """Train as the arguments say, print the end, return the loop's report."""
+def run(
+    args: argparse.Namespace, name: str, task: Any, loop: Any, settings: dict[str, Any], notes: Sequence[str] = ()
+) -> Any:
+    """Train as the arguments say, print the end, return the loop's report; ``notes`` go to its log."""
     from ..training.loop import train
 
     show = None if args.quiet else Show(name)
     try:
-        report = train(task, loop, args.output, overwrite=args.overwrite, settings=settings, show=show)
+        report = train(task, loop, args.output, overwrite=args.overwrite, settings=settings, notes=notes, show=show)
     finally:
         if show is not None:
             show.close()

@@ -138,7 +138,7 @@ def run(args: argparse.Namespace) -> int:
     judged = dataclasses.replace(recipe, options=judged, knowledge=None, is_dynamic=False)
     sources, sources_name = _sources(args)
     own = ("text", "held_out", "vocab", "train_vocab", "cased", "init_from", "pairs", "relation_sign", "batch_size")
-    settings = {name: getattr(args, name) for name in own}
+    settings = {"command": _WHO, **{name: getattr(args, name) for name in own}}
     settings |= {"recipe": dataclasses.asdict(recipe), "sources": sources_name}
     settings["sha256"] = loop_options.digests(args, "text", "held_out", "vocab")
     check_directory(args.output)

@@ -9,11 +9,20 @@ from pathlib import Path
 
 from ...corpus import DAMAGE, MAX_LINE_BYTES, PACKED_SUFFIXES, damage, read_whole
 
+_LONGEST_REASON, _LONGEST_QUOTE = 500, 80
+
 
 def fail(path: str | os.PathLike[str], where: str, reason: str) -> ValueError:
     """The error of something wrong in a data file; ``where`` is such as "line 12"."""
+    if len(reason) > _LONGEST_REASON:
+        reason = f"{reason[:_LONGEST_REASON]}..."
     place = f"{os.fspath(path)}, {where}" if where else os.fspath(path)
     return ValueError(f"ctxfast.readers: {place}: {reason}")
+
+
+def short(text: str) -> str:
+    """A text as errors quote it."""
+    return repr(text if len(text) <= _LONGEST_QUOTE else text[:_LONGEST_QUOTE] + "...")
 
 
 def data_suffix(path: str | os.PathLike[str]) -> str:

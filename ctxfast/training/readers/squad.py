@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from .lines import fail, parse_json, read_text
+from .lines import fail, parse_json, read_text, short
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,8 @@ def read_squad(
                     notes.append(f"{os.fspath(path)}, {at(place, id)}: left out: {error}")
                 except _Wrong as error:
                     raise fail(path, at(place, id) + error.where, error.reason) from None
-                overruled += found[-1].is_impossible and bool(entry.get("answers"))
+                else:
+                    overruled += found[-1].is_impossible and bool(entry.get("answers"))
                 seen.add(id)
     if not found:
         raise fail(path, "", f"holds no questions{' whose answers stand where they say' if notes else ''}")
@@ -121,7 +122,7 @@ def _question(id: str, entry: dict, context: str, needs_answers: bool) -> Questi
             raise _Misaligned(f"answer {k} is empty")
         if not 0 <= start <= len(context) or context[start : start + len(text)] != text:
             there = context[max(start, 0) : max(start, 0) + len(text)]
-            raise _Misaligned(f"answer {k} is {text!r}, but the text at answer_start {start} is {there!r}")
+            raise _Misaligned(f"answer {k} is {short(text)}, but the text at answer_start {start} is {short(there)}")
         answers.append(Answer(text, start))
     if is_impossible:
         answers = []
