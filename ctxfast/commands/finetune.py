@@ -198,6 +198,7 @@ def run(args: argparse.Namespace) -> int:
     who = f"ctxfast.finetune {args.task}"
     is_done = args.predict_only or args.evaluate_only
     loop_options.check_files(args, who.removeprefix("ctxfast."), "train", "dev", "test")
+    loop_options.check_model(args.model, who.removeprefix("ctxfast."))
     if is_done and (args.test is None or args.train is not None or args.dev is not None):
         raise ValueError(f"{who}: --predict-only and --evaluate-only take --test alone; expected it and no other data.")
     if not is_done and args.train is None:

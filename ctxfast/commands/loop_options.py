@@ -12,6 +12,11 @@ from pathlib import Path
 from typing import Any
 
 _MOST_SHOWN = 6  # figures on a line
+# What tokenizers are made of, in a model's folder.
+_OF_TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "config.json", "tokenizer_config.json")
+_OF_TOKENIZERS += ("special_tokens_map.json", "added_tokens.json")
+# Files that a model may be named by.
+_OF_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".index")
 
 
 def add(parser: argparse.ArgumentParser, **defaults: Any) -> None:
@@ -79,6 +84,47 @@ def check_files(args: argparse.Namespace, who: str, *names: str) -> None:
             shown = name if name == "text" else "--" + name.replace("_", "-")
             found = "is a directory" if Path(file).is_dir() else "does not exist"
             raise FileNotFoundError(f"ctxfast.{who}: {shown} {file} {found}; expected a file.")
+
+
+def check_model(value: str | None, who: str, option: str = "--model") -> None:
+    """Refuse a file that is no model's: it would be looked for beside it.
+
+    Raises:
+        FileNotFoundError: naming the option.
+    """
+    if value is None:
+        return
+    path = Path(value).expanduser()
+    if path.is_file() and path.suffix not in _OF_WEIGHTS and not path.with_name(path.name + ".index").is_file():
+        raise FileNotFoundError(
+            f"ctxfast.{who}: {option} {value} is a file and no model's; expected a model's folder, its weights "
+            "(.safetensors, .bin), the prefix of a TensorFlow checkpoint, or the name of a package with a model."
+        )
+
+
+def tokenizer_files(value: str, who: str, option: str) -> list[Path]:
+    """Files that a tokenizer is read from.
+
+    Args:
+        value: vocab.txt, tokenizer.json, or a model as ``Bert.from_pretrained`` takes it.
+        who, option: for errors.
+
+    Raises:
+        FileNotFoundError: none of these.
+    """
+    from ..models.bert.weights import resolve_model
+
+    expected = "expected vocab.txt, tokenizer.json, a model's folder, or the name of a package with a model"
+    try:
+        path = resolve_model(value)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"ctxfast.{who}: {option} {value} does not exist; {expected}.") from None
+    own = [path] if path.is_file() and path.suffix in (".txt", ".json") else []
+    folder = path if path.is_dir() else path.parent
+    found = [folder / name for name in _OF_TOKENIZERS if (folder / name).is_file() and folder / name not in own]
+    if not own and (path.is_file() or not any(file.name in _OF_TOKENIZERS[:3] for file in found)):
+        raise FileNotFoundError(f"ctxfast.{who}: {option} {value} holds no vocabulary; {expected}.")
+    return own + found
 
 
 def digests(args: argparse.Namespace, *names: str) -> dict[str, dict[str, str]]:
