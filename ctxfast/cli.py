@@ -7,6 +7,8 @@ Exit codes: 0 done, 2 wrong usage or input (one line on stderr says what), 1 any
 from __future__ import annotations
 
 import argparse
+import difflib
+import errno
 import re
 import subprocess
 import sys
@@ -18,6 +20,7 @@ from typing import Any
 
 from . import __version__
 from .commands import COMMANDS
+from .commands.loop_options import check_model
 
 _EMBED_HELP = """\
 Embed a text file, a sentence a line, into a file. Input of any length in constant memory.
@@ -36,11 +39,24 @@ formats, by the suffix of OUT (N lines, T tokens in all, L layers; the axis of l
   .parquet       index, text, tokens, shape, embedding (flat); needs pyarrow
 lines holds line numbers from 0. Messages count lines from 1.
 """
+# Errors of a disk that has no room; with room the same command goes on.
+_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class _Parser(argparse.ArgumentParser):
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[argparse.Namespace, list[str]]:
+        found, rest = super().parse_known_args(args, namespace)
+        if rest and "asked" not in found:  # the innermost parser knows the command
+            found.asked = self
+        return found, rest
+
+    def unknown(self, word: str) -> None:
+        """Refuse an argument that there is not."""
+        near = difflib.get_close_matches(word.partition("=")[0], self._option_string_actions, 1)
+        self.error(f"unknown argument {word}{f', did you mean {near[0]}?' if near else ''}")
 
     def error(self, message: str) -> None:  # argparse prints the whole usage; one line is enough
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
@@ -110,7 +126,11 @@ def _embed(args: argparse.Namespace) -> int:
 
     check_target(args.output, args.format, overwrite=args.overwrite)
     if args.input != "-" and not Path(args.input).is_file():
-        raise FileNotFoundError(f"ctxfast.embed: input {args.input} does not exist; expected a text file.")
+        found = "is a directory" if Path(args.input).is_dir() else "does not exist"
+        raise FileNotFoundError(f"ctxfast.embed: input {args.input} {found}; expected a text file.")
+    if args.model is None and args.options_file is None and args.weight_file is None:
+        raise ValueError("ctxfast.embed: -m (--model) is missing; expected a model's folder, or the name of a package.")
+    check_model(args.model, "embed")
     layers = None if args.layers is None else parse_layers(args.layers)
     from .embed import Embedder
 
@@ -276,12 +296,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     args, rest = parser.parse_known_args(_joined_numbers(sys.argv[1:] if argv is None else argv))
     if rest and args.run is not _bench:
-        parser.error(f"unknown argument {rest[0]}")
+        args.asked.unknown(rest[0])
     args.rest = rest
+    hint = " The same command goes on where this stopped." if getattr(args, "resumes", False) else ""
     try:
         return args.run(args)
     except KeyboardInterrupt:
-        hint = " The same command goes on where this stopped." if getattr(args, "resumes", False) else ""
         print(f"\nctxfast: interrupted.{hint}", file=sys.stderr)
         return 130
     except Exception as error:
@@ -289,7 +309,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(str(error).replace("\n", " "), file=sys.stderr)
             return 2
         if isinstance(error, OSError) and error.errno:
-            print(f"ctxfast: {error}", file=sys.stderr)
+            place = "" if error.filename is None else f"{error.filename}: "
+            print(f"ctxfast: {place}{error.strerror}.{hint if error.errno in _OF_SPACE else ''}", file=sys.stderr)
             return 1
         traceback.print_exc()
         return 1

@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -23,6 +24,7 @@ import torch
 
 from . import corpus, writers
 from ._core.capability import facts
+from ._core.files import naming
 from .corpus import Corpus, Position, Window
 from .encoders import Prepared
 from .selection import Layers, Selection
@@ -67,8 +69,10 @@ def check_target(output: _Path, format: str | None = None, *, overwrite: bool = 
         raise FileNotFoundError(f"ctxfast.embed: the folder of output {target} does not exist.")
     if target.is_dir():
         raise FileExistsError(f"ctxfast.embed: output {target} is a directory; expected the name of a file.")
-    is_known = (target.parent / f"{target.name}.partial" / "finished.json").is_file()
-    if target.exists() and not overwrite and not is_known:
+    work = target.with_name(target.name + ".partial")
+    with suppress(OSError):  # empty: of a job killed when all else was done
+        os.rmdir(work)
+    if target.exists() and not overwrite and not (work / "finished.json").is_file():
         raise FileExistsError(f"ctxfast.embed: output {target} exists. Pass --overwrite to replace it.")
     return chosen
 
@@ -134,34 +138,46 @@ def embed_file(
     work = WorkDirectory(target)
     try:
         notes: list[str] = []
+        try:
+            published = work.published()
+        except ValueError:
+            if not overwrite:
+                raise
+            published = None
         if source is None:
             path = _spool(work, stdin or sys.stdin.buffer, overwrite, notes)
             source = Corpus(path, empty=empty, window=window, multiple=multiple, name="standard input")
             mark = {"sha256": corpus.digest(path)}
+            if published is not None and path.stat().st_size == 0:  # the copy of what was read is gone already
+                mark = published[0]["input"]
         else:
             mark = corpus.fingerprint(source.path)
         job = _Job(embedder, selection, source, work, truncate, keeps_tokens=_needs_tokens(chosen, level))
         manifest = job.manifest(mark, words, window)
-        resumed = job.claim(manifest, overwrite)
-        if work.is_published and resumed.is_last:
+        has_index = chosen == "hdf5" and level == "token" and not forget_sentences and not use_sentence_keys
+        options = {"index": has_index, "keys": use_sentence_keys} if chosen == "hdf5" else {}
+        made = {**manifest, "output": {"format": chosen, **options}}
+        if published is not None and not list(_differences(published[0], made)):
             work.remove()
-            return Report(target, resumed, resumed.texts, ("The output was complete already.",))
+            return Report(target, published[1], published[1].texts, ("The output was complete already.",))
         if target.exists() and not overwrite:
+            if published is not None:  # the job that was here is done with
+                work.remove()
             raise FileExistsError(f"ctxfast.embed: output {target} exists. Pass --overwrite to replace it.")
+        resumed = job.claim(manifest, overwrite)
         if use_sentence_keys:
             check_keys(source)
-        has_index = chosen == "hdf5" and level == "token" and not forget_sentences and not use_sentence_keys
         done = job.run(resumed, progress, _INDEX_LIMIT if has_index else None)
         if "modified_ns" in mark and corpus.fingerprint(source.path) != mark:
             raise ValueError(f"ctxfast.embed: {source.name} changed while it was read. Run again with --overwrite.")
-        options = {"index": has_index, "keys": use_sentence_keys} if chosen == "hdf5" else {}
-        writers.write(chosen, work.output, job.layout(done), **options)
-        work.publish()
+        with naming(target):
+            writers.write(chosen, work.output, job.layout(done), **options)
+        work.publish(made, done)
         return Report(target, done, resumed.texts, (*notes, *_notes(done)))
     except Exception:
         # Work worth going on with stays; an error before any is done leaves nothing behind.
-        if work.path.is_dir() and work.count() == 0:
-            work.remove()
+        if work.path.is_dir():
+            work.drop_half_made() if work.count() else work.remove()
         raise
     finally:
         work.release()
@@ -332,18 +348,26 @@ class _Job:
     def claim(self, manifest: dict[str, Any], overwrite: bool) -> Done:
         """Take the work directory for this job: what is done already in it."""
         work = self.work
-        count, old = work.count(), work.manifest
-        if count and old is not None:
-            changes = list(_differences(old, manifest))
-            if not changes:
-                self.shards = count
-                work.write_manifest(manifest)
-                return self._shard(count - 1).done
+        try:
+            count, old = work.count(), work.manifest
+            if count and old is not None:
+                changes = list(_differences(old, manifest))
+                if not changes:
+                    self.shards = count
+                    done = self._shard(count - 1).done
+                    for number in range(count if overwrite else 0):  # what is damaged would stop the same call again
+                        self._shard(number).open_values().close()
+                    work.write_manifest(manifest)
+                    return done
+                if not overwrite:
+                    raise ValueError(
+                        f"ctxfast.embed: {work.path} holds unfinished work of another job: {'; '.join(changes[:3])}. "
+                        f"Give the same arguments to go on with it, or pass --overwrite to start anew."
+                    )
+        except ValueError:
             if not overwrite:
-                raise ValueError(
-                    f"ctxfast.embed: {work.path} holds unfinished work of another job: {'; '.join(changes[:3])}. Give "
-                    f"the same arguments to go on with it, or pass --overwrite to start anew."
-                )
+                raise
+        self.shards = 0
         work.clear(keep=("input",))
         work.write_manifest(manifest)
         return Done()

@@ -22,6 +22,8 @@ import h5py
 import numpy as np
 from h5py import h5d, h5p, h5s, h5t
 
+from ._core.files import create
+from ._core.hdf5 import new_hdf5
 from .shards import Item, Shard
 
 FORMATS = ("hdf5", "safetensors", "npz", "jsonl", "parquet", "extract-features")
@@ -129,9 +131,9 @@ def key_problem(sentence: str) -> str | None:
 def _write_hdf5(path: Path, layout: Layout, *, index: bool = True, keys: bool = False) -> None:
     """AllenNLP's layout at token level: a dataset a text, named by its line's number (from 0) or, with ``keys``, by the
     text; with ``index`` also ``sentence_to_index``. At sentence level: ``embeddings`` and ``lines``."""
-    with h5py.File(path, "w", libver=("earliest", "v110")) as file:
+    with new_hdf5(path, libver=("earliest", "v110")) as (file, check):
         if layout.level == "sentence":
-            _write_arrays_hdf5(file, layout)
+            _write_arrays_hdf5(file, layout, check)
             return
         # Half of the time of h5py's own create_dataset goes into what is the same for all of them.
         properties = h5p.create(h5p.DATASET_CREATE)
@@ -150,6 +152,7 @@ def _write_hdf5(path: Path, layout: Layout, *, index: bool = True, keys: bool = 
             dataset = h5d.create(file.id, name.encode(), kind, space, properties)
             if values.size:
                 dataset.write(h5s.ALL, h5s.ALL, values, kind)
+            check()
         if index and not keys:
             table = file.create_dataset("sentence_to_index", (1,), dtype=h5py.string_dtype("utf-8"), track_times=False)
             table[0] = _sentence_index(layout)
@@ -175,7 +178,7 @@ def index_too_large() -> str:
     )
 
 
-def _write_arrays_hdf5(file: h5py.File, layout: Layout) -> None:
+def _write_arrays_hdf5(file: h5py.File, layout: Layout, check: Callable[[], None]) -> None:
     vectors = file.create_dataset("embeddings", (layout.texts, *layout.inner), layout.dtype, track_times=False)
     lines = file.create_dataset("lines", (layout.texts,), np.int64, track_times=False)
     start = 0
@@ -190,6 +193,7 @@ def _write_arrays_hdf5(file: h5py.File, layout: Layout) -> None:
                 last = min(first + step, start + count)
                 block = np.frombuffer(values.read((last - first) * shard.row_bytes), layout.dtype)
                 vectors[first:last] = block.reshape(last - first, *layout.inner)
+                check()
         start += count
 
 
@@ -238,7 +242,7 @@ def _write_safetensors(path: Path, layout: Layout) -> None:
         place = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
+    with create(path) as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for _, _, numbers in arrays.values():
             numbers(file)
@@ -246,7 +250,7 @@ def _write_safetensors(path: Path, layout: Layout) -> None:
 
 def _write_npz(path: Path, layout: Layout) -> None:
     """The arrays of ``_write_safetensors``, not compressed."""
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+    with create(path) as out, zipfile.ZipFile(out, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         for name, (dtype, shape, numbers) in _arrays(layout).items():
             member = zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0))
             member.external_attr = 0o644 << 16
@@ -269,11 +273,15 @@ def _numbers(values: np.ndarray) -> str:
     return "[" + ",".join([form] * len(values)) % tuple(values.tolist()) + "]"
 
 
+def _new_text(path: Path) -> io.TextIOWrapper:
+    return io.TextIOWrapper(create(path), encoding="utf-8", newline="\n")
+
+
 def _write_jsonl(path: Path, layout: Layout) -> None:
     """{"index", "text", "tokens", "embedding"} a line; "layers" in place of "embedding" where there are several; tokens
     at token level only."""
     field_name = "embedding" if layout.is_single else "layers"
-    with open(path, "w", encoding="utf-8", newline="\n") as file:
+    with _new_text(path) as file:
         for item in layout.items():
             text = json.dumps(item.text.decode("utf-8", "replace"), ensure_ascii=False)
             tokens = f'"tokens": {item.tokens.decode()}, ' if layout.level == "token" else ""
@@ -283,7 +291,7 @@ def _write_jsonl(path: Path, layout: Layout) -> None:
 
 def _write_extract_features(path: Path, layout: Layout) -> None:
     """Google's extract_features.py: tokens with [CLS] and [SEP], layers counted from the top, six decimals."""
-    with open(path, "w", encoding="utf-8", newline="\n") as file:
+    with _new_text(path) as file:
         for item in layout.items():
             features = []
             for token, vectors in zip(json.loads(item.tokens), item.values):
@@ -325,7 +333,7 @@ def _write_parquet(path: Path, layout: Layout) -> None:
             data["shape"] = [list(values.shape) for values in shaped]
         return pyarrow.table({name: data[name] for name in columns}, schema=schema)
 
-    with parquet.ParquetWriter(path, schema, use_dictionary=False, compression="zstd") as writer:
+    with create(path) as out, parquet.ParquetWriter(out, schema, use_dictionary=False, compression="zstd") as writer:
         group: list[Item] = []
         size = 0
         for item in layout.items():

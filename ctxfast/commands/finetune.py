@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +198,7 @@ def run(args: argparse.Namespace) -> int:
     who = f"ctxfast.finetune {args.task}"
     is_done = args.predict_only or args.evaluate_only
     loop_options.check_files(args, who.removeprefix("ctxfast."), "train", "dev", "test")
+    loop_options.check_model(args.model, who.removeprefix("ctxfast."))
     if is_done and (args.test is None or args.train is not None or args.dev is not None):
         raise ValueError(f"{who}: --predict-only and --evaluate-only take --test alone; expected it and no other data.")
     if not is_done and args.train is None:
@@ -206,6 +208,7 @@ def run(args: argparse.Namespace) -> int:
     loop_options.check(args, f"finetune {args.task}")
     from .._core.registry import use_impl
 
+    args.notes = []
     with use_impl(args.impl):
         return _predict_only(args) if is_done else _train(args)
 
@@ -225,6 +228,7 @@ def _read(args: argparse.Namespace, path: str, *, needs_labels: bool = True) -> 
             tag_column=args.tag_column if needs_labels else None,
             predicate_column=args.predicate_column,
             scheme=args.scheme,
+            say=partial(_note, args),
         )
     if args.task == "span":
         from ..training.readers.squad import read_squad
@@ -232,8 +236,9 @@ def _read(args: argparse.Namespace, path: str, *, needs_labels: bool = True) -> 
         misaligned = "skip" if args.skip_misaligned else "error"
         found, notes = read_squad(path, needs_answers=needs_labels, misaligned=misaligned)
         for note in notes:
-            _say(args, note)
+            _note(args, note)
         return found
+    from ..training.readers.notes import class_notes
     from ..training.readers.tables import TableFormat, read_table
 
     if args.quotes not in (None, "plain", "csv"):
@@ -246,12 +251,26 @@ def _read(args: argparse.Namespace, path: str, *, needs_labels: bool = True) -> 
         quoting=None if args.quotes is None else args.quotes == "csv",
         format=args.format,
     )
-    return read_table(path, table, is_pair=args.task == "pair", needs_label=needs_labels)
+    say = partial(_note, args)
+    found = read_table(path, table, is_pair=args.task == "pair", needs_label=needs_labels, say=say)
+    if needs_labels and not args.regression:
+        labels: dict[str, list[int]] = {}
+        for example in found:
+            labels.setdefault(example.label, []).append(example.line)
+        for note in class_notes(labels):
+            _note(args, f"{path}: {note}")
+    return found
 
 
 def _say(args: argparse.Namespace, text: str) -> None:
     if not args.quiet and loop_options.task_is_first():
         print(f"ctxfast finetune {args.task}: {text}", file=sys.stderr, flush=True)
+
+
+def _note(args: argparse.Namespace, text: str) -> None:
+    """Say something of the data, and keep it for the log."""
+    args.notes.append(text)
+    _say(args, text)
 
 
 def _check(args: argparse.Namespace, path: str, examples: list[Any], labels: tuple[str, ...]) -> None:
@@ -265,11 +284,20 @@ def _check(args: argparse.Namespace, path: str, examples: list[Any], labels: tup
             from ..training.tasks.tag import check_tags
 
             check_tags(path, examples, labels)
-        return
-    if args.unseen == "error" or not labels:
-        from ..training.tasks.classify import check_labels
+        found = [tag for sentence in examples for tag in sentence.tags or ()]
+    else:
+        if args.unseen == "error" or not labels:
+            from ..training.tasks.classify import check_labels
 
-        check_labels(path, examples, labels)
+            check_labels(path, examples, labels)
+        found = [example.label for example in examples]
+    names = frozenset(labels)
+    unseen = [label for label in found if label not in names] if labels else []
+    if unseen:
+        from ..training.readers.notes import many
+
+        kinds = many([repr(label) for label in dict.fromkeys(unseen)])
+        _note(args, f"{path}: {len(unseen):,} labels that training lacks, {kinds}; they count as wrong")
 
 
 def _given(args: argparse.Namespace, names: Iterable[str]) -> list[str]:
@@ -322,6 +350,10 @@ def _labels(args: argparse.Namespace, examples: list[Any]) -> tuple[str, ...]:
 def _train(args: argparse.Namespace) -> int:
     if args.task == "tag" and args.predicate is not None and args.predicate_column is None:
         raise ValueError("ctxfast.finetune: --predicate is given without --predicate-column; expected both.")
+    from ..training.metrics import check_libraries
+
+    if args.dev is not None or args.test is not None:
+        check_libraries(args.task, is_spans=args.task == "tag" and args.scheme != "none")
     data = {name: _read(args, getattr(args, name)) for name in ("train", "dev", "test") if getattr(args, name)}
     choice = _choice(args, data["train"])
     labels = _labels(args, data["train"])
@@ -355,6 +387,7 @@ def _train(args: argparse.Namespace) -> int:
     kinds = f", {len(labels)} labels" if labels else ""
     _say(args, f"{len(data['train']):,} examples{kinds}; {steps:,} steps" + (f"; {cut:,} texts cut" if cut else ""))
     settings = {
+        "command": f"finetune {args.task}",
         "task": args.task,
         "model": str(args.model),
         "data": {name: getattr(args, name) for name in ("train", "dev")},
@@ -366,7 +399,7 @@ def _train(args: argparse.Namespace) -> int:
         "order": order,
     }
     loop = loop_options.config(args, steps, best=best)
-    report = loop_options.run(args, f"ctxfast finetune {args.task}", task, loop, settings)
+    report = loop_options.run(args, f"ctxfast finetune {args.task}", task, loop, settings, args.notes)
     chosen = report.directory / ("best" if best else "final")
     judged = [name for name in ("dev", "test") if name in data]
     if group.is_first and judged:
@@ -420,6 +453,10 @@ def _predict_only(args: argparse.Namespace) -> int:
     _check_used(args, predictor.form)
     if args.task == "tag":
         args.scheme = "none" if not predictor.is_spans else args.scheme
+    if args.evaluate_only:
+        from ..training.metrics import check_libraries
+
+        check_libraries(args.task, is_spans=args.task == "tag" and predictor.is_spans)
     examples = _read(args, args.test, needs_labels=args.evaluate_only)
     if args.evaluate_only:
         _check(args, args.test, examples, predictor.labels)

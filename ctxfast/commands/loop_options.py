@@ -7,10 +7,16 @@ import argparse
 import math
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 _MOST_SHOWN = 6  # figures on a line
+# What tokenizers are made of, in a model's folder.
+_OF_TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "config.json", "tokenizer_config.json")
+_OF_TOKENIZERS += ("special_tokens_map.json", "added_tokens.json")
+# Files that a model may be named by.
+_OF_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".index")
 
 
 def add(parser: argparse.ArgumentParser, **defaults: Any) -> None:
@@ -80,6 +86,47 @@ def check_files(args: argparse.Namespace, who: str, *names: str) -> None:
             raise FileNotFoundError(f"ctxfast.{who}: {shown} {file} {found}; expected a file.")
 
 
+def check_model(value: str | None, who: str, option: str = "--model") -> None:
+    """Refuse a file that is no model's: it would be looked for beside it.
+
+    Raises:
+        FileNotFoundError: naming the option.
+    """
+    if value is None:
+        return
+    path = Path(value).expanduser()
+    if path.is_file() and path.suffix not in _OF_WEIGHTS and not path.with_name(path.name + ".index").is_file():
+        raise FileNotFoundError(
+            f"ctxfast.{who}: {option} {value} is a file and no model's; expected a model's folder, its weights "
+            "(.safetensors, .bin), the prefix of a TensorFlow checkpoint, or the name of a package with a model."
+        )
+
+
+def tokenizer_files(value: str, who: str, option: str) -> list[Path]:
+    """Files that a tokenizer is read from.
+
+    Args:
+        value: vocab.txt, tokenizer.json, or a model as ``Bert.from_pretrained`` takes it.
+        who, option: for errors.
+
+    Raises:
+        FileNotFoundError: none of these.
+    """
+    from ..models.bert.weights import resolve_model
+
+    expected = "expected vocab.txt, tokenizer.json, a model's folder, or the name of a package with a model"
+    try:
+        path = resolve_model(value)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"ctxfast.{who}: {option} {value} does not exist; {expected}.") from None
+    own = [path] if path.is_file() and path.suffix in (".txt", ".json") else []
+    folder = path if path.is_dir() else path.parent
+    found = [folder / name for name in _OF_TOKENIZERS if (folder / name).is_file() and folder / name not in own]
+    if not own and (path.is_file() or not any(file.name in _OF_TOKENIZERS[:3] for file in found)):
+        raise FileNotFoundError(f"ctxfast.{who}: {option} {value} holds no vocabulary; {expected}.")
+    return own + found
+
+
 def digests(args: argparse.Namespace, *names: str) -> dict[str, dict[str, str]]:
     """SHA-256 of the files that arguments name. A run's settings hold them, so that it never goes on with others."""
     from ..corpus import digest
@@ -111,7 +158,7 @@ def check(args: argparse.Namespace, who: str) -> None:
     if not 0 <= args.warmup < math.inf:
         raise ValueError(f"ctxfast.{who}: --warmup is {args.warmup}; expected steps, 0 or more, or a share below 1.")
     from .._core.registry import use_impl
-    from ..training.loop import check_amp
+    from ..training.loop import board_writer, check_amp
     from ..training.parallel import device_of
 
     with use_impl(args.impl):  # refuses a name that no op knows
@@ -120,8 +167,10 @@ def check(args: argparse.Namespace, who: str) -> None:
     # How many steps epochs have is not known yet; it bounds the warm-up only. A learning rate may be the model's.
     rate = args.learning_rate
     args.learning_rate = 1.0 if rate is None else rate
-    config(args, args.steps or max(1, math.ceil(args.warmup)))
+    board_writer(config(args, args.steps or max(1, math.ceil(args.warmup))))  # refuses what is not installed
     args.learning_rate = rate
+    if Path(args.output).exists() and not Path(args.output).is_dir():
+        raise ValueError(f"ctxfast.{who}: -o {args.output} is a file; expected a directory to work in.")
 
 
 def config(args: argparse.Namespace, steps: int, **more: Any) -> Any:
@@ -182,13 +231,15 @@ class Show:
             self._bar.close()
 
 
-def run(args: argparse.Namespace, name: str, task: Any, loop: Any, settings: dict[str, Any]) -> Any:
-    """Train as the arguments say, print the end, return the loop's report."""
+def run(
+    args: argparse.Namespace, name: str, task: Any, loop: Any, settings: dict[str, Any], notes: Sequence[str] = ()
+) -> Any:
+    """Train as the arguments say, print the end, return the loop's report; ``notes`` go to its log."""
     from ..training.loop import train
 
     show = None if args.quiet else Show(name)
     try:
-        report = train(task, loop, args.output, overwrite=args.overwrite, settings=settings, show=show)
+        report = train(task, loop, args.output, overwrite=args.overwrite, settings=settings, notes=notes, show=show)
     finally:
         if show is not None:
             show.close()

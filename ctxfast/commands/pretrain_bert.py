@@ -51,10 +51,14 @@ def add(commands: Any) -> None:
     add("--held-out", metavar="FILE", help="text to judge by")
     group = parser.add_argument_group("model")
     add = group.add_argument
-    add("--vocab", metavar="PATH", help="vocab.txt, tokenizer.json or a model's folder")
+    add("--vocab", metavar="PATH", help="vocab.txt, tokenizer.json, or a model's folder or package")
     add("--train-vocab", type=int, metavar="N", help="make a WordPiece vocabulary of N tokens from the text")
     add("--cased", action="store_true", help="--train-vocab: keep case and accents")
-    add("--init-from", metavar="MODEL", help="start from a model, with its vocabulary")
+    add(
+        "--init-from",
+        metavar="MODEL",
+        help="start from a BERT (folder, Google checkpoint, package), with its vocabulary",
+    )
     add("--size", help="tiny, mini, small, medium, base or large")
     add("--config", metavar="FILE", help="config.json with the model's sizes")
     group = parser.add_argument_group("sequences")
@@ -99,6 +103,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.prepare_only:
         loop_options.check(args, _WHO)
     _check(args)
+    from ..corpus import digest
     from ..training.bert_corpus import BertCorpus, Recipe
     from ..training.bert_instances import PairOptions
     from ..training.bert_pretraining import BertPretraining, sized_config
@@ -138,9 +143,12 @@ def run(args: argparse.Namespace) -> int:
     judged = dataclasses.replace(recipe, options=judged, knowledge=None, is_dynamic=False)
     sources, sources_name = _sources(args)
     own = ("text", "held_out", "vocab", "train_vocab", "cased", "init_from", "pairs", "relation_sign", "batch_size")
-    settings = {name: getattr(args, name) for name in own}
+    settings = {"command": _WHO, **{name: getattr(args, name) for name in own}}
     settings |= {"recipe": dataclasses.asdict(recipe), "sources": sources_name}
-    settings["sha256"] = loop_options.digests(args, "text", "held_out", "vocab")
+    settings["sha256"] = loop_options.digests(args, "text", "held_out")
+    if args.vocab is not None:
+        files = loop_options.tokenizer_files(args.vocab, _WHO, "--vocab")
+        settings["sha256"]["vocab"] = {file.name: digest(file) for file in files}
     check_directory(args.output)
     if not args.overwrite:
         check_settings(args.output, settings)
@@ -221,6 +229,9 @@ def _check(args: argparse.Namespace) -> None:
     """Refuse what can be seen before any text is read."""
     who = f"ctxfast.{_WHO}"
     loop_options.check_files(args, _WHO, "text", "held_out", "config", "gazetteer", "spans")
+    loop_options.check_model(args.init_from, _WHO, "--init-from")
+    if args.vocab is not None:
+        loop_options.tokenizer_files(args.vocab, _WHO, "--vocab")
     if not 0 < args.mask_rate <= 1:
         raise ValueError(f"{who}: --mask-rate is {args.mask_rate}; expected above 0, at most 1.")
     if not 0 < args.shard_mb < math.inf:

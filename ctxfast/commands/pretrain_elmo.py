@@ -83,6 +83,7 @@ def run(args: argparse.Namespace) -> int:
     if vocabulary is None and start is not None and (start / "vocabulary.txt").is_file():
         vocabulary = read_vocabulary(start / "vocabulary.txt")
     settings = {
+        "command": _WHO,
         "text": [str(file) for file in args.text],
         "held_out": args.held_out,
         "sha256": loop_options.digests(args, "text", "held_out", "vocab"),

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .loop_options import check_files
+from .loop_options import check_files, check_model
 
 _WHO = "ctxfast.probe"
 _PICTURES = (".png", ".svg", ".pdf")
@@ -55,6 +55,11 @@ def add(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Probe and print."""
     check_files(args, "probe", "train", "dev")
+    check_model(args.model, "probe")
+    for name in ("output", "plot"):
+        file = getattr(args, name)
+        if file is not None and Path(file).is_dir():
+            raise ValueError(f"{_WHO}: --{name} {file} is a directory; expected the name of a file.")
     for name in ("epochs", "batch_size", "sentences"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"{_WHO}: {name} is {getattr(args, name)}; expected 1 or more.")
@@ -64,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"{_WHO}: --unseen is {args.unseen!r}; expected 'error' or 'keep'.")
     if args.plot is not None and Path(args.plot).suffix not in _PICTURES:
         raise ValueError(f"{_WHO}: --plot is {args.plot!r}; expected a name that ends with {', '.join(_PICTURES)}.")
+    from ..training.metrics import check_libraries
     from ..training.probe import figure_class, probe
     from ..training.readers.conll import read_conll
     from ..training.tasks.tag import check_tags, tag_names
@@ -71,7 +77,11 @@ def run(args: argparse.Namespace) -> int:
     if args.plot is not None:
         figure_class()  # that there is none is better known before than after hours of work
 
-    columns = {"word_column": args.word_column, "tag_column": args.tag_column, "scheme": args.scheme}
+    if args.scheme != "none":
+        check_libraries("tag", is_spans=True)
+    columns = {"word_column": args.word_column, "tag_column": args.tag_column, "scheme": args.scheme, "say": _say}
+    if args.quiet:
+        columns["say"] = lambda note: None
     train, dev = read_conll(args.train, **columns)[: args.sentences], read_conll(args.dev, **columns)
     if args.unseen == "error":
         check_tags(args.dev, dev, tag_names(train))
@@ -94,6 +104,7 @@ def run(args: argparse.Namespace) -> int:
     if args.output is not None:
         write_text(Path(args.output), json.dumps(report.to_dict(), indent=1) + "\n")
     if args.plot is not None:
+        Path(args.plot).parent.mkdir(parents=True, exist_ok=True)
         report.plot(args.plot, f"{Path(args.model).name}: {Path(args.train).name}")
     return 0
 

@@ -11,8 +11,6 @@ import hashlib
 import json
 import os
 import random
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,13 +19,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from .._core.files import replacing, replacing_folder
+from .._core.files import clear_left, replacing, replacing_folder
 from ..corpus import fingerprint
 from ..models.bert.tokenization import BertTokenizer, Encoding
 from . import bert_instances, bert_pairs, knowledge_masking
 from .bert_instances import Document, Instance, Pair, PairOptions, Vocabulary
 from .knowledge_masking import KnowledgeMasking
-from .prepared import read_note
+from .prepared import read_note, save_array, stored
 from .spans import FLAG_SHIFT, ID_MASK, SPEAKER, SpanSource, begins
 from .text import split_sentences, text_lines
 from .workers import spread
@@ -153,7 +151,7 @@ class _Shard:
     @staticmethod
     def write(path: Path, made: list[tuple[Pair, Instance | None]]) -> None:
         def save(name: str, values: Any, dtype: Any) -> None:
-            np.save(path / f"{name}.npy", np.asarray(values, dtype=dtype))
+            save_array(path / f"{name}.npy", np.asarray(values, dtype=dtype))
 
         def starts(lengths: list[int]) -> np.ndarray:
             return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
@@ -218,9 +216,10 @@ class BertCorpus:
 
     def __init__(self, directory: str | os.PathLike[str], vocabulary: Vocabulary, recipe: Recipe) -> None:
         self.directory, self.vocabulary, self.recipe = Path(directory), vocabulary, recipe
-        self._shards = [_Shard(path) for path in sorted(self.directory.glob("shard-*"))]
-        self._ends = np.cumsum([len(shard) for shard in self._shards])
-        self.lengths = np.concatenate([np.diff(shard.starts) for shard in self._shards])
+        with stored(self.directory, _WHO):
+            self._shards = [_Shard(path) for path in sorted(self.directory.glob("shard-*"))]
+            self._ends = np.cumsum([len(shard) for shard in self._shards])
+            self.lengths = np.concatenate([np.diff(shard.starts) for shard in self._shards])
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -301,16 +300,11 @@ class BertCorpus:
         meta = json.loads(json.dumps(meta))
         file = path / "meta.json"
         if read_note(path, file.name) != meta:
-            path.mkdir(parents=True, exist_ok=True)
-            # Aside first: a kill must not leave shards without the note that tells they are ours.
-            aside = tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.")
-            os.replace(path, aside)
-            shutil.rmtree(aside)
-            path.mkdir()
-            with replacing(file) as temporary:
-                temporary.write_text(json.dumps(meta) + "\n", encoding="utf-8")
-        for left in path.glob(".*"):  # of a killed process
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # With the note that tells they are ours: a kill must not leave shards without it.
+            with replacing_folder(path) as temporary:
+                (temporary / file.name).write_text(json.dumps(meta) + "\n", encoding="utf-8")
+        clear_left(path)
         done = path / "complete.json"
         if not done.is_file():
             names = ", ".join(map(os.fspath, files))

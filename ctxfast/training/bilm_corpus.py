@@ -23,7 +23,7 @@ import numpy as np
 from .._core.files import replacing_folder
 from ..corpus import fingerprint
 from ..models.elmo.tokenization import BEGIN_SENTENCE, END_SENTENCE, ElmoCharacterMapper
-from .prepared import read_note
+from .prepared import read_note, save_array, stored
 from .text import split_sentences, text_lines
 
 UNKNOWN = "<UNK>"
@@ -94,31 +94,36 @@ def make_vocabulary(counts: Counter[str], size: int | None = None, min_count: in
 
 
 def read_vocabulary(path: str | os.PathLike[str]) -> list[str]:
-    """A vocabulary file, a word a line, ``<S>``, ``</S>``, ``<UNK>`` first, frequent words before rare ones.
+    """A vocabulary file (plain, .gz, .xz), a word a line, ``<S>``, ``</S>``, ``<UNK>`` first, frequent words before
+    rare ones.
 
     Raises:
-        ValueError: other words at the start, or a word that stands there twice, by line number.
+        FileNotFoundError: no such file.
+        ValueError: other words at the start, a word that stands there twice or a line that is no UTF-8, by line number.
     """
     words: list[str] = []
     seen: dict[str, int] = {}
-    with open(path, encoding="utf-8", newline="\n") as file:
-        for number, line in enumerate(file, 1):
-            word = line.rstrip("\r\n").strip()
-            if word == _NO_WORD:
-                continue
-            if number <= len(MARKS) and word != MARKS[number - 1]:
-                raise ValueError(
-                    f"{_WHO}: line {number} of {path} is {word!r}; expected {MARKS[number - 1]!r}: a vocabulary "
-                    f"begins with {', '.join(MARKS)}."
-                )
-            if not word or word in seen:
-                what = f"the same as line {seen[word]}" if word else "empty"
-                raise ValueError(f"{_WHO}: line {number} of {path} is {what}; expected a word of its own.")
-            seen[word] = number
-            words.append(word)
+    for number, line in enumerate(text_lines(path), 1):
+        word = line.strip()
+        if word == _NO_WORD:
+            continue
+        if number <= len(MARKS) and word != MARKS[number - 1]:
+            raise ValueError(
+                f"{_WHO}: line {number} of {path} is {_short(word)}; expected {MARKS[number - 1]!r}: a vocabulary "
+                f"begins with {', '.join(MARKS)}."
+            )
+        if not word or word in seen:
+            what = f"the same as line {seen[word]}" if word else "empty"
+            raise ValueError(f"{_WHO}: line {number} of {path} is {what}; expected a word of its own.")
+        seen[word] = number
+        words.append(word)
     if len(words) <= len(MARKS):
         raise ValueError(f"{_WHO}: {path} has {len(words)} words; expected {', '.join(MARKS)} and more.")
     return words
+
+
+def _short(word: str) -> str:
+    return repr(word if len(word) <= 40 else word[:40] + "...")
 
 
 @dataclass(frozen=True)
@@ -149,13 +154,14 @@ class BiLmCorpus:
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         path = Path(directory)
-        self.vocabulary = read_vocabulary(path / "vocabulary.txt")
-        self.characters = np.load(path / "characters.npy", mmap_mode="r")
-        self._tokens = np.load(path / "tokens.npy", mmap_mode="r")
-        # Position at which each sentence starts, and the end of the last.
-        self._starts = np.load(path / "starts.npy", mmap_mode="r")
-        self.num_sentences = len(self._starts) - 1
-        self.positions = int(self._starts[-1])
+        with stored(path, _WHO):
+            self.vocabulary = read_vocabulary(path / "vocabulary.txt")
+            self.characters = np.load(path / "characters.npy", mmap_mode="r")
+            self._tokens = np.load(path / "tokens.npy", mmap_mode="r")
+            # Position at which each sentence starts, and the end of the last.
+            self._starts = np.load(path / "starts.npy", mmap_mode="r")
+            self.num_sentences = len(self._starts) - 1
+            self.positions = int(self._starts[-1])
 
     @property
     def unknown_share(self) -> float:
@@ -271,19 +277,24 @@ def _write(
     for start in range(0, len(distinct), 1 << 16):
         part = distinct[start : start + (1 << 16)]
         characters[start : start + len(part)] = mapper.rows(part)
-    np.save(path / "characters.npy", characters)
-    tokens = np.lib.format.open_memmap(path / "tokens.npy", "w+", np.int32, (sum(counts.values()),))
-    starts, position, done = array("q", [0]), 0, 0
+    save_array(path / "characters.npy", characters)
+    starts, position = array("q", [0]), 0
     block: list[int] = []
-    for file in files:
-        for words in sentences(file, tokenize):
-            block += [number[word] for word in words]
-            position += len(words) + 1
-            starts.append(position)
-            if len(block) >= _BLOCK_TOKENS:
-                tokens[done : done + len(block)] = block
-                done += len(block)
-                block = []
-    tokens[done:] = block
-    tokens.flush()
-    np.save(path / "starts.npy", np.frombuffer(starts, dtype=np.int64))
+    total = sum(counts.values())
+    # Written, not mapped: a process that writes into a map of a file on a full disk is killed.
+    with open(path / "tokens.npy", "wb") as out:
+        header = {"descr": np.dtype(np.int32).str, "fortran_order": False, "shape": (total,)}
+        np.lib.format.write_array_header_1_0(out, header)
+        for file in files:
+            for words in sentences(file, tokenize):
+                try:
+                    block += [number[word] for word in words]
+                except KeyError:  # it was not there when words were counted
+                    raise ValueError(f"{_WHO}: text {file} changed while it was read. Run again.") from None
+                position += len(words) + 1
+                starts.append(position)
+                if len(block) >= _BLOCK_TOKENS:
+                    out.write(np.asarray(block, dtype=np.int32).tobytes())
+                    block = []
+        out.write(np.asarray(block, dtype=np.int32).tobytes())
+    save_array(path / "starts.npy", np.frombuffer(starts, dtype=np.int64))

@@ -11,23 +11,36 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .._core.files import locked, replacing, replacing_folder
+from .._core.files import clear_left, create, locked, naming, remove, replacing, replacing_folder
+from .._core.reading import read_json, reading
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)\.pt")
+# What a checkpoint holds.
+_STATE = {
+    "format": int,
+    "step": int,
+    "model": dict,
+    "optimizer": dict,
+    "scaler": (dict, type(None)),
+    "ranks": list,
+    "figures": dict,
+    "best": (dict, type(None)),
+    "seconds": float,
+}
 _OURS = re.compile(r"checkpoint-\d+\.pt|config\.json|log\.jsonl|lock|best|final|tensorboard|data")
-# What ``replacing`` and ``replacing_folder`` call these until they are whole; other hidden files are not ours.
-_TEMPORARY = re.compile(r"\.(checkpoint-\d+\.pt|config\.json|log\.jsonl|best|final)\.[a-z0-9_]{8}(\.old)?")
 # A directory holds no more than this before its run has started.
 _PREPARED = ("data", "lock")
 # These may differ when a run goes on: results do not depend on them.
 _FREE = frozenset({"loop.keep", "loop.log_every", "loop.save_every", "loop.tensorboard", "loop.device"})
+
+# Differences that a refusal names.
+_MOST_NAMED = 3
 
 
 def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -81,39 +94,36 @@ def check_settings(path: str | os.PathLike[str], settings: Mapping[str, Any]) ->
 
 def _read_config(file: Path) -> dict[str, Any]:
     """What a run was started with."""
+    what = "note of what a run was started with"
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        reason = None if isinstance(config, dict) and {"loop", "settings"} <= set(config) else "no loop and settings"
+        config = read_json(file, "ctxfast.training", what)
+        for name in ("loop", "settings"):
+            if not isinstance(config.get(name), dict):
+                raise ValueError(f"ctxfast.training: {file} has no {name!r}; expected the {what}")
     except ValueError as error:
-        reason = str(error)
-    if reason is not None:
-        raise ValueError(
-            f"ctxfast.training: {file} is not what a run was started with ({reason}); expected it as it was written. "
-            "Choose another directory, or pass overwrite to start anew."
-        )
+        raise ValueError(f"{error}. Choose another directory, or pass overwrite (--overwrite) to start anew.") from None
     return config
 
 
-def _compare(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    old, new = dict(_leaves(before)), dict(_leaves(now))
+def _compare(path: Path, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+    old, new = dict(_leaves(before)), dict(_leaves(after))
     changed = [
         f"{name} was {old.get(name)!r} and is {new.get(name)!r} now"
-        for name in sorted({*old, *new} - _FREE)
+        for name in sorted({*old, *new} - _FREE, key=lambda name: (name.startswith("settings.sha256"), name))
         if old.get(name) != new.get(name)
     ]
     if changed:
+        was, now = (str(config.get("settings.command", "another program")) for config in (old, new))
+        if was != now:
+            found = f"holds a run of {was}, and this is one of {now}"
+        else:
+            more = len(changed) - _MOST_NAMED
+            rest = f"; and {more} more differences" if more > 0 else ""
+            found = f"holds a run of another configuration: {'; '.join(changed[:_MOST_NAMED])}{rest}"
         raise ValueError(
-            f"ctxfast.training: {path} holds a run of another configuration: {'; '.join(changed)}. "
-            "Go on with the same, choose another directory, or pass overwrite to start anew."
+            f"ctxfast.training: {path} {found}. Go on with the same, choose another directory, or pass overwrite "
+            "(--overwrite) to start anew."
         )
-
-
-def _unhidden(error: BaseException, target: Path) -> BaseException:
-    """What the system said where torch's writer of archives, left with half of one, complains of that instead."""
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, OSError):
-        cause = cause.__cause__ or cause.__context__
-    return error if cause is None else OSError(cause.errno, cause.strerror, str(target))
 
 
 class RunDirectory:
@@ -137,8 +147,8 @@ class RunDirectory:
         check_directory(self.path)
         config = json.loads(json.dumps(config))  # as it will be read: lists for tuples
         self.path.mkdir(parents=True, exist_ok=True)
-        refusal = f"ctxfast.training: another process trains in {self.path}; wait for it, or choose another directory."
-        self._lock = locked(self.path / "lock", refusal)
+        busy = f"another process trains in {self.path}; wait for it, or choose another directory."
+        self._lock = locked(self.path / "lock", "ctxfast.training", busy)
         try:
             self._start(config, resume, overwrite)
         except BaseException:
@@ -147,21 +157,12 @@ class RunDirectory:
 
     def _start(self, config: dict[str, Any], resume: bool, overwrite: bool) -> None:
         file = self.path / "config.json"
+        clear_left(self.path)
         if overwrite:
             # config.json goes last: it tells that the directory is a run's.
             for entry in sorted(self.path.iterdir(), key=lambda entry: entry.name == "config.json"):
-                is_left = _OURS.fullmatch(entry.name) and entry.name not in _PREPARED
-                if is_left or _TEMPORARY.fullmatch(entry.name):
-                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-        for entry in list(self.path.iterdir()):  # what a killed process left half-written, or put aside
-            found = _TEMPORARY.fullmatch(entry.name)
-            if found is None:
-                continue
-            target = self.path / found[1]
-            if entry.name.endswith(".old") and not target.exists():
-                os.replace(entry, target)
-            else:
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+                if _OURS.fullmatch(entry.name) and entry.name not in _PREPARED:
+                    remove(entry)
         if file.exists():
             if not resume:
                 raise ValueError(
@@ -189,17 +190,17 @@ class RunDirectory:
             OSError: it cannot be written; earlier ones stay.
         """
         target = self.path / f"checkpoint-{step:08d}.pt"
-        with replacing(target) as temporary:
-            try:
-                with open(temporary, "wb") as file:
-                    torch.save(state, file)
-                    file.flush()
-                    os.fsync(file.fileno())
-            except (OSError, RuntimeError) as error:
-                raise _unhidden(error, target) from error
+        with replacing(target) as temporary, create(temporary) as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        self.prune(keep)
+        return target
+
+    def prune(self, keep: int) -> None:
+        """Remove all checkpoints but the newest ``keep``."""
         for old in self.checkpoints()[:-keep]:
             old.unlink()
-        return target
 
     def latest(self) -> dict[str, Any] | None:
         """The newest checkpoint, on the CPU; None if there is none.
@@ -211,36 +212,56 @@ class RunDirectory:
         if not found:
             return None
         try:
-            return torch.load(found[-1], map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise ValueError(
-                f"ctxfast.training: {found[-1]} does not read ({error}). Remove it; the run goes on from the one "
-                "before."
-            ) from error
+            with reading(found[-1], "ctxfast.training", "checkpoint"):
+                state = torch.load(found[-1], map_location="cpu", weights_only=True)
+                for name, kind in _STATE.items():
+                    if not isinstance(state[name], kind):
+                        raise ValueError(f"its {name!r} is a {type(state[name]).__name__}")
+        except ValueError as error:
+            before = "the run goes on from the one before" if len(found) > 1 else "the run begins anew"
+            raise ValueError(f"{error}. Remove it; {before}.") from error
+        return state
 
     def cut_log(self, step: int) -> None:
         """Drop the lines of steps after ``step``: they will be made again."""
         file = self.path / "log.jsonl"
         if not file.exists():
             return
-        kept = []
-        for line in file.read_text(encoding="utf-8").splitlines():
-            try:
-                entry = json.loads(line)
-            except ValueError:  # the last line of a killed process
-                continue
-            if entry["step"] <= step:
-                kept.append(line + "\n")
+        kept = [json.dumps(entry) + "\n" for entry in self.read_log() if entry["step"] <= step]
         with replacing(file) as temporary:
             temporary.write_text("".join(kept), encoding="utf-8")
 
     def log(self, entry: Mapping[str, Any]) -> None:
-        with open(self.path / "log.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+        file = self.path / "log.jsonl"
+        with naming(file), open(file, "a", encoding="utf-8") as out:
+            out.write(json.dumps(entry) + "\n")
 
     def read_log(self) -> list[dict[str, Any]]:
+        """Its entries; the last line may be half of one, of a process that was killed.
+
+        Raises:
+            ValueError: another line is none that a run wrote; the line is named.
+        """
         file = self.path / "log.jsonl"
-        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+        if not file.exists():
+            return []
+        entries = []
+        with reading(file, "ctxfast.training", "log of a run"):
+            lines = file.read_bytes().split(b"\n")
+        for number, line in enumerate(lines, 1):
+            try:
+                entry = json.loads(line)
+                is_entry = isinstance(entry, dict) and isinstance(entry.get("step"), int) and "kind" in entry
+            except (ValueError, RecursionError):
+                is_entry = False
+            if is_entry:
+                entries.append(entry)
+            elif number < len(lines):  # what was written whole ends in a line end
+                raise ValueError(
+                    f"ctxfast.training: line {number} of {file} is no entry of a run's log ({line[:40]!r}). Remove the "
+                    "file, and the run goes on with a new one."
+                )
+        return entries
 
     def place_model(self, name: str, write: Callable[[Path], None]) -> Path:
         """Make the folder ``name`` ("best", "final") by ``write(folder)``: whole or not at all."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .._core.reading import reading
 from .checkpoints import RunDirectory
 from .loop_config import LoopConfig
 from .optimizers import BertAdam, Lamb, parameter_groups, share_of_rate
@@ -175,6 +176,7 @@ def train(
     resume: bool = True,
     overwrite: bool = False,
     settings: Mapping[str, Any] | None = None,
+    notes: Sequence[str] = (),
     show: Callable[[int, int, dict[str, float]], None] | None = None,
 ) -> Report:
     """Train a task, leave its model in ``directory/final`` and, if asked for, the best one in ``directory/best``.
@@ -191,6 +193,7 @@ def train(
         overwrite: start anew whatever it holds.
         settings: what else the outcome depends on (data, model options), as plain values: kept in config.json and
             compared when a run goes on.
+        notes: sentences on the data, for the log: {"step": 0, "kind": "note", "note": ...}.
         show: called with step, steps and figures at every report and evaluation, in process 0.
 
     Returns:
@@ -215,10 +218,25 @@ def train(
     if (problem := group.first(problem)) is not None:  # everyone stops, not only the first
         raise problem
     try:
-        return _Run(task, config, group, run, Path(directory), show).go()
+        return _Run(task, config, group, run, Path(directory), show, notes).go()
     finally:
         if run is not None:
             run.close()
+
+
+def board_writer(config: LoopConfig) -> Any:
+    """The class that writes for TensorBoard; None if it is not wanted.
+
+    Raises:
+        RuntimeError: it is wanted and not installed.
+    """
+    if not config.tensorboard:
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise RuntimeError("ctxfast.training: tensorboard is not installed; run: pip install tensorboard") from error
+    return SummaryWriter
 
 
 class _Run:
@@ -230,7 +248,9 @@ class _Run:
         run: RunDirectory | None,
         directory: Path,
         show: Callable[[int, int, dict[str, float]], None] | None,
+        notes: Sequence[str],
     ) -> None:
+        self.notes = notes
         self.task, self.config, self.group, self.run, self.directory = task, config, group, run, directory
         self.show = show if group.is_first else None
         task.model.to(group.device)
@@ -400,15 +420,10 @@ class _Run:
             self.show(self.step, self.config.steps, figures)
 
     def _board(self) -> Any:
-        if not self.config.tensorboard or not self.group.is_first:
+        writer = board_writer(self.config)
+        if writer is None or not self.group.is_first:
             return None
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise RuntimeError(
-                "ctxfast.training: tensorboard is not installed; run: pip install tensorboard"
-            ) from error
-        return SummaryWriter(str(self.directory / "tensorboard"), purge_step=self.step + 1)
+        return writer(str(self.directory / "tensorboard"), purge_step=self.step + 1)
 
     def _place(self, name: str) -> None:
         whole = self.spread.whole()
@@ -459,6 +474,11 @@ class _Run:
             raise problem
         if self.run is not None:  # also where no checkpoint was reached: what was reported will be again
             self.run.cut_log(0 if state is None else state["step"])
+            self.run.prune(self.config.keep)
+            known = [entry.get("note") for entry in self.run.read_log()]
+            for note in self.notes:
+                if note not in known:
+                    self.run.log({"step": 0, "kind": "note", "note": note})
         if state is None:
             return
         if state["format"] != _FORMAT:
@@ -466,12 +486,13 @@ class _Run:
                 f"ctxfast.training: the checkpoint in {self.directory} has format {state['format']}; "
                 f"expected {_FORMAT}. It was written by another version of ctxfast."
             )
-        self.spread.load(self.optimizer, state["model"], state["optimizer"])
-        if self.scaler is not None:
-            self.scaler.load_state_dict(state["scaler"])
-        own = state["ranks"][self.group.rank]
-        self.task.load_state_dict(own["task"])
-        self.sums, self.sum_weights = moved(own["sums"], self.group.device), own["sum_weights"]
+        with reading(self.directory / f"checkpoint-{state['step']:08d}.pt", "ctxfast.training", "checkpoint"):
+            self.spread.load(self.optimizer, state["model"], state["optimizer"])
+            if self.scaler is not None:
+                self.scaler.load_state_dict(state["scaler"])
+            own = state["ranks"][self.group.rank]
+            self.task.load_state_dict(own["task"])
+            self.sums, self.sum_weights = moved(own["sums"], self.group.device), own["sum_weights"]
         self.step = self.resumed = state["step"]
         self.figures, self.best = state["figures"], state["best"]
         self.seconds_before = state["seconds"]

@@ -27,6 +27,22 @@ def _library(name: str) -> Any:
         ) from error
 
 
+def check_libraries(task: str, is_spans: bool = False) -> None:
+    """Refuse a task whose figures need what is not installed: better before training than after.
+
+    Args:
+        task: "classify", "pair", "tag" or "span".
+        is_spans: whether tags are spans.
+
+    Raises:
+        RuntimeError: naming what is not installed.
+    """
+    if task in ("classify", "pair"):
+        _library("torchmetrics.functional.classification")
+    elif task == "tag" and is_spans:
+        _library("nervaluate")
+
+
 def _same_length(who: str, gold: Sequence[Any], predicted: Sequence[Any]) -> None:
     if len(gold) != len(predicted) or not gold:
         raise ValueError(

@@ -3,20 +3,19 @@
 
 from __future__ import annotations
 
-import json
 import os
-import re
-import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
-from .._core.files import locked
+import numpy as np
 
-# What ``_core.files`` gives folders and files for names until they are whole.
-_TEMPORARY = re.compile(r"\.(tokenizer|train|held_out)\.[a-z0-9_]{8}(\.old)?")
+from .._core.files import clear_left, locked
+from .._core.reading import read_json, reading
 
 
-def hold(path: str | os.PathLike[str]) -> TextIO:
+def hold(path: str | os.PathLike[str]) -> BinaryIO:
     """Keep other commands from preparing in a folder, and remove what killed ones left half-made there.
 
     Returns:
@@ -27,11 +26,9 @@ def hold(path: str | os.PathLike[str]) -> TextIO:
     """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    refusal = f"ctxfast.training: another process works in {path.parent}; wait for it, or choose another directory."
-    lock = locked(path / "lock", refusal)
-    for entry in path.iterdir():
-        if _TEMPORARY.fullmatch(entry.name):
-            shutil.rmtree(entry)
+    busy = f"another process works in {path.parent}; wait for it, or choose another directory."
+    lock = locked(path / "lock", "ctxfast.training", busy)
+    clear_left(path)
     return lock
 
 
@@ -42,8 +39,8 @@ def read_note(path: Path, name: str) -> dict[str, Any] | None:
         ValueError: the folder holds something and no such note, so that it is not for us to replace.
     """
     try:
-        note = json.loads((path / name).read_text(encoding="utf-8"))
-        if isinstance(note, dict) and "files" in note:
+        note = read_json(path / name, "ctxfast.training")
+        if "files" in note:
             return note
     except (FileNotFoundError, NotADirectoryError, ValueError):
         pass
@@ -56,3 +53,21 @@ def read_note(path: Path, name: str) -> dict[str, Any] | None:
             "data, or nothing. Move it away, or choose another directory."
         )
     return None
+
+
+def save_array(path: Path, values: np.ndarray) -> None:
+    """``np.save``, but what the disk says of a write arrives; numpy's own says how much of it was written."""
+    with open(path, "wb") as file:
+        header = {"descr": values.dtype.str, "fortran_order": False, "shape": values.shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        file.write(memoryview(np.ascontiguousarray(values).reshape(-1)).cast("B"))
+
+
+@contextmanager
+def stored(path: Path, who: str) -> Iterator[None]:
+    """Reading prepared data back: errors name the folder ``path`` and the way out."""
+    try:
+        with reading(path, who, "folder of prepared data"):
+            yield
+    except ValueError as error:
+        raise ValueError(f"{error}. Remove it; the same command makes it anew.") from error

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._core.files import replacing
 from ..embed import Embedder
 from ..nn import ScalarMix
 from . import metrics
@@ -87,7 +88,8 @@ class ProbeReport:
         left.legend()
         right.bar(numbers, self.mix_weights)
         right.set(xlabel="layer (0: tokens)", ylabel="weight in the mix", xticks=list(numbers))
-        figure.savefig(path, dpi=120)
+        with replacing(Path(path)) as temporary:
+            figure.savefig(temporary, dpi=120)
 
 
 def figure_class() -> Any:

@@ -28,8 +28,8 @@ def text_lines(path: str | os.PathLike[str]) -> Iterator[str]:
         found = "is a directory" if path.is_dir() else "does not exist"
         raise FileNotFoundError(f"ctxfast.training: text {path} {found}; expected a text file.")
     number = 0
-    with open_binary(path) as file:
-        try:
+    try:
+        with open_binary(path) as file:
             while raw := file.readline(MAX_LINE_BYTES + 1):
                 number += 1
                 if len(raw) > MAX_LINE_BYTES:
@@ -47,8 +47,8 @@ def text_lines(path: str | os.PathLike[str]) -> Iterator[str]:
                         f"{way}."
                     ) from None
                 yield line.rstrip("\r\n")
-        except DAMAGE as error:
-            raise ValueError(f"ctxfast.training: text {path}, after line {number}, {damage(path, error)}") from error
+    except DAMAGE as error:
+        raise ValueError(f"ctxfast.training: text {path}, after line {number}, {damage(path, error)}") from error
 
 
 def split_sentences(line: str) -> Iterator[str]:

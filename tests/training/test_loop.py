@@ -258,8 +258,8 @@ def test_a_directory_of_another_run_is_refused(tmp_path) -> None:
 def test_hidden_files_and_models_of_others_are_left_alone(tmp_path) -> None:
     (tmp_path / ".git").mkdir()
     (tmp_path / ".git" / "HEAD").write_text("ref: refs/heads/main")
-    (tmp_path / ".checkpoint-00000004.pt.ab12_xyz").write_bytes(b"half")
-    (tmp_path / ".best.ab12_xyz.old").mkdir()
+    for name in (".checkpoint-00000004.pt.ctxfast/new.pt", ".best.ctxfast/old"):
+        (tmp_path / name).mkdir(parents=True)
     train(Line(), config(steps=3), tmp_path)
     train(Line(), config(steps=3), tmp_path, overwrite=True)
     assert (tmp_path / ".git" / "HEAD").read_text() == "ref: refs/heads/main"

@@ -4,13 +4,16 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from kills import run_until
 
 from ctxfast import cli
+from ctxfast.training.bilm_corpus import BiLmCorpus
 from ctxfast.training.prepared import hold, read_note
 
 HERE = Path(__file__).parent
@@ -61,30 +64,47 @@ def test_two_commands_do_not_prepare_in_one_directory(tmp_path: Path, capsys, ki
 
 def test_what_killed_commands_leave_is_removed(tmp_path: Path) -> None:
     data = tmp_path / "run" / "data"
-    for name in (".train.ab12_xyz", ".tokenizer.ab12_xyz", ".train.ab12_xyz.old", ".train.mine", ".git"):
+    for name in (".train.ctxfast/new", ".tokenizer.ctxfast/old", ".train.mine", ".git"):
         (data / name).mkdir(parents=True)
-    assert cli.main(_words("bert", tmp_path)) == 0
+    (data / ".train.ctxfast" / "lock").write_text("")
+    assert cli.main(_words("bert", tmp_path, "--overwrite")) == 0
     assert sorted(path.name for path in data.iterdir()) == [".git", ".train.mine", "lock", "tokenizer", "train"]
-    for name in (".meta.json.ab12_xyz", ".complete.json.ab12_xyz"):
-        (data / "train" / name).write_text("half")
-    (data / "train" / ".shard-00000.ab12_xyz").mkdir()
+    for name in (".meta.json.ctxfast", ".complete.json.ctxfast", ".shard-00000.ctxfast/new"):
+        (data / "train" / name).mkdir(parents=True)
     assert cli.main(_words("bert", tmp_path)) == 0
     assert not list((data / "train").glob(".*"))
 
 
-def test_a_kill_while_old_data_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Other settings make other data; killed in between, the command goes on all the same."""
-    assert cli.main(_words("bert", tmp_path)) == 0
+@pytest.mark.parametrize("kind", ["bert", "elmo"])
+def test_killed_at_every_step_of_preparing(tmp_path: Path, kind: str) -> None:
+    """Where data of other settings stand, which are replaced. Killed anywhere, the command goes on and leaves
+    nothing."""
 
-    def killed(path: Path, **_: object) -> None:
-        (Path(path) / "meta.json").unlink(missing_ok=True)
-        raise KeyboardInterrupt
+    def prepare(folder: Path, other: bool) -> None:
+        words = _words(kind, folder, *(["--data-seed", 7] if other else []))
+        if kind == "bert":
+            assert cli.main(words) == 0
+            return
+        with hold(folder / "run" / "data"):
+            BiLmCorpus.prepare(folder / "run" / "data" / "train", [folder / "text"], tokenize=other)
 
-    with monkeypatch.context() as patch:
-        patch.setattr("ctxfast.training.bert_corpus.shutil.rmtree", killed)
-        assert cli.main(_words("bert", tmp_path, "--data-seed", 7)) == 130
-    assert cli.main(_words("bert", tmp_path, "--data-seed", 7)) == 0
-    assert not [path for path in (tmp_path / "run" / "data").iterdir() if path.name.startswith(".")]
+    def found(folder: Path) -> dict[str, bytes]:
+        data = folder / "run" / "data"
+        return {str(path.relative_to(data)): path.read_bytes() for path in data.rglob("*") if path.is_file()}
+
+    prepare(tmp_path, True)
+    whole = found(tmp_path)
+    assert len(whole) > 5
+    step, seen = 0, []
+    while seen is not None:
+        shutil.rmtree(tmp_path / "run")
+        prepare(tmp_path, False)
+        seen = run_until(step, lambda: prepare(tmp_path, True))
+        if seen is not None:
+            prepare(tmp_path, True)
+        assert found(tmp_path) == whole, (step, seen)
+        step += 1
+    assert step > 8
 
 
 def test_all_processes_hear_what_the_first_one_made_or_why_it_failed(tmp_path: Path) -> None:

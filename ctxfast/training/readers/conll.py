@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from .lines import fail, read_text
+from .lines import fail, read_text, short
+from .notes import Say, label_notes, tell
 
 SCHEMES = ("bio2", "iob1", "bioes", "none")
 _NO_PREDICATE = ("", "-", "_", "O", "0")
@@ -17,6 +18,8 @@ _SPACES = re.compile(r"[ \t]+")
 # A CoNLL-U row of several words ("1-2 don't") or of a word that is not in the text ("8.1"): its words have own rows.
 _RANGE = re.compile(r"\d+[-.]\d+")
 _CONLLU_COLUMNS = 10
+# Of a sentence. More are a text without blank lines, most likely.
+_MANY_WORDS = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +46,7 @@ def read_conll(
     predicate_column: int | None = None,
     scheme: str = "bio2",
     separator: str | None = None,
+    say: Say | None = None,
 ) -> list[Sentence]:
     """Read tagged sentences.
 
@@ -57,11 +61,13 @@ def read_conll(
             to BIO2; "none" for tags that are no spans, such as parts of speech. With "bio2" a tag must be O, B-x, or
             I-x after B-x or I-x.
         separator: "tab" or "space"; None to look.
+        say: called with a sentence for what looks odd; None: warnings.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a line with too few columns (word, tag and predicate never share one), an empty word, a tag that is
-            none of the scheme, no predicate; file, line and reason are named.
+        ValueError: a line with too few columns (word, tag and predicate never share one), or with others than the line
+            before in its sentence, an empty word, a tag that is none of the scheme, no predicate; file, line and reason
+            are named.
     """
     if scheme not in SCHEMES:
         raise ValueError(f"ctxfast.readers: scheme is {scheme!r}; expected one of {', '.join(SCHEMES)}.")
@@ -70,6 +76,7 @@ def read_conll(
     wanted = (("word", word_column), ("tag", tag_column), ("predicate", predicate_column))
     columns = [(name, column) for name, column in wanted if column is not None]
     width = 0
+    widths: dict[int, int] = {}
     sentences: list[Sentence] = []
     rows: list[tuple[int, list[str]]] = []
     for line, content in enumerate([*text.split("\n"), ""], 1):
@@ -79,8 +86,12 @@ def read_conll(
                 continue
             fields = content.split("\t") if has_tabs else _SPACES.split(content.strip(" \t"))
             if len(fields) != width:
-                _check_columns(path, line, len(fields), columns, has_tabs)
+                _check_columns(path, line, fields, columns, has_tabs)
+                if rows:
+                    reason = f"{len(fields)} columns; expected {width}, as in the line before in the same sentence"
+                    raise fail(path, f"line {line}", reason)
                 width = len(fields)
+                widths.setdefault(width, line)
             if has_tabs and len(fields) == _CONLLU_COLUMNS and _RANGE.fullmatch(fields[0]):
                 continue
             rows.append((line, fields))
@@ -89,7 +100,25 @@ def read_conll(
             rows = []
     if not sentences:
         raise fail(path, "", "holds no sentences; expected a word a line")
+    for note in _notes(sentences, widths, min(column for _, column in columns) < 0, scheme):
+        tell(say, path, note)
     return sentences
+
+
+def _notes(sentences: list[Sentence], widths: dict[int, int], from_end: bool, scheme: str) -> Iterator[str]:
+    """What looks odd."""
+    if len(widths) > 1 and from_end:
+        found = " and ".join(f"{width} (line {line})" for width, line in list(widths.items())[:3])
+        yield f"sentences have different numbers of columns, {found}; columns are counted from the end in each"
+    longest = max(sentences, key=lambda sentence: len(sentence.words))
+    if len(longest.words) > _MANY_WORDS:
+        yield f"the sentence of line {longest.line} has {len(longest.words):,} words; is a blank line missing?"
+    labels: dict[str, list[int]] = {}
+    for sentence in sentences:
+        for word, tag in enumerate(sentence.tags or ()):
+            kind = tag[2:] if scheme != "none" and tag != "O" else tag
+            labels.setdefault(kind, []).append(sentence.line_of(word))
+    yield from label_notes(labels)
 
 
 def _sentence(
@@ -121,10 +150,13 @@ def _sentence(
 
 
 def _check_columns(
-    path: str | os.PathLike[str], line: int, width: int, columns: list[tuple[str, int]], has_tabs: bool
+    path: str | os.PathLike[str], line: int, fields: list[str], columns: list[tuple[str, int]], has_tabs: bool
 ) -> None:
-    """Whether a line of so many columns has those asked for, one for each."""
+    """Whether a line has the columns asked for, one for each."""
+    width = len(fields)
     signs = "tabs (as other lines are)" if has_tabs else "spaces"
+    if width == 1 and "," in fields[0].strip(","):
+        signs += " (commas part none here)"
     needed = max(column + 1 if column >= 0 else -column for _, column in columns)
     if width < needed:
         raise fail(path, f"line {line}", f"{width} columns, parted by {signs}; expected {needed}")
@@ -147,9 +179,11 @@ def _check_tags(path: str | os.PathLike[str], lines: list[int], tags: list[str],
         if tag != "O" and (len(tag) < 3 or tag[0] not in marks or tag[1] != "-"):
             expected = f"expected O, {', '.join(f'{mark}-x' for mark in marks[:-1])} or {marks[-1]}-x"
             other = "" if scheme == "bioes" else "E-x and S-x: scheme 'bioes'; o"
-            raise fail(path, f"line {line}", f"tag {tag!r}; {expected}. {other or 'O'}ther tags: scheme 'none'")
+            raise fail(path, f"line {line}", f"tag {short(tag)}; {expected}. {other or 'O'}ther tags: scheme 'none'")
         if scheme == "bio2" and tag[0] == "I" and (before == "O" or before[2:] != tag[2:]):
-            reason = f"tag {tag!r} goes on with nothing, as {before!r} comes before it; expected 'B-{tag[2:]}' in BIO2"
+            reason = (
+                f"tag {short(tag)} goes on with nothing, as {before!r} comes before it; expected 'B-{tag[2:]}' in BIO2"
+            )
             raise fail(path, f"line {line}", f"{reason}. Where such tags begin spans: scheme 'iob1'")
         before = tag
 

@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from .lines import fail, read_text
+from .lines import fail, parse_json, read_text, short
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ def read_squad(
             question is left out and reported).
 
     Returns:
-        The questions, and a sentence for each one left out.
+        The questions, and a sentence for each one, and for all answers, left out.
 
     Raises:
         FileNotFoundError: no such file.
@@ -52,14 +52,12 @@ def read_squad(
     """
     if misaligned not in ("error", "skip"):
         raise ValueError(f"ctxfast.readers: misaligned is {misaligned!r}; expected 'error' or 'skip'.")
-    text = read_text(path)
-    try:
-        root = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise fail(path, f"line {error.lineno}", f"is no JSON ({error.msg} at column {error.colno})") from error
+    text = read_text(path, has_lines=False)
+    root = parse_json(path, 1, text)
     articles = _field(path, "the file", root, "data", list)
     found: list[Question] = []
     notes: list[str] = []
+    overruled = 0
     seen: set[str] = set()
 
     def at(place: str, id: str) -> str:
@@ -87,9 +85,15 @@ def read_squad(
                     notes.append(f"{os.fspath(path)}, {at(place, id)}: left out: {error}")
                 except _Wrong as error:
                     raise fail(path, at(place, id) + error.where, error.reason) from None
+                else:
+                    overruled += found[-1].is_impossible and bool(entry.get("answers"))
                 seen.add(id)
     if not found:
-        raise fail(path, "", "holds no questions")
+        raise fail(path, "", f"holds no questions{' whose answers stand where they say' if notes else ''}")
+    if overruled:
+        notes.append(
+            f"{os.fspath(path)}: {overruled:,} questions are is_impossible and have answers, which are left out"
+        )
     return found, notes
 
 
@@ -118,7 +122,7 @@ def _question(id: str, entry: dict, context: str, needs_answers: bool) -> Questi
             raise _Misaligned(f"answer {k} is empty")
         if not 0 <= start <= len(context) or context[start : start + len(text)] != text:
             there = context[max(start, 0) : max(start, 0) + len(text)]
-            raise _Misaligned(f"answer {k} is {text!r}, but the text at answer_start {start} is {there!r}")
+            raise _Misaligned(f"answer {k} is {short(text)}, but the text at answer_start {start} is {short(there)}")
         answers.append(Answer(text, start))
     if is_impossible:
         answers = []

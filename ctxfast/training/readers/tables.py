@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from .lines import data_suffix, fail, read_text
+from .lines import data_suffix, fail, parse_json, read_text
+from .notes import Say, first_row_note, label_notes, tell
 
 Column = str | int
 _FORMATS = {".tsv": "tsv", ".csv": "csv", ".jsonl": "jsonl", ".json": "jsonl", ".txt": "tsv"}
@@ -19,6 +20,8 @@ _TEXT_NAMES = ("text", "sentence", "question", "review")
 _FIRST_NAMES = ("sentence1", "question1", "text1", "premise", "#1 string", "question", "text")
 _SECOND_NAMES = ("sentence2", "question2", "text2", "hypothesis", "#2 string", "sentence", "answer", "text_pair")
 _LABEL_NAMES = ("label", "category", "score", "quality", "intent", "gold_label", "class")
+# SNLI's and MultiNLI's label, and what stands there where most annotators did not agree on one.
+_GOLD, _UNDECIDED = "gold_label", "-"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +61,7 @@ def read_table(
     *,
     is_pair: bool = False,
     needs_label: bool = True,
+    say: Say | None = None,
 ) -> list[Example]:
     """Read labelled texts, or pairs of them.
 
@@ -66,6 +70,10 @@ def read_table(
         table: columns and signs; None for all defaults.
         is_pair: whether every row has two texts.
         needs_label: False reads files without a label column, too.
+        say: called with a sentence for what was left out and what looks odd; None: warnings.
+
+    Rows whose column ``gold_label`` is "-", as in SNLI and MultiNLI where annotators did not agree, are left out, as
+    everybody leaves them out; where labels are not needed they are kept, without one.
 
     Raises:
         FileNotFoundError: no such file.
@@ -79,13 +87,22 @@ def read_table(
     rows = _json_rows(path, text) if kind == "jsonl" else _rows(path, text, kind, table.quoting)
     found: list[Example] = []
     wanted: tuple[Any, Any, Any] | None = None
-    width = 0
+    read: list[str] | None = None
+    width = undecided = quoted = 0
+    has_header = True
     for line, row in rows:
         if wanted is None or kind == "jsonl":
             names = list(row) if kind == "jsonl" else [name.strip() for name in row]
             has_header = kind == "jsonl" or _has_header(table, names, is_pair)
             wanted = _columns(path, line, table, names, has_header, is_pair, needs_label)
             width = len(row)
+            own = [names[column] for column in wanted if column is not None] if has_header else []
+            if read is None:
+                read = own
+                for note in _of_columns(names, wanted, is_pair) if has_header else ():
+                    tell(say, path, note)
+            elif own != read:
+                raise fail(path, f"line {line}", f"is read from {own}, the first line from {read}; expected the same")
             if has_header and kind != "jsonl":
                 continue
         if kind != "jsonl" and len(row) != width:
@@ -93,10 +110,47 @@ def read_table(
             if any('"' in field for field in row) or len(row) > width:
                 hint = f" Quote signs are {'delimiters' if _has_quotes(kind, table) else 'plain text'} here"
             raise fail(path, f"line {line}", f"{len(row)} columns; expected {width}, as in the first row.{hint}")
-        found.append(_example(path, line, row, wanted))
+        is_gold = has_header and wanted[2] is not None and names[wanted[2]].lower() == _GOLD
+        example = _example(path, line, row, wanted)
+        if is_gold and example.label == _UNDECIDED:
+            undecided += 1
+            if needs_label:
+                continue
+            example = Example(example.text, example.pair, None, line)
+        quoted += not _has_quotes(kind, table) and kind == "tsv" and _is_quoted(example)
+        found.append(example)
+    if undecided and needs_label:
+        tell(say, path, f"{undecided:,} rows left out: their gold_label is '-', as annotators did not agree")
     if not found:
-        raise fail(path, "", "has a header and no rows; expected labelled texts")
+        reason = "no row has a gold label" if undecided else "has a header and no rows"
+        raise fail(path, "", f"{reason}; expected labelled texts")
+    if quoted:
+        tell(say, path, f"{quoted:,} texts stand in quote signs, which are kept as text; --quotes csv takes them off")
+    labels: dict[str, list[int]] = {}
+    for example in found:
+        if example.label is not None:
+            labels.setdefault(example.label, []).append(example.line)
+    for note in label_notes(labels):
+        tell(say, path, note)
+    for note in first_row_note(labels, found[0].line) if not has_header and table.header is None else ():
+        tell(say, path, note)
     return found
+
+
+def _is_quoted(example: Example) -> bool:
+    """Whether a text stands in quote signs as spreadsheets and pandas write it: with those inside doubled."""
+    text = example.text
+    return len(text) > 3 and text[0] == text[-1] == '"' and '""' in text[1:-1]
+
+
+def _of_columns(names: list[str], wanted: tuple[Any, Any, Any], is_pair: bool) -> Iterator[str]:
+    """Which of several columns that could be meant are read."""
+    lower = [name.lower() for name in names]
+    roles = (("text", _FIRST_NAMES if is_pair else _TEXT_NAMES, 0), ("label", _LABEL_NAMES, 2))
+    for role, usual, place in roles:
+        others = [names[lower.index(name)] for name in usual if name in lower and lower.index(name) not in wanted]
+        if others and wanted[place] is not None:
+            yield f"the {role} is read from {names[wanted[place]]!r}; not from {', '.join(map(repr, others))}"
 
 
 def _has_quotes(kind: str, table: TableFormat) -> bool:
@@ -134,10 +188,7 @@ def _json_rows(path: Any, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
     for line, content in enumerate(text.split("\n"), 1):
         if not content.strip():
             continue
-        try:
-            row = json.loads(content)
-        except json.JSONDecodeError as error:
-            raise fail(path, f"line {line}", f"is no JSON ({error.msg} at column {error.colno})") from error
+        row = parse_json(path, line, content)
         if not isinstance(row, dict):
             raise fail(path, f"line {line}", f"is a {type(row).__name__}; expected a JSON object a line")
         yield line, row
@@ -176,6 +227,9 @@ def _columns(
             column = next((place for place in places if place not in taken), None)
         if column in found.values() and column is not None:
             column = None
+        known = names if asked is not None else lower
+        if column is not None and has_header and not isinstance(asked, int) and known.count(known[column]) > 1:
+            raise fail(path, f"line {line}", f"has several columns {names[column]!r}; expected one, or its number")
         if column is None and (role != "label" or needs_label):
             what = f"column {asked!r}" if asked is not None else f"column for the {role}"
             hint = f"Name it (--{role}-column)"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..._core.files import replacing
 from ..batches import Batches
 from ..loop import BaseTask
-from ..readers.lines import fail
+from ..readers.lines import fail, short
 
 SETTINGS_FILE = "ctxfast_task.json"
 FORMAT = 1
@@ -184,8 +184,8 @@ def check_label(path: Any, line: int, label: str, known: Collection[str]) -> Non
         ValueError: with file, line and the labels there are.
     """
     if label not in known:
-        shown = ", ".join(sorted(known)[:12]) + (", ..." if len(known) > 12 else "")
-        reason = f"label {label!r} does not occur in the training data, which has {shown}"
+        shown = ", ".join(map(repr, sorted(known)[:12])) + (", ..." if len(known) > 12 else "")
+        reason = f"label {short(label)} does not occur in the training data, which has {shown}"
         raise fail(path, f"line {line}", f"{reason}. Correct it, or count such labels as wrong (--unseen keep)")
 
 
