@@ -163,14 +163,6 @@ def test_patched_torch_modules_are_near_misses(monkeypatch) -> None:
     assert reason.startswith("LSTM.forward was replaced")
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_tools_that_ask_for_a_class_are_named() -> None:
-    module = nn.Sequential(nn.LSTM(3, 4))
-    ((path, note),) = ctxfast.swap_in(module).notes
-    assert path == "0" and "call ctxfast.restore first" in note
-    assert ctxfast.swap_in(module).notes == ((path, note),)
-
-
 def _in_another_process(stream: io.BytesIO) -> None:
     script = (
         "import pickle, sys, torch; sys.path.insert(0, 'tests'); model = pickle.load(sys.stdin.buffer);"

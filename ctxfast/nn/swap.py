@@ -146,10 +146,6 @@ class SwapReport:
     __repr__ = __str__
 
 
-_BY_CLASS = (
-    "tools that look for torch.nn.LSTM by its class (quantize_dynamic, say) do not find it now: call ctxfast.restore "
-    "first."
-)
 _NOTHING = (
     "nothing to swap: no module is a torch.nn.LSTM, an encoder of Transformers or a part of AllenNLP's ELMo that "
     "ctxfast knows and can run faster."
@@ -308,8 +304,6 @@ def swap_in(
             swapped.append((path, before.__name__, _shown(kind)))
             if isinstance(module, swap_transformers.PackedEncoder):
                 read(path, module)
-            elif before is nn.LSTM:
-                notes.append((path, _BY_CLASS))
             continue
         name = next((_full_name(each) for each in kind.__mro__ if _full_name(each) in wanted), None)
         if name is None and swap_allennlp.is_known(kind) and kind.__name__ in wanted:
@@ -327,8 +321,6 @@ def swap_in(
         swapped.append((path, kind.__name__, _shown(replacement)))
         if name in swap_transformers.ENCODERS:
             read(path, module)
-        elif kind is nn.LSTM:
-            notes.append((path, _BY_CLASS))
     if strict and not swapped:
         raise ValueError(f"ctxfast.swap_in: {SwapReport((), tuple(misses))}")
     for module, replacement in plan:
