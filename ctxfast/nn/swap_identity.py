@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .._core import torch_ops
+
 
 @lru_cache
 def _folder(package: str) -> str:
@@ -118,11 +120,7 @@ def is_ordinary(*inputs: Any) -> bool:
     for each in inputs:
         if isinstance(each, torch.Tensor) and (type(each) not in PLAIN or each.is_meta):
             return False
-    return (
-        torch._C._get_tracing_state() is None
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and torch.autograd.forward_ad._current_level < 0
-    )
+    return torch._C._get_tracing_state() is None and not torch_ops.is_transformed()
 
 
 PLAIN = (torch.Tensor, nn.Parameter)
