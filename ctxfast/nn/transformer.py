@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import whole_layer
+from .all_rows import AllRows
 from .attention import SelfAttention
 from .feed_forward import Intermediate, ProjectAddLayerNorm
 from .layer_norm import AddLayerNorm
@@ -34,9 +35,9 @@ class AttentionBlock(nn.Module):
         self.self = SelfAttention(hidden_size, num_heads, dropout=attention_dropout, **place)
         self.output = ProjectAddLayerNorm(hidden_size, hidden_size, eps=eps, dropout=dropout, **place)
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, rows: AllRows | None = None) -> Tensor:
         """x (T, N) -> (T, N)."""
-        return self.output(self.self(x, cu_seqlens, max_seqlen), x)
+        return self.output(self.self(x, cu_seqlens, max_seqlen, rows), x)
 
 
 class TransformerLayer(nn.Module):
@@ -86,14 +87,14 @@ class TransformerLayer(nn.Module):
         self.intermediate = Intermediate(hidden_size, intermediate_size, activation, **place)
         self.output = ProjectAddLayerNorm(intermediate_size, hidden_size, eps=eps, dropout=dropout, **place)
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, rows: AllRows | None = None) -> Tensor:
         """x (T, N) packed tokens, cu_seqlens (S + 1,) int32, max_seqlen (the longest sequence, or
-        more) -> (T, N)."""
-        if whole_layer.is_open(x):
+        more) -> (T, N). With ``rows``, x holds every row of a padded batch."""
+        if rows is None and whole_layer.is_open(x):
             states = whole_layer.run(x, cu_seqlens, max_seqlen, [self.whole()])
             if states is not None:
                 return states[0]
-        x = self.attention(x, cu_seqlens, max_seqlen)
+        x = self.attention(x, cu_seqlens, max_seqlen, rows)
         return self.output(self.intermediate(x), x)
 
     def whole(self) -> whole_layer.Layer | None:
