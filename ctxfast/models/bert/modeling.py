@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ... import functional
-from ..._core import checks
+from ..._core import checks, registry
 from ...nn import AddLayerNorm, Embeddings, SelfAttention, TransformerLayer
 from ...nn.all_rows import AllRows
 from ...nn.embeddings import roberta_position_ids
@@ -205,7 +205,7 @@ class Encoder(nn.Module):
         recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         for layer in self.layer:
             if recompute:
-                x = checkpoint(layer, x, cu_seqlens, max_seqlen, rows, use_reentrant=False)
+                x = checkpoint(registry.with_choice(layer), x, cu_seqlens, max_seqlen, rows, use_reentrant=False)
             else:
                 x = layer(x, cu_seqlens, max_seqlen, rows)
             states.append(x)
