@@ -3,9 +3,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import contextvars
 import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -60,7 +65,7 @@ def test_use_impl_ends_with_its_block_even_after_an_error(qkv) -> None:
         with ctxfast.use_impl("reference"):
             raise KeyError("inside")
     assert _used(qkv) == "cpu"
-    assert registry._requested == {}
+    assert registry.requested() == ()
 
 
 def test_what_is_asked_for_never_falls_back(qkv) -> None:
@@ -167,3 +172,136 @@ def test_a_call_like_one_before_is_still_checked() -> None:
             assert ctxfast.explain("attention", qkv, offsets, 1).used == "reference"
             one = ctxfast.attention(qkv, offsets, 1)
         torch.testing.assert_close(ctxfast.attention(qkv, offsets, 1), one)
+
+
+# Whose choice it is
+
+
+def _in_thread(function, *args):
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function, *args).result()
+
+
+def test_a_choice_belongs_to_its_thread(qkv) -> None:
+    """Threads inside blocks of their own at the same time, and one inside none."""
+    turn = threading.Barrier(3)
+
+    def use(impl: str | None) -> tuple[str, str]:
+        with ctxfast.use_impl(attention=impl) if impl else contextlib.nullcontext():
+            turn.wait(30)  # all are inside
+            found = _used(qkv)
+            turn.wait(30)
+        turn.wait(30)  # all are outside
+        return found, _used(qkv)
+
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(use, ("reference", "cpu", None)))
+    assert found == [("reference", "cpu"), ("cpu", "cpu"), ("cpu", "cpu")]
+
+
+def test_new_threads_begin_without_a_choice_and_copies_of_a_context_with_its_own(qkv) -> None:
+    with ctxfast.use_impl("reference"):
+        assert _in_thread(_used, qkv) == "cpu"
+        assert _in_thread(contextvars.copy_context().run, _used, qkv) == "reference"
+        assert asyncio.run(asyncio.to_thread(_used, qkv)) == "reference"
+        assert _used(qkv) == "reference"
+
+
+def test_a_choice_belongs_to_its_task(qkv) -> None:
+    async def chooses() -> str:
+        with ctxfast.use_impl("reference"):
+            await asyncio.sleep(0)  # the other task runs
+            return _used(qkv)
+
+    async def does_not() -> str:
+        return _used(qkv)
+
+    async def both() -> list[str]:
+        return await asyncio.gather(chooses(), does_not())
+
+    assert asyncio.run(both()) == ["reference", "cpu"]
+
+
+def test_the_environments_choice_is_every_threads() -> None:
+    code = (
+        f"from concurrent.futures import ThreadPoolExecutor\nThreadPoolExecutor(1).submit(exec, {_EXPLAIN!r}).result()"
+    )
+    done = _in_new_process(code, CTXFAST_IMPL="attention=reference")
+    assert done.stdout.split() == ["reference", "cpu"], done.stderr
+
+
+def test_a_backward_pass_keeps_what_its_forward_chose(monkeypatch) -> None:
+    """Gradient checkpoints run layers once more: outside the block, and on a GPU in another thread."""
+    config = ctxfast.BertConfig(
+        vocab_size=20, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    model = ctxfast.Bert(config).train()
+    model.gradient_checkpointing_enable()
+    ran, spec = [], registry.OPS["attention"]
+    resolve = registry.resolve
+    monkeypatch.setattr(registry, "resolve", lambda of, *rest: _noted(ran, of, spec, resolve(of, *rest)))
+    ids = torch.ones(2, 4, dtype=torch.int64)
+    with ctxfast.use_impl(attention="reference"):
+        loss = model(ids).last_hidden_state.sum()
+    _in_thread(loss.backward)
+    assert ran == ["reference", "reference"]
+    ran.clear()
+    loss = model(ids).last_hidden_state.sum()
+    with ctxfast.use_impl(attention="reference"):
+        loss.backward()
+    assert ran == ["cpu", "cpu"]
+
+
+def _noted(ran: list[str], of: registry.OpSpec, spec: registry.OpSpec, chosen: registry.Impl) -> registry.Impl:
+    if of is spec:
+        ran.append(chosen.name)
+    return chosen
+
+
+def test_compiled_functions_are_guarded_by_the_choice(qkv) -> None:
+    """In one graph, around the call and inside of it, in every thread and task."""
+    kernels: list[list[bool]] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list) -> torch.fx.GraphModule:
+        names = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+        kernels.append([any("attention_cpu_fwd" in name for name in names), any("arange" in name for name in names)])
+        return graph
+
+    compiled = torch.compile(ctxfast.attention, fullgraph=True, backend=backend)
+    eager = ctxfast.attention(*qkv)
+
+    def call() -> int:
+        """Graphs made by a call."""
+        before = len(kernels)
+        torch.testing.assert_close(compiled(*qkv), eager)
+        return len(kernels) - before
+
+    async def task() -> int:
+        with ctxfast.use_impl("reference"):
+            await asyncio.sleep(0)
+            return call()
+
+    async def both() -> list[int]:
+        return await asyncio.gather(task(), asyncio.to_thread(call))
+
+    assert call() == 1 and kernels == [[True, False]]
+    with ctxfast.use_impl("reference"):
+        assert call() == 1 and kernels[-1] == [False, True]
+        assert _in_thread(call) == 0  # the thread's is the first graph
+        with ctxfast.use_impl(attention="cpu"):
+            assert call() == 1 and kernels[-1] == [True, False]
+    assert call() == 0
+    assert asyncio.run(both()) == [0, 0]
+
+    def inside(*args) -> torch.Tensor:
+        with ctxfast.use_impl(attention="reference"):
+            one = ctxfast.attention(*args)
+        return one + ctxfast.attention(*args)
+
+    compiled = torch.compile(inside, fullgraph=True, backend=backend)
+    torch.testing.assert_close(compiled(*qkv), 2 * eager)
+    assert kernels[-1] == [True, True]
+    assert registry.requested() == ()
+    with ctxfast.use_impl("reference"):
+        torch.testing.assert_close(compiled(*qkv), 2 * eager)
+        assert kernels[-1] == [False, True] and registry.requested() == (("*", "reference"),)

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import h5py
 import numpy as np
@@ -292,13 +294,31 @@ def test_impl_holds_for_the_model_only():
 
     class Spy(FakeEncoder):
         def encode(self, batch, selection):
-            asked.append(dict(registry._requested))
+            asked.append(registry.requested())
             return super().encode(batch, selection)
 
     embedder = Embedder(Spy(), impl="reference", batch_tokens=8)
     for _ in embedder.encode(embedder.prepare(WORDS, embedder.select(), str, False), embedder.select()):
-        assert registry._requested == {}
-    assert asked == [{"*": "reference"}] * len(asked) and len(asked) > 2
+        assert registry.requested() == ()
+    assert asked == [(("*", "reference"),)] * len(asked) and len(asked) > 2
+
+
+def test_embedders_in_threads_have_their_own_impl():
+    asked, together = {}, threading.Barrier(2)
+
+    class Spy(FakeEncoder):
+        def encode(self, batch, selection):
+            together.wait(30)  # both are inside
+            asked.setdefault(threading.get_ident(), set()).add(registry.requested())
+            return super().encode(batch, selection)
+
+    def run(impl):
+        embedder = Embedder(Spy(), impl=impl, batch_tokens=8)
+        list(embedder.encode(embedder.prepare(WORDS, embedder.select(), str, False), embedder.select()))
+        return asked[threading.get_ident()]
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(run, ("reference", None))) == [{(("*", "reference"),)}, {()}]
 
 
 # ELMo, real files

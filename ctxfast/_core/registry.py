@@ -7,7 +7,7 @@ preference, its argument check, its autocast rule and its test cases. Parity tes
 
 Choice of an implementation, first match wins:
 1. the argument ``impl=`` of the call,
-2. ``with use_impl(...)``,
+2. ``with use_impl(...)`` of the running context: a thread's, an asyncio task's,
 3. the environment variable ``CTXFAST_IMPL`` (read once, at import),
 4. the first implementation in the table whose ``supports`` has no objection; the reference has none, ever.
 An implementation asked for by name never falls back to another: its objection becomes the error.
@@ -18,8 +18,10 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -167,9 +169,35 @@ REFERENCE = Impl("reference", "any", note="plain PyTorch, the definition")
 
 OPS: dict[str, OpSpec] = {}
 
-# What use_impl and CTXFAST_IMPL ask for: op name (or "*") -> implementation name. Process-wide, like torch's backend
-# flags: a plain dict, so that torch.compile can guard on it.
-_requested: dict[str, str] = {}
+# What is asked for: op name (or "*") -> implementation name. By CTXFAST_IMPL, in the whole process; and by use_impl,
+# all it adds up to, in the context that asked. Neither dict changes once it is there.
+_environment: dict[str, str] = {}
+_chosen: ContextVar[dict[str, str]] = ContextVar("ctxfast.use_impl")
+
+
+class _Context:
+    """The running context's choice as an attribute: torch.compile cannot trace ``ContextVar.get``, but reads a property
+    whose getter is a C function like an attribute, and guards on what it finds, at each call anew."""
+
+    requested = property(_chosen.get)  # this object itself where use_impl is not active: the getter's default
+
+
+class _Traced(threading.local):
+    """What use_impl asks for inside of what torch.compile traces, which cannot trace ``ContextVar.set`` either."""
+
+    def __init__(self) -> None:
+        self.requested: dict[str, str] | None = None
+
+
+_context, _traced = _Context(), _Traced()
+
+
+def _requested() -> dict[str, str]:
+    """What is asked for here and now."""
+    found = _traced.requested
+    if found is None:
+        found = _context.requested
+    return _environment if found is _context else found
 
 
 def register(spec: OpSpec) -> OpSpec:
@@ -215,15 +243,17 @@ def needs_grad(args: Mapping[str, Any]) -> bool:
 
 
 def requested() -> tuple[tuple[str, str], ...]:
-    """What ``use_impl`` and the environment ask for now, as a value to compare."""
-    return tuple(sorted(_requested.items()))
+    """What ``use_impl`` and the environment ask for here and now, as a value to compare."""
+    found = _requested()
+    return tuple(sorted(found.items())) if found else ()
 
 
 def _requested_for(spec: OpSpec) -> str | None:
-    name = _requested.get(spec.name)
+    found = _requested()
+    name = found.get(spec.name)
     if name is not None:
         return name
-    name = _requested.get("*")
+    name = found.get("*")
     # A name given for all ops binds those that have such an implementation; the rest choose for themselves.
     if name is not None and any(candidate.name == name for candidate in spec.all_impls):
         return name
@@ -350,20 +380,48 @@ def use_impl(impl: str | None = None, **per_op: str) -> Iterator[None]:
         impl: name for every op that has such an implementation, e.g. ``"reference"``.
         per_op: name for one op, e.g. ``attention="reference"``; goes before ``impl``.
 
-    Process-wide while the block runs (like torch.backends flags). ``impl=`` of a call goes before it.
+    It holds for the thread that runs the block, and there for the asyncio task, as context variables do. Other threads
+    have the environment's choice until they make their own, or run in a copy of this context (``asyncio.to_thread``,
+    ``contextvars.copy_context().run``). What a forward pass chose, its backward pass keeps. Blocks inside each other
+    add up, and ``impl=`` of a call goes before them. A generator that yields inside the block leaves the choice to
+    whoever asked for the next item.
 
     Raises:
         ValueError: unknown op or implementation.
         RuntimeError: from the call, when the implementation asked for cannot run it.
     """
-    wanted = _request({**({"*": impl} if impl is not None else {}), **per_op})
-    before = dict(_requested)
-    _requested.update(wanted)
+    wanted = {**_requested(), **_request({**({"*": impl} if impl is not None else {}), **per_op})}
+    if torch.compiler.is_compiling():
+        before, _traced.requested = _traced.requested, wanted
+        try:
+            yield
+        finally:
+            _traced.requested = before
+        return
+    token = _chosen.set(wanted)
     try:
         yield
     finally:
-        _requested.clear()
-        _requested.update(before)
+        _chosen.reset(token)
+
+
+def with_choice(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with what is asked for here and now, wherever it is called.
+
+    For what a backward pass runs once more (checkpoints): after the block of ``use_impl``, on a GPU in another thread.
+    """
+    if torch.compiler.is_compiling():  # a graph holds what was chosen
+        return function
+    requested = _requested()
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        token = _chosen.set(requested)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            _chosen.reset(token)
+
+    return run
 
 
 def read_environment() -> None:
@@ -376,7 +434,7 @@ def read_environment() -> None:
         op, _, name = part.strip().rpartition("=")
         wanted[op or "*"] = name
     try:
-        _requested.update(_request(wanted))
+        _environment.update(_request(wanted))
     except ValueError as error:
         raise ValueError(f"CTXFAST_IMPL={text!r} cannot be read. {error}") from None
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .. import functional
 from . import tools
+from .all_rows import AllRows
 
 _PARTS = ("query", "key", "value")
 
@@ -70,19 +71,23 @@ class SelfAttention(tools.Unscripted):
         nn.init.uniform_(self.qkv_bias, -bound, bound)
 
     @tools.one_call
-    def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-        """x (T, N), cu_seqlens (S + 1,) int32, max_seqlen -> (T, N), heads side by side."""
+    def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, rows: AllRows | None = None) -> Tensor:
+        """x (T, N), cu_seqlens (S + 1,) int32, max_seqlen -> (T, N), heads side by side.
+
+        With ``rows``, x holds every row of a padded batch, and each looks at the real tokens of its text.
+        """
         heads = (3, self.num_heads, self.head_dim)
+        dropout_p = self.dropout if self.training else 0.0
         # A GPU adds the bias as it loads rows for attention; on a CPU the product's epilogue adds it for nothing.
-        is_early = x.device.type == "cpu"
+        is_early = x.device.type == "cpu" or rows is not None
         qkv = functional.linear_act(
             x, self.qkv_weight, self.qkv_bias if is_early else None, weight_dtype=self.weight_dtype
         )
-        context = functional.attention(
-            qkv.unflatten(-1, heads), cu_seqlens, max_seqlen, None if is_early else self.qkv_bias.view(heads),
-            dropout_p=self.dropout if self.training else 0.0, impl=self.impl,
-        )  # fmt: skip
-        return context.flatten(1)
+        qkv = qkv.unflatten(-1, heads)
+        if rows is not None:
+            return rows.attend(qkv, blank_is_zero=True, dropout_p=dropout_p, impl=self.impl).flatten(1)
+        bias = None if is_early else self.qkv_bias.view(heads)
+        return functional.attention(qkv, cu_seqlens, max_seqlen, bias, dropout_p=dropout_p, impl=self.impl).flatten(1)
 
     def extra_repr(self) -> str:
         return f"{self.hidden_size}, num_heads={self.num_heads}, dropout={self.dropout}, impl={self.impl or 'auto'}"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import tools, whole_layer
+from .all_rows import AllRows
 from .attention import SelfAttention
 from .feed_forward import Intermediate, ProjectAddLayerNorm
 from .layer_norm import AddLayerNorm
@@ -35,9 +36,9 @@ class AttentionBlock(tools.Unscripted):
         self.output = ProjectAddLayerNorm(hidden_size, hidden_size, eps=eps, dropout=dropout, **place)
 
     @tools.one_call
-    def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, rows: AllRows | None = None) -> Tensor:
         """x (T, N) -> (T, N)."""
-        return self.output(self.self(x, cu_seqlens, max_seqlen), x)
+        return self.output(self.self(x, cu_seqlens, max_seqlen, rows), x)
 
 
 class TransformerLayer(tools.Unscripted):
@@ -88,14 +89,14 @@ class TransformerLayer(tools.Unscripted):
         self.output = ProjectAddLayerNorm(intermediate_size, hidden_size, eps=eps, dropout=dropout, **place)
 
     @tools.one_call
-    def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, rows: AllRows | None = None) -> Tensor:
         """x (T, N) packed tokens, cu_seqlens (S + 1,) int32, max_seqlen (the longest sequence, or
-        more) -> (T, N)."""
-        if whole_layer.is_open(x):
+        more) -> (T, N). With ``rows``, x holds every row of a padded batch."""
+        if rows is None and whole_layer.is_open(x):
             states = whole_layer.run(x, cu_seqlens, max_seqlen, [self.whole()])
             if states is not None:
                 return states[0]
-        x = self.attention(x, cu_seqlens, max_seqlen)
+        x = self.attention(x, cu_seqlens, max_seqlen, rows)
         return self.output(self.intermediate(x), x)
 
     def whole(self) -> whole_layer.Layer | None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..._core import checks
 from .config import BertConfig
-from .modeling import Bert, BertOutput, Pretrained
+from .modeling import PADDING, Bert, BertOutput, Pretrained
 
 IGNORE_INDEX = -100
 _Model = TypeVar("_Model", bound="BertWithHead")
@@ -96,11 +96,12 @@ class BertWithHead(Pretrained):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         num_labels: int | list[str] | None = None,
+        padding: str = "zero",
     ) -> _Model:
         """Reads a model from files on this machine; the result is in eval mode.
 
         Args:
-            path_or_name, gelu, dtype, device: as ``Bert.from_pretrained``.
+            path_or_name, gelu, dtype, device, padding: as ``Bert.from_pretrained``.
             num_labels: number or names of a classifier's labels; None for what the file says. A classifier of the same
                 names keeps its weights, row by row in the order asked for; one of other names starts anew.
 
@@ -111,6 +112,7 @@ class BertWithHead(Pretrained):
             UserWarning: names what the file does not have, such as a new classifier: it starts at
                 random.
         """
+        checks.choice("Bert", "padding", padding, PADDING)
         read = cls._read(path_or_name, gelu)
         if num_labels is not None and num_labels != read.config.num_labels:
             config = read.config.with_labels(num_labels)
@@ -121,7 +123,9 @@ class BertWithHead(Pretrained):
                 if order is not None or not name.startswith("classifier.")
             }
             read = dataclasses.replace(read, config=config, state_dict=state_dict)
-        return cls._from_checkpoint(read, dtype, device)
+        model = cls._from_checkpoint(read, dtype, device)
+        model.bert.padding = padding
+        return model
 
     def gradient_checkpointing_enable(self, enabled: bool = True) -> None:
         """As ``Bert.gradient_checkpointing_enable``."""
@@ -132,7 +136,8 @@ class BertWithHead(Pretrained):
         if isinstance(inputs[0], Tensor) and inputs[0].dim() == 2:  # else Bert refuses it
             for given in labels:
                 self._check_labels(given, tuple(inputs[0].shape[: given.dims]))
-        options.setdefault("return_packed", not options.get("output_hidden_states", False))
+        is_padded = options.get("output_hidden_states", False) or self.bert.keeps_padding(options.get("padding"))
+        options.setdefault("return_packed", not is_padded)
         return self.bert(*inputs, **options)
 
     def _check_labels(self, given: Labels, shape: tuple[int, ...]) -> None:

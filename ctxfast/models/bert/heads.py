@@ -2,7 +2,8 @@
 """BERT with a head: masked words, next sentence, text and token classes, answer spans.
 
 Heads and losses see packed rows only: nothing is computed at padding, and a label at padding does
-not count. Names of parameters and state_dict are those of Hugging Face's BertFor... classes.
+not count. With ``padding="keep"`` (see ``Bert``) all rows count as tokens, and logits and losses are
+Hugging Face's. Names of parameters and state_dict are those of Hugging Face's BertFor... classes.
 """
 
 from __future__ import annotations
@@ -366,7 +367,8 @@ class BertForQuestionAnswering(BertWithHead):
     """Start and end of an answer among the tokens of a text.
 
     Padding has the lowest finite logit, so no probability: Hugging Face lets padding compete, so
-    losses on padded batches differ from its (without padding they agree). Names as in Hugging
+    losses on padded batches differ from its (without padding, and with ``padding="keep"``, they
+    agree). Names as in Hugging
     Face's BertForQuestionAnswering.
     """
 

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The BERT encoder (also RoBERTa's and ERNIE's) over packed tokens: no padding is computed anywhere
-inside.
+"""The BERT encoder (also RoBERTa's and ERNIE's) over packed tokens: no padding is computed anywhere inside.
 
-Names of parameters and state_dict are those of Hugging Face's BertModel. Differences from it, by
-design: outputs at padding are zero, and the pooler reads a text's first real token (with left
-padding, column 0 holds none).
+Names of parameters and state_dict are those of Hugging Face's BertModel. Differences from it, by design: outputs at
+padding are zero, and the pooler reads a text's first real token (with left padding, column 0 holds none). With
+``padding="keep"`` there are none: every row is computed.
 """
 
 from __future__ import annotations
@@ -20,8 +19,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ... import functional
-from ..._core import checks
+from ..._core import checks, registry
 from ...nn import AddLayerNorm, Embeddings, SelfAttention, TransformerLayer, tools
+from ...nn.all_rows import AllRows
 from ...nn.embeddings import roberta_position_ids
 from ...nn.graphs import PackedGraphs
 from ...nn.transformer import run_whole
@@ -31,17 +31,20 @@ from .weights import Checkpoint, load_checkpoint, save_checkpoint
 
 _OP = "Bert"
 _Model = TypeVar("_Model", bound="Pretrained")
+PADDING = ("zero", "keep")
 
 
 class BertOutput(NamedTuple):
     """What ``Bert`` returns. B texts, L columns, T real tokens, N hidden size, K layers.
 
     Attributes:
-        last_hidden_state: (B, L, N), zeros at padding; None with ``return_packed``.
+        last_hidden_state: (B, L, N), zeros at padding (``padding="keep"``: Hugging Face's values);
+            None with ``return_packed``.
         pooler_output: (B, N), zeros for a text without tokens; None without a pooler.
         hidden_states: K + 1 of (B, L, N), the embeddings first; None unless asked for, or with
             ``return_packed``.
-        packing: where each packed row stands in the batch.
+        packing: where each packed row stands in the batch; with ``padding="keep"`` every row counts
+            as a token, here and below.
         packed_last_hidden_state: (T, N).
         packed_hidden_states: K + 1 of (T, N); None unless ``output_hidden_states``.
     """
@@ -55,11 +58,9 @@ class BertOutput(NamedTuple):
 
 
 class Pretrained(tools.Unscripted):
-    """What ``Bert`` and the models built on it share: first weights, reading and writing of
-    files."""
+    """What ``Bert`` and the models built on it share: first weights, reading and writing of files."""
 
-    # What stands before this module's names in the names of files (``load_checkpoint``'s normal
-    # form).
+    # What stands before this module's names in the names of files (``load_checkpoint``'s normal form).
     _file_prefix = ""
     # End of Hugging Face's class name, where the heads alone do not give it.
     _task: str | None = None
@@ -112,8 +113,7 @@ class Pretrained(tools.Unscripted):
         device: torch.device | str | None,
         **options: Any,
     ) -> _Model:
-        """The model with the weights that were read; heads the file lacks get first weights and a
-        warning."""
+        """The model with the weights that were read; heads the file lacks get first weights and a warning."""
         prefix = cls._file_prefix
         with torch.device("meta"):  # nothing is allocated or drawn only to be overwritten
             model = cls(read.config, **options)
@@ -162,8 +162,7 @@ class Pretrained(tools.Unscripted):
         """
         prefix = self._file_prefix
         state_dict = {prefix + name: tensor for name, tensor in self.state_dict().items()}
-        # The decoder is stored once: its bias as cls.predictions.bias, its weight, when tied, as
-        # the word table.
+        # The decoder is stored once: its bias as cls.predictions.bias, its weight, when tied, as the word table.
         state_dict.pop("cls.predictions.decoder.bias", None)
         if self.config.tie_word_embeddings:
             state_dict.pop("cls.predictions.decoder.weight", None)
@@ -190,19 +189,28 @@ class Encoder(nn.Module):
         self.gradient_checkpointing = False
 
     def forward(
-        self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, output_hidden_states: bool = True
+        self,
+        x: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        output_hidden_states: bool = True,
+        rows: AllRows | None = None,
     ) -> list[Tensor]:
-        """(T, N) -> the input and the output of every layer, or the last output alone, (T, N) each."""
-        whole = run_whole(self.layer, x, cu_seqlens, max_seqlen, all_layers=output_hidden_states)
-        if whole is not None:
-            return [x, *whole] if output_hidden_states else list(whole)
+        """(T, N) -> the input and the output of every layer, or the last output alone, (T, N) each.
+
+        With ``rows``, x holds every row of a padded batch.
+        """
+        if rows is None:
+            whole = run_whole(self.layer, x, cu_seqlens, max_seqlen, all_layers=output_hidden_states)
+            if whole is not None:
+                return [x, *whole] if output_hidden_states else list(whole)
         states = [x]
         recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         for layer in self.layer:
             if recompute:
-                x = checkpoint(layer, x, cu_seqlens, max_seqlen, use_reentrant=False)
+                x = checkpoint(registry.with_choice(layer), x, cu_seqlens, max_seqlen, rows, use_reentrant=False)
             else:
-                x = layer(x, cu_seqlens, max_seqlen)
+                x = layer(x, cu_seqlens, max_seqlen, rows)
             states.append(x)
         return states if output_hidden_states else states[-1:]
 
@@ -229,6 +237,12 @@ class Bert(Pretrained):
     Args:
         config: sizes and options.
         add_pooling_layer: whether there is a pooler (``pooler_output`` is None without).
+        padding: what stands at padding, in the outputs and in what heads make of them. "zero": zeros,
+            nothing is computed there. "keep": what Hugging Face's model has there, with the "sdpa"
+            attention that is its default (a text without tokens attends to nothing); every row is
+            computed, and the pooler reads column 0. For what reads padded rows: late interaction,
+            unpacked LSTMs, convolutions, losses over padding. The attribute ``padding`` can be set,
+            and a call can have its own.
 
     The state_dict has exactly the names of Hugging Face's BertModel. Weights start as its do:
     normal with standard deviation ``initializer_range``, biases 0, LayerNorm 1 and 0, padding rows
@@ -243,8 +257,9 @@ class Bert(Pretrained):
 
     _file_prefix = "bert."
 
-    def __init__(self, config: BertConfig, add_pooling_layer: bool = True) -> None:
+    def __init__(self, config: BertConfig, add_pooling_layer: bool = True, padding: str = "zero") -> None:
         super().__init__(config)
+        self.padding = padding
         self.embeddings = Embeddings(
             config.vocab_size,
             config.hidden_size,
@@ -262,6 +277,16 @@ class Bert(Pretrained):
         self._graphs = PackedGraphs()
         self.init_weights(self)
 
+    @property
+    def padding(self) -> str:
+        """What stands at padding, "zero" or "keep"."""
+        return self._padding
+
+    @padding.setter
+    def padding(self, padding: str) -> None:
+        checks.choice(_OP, "padding", padding, PADDING)
+        self._padding = padding
+
     @classmethod
     def from_pretrained(
         cls,
@@ -271,6 +296,7 @@ class Bert(Pretrained):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         add_pooling_layer: bool | None = None,
+        padding: str = "zero",
     ) -> Bert:
         """Reads a model from files on this machine; the result is in eval mode.
 
@@ -282,14 +308,16 @@ class Bert(Pretrained):
             device: None for the CPU.
             add_pooling_layer: None for a pooler if the file has one; True makes one, with a
                 warning, if not.
+            padding: "zero" or "keep", see the class.
 
         Raises:
             FileNotFoundError, ValueError: as ``load_checkpoint``.
         """
+        checks.choice(_OP, "padding", padding, PADDING)
         read = cls._read(path_or_name, gelu)
         if add_pooling_layer is None:
             add_pooling_layer = "bert.pooler.dense.weight" in read.state_dict
-        return cls._from_checkpoint(read, dtype, device, add_pooling_layer=add_pooling_layer)
+        return cls._from_checkpoint(read, dtype, device, add_pooling_layer=add_pooling_layer, padding=padding)
 
     def quantize(self, kind: str | None = "int8") -> Bert:
         """Computes the encoder's linear layers in 8 bits on the CPU, for inference; returns the model itself.
@@ -315,8 +343,7 @@ class Bert(Pretrained):
         return self
 
     def gradient_checkpointing_enable(self, enabled: bool = True) -> None:
-        """Recompute activations in the backward pass (training mode only): less memory, about a
-        third more time."""
+        """Recompute activations in the backward pass (training mode only): less memory, about a third more time."""
         self.encoder.gradient_checkpointing = enabled
 
     @tools.one_call
@@ -330,9 +357,10 @@ class Bert(Pretrained):
         *,
         output_hidden_states: bool = False,
         return_packed: bool = False,
+        padding: str | None = None,
         check_inputs: bool = False,
     ) -> BertOutput:
-        """Encodes a padded batch; padding costs nothing.
+        """Encodes a padded batch; padding costs nothing, unless it is kept.
 
         Args:
             input_ids: (B, L) int64 or int32.
@@ -345,23 +373,33 @@ class Bert(Pretrained):
             output_hidden_states: also return the embeddings and every layer.
             return_packed: leave results packed: ``last_hidden_state`` and ``hidden_states`` are
                 None.
+            padding: "zero" or "keep" for this call, see the class; None for the model's own.
             check_inputs: check ids against their tables on a GPU too (it waits for the device); on
                 a CPU always done.
 
         Returns:
-            A ``BertOutput``. Rows of padding are zero.
+            A ``BertOutput``. Rows of padding are zero, or Hugging Face's with ``padding="keep"``.
 
         Raises:
             TypeError: wrong dtypes and kinds.
             ValueError: wrong shapes and devices, ids outside their table, a sequence longer than
-                the position table.
+                the position table, packed results of kept padding.
         """
+        keeps = self.keeps_padding(padding)
+        if keeps and return_packed:
+            raise ValueError(
+                "ctxfast.Bert: return_packed is True; expected False with padding='keep', whose results are padded "
+                "ones. Leave one of them out."
+            )
         self._check(input_ids, attention_mask, token_type_ids, position_ids, task_type_ids, check_inputs)
         batch_size, seqlen = input_ids.shape
+        rows = None
         if attention_mask is None:
             packing = Packing.full(batch_size, seqlen, input_ids.device)
         else:
             packing = Packing.from_mask(attention_mask)
+        if keeps and not packing.is_full:
+            rows, packing = AllRows.of(packing), Packing.full(batch_size, seqlen, input_ids.device)
         if position_ids is not None:
             positions = packing.pack(position_ids.expand(batch_size, seqlen))
         elif self.config.is_roberta:
@@ -376,9 +414,9 @@ class Bert(Pretrained):
         )
 
         def encode(tokens: Sequence[Tensor | None], cu_seqlens: Tensor, max_seqlen: int) -> list[Tensor]:
-            return self.encoder(self.embeddings(*tokens), cu_seqlens, max_seqlen, output_hidden_states)
+            return self.encoder(self.embeddings(*tokens), cu_seqlens, max_seqlen, output_hidden_states, rows)
 
-        if self.cuda_graphs and self._graphs.can_run(tokens[0]):
+        if self.cuda_graphs and rows is None and self._graphs.can_run(tokens[0]):
             states = self._graphs.run(
                 encode, self, tokens, packing.cu_seqlens, packing.max_seqlen, (output_hidden_states,)
             )
@@ -401,6 +439,13 @@ class Bert(Pretrained):
             packed_last_hidden_state=last,
             packed_hidden_states=packed_states,
         )
+
+    def keeps_padding(self, padding: str | None = None) -> bool:
+        """Whether a call with this argument computes rows at padding too."""
+        if padding is None:
+            return self.padding == "keep"
+        checks.choice(_OP, "padding", padding, PADDING)
+        return padding == "keep"
 
     def _check(
         self,
