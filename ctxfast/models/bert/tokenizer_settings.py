@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What stands beside a vocabulary: tokenizer_config.json, special_tokens_map.json and added_tokens.json, checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken
+
+from .config import read_json
+
+_WHO = "ctxfast.BertTokenizer"
+# Hugging Face's tokenizer classes, without "Fast", by what they build. The last kind is tokenizer.json as it stands.
+_KINDS = {
+    "wordpiece": (
+        *("BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer", "MobileBertTokenizer", "LayoutLMTokenizer"),
+        *("ConvBertTokenizer", "SqueezeBertTokenizer", "DPRQuestionEncoderTokenizer", "DPRContextEncoderTokenizer"),
+    ),
+    "bpe": ("RobertaTokenizer", "LongformerTokenizer", "BartTokenizer", "LEDTokenizer"),
+    "unigram": ("XLMRobertaTokenizer", "CamembertTokenizer"),
+    "file": ("PreTrainedTokenizer", "PreTrainedTokenizerFast", "TokenizersBackend", "PythonBackend"),
+}
+_KIND_OF_MODEL = {
+    **{"bert": "wordpiece", "ernie": "wordpiece", "distilbert": "wordpiece", "electra": "wordpiece"},
+    **{"roberta": "bpe", "xlm-roberta": "unigram", "camembert": "unigram"},
+}
+# model_max_length is 1e30 in files that mean "no limit".
+_NO_LIMIT = 1_000_000
+_FLAGS = ("do_lower_case", "tokenize_chinese_chars", "strip_accents", "add_prefix_space", "trim_offsets")
+_FLAGS += ("split_special_tokens",)
+_TOKEN_FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
+
+
+@dataclass
+class Settings:
+    """What the files beside a vocabulary say.
+
+    Attributes:
+        values: tokenizer_config.json, and special_tokens_map.json over it; to be saved again.
+        kind: what is built: "wordpiece", "bpe", "unigram", "file" for tokenizer.json as it stands; None where no file
+            names a class or a type of model.
+        added: tokens that were added to the vocabulary, in the order of their ids.
+        special: tokens with a name such as "cls_token"; None for a name that is null.
+        extra: special tokens without a name.
+        max_length: `model_max_length`; None for no limit.
+        truncation_side: "right" or "left"; None where no file says it.
+    """
+
+    values: dict[str, Any] = field(default_factory=dict)
+    kind: str | None = None
+    added: dict[int, AddedToken] = field(default_factory=dict)
+    special: dict[str, AddedToken | None] = field(default_factory=dict)
+    extra: list[AddedToken] = field(default_factory=list)
+    max_length: int | None = None
+    truncation_side: str | None = None
+
+    def flag(self, name: str, default: bool | None) -> bool | None:
+        """A setting that is true or false; where null is a value of its own (strip_accents) it is kept."""
+        value = self.values.get(name, default)
+        return default if value is None and name != "strip_accents" else value
+
+    def name(self, role: str, default: str) -> str:
+        """Text of a special token such as "unk_token"."""
+        token = self.special.get(role)
+        return default if token is None else token.content
+
+
+def read_settings(folder: Path) -> Settings:
+    """Reads the files beside a vocabulary as Hugging Face's AutoTokenizer does.
+
+    Raises:
+        ValueError: a damaged file, a value of a wrong type, or a tokenizer class that is not followed here.
+    """
+    settings = Settings()
+    path = folder / "tokenizer_config.json"
+    config = _read(path)
+    _check(config, path)
+    settings.values = dict(config)
+    # added_tokens_decoder is the newer form: with it the older files are not looked at.
+    if "added_tokens_decoder" in config:
+        settings.added = _decoder(config["added_tokens_decoder"], path)
+    else:
+        old = folder / "special_tokens_map.json"
+        named = _read(old)
+        _check(named, old)
+        settings.values.update(named)
+    for name, value in settings.values.items():
+        if name.endswith("_token") and (value is None or isinstance(value, (str, dict))):
+            settings.special[name] = None if value is None else _token(value, name, path, special=True)
+    _read_extra(settings, path)
+    if "added_tokens_decoder" not in config:
+        settings.added = _added_tokens(folder / "added_tokens.json", settings)
+    by_text = {token.content: token for token in settings.added.values()}
+    for name, token in settings.special.items():
+        settings.special[name] = by_text.get(token.content, token) if token is not None else None
+    settings.kind = _kind(folder, config)
+    limit = settings.values.get("model_max_length", settings.values.get("max_len"))
+    if limit is not None:
+        if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not limit >= 1:
+            raise _wrong("model_max_length", limit, "a positive number", path)
+        settings.max_length = int(limit) if limit < _NO_LIMIT else None
+    settings.truncation_side = settings.values.get("truncation_side")
+    if settings.truncation_side not in (None, "left", "right"):
+        raise _wrong("truncation_side", settings.truncation_side, "'left' or 'right'", path)
+    return settings
+
+
+def _wrong(name: str, got: object, expected: str, path: Path) -> ValueError:
+    return ValueError(f"{_WHO}: {name} in {path} is {got!r:.80}; expected {expected}")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        return read_json(path, _WHO)
+    except (OSError, ValueError, RecursionError) as error:
+        if str(error).startswith(_WHO):
+            raise
+        raise ValueError(f"{_WHO}: {path} is damaged ({type(error).__name__}: {error})") from error
+
+
+def _check(values: dict[str, Any], path: Path) -> None:
+    for name in _FLAGS:
+        if values.get(name) is not None and not isinstance(values[name], bool):
+            raise _wrong(name, values[name], "true or false", path)
+    for role in ("pad", "unk", "cls", "sep", "mask", "bos", "eos"):
+        value = values.get(f"{role}_token")
+        if value is not None:
+            _token(value, f"{role}_token", path)
+    if "fast_tokenizer_files" in values:
+        raise _wrong("fast_tokenizer_files", values["fast_tokenizer_files"], "one tokenizer.json", path)
+
+
+def _token(value: object, name: str, path: Path, **flags: bool) -> AddedToken:
+    """A token that a file gives plain or as an object."""
+    if isinstance(value, str):
+        if value:
+            return AddedToken(value, **flags)
+    elif isinstance(value, dict) and isinstance(value.get("content"), str) and value["content"]:
+        known = {key: value[key] for key in _TOKEN_FLAGS if key in value}
+        if all(isinstance(flag, bool) for flag in known.values()):
+            return AddedToken(value["content"], **{**known, **flags})
+    raise _wrong(name, value, "a token's text, or an object with its 'content'", path)
+
+
+def _decoder(value: object, path: Path) -> dict[int, AddedToken]:
+    if not isinstance(value, dict):
+        raise _wrong("added_tokens_decoder", value, "an object of ids and tokens", path)
+    tokens = {}
+    for number, token in value.items():
+        if not number.isascii() or not number.isdigit() or len(number) > 9 or not isinstance(token, dict):
+            raise _wrong("added_tokens_decoder", {number: token}, "an object of ids and tokens", path)
+        tokens[int(number)] = _token(token, f"added_tokens_decoder[{number}]", path)
+    return dict(sorted(tokens.items()))
+
+
+def _added_tokens(path: Path, settings: Settings) -> dict[int, AddedToken]:
+    special = {token.content for token in (*settings.special.values(), *settings.extra) if token is not None}
+    tokens = {}
+    for text, number in _read(path).items():
+        if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < 1 << 31 or not text:
+            raise _wrong(repr(text), number, "an id", path)
+        is_special = text in special
+        tokens[number] = AddedToken(text, normalized=not is_special, special=is_special)
+    return dict(sorted(tokens.items()))
+
+
+def _read_extra(settings: Settings, path: Path) -> None:
+    """additional_special_tokens, since version 5 extra_special_tokens: a list, or an object of names and tokens."""
+    for name in ("extra_special_tokens", "additional_special_tokens"):
+        value = settings.values.get(name)
+        if not value:
+            continue
+        if isinstance(value, dict) and name == "extra_special_tokens":
+            for role, token in value.items():
+                settings.special[role] = _token(token, f"{name}.{role}", path, special=True)
+        elif isinstance(value, list):
+            settings.extra = [_token(token, name, path, special=True) for token in value]
+        else:
+            raise _wrong(name, value, "a list of tokens", path)
+        return
+
+
+def _kind(folder: Path, config: dict[str, Any]) -> str | None:
+    """What is built, by the class that the files name, else by the model's type."""
+    path = folder / "tokenizer_config.json"
+    auto_map = config.get("auto_map")
+    if auto_map is not None and (not isinstance(auto_map, dict) or auto_map.get("AutoTokenizer") is not None):
+        raise ValueError(
+            f"{_WHO}: {path} names code of its own for the tokenizer (auto_map); no code of a folder is run here. Save "
+            f"the tokenizer as tokenizer.json, and remove auto_map"
+        )
+    model = _read(folder / "config.json")
+    name = config.get("tokenizer_class")
+    if name is None:
+        name, path = model.get("tokenizer_class"), folder / "config.json"
+    if name is None:
+        return _KIND_OF_MODEL.get(model["model_type"]) if isinstance(model.get("model_type"), str) else None
+    plain = name.removesuffix("Fast") if isinstance(name, str) else name
+    for kind, names in _KINDS.items():
+        if plain in names or name in names:
+            return kind
+    raise ValueError(
+        f"{_WHO}: tokenizer_class in {path} is {name!r:.80}; expected one of "
+        f"{', '.join(name for names in _KINDS.values() for name in names)}. If tokenizer.json beside it is all that "
+        f"this class does, name PreTrainedTokenizerFast there"
+    )
