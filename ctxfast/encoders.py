@@ -210,7 +210,20 @@ class BertEncoder:
         self._limits = {"token": tokenizer.max_length, "sentence": self.sentence.max_length}
         # The limit of a call is one of those two; the tokenizer's own is what the model has positions for.
         tokenizer.max_length = max((limit for limit in self._limits.values() if limit is not None), default=None)
-        special = tokenizer.encode("a").special_tokens_mask
+        if tokenizer.pad_token_id >= model.config.vocab_size:
+            raise ValueError(
+                f"ctxfast.Embedder: the padding token of {tokenizer.source} has the id {tokenizer.pad_token_id}; "
+                f"expected one below {model.config.vocab_size}, the rows of the model's word table."
+            )
+        least = tokenizer.backend.num_special_tokens_to_add(True) + 1
+        if self.sentence.max_length is not None and self.sentence.max_length < least:
+            raise ValueError(
+                f"ctxfast.Embedder: max_seq_length of the model with {tokenizer.source} is {self.sentence.max_length}; "
+                f"expected at least {least}, special tokens included."
+            )
+        special = tokenizer.encode("a", truncation=True).special_tokens_mask
+        if 0 not in special:
+            raise ValueError(f"ctxfast.Embedder: {tokenizer.source} makes no token of the text 'a'; expected one.")
         self._before = special.index(0)
         self._after = special[::-1].index(0)
         self._special_ids = np.array(sorted(tokenizer.special_ids))
@@ -265,7 +278,7 @@ class BertEncoder:
             if number >= limit:
                 raise ValueError(
                     f"ctxfast.embed: {where} has the token {token!r} of id {number}; expected ids below {limit}, the "
-                    f"rows of the model's word table. The tokenizer's files and the weights do not belong together."
+                    f"rows of the model's word table: {self.tokenizer.source} and the weights do not belong together."
                 )
 
     def _prompt_length(self, selection: Selection) -> int:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -43,6 +44,8 @@ _HARMLESS = {
 }
 _UNKNOWN_SETTINGS = ("processing_kwargs", "query_expansion", "query_length", "document_length")
 _UNKNOWN_SETTINGS += ("tokenizer_name_or_path",)
+# A folder inside the model's: no control characters, not longer than file systems allow.
+_PLACE = re.compile(r"[^\x00-\x1f\ud800-\udfff]{0,255}")
 _PLAIN_OUTPUT = {"method": "forward", "method_output_name": "last_hidden_state"}
 _WAY_OUT = "Pass pooling='mean' (or another) to pool the encoder's own vectors instead"
 
@@ -146,7 +149,11 @@ def _take(config: dict[str, Any], name: str, kind: type | tuple[type, ...], defa
     value = config.get(name)
     if value is None:
         return default
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is int) or (kind is int and value < 1):
+    if (
+        not isinstance(value, kind)
+        or (isinstance(value, bool) and kind is int)
+        or (kind is int and not 1 <= value < 1 << 31)
+    ):
         wanted = "a positive integer" if kind is int else getattr(kind, "__name__", "another type")
         raise ValueError(f"{_WHO}: {name} in {path} is {value!r:.80}; expected {wanted}.")
     return value
@@ -166,7 +173,7 @@ def _entries(root: Path) -> list[tuple[str, Path]]:
         kind, place = (entry.get(name) for name in ("type", "path")) if isinstance(entry, dict) else (None, None)
         if not isinstance(kind, str) or not isinstance(place, str):
             raise ValueError(f"{_WHO}: {path} holds {entry!r:.80}; expected objects with 'type' and 'path'.")
-        if PurePosixPath(place).is_absolute() or ".." in PurePosixPath(place).parts or "\0" in place:
+        if PurePosixPath(place).is_absolute() or ".." in PurePosixPath(place).parts or not _PLACE.fullmatch(place):
             raise ValueError(f"{_WHO}: {path} names the path {place!r:.80}; expected one inside the folder.")
         entries.append((kind, root / place))
     return entries

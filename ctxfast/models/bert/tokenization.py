@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from ..._core.files import replacing
 from ..._core.texts import as_list, described
 from .config import BertConfig, write_json
-from .tokenizer_files import ROLES, find_special_tokens, open_tokenizer
+from .tokenizer_files import find_special_tokens, open_tokenizer
 from .tokenizer_settings import read_settings
 from .weights import find_config, resolve_model
 
@@ -133,6 +133,8 @@ class BertTokenizer:
         self.special_tokens = find_special_tokens(tokenizer, special_tokens or {})
         self._settings: dict[str, Any] = {}
         self._cut_side = "right"
+        self.source: Path | None = None
+        """The file with the vocabulary, where `from_pretrained` read one."""
         self._cutters: dict[tuple[bool, int], Tokenizer] = {}
         self._words_backend: Tokenizer | None = None
 
@@ -178,6 +180,12 @@ class BertTokenizer:
         config = None
         if any((folder / name).is_file() for name in ("config.json", "bert_config.json")):
             config = BertConfig.from_json_file(find_config(folder))
+        least = tokenizer.num_special_tokens_to_add(True) + 1
+        if settings.max_length is not None and settings.max_length < least:
+            raise ValueError(
+                f"{_WHO}: model_max_length in {folder / 'tokenizer_config.json'} is {settings.max_length}; expected at "
+                f"least {least}, special tokens included"
+            )
         if max_length is None:
             known = [limit for limit in (settings.max_length, config and config.max_length) if limit is not None]
             max_length = min(known, default=None)
@@ -185,12 +193,13 @@ class BertTokenizer:
             special_in_text = not settings.flag("split_special_tokens", False)
         result = cls(
             tokenizer,
-            special_tokens={role: named.content for role in ROLES if (named := settings.special.get(f"{role}_token"))},
+            special_tokens=settings.names(),
             max_length=max_length,
             single_type=config is not None and config.type_vocab_size == 1,
             special_in_text=special_in_text,
         )
         result._settings, result._cut_side = settings.values, settings.truncation_side or "right"
+        result.source = settings.source
         if config is not None and result.vocab_size > config.vocab_size:
             warnings.warn(
                 f"{_WHO}: {folder} has token ids up to {result.vocab_size - 1}, but the model's "

@@ -3,16 +3,17 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE, WordPiece
 
-from .tokenizer_settings import Settings
+from .tokenizer_settings import ROLES, Settings
 
 _WHO = "ctxfast.BertTokenizer"
-ROLES = ("pad", "unk", "cls", "sep", "mask")
 # What a role's token is called where no file says so: BERT's names, then RoBERTa's.
 _USUAL = {
     "pad": ("[PAD]", "<pad>"),
@@ -65,10 +66,14 @@ def open_tokenizer(
         tokenizer.no_padding()
         _add_tokens(tokenizer, settings, path)
         tokenizer.encode("a", "b")  # what the file's parts name may be missing
+        find_special_tokens(tokenizer, settings.names())
     except BaseException as error:  # the library raises plain Exception, and panics that are not even that
-        if isinstance(error, (KeyboardInterrupt, SystemExit)) or str(error).startswith("ctxfast."):
+        text = str(error)
+        if isinstance(error, (KeyboardInterrupt, SystemExit)) or (text.startswith("ctxfast.") and str(path) in text):
             raise
-        raise ValueError(f"{_WHO}: {path} is damaged or no tokenizer file ({error!s:.300})") from error
+        reason = text.removeprefix(f"{_WHO}: ")[:300]
+        raise ValueError(f"{_WHO}: {path} is damaged or no tokenizer file ({reason})") from error
+    settings.source = path
     if do_lower_case is not None and not isinstance(tokenizer.normalizer, normalizers.BertNormalizer):
         raise ValueError(f"{_WHO}: do_lower_case is {do_lower_case}; this tokenizer has no such setting, expected None")
     if max_word_chars is not None:
@@ -111,6 +116,8 @@ def _open(path: Path, settings: Settings) -> Tokenizer:
         _make_byte_level(tokenizer, settings, path)
         return tokenizer
     tokenizer = Tokenizer.from_file(str(path))
+    if tokenizer.post_processor is not None:
+        _check_template(json.loads(tokenizer.post_processor.__getstate__()), path)
     before = _portrait(tokenizer)
     if settings.kind == "wordpiece" and isinstance(tokenizer.model, WordPiece):
         _make_wordpiece(tokenizer, settings, True)
@@ -131,6 +138,16 @@ def _open(path: Path, settings: Settings) -> Tokenizer:
             stacklevel=4,
         )
     return tokenizer
+
+
+def _check_template(state: dict[str, Any], path: Path) -> None:
+    """Raise ValueError for a template with tokens that it does not define: the library panics over them, loudly."""
+    for part in state.get("processors", ()):
+        _check_template(part, path)
+    for piece in (*state.get("single", ()), *state.get("pair", ())):
+        token = piece.get("SpecialToken", {}).get("id") if isinstance(piece, dict) else None
+        if token is not None and token not in state.get("special_tokens", ()):
+            raise ValueError(f"{_WHO}: {path} is damaged: its post_processor uses {token!r} without defining it")
 
 
 def _portrait(tokenizer: Tokenizer) -> dict[str, object]:

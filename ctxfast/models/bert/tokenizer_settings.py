@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from tokenizers import AddedToken
 from .config import read_json
 
 _WHO = "ctxfast.BertTokenizer"
+ROLES = ("pad", "unk", "cls", "sep", "mask")
 # Hugging Face's tokenizer classes, without "Fast", by what they build. The last kind is tokenizer.json as it stands.
 _KINDS = {
     "wordpiece": (
@@ -30,6 +32,7 @@ _KIND_OF_MODEL = {
 _NO_LIMIT = 1_000_000
 _FLAGS = ("do_lower_case", "tokenize_chinese_chars", "strip_accents", "add_prefix_space", "trim_offsets")
 _FLAGS += ("split_special_tokens",)
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _TOKEN_FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
 
 
@@ -46,6 +49,7 @@ class Settings:
         extra: special tokens without a name.
         max_length: `model_max_length`; None for no limit.
         truncation_side: "right" or "left"; None where no file says it.
+        source: the file that held the vocabulary, once it is opened.
     """
 
     values: dict[str, Any] = field(default_factory=dict)
@@ -55,11 +59,17 @@ class Settings:
     extra: list[AddedToken] = field(default_factory=list)
     max_length: int | None = None
     truncation_side: str | None = None
+    source: Path | None = None
 
     def flag(self, name: str, default: bool | None) -> bool | None:
         """A setting that is true or false; where null is a value of its own (strip_accents) it is kept."""
         value = self.values.get(name, default)
         return default if value is None and name != "strip_accents" else value
+
+    def names(self) -> dict[str, str]:
+        """Texts of the tokens "pad", "unk", "cls", "sep" and "mask", as far as the files name them."""
+        named = {role: self.special.get(f"{role}_token") for role in ROLES}
+        return {role: token.content for role, token in named.items() if token is not None}
 
     def name(self, role: str, default: str) -> str:
         """Text of a special token such as "unk_token"."""
@@ -126,7 +136,7 @@ def _check(values: dict[str, Any], path: Path) -> None:
     for name in _FLAGS:
         if values.get(name) is not None and not isinstance(values[name], bool):
             raise _wrong(name, values[name], "true or false", path)
-    for role in ("pad", "unk", "cls", "sep", "mask", "bos", "eos"):
+    for role in (*ROLES, "bos", "eos"):
         value = values.get(f"{role}_token")
         if value is not None:
             _token(value, f"{role}_token", path)
@@ -136,14 +146,18 @@ def _check(values: dict[str, Any], path: Path) -> None:
 
 def _token(value: object, name: str, path: Path, **flags: bool) -> AddedToken:
     """A token that a file gives plain or as an object."""
-    if isinstance(value, str):
-        if value:
-            return AddedToken(value, **flags)
-    elif isinstance(value, dict) and isinstance(value.get("content"), str) and value["content"]:
+    if _is_text(value):
+        return AddedToken(value, **flags)
+    if isinstance(value, dict) and _is_text(value.get("content")):
         known = {key: value[key] for key in _TOKEN_FLAGS if key in value}
         if all(isinstance(flag, bool) for flag in known.values()):
             return AddedToken(value["content"], **{**known, **flags})
     raise _wrong(name, value, "a token's text, or an object with its 'content'", path)
+
+
+def _is_text(value: object) -> bool:
+    """Whether it is a string, not empty, that can be written down (no half of a surrogate pair)."""
+    return isinstance(value, str) and bool(value) and not _SURROGATE.search(value)
 
 
 def _decoder(value: object, path: Path) -> dict[int, AddedToken]:
@@ -161,7 +175,7 @@ def _added_tokens(path: Path, settings: Settings) -> dict[int, AddedToken]:
     special = {token.content for token in (*settings.special.values(), *settings.extra) if token is not None}
     tokens = {}
     for text, number in _read(path).items():
-        if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < 1 << 31 or not text:
+        if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < 1 << 31 or not _is_text(text):
             raise _wrong(repr(text), number, "an id", path)
         is_special = text in special
         tokens[number] = AddedToken(text, normalized=not is_special, special=is_special)
