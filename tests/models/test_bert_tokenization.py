@@ -226,6 +226,9 @@ def test_wrong_arguments(minilm) -> None:
             tokenizer.encode_batch(texts)
     with pytest.raises(TypeError, match=r"text 0 is .not words. \(str\); expected a list of words"):
         tokenizer.encode_words_batch(["not words"])
+    with pytest.raises(TypeError, match="text 0 is None; expected a string"):
+        tokenizer.tokenize(None)
+    assert [e.ids for e in tokenizer.encode_batch(text for text in ("a", "b"))] == [[101, 1037, 102], [101, 1038, 102]]
     with pytest.raises(ValueError, match="pad_to_multiple_of is 0"):
         tokenizer.batch(["a"], pad_to_multiple_of=0)
 

@@ -281,7 +281,8 @@ class BertTokenizer:
 
     def tokenize(self, text: str) -> list[str]:
         """Tokens of a text without special ones and without a limit on length."""
-        return _run(self.backend.encode, text, add_special_tokens=False).tokens
+        _checked([text], words=False)
+        return Encoding(_run(self.backend.encode, text, add_special_tokens=False), False, 0, self.backend).tokens
 
     def encode(
         self,
@@ -403,11 +404,11 @@ class BertTokenizer:
         words: bool = False,
         offsets: bool = True,
     ) -> list[Encoding]:
-        _check_texts(texts, words)
+        texts = _checked(texts, words)
         limit = self._limit(max_length)
         backend = self._backend_for_words() if words else self.backend
         call = backend.encode_batch if offsets else backend.encode_batch_fast
-        rows = [list(text) for text in texts] if words else list(texts)
+        rows = [list(text) for text in texts] if words else texts
         result = [Encoding(rust, self.single_type, 0, backend) for rust in _run(call, rows, is_pretokenized=words)]
         if limit is None:
             return result
@@ -462,12 +463,13 @@ def _copy(tokenizer: Tokenizer) -> Tokenizer:
     return copy
 
 
-def _check_texts(texts: Sequence[Any], words: bool) -> None:
+def _checked(texts: Sequence[Any], words: bool) -> list[Any]:
+    """The texts as a list, each of which is one."""
     if isinstance(texts, str):
         raise TypeError(f"{_WHO}: got one string; expected a list of texts. Use encode() for one")
     texts = as_list(texts, _WHO)
     if not words and all(type(text) is str for text in texts):
-        return
+        return texts
     for i, text in enumerate(texts):
         if words:
             fits = isinstance(text, Sequence) and not isinstance(text, str)
@@ -480,6 +482,7 @@ def _check_texts(texts: Sequence[Any], words: bool) -> None:
             expected = "a string or a tuple of two strings"
         if not fits:
             raise TypeError(f"{_WHO}: text {i} is {described(text)}; expected {expected}")
+    return texts
 
 
 def _run(call: Any, texts: Any, **options: Any) -> Any:
@@ -489,6 +492,8 @@ def _run(call: Any, texts: Any, **options: Any) -> Any:
     except (TypeError, UnicodeEncodeError):
         # Only here, so that sound text is not scanned. One character for one keeps the offsets.
         return call(_mend(texts), **options)
+    except Exception as error:  # the library raises plain Exception: a vocabulary without its unknown token, say
+        raise ValueError(f"{_WHO}: the tokenizer fails on a text ({error})") from error
 
 
 def _mend(texts: Any) -> Any:
