@@ -304,7 +304,7 @@ def test_a_token_beyond_the_word_table(tmp_path: Path) -> None:
         (_config(do_lower_case="no"), "do_lower_case in .*tokenizer_config.json is 'no'; expected true or false"),
         (_config(cls_token=3), "cls_token in .* is 3; expected a token's text"),
         (_config(cls_token={"x": 1}), "cls_token in .*expected a token's text"),
-        (_config(sep_token="[NO]"), r"vocab.txt has no \[NO\]"),
+        (_config(unk_token="[NO]"), r"vocab.txt has no \[NO\]"),
         (_config(model_max_length="long"), "model_max_length in .*expected a positive number"),
         (_config(truncation_side="up"), "truncation_side in .* is 'up'"),
         (_config(added_tokens_decoder=[1]), "added_tokens_decoder in .*expected an object"),

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from ..._core.files import replacing
 from ..._core.texts import as_list, described
 from .config import BertConfig, write_json
-from .tokenizer_files import find_special_tokens, open_tokenizer
+from .tokenizer_files import ROLES, find_special_tokens, open_tokenizer
 from .tokenizer_settings import read_settings
 from .weights import find_config, resolve_model
 
@@ -193,7 +193,7 @@ class BertTokenizer:
             special_in_text = not settings.flag("split_special_tokens", False)
         result = cls(
             tokenizer,
-            special_tokens=settings.names(),
+            special_tokens=settings.names(*ROLES),
             max_length=max_length,
             single_type=config is not None and config.type_vocab_size == 1,
             special_in_text=special_in_text,
@@ -380,7 +380,9 @@ class BertTokenizer:
         path = directory / "tokenizer.json"
         with replacing(path) as temporary:
             self.backend.save(str(temporary))
-        settings = dict(self._settings)
+        # Added tokens lie in tokenizer.json, with all that is said of them.
+        lists = ("added_tokens_decoder", "additional_special_tokens", "extra_special_tokens")
+        settings = {name: value for name, value in self._settings.items() if name not in lists}
         settings.update((f"{role}_token", token) for role, token in self.special_tokens.items())
         if self.max_length is not None:
             settings["model_max_length"] = self.max_length

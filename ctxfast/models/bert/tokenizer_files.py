@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers, processors
-from tokenizers.models import BPE, WordPiece
+from tokenizers.models import BPE, Unigram, WordPiece
 
 from .tokenizer_settings import ROLES, Settings
 
 _WHO = "ctxfast.BertTokenizer"
+# What the classes of a kind have for a vocabulary.
+_MODELS = {"wordpiece": WordPiece, "bpe": BPE, "unigram": Unigram}
 # What a role's token is called where no file says so: BERT's names, then RoBERTa's.
 _USUAL = {
     "pad": ("[PAD]", "<pad>"),
@@ -21,6 +23,11 @@ _USUAL = {
     "cls": ("[CLS]", "<s>"),
     "sep": ("[SEP]", "</s>"),
     "mask": ("[MASK]", "<mask>"),
+}
+# What the classes of a kind call them.
+_CLASS_NAMES = {
+    "wordpiece": {f"{role}_token": names[0] for role, names in _USUAL.items()},
+    "bpe": {"bos_token": "<s>", "eos_token": "</s>", **{f"{role}_token": names[1] for role, names in _USUAL.items()}},
 }
 
 
@@ -60,13 +67,8 @@ def open_tokenizer(
     path = _find(folder, settings, named)
     try:
         tokenizer = _open(path, settings)
-        if settings.truncation_side is None and tokenizer.truncation is not None:
-            settings.truncation_side = tokenizer.truncation["direction"]
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        _add_tokens(tokenizer, settings, path)
         tokenizer.encode("a", "b")  # what the file's parts name may be missing
-        find_special_tokens(tokenizer, settings.names())
+        find_special_tokens(tokenizer, settings.names(*ROLES))
     except BaseException as error:  # the library raises plain Exception, and panics that are not even that
         text = str(error)
         if isinstance(error, (KeyboardInterrupt, SystemExit)) or (text.startswith("ctxfast.") and str(path) in text):
@@ -108,36 +110,104 @@ def _find(folder: Path, settings: Settings, named: str | None) -> Path:
 
 def _open(path: Path, settings: Settings) -> Tokenizer:
     if path.suffix == ".txt":
-        tokenizer = Tokenizer(_word_pieces(path, settings))
-        _make_wordpiece(tokenizer, settings, _lower_by_name(path.parent))
-        return tokenizer
-    if path.name == "vocab.json":
-        tokenizer = Tokenizer(BPE.from_file(str(path), str(path.parent / "merges.txt")))
-        _make_byte_level(tokenizer, settings, path)
-        return tokenizer
-    tokenizer = Tokenizer.from_file(str(path))
-    if tokenizer.post_processor is not None:
-        _check_template(json.loads(tokenizer.post_processor.__getstate__()), path)
-    before = _portrait(tokenizer)
-    if settings.kind == "wordpiece" and isinstance(tokenizer.model, WordPiece):
-        _make_wordpiece(tokenizer, settings, True)
-    elif settings.kind == "bpe" and isinstance(tokenizer.model, BPE):
-        _make_byte_level(tokenizer, settings, path)
-    elif settings.kind is None and isinstance(tokenizer.normalizer, normalizers.BertNormalizer):
-        _set_normalizer(tokenizer, settings, tokenizer.normalizer)
-    changes = [name for name, value in _portrait(tokenizer).items() if value != before[name]]
-    # What the settings say goes before the file; where they are silent the class's own defaults do, which is odd.
-    stated = {"normalizer": ("do_lower_case", "strip_accents", "tokenize_chinese_chars")}
-    stated.update(pre_tokenizer=("add_prefix_space",), post_processor=("cls_token", "sep_token", "add_prefix_space"))
-    changes = [name for name in changes if not any(key in settings.values for key in stated.get(name, ()))]
+        tokenizer, kind = Tokenizer(_word_pieces(path, settings)), "wordpiece"
+    elif path.name == "vocab.json":
+        tokenizer, kind = Tokenizer(BPE.from_file(str(path), str(path.parent / "merges.txt"))), "bpe"
+    else:
+        return _open_json(path, settings)
+    _build(tokenizer, kind, settings, path, lower=_lower_by_name(path.parent))
+    return tokenizer
+
+
+def _open_json(path: Path, settings: Settings) -> Tokenizer:
+    """tokenizer.json as it stands, or its vocabulary with the parts that the model's class has."""
+    found = Tokenizer.from_file(str(path))
+    if found.post_processor is not None:
+        _check_template(json.loads(found.post_processor.__getstate__()), path)
+    if settings.truncation_side is None and found.truncation is not None:
+        settings.truncation_side = found.truncation["direction"]
+    found.no_truncation()
+    found.no_padding()
+    if not isinstance(found.model, _MODELS.get(settings.kind, ())):
+        if settings.kind is None and isinstance(found.normalizer, normalizers.BertNormalizer):
+            _set_normalizer(found, settings, found.normalizer)
+        _add_tokens(found, None, settings)
+        return found
+    tokenizer = Tokenizer(found.model)
+    for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
+        if getattr(found, part) is not None:
+            setattr(tokenizer, part, getattr(found, part))
+    if not settings.has_decoder:
+        settings.added.update(found.get_added_tokens_decoder())
+    _build(tokenizer, settings.kind, settings, path, lower=True)
+    _warn_of_changes(found, tokenizer, settings, path)
+    return tokenizer
+
+
+def _build(tokenizer: Tokenizer, kind: str, settings: Settings, path: Path, *, lower: bool) -> None:
+    """Everything around the vocabulary as Hugging Face's class has it; ``lower`` where no file says it."""
+    if kind == "wordpiece":
+        _make_wordpiece(tokenizer, settings, lower)
+    elif kind == "bpe":
+        _make_byte_level(tokenizer, settings)
+    _add_tokens(tokenizer, kind, settings)
+    _warn_of_ids(tokenizer, settings, path)
+    if kind == "unigram":
+        return
+    ids = []
+    for role in ("cls", "sep"):
+        token = settings.name(f"{role}_token", _USUAL[role][kind == "bpe"])
+        if tokenizer.token_to_id(token) is None:
+            raise ValueError(f"{_WHO}: {path} has no {token}, the {role} token")
+        ids.append((token, tokenizer.token_to_id(token)))
+    (cls, _), (sep, _) = ids
+    if kind == "wordpiece":
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=[f"{cls}:0", "$A:0", f"{sep}:0"],
+            pair=[f"{cls}:0", "$A:0", f"{sep}:0", "$B:1", f"{sep}:1"],
+            special_tokens=ids,
+        )
+    else:
+        tokenizer.post_processor = processors.RobertaProcessing(
+            ids[1],
+            ids[0],
+            trim_offsets=bool(settings.flag("trim_offsets", True)),
+            add_prefix_space=bool(settings.flag("add_prefix_space", False)),
+        )
+
+
+def _warn_of_changes(found: Tokenizer, tokenizer: Tokenizer, settings: Settings, path: Path) -> None:
+    """Say what of tokenizer.json a class replaces by its defaults; what the settings ask for needs no word."""
+    before, after = _portrait(found), _portrait(tokenizer)
+    stated = {
+        "normalizer": ("do_lower_case", "strip_accents", "tokenize_chinese_chars"),
+        "pre_tokenizer": ("add_prefix_space",),
+        "post_processor": ("cls_token", "sep_token", "add_prefix_space"),
+    }
+    changes = [
+        name
+        for name, keys in stated.items()
+        if before[name] != after[name] and not any(k in settings.values for k in keys)
+    ]
     if changes:
         warnings.warn(
             f"{_WHO}: {path} has its own {' and '.join(changes)}, which Hugging Face's class for this model replaces "
             f"by its default, and so does this one. Set do_lower_case or add_prefix_space in tokenizer_config.json, or "
             f"tokenizer_class to PreTrainedTokenizerFast to keep the file's",
-            stacklevel=4,
+            stacklevel=6,
         )
-    return tokenizer
+
+
+def _warn_of_ids(tokenizer: Tokenizer, settings: Settings, path: Path) -> None:
+    for number, token in settings.added.items():
+        found = tokenizer.token_to_id(token.content)
+        if found != number:
+            warnings.warn(
+                f"{_WHO}: the files of {path.parent} give the added token {token.content!r} the id {number}; it has "
+                f"{found} here, as in Hugging Face, which numbers such tokens itself",
+                stacklevel=6,
+            )
+            return
 
 
 def _check_template(state: dict[str, Any], path: Path) -> None:
@@ -174,13 +244,14 @@ def _word_pieces(path: Path, settings: Settings) -> WordPiece:
         raise ValueError(f"{_WHO}: {path} is not UTF-8 ({error})") from error
     for role in ("unk", "cls", "sep"):
         token = settings.name(f"{role}_token", _USUAL[role][0])
-        if token not in vocab:
+        # A token that the settings name and the list lacks is added to it, but for the one that must be known.
+        if token not in vocab and (role == "unk" or settings.special.get(f"{role}_token") is None):
             raise ValueError(f"{_WHO}: {path} has no {token}; expected one word piece a line")
     return WordPiece(vocab, unk_token=settings.name("unk_token", "[UNK]"), max_input_chars_per_word=100)
 
 
 def _make_wordpiece(tokenizer: Tokenizer, settings: Settings, lower: bool) -> None:
-    """Everything around the vocabulary as Hugging Face's BertTokenizer has it; ``lower`` where no file says it."""
+    """Hugging Face's BertTokenizer; ``lower`` where no file says it."""
     unk = settings.name("unk_token", "[UNK]")
     if tokenizer.token_to_id(unk) is not None:
         tokenizer.model.unk_token = unk
@@ -191,14 +262,6 @@ def _make_wordpiece(tokenizer: Tokenizer, settings: Settings, lower: bool) -> No
     )
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece(prefix="##")
-    cls, sep = settings.name("cls_token", "[CLS]"), settings.name("sep_token", "[SEP]")
-    ids = [(token, tokenizer.token_to_id(token)) for token in (cls, sep)]
-    if all(number is not None for _, number in ids):
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=[f"{cls}:0", "$A:0", f"{sep}:0"],
-            pair=[f"{cls}:0", "$A:0", f"{sep}:0", "$B:1", f"{sep}:1"],
-            special_tokens=ids,
-        )
 
 
 def _set_normalizer(tokenizer: Tokenizer, settings: Settings, old: normalizers.BertNormalizer) -> None:
@@ -212,55 +275,38 @@ def _set_normalizer(tokenizer: Tokenizer, settings: Settings, old: normalizers.B
     )
 
 
-def _make_byte_level(tokenizer: Tokenizer, settings: Settings, path: Path) -> None:
-    """Everything around the vocabulary as Hugging Face's RobertaTokenizer has it."""
-    cls, sep = settings.name("cls_token", "<s>"), settings.name("sep_token", "</s>")
-    for token in (cls, sep, settings.name("pad_token", "<pad>"), settings.name("unk_token", "<unk>")):
-        if tokenizer.token_to_id(token) is None:
-            raise ValueError(f"{_WHO}: {path} has no {token}")
+def _make_byte_level(tokenizer: Tokenizer, settings: Settings) -> None:
+    """Hugging Face's RobertaTokenizer."""
     add_prefix_space = bool(settings.flag("add_prefix_space", False))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = processors.RobertaProcessing(
-        (sep, tokenizer.token_to_id(sep)),
-        (cls, tokenizer.token_to_id(cls)),
-        trim_offsets=bool(settings.flag("trim_offsets", True)),
-        add_prefix_space=add_prefix_space,
-    )
 
 
-def _add_tokens(tokenizer: Tokenizer, settings: Settings, path: Path) -> None:
-    """Added and special tokens, in Hugging Face's order: it gives new ones the ids after the vocabulary's last."""
+def _add_tokens(tokenizer: Tokenizer, kind: str | None, settings: Settings) -> None:
+    """Added and special tokens in Hugging Face's order: it gives new ones the ids after the vocabulary's last.
+
+    Args:
+        kind: of the class whose usual names count where the vocabulary has them; None for no class.
+    """
     known = tokenizer.get_added_tokens_decoder().values()
-    texts, forms = {token.content for token in known}, {repr(token) for token in known}
-    new = [token for token in settings.added.values() if repr(token) not in forms]
-    texts.update(token.content for token in new)
-    named = {token.content for token in settings.special.values() if token is not None}
-    for token in new:
-        token.special = token.special or token.content in named
-    kind = settings.kind or {"vocab.txt": "wordpiece", "vocab.json": "bpe"}.get(path.name)
-    defaults = []
-    if kind in ("wordpiece", "bpe"):  # a class's own names count where the vocabulary has them
-        usual = {role: _USUAL[role][kind == "bpe"] for role in ROLES if f"{role}_token" not in settings.special}
-        defaults = [
-            AddedToken(text, special=True) for text in usual.values() if tokenizer.token_to_id(text) is not None
-        ]
+    forms = {repr(token) for token in known}
+    new = [token for _, token in sorted(settings.added.items()) if repr(token) not in forms]
+    texts = {token.content for token in (*known, *new)}
+    by_text = {token.content: token for token in settings.added.values()}
     roles = [f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
-    names = [*(name for name in roles if name in settings.special), *(n for n in settings.special if n not in roles)]
-    for token in (*(settings.special[name] for name in names), *defaults, *settings.extra):
-        if token is not None and token.content not in texts:
-            texts.add(token.content)
+    named = []
+    for name in (*roles, *(name for name in settings.special if name not in roles)):
+        token = settings.special.get(name)
+        usual = _CLASS_NAMES.get(kind, {}).get(name)
+        if name not in settings.special and usual is not None and tokenizer.token_to_id(usual) is not None:
+            token = AddedToken(usual, special=True)
+        if token is not None:
+            named.append(by_text.get(token.content, token) if name in roles else token)
+    special = {token.content for token in named}
+    for token in new:
+        token.special = token.special or token.content in special
+    # Tokens of one text and several forms are all added: the last form counts.
+    for token in (*named, *settings.extra):
+        if token.content not in texts and repr(token) not in {repr(other) for other in new}:
             new.append(token)
     tokenizer.add_tokens(new)
-    moved = {
-        token.content: number
-        for number, token in settings.added.items()
-        if tokenizer.token_to_id(token.content) != number
-    }
-    if moved:
-        text, number = next(iter(moved.items()))
-        warnings.warn(
-            f"{_WHO}: the files of {path.parent} give the added token {text!r} the id {number}; it has "
-            f"{tokenizer.token_to_id(text)} here, as in Hugging Face, which numbers such tokens itself",
-            stacklevel=4,
-        )

@@ -44,7 +44,8 @@ class Settings:
         values: tokenizer_config.json, and special_tokens_map.json over it; to be saved again.
         kind: what is built: "wordpiece", "bpe", "unigram", "file" for tokenizer.json as it stands; None where no file
             names a class or a type of model.
-        added: tokens that were added to the vocabulary, in the order of their ids.
+        added: tokens that were added to the vocabulary, by the ids that the files give them.
+        has_decoder: whether they come from added_tokens_decoder, which goes before tokenizer.json, too.
         special: tokens with a name such as "cls_token"; None for a name that is null.
         extra: special tokens without a name.
         max_length: `model_max_length`; None for no limit.
@@ -55,6 +56,7 @@ class Settings:
     values: dict[str, Any] = field(default_factory=dict)
     kind: str | None = None
     added: dict[int, AddedToken] = field(default_factory=dict)
+    has_decoder: bool = False
     special: dict[str, AddedToken | None] = field(default_factory=dict)
     extra: list[AddedToken] = field(default_factory=list)
     max_length: int | None = None
@@ -66,9 +68,9 @@ class Settings:
         value = self.values.get(name, default)
         return default if value is None and name != "strip_accents" else value
 
-    def names(self) -> dict[str, str]:
-        """Texts of the tokens "pad", "unk", "cls", "sep" and "mask", as far as the files name them."""
-        named = {role: self.special.get(f"{role}_token") for role in ROLES}
+    def names(self, *roles: str) -> dict[str, str]:
+        """Texts of the tokens of roles such as "pad", as far as the files name them."""
+        named = {role: self.special.get(f"{role}_token") for role in roles}
         return {role: token.content for role, token in named.items() if token is not None}
 
     def name(self, role: str, default: str) -> str:
@@ -83,28 +85,23 @@ def read_settings(folder: Path) -> Settings:
     Raises:
         ValueError: a damaged file, a value of a wrong type, or a tokenizer class that is not followed here.
     """
-    settings = Settings()
-    path = folder / "tokenizer_config.json"
+    path, old = folder / "tokenizer_config.json", folder / "special_tokens_map.json"
     config = _read(path)
     _check(config, path)
-    settings.values = dict(config)
     # added_tokens_decoder is the newer form: with it the older files are not looked at.
-    if "added_tokens_decoder" in config:
-        settings.added = _decoder(config["added_tokens_decoder"], path)
-    else:
-        old = folder / "special_tokens_map.json"
-        named = _read(old)
-        _check(named, old)
-        settings.values.update(named)
+    has_decoder = "added_tokens_decoder" in config
+    named = {} if has_decoder else _read(old)
+    _check(named, old)
+    settings = Settings(values={**config, **named}, has_decoder=has_decoder)
     for name, value in settings.values.items():
         if name.endswith("_token") and (value is None or isinstance(value, (str, dict))):
             settings.special[name] = None if value is None else _token(value, name, path, special=True)
-    _read_extra(settings, path)
-    if "added_tokens_decoder" not in config:
+    late = _read_extra(settings, config, path, named, old)
+    if has_decoder:
+        settings.added = _decoder(config["added_tokens_decoder"], path)
+    else:
         settings.added = _added_tokens(folder / "added_tokens.json", settings)
-    by_text = {token.content: token for token in settings.added.values()}
-    for name, token in settings.special.items():
-        settings.special[name] = by_text.get(token.content, token) if token is not None else None
+    settings.extra = settings.extra if late is None else late
     settings.kind = _kind(folder, config)
     limit = settings.values.get("model_max_length", settings.values.get("max_len"))
     if limit is not None:
@@ -168,34 +165,53 @@ def _decoder(value: object, path: Path) -> dict[int, AddedToken]:
         if not number.isascii() or not number.isdigit() or len(number) > 9 or not isinstance(token, dict):
             raise _wrong("added_tokens_decoder", {number: token}, "an object of ids and tokens", path)
         tokens[int(number)] = _token(token, f"added_tokens_decoder[{number}]", path)
-    return dict(sorted(tokens.items()))
+    return tokens
 
 
 def _added_tokens(path: Path, settings: Settings) -> dict[int, AddedToken]:
-    special = {token.content for token in (*settings.special.values(), *settings.extra) if token is not None}
+    special = {*settings.names(*ROLES, "bos", "eos").values(), *(token.content for token in settings.extra)}
     tokens = {}
     for text, number in _read(path).items():
         if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < 1 << 31 or not _is_text(text):
             raise _wrong(repr(text), number, "an id", path)
         is_special = text in special
         tokens[number] = AddedToken(text, normalized=not is_special, special=is_special)
-    return dict(sorted(tokens.items()))
+    return tokens
 
 
-def _read_extra(settings: Settings, path: Path) -> None:
-    """additional_special_tokens, since version 5 extra_special_tokens: a list, or an object of names and tokens."""
-    for name in ("extra_special_tokens", "additional_special_tokens"):
-        value = settings.values.get(name)
-        if not value:
-            continue
-        if isinstance(value, dict) and name == "extra_special_tokens":
+def _read_extra(
+    settings: Settings, config: dict[str, Any], path: Path, named: dict[str, Any], old: Path
+) -> list[AddedToken] | None:
+    """Special tokens beside those with a role: additional_special_tokens, since version 5 extra_special_tokens.
+
+    Either is a list; the newer may be an object of names and tokens. The older name in tokenizer_config.json stands for
+    the newer where that is not there. Otherwise it counts only where no list has the newer name in the end, and
+    added_tokens.json is read as if it were not there: it is returned.
+    """
+
+    def tokens(values: dict[str, Any], kind: str, file: Path) -> list[AddedToken] | None:
+        name = f"{kind}_special_tokens"
+        value = values.get(name)
+        if isinstance(value, dict) and kind == "extra":
             for role, token in value.items():
-                settings.special[role] = _token(token, f"{name}.{role}", path, special=True)
-        elif isinstance(value, list):
-            settings.extra = [_token(token, name, path, special=True) for token in value]
-        else:
-            raise _wrong(name, value, "a list of tokens", path)
-        return
+                settings.special[role] = _token(token, f"{name}.{role}", file, special=True)
+            return None
+        if value is not None and not isinstance(value, list):
+            raise _wrong(name, value, "a list of tokens", file)
+        return None if value is None else [_token(token, name, file, special=True) for token in value]
+
+    extra, older = tokens(config, "extra", path), tokens(config, "additional", path)
+    if not config.get("extra_special_tokens"):
+        extra, older = older, None
+    more, latest = tokens(named, "extra", old), tokens(named, "additional", old)
+    if isinstance(named.get("extra_special_tokens"), dict):
+        extra = None  # its names take the place of the list
+    elif more is not None:
+        texts = {token.content for token in extra or ()}
+        extra = [*(extra or ()), *(token for token in more if token.content not in texts)]
+    settings.extra = extra or []
+    late = older if latest is None else latest
+    return late if extra is None else None
 
 
 def _kind(folder: Path, config: dict[str, Any]) -> str | None:
