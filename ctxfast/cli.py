@@ -80,8 +80,11 @@ def _add_embed(commands: Any) -> None:
     for name in ("all", "top", "average"):
         which.add_argument(f"--{name}", dest="layers", action="store_const", const=name, help=f"--layers {name}")
     add("--level", default="token", help="token (default) or sentence")
-    add("--pooling", default="mean", help="sentence level: mean over tokens (default), or cls, the first")
-    add("--normalize", action="store_true", help="scale every vector to length 1")
+    add("--pooling", help="sentence level: mean, cls (the first token), max, ...; default: as the model's folder says")
+    scale = "scale every vector to length 1; default: at sentence level as the model's folder says"
+    add("--normalize", action=argparse.BooleanOptionalAction, default=None, help=scale)
+    add("--prompt", help="sentence level: write this before every line; '' for none")
+    add("--prompt-name", metavar="NAME", help="sentence level: a prompt of the model's folder, as query or document")
     add("--tokens", action="store_true", help="lines are words with spaces between (always so for ELMo)")
     add("--word-pieces", default="first", help="with --tokens: first piece of a word (default), mean, or all")
     add("--empty", default="keep", help="blank lines: keep as texts without tokens (default), skip, or error")
@@ -154,6 +157,8 @@ def _embed(args: argparse.Namespace) -> int:
             level=args.level,
             pooling=args.pooling,
             normalize=args.normalize,
+            prompt=args.prompt,
+            prompt_name=args.prompt_name,
             words=args.tokens,
             word_pieces=args.word_pieces,
             format=args.format,

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -15,8 +16,11 @@ from torch import Tensor
 
 from . import corpus
 from ._core.registry import use_impl
+from ._core.texts import as_list, described
 from .encoders import BertEncoder, ElmoEncoder, Encoder, Prepared, Where
+from .models.bert.config import read_json
 from .models.bert.modeling import Bert
+from .models.bert.sentence_modules import SentenceModel, read_sentence_model, transformer_folder
 from .models.bert.tokenization import BertTokenizer
 from .models.bert.weights import resolve_model
 from .models.elmo.bilm import ElmoBiLm
@@ -56,7 +60,9 @@ class Embedder:
     Attributes:
         kind: "bert" or "elmo".
         num_layers: layers that can be chosen; 0 is the token layer (BERT: the output of the embedding block).
-        dim: size of a vector.
+        dim: size of a token's vector.
+        sentence_dim: size of a text's vector, which the model's folder may make another.
+        prompts: what the model's folder has to write before texts, by name ("query", "document", ...).
 
     Raises:
         FileNotFoundError: no such model.
@@ -92,6 +98,9 @@ class Embedder:
             )
         self.encoder: Encoder = model
         self.kind, self.num_layers, self.dim = model.kind, model.num_layers, model.dim
+        self._sentence: SentenceModel = getattr(model, "sentence", None) or SentenceModel(model.dim)
+        self.sentence_dim, self.prompts = self._sentence.dim, dict(self._sentence.prompts)
+        self._has_said = False
         if state == "carry" and self.kind != "elmo":
             raise ValueError(f"ctxfast.Embedder: state is 'carry'; expected an ELMo model for it, not {self.kind}.")
         self.batch_tokens = batch_tokens
@@ -117,23 +126,36 @@ class Embedder:
         *,
         level: str = "token",
         layers: Layers = "top",
-        pooling: str = "mean",
-        normalize: bool = False,
+        pooling: str | None = None,
+        normalize: bool | None = None,
+        prompt: str | None = None,
+        prompt_name: str | None = None,
         word_pieces: str = "first",
         truncate: bool = False,
         output: str = "numpy",
     ) -> list[Any]:
         """Embed texts that fit in memory; ``embed_file`` is for those that do not.
 
+        Vectors of texts (``level="sentence"``) are by default those that the model was trained with: where the folder
+        has sentence-transformers' files (modules.json and what it names), they are followed, and with
+        ``truncate=True`` the vectors are those of ``SentenceTransformer(folder).encode``.
+
         Args:
             texts: strings, or lists of words. A BERT model splits a string into its own tokens; ELMo at white space.
             level: "token" for a vector a token (special tokens left out), "sentence" for one a text.
             layers: "top", "all", "average" (their plain mean), a number or numbers: 0 is the token layer, -1 the top.
-            pooling: at sentence level: "mean" over tokens, [CLS] and [SEP] included for BERT, or "cls", the first.
-            normalize: scale every vector to length 1.
+            pooling: at sentence level, how a text's tokens, [CLS] and [SEP] included for BERT, become one vector. None:
+                as the folder says, with the Dense, LayerNorm and other modules that follow; "mean" where it says
+                nothing. "mean", "cls" (the first), "max", "mean_sqrt_len_tokens", "weightedmean" or "lasttoken": the
+                encoder's own vectors, pooled so; modules that would follow are left out, with a warning.
+            normalize: scale every vector to length 1. None: at sentence level as the folder says, else False.
+            prompt: written before every text, at sentence level; "" for none. None: the folder's default, if it has
+                one.
+            prompt_name: in place of ``prompt``, one of the folder's by its name, as "query" or "document".
             word_pieces: for BERT and lists of words: the "first" piece of each word (a vector a word), the "mean" of
                 its pieces (a vector a word), or "all" pieces. A word without a piece has zeros.
-            truncate: cut texts longer than the model's positions instead of raising.
+            truncate: cut texts that are too long instead of raising: longer than the model's positions, than the
+                tokenizer's model_max_length, or at sentence level than the folder's max_seq_length.
             output: "numpy", or "torch" for tensors on the model's device.
 
         Returns:
@@ -141,14 +163,26 @@ class Embedder:
             (layers, dim) or (dim,).
 
         Raises:
-            TypeError: a single string, or texts that are neither strings nor lists of words.
-            ValueError: a text that is too long, a layer that the model has not, a word that is no option.
+            TypeError: a single string, a table, or texts that are neither strings nor lists of words; the message has
+                the number of the first wrong one.
+            ValueError: a text that is too long, a layer that the model has not, a word that is no option, files of the
+                folder that cannot be followed at sentence level (an unknown module, say).
+
+        Warns:
+            UserWarning: ``pooling`` is given, and the folder has modules that would follow it.
         """
         if output not in ("numpy", "torch"):
             raise ValueError(f"ctxfast.Embedder: output is {output!r}; expected 'numpy' or 'torch'.")
         texts, unit = _unit(texts)
         selection = self.select(
-            layers=layers, level=level, pooling=pooling, normalize=normalize, unit=unit, word_pieces=word_pieces
+            layers=layers,
+            level=level,
+            pooling=pooling,
+            normalize=normalize,
+            prompt=prompt,
+            prompt_name=prompt_name,
+            unit=unit,
+            word_pieces=word_pieces,
         )
         items = self.prepare(texts, selection, _name_text, truncate)
         results: list[Any] = [None] * len(items)
@@ -182,7 +216,16 @@ class Embedder:
 
     def select(self, **options: Any) -> Selection:
         """A ``Selection`` checked against this model."""
-        return select(self.kind, self.num_layers, **options)
+        selection = select(self.kind, self.num_layers, self._sentence, self.dim, **options)
+        left_out = self._sentence.after_pooling or (self._sentence.problem and "modules that are not known here")
+        if left_out and selection.level == "sentence" and options.get("pooling") is not None and not self._has_said:
+            self._has_said = True
+            warnings.warn(
+                f"ctxfast.Embedder: pooling is {options['pooling']!r}, so that the encoder's own vectors are pooled. "
+                f"Left out of the model's folder: {left_out}. Pass pooling=None to follow it.",
+                stacklevel=3,
+            )
+        return selection
 
     def prepare(self, texts: Sequence[Any], selection: Selection, where: Where, truncate: bool) -> list[Prepared]:
         return self.encoder.prepare(texts, selection, where, truncate)
@@ -192,7 +235,7 @@ class Embedder:
         if self.batch_tokens is not None:
             return self.batch_tokens
         usual = _BATCH_TOKENS.get(self.device.type, _BATCH_TOKENS["cuda"])
-        return max(min(usual, _BATCH_BYTES // (4 * selection.depth * self.dim)), 1)
+        return max(min(usual, _BATCH_BYTES // (4 * selection.depth * max(selection.dim, self.dim))), 1)
 
     def _batches(self, items: Sequence[Prepared], selection: Selection) -> list[list[int]]:
         if self.state == "carry":
@@ -251,20 +294,29 @@ def _shaped(rows: Any, selection: Selection) -> Any:
 
 
 def _unit(texts: Iterable[Any]) -> tuple[list[Any], str]:
-    if isinstance(texts, (str, bytes)):
-        raise TypeError("ctxfast.Embedder: texts is one string; expected a list of texts. Put it in brackets.")
-    texts = list(texts)
+    """The texts as a list, and what they are: "text" for strings, "words" for lists of words."""
+    texts = as_list(texts, "ctxfast.Embedder")
     if all(isinstance(text, str) for text in texts):
         return texts, "text"
     for index, text in enumerate(texts):
-        if isinstance(text, (str, bytes)) or not isinstance(text, Sequence):
+        if isinstance(text, str):
+            continue
+        if isinstance(text, bytes) or not isinstance(text, Sequence):
             raise TypeError(
-                f"ctxfast.Embedder: text {index} is a {type(text).__name__}; expected only strings, or only lists of "
-                f"words."
+                f"ctxfast.Embedder: text {index} is {described(text)}; expected a string or a list of words."
             )
         for word in text:
             if not isinstance(word, str):
-                raise TypeError(f"ctxfast.Embedder: text {index} holds {word!r}; expected words that are strings.")
+                raise TypeError(
+                    f"ctxfast.Embedder: text {index} holds {described(word)}; expected words that are strings."
+                )
+    kinds = ["a string" if isinstance(text, str) else "a list of words" for text in texts]
+    if len(set(kinds)) > 1:
+        index = next(index for index, kind in enumerate(kinds) if kind != kinds[0])
+        raise TypeError(
+            f"ctxfast.Embedder: text {index} is {kinds[index]} where text 0 is {kinds[0]}; expected only strings, or "
+            f"only lists of words."
+        )
     return [list(text) for text in texts], "words"
 
 
@@ -308,7 +360,13 @@ def open_encoder(
         bilm = ElmoBiLm.from_files(*files, state=state)
         return ElmoEncoder(bilm.to(device, computes_in), files)
     path = resolve_model(model)
+    given = Path(model).expanduser()
+    root = given if given.is_dir() else path if path.is_dir() else path.parent
+    folder = transformer_folder(root)
+    if path.is_dir() and folder != root:
+        path = folder
     folder = path if path.is_dir() else path.parent
+    _refuse_adapters(folder)
     bert = Bert.from_pretrained(path, dtype=computes_in, device=device, add_pooling_layer=False)
     # A checkpoint of TensorFlow is several files that begin alike.
     files = [
@@ -316,7 +374,34 @@ def open_encoder(
         for file in sorted(folder.iterdir())
         if file.is_file() and (file.suffix in _MODEL_SUFFIXES or file.name.startswith(path.name + "."))
     ]
-    return BertEncoder(bert, BertTokenizer.from_pretrained(path), files)
+    tokenizer = BertTokenizer.from_pretrained(path)
+    sentence = read_sentence_model(root, bert.config.hidden_size, bert.config.max_length, tokenizer.max_length)
+    if sentence.do_lower_case:
+        tokenizer.add_lower_case()
+    return BertEncoder(bert, tokenizer, [*files, *(file for file in sentence.files if file not in files)], sentence)
+
+
+def _refuse_adapters(folder: Path) -> None:
+    """Raise ValueError for a folder whose vectors are made by more than its config and weights say here."""
+    adapter = folder / "adapter_config.json"
+    if adapter.is_file():
+        raise ValueError(
+            f"ctxfast.Embedder: {adapter} makes this an adapter of another model; expected a whole model. Merge it "
+            f"first: peft's merge_and_unload(), then save_pretrained()."
+        )
+    path = folder / "config.json"
+    config = read_json(path, "ctxfast.Embedder") if path.is_file() else {}
+    if config.get("quantization_config") is not None:
+        raise ValueError(
+            f"ctxfast.Embedder: {path} has a quantization_config; expected weights that are not quantized. Save the "
+            f"model dequantized first."
+        )
+    auto_map = config.get("auto_map")
+    if isinstance(auto_map, dict) and "AutoModel" in auto_map:
+        raise ValueError(
+            f"ctxfast.Embedder: {path} names code of its own for the model, {auto_map['AutoModel']!r}; no code of a "
+            f"folder is run here. Remove auto_map from a copy of it if the model is a plain {config.get('model_type')}."
+        )
 
 
 def _elmo_files(folder: Path) -> tuple[Path, Path] | None:
@@ -333,7 +418,7 @@ def _elmo_files(folder: Path) -> tuple[Path, Path] | None:
         tables, (), lambda _: True
     )
     is_elmo = options is not None and bool(tables)
-    is_bert = any(name in names for name in ("config.json", "bert_config.json")) or "0_Transformer" in names
+    is_bert = any(name in names for name in ("config.json", "bert_config.json", "modules.json", "0_Transformer"))
     if is_elmo and is_bert:
         raise ValueError(
             f"ctxfast.Embedder: {folder} could be a BERT or an ELMo model; expected one of them. {found} Pass "

@@ -8,7 +8,7 @@ special tokens dropped on the device, so that only what was asked for is copied 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .models.bert.modeling import Bert
+from .models.bert.sentence_modules import SentenceModel
 from .models.bert.tokenization import BertTokenizer, Encoding
 from .models.elmo.bilm import ElmoBiLm
 from .models.elmo.tokenization import batch_to_ids
@@ -57,7 +58,8 @@ class Encoder(Protocol):
     Attributes:
         kind: "bert", "elmo".
         num_layers: layers that can be chosen, the token layer counted as the first.
-        dim: size of a vector.
+        dim: size of a token's vector.
+        sentence: what the model's folder says of vectors of texts; may be left out.
         is_padded: whether padding costs time, so that batches are measured with it.
         device: where it runs.
         files: files the results depend on.
@@ -101,23 +103,73 @@ def assemble(states: Sequence[Tensor], index: Tensor | None, lengths: Tensor | N
     Returns:
         (R or S, layers, N) float32.
     """
-    parts = []
-    for state in states:
+
+    def rows(state: Tensor) -> Tensor:
         if index is not None:
             state = state.index_select(0, index)
         state = state.float()
-        if lengths is not None:
-            # One row after another: the sum does not depend on what else is in the batch.
-            total = torch.segment_reduce(state, "sum", lengths=lengths, axis=0, unsafe=True)
-            state = total / lengths.clamp(min=1)[:, None]
-        if selection.is_average and parts:
-            parts[0] = parts[0] + state
-        else:
-            parts.append(state)
-    result = torch.stack(parts, 1)
-    if selection.is_average:
-        result = result / len(states)
+        return state if lengths is None else _sums(state, lengths) / lengths.clamp(min=1)[:, None]
+
+    return _scaled(_stacked(map(rows, states), selection), selection)
+
+
+def _sums(rows: Tensor, lengths: Tensor) -> Tensor:
+    """(S, N) sums of successive rows, one row after another: a sum does not depend on what else is in the batch."""
+    return torch.segment_reduce(rows, "sum", lengths=lengths, axis=0, unsafe=True)
+
+
+def _stacked(parts: Iterable[Tensor], selection: Selection) -> Tensor:
+    """(S, N) of every layer to (S, layers, N), or their mean to (S, 1, N)."""
+    if not selection.is_average:
+        return torch.stack(list(parts), 1)
+    total, count = 0.0, 0
+    for part in parts:  # one at a time: all layers of a batch are large
+        total, count = part + total, count + 1
+    return (total / count)[:, None]
+
+
+def _scaled(result: Tensor, selection: Selection) -> Tensor:
     return torch.nn.functional.normalize(result, dim=-1) if selection.normalize else result
+
+
+class _Pooler:
+    """Vectors of texts from packed rows, as sentence-transformers' Pooling makes them.
+
+    Args:
+        lengths: (S,) tokens of the texts, all rows in order.
+        skipped: tokens at the beginning that are left out, those of a prompt.
+        device: of the rows.
+    """
+
+    def __init__(self, lengths: np.ndarray, skipped: int, device: torch.device) -> None:
+        self._lengths, self._skipped, self._device = lengths, skipped, device
+        self._starts = np.cumsum(lengths) - lengths
+        self._kept = np.maximum(lengths - skipped, 0)
+        self._counts = self._put(self._kept)
+
+    def _put(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self._device, non_blocking=True)
+
+    def __call__(self, rows: Tensor, mode: str) -> Tensor:
+        """(S, N) float32 of (M, N) rows."""
+        if mode == "cls":
+            first = self._starts + np.where(self._kept > 0, self._skipped, 0)
+            return rows.index_select(0, self._put(first)).float()
+        if mode == "lasttoken":
+            last = rows.index_select(0, self._put(self._starts + self._lengths - 1)).float()
+            return last * (self._counts > 0)[:, None]
+        if self._skipped:
+            rows = rows.index_select(0, self._put(_spans(self._starts + self._skipped, self._kept)))
+        rows = rows.float()
+        if mode == "max":
+            return torch.segment_reduce(rows, "max", lengths=self._counts, axis=0, unsafe=True)
+        if mode == "weightedmean":
+            # Weights grow from a text's first token, which has 1, whether it is left out or not.
+            places = _spans(np.full_like(self._kept, self._skipped), self._kept) + 1
+            weights = self._put(places)[:, None].float()
+            return _sums(rows * weights, self._counts) / _sums(weights, self._counts).clamp(min=1e-9)
+        counts = self._counts.clamp(min=1)[:, None]
+        return _sums(rows, self._counts) / (counts.float().sqrt() if mode == "mean_sqrt_len_tokens" else counts)
 
 
 def _spans(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -128,8 +180,8 @@ def _spans(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 def _too_long(where: str, tokens: int, limit: int) -> ValueError:
     return ValueError(
-        f"ctxfast.embed: {where} has {tokens} tokens, special ones included; expected at most {limit}, the positions "
-        f"of the model. Pass --truncate (truncate=True) to cut such texts, or split them."
+        f"ctxfast.embed: {where} has {tokens} tokens, special ones included; expected at most {limit}, the most that "
+        f"the model takes. Pass --truncate (truncate=True) to cut such texts, or split them."
     )
 
 
@@ -140,19 +192,41 @@ class BertEncoder:
         model: in eval mode, on its device.
         tokenizer: the model's.
         files: files both were read from.
+        sentence: what the model's folder says of vectors of texts; None for nothing.
     """
 
     kind = "bert"
     is_padded = False
 
-    def __init__(self, model: Bert, tokenizer: BertTokenizer, files: Sequence[Path] = ()) -> None:
+    def __init__(
+        self, model: Bert, tokenizer: BertTokenizer, files: Sequence[Path] = (), sentence: SentenceModel | None = None
+    ) -> None:
         self.model, self.tokenizer, self.files = model.eval(), tokenizer, tuple(files)
         self.num_layers = model.config.num_hidden_layers + 1
         self.dim = model.config.hidden_size
         self.device = model.device
-        special = tokenizer.encode("a").special_tokens_mask
+        self.sentence = sentence or SentenceModel(self.dim, max_length=tokenizer.max_length)
+        self._steps = [step.to(self.device) for step in self.sentence.steps]
+        self._limits = {"token": tokenizer.max_length, "sentence": self.sentence.max_length}
+        # The limit of a call is one of those two; the tokenizer's own is what the model has positions for.
+        tokenizer.max_length = max((limit for limit in self._limits.values() if limit is not None), default=None)
+        if tokenizer.pad_token_id >= model.config.vocab_size:
+            raise ValueError(
+                f"ctxfast.Embedder: the padding token of {tokenizer.source} has the id {tokenizer.pad_token_id}; "
+                f"expected one below {model.config.vocab_size}, the rows of the model's word table."
+            )
+        least = tokenizer.backend.num_special_tokens_to_add(True) + 1
+        if self.sentence.max_length is not None and self.sentence.max_length < least:
+            raise ValueError(
+                f"ctxfast.Embedder: max_seq_length of the model with {tokenizer.source} is {self.sentence.max_length}; "
+                f"expected at least {least}, special tokens included."
+            )
+        special = tokenizer.encode("a", truncation=True).special_tokens_mask
+        if 0 not in special:
+            raise ValueError(f"ctxfast.Embedder: {tokenizer.source} makes no token of the text 'a'; expected one.")
         self._before = special.index(0)
         self._after = special[::-1].index(0)
+        self._special_ids = np.array(sorted(tokenizer.special_ids))
 
     def read_lines(self, lines: Sequence[bytes], selection: Selection) -> tuple[list[Any], int]:
         replaced = 0
@@ -172,16 +246,22 @@ class BertEncoder:
         return texts, replaced
 
     def prepare(self, texts: Sequence[Any], selection: Selection, where: Where, truncate: bool) -> list[Prepared]:
+        limit = self._limits[selection.level]
+        cut = {"max_length": limit, "truncation": True}
         if selection.unit == "words":
-            encodings = self.tokenizer.encode_words_batch(texts, truncation=True)
+            encodings = self.tokenizer.encode_words_batch(texts, **cut)
         else:
-            encodings = self.tokenizer.encode_batch(texts, truncation=True)
+            if selection.prompt:
+                texts = [selection.prompt + text for text in texts]
+            encodings = self.tokenizer.encode_batch(texts, **cut)
         result = []
         special = 0 if selection.unit == "pairs" else self._before + self._after
         for i, encoding in enumerate(encodings):
             length = len(encoding)
             if encoding.truncated and not truncate:
-                raise _too_long(where(i), length + encoding.truncated, self.tokenizer.max_length or length)
+                raise _too_long(where(i), length + encoding.truncated, limit or length)
+            if self.tokenizer.vocab_size > self.model.config.vocab_size:
+                self._check_ids(encoding, where(i))
             item = Prepared(length, length - special, encoding, cut=encoding.truncated)
             if selection.level == "sentence":
                 item.rows = 1
@@ -191,6 +271,23 @@ class BertEncoder:
                 item.words = texts[i][: item.rows]
             result.append(item)
         return result
+
+    def _check_ids(self, encoding: Encoding, where: str) -> None:
+        limit = self.model.config.vocab_size
+        for token, number in zip(encoding.tokens, encoding.ids):
+            if number >= limit:
+                raise ValueError(
+                    f"ctxfast.embed: {where} has the token {token!r} of id {number}; expected ids below {limit}, the "
+                    f"rows of the model's word table: {self.tokenizer.source} and the weights do not belong together."
+                )
+
+    def _prompt_length(self, selection: Selection) -> int:
+        """Tokens at a text's beginning that are not pooled."""
+        if selection.pools_prompt or not selection.prompt:
+            return 0
+        limit = self._limits["sentence"]
+        ids = self.tokenizer.encode(selection.prompt, max_length=limit, truncation=True).ids
+        return len(ids) - int(np.isin(ids[-1], self._special_ids))
 
     @staticmethod
     def _word_places(encoding: Encoding, words: Sequence[str], selection: Selection) -> tuple[np.ndarray, ...]:
@@ -212,8 +309,6 @@ class BertEncoder:
         """Rows to take of the packed tokens, and how many of them are one vector: see ``assemble``."""
         lengths = np.array([item.length for item in batch], dtype=np.int64)
         starts = np.cumsum(lengths) - lengths
-        if selection.level == "sentence":
-            return (starts, None) if selection.pooling == "cls" else (None, lengths)
         if selection.unit == "pairs":
             return None, None
         if selection.unit == "text":
@@ -232,11 +327,26 @@ class BertEncoder:
         needs_all = selection.layers != (top,)
         found = self.model(**inputs, output_hidden_states=needs_all, return_packed=True)
         states = [found.packed_hidden_states[k] for k in selection.layers] if needs_all else None
+        states = states or [found.packed_last_hidden_state]
+        if selection.level == "sentence":
+            return self._pooled(states, batch, selection)
         index, lengths = (
             None if part is None else torch.from_numpy(part).to(self.device, non_blocking=True)
             for part in self._plan(batch, selection)
         )
-        return assemble(states or [found.packed_last_hidden_state], index, lengths, selection)
+        return assemble(states, index, lengths, selection)
+
+    def _pooled(self, states: Sequence[Tensor], batch: Sequence[Prepared], selection: Selection) -> Tensor:
+        """(texts, layers, dim) float32 of the chosen layers."""
+        lengths = np.array([item.length for item in batch], dtype=np.int64)
+        pooler = _Pooler(lengths, self._prompt_length(selection), self.device)
+        if selection.is_average and "max" in selection.pooling:  # the others may be averaged afterwards
+            states = [torch.stack([state.float() for state in states]).mean(0)] * len(states)
+        parts = (torch.cat([pooler(state, mode) for mode in selection.pooling], dim=-1) for state in states)
+        result = _stacked(parts, selection)
+        for step in self._steps if selection.has_steps else ():
+            result = step(result)
+        return _scaled(result, selection)
 
     def tokens(self, item: Prepared, selection: Selection) -> list[str]:
         tokens = item.data.tokens
@@ -269,6 +379,7 @@ class ElmoEncoder:
     def __init__(self, model: ElmoBiLm, files: Sequence[Path] = ()) -> None:
         self.model, self.files = model.eval(), tuple(files)
         self.num_layers, self.dim = model.num_layers, model.config.output_dim
+        self.sentence = SentenceModel(self.dim)
         self.device = next(model.parameters()).device
 
     def read_lines(self, lines: Sequence[bytes], selection: Selection) -> tuple[list[Any], int]:

@@ -84,8 +84,10 @@ def embed_file(
     *,
     layers: Layers | None = None,
     level: str = "token",
-    pooling: str = "mean",
-    normalize: bool = False,
+    pooling: str | None = None,
+    normalize: bool | None = None,
+    prompt: str | None = None,
+    prompt_name: str | None = None,
     words: bool = False,
     word_pieces: str = "first",
     format: str | None = None,
@@ -103,8 +105,8 @@ def embed_file(
     Args:
         input: the file (plain, .gz or .xz), or "-" for standard input, which is first copied into the work directory.
         output: the file to make. Its suffix names the format: .hdf5, .h5, .safetensors, .npz, .jsonl, .parquet.
-        layers, level, pooling, normalize, word_pieces: as for ``Embedder``; layers None is "top", and the top four for
-            "extract-features".
+        layers, level, pooling, normalize, prompt, prompt_name, word_pieces: as for ``Embedder``; layers None is "top",
+            and the top four for "extract-features".
         words: lines are words with white space between them (always so for ELMo).
         format: in place of the suffix; "extract-features" for the JSON lines of Google's extract_features.py, where
             "a ||| b" is a pair of texts.
@@ -129,7 +131,8 @@ def embed_file(
     """
     target = Path(output)
     chosen = check_target(target, format, overwrite=overwrite)
-    selection = _selection(embedder, chosen, layers, level, pooling, normalize, words, word_pieces)
+    how = {"pooling": pooling, "normalize": normalize, "prompt": prompt, "prompt_name": prompt_name}
+    selection = _selection(embedder, chosen, layers, level, words, word_pieces, how)
     if (forget_sentences or use_sentence_keys) and (chosen != "hdf5" or level != "token"):
         option = "use_sentence_keys" if use_sentence_keys else "forget_sentences"
         raise ValueError(f"ctxfast.embed: {option} is set; expected HDF5 at token level for it, not {chosen}, {level}.")
@@ -195,10 +198,9 @@ def _selection(
     format: str,
     layers: Layers | None,
     level: str,
-    pooling: str,
-    normalize: bool,
     words: bool,
     word_pieces: str,
+    how: dict[str, Any],
 ) -> Selection:
     unit = "words" if words else "text"
     if format == "extract-features":
@@ -214,11 +216,16 @@ def _selection(
     return embedder.select(
         layers="top" if layers is None else layers,
         level=level,
-        pooling=pooling,
-        normalize=normalize,
         unit=unit,
         word_pieces=word_pieces,
+        **how,
     )
+
+
+def _digests(files: Sequence[Path]) -> dict[str, str]:
+    """Digests of a model's files, by their paths inside the folder that holds them all."""
+    root = os.path.commonpath([file.parent for file in files]) if files else ""
+    return {Path(os.path.relpath(file, root)).as_posix(): corpus.digest(file) for file in files}
 
 
 def _notes(done: Done) -> Iterator[str]:
@@ -316,7 +323,7 @@ class _Job:
     ) -> None:
         self.embedder, self.selection, self.source, self.work = embedder, selection, source, work
         self.truncate, self.keeps_tokens = truncate, keeps_tokens
-        self.shape = (selection.depth, embedder.dim)
+        self.shape = (selection.depth, selection.dim)
         self.shards = 0
 
     def manifest(self, mark: dict[str, Any], words: bool, window: int) -> dict[str, Any]:
@@ -326,6 +333,7 @@ class _Job:
         options = {
             **asdict(self.selection),
             "layers": list(self.selection.layers),
+            "pooling": "+".join(self.selection.pooling),
             "dtype": embedder.dtype.str,
             "device": known["gpu"] if embedder.device.type == "cuda" else embedder.device.type,
             "impl": embedder.impl,
@@ -341,7 +349,7 @@ class _Job:
         return {
             "versions": {"ctxfast": known["ctxfast"], "torch": torch.__version__},
             "input": mark,
-            "model": {file.name: corpus.digest(file) for file in embedder.encoder.files},
+            "model": _digests(embedder.encoder.files),
             "options": options,
         }
 
@@ -383,7 +391,7 @@ class _Job:
             rows=done.rows,
             level=selection.level,
             depth=selection.depth,
-            dim=embedder.dim,
+            dim=selection.dim,
             is_single=selection.is_single,
             dtype=embedder.dtype,
             layers=tuple(layer - embedder.num_layers for layer in selection.layers),

@@ -34,7 +34,9 @@ class EmbedBatches:
             raise ValueError(
                 f"{_WHO}: the dataset has no column {self._column!r}; expected one of {', '.join(sorted(batch))}."
             )
-        found = self._embedder([str(text) for text in batch[self._column]], **self._call)
+        # Lists of words come as arrays.
+        texts = [text.tolist() if isinstance(text, np.ndarray) else text for text in batch[self._column]]
+        found = self._embedder(texts, **self._call)
         if isinstance(found, np.ndarray):
             return {**batch, self._output: found}
         vectors = np.empty(len(found), dtype=object)  # texts differ in their number of tokens
@@ -68,7 +70,7 @@ def embed_dataset(
         concurrency: workers, or (least, most) of them; each holds the model.
         num_gpus, num_cpus: of a worker; with a GPU the model goes there.
         embedder: options of ``Embedder``, e.g. ``{"dtype": "float16"}``.
-        call: options of its call: ``level``, ``layers``, ``pooling``, ``normalize``, ``truncate``, ...
+        call: options of its call: ``level``, ``layers``, ``pooling``, ``normalize``, ``prompt_name``, ``truncate``, ...
 
     Returns:
         The dataset with one more column; lazy as Ray's are.

@@ -127,7 +127,8 @@ def test_carry_keeps_order_and_rows():
         (dict(layers=-4), "layers holds -4"),
         (dict(layers=[0, -3]), "expected every layer once"),
         (dict(level="word"), "level is 'word'; expected one of token, sentence"),
-        (dict(pooling="max"), "pooling is 'max'; expected one of mean, cls"),
+        (dict(pooling="median"), "pooling is 'median'; expected one of None, cls, max, mean, "),
+        (dict(normalize="yes"), "normalize is 'yes'; expected one of None, True, False"),
         (dict(pooling="cls"), "pooling is 'cls'; expected 'mean': ELMo"),
         (dict(word_pieces="last"), "word_pieces is 'last'"),
         (dict(output="list"), "output is 'list'"),
@@ -139,10 +140,62 @@ def test_wrong_choices(fake, options, message):
     assert message in str(error.value) and str(error.value).startswith("ctxfast.")
 
 
-@pytest.mark.parametrize("texts", ["one string", b"bytes", [1], ["a", ["b"]], [["a", 1]], [b"a"]])
-def test_wrong_texts(fake, texts):
-    with pytest.raises(TypeError, match="ctxfast.Embedder: text"):
+@pytest.mark.parametrize(
+    "texts, message",
+    [
+        ("one string", "texts is one string; expected a list of texts. Put it in brackets"),
+        (b"bytes", "texts is bytes"),
+        (None, "texts is of type NoneType; expected a list of texts"),
+        (3, "texts is of type int"),
+        (np.array("a"), "texts is of type ndarray"),
+        ({"text": ["a"]}, "texts is of type dict; .* Pass one column of it"),
+        ({"a", "b"}, "texts is of type set, which has no order"),
+        (["a", "b", None], "text 2 is None; expected a string or a list of words"),
+        ([None, "a"], "text 0 is None"),
+        (["a", float("nan")], r"text 1 is nan \(float\); expected a string"),
+        (np.array(["a", 3], dtype=object), r"text 1 is 3 \(int\)"),
+        (["a", 1, None], r"text 1 is 1 \(int\)"),
+        (["a", b"b"], r"text 1 is b'b' \(bytes\)"),
+        ([["a"], ["b", 1]], r"text 1 holds 1 \(int\); expected words that are strings"),
+        ([["a"], ["b", None]], "text 1 holds None"),
+        ([["a"], [["b"]]], r"text 1 holds \['b'\] \(list\)"),
+        ([["a"], 2.5], r"text 1 is 2.5 \(float\)"),
+        (["a", ["b"], None], "text 2 is None"),
+        (["a", "b", ["c"]], "text 2 is a list of words where text 0 is a string; expected only strings, or only"),
+        ([["a"], "b", ["c"]], "text 1 is a string where text 0 is a list of words"),
+        (["a", {"b": 1}], r"text 1 is {'b': 1} \(dict\)"),
+        (["a", np.zeros((30, 30))], "text 1 is of type ndarray"),
+    ],
+)
+def test_wrong_texts(fake, texts, message):
+    """The text that is wrong is the one that is named."""
+    with pytest.raises(TypeError, match=f"^ctxfast.Embedder: {message}"):
         fake(texts)
+    with pytest.raises(TypeError, match=f"^ctxfast.Embedder: {message}"):
+        fake.tokens(texts)
+
+
+def test_texts_of_other_libraries(minilm):
+    """Strings and lists in other people's containers."""
+    pd = pytest.importorskip("pandas")
+    for texts, message in (
+        (pd.DataFrame({"text": ["a", "b"]}), "texts is of type DataFrame; .* Pass one column of it"),
+        (pd.Series(["a", "b", None], dtype=object), "text 2 is None"),
+        (pd.Series(["a", "b", None], dtype="string"), "text 2 is (<NA>|nan)"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            minilm(texts)
+    expected = minilm(["a bank", "rivers"])
+    for texts in (
+        pd.Series(["a bank", "rivers"], index=[7, 3]),
+        np.array(["a bank", "rivers"]),
+        (text for text in ("a bank", "rivers")),
+        [np.str_("a bank"), "rivers"],
+    ):
+        for one, other in zip(minilm(texts), expected, strict=True):
+            np.testing.assert_array_equal(one, other)
+    words = minilm([("a", "bank"), ["rivers"]])
+    np.testing.assert_allclose(words[0], expected[0], atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -228,7 +281,7 @@ def test_tokens_of_minilm(minilm, reference, layer, name):
 
 def test_cls_and_average_of_minilm(minilm, reference):
     texts, expected = reference
-    first = minilm(texts["texts"], level="sentence", pooling="cls")
+    first = minilm(texts["texts"], level="sentence", pooling="cls", normalize=False)
     np.testing.assert_allclose(np.stack(first), expected["last_hidden_state"][:8, 0], atol=1e-4, rtol=0)
     everything, average = minilm(texts["texts"], layers="all"), minilm(texts["texts"], layers="average")
     for layers, mean in zip(everything, average):

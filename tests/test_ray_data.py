@@ -42,3 +42,5 @@ def test_errors(minilm_dir) -> None:
     worker = EmbedBatches(str(minilm_dir), {"device": "cpu"}, "text", "embedding", {"level": "sentence"})
     with pytest.raises(ValueError, match="no column 'text'; expected one of line"):
         worker({"line": np.array(["a"])})
+    with pytest.raises(TypeError, match="text 1 is None; expected a string"):
+        worker({"text": np.array(["a", None], dtype=object)})

@@ -17,14 +17,14 @@ import torch
 from tokenizers import Tokenizer, normalizers, pre_tokenizers
 
 from ..._core.files import replacing
+from ..._core.texts import as_list, described
 from .config import BertConfig, write_json
-from .tokenizer_files import ROLES, find_special_tokens, open_tokenizer, read_settings, token_text
+from .tokenizer_files import ROLES, find_special_tokens, open_tokenizer
+from .tokenizer_settings import read_settings
 from .weights import find_config, resolve_model
 
 _WHO = "ctxfast.BertTokenizer"
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
-# model_max_length is 1e30 in files that mean "no limit".
-_NO_LIMIT = 1_000_000
 
 Text = str | tuple[str, str]
 
@@ -35,10 +35,13 @@ class Encoding:
     Every property makes a new list when it is read; keep it if it is needed twice.
     """
 
-    __slots__ = ("_rust", "_single_type", "truncated")
+    __slots__ = ("_backend", "_rust", "_single_type", "truncated")
 
-    def __init__(self, rust: tokenizers.Encoding, single_type: bool, truncated: int = 0) -> None:
+    def __init__(
+        self, rust: tokenizers.Encoding, single_type: bool, truncated: int = 0, backend: Tokenizer | None = None
+    ) -> None:
         self._rust = rust
+        self._backend = backend
         self._single_type = single_type
         self.truncated = truncated
         """Number of tokens that were cut off to keep within `max_length`."""
@@ -63,7 +66,10 @@ class Encoding:
     @property
     def tokens(self) -> list[str]:
         """The tokens as the vocabulary spells them."""
-        return self._rust.tokens
+        # The library's own list has a token that takes the space beside it (<mask>) with that space.
+        if self._backend is None:
+            return self._rust.tokens
+        return [self._backend.id_to_token(number) for number in self._rust.ids]
 
     @property
     def offsets(self) -> list[tuple[int, int]]:
@@ -126,6 +132,9 @@ class BertTokenizer:
         self.single_type = single_type
         self.special_tokens = find_special_tokens(tokenizer, special_tokens or {})
         self._settings: dict[str, Any] = {}
+        self._cut_side = "right"
+        self.source: Path | None = None
+        """The file with the vocabulary, where `from_pretrained` read one."""
         self._cutters: dict[tuple[bool, int], Tokenizer] = {}
         self._words_backend: Tokenizer | None = None
 
@@ -137,7 +146,7 @@ class BertTokenizer:
         do_lower_case: bool | None = None,
         max_length: int | None = None,
         max_word_chars: int | None = None,
-        special_in_text: bool = True,
+        special_in_text: bool | None = None,
     ) -> BertTokenizer:
         """Opens the tokenizer of a model.
 
@@ -150,11 +159,11 @@ class BertTokenizer:
             do_lower_case: lower-case and strip accents (WordPiece only). By default what the
                 files say; for a lone vocab.txt False if the folder's name has "cased" but not
                 "uncased" in it, else True.
-            max_length: longest sequence; by default the number of positions in the model's
-                config, without one `model_max_length` of tokenizer_config.json.
+            max_length: longest sequence; by default the smaller of `model_max_length` in
+                tokenizer_config.json and the number of positions in the model's config.
             max_word_chars: words longer than this become the unknown token (WordPiece only);
                 by default what the file says, else 100 as in Hugging Face. Google's code has 200.
-            special_in_text: see the class.
+            special_in_text: see the class; by default True unless the files say `split_special_tokens`.
 
         Raises:
             FileNotFoundError: no model, or no tokenizer file in it.
@@ -171,22 +180,26 @@ class BertTokenizer:
         config = None
         if any((folder / name).is_file() for name in ("config.json", "bert_config.json")):
             config = BertConfig.from_json_file(find_config(folder))
+        least = tokenizer.num_special_tokens_to_add(True) + 1
+        if settings.max_length is not None and settings.max_length < least:
+            raise ValueError(
+                f"{_WHO}: model_max_length in {folder / 'tokenizer_config.json'} is {settings.max_length}; expected at "
+                f"least {least}, special tokens included"
+            )
         if max_length is None:
-            if config is not None:
-                max_length = config.max_length
-            elif isinstance(settings.get("model_max_length"), int):
-                max_length = settings["model_max_length"]
-                max_length = max_length if max_length < _NO_LIMIT else None
+            known = [limit for limit in (settings.max_length, config and config.max_length) if limit is not None]
+            max_length = min(known, default=None)
+        if special_in_text is None:
+            special_in_text = not settings.flag("split_special_tokens", False)
         result = cls(
             tokenizer,
-            special_tokens={
-                role: token_text(settings[f"{role}_token"]) for role in ROLES if settings.get(f"{role}_token")
-            },
+            special_tokens=settings.names(*ROLES),
             max_length=max_length,
             single_type=config is not None and config.type_vocab_size == 1,
             special_in_text=special_in_text,
         )
-        result._settings = settings
+        result._settings, result._cut_side = settings.values, settings.truncation_side or "right"
+        result.source = settings.source
         if config is not None and result.vocab_size > config.vocab_size:
             warnings.warn(
                 f"{_WHO}: {folder} has token ids up to {result.vocab_size - 1}, but the model's "
@@ -260,9 +273,16 @@ class BertTokenizer:
         """Text of a row of ids, as far as the vocabulary kept it."""
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
+    def add_lower_case(self) -> None:
+        """Lower-cases every text first, whatever the tokenizer's own files say (sentence-transformers' setting)."""
+        old = self.backend.normalizer
+        self.backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *([] if old is None else [old])])
+        self._cutters, self._words_backend = {}, None
+
     def tokenize(self, text: str) -> list[str]:
         """Tokens of a text without special ones and without a limit on length."""
-        return _run(self.backend.encode, text, add_special_tokens=False).tokens
+        _checked([text], words=False)
+        return Encoding(_run(self.backend.encode, text, add_special_tokens=False), False, 0, self.backend).tokens
 
     def encode(
         self,
@@ -360,10 +380,14 @@ class BertTokenizer:
         path = directory / "tokenizer.json"
         with replacing(path) as temporary:
             self.backend.save(str(temporary))
-        settings = dict(self._settings)
+        # Added tokens lie in tokenizer.json, with all that is said of them.
+        lists = ("added_tokens_decoder", "additional_special_tokens", "extra_special_tokens")
+        settings = {name: value for name, value in self._settings.items() if name not in lists}
         settings.update((f"{role}_token", token) for role, token in self.special_tokens.items())
         if self.max_length is not None:
             settings["model_max_length"] = self.max_length
+        if self._cut_side != "right":
+            settings["truncation_side"] = self._cut_side
         normalizer = self.backend.normalizer
         if isinstance(normalizer, normalizers.BertNormalizer):
             # Hugging Face has defaults of its own for what stands in tokenizer.json alone: it would lower-case.
@@ -382,12 +406,12 @@ class BertTokenizer:
         words: bool = False,
         offsets: bool = True,
     ) -> list[Encoding]:
-        _check_texts(texts, words)
+        texts = _checked(texts, words)
         limit = self._limit(max_length)
         backend = self._backend_for_words() if words else self.backend
         call = backend.encode_batch if offsets else backend.encode_batch_fast
-        rows = [list(text) for text in texts] if words else list(texts)
-        result = [Encoding(rust, self.single_type) for rust in _run(call, rows, is_pretokenized=words)]
+        rows = [list(text) for text in texts] if words else texts
+        result = [Encoding(rust, self.single_type, 0, backend) for rust in _run(call, rows, is_pretokenized=words)]
         if limit is None:
             return result
         too_long = [i for i, encoding in enumerate(result) if len(encoding) > limit]
@@ -401,7 +425,7 @@ class BertTokenizer:
             cutter = self._cutter(backend, words, limit)
             cut = _run(cutter.encode_batch, [rows[i] for i in too_long], is_pretokenized=words)
             for i, rust in zip(too_long, cut, strict=True):
-                result[i] = Encoding(rust, self.single_type, len(result[i]) - len(rust))
+                result[i] = Encoding(rust, self.single_type, len(result[i]) - len(rust), backend)
         return result
 
     def _limit(self, max_length: int | None) -> int | None:
@@ -419,7 +443,7 @@ class BertTokenizer:
         key = (words, limit)
         if key not in self._cutters:
             cutter = _copy(backend)
-            cutter.enable_truncation(limit, strategy="longest_first")
+            cutter.enable_truncation(limit, strategy="longest_first", direction=self._cut_side)
             self._cutters[key] = cutter
         return self._cutters[key]
 
@@ -441,14 +465,17 @@ def _copy(tokenizer: Tokenizer) -> Tokenizer:
     return copy
 
 
-def _check_texts(texts: Sequence[Any], words: bool) -> None:
+def _checked(texts: Sequence[Any], words: bool) -> list[Any]:
+    """The texts as a list, each of which is one."""
     if isinstance(texts, str):
         raise TypeError(f"{_WHO}: got one string; expected a list of texts. Use encode() for one")
+    texts = as_list(texts, _WHO)
     if not words and all(type(text) is str for text in texts):
-        return
+        return texts
     for i, text in enumerate(texts):
         if words:
-            fits = not isinstance(text, str) and all(isinstance(word, str) for word in text)
+            fits = isinstance(text, Sequence) and not isinstance(text, str)
+            fits = fits and all(isinstance(word, str) for word in text)
             expected = "a list of words"
         else:
             fits = isinstance(text, str) or (
@@ -456,7 +483,8 @@ def _check_texts(texts: Sequence[Any], words: bool) -> None:
             )
             expected = "a string or a tuple of two strings"
         if not fits:
-            raise TypeError(f"{_WHO}: text {i} is a {type(text).__name__}; expected {expected}")
+            raise TypeError(f"{_WHO}: text {i} is {described(text)}; expected {expected}")
+    return texts
 
 
 def _run(call: Any, texts: Any, **options: Any) -> Any:
@@ -466,6 +494,8 @@ def _run(call: Any, texts: Any, **options: Any) -> Any:
     except (TypeError, UnicodeEncodeError):
         # Only here, so that sound text is not scanned. One character for one keeps the offsets.
         return call(_mend(texts), **options)
+    except Exception as error:  # the library raises plain Exception: a vocabulary without its unknown token, say
+        raise ValueError(f"{_WHO}: the tokenizer fails on a text ({error})") from error
 
 
 def _mend(texts: Any) -> Any:

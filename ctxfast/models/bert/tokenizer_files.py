@@ -1,18 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokenizer files (tokenizer.json, vocab.txt, vocab.json with merges.txt), opened."""
+"""Tokenizer files (tokenizer.json, vocab.txt, vocab.json with merges.txt), opened as Hugging Face's classes do."""
 
 from __future__ import annotations
 
+import json
+import warnings
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers, processors
-from tokenizers.models import BPE, WordPiece
+from tokenizers.models import BPE, Unigram, WordPiece
 
-from .config import read_json
+from .tokenizer_settings import ROLES, Settings
 
 _WHO = "ctxfast.BertTokenizer"
-ROLES = ("pad", "unk", "cls", "sep", "mask")
+# What the classes of a kind have for a vocabulary.
+_MODELS = {"wordpiece": WordPiece, "bpe": BPE, "unigram": Unigram}
 # What a role's token is called where no file says so: BERT's names, then RoBERTa's.
 _USUAL = {
     "pad": ("[PAD]", "<pad>"),
@@ -21,11 +24,11 @@ _USUAL = {
     "sep": ("[SEP]", "</s>"),
     "mask": ("[MASK]", "<mask>"),
 }
-
-
-def token_text(token: str | dict[str, Any]) -> str:
-    """A special token's text, which files give plain or as an object."""
-    return token if isinstance(token, str) else str(token["content"])
+# What the classes of a kind call them.
+_CLASS_NAMES = {
+    "wordpiece": {f"{role}_token": names[0] for role, names in _USUAL.items()},
+    "bpe": {"bos_token": "<s>", "eos_token": "</s>", **{f"{role}_token": names[1] for role, names in _USUAL.items()}},
+}
 
 
 def find_special_tokens(tokenizer: Tokenizer, given: dict[str, str]) -> dict[str, str]:
@@ -46,18 +49,9 @@ def find_special_tokens(tokenizer: Tokenizer, given: dict[str, str]) -> dict[str
     return found
 
 
-def read_settings(folder: Path) -> dict[str, Any]:
-    """special_tokens_map.json under tokenizer_config.json."""
-    settings: dict[str, Any] = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        if (folder / name).is_file():
-            settings.update(read_json(folder / name, _WHO))
-    return settings
-
-
 def open_tokenizer(
     folder: Path,
-    settings: dict[str, Any],
+    settings: Settings,
     named: str | None = None,
     *,
     do_lower_case: bool | None = None,
@@ -66,110 +60,23 @@ def open_tokenizer(
     """The tokenizer of a folder; arguments as `BertTokenizer.from_pretrained`.
 
     `settings` come from `read_settings`, and receive `do_lower_case` so that they can be saved.
-    `named` is the one file to take.
+    `named` is the one file to take. Whatever goes wrong inside the library becomes a ValueError that names the file.
     """
     if do_lower_case is not None:
-        settings["do_lower_case"] = do_lower_case
-    tokenizer = _open_file(folder, settings, named)
-    _apply_wordpiece_settings(tokenizer, settings, do_lower_case, max_word_chars)
-    return tokenizer
-
-
-def _open_file(folder: Path, settings: dict[str, Any], named: str | None) -> Tokenizer:
-    path = folder / (named if named and named.endswith(".json") else "tokenizer.json")
-    if path.is_file() and (named is None or named == path.name):
-        try:
-            return Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises plain Exception
-            raise ValueError(f"{_WHO}: {path} is damaged or no tokenizer file ({error})") from error
-    path = folder / (named or "vocab.txt")
-    if path.is_file():
-        lower = settings.get("do_lower_case")
-        if lower is None:
-            name = folder.resolve().name.lower()
-            lower = "uncased" in name or "cased" not in name
-        return _wordpiece(path, bool(lower))
-    vocab, merges = folder / "vocab.json", folder / "merges.txt"
-    if vocab.is_file() and merges.is_file():
-        return _byte_level_bpe(vocab, merges, settings)
-    raise FileNotFoundError(
-        f"{_WHO}: {folder} has no tokenizer.json, no vocab.txt and no vocab.json with merges.txt. "
-        "A SentencePiece model alone is not read: save it as tokenizer.json with Hugging Face's "
-        "tokenizers first"
-    )
-
-
-def _wordpiece(path: Path, lower: bool) -> Tokenizer:
-    """BERT's tokenizer from a list of word pieces: the line number is the id."""
+        settings.values["do_lower_case"] = do_lower_case
+    path = _find(folder, settings, named)
     try:
-        # newline="\n": other line separators may stand inside a piece.
-        with open(path, encoding="utf-8", newline="\n") as file:
-            vocab = {line.strip(" \t\r\n"): number for number, line in enumerate(file)}
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{_WHO}: {path} is not UTF-8 ({error})") from error
-    for token in ("[UNK]", "[CLS]", "[SEP]"):
-        if token not in vocab:
-            raise ValueError(f"{_WHO}: {path} has no {token}; expected one word piece a line")
-    tokenizer = Tokenizer(WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=100))
-    tokenizer.add_special_tokens(
-        [
-            AddedToken(token, normalized=False, special=True)
-            for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-            if token in vocab
-        ]
-    )
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lower)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS]:0 $A:0 [SEP]:0",
-        pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1",
-        special_tokens=[("[CLS]", vocab["[CLS]"]), ("[SEP]", vocab["[SEP]"])],
-    )
-    tokenizer.decoder = decoders.WordPiece(prefix="##")
-    return tokenizer
-
-
-def _byte_level_bpe(vocab: Path, merges: Path, settings: dict[str, Any]) -> Tokenizer:
-    """RoBERTa's tokenizer from its two old files."""
-    try:
-        tokenizer = Tokenizer(BPE.from_file(str(vocab), str(merges)))
-    except Exception as error:  # the library raises plain Exception
-        raise ValueError(f"{_WHO}: {vocab} or {merges} is damaged ({error})") from error
-    for token in ("<s>", "<pad>", "</s>", "<unk>", "<mask>"):
-        if tokenizer.token_to_id(token) is None:
-            raise ValueError(f"{_WHO}: {vocab} has no {token}")
-        # <mask> takes the space before it, as in fairseq.
-        tokenizer.add_special_tokens([AddedToken(token, lstrip=token == "<mask>", normalized=False, special=True)])
-    add_prefix_space = bool(settings.get("add_prefix_space", False))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = processors.RobertaProcessing(
-        ("</s>", tokenizer.token_to_id("</s>")),
-        ("<s>", tokenizer.token_to_id("<s>")),
-        trim_offsets=True,
-        add_prefix_space=add_prefix_space,
-    )
-    return tokenizer
-
-
-def _apply_wordpiece_settings(
-    tokenizer: Tokenizer,
-    settings: dict[str, Any],
-    do_lower_case: bool | None,
-    max_word_chars: int | None,
-) -> None:
-    """Brings normaliser and word limit in line with tokenizer_config.json and the caller."""
-    old = tokenizer.normalizer
-    if isinstance(old, normalizers.BertNormalizer):
-        lower, chinese = settings.get("do_lower_case"), settings.get("tokenize_chinese_chars")
-        tokenizer.normalizer = normalizers.BertNormalizer(
-            clean_text=old.clean_text,
-            handle_chinese_chars=old.handle_chinese_chars if chinese is None else chinese,
-            # Here null is a value of its own: strip accents when lower-casing.
-            strip_accents=settings.get("strip_accents", old.strip_accents),
-            lowercase=old.lowercase if lower is None else lower,
-        )
-    elif do_lower_case is not None:
+        tokenizer = _open(path, settings)
+        tokenizer.encode("a", "b")  # what the file's parts name may be missing
+        find_special_tokens(tokenizer, settings.names(*ROLES))
+    except BaseException as error:  # the library raises plain Exception, and panics that are not even that
+        text = str(error)
+        if isinstance(error, (KeyboardInterrupt, SystemExit)) or (text.startswith("ctxfast.") and str(path) in text):
+            raise
+        reason = text.removeprefix(f"{_WHO}: ")[:300]
+        raise ValueError(f"{_WHO}: {path} is damaged or no tokenizer file ({reason})") from error
+    settings.source = path
+    if do_lower_case is not None and not isinstance(tokenizer.normalizer, normalizers.BertNormalizer):
         raise ValueError(f"{_WHO}: do_lower_case is {do_lower_case}; this tokenizer has no such setting, expected None")
     if max_word_chars is not None:
         if not isinstance(tokenizer.model, WordPiece):
@@ -178,3 +85,228 @@ def _apply_wordpiece_settings(
                 "tokenizer has no such setting, expected None"
             )
         tokenizer.model.max_input_chars_per_word = max_word_chars
+    return tokenizer
+
+
+def _find(folder: Path, settings: Settings, named: str | None) -> Path:
+    """The file that holds the vocabulary."""
+    if named is not None:
+        return folder / named
+    names = {"wordpiece": ("vocab.txt",), "bpe": ("vocab.json",), None: ("vocab.txt", "vocab.json")}
+    wanted = ("tokenizer.json", *names.get(settings.kind, ()))
+    for name in wanted:
+        if (folder / name).is_file() and (name != "vocab.json" or (folder / "merges.txt").is_file()):
+            return folder / name
+    if settings.kind is None:
+        wanted_text = "no tokenizer.json, no vocab.txt and no vocab.json with merges.txt"
+    else:
+        wanted_text = "no " + " and no ".join(wanted).replace("vocab.json", "vocab.json with merges.txt")
+        wanted_text += f", as its tokenizer class or model type asks ({settings.kind})"
+    raise FileNotFoundError(
+        f"{_WHO}: {folder} has {wanted_text}. A SentencePiece model or a vocabulary of another kind is not read: save "
+        "it as tokenizer.json with Hugging Face's tokenizers first"
+    )
+
+
+def _open(path: Path, settings: Settings) -> Tokenizer:
+    if path.suffix == ".txt":
+        tokenizer, kind = Tokenizer(_word_pieces(path, settings)), "wordpiece"
+    elif path.name == "vocab.json":
+        tokenizer, kind = Tokenizer(BPE.from_file(str(path), str(path.parent / "merges.txt"))), "bpe"
+    else:
+        return _open_json(path, settings)
+    _build(tokenizer, kind, settings, path, lower=_lower_by_name(path.parent))
+    return tokenizer
+
+
+def _open_json(path: Path, settings: Settings) -> Tokenizer:
+    """tokenizer.json as it stands, or its vocabulary with the parts that the model's class has."""
+    found = Tokenizer.from_file(str(path))
+    if found.post_processor is not None:
+        _check_template(json.loads(found.post_processor.__getstate__()), path)
+    if settings.truncation_side is None and found.truncation is not None:
+        settings.truncation_side = found.truncation["direction"]
+    found.no_truncation()
+    found.no_padding()
+    if not isinstance(found.model, _MODELS.get(settings.kind, ())):
+        if settings.kind is None and isinstance(found.normalizer, normalizers.BertNormalizer):
+            _set_normalizer(found, settings, found.normalizer)
+        _add_tokens(found, None, settings)
+        return found
+    tokenizer = Tokenizer(found.model)
+    for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
+        if getattr(found, part) is not None:
+            setattr(tokenizer, part, getattr(found, part))
+    if not settings.has_decoder:
+        settings.added.update(found.get_added_tokens_decoder())
+    _build(tokenizer, settings.kind, settings, path, lower=True)
+    _warn_of_changes(found, tokenizer, settings, path)
+    return tokenizer
+
+
+def _build(tokenizer: Tokenizer, kind: str, settings: Settings, path: Path, *, lower: bool) -> None:
+    """Everything around the vocabulary as Hugging Face's class has it; ``lower`` where no file says it."""
+    if kind == "wordpiece":
+        _make_wordpiece(tokenizer, settings, lower)
+    elif kind == "bpe":
+        _make_byte_level(tokenizer, settings)
+    _add_tokens(tokenizer, kind, settings)
+    _warn_of_ids(tokenizer, settings, path)
+    if kind == "unigram":
+        return
+    ids = []
+    for role in ("cls", "sep"):
+        token = settings.name(f"{role}_token", _USUAL[role][kind == "bpe"])
+        if tokenizer.token_to_id(token) is None:
+            raise ValueError(f"{_WHO}: {path} has no {token}, the {role} token")
+        ids.append((token, tokenizer.token_to_id(token)))
+    (cls, _), (sep, _) = ids
+    if kind == "wordpiece":
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=[f"{cls}:0", "$A:0", f"{sep}:0"],
+            pair=[f"{cls}:0", "$A:0", f"{sep}:0", "$B:1", f"{sep}:1"],
+            special_tokens=ids,
+        )
+    else:
+        tokenizer.post_processor = processors.RobertaProcessing(
+            ids[1],
+            ids[0],
+            trim_offsets=bool(settings.flag("trim_offsets", True)),
+            add_prefix_space=bool(settings.flag("add_prefix_space", False)),
+        )
+
+
+def _warn_of_changes(found: Tokenizer, tokenizer: Tokenizer, settings: Settings, path: Path) -> None:
+    """Say what of tokenizer.json a class replaces by its defaults; what the settings ask for needs no word."""
+    before, after = _portrait(found), _portrait(tokenizer)
+    stated = {
+        "normalizer": ("do_lower_case", "strip_accents", "tokenize_chinese_chars"),
+        "pre_tokenizer": ("add_prefix_space",),
+        "post_processor": ("cls_token", "sep_token", "add_prefix_space"),
+    }
+    changes = [
+        name
+        for name, keys in stated.items()
+        if before[name] != after[name] and not any(k in settings.values for k in keys)
+    ]
+    if changes:
+        warnings.warn(
+            f"{_WHO}: {path} has its own {' and '.join(changes)}, which Hugging Face's class for this model replaces "
+            f"by its default, and so does this one. Set do_lower_case or add_prefix_space in tokenizer_config.json, or "
+            f"tokenizer_class to PreTrainedTokenizerFast to keep the file's",
+            stacklevel=6,
+        )
+
+
+def _warn_of_ids(tokenizer: Tokenizer, settings: Settings, path: Path) -> None:
+    for number, token in settings.added.items():
+        found = tokenizer.token_to_id(token.content)
+        if found != number:
+            warnings.warn(
+                f"{_WHO}: the files of {path.parent} give the added token {token.content!r} the id {number}; it has "
+                f"{found} here, as in Hugging Face, which numbers such tokens itself",
+                stacklevel=6,
+            )
+            return
+
+
+def _check_template(state: dict[str, Any], path: Path) -> None:
+    """Raise ValueError for a template with tokens that it does not define: the library panics over them, loudly."""
+    for part in state.get("processors", ()):
+        _check_template(part, path)
+    for piece in (*state.get("single", ()), *state.get("pair", ())):
+        token = piece.get("SpecialToken", {}).get("id") if isinstance(piece, dict) else None
+        if token is not None and token not in state.get("special_tokens", ()):
+            raise ValueError(f"{_WHO}: {path} is damaged: its post_processor uses {token!r} without defining it")
+
+
+def _portrait(tokenizer: Tokenizer) -> dict[str, object]:
+    """What a class may replace, in a form that can be compared."""
+    pair = tokenizer.encode("a", "b") if tokenizer.post_processor is not None else None
+    parts = {"normalizer": tokenizer.normalizer, "pre_tokenizer": tokenizer.pre_tokenizer}
+    states = {name: None if part is None else part.__getstate__() for name, part in parts.items()}
+    return {**states, "post_processor": pair and (pair.ids, pair.special_tokens_mask)}
+
+
+def _lower_by_name(folder: Path) -> bool:
+    """Google's released folders say in their names whether they keep case."""
+    name = folder.resolve().name.lower()
+    return "uncased" in name or "cased" not in name
+
+
+def _word_pieces(path: Path, settings: Settings) -> WordPiece:
+    """BERT's list of word pieces: the line number is the id."""
+    try:
+        # newline="\n": other line separators may stand inside a piece.
+        with open(path, encoding="utf-8", newline="\n") as file:
+            vocab = {line.strip(" \t\r\n"): number for number, line in enumerate(file)}
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{_WHO}: {path} is not UTF-8 ({error})") from error
+    for role in ("unk", "cls", "sep"):
+        token = settings.name(f"{role}_token", _USUAL[role][0])
+        # A token that the settings name and the list lacks is added to it, but for the one that must be known.
+        if token not in vocab and (role == "unk" or settings.special.get(f"{role}_token") is None):
+            raise ValueError(f"{_WHO}: {path} has no {token}; expected one word piece a line")
+    return WordPiece(vocab, unk_token=settings.name("unk_token", "[UNK]"), max_input_chars_per_word=100)
+
+
+def _make_wordpiece(tokenizer: Tokenizer, settings: Settings, lower: bool) -> None:
+    """Hugging Face's BertTokenizer; ``lower`` where no file says it."""
+    unk = settings.name("unk_token", "[UNK]")
+    if tokenizer.token_to_id(unk) is not None:
+        tokenizer.model.unk_token = unk
+    tokenizer.normalizer = normalizers.BertNormalizer(
+        handle_chinese_chars=settings.flag("tokenize_chinese_chars", True),
+        strip_accents=settings.flag("strip_accents", None),
+        lowercase=settings.flag("do_lower_case", lower),
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece(prefix="##")
+
+
+def _set_normalizer(tokenizer: Tokenizer, settings: Settings, old: normalizers.BertNormalizer) -> None:
+    """Where no file names a class: only what the settings say goes before tokenizer.json."""
+    tokenizer.normalizer = normalizers.BertNormalizer(
+        clean_text=old.clean_text,
+        handle_chinese_chars=settings.flag("tokenize_chinese_chars", old.handle_chinese_chars),
+        # Here null is a value of its own: strip accents when lower-casing.
+        strip_accents=settings.flag("strip_accents", old.strip_accents),
+        lowercase=settings.flag("do_lower_case", old.lowercase),
+    )
+
+
+def _make_byte_level(tokenizer: Tokenizer, settings: Settings) -> None:
+    """Hugging Face's RobertaTokenizer."""
+    add_prefix_space = bool(settings.flag("add_prefix_space", False))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
+    tokenizer.decoder = decoders.ByteLevel()
+
+
+def _add_tokens(tokenizer: Tokenizer, kind: str | None, settings: Settings) -> None:
+    """Added and special tokens in Hugging Face's order: it gives new ones the ids after the vocabulary's last.
+
+    Args:
+        kind: of the class whose usual names count where the vocabulary has them; None for no class.
+    """
+    known = tokenizer.get_added_tokens_decoder().values()
+    forms = {repr(token) for token in known}
+    new = [token for _, token in sorted(settings.added.items()) if repr(token) not in forms]
+    texts = {token.content for token in (*known, *new)}
+    by_text = {token.content: token for token in settings.added.values()}
+    roles = [f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
+    named = []
+    for name in (*roles, *(name for name in settings.special if name not in roles)):
+        token = settings.special.get(name)
+        usual = _CLASS_NAMES.get(kind, {}).get(name)
+        if name not in settings.special and usual is not None and tokenizer.token_to_id(usual) is not None:
+            token = AddedToken(usual, special=True)
+        if token is not None:
+            named.append(by_text.get(token.content, token) if name in roles else token)
+    special = {token.content for token in named}
+    for token in new:
+        token.special = token.special or token.content in special
+    # Tokens of one text and several forms are all added: the last form counts.
+    for token in (*named, *settings.extra):
+        if token.content not in texts and repr(token) not in {repr(other) for other in new}:
+            new.append(token)
+    tokenizer.add_tokens(new)

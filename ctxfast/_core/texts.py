@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lists of texts as callers hand them over: what is none is named before anything is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Set
+from typing import Any
+
+
+def as_list(texts: Iterable[Any], who: str) -> list[Any]:
+    """The texts of a call as a list.
+
+    Raises:
+        TypeError: one string, or what does not go through texts in an order: a table (it goes through the names of its
+            columns), a mapping (its keys), a set.
+    """
+    kind = f"of type {type(texts).__name__}"
+    if isinstance(texts, (str, bytes)):
+        what = "one string" if isinstance(texts, str) else "bytes"
+        raise TypeError(f"{who}: texts is {what}; expected a list of texts. Put it in brackets.")
+    if hasattr(texts, "columns") or isinstance(texts, Mapping):
+        raise TypeError(f"{who}: texts is {kind}; expected a list of texts. Pass one column of it.")
+    if isinstance(texts, Set):
+        raise TypeError(f"{who}: texts is {kind}, which has no order; expected a list of texts.")
+    try:
+        return list(texts)
+    except TypeError as error:  # not iterable, an array without axes
+        raise TypeError(f"{who}: texts is {kind}; expected a list of texts.") from error
+
+
+def described(value: Any) -> str:
+    """A value that is no text, for an error: itself where that is short, and its type."""
+    text, kind = repr(value), type(value).__name__
+    if value is None:
+        return text
+    return f"{text} ({kind})" if len(text) <= 40 and "\n" not in text else f"of type {kind}"
