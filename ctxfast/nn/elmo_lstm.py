@@ -143,6 +143,7 @@ class ElmoLstm(tools.Unscripted):
                 layer and around it (bilm-tf's).
         """
         sides = inputs if isinstance(inputs, tuple) else (inputs, inputs)
+        self.check_cells()
         self._check_state(sides[0], initial_state)
         outputs: list[Tensor] = []
         h_n, c_n = [], []
@@ -174,6 +175,19 @@ class ElmoLstm(tools.Unscripted):
                     f"ctxfast.ElmoLstm: initial_state {name} has shape {tuple(value.shape)}; expected (layers, 2, "
                     f"batch, size) = {expected}."
                 )
+
+    def check_cells(self) -> None:
+        """Raise RuntimeError if a linear layer of a cell was replaced, by a quantised one, say, or has hooks: its
+        parameters are read, it is not called."""
+        for path, cell in self._modules.items():
+            for name, linear in cell._modules.items():
+                if linear is not None and not tools.is_plain(linear):
+                    kind = type(linear)
+                    raise RuntimeError(
+                        f"ctxfast.nn.ElmoLstm: {path}.{name} is a {kind.__module__}.{kind.__qualname__}, or has hooks; "
+                        f"expected a torch.nn.Linear without, whose parameters are read. For products in 8 bits set "
+                        f"weight_dtype=torch.int8 instead of quantising."
+                    )
 
     def _layer(
         self,

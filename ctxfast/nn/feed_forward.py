@@ -33,6 +33,8 @@ class Intermediate(tools.Unscripted):
     @tools.one_call
     def forward(self, x: Tensor) -> Tensor:
         """(..., N) -> (..., intermediate_size)."""
+        if not tools.is_plain(self.dense):
+            return tools.activated(self.dense(x), self.activation)
         return functional.linear_act(
             x, self.dense.weight, self.dense.bias,
             activation=self.activation, weight_dtype=self.weight_dtype, impl=self.impl,
@@ -70,6 +72,8 @@ class ProjectAddLayerNorm(tools.Unscripted):
     @tools.one_call
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         """x (..., in_features), residual (..., N) -> (..., N)."""
+        if not tools.is_plain(self.dense):
+            return self.LayerNorm(self.dense(x), residual)
         product = functional.linear_act(x, self.dense.weight, weight_dtype=self.weight_dtype, impl=self.impl)
         return self.LayerNorm(product, residual, self.dense.bias)
 

@@ -33,7 +33,10 @@ def _sigmoid(x: Tensor) -> Tensor:
 def highways(x: Tensor, layers: Iterable[nn.Linear], impl: str | None = None) -> Tensor:
     """What ``Highway`` computes, over its layers, (..., N) -> (..., N)."""
     for layer in layers:
-        both = functional.linear_act(x, layer.weight, layer.bias, impl=impl)
+        if tools.is_plain(layer):
+            both = functional.linear_act(x, layer.weight, layer.bias, impl=impl)
+        else:
+            both = layer(x)
         transform, gate = both.chunk(2, dim=-1)
         gate = _sigmoid(gate)
         x = gate * x + (1 - gate) * torch.relu(transform)

@@ -7,13 +7,30 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from torch import fx, nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
 
 
 def name_of(module: nn.Module) -> str:
     """A module's class as errors name it."""
     kind = type(module)
     return f"ctxfast.nn.{kind.__name__}" if kind.__module__.startswith("ctxfast.nn.") else f"ctxfast.{kind.__name__}"
+
+
+def is_plain(linear: nn.Module) -> bool:
+    """Whether a linear layer's parameters are all of it: nobody put another module in its place (a quantised layer, an
+    adapter) or wants to see its calls. What is not plain is called."""
+    if not isinstance(linear, nn.Linear) or type(linear).forward is not nn.Linear.forward:
+        return False
+    return not (linear._forward_hooks or linear._forward_pre_hooks or "forward" in linear.__dict__)
+
+
+def activated(y: Tensor, activation: str) -> Tensor:
+    """What ``functional.linear_act`` makes of the product."""
+    if activation in ("gelu", "gelu_tanh"):
+        return F.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none")
+    return {"none": lambda y: y, "relu": torch.relu, "tanh": torch.tanh}[activation](y)
 
 
 class Unscripted(nn.Module):

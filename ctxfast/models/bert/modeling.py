@@ -213,7 +213,11 @@ class Pooler(nn.Module):
 
     def forward(self, x: Tensor, packing: Packing) -> Tensor:
         """(T, N) packed tokens -> (B, N); zeros for a text without tokens."""
-        pooled = functional.linear_act(packing.first(x), self.dense.weight, self.dense.bias, activation="tanh")
+        first, dense = packing.first(x), self.dense
+        if tools.is_plain(dense):
+            pooled = functional.linear_act(first, dense.weight, dense.bias, activation="tanh")
+        else:
+            pooled = torch.tanh(dense(first))
         if not packing.has_empty:
             return pooled
         is_empty = packing.cu_seqlens[1:] == packing.cu_seqlens[:-1]
