@@ -85,7 +85,7 @@ class Packing:
             )
         batch_size, seqlen = attention_mask.shape
         is_real = attention_mask if is_bool else attention_mask != 0
-        if torch.jit.is_tracing():
+        if torch.jit.is_tracing() or _is_exporting():
             return cls._traced(is_real, batch_size, seqlen)
         per_row = is_real.sum(dim=1)
         if is_bool:
@@ -111,7 +111,7 @@ class Packing:
 
     @classmethod
     def _traced(cls, is_real: Tensor, batch_size: int, seqlen: int) -> Packing:
-        """What torch.jit.trace records: a packing that is found anew from every mask, however many tokens it has."""
+        """What torch.jit.trace and torch.export record: found anew from every mask, however many tokens it has."""
         indices = torch.nonzero(is_real.flatten()).squeeze(1)
         return cls(indices, _offsets(is_real.sum(dim=1)), seqlen, batch_size, seqlen, UNKNOWN)
 
@@ -187,8 +187,8 @@ class Packing:
         """Tokens of each text, known on the host without waiting for a device."""
         if self.host_lengths is UNKNOWN:
             raise RuntimeError(
-                "ctxfast.Packing: lengths was asked for under torch.jit.trace; expected code that reads cu_seqlens, as "
-                "a trace stands for texts of any length."
+                "ctxfast.Packing: lengths was asked for under torch.jit.trace or torch.export; expected code that "
+                "reads cu_seqlens, as a recorded graph stands for texts of any length."
             )
         return (self.seqlen,) * self.batch_size if self.host_lengths is None else self.host_lengths
 
@@ -274,6 +274,11 @@ class Packing:
             raise ValueError(
                 f"ctxfast.Packing.{method}: {name} is on {value.device}; expected {self.device}, where the packing is."
             )
+
+
+def _is_exporting() -> bool:
+    # torch before 2.7 does not tell; there a mask cannot be exported.
+    return getattr(torch.compiler, "is_exporting", lambda: False)()
 
 
 def _offsets(per_row: Tensor) -> Tensor:

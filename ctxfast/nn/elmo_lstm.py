@@ -177,17 +177,12 @@ class ElmoLstm(tools.Unscripted):
                 )
 
     def check_cells(self) -> None:
-        """Raise RuntimeError if a linear layer of a cell was replaced, by a quantised one, say, or has hooks: its
-        parameters are read, it is not called."""
+        """Raise RuntimeError if a linear layer of a cell was replaced, by a quantised one, say."""
+        way = " For products in 8 bits set weight_dtype=torch.int8 instead of quantising."
         for path, cell in self._modules.items():
             for name, linear in cell._modules.items():
-                if linear is not None and not tools.is_plain(linear):
-                    kind = type(linear)
-                    raise RuntimeError(
-                        f"ctxfast.nn.ElmoLstm: {path}.{name} is a {kind.__module__}.{kind.__qualname__}, or has hooks; "
-                        f"expected a torch.nn.Linear without, whose parameters are read. For products in 8 bits set "
-                        f"weight_dtype=torch.int8 instead of quantising."
-                    )
+                if linear is not None:
+                    tools.readable(self, f"{path}.{name}", linear, nn.Linear, way)
 
     def _layer(
         self,

@@ -21,9 +21,32 @@ def name_of(module: nn.Module) -> str:
 def is_plain(linear: nn.Module) -> bool:
     """Whether a linear layer's parameters are all of it: nobody put another module in its place (a quantised layer, an
     adapter) or wants to see its calls. What is not plain is called."""
-    if not isinstance(linear, nn.Linear) or type(linear).forward is not nn.Linear.forward:
-        return False
-    return not (linear._forward_hooks or linear._forward_pre_hooks or "forward" in linear.__dict__)
+    return _is_own(linear, nn.Linear) and not (linear._forward_hooks or linear._forward_pre_hooks)
+
+
+def _is_own(module: nn.Module, kind: type[nn.Module]) -> bool:
+    own = isinstance(module, kind) and type(module).forward is kind.forward
+    return own and "forward" not in module.__dict__
+
+
+def readable(owner: nn.Module, name: str, module: nn.Module, kind: type[nn.Module], way: str = "") -> nn.Module:
+    """``module``, a part of ``owner`` that is never called: its parameters are read.
+
+    Weights that torch.nn.utils.prune or weight_norm compute before each call are computed now.
+
+    Raises:
+        RuntimeError: another module stands in its place (a quantised one, an adapter), with its own idea of a call.
+    """
+    if not _is_own(module, kind):
+        found = type(module)
+        raise RuntimeError(
+            f"{name_of(owner)}: {name} is a {found.__module__}.{found.__qualname__}; expected a "
+            f"torch.nn.{kind.__name__}, whose parameters are read.{way}"
+        )
+    if module._forward_pre_hooks and "weight" not in module._parameters:
+        for hook in module._forward_pre_hooks.values():
+            hook(module, ())
+    return module
 
 
 def activated(y: Tensor, activation: str) -> Tensor:
