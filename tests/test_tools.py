@@ -12,119 +12,17 @@ from typing import Any
 
 import pytest
 import torch
+from tool_modules import MODULES, Tagger, Upto, ids, mask_of, normal, swapped, tiny_bert, tiny_elmo
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.utils import _pytree as pytree
 
 import ctxfast
-from ctxfast.models.bert.config import BertConfig
-from ctxfast.models.elmo.config import ElmoConfig
 
 # TorchScript and torch.ao are on their way out and say so at every call.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 
-
-class _Tagger(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.lstm = nn.LSTM(6, 8, bidirectional=True, batch_first=True)
-        self.out = nn.Linear(16, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.out(self.lstm(x)[0])
-
-
-class _Upto(nn.Module):
-    """A module that takes max_seqlen, as one of tensors alone: sequences of at most 5 tokens."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, x: Tensor, cu_seqlens: Tensor) -> Tensor:
-        return self.module(x, cu_seqlens, 5)
-
-
-def _swapped() -> nn.Module:
-    model = _Tagger()
-    ctxfast.swap_in(model)
-    return model
-
-
-def _bert() -> nn.Module:
-    sizes = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
-    return ctxfast.Bert(BertConfig(vocab_size=50, max_position_embeddings=32, **sizes))
-
-
-def _elmo() -> nn.Module:
-    sizes = dict(char_embedding_dim=4, filters=((1, 8), (2, 8)), projection_dim=8, cell_size=16)
-    config = ElmoConfig(**{**ElmoConfig.preset("small").__dict__, **sizes})
-    return ctxfast.Elmo.from_config(config, state="zero", requires_grad=True, dropout=0.0)
-
-
-def _starts(*lengths: int) -> Tensor:
-    return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-
-
-def _mask(*lengths: int) -> Tensor:
-    return (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
-
-
-_DRAWN = torch.Generator().manual_seed(5)
-
-
-def _x(*shape: int) -> Tensor:
-    return torch.randn(*shape, generator=_DRAWN)
-
-
-def _ids(*shape: int) -> Tensor:
-    return torch.randint(1, 50, shape, generator=_DRAWN)
-
-
-# Module, arguments of a call, and arguments of other sizes.
-MODULES: dict[str, tuple[Callable[[], nn.Module], tuple[Any, ...], tuple[Any, ...]]] = {
-    "LSTM": (lambda: ctxfast.nn.LSTM(6, 8, 2, bidirectional=True, batch_first=True), (_x(3, 5, 6),), (_x(2, 9, 6),)),
-    "LSTM, clips": (
-        lambda: ctxfast.nn.LSTM(6, 8, proj_size=4, bidirectional=True, cell_clip=0.2, proj_clip=0.1),
-        (_x(5, 3, 6),),
-        (_x(9, 2, 6),),
-    ),
-    "swapped LSTM": (_swapped, (_x(3, 5, 6),), (_x(2, 9, 6),)),
-    "LayerNorm": (lambda: ctxfast.nn.LayerNorm(6), (_x(3, 5, 6),), (_x(2, 9, 6),)),
-    "AddLayerNorm": (lambda: ctxfast.nn.AddLayerNorm(6), (_x(3, 6), _x(3, 6)), (_x(9, 6), _x(9, 6))),
-    "SelfAttention": (
-        lambda: _Upto(ctxfast.nn.SelfAttention(8, 2)),
-        (_x(9, 8), _starts(5, 4)),
-        (_x(11, 8), _starts(1, 5, 5)),
-    ),
-    "FeedForward": (lambda: ctxfast.nn.FeedForward(8, 16), (_x(9, 8),), (_x(11, 8),)),
-    "TransformerLayer": (
-        lambda: _Upto(ctxfast.nn.TransformerLayer(8, 2, 16)),
-        (_x(9, 8), _starts(5, 4)),
-        (_x(11, 8), _starts(1, 5, 5)),
-    ),
-    "Embeddings": (
-        lambda: ctxfast.nn.Embeddings(50, 8),
-        (_ids(7), torch.arange(7)),
-        (_ids(9), torch.arange(9)),
-    ),
-    "CharCnn": (lambda: ctxfast.nn.CharCnn(50, 4, [(1, 8), (2, 8)]), (_ids(7, 5),), (_ids(9, 5),)),
-    "Highway": (lambda: ctxfast.nn.Highway(8, 2), (_x(7, 8),), (_x(9, 8),)),
-    "ScalarMix": (
-        lambda: ctxfast.nn.ScalarMix(2),
-        ([_x(7, 8), _x(7, 8)],),
-        ([_x(9, 8), _x(9, 8)],),
-    ),
-    "ElmoLstm": (
-        lambda: ctxfast.nn.ElmoLstm(6, 6, 8, 2, True, 0.0, 0.2, 0.2),
-        (_x(3, 5, 6), torch.tensor([5, 2, 3])),
-        (_x(2, 7, 6), torch.tensor([4, 7])),
-    ),
-    "Bert": (_bert, (_ids(2, 7), _mask(7, 4)), (_ids(3, 9), _mask(2, 9, 5))),
-    "Elmo": (_elmo, (_ids(2, 3, 50),), (_ids(2, 4, 50),)),
-}  # fmt: skip
-FLOATING = [name for name, (_, given, _) in MODULES.items() if pytree.tree_leaves(given)[0].is_floating_point()]
 
 every_module = pytest.mark.parametrize("name", MODULES)
 
@@ -217,7 +115,7 @@ def test_script(name) -> None:
 
 
 def test_a_scripted_model_keeps_torchs_lstm_and_says_so() -> None:
-    model = _swapped()
+    model = swapped()
     with pytest.warns(UserWarning, match=r"TorchScript cannot call ctxfast.*script copy.deepcopy\(model\)"):
         torch.jit.script(model)
     assert type(model.lstm) is nn.LSTM
@@ -246,7 +144,7 @@ def test_fx_records_one_call(name) -> None:
 
     Holder.forward = forward if len(given) == 1 else forward_two
     traced = torch.fx.symbolic_trace(Holder())
-    if not isinstance(model.module, (_Tagger, _Upto)):
+    if not isinstance(model.module, (Tagger, Upto)):
         assert [node.target for node in traced.graph.nodes if node.op == "call_module"] == ["held"]
     _close(_first(traced(*other)), model(*other))
 
@@ -266,7 +164,7 @@ def test_tensors_without_values(name) -> None:
             mask = (
                 torch.ones(2, 7, device="meta")
                 if device == "meta"
-                else torch._subclasses.FakeTensorMode().from_tensor(_mask(7, 4))
+                else torch._subclasses.FakeTensorMode().from_tensor(mask_of(7, 4))
             )
             with pytest.raises(TypeError, match=r"^ctxfast.Packing: attention_mask is .*tokens cannot be counted"):
                 ctxfast.packing.Packing.from_mask(mask)
@@ -362,12 +260,12 @@ def test_gradients_of_gradients(name) -> None:
 
 def test_gradients_of_gradients_in_training_with_dropout() -> None:
     """One seed, one mask in attention: what is recorded is what was dropped."""
-    model = _First(_bert()).train()
+    model = _First(tiny_bert()).train()
     model.module.embeddings.dropout = 0.0
     for module in model.modules():
         if isinstance(module, ctxfast.nn.AddLayerNorm):
             module.dropout = 0.0
-    leaves, call = list(model.module.encoder.parameters()), (_ids(2, 7), _mask(7, 4))
+    leaves, call = list(model.module.encoder.parameters()), (ids(2, 7), mask_of(7, 4))
     loss = model(*call).sin().sum()
     plain = torch.autograd.grad(loss, leaves, retain_graph=True)
     recorded = torch.autograd.grad(loss, leaves, create_graph=True)
@@ -394,12 +292,15 @@ def test_lstm_packed_has_all_derivatives() -> None:
 
         return loss
 
-    for way in (
+    hvp, *others = (
         lambda f, x: torch.autograd.functional.hvp(f, x, torch.ones_like(x))[1],
         lambda f, x: torch.func.jvp(f, (x,), (torch.ones_like(x),))[1],
         lambda f, x: torch.func.jacrev(torch.func.grad(f))(x),
-    ):
-        _close(way(run(own), x.float()).double(), way(run(plain), x), 1e-4)
+    )
+    _close(hvp(run(own), x.float()).double(), hvp(run(plain), x), 1e-4)
+    exact = copy.deepcopy(own).double()  # the definition: torch's LSTM has no forward mode
+    for way in others:
+        _close(way(run(own), x.float()).double(), way(run(exact), x), 1e-4)
 
 
 @pytest.mark.parametrize(
@@ -460,7 +361,7 @@ def test_computed_weights(name, how) -> None:
 
 def test_quantisation_by_type() -> None:
     """torch.ao finds no torch.nn.LSTM in a swapped model, and is told the way; linear layers that it replaces run."""
-    model = _swapped()
+    model = swapped()
     with pytest.warns(UserWarning, match=r"^ctxfast.nn.LSTM: torch.ao.quantization .*ctxfast.restore\(model\) first"):
         found = torch.ao.quantization.quantize_dynamic(model, {nn.LSTM, nn.Linear})
     assert type(found.lstm) is ctxfast.nn.LSTM and type(found.out) is not nn.Linear
@@ -495,7 +396,7 @@ def test_a_replaced_linear_layer_is_called() -> None:
 
     for activation in ("none", "gelu", "gelu_tanh", "relu", "tanh"):
         block = ctxfast.nn.FeedForward(4, 8, activation=activation)
-        x, dense = _x(3, 4), block.intermediate.dense
+        x, dense = normal(3, 4), block.intermediate.dense
         block.intermediate.dense = Adapter(dense)
         found = block(x)
         shifted = copy.deepcopy(block)
@@ -512,12 +413,12 @@ def test_bert_exports_with_a_mask() -> None:
     with torch.no_grad():
         program = torch.export.export(model, given, dynamic_shapes=((sizes, sizes),))
         assert any("ctxfast" in str(node.target) for node in program.graph.nodes)
-        for call in (given, other, (given[0], _mask(1, 7)), (given[0], torch.ones(2, 7, dtype=torch.long))):
+        for call in (given, other, (given[0], mask_of(1, 7)), (given[0], torch.ones(2, 7, dtype=torch.long))):
             _close(program.module()(*call), model(*call))
 
 
 def test_a_trace_keeps_no_state() -> None:
-    elmo = _elmo()
+    elmo = tiny_elmo()
     elmo._elmo_lstm.state = "carry"
     with pytest.raises(RuntimeError, match=r"^ctxfast.Elmo: state is 'carry' under torch.jit.trace"):
-        torch.jit.trace(_First(elmo), (_ids(2, 3, 50),))
+        torch.jit.trace(_First(elmo), (ids(2, 3, 50),))
