@@ -33,12 +33,8 @@ class Intermediate(tools.Unscripted):
     @tools.one_call
     def forward(self, x: Tensor) -> Tensor:
         """(..., N) -> (..., intermediate_size)."""
-        if not tools.is_plain(self.dense):
-            return tools.activated(self.dense(x), self.activation)
-        return functional.linear_act(
-            x, self.dense.weight, self.dense.bias,
-            activation=self.activation, weight_dtype=self.weight_dtype, impl=self.impl,
-        )  # fmt: skip
+        options = dict(weight_dtype=self.weight_dtype, impl=self.impl)
+        return tools.linear(x, self.dense, self.activation, **options)
 
     def extra_repr(self) -> str:
         return f"activation={self.activation}, impl={self.impl or 'auto'}"

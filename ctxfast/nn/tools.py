@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from .. import functional
+
 
 def name_of(module: nn.Module) -> str:
     """A module's class as errors name it."""
@@ -49,8 +51,11 @@ def readable(owner: nn.Module, name: str, module: nn.Module, kind: type[nn.Modul
     return module
 
 
-def activated(y: Tensor, activation: str) -> Tensor:
-    """What ``functional.linear_act`` makes of the product."""
+def linear(x: Tensor, layer: nn.Module, activation: str = "none", **options: Any) -> Tensor:
+    """``functional.linear_act`` of a linear layer's parameters; a layer that is not plain is called."""
+    if is_plain(layer):
+        return functional.linear_act(x, layer.weight, layer.bias, activation=activation, **options)
+    y = layer(x)
     if activation in ("gelu", "gelu_tanh"):
         return F.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none")
     return {"none": lambda y: y, "relu": torch.relu, "tanh": torch.tanh}[activation](y)

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ... import functional
 from ..._core import checks
 from ...nn import AddLayerNorm, Embeddings, SelfAttention, TransformerLayer, tools
 from ...nn.embeddings import roberta_position_ids
@@ -213,11 +212,7 @@ class Pooler(nn.Module):
 
     def forward(self, x: Tensor, packing: Packing) -> Tensor:
         """(T, N) packed tokens -> (B, N); zeros for a text without tokens."""
-        first, dense = packing.first(x), self.dense
-        if tools.is_plain(dense):
-            pooled = functional.linear_act(first, dense.weight, dense.bias, activation="tanh")
-        else:
-            pooled = torch.tanh(dense(first))
+        pooled = tools.linear(packing.first(x), self.dense, "tanh")
         if not packing.has_empty:
             return pooled
         is_empty = packing.cu_seqlens[1:] == packing.cu_seqlens[:-1]

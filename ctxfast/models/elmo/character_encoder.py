@@ -111,11 +111,7 @@ class ElmoCharacterEncoder(CharCnn):
         if self._highways is not None:
             vectors = self._highways(vectors)
         if self._projection is not None:
-            projection = self._projection
-            if tools.is_plain(projection):
-                vectors = functional.linear_act(vectors, projection.weight, projection.bias, impl=self.impl)
-            else:
-                vectors = projection(vectors)
+            vectors = tools.linear(vectors, self._projection, impl=self.impl)
         return vectors
 
     def encode_unique(self, rows: Tensor, *, batch_invariant: bool = False) -> Tensor:
