@@ -15,7 +15,13 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ._core import checks
+
 _INTEGER = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+# ``host_lengths`` that a traced packing has, which stands for any number of tokens.
+UNKNOWN = (-1,)
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,8 +77,16 @@ class Packing:
                 f"ctxfast.Packing: attention_mask has dtype {attention_mask.dtype}; expected bool, "
                 f"or integers or floating-point numbers that are 0 and 1."
             )
+        why_no_values = None if torch.compiler.is_compiling() else checks.why_no_values(attention_mask)
+        if why_no_values is not None:
+            raise TypeError(
+                f"ctxfast.Packing: attention_mask is {why_no_values}, where its tokens cannot be counted; expected a "
+                f"plain tensor. Leave it out where no text has padding."
+            )
         batch_size, seqlen = attention_mask.shape
         is_real = attention_mask if is_bool else attention_mask != 0
+        if torch.jit.is_tracing() or _is_exporting():
+            return cls._traced(is_real, batch_size, seqlen)
         per_row = is_real.sum(dim=1)
         if is_bool:
             host_lengths = per_row.tolist()
@@ -94,6 +108,12 @@ class Packing:
         counts = is_real.flatten().cumsum(0)
         indices = torch.searchsorted(counts, torch.arange(1, total + 1, device=counts.device))
         return cls(indices, _offsets(per_row), max(host_lengths), batch_size, seqlen, tuple(host_lengths))
+
+    @classmethod
+    def _traced(cls, is_real: Tensor, batch_size: int, seqlen: int) -> Packing:
+        """What torch.jit.trace and torch.export record: found anew from every mask, however many tokens it has."""
+        indices = torch.nonzero(is_real.flatten()).squeeze(1)
+        return cls(indices, _offsets(is_real.sum(dim=1)), seqlen, batch_size, seqlen, UNKNOWN)
 
     @classmethod
     def from_lengths(
@@ -165,6 +185,11 @@ class Packing:
     @property
     def lengths(self) -> tuple[int, ...]:
         """Tokens of each text, known on the host without waiting for a device."""
+        if self.host_lengths is UNKNOWN:
+            raise RuntimeError(
+                "ctxfast.Packing: lengths was asked for under torch.jit.trace or torch.export; expected code that "
+                "reads cu_seqlens, as a recorded graph stands for texts of any length."
+            )
         return (self.seqlen,) * self.batch_size if self.host_lengths is None else self.host_lengths
 
     @property
@@ -173,7 +198,7 @@ class Packing:
         # Not `0 in lengths`: torch.compile (2.13) sets no guard for it and reuses a stale answer.
         if self.host_lengths is None:
             return self.seqlen == 0 and self.batch_size > 0
-        return min(self.host_lengths) == 0
+        return self.host_lengths is UNKNOWN or min(self.host_lengths) == 0
 
     @property
     def total(self) -> int:
@@ -249,6 +274,11 @@ class Packing:
             raise ValueError(
                 f"ctxfast.Packing.{method}: {name} is on {value.device}; expected {self.device}, where the packing is."
             )
+
+
+def _is_exporting() -> bool:
+    # torch before 2.7 does not tell; there a mask cannot be exported.
+    return getattr(torch.compiler, "is_exporting", lambda: False)()
 
 
 def _offsets(per_row: Tensor) -> Tensor:

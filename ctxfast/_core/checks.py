@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import capability
+from . import capability, torch_ops
 
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 INTEGER = (torch.int64, torch.int32)
@@ -105,17 +105,32 @@ def probability(op: str, name: str, value: float) -> None:
 
 def is_readable(value: Tensor) -> bool:
     """Whether values may be read: on the CPU, outside tracing and transforms. A GPU is never waited for."""
-    if value.device.type != "cpu" or torch.compiler.is_compiling():
-        return False
-    if torch._C._functorch.is_functorch_wrapped_tensor(value):
-        return False
-    return not isinstance(value, torch._subclasses.FakeTensor)
+    return value.device.type == "cpu" and not torch.compiler.is_compiling() and has_values(value)
+
+
+def has_values(value: Tensor) -> bool:
+    """Whether a tensor holds values of its own that can be read: see ``why_no_values``."""
+    return why_no_values(value) is None
+
+
+def why_no_values(value: Tensor) -> str | None:
+    """None, or what a tensor is whose values nobody can read, as words after "is"."""
+    if value.is_meta:
+        return "on the meta device"
+    inner = value
+    while torch._C._functorch.is_functorch_wrapped_tensor(inner):
+        if torch._C._functorch.is_batchedtensor(inner):
+            return "batched by torch.func.vmap"
+        inner = torch._C._functorch.get_unwrapped(inner)
+    if isinstance(value, torch._subclasses.FakeTensor) or torch_ops.is_foreign(value):
+        return f"a {type(value).__name__}"
+    return None
 
 
 def _extremes(value: Tensor) -> tuple[int, int]:
     extension = capability.extension()
     # For some ten ids, torch takes ten times as long.
-    if extension is not None and value.dtype in INTEGER and value.is_contiguous() and type(value) is Tensor:
+    if extension is not None and value.dtype in INTEGER and value.is_contiguous() and torch_ops.is_direct(value):
         return extension.extremes(value.data_ptr(), value.numel(), value.dtype is torch.int64)
     least, most = torch.aminmax(value)
     return int(least), int(most)
@@ -138,7 +153,8 @@ def packed(op: str, rows_name: str, rows: Tensor, cu_seqlens: Tensor, max_seqlen
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
         raise ValueError(f"ctxfast.{op}: cu_seqlens has shape {tuple(cu_seqlens.shape)}; expected (sequences + 1,).")
     same(op, rows_name, rows, [("cu_seqlens", cu_seqlens)], dtype=False)
-    if not isinstance(max_seqlen, (int, torch.SymInt)):
+    is_traced = torch.jit.is_tracing() and isinstance(max_seqlen, Tensor)  # torch.jit.trace's form of a size
+    if not isinstance(max_seqlen, (int, torch.SymInt)) and not is_traced:
         raise TypeError(f"ctxfast.{op}: max_seqlen is a {type(max_seqlen).__name__}; expected an int.")
 
 

@@ -332,6 +332,12 @@ def _facts(spec: OpSpec, args: dict[str, Any], impl: str | None) -> tuple[Any, .
     return tuple(facts)
 
 
+def _checked(spec: OpSpec, args: dict[str, Any], impl: str | None) -> Callable[..., Any]:
+    """The function that runs a call, after all checks."""
+    spec.check_all(args)
+    return spec.function(resolve(spec, args, impl))
+
+
 def _prepared(spec: OpSpec, args: dict[str, Any], impl: str | None) -> tuple[Callable[..., Any], dict[str, Any]]:
     """The function that runs a call, and its arguments, checked."""
     facts = _facts(spec, args, impl)
@@ -340,8 +346,11 @@ def _prepared(spec: OpSpec, args: dict[str, Any], impl: str | None) -> tuple[Cal
         spec.check_values(args)
         return function, args
     args = _autocast(spec, args)
-    spec.check_all(args)
-    function = spec.function(resolve(spec, args, impl))
+    if torch.jit.is_tracing():
+        with torch_ops.without_tracer_warnings():
+            function = _checked(spec, args, impl)
+    else:
+        function = _checked(spec, args, impl)
     if facts:
         if len(_found) >= _MOST_FOUND:
             _found.clear()

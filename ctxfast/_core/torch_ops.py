@@ -12,6 +12,7 @@ that are to be differentiated again (``needs_definition``, ``definition_gradient
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -36,6 +37,14 @@ def allocate(size: Sequence[int], like: Tensor, dtype: torch.dtype | None = None
 def without_autocast(device: str) -> AbstractContextManager:
     """Autocast off for a device type, also for one that has none (meta)."""
     return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+
+
+@contextmanager
+def without_tracer_warnings() -> Iterator[None]:
+    """For checks of arguments: torch.jit.trace would warn of every comparison of sizes, which are no part of it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        yield
 
 
 @contextmanager
@@ -73,7 +82,7 @@ def is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def _is_foreign(tensor: Tensor) -> bool:
+def is_foreign(tensor: Tensor) -> bool:
     """Whether only operations of torch know a tensor's values: a subclass with its own dispatch, or no strided one."""
     kind = type(tensor)
     if kind in _PLAIN:
@@ -93,7 +102,7 @@ def why_definition(tensors: Iterable[Tensor]) -> str | None:
     if torch._C._get_tracing_state() is not None:
         return "torch.jit.trace is to record torch's own operations: the definition's."
     for tensor in tensors:
-        if _is_foreign(tensor):
+        if is_foreign(tensor):
             what = type(tensor).__name__ if type(tensor) not in _PLAIN else f"tensor of layout {tensor.layout}"
             return f"a {what} is among its tensors, whose values only torch's own operations can read."
     return None

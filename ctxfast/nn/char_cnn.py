@@ -54,7 +54,8 @@ class CharCnn(tools.Unscripted):
         return sum(count for _, count in self.filters)
 
     def convolutions(self) -> list[nn.Conv1d]:
-        return [getattr(self, f"char_conv_{i}") for i in range(len(self.filters))]
+        names = [f"char_conv_{i}" for i in range(len(self.filters))]
+        return [tools.readable(self, name, getattr(self, name), nn.Conv1d) for name in names]
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

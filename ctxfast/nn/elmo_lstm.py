@@ -143,6 +143,7 @@ class ElmoLstm(tools.Unscripted):
                 layer and around it (bilm-tf's).
         """
         sides = inputs if isinstance(inputs, tuple) else (inputs, inputs)
+        self.check_cells()
         self._check_state(sides[0], initial_state)
         outputs: list[Tensor] = []
         h_n, c_n = [], []
@@ -174,6 +175,14 @@ class ElmoLstm(tools.Unscripted):
                     f"ctxfast.ElmoLstm: initial_state {name} has shape {tuple(value.shape)}; expected (layers, 2, "
                     f"batch, size) = {expected}."
                 )
+
+    def check_cells(self) -> None:
+        """Raise RuntimeError if a linear layer of a cell was replaced, by a quantised one, say."""
+        way = " For products in 8 bits set weight_dtype=torch.int8 instead of quantising."
+        for path, cell in self._modules.items():
+            for name, linear in cell._modules.items():
+                if linear is not None:
+                    tools.readable(self, f"{path}.{name}", linear, nn.Linear, way)
 
     def _layer(
         self,

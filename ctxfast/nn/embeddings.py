@@ -82,6 +82,9 @@ class Embeddings(tools.Unscripted):
         """(T,) int64 each -> (T, N). Types that are left out are 0."""
         if token_type_ids is None:
             token_type_ids = torch.zeros_like(input_ids)
+        for name in ("word_embeddings", "position_embeddings", "token_type_embeddings", "task_type_embeddings"):
+            if getattr(self, name) is not None:
+                tools.readable(self, name, getattr(self, name), nn.Embedding)
         task_table = self.task_type_embeddings
         if task_table is not None and task_type_ids is None:
             task_type_ids = torch.zeros_like(input_ids)

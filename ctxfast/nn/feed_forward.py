@@ -33,10 +33,8 @@ class Intermediate(tools.Unscripted):
     @tools.one_call
     def forward(self, x: Tensor) -> Tensor:
         """(..., N) -> (..., intermediate_size)."""
-        return functional.linear_act(
-            x, self.dense.weight, self.dense.bias,
-            activation=self.activation, weight_dtype=self.weight_dtype, impl=self.impl,
-        )  # fmt: skip
+        options = dict(weight_dtype=self.weight_dtype, impl=self.impl)
+        return tools.linear(x, self.dense, self.activation, **options)
 
     def extra_repr(self) -> str:
         return f"activation={self.activation}, impl={self.impl or 'auto'}"
@@ -70,6 +68,8 @@ class ProjectAddLayerNorm(tools.Unscripted):
     @tools.one_call
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         """x (..., in_features), residual (..., N) -> (..., N)."""
+        if not tools.is_plain(self.dense):
+            return self.LayerNorm(self.dense(x), residual)
         product = functional.linear_act(x, self.dense.weight, weight_dtype=self.weight_dtype, impl=self.impl)
         return self.LayerNorm(product, residual, self.dense.bias)
 

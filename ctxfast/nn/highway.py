@@ -8,7 +8,6 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from .. import functional
 from . import tools
 
 # Elements that torch leaves to one thread (at::internal::GRAIN_SIZE).
@@ -33,7 +32,7 @@ def _sigmoid(x: Tensor) -> Tensor:
 def highways(x: Tensor, layers: Iterable[nn.Linear], impl: str | None = None) -> Tensor:
     """What ``Highway`` computes, over its layers, (..., N) -> (..., N)."""
     for layer in layers:
-        both = functional.linear_act(x, layer.weight, layer.bias, impl=impl)
+        both = tools.linear(x, layer, impl=impl)
         transform, gate = both.chunk(2, dim=-1)
         gate = _sigmoid(gate)
         x = gate * x + (1 - gate) * torch.relu(transform)

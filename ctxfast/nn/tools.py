@@ -7,13 +7,58 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from torch import fx, nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from .. import functional
 
 
 def name_of(module: nn.Module) -> str:
     """A module's class as errors name it."""
     kind = type(module)
     return f"ctxfast.nn.{kind.__name__}" if kind.__module__.startswith("ctxfast.nn.") else f"ctxfast.{kind.__name__}"
+
+
+def is_plain(linear: nn.Module) -> bool:
+    """Whether a linear layer's parameters are all of it: nobody put another module in its place (a quantised layer, an
+    adapter) or wants to see its calls. What is not plain is called."""
+    return _is_own(linear, nn.Linear) and not (linear._forward_hooks or linear._forward_pre_hooks)
+
+
+def _is_own(module: nn.Module, kind: type[nn.Module]) -> bool:
+    own = isinstance(module, kind) and type(module).forward is kind.forward
+    return own and "forward" not in module.__dict__
+
+
+def readable(owner: nn.Module, name: str, module: nn.Module, kind: type[nn.Module], way: str = "") -> nn.Module:
+    """``module``, a part of ``owner`` that is never called: its parameters are read.
+
+    Weights that torch.nn.utils.prune or weight_norm compute before each call are computed now.
+
+    Raises:
+        RuntimeError: another module stands in its place (a quantised one, an adapter), with its own idea of a call.
+    """
+    if not _is_own(module, kind):
+        found = type(module)
+        raise RuntimeError(
+            f"{name_of(owner)}: {name} is a {found.__module__}.{found.__qualname__}; expected a "
+            f"torch.nn.{kind.__name__}, whose parameters are read.{way}"
+        )
+    if module._forward_pre_hooks and "weight" not in module._parameters:
+        for hook in module._forward_pre_hooks.values():
+            hook(module, ())
+    return module
+
+
+def linear(x: Tensor, layer: nn.Module, activation: str = "none", **options: Any) -> Tensor:
+    """``functional.linear_act`` of a linear layer's parameters; a layer that is not plain is called."""
+    if is_plain(layer):
+        return functional.linear_act(x, layer.weight, layer.bias, activation=activation, **options)
+    y = layer(x)
+    if activation in ("gelu", "gelu_tanh"):
+        return F.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none")
+    return {"none": lambda y: y, "relu": torch.relu, "tanh": torch.tanh}[activation](y)
 
 
 class Unscripted(nn.Module):

@@ -37,7 +37,8 @@ def is_open(x: Tensor) -> bool:
     """Whether one call could compute layers over these tokens, as far as the layers themselves allow it."""
     if not x.is_cpu or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         return False
-    if torch.nn.modules.module._has_any_global_hook():
+    # What torch.jit.trace records with gradients and without must be the same graph.
+    if torch.nn.modules.module._has_any_global_hook() or torch.jit.is_tracing():
         return False
     return not any(op in _PARTS or (op == "*" and name != "cpu") for op, name in registry.requested())
 

@@ -47,6 +47,22 @@ def test_parity(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) 
         parity.check(f"gradient {i}", got, plain, right, dtype, ceiling, parity.GRADIENT)
 
 
+def test_gradients_of_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    kwargs = next(iter(CASES.values())).make("cpu", torch.float32, SEED)
+
+    def second(function: Any) -> list[Tensor]:
+        leaves = parity.converted(kwargs, lambda tensor: tensor.detach().clone().requires_grad_())
+        flat = parity.flat([leaves[name] for name in ("char_embeddings", "conv_weights", "conv_biases")])
+        output = function(**parity.arguments("char_cnn", leaves))
+        first = torch.autograd.grad(output.square().sum(), flat, create_graph=True)
+        return [*first, *torch.autograd.grad(sum(grad.square().sum() for grad in first), flat)]
+
+    with emulated.kernels(monkeypatch, cuda, seed=1):
+        found = second(cuda.char_cnn)
+    for one, two in zip(found, second(SPEC.reference)):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5 * float(two.abs().max()))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_bits_depend_on_the_word_alone(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     kwargs = parity.arguments("char_cnn", CASES["padded"].make("cpu", dtype, SEED))

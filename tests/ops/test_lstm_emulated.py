@@ -168,5 +168,25 @@ def test_changed_weights_are_seen(impl: str, monkeypatch: pytest.MonkeyPatch) ->
             before = after
 
 
+def test_gradients_of_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both implementations share what differentiates a backward: see ``device.recurrence``."""
+    case = _case(torch.float32, **ODD["odd, projected"])
+
+    def penalty(run: Any, kwargs: dict[str, Any]) -> list[Tensor]:
+        kwargs = parity.converted(kwargs, lambda tensor: tensor.detach().clone().requires_grad_())
+        outputs = parity.flat(run(kwargs))
+        first = torch.autograd.grad(sum(y.sin().sum() for y in outputs), _leaves(kwargs), create_graph=True)
+        second = torch.autograd.grad(sum(grad.square().sum() for grad in first), _leaves(kwargs))
+        return [grad.detach() for grad in (*first, *second)]
+
+    def definition(kwargs: dict[str, Any]) -> Any:
+        return reference(**parity.arguments("lstm", kwargs))
+
+    with emulated.kernels(monkeypatch, _module("cuda_step"), seed=1):
+        found = penalty(lambda kwargs: _call("cuda_step", kwargs), case)
+    for one, two, exact in zip(found, penalty(definition, case), penalty(definition, parity.wide(case))):
+        parity.check("derivative", one, two, exact, torch.float32, 1e-4, 2 * parity.GRADIENT)
+
+
 def test_every_implementation_of_the_table_is_here() -> None:
     assert [one.name for one in registry.OPS["lstm"].impls if one.device == "cuda"] == IMPLS and IMPLS

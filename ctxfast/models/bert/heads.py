@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ... import functional
 from ..._core import checks
-from ...nn import LayerNorm
+from ...nn import LayerNorm, tools
 from .config import BertConfig
 from .head_base import (
     IGNORE_INDEX,
@@ -58,7 +58,7 @@ class _Transform(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(T, N) -> (T, N)."""
-        return self.LayerNorm(functional.linear_act(x, self.dense.weight, self.dense.bias, activation=self.activation))
+        return self.LayerNorm(tools.linear(x, self.dense, self.activation))
 
 
 class _Predictions(nn.Module):
@@ -104,7 +104,7 @@ class _MaskedLM(BertWithHead):
         """(B, L, V), zeros at padding."""
         decoder = self.cls.predictions.decoder
         hidden = self.cls.predictions.transform(encoded.packed_last_hidden_state)
-        return encoded.packing.unpack(functional.linear_act(hidden, decoder.weight, decoder.bias))
+        return encoded.packing.unpack(tools.linear(hidden, decoder))
 
     def _mlm_loss(self, encoded: BertOutput, labels: Tensor) -> Tensor:
         decoder, packing = self.cls.predictions.decoder, encoded.packing
@@ -211,7 +211,7 @@ class BertForPreTraining(_MaskedLM):
             Labels("next_sentence_label", next_sentence_label, 1, classes=2),
         )
         relation = self.cls.seq_relationship
-        nsp_logits = functional.linear_act(encoded.pooler_output, relation.weight, relation.bias)
+        nsp_logits = tools.linear(encoded.pooler_output, relation)
         mlm_loss = None if labels is None else self._mlm_loss(encoded, labels)
         nsp_loss = None if next_sentence_label is None else cross_entropy(nsp_logits, next_sentence_label)
         parts = [part for part in (mlm_loss, nsp_loss) if part is not None]
@@ -252,7 +252,7 @@ class BertForNextSentencePrediction(BertWithHead):
         inputs = (input_ids, attention_mask, token_type_ids, position_ids, task_type_ids)
         encoded = self._encode(inputs, options, Labels("labels", labels, 1, classes=2))
         relation = self.cls.seq_relationship
-        logits = functional.linear_act(encoded.pooler_output, relation.weight, relation.bias)
+        logits = tools.linear(encoded.pooler_output, relation)
         return HeadOutput(None if labels is None else cross_entropy(logits, labels), logits, encoded)
 
 
@@ -300,7 +300,7 @@ class BertForSequenceClassification(BertWithHead):
             labels = self._check_numbers(labels, len(input_ids))
         encoded = self._encode(inputs, options, *given)
         pooled = F.dropout(encoded.pooler_output, self.config.head_dropout, self.training)
-        logits = functional.linear_act(pooled, self.classifier.weight, self.classifier.bias)
+        logits = tools.linear(pooled, self.classifier)
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if problem is None:
             loss = None
@@ -358,7 +358,7 @@ class BertForTokenClassification(BertWithHead):
         inputs = (input_ids, attention_mask, token_type_ids, position_ids, task_type_ids)
         encoded = self._encode(inputs, options, Labels("labels", labels, 2, self.config.num_labels))
         hidden = F.dropout(encoded.packed_last_hidden_state, self.config.head_dropout, self.training)
-        logits = functional.linear_act(hidden, self.classifier.weight, self.classifier.bias)
+        logits = tools.linear(hidden, self.classifier)
         loss = None if labels is None else cross_entropy(logits, encoded.packing.pack(labels))
         return HeadOutput(loss, encoded.packing.unpack(logits), encoded)
 
@@ -414,7 +414,7 @@ class BertForQuestionAnswering(BertWithHead):
             Labels("end_positions", end_positions, 1),
         )
         packing = encoded.packing
-        packed = functional.linear_act(encoded.packed_last_hidden_state, self.qa_outputs.weight, self.qa_outputs.bias)
+        packed = tools.linear(encoded.packed_last_hidden_state, self.qa_outputs)
         logits = packing.unpack(packed, fill=torch.finfo(packed.dtype).min)
         start_logits, end_logits = logits.unbind(-1)
         loss = None

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ... import functional
 from ..._core import checks, registry
 from ...nn import AddLayerNorm, Embeddings, SelfAttention, TransformerLayer, tools
 from ...nn.all_rows import AllRows
@@ -224,7 +223,7 @@ class Pooler(nn.Module):
 
     def forward(self, x: Tensor, packing: Packing) -> Tensor:
         """(T, N) packed tokens -> (B, N); zeros for a text without tokens."""
-        pooled = functional.linear_act(packing.first(x), self.dense.weight, self.dense.bias, activation="tanh")
+        pooled = tools.linear(packing.first(x), self.dense, "tanh")
         if not packing.has_empty:
             return pooled
         is_empty = packing.cu_seqlens[1:] == packing.cu_seqlens[:-1]

@@ -218,7 +218,7 @@ class ElmoBiLm(tools.Unscripted):
         """
         weight = self._weight
         is_trained = torch.is_grad_enabled() and weight.requires_grad
-        is_traced = torch.compiler.is_compiling()
+        is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
         return self.state != "carry" and weight.device.type == "cpu" and not is_trained and not is_traced
 
     def _tokens(self, inputs: Tensor | None, word_inputs: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -263,6 +263,7 @@ class ElmoBiLm(tools.Unscripted):
             TypeError: ids that are no integers.
         """
         self._check(inputs, word_inputs)
+        self._elmo_lstm.check_cells()
         if self.state == "steady" and not self._steady.is_set:
             self.calibrate()
         tokens, mask = self._tokens(inputs, word_inputs)
@@ -274,6 +275,11 @@ class ElmoBiLm(tools.Unscripted):
         """Every LSTM layer (B, T + 2, 2P), from the state that is asked for."""
         batch, steps, size = tokens.shape
         if self.state == "carry":
+            if torch.jit.is_tracing():
+                raise RuntimeError(
+                    f"{_OP}: state is 'carry' under torch.jit.trace, whose graph keeps nothing from call to call; "
+                    f"expected a model made with state='steady' or 'zero'."
+                )
             layers, final = self._elmo_lstm.layers(tokens, lengths, self._carried.take(batch, self._weight))
             self._carried.put(final)
             return layers

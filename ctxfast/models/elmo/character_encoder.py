@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ... import functional
+from ..._core import checks
+from ...nn import tools
 from ...nn.char_cnn import CharCnn
 from ...nn.highway import Highway
 from ...nn.words import add_sentence_marks, unique_rows
@@ -34,8 +36,8 @@ def remove_sentence_marks(tokens: Tensor, mask: Tensor) -> Tensor:
 
 
 def check_right_padded(mask: Tensor, name: str) -> None:
-    """Raise ValueError if a sentence has padding before a token (CPU tensors only: a GPU is never waited for)."""
-    if mask.device.type != "cpu" or torch.compiler.is_compiling():
+    """Raise ValueError if a sentence has padding before a token, where values may be read."""
+    if not checks.is_readable(mask):
         return
     if bool((mask[:, 1:] & ~mask[:, :-1]).any()):
         raise ValueError(
@@ -99,7 +101,8 @@ class ElmoCharacterEncoder(CharCnn):
         if functional.explain("char_cnn", **self._arguments(words[:1])).used != "cpu":
             return False
         return all(
-            functional.explain("linear_act", one.weight[:1], one.weight, one.bias, impl=self.impl).used == "cpu"
+            tools.is_plain(one)
+            and functional.explain("linear_act", one.weight[:1], one.weight, one.bias, impl=self.impl).used == "cpu"
             for one in self._linear_layers()
         )
 
@@ -108,7 +111,7 @@ class ElmoCharacterEncoder(CharCnn):
         if self._highways is not None:
             vectors = self._highways(vectors)
         if self._projection is not None:
-            vectors = functional.linear_act(vectors, self._projection.weight, self._projection.bias, impl=self.impl)
+            vectors = tools.linear(vectors, self._projection, impl=self.impl)
         return vectors
 
     def encode_unique(self, rows: Tensor, *, batch_invariant: bool = False) -> Tensor:
@@ -117,7 +120,7 @@ class ElmoCharacterEncoder(CharCnn):
         How many there are is known only after reading them, so a graph that is being traced or captured computes all.
         """
         is_captured = rows.is_cuda and torch.cuda.is_current_stream_capturing()
-        if torch.compiler.is_compiling() or is_captured or rows.shape[0] == 0:
+        if torch.compiler.is_compiling() or is_captured or rows.shape[0] == 0 or not checks.has_values(rows):
             return self.encode(rows)
         distinct, inverse = unique_rows(rows)
         return self.encode(distinct, batch_invariant=batch_invariant)[inverse]

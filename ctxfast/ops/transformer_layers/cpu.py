@@ -142,7 +142,8 @@ def supports(args: Mapping[str, Any]) -> str | None:
         return "its int8 products have no gradient."
     if capability.extension() is None:
         return capability.why_no_extension()
-    if args["weight_dtype"] is None and x.shape[0] > packed_weights.most_rows(x.dtype):
+    # float32 has no limit, and torch.export none to compare a number of rows with that only the mask tells.
+    if args["weight_dtype"] is None and x.dtype is not torch.float32 and x.shape[0] > packed_weights.most_rows(x.dtype):
         return f"on this processor, products of {x.shape[0]} rows in {x.dtype} are faster by oneDNN, one by one."
     return None
 
