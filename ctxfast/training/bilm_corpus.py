@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from .._core.files import replacing_folder
+from .._core.reading import reading
 from ..corpus import fingerprint
 from ..models.elmo.tokenization import BEGIN_SENTENCE, END_SENTENCE, ElmoCharacterMapper
 from .prepared import read_note
@@ -101,7 +102,7 @@ def read_vocabulary(path: str | os.PathLike[str]) -> list[str]:
     """
     words: list[str] = []
     seen: dict[str, int] = {}
-    with open(path, encoding="utf-8", newline="\n") as file:
+    with reading(path, _WHO, "vocabulary, in UTF-8"), open(path, encoding="utf-8", newline="\n") as file:
         for number, line in enumerate(file, 1):
             word = line.rstrip("\r\n").strip()
             if word == _NO_WORD:
