@@ -8,6 +8,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import ctxfast
 from ctxfast import cli
@@ -69,11 +70,14 @@ def test_half_precision_and_no_tokenizer(tmp_path, capsys) -> None:
     assert ctxfast.Bert.from_pretrained(tmp_path / "two").dtype == torch.bfloat16
 
 
-def test_elmo_state_dict_and_back(elmo, tmp_path) -> None:
+def test_elmo_state_dict_and_back(elmo, tmp_path, capsys) -> None:
     model = ctxfast.Elmo(elmo / "options.json", elmo / "elmo_weights.hdf5", 1, dropout=0.0).eval()
     whole = {f"text_field_embedder.{name}": value for name, value in model.state_dict().items()}
     torch.save({**whole, "tagger.weight": torch.zeros(2)}, tmp_path / "weights.th")
-    assert convert(tmp_path / "weights.th", tmp_path / "out", "--options-file", elmo / "options.json", "--quiet") == 0
+    words = [tmp_path / "weights.th", tmp_path / "out", "--options-file", elmo / "options.json"]
+    with pytest.warns(UserWarning, match=r"5 tensors .* left out: tagger\.weight, .*scalar_mix_0\.gamma"):
+        assert convert(*words) == 0
+    assert "5 tensors beside the language model are left out" in capsys.readouterr().err
     back = ctxfast.Elmo(tmp_path / "out" / "options.json", tmp_path / "out" / "weights.hdf5", 1, dropout=0.0).eval()
     ids = ctxfast.batch_to_ids(SENTENCES)
     found = [each(ids)["elmo_representations"][0] for each in (model, back)]
@@ -84,13 +88,52 @@ def test_elmo_state_dict_and_back(elmo, tmp_path) -> None:
         torch.testing.assert_close(again[name], value, rtol=0, atol=1e-7)
 
 
-def test_real_models(shared_data, minilm_dir, tmp_path) -> None:
+def test_real_models(shared_data, minilm_dir, tmp_path, capsys) -> None:
     assert convert(shared_data / "elmo" / "allennlp_tiny", tmp_path / "elmo") == 0
     assert convert(shared_data / "bert" / "xsmall_dummy", tmp_path / "dummy") == 0
+    capsys.readouterr()
     assert convert(minilm_dir, tmp_path / "minilm", "--dtype", "float16") == 0
+    assert ("not copied: modules.json" in capsys.readouterr().err) == (minilm_dir / "modules.json").exists()
     text = ["The bank of the river."]
     one, other = (ctxfast.Embedder(path)(text, level="sentence") for path in (minilm_dir, tmp_path / "minilm"))
     assert torch.cosine_similarity(torch.as_tensor(one[0])[None], torch.as_tensor(other[0])[None]).item() > 0.9999
+
+
+def test_what_a_bert_folder_says_besides_is_named(tmp_path, capsys) -> None:
+    ctxfast.Bert(ctxfast.BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2)).save_pretrained(
+        tmp_path / "one"
+    )
+    file = tmp_path / "one" / "model.safetensors"
+    save_file({**{k: v.clone() for k, v in load_file(file).items()}, "my_head.weight": torch.ones(2)}, file)
+    (tmp_path / "one" / "modules.json").write_text("[]")
+    (tmp_path / "one" / "1_Pooling").mkdir()
+    with pytest.warns(UserWarning, match=r"not used: my_head\.weight"):
+        assert convert(tmp_path / "one", tmp_path / "two") == 0
+    said = capsys.readouterr().err
+    assert "left out: my_head.weight" in said and "not copied: modules.json, 1_Pooling" in said
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ([1, 2], "holds a list; expected a dict"),
+        ({3: torch.zeros(1)}, "has the key '3'; expected names"),
+        ({"a": torch.zeros(1)}, "has none of _token_embedder"),
+        ("int", "has dtype torch.int64; expected floating point"),
+        ("expanded", "would become"),
+    ],
+)
+def test_state_dicts_that_are_none(elmo, tmp_path, capsys, value, said) -> None:
+    options = elmo / "options.json"
+    config = ElmoConfig.from_file(options)
+    if value == "int":
+        value = {name: each.long() for name, each in random_weights(config).items()}
+    elif value == "expanded":  # one number that says it is a matrix of 8 GB
+        value = {**random_weights(config), "tagger.weight": torch.zeros(1).expand(10**9, 2)}
+    torch.save(value, tmp_path / "w.th")
+    assert convert(tmp_path / "w.th", tmp_path / "new", "--options-file", options) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("ctxfast.") and said in error and "w.th" in error
 
 
 def test_errors_leave_nothing(elmo, tmp_path, capsys) -> None:
@@ -104,7 +147,7 @@ def test_errors_leave_nothing(elmo, tmp_path, capsys) -> None:
         ([elmo, elmo, "--overwrite"], "is SRC itself"),
         ([elmo, tmp_path / "new"], "elmo_weights.hdf5, other_weights.hdf5; expected one"),
         ([elmo / "elmo_weights.hdf5", tmp_path / "new", "--dtype", "float16"], "--dtype is given for an ELMo model"),
-        ([tmp_path / "bad.th", tmp_path / "new", *bad], "does not read as a state dict"),
+        ([tmp_path / "bad.th", tmp_path / "new", *bad], "bad.th is damaged, cut short or no PyTorch weight file"),
         ([tmp_path / "gone.th", tmp_path / "new", *bad], "does not exist"),
         ([tmp_path / "bad.th", tmp_path / "new"], "there is no .*options.json"),
         ([elmo, tmp_path / "new", "--dtype", "int4"], "dtype is 'int4'"),

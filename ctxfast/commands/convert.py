@@ -4,14 +4,15 @@
 from __future__ import annotations
 
 import argparse
-import pickle
 import shutil
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 _WHO = "ctxfast.convert"
 _DTYPES = ("float32", "float16", "bfloat16")
+_SENTENCE_PARTS = ("modules.json", "sentence_*_config.json", "config_sentence_transformers.json", "[0-9]*_*")
 _ELMO_SUFFIXES = (".hdf5", ".h5", ".th", ".pt")
 _HELP = """\
 Convert a model. What SRC is decides what DST gets; DST is a folder that appears when it is whole.
@@ -19,7 +20,8 @@ Convert a model. What SRC is decides what DST gets; DST is a folder that appears
   BERT (Google's TensorFlow checkpoint, pytorch_model.bin, safetensors, a package's name)
        -> config.json, model.safetensors and the tokenizer's files, as Hugging Face lays them out
   ELMo (folder with options.json and HDF5 weights, or a state dict .th / .pt of AllenNLP with --options-file)
-       -> options.json, weights.hdf5, as AllenNLP and bilm-tf lay them out
+       -> options.json, weights.hdf5, as AllenNLP and bilm-tf lay them out; of a whole AllenNLP model the language
+          model alone (what is left out is named)
 
   ctxfast convert uncased_L-12_H-768_A-12/bert_model.ckpt bert-base
   ctxfast convert archive/weights.th elmo --options-file options.json
@@ -90,12 +92,29 @@ def _bert(args: argparse.Namespace, folder: Path) -> str:
     if (place / SETTINGS_FILE).is_file():  # a fine-tuned model stays one
         shutil.copy(place / SETTINGS_FILE, folder)
     count = sum(value.numel() for value in state.values())
-    return f"{found.config.model_type}, {count:,} parameters" + ("" if has_tokenizer else "; no tokenizer found")
+    what = f"{found.config.model_type}, {count:,} parameters" + ("" if has_tokenizer else "; no tokenizer found")
+    if found.unexpected:
+        what += f"; left out: {_some(found.unexpected)}"
+    rest = _not_converted(place, folder, found.files)
+    return what + (f"; not copied: {_some(rest)}" if rest else "")
+
+
+def _not_converted(place: Path, folder: Path, read: Collection[Path]) -> list[str]:
+    """What a sentence-transformers folder says of the model beside its encoder and tokenizer (pooling, normalisation,
+    prompts, lengths): named, so that nobody takes the new folder for the whole model."""
+    parts = [path for pattern in _SENTENCE_PARTS for path in sorted(place.glob(pattern))]
+    return [path.name for path in parts if path not in read and not (folder / path.name).exists()]
+
+
+def _some(names: Collection[str], limit: int = 8) -> str:
+    return ", ".join(list(names)[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
 def _elmo(source: Path, folder: Path, options_file: str | None) -> str:
     import torch
 
+    from .._core.reading import reading
+    from ..models.bert.sources import load_pickle
     from ..models.elmo.config import ElmoConfig
     from ..models.elmo.weights import load_weights, save_weights, weights_from_state_dict
 
@@ -108,15 +127,17 @@ def _elmo(source: Path, folder: Path, options_file: str | None) -> str:
     config = ElmoConfig.from_file(options)
     weights = _weight_file(source) if source.is_dir() else source
     if weights.suffix in (".th", ".pt"):
-        try:
-            state = torch.load(weights, map_location="cpu", weights_only=True)
-        except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
-            raise ValueError(f"{_WHO}: {weights} does not read as a state dict of tensors ({error}).") from error
-        config, state = weights_from_state_dict(state, config)
+        whole = load_pickle(weights, _WHO)
+        tensors = {name: value for name, value in whole.items() if isinstance(value, torch.Tensor)}
+        with reading(weights, _WHO, "state dict of an ELMo model"):
+            config, state = weights_from_state_dict(tensors, config)
+        left = len(whole) - len(state)
     else:
         config, state = load_weights(weights, config)
+        left = 0
     save_weights(state, config, folder / "options.json", folder / "weights.hdf5")
-    return f"elmo, {sum(value.numel() for value in state.values()):,} parameters"
+    what = f"elmo, {sum(value.numel() for value in state.values()):,} parameters"
+    return what + (f"; {left} tensors beside the language model are left out" if left else "")
 
 
 def _weight_file(folder: Path) -> Path:

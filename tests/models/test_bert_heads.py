@@ -477,6 +477,5 @@ def test_bad_input(case: str) -> None:
 
 
 def test_unknown_problem_type() -> None:
-    config = BertConfig(**SIZES, extra={"problem_type": "ranking"})
     with pytest.raises(ValueError, match="problem_type is 'ranking'; expected one of 'regression'"):
-        heads.BertForSequenceClassification(config)
+        BertConfig(**SIZES, extra={"problem_type": "ranking"})

@@ -153,7 +153,7 @@ def test_options_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="there is no options file"):
         ElmoConfig.from_file(tmp_path / "none.json")
     (tmp_path / "cut.json").write_text('{"lstm": {')
-    with pytest.raises(ValueError, match="cut.json is not valid JSON"):
+    with pytest.raises(ValueError, match="cut.json is damaged, cut short or no JSON"):
         ElmoConfig.from_file(tmp_path / "cut.json")
     with pytest.raises(ValueError, match="preset is 'huge'; expected one of small, medium, original"):
         ElmoConfig.preset("huge")
@@ -210,7 +210,8 @@ def test_state_dicts_of_allennlp() -> None:
         whole["classifier.weight"] = torch.zeros(2)
         if prefix:
             whole[prefix.replace("_elmo_lstm.", "scalar_mix_0.gamma")] = torch.ones(1)
-        config, found = weights_from_state_dict(whole, SMALL)
+        with pytest.warns(UserWarning, match="no part of the language model and are left out: .*classifier.weight"):
+            config, found = weights_from_state_dict(whole, SMALL)
         assert config == SMALL and found.keys() == tensors.keys()
         assert all(found[name] is tensors[name] for name in tensors)
 
@@ -298,10 +299,11 @@ def test_files_that_do_not_fit(change, error: type[Exception], message: str, tmp
     assert str(caught.value) == "ctxfast.load_weights: " + message.format(weights)
 
 
-def test_softmax_weights_in_the_file_are_ignored(tmp_path: Path) -> None:
+def test_softmax_weights_in_the_file_are_named_and_not_read(tmp_path: Path) -> None:
     _, weights = write_model(tmp_path)
     damage(weights, replace("softmax/W", np.zeros((5, 6), np.float32)))
-    load_weights(weights, SMALL)
+    with pytest.warns(UserWarning, match="also holds softmax, which is no part of ELMo: not read"):
+        load_weights(weights, SMALL)
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
@@ -316,7 +318,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         "empty": b"",
     }.items():
         (tmp_path / name).write_bytes(bad)
-        with pytest.raises(ValueError, match=f"{name} cannot be read as HDF5"):
+        with pytest.raises(ValueError, match=f"{name} is damaged, cut short or no HDF5"):
             load_weights(tmp_path / name, SMALL)
 
 

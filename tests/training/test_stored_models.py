@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_models import labels_of, tiny_bert, tiny_roberta
 
 from ctxfast.models.bert.tokenization import BertTokenizer
@@ -191,7 +193,8 @@ def test_an_lstm_head_is_not_trained_on(bert, tmp_path) -> None:
     ("text", "reason"),
     [
         ('{"format": 1,', "is damaged"),
-        ("[1]", "has format None; expected 1"),
+        ("[1]", "holds a JSON list; expected an object"),
+        ("{}", "has format None; expected 1"),
         ('{"format": 2}', "has format 2; expected 1"),
         ('{"format": 1, "task": "tag", "form": "bert"}', "has no labels, options"),
     ],
@@ -201,6 +204,86 @@ def test_settings_that_are_wrong(bert, tmp_path, text, reason) -> None:
     (tmp_path / "ctxfast_task.json").write_text(text)
     with pytest.raises(ValueError, match=f"ctxfast_task.json {reason}"):
         load(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    """A stored model of each form, to be copied."""
+    folder = tmp_path_factory.mktemp("stored")
+    build("tag", tiny_bert(folder / "b"), ("O", "B-a", "I-a")).save(folder / "bert")
+    build("tag", folder / "b", ("O", "B-a", "I-a"), Choice("last", hidden_size=8)).save(folder / "features")
+    return folder
+
+
+_OWN = [  # form, changes of the settings, changes of the head's sizes, what is said
+    ("bert", {"task": 3}, {}, "task in .* is 3; expected one of classify"),
+    ("bert", {"task": "x" * 9000}, {}, "task in .* is 'xxx"),
+    ("bert", {"form": []}, {}, r"form in .* is \[\]; expected one of bert"),
+    ("bert", {"labels": 3}, {}, "labels in .* is 3; expected a list of different names"),
+    ("bert", {"labels": ["O", ["B-a"]]}, {}, "labels in .* expected a list of different names"),
+    ("bert", {"labels": ["O", "O", "B-a"]}, {}, "labels in .* expected a list of different names"),
+    ("bert", {"labels": ["O", "B-b", "I-b"]}, {}, "no trained head for 'tag' and labels O, B-b, I-b"),
+    ("bert", {"labels": ["O", "B-a"]}, {}, "no trained head for 'tag'"),
+    ("bert", {"task": "span", "labels": []}, {}, "no trained head for 'span'"),
+    ("bert", {"options": "x"}, {}, "options in .* is 'x'; expected an object"),
+    ("bert", {"options": {"max_length": 64.5}}, {}, "max_length in .* is 64.5; expected a whole number"),
+    ("bert", {"options": {"max_length": 10**30}}, {}, "max_length is 1000.*expected 16 to"),
+    ("bert", {"options": {"is_spans": 1}}, {}, "is_spans in .* is 1; expected true or false"),
+    ("bert", {"options": {"predicate": "x"}}, {}, "predicate is 'x'; expected one of"),
+    ("bert", {"options": {"colour": 1}}, {}, "colour in .* is 1; expected no such option"),
+    ("bert", {"options": {"head": {}}}, {}, "head in .* expected the head's sizes"),
+    ("features", {"options": {"features": "last"}}, {}, "head in .* is None; expected the head's sizes"),
+    ("features", {"options": {"features": "x", "head": {}}}, {}, "features in .* is 'x'; expected one of last"),
+    ("features", {}, {"hidden_size": 10**9}, "recurrent weights of .*hidden_size 1000000000"),
+    ("features", {}, {"hidden_size": True}, "hidden_size in .* is True; expected a whole number"),
+    ("features", {}, {"lstm_layers": 10**9}, "has 2 LSTM layers .* lstm_layers 1000000000"),
+    ("features", {}, {"lstm_layers": -1}, "lstm_layers is -1; expected 1 or more"),
+    ("features", {}, {"dropout": float("nan")}, "dropout is nan; expected a probability"),
+    ("features", {}, {"crf": True}, "head.safetensors has no .*; expected the head that ctxfast_task.json"),
+    ("features", {}, {"marks_predicate": True}, r"reader.lstm.weight_ih_l0 in .*\(32, 32\); expected .*\(32, 132\)"),
+    ("features", {"task": "classify"}, {}, "head.safetensors has no dense.bias"),
+    ("features", {"labels": ["O", "B-a"]}, {}, r"classifier.bias in .*\(3,\); expected .*\(2,\)"),
+]
+
+
+@pytest.mark.parametrize(("form", "changes", "sizes", "said"), _OWN)
+def test_settings_are_held_against_the_files(stored, tmp_path, form, changes, sizes, said) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(stored / form, folder)
+    file = folder / "ctxfast_task.json"
+    settings = {**json.loads(file.read_text()), **changes}
+    if sizes:
+        settings["options"]["head"].update(sizes)
+    file.write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=said) as caught:
+        load(folder)
+    assert str(caught.value).startswith("ctxfast.") and str(file) in str(caught.value) and len(str(caught.value)) < 900
+
+
+def test_a_head_that_is_damaged_or_absent(stored, tmp_path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(stored / "features", folder)
+    file = folder / "head.safetensors"
+    whole = file.read_bytes()
+    tensors = {name: value.clone() for name, value in load_file(file).items()}  # not in a map of the file
+    for data in (b"", whole[:7], whole[:200], whole[:-1], b"\xff" * 300):
+        file.write_bytes(data)
+        with pytest.raises(ValueError, match="ctxfast.finetune: .*head.safetensors is damaged, cut short or no"):
+            load(folder)
+    for change, said in (
+        ({"x": torch.zeros(1)}, "also holds x"),
+        ({"classifier.bias": torch.zeros(4)}, r"classifier.bias in .*\(4,\); expected"),
+        ({"classifier.bias": torch.zeros(3, dtype=torch.int64)}, "classifier.bias in .* is torch.int64"),
+    ):
+        save_file({**tensors, **change}, file)
+        with pytest.raises(ValueError, match=said):
+            load(folder)
+    save_file({**tensors, "classifier.bias": torch.full((3,), float("nan"))}, file)
+    with pytest.warns(UserWarning, match="classifier.bias in .* holds NaN"):
+        load(folder)
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match="head.safetensors does not exist"):
+        load(folder)
 
 
 def test_loading_names_what_is_missing(bert, tmp_path) -> None:

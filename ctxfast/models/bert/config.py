@@ -50,6 +50,7 @@ _POSITIVE = (
     "task_type_vocab_size",
     "num_labels",
 )
+PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
 _PROBABILITIES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
 
 
@@ -162,6 +163,8 @@ class BertConfig:
                 raise _fail(name, True, "False; only bidirectional encoders are supported")
         if self.extra.get("pruned_heads"):
             raise _fail("pruned_heads", self.extra["pruned_heads"], "none; heads are kept whole")
+        if self.extra.get("problem_type") not in (None, *PROBLEMS):
+            raise _fail("problem_type", self.extra["problem_type"], f"one of {', '.join(map(repr, PROBLEMS))}")
         if self.extra.get("quantization_config"):
             expected = "none; weights that were quantised are not supported. Save the model dequantised"
             raise _fail("quantization_config", self.extra["quantization_config"], expected)

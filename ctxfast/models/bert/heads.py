@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ... import functional
 from ..._core import checks
 from ...nn import LayerNorm, tools
-from .config import BertConfig
+from .config import PROBLEMS, BertConfig
 from .head_base import (
     IGNORE_INDEX,
     BertWithHead,
@@ -41,8 +41,6 @@ __all__ = [
     "PreTrainingOutput",
     "SpanOutput",
 ]
-
-_PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
 
 
 class _Transform(nn.Module):
@@ -272,9 +270,6 @@ class BertForSequenceClassification(BertWithHead):
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__(config, add_pooling_layer=True)
-        problem = config.extra.get("problem_type")
-        if problem is not None:
-            checks.choice("BertForSequenceClassification", "problem_type", problem, _PROBLEMS)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.init_weights(self.classifier)
 
@@ -314,7 +309,7 @@ class BertForSequenceClassification(BertWithHead):
 
     def _problem(self, labels: Tensor) -> str:
         checks.tensor(type(self).__name__, "labels", labels)
-        regression, one_class, several = _PROBLEMS
+        regression, one_class, several = PROBLEMS
         problem = self.config.extra.get("problem_type")
         if problem is not None:
             return problem

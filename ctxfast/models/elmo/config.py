@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from ..._core.files import replacing
+from ..._core.reading import read_json, reading
 
 _WHO = "ctxfast.ElmoConfig"
 _ACTIVATIONS = ("relu", "tanh")
+_MOST_CHARACTERS = 1000  # no tensor of a model tells it, and the public models have 50
 _PUBLIC_FILTERS = ((1, 32), (2, 32), (3, 64), (4, 128), (5, 256), (6, 512), (7, 1024))
 _PRESETS = {  # cells, projection, highways
     "small": (1024, 128, 1),
@@ -84,6 +86,9 @@ class ElmoConfig:
             value = getattr(self, name)
             if not _whole(value) or value < least:
                 raise self._error(option, value, f"a whole number, {least} or more")
+        if self.max_characters > _MOST_CHARACTERS:
+            option, expected = "char_cnn.max_characters_per_token", f"at most {_MOST_CHARACTERS}"
+            raise self._error(option, self.max_characters, f"{expected}: every word is filled up to this length")
         if self.num_characters not in (261, 262):
             raise self._error(
                 "char_cnn.n_characters",
@@ -97,7 +102,7 @@ class ElmoConfig:
         keep("filters", self._checked_filters())
         for name in ("cell_clip", "proj_clip"):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0):
                 raise self._error(f"lstm.{name}", value, "a number, or null or 0 for no clipping")
             keep(name, float(value) if value else None)
         self._check_projection(
@@ -109,7 +114,9 @@ class ElmoConfig:
 
     def _error(self, option: str, got: Any, expected: str) -> ValueError:
         place = f" in {self.source}" if self.source else ""
-        return ValueError(f"{_WHO}: {option}{place} is {got!r}; expected {expected}.")
+        shown = repr(got)
+        shown = shown if len(shown) <= 300 else shown[:300] + "..."
+        return ValueError(f"{_WHO}: {option}{place} is {shown}; expected {expected}.")
 
     def _checked_filters(self) -> tuple[tuple[int, int], ...]:
         expected = "a list of [width, count] pairs of whole numbers above 0"
@@ -177,11 +184,9 @@ class ElmoConfig:
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"{_WHO}: there is no options file {path}.")
-        try:
-            options = json.loads(path.read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{_WHO}: {path} is not valid JSON ({error}). The file may be cut short.") from error
-        return cls.from_dict(options, source=str(path))
+        options = read_json(path, _WHO)
+        with reading(path, _WHO, "options of an ELMo model"):
+            return cls.from_dict(options, source=str(path))
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any], *, source: str = "") -> ElmoConfig:
@@ -203,6 +208,11 @@ class ElmoConfig:
                 raise ValueError(f"{_WHO}: {path}{place} is missing; every model needs it.")
             return parent[name]
 
+        if isinstance(options, Mapping) and options.get("bidirectional", True) is not True:
+            raise ValueError(
+                f"{_WHO}: bidirectional{place} is {options['bidirectional']!r}; expected true: one direction alone is "
+                "not supported."
+            )
         lstm, cnn = section(options, "lstm", "lstm"), section(options, "char_cnn", "char_cnn")
         embedding = section(cnn, "embedding", "char_cnn.embedding")
         # What may be missing, and what it means then, is bilm-tf's rule.

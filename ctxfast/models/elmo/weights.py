@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import h5py
@@ -21,7 +21,9 @@ import torch
 from torch import Tensor
 
 from ..._core.files import replacing
+from ..._core.reading import reading
 from .config import ElmoConfig
+from .datasets import find_datasets, read_datasets
 
 _LOAD, _SAVE, _STATE = (
     "ctxfast.load_weights",
@@ -30,8 +32,6 @@ _LOAD, _SAVE, _STATE = (
 )
 _TABLE_ROWS = 261
 _CHAR_TABLE = "_token_embedder._char_embedding_weights"
-# Groups that belong to the model: a dataset in them that the options know nothing of is an error, not an extra.
-_OWN_GROUPS = ("char_embed", "CNN/", "CNN_high_", "CNN_proj/", "RNN_0/", "RNN_1/")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,57 +134,48 @@ def _cell_parts(config: ElmoConfig, direction: int, side: str, layer: int) -> di
     return parts
 
 
-def _read_datasets(path: Path) -> dict[str, np.ndarray]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{_LOAD}: there is no weight file {path}.")
-    arrays: dict[str, np.ndarray] = {}
-    name = "its table of contents"
-    try:
-        with h5py.File(path, "r") as file:
-            names: list[str] = []
-            file.visititems(lambda n, item: names.append(n) if isinstance(item, h5py.Dataset) else None)
-            for name in names:
-                if name.startswith(_OWN_GROUPS):
-                    arrays[name] = file[name][...]
-    except (OSError, KeyError, RuntimeError) as error:
-        raise ValueError(
-            f"{_LOAD}: {path} cannot be read as HDF5, at {name} ({error}). The file is damaged or cut short, or no "
-            f"HDF5 file."
-        ) from error
-    return arrays
+def _check_counts(config: ElmoConfig, count: int, place: str, who: str) -> None:
+    """Refuse options with more layers than the file has tensors, before a table of all their parameters is made."""
+    for option, value in (
+        ("lstm.n_layers", config.num_layers),
+        ("char_cnn.n_highway", config.num_highways),
+        ("the number of char_cnn.filters", len(config.filters)),
+    ):
+        if value > count:
+            raise ValueError(
+                f"{who}: {option} is {value}, but {place} has {count} tensors in all. Does options.json belong to it?"
+            )
 
 
-def _check_datasets(arrays: Mapping[str, np.ndarray], expected: Mapping[str, tuple[int, ...]], path: Path) -> None:
-    table = arrays.get("char_embed")
-    if table is not None and len(table.shape) == 2 and table.shape[0] == _TABLE_ROWS + 1:
+def _check_names(found: Mapping[str, h5py.Dataset], expected: Mapping[str, tuple[int, ...]], path: Path) -> None:
+    table = found.get("char_embed")
+    if table is not None and table.shape and len(table.shape) == 2 and table.shape[0] == _TABLE_ROWS + 1:
         raise ValueError(
             f"{_LOAD}: char_embed in {path} has {_TABLE_ROWS + 1} rows; expected {_TABLE_ROWS}, without the row of the "
             f"padding id 0. The file was not written by bilm-tf; drop its first row."
         )
-    missing = [name for name in expected if name not in arrays]
+    missing = [name for name in expected if name not in found]
     if missing:
         raise ValueError(
-            f"{_LOAD}: {path} has no {', '.join(missing)}. The options ask for it; does options.json belong to this "
-            f"file?"
+            f"{_LOAD}: {path} has no {_some(missing)}. The options ask for it; does options.json belong to this file?"
         )
-    extra = [name for name in arrays if name not in expected]
+    extra = [name for name in found if name not in expected]
     if extra:
         raise ValueError(
-            f"{_LOAD}: {path} also holds {', '.join(extra)}, which the options know nothing of (fewer layers, filters "
+            f"{_LOAD}: {path} also holds {_some(extra)}, which the options know nothing of (fewer layers, filters "
             f"or highways). Does options.json belong to this file?"
         )
-    for name, shape in expected.items():
-        array = arrays[name]
-        if array.shape != shape:
-            raise ValueError(
-                f"{_LOAD}: {name} in {path} has shape {array.shape}; expected {shape} by the options. Does "
-                f"options.json belong to this file?"
-            )
-        if array.dtype.kind != "f":
-            raise TypeError(f"{_LOAD}: {name} in {path} has dtype {array.dtype}; expected floating point.")
-        bad = int(array.size - np.isfinite(array).sum())
-        if bad:
-            warnings.warn(f"{_LOAD}: {name} in {path} holds {bad} values that are not finite.", stacklevel=4)
+
+
+def _some(names: Iterable[str], limit: int = 8) -> str:
+    """The first names of a list, and how many more there are."""
+    names = list(names)
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def _warn_not_finite(name: str, place: str, finite: int, size: int, who: str) -> None:
+    if finite < size:
+        warnings.warn(f"{who}: {name}{place} holds {size - finite} values that are not finite.", stacklevel=4)
 
 
 def load_weights(weight_file: str | os.PathLike[str], config: ElmoConfig) -> tuple[ElmoConfig, dict[str, Tensor]]:
@@ -200,25 +191,39 @@ def load_weights(weight_file: str | os.PathLike[str], config: ElmoConfig) -> tup
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not HDF5 or damaged; a dataset missing, not known to the options, or of another shape.
+        ValueError: not HDF5 or damaged; a dataset missing, not known to the options, or of another shape; one that
+            lies in another file, was never written, or is packed so that few bytes become many.
         TypeError: a dataset that is not floating point.
 
     Warns:
-        UserWarning: values that are not finite, by dataset.
+        UserWarning: values that are not finite, by dataset; names that are no part of ELMo.
 
     Reference: the layout of bilm-tf's dump; AllenNLP's loaders.
     """
     path = Path(weight_file)
-    arrays = _read_datasets(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{_LOAD}: there is no weight file {path}.")
+    with reading(path, _LOAD, "HDF5 file of weights"), h5py.File(path, "r") as file:
+        return _load(file, path, config)
+
+
+def _load(file: h5py.File, path: Path, config: ElmoConfig) -> tuple[ElmoConfig, dict[str, Tensor]]:
+    found, others = find_datasets(file, path, _LOAD)
     choices = {}
     if config.num_filters == config.projection_dim:
-        choices["has_cnn_projection"] = "CNN_proj/W_proj" in arrays
+        choices["has_cnn_projection"] = "CNN_proj/W_proj" in found
     if config.cell_size == config.projection_dim:
-        choices["has_lstm_projection"] = any(name.endswith("/W_P_0") for name in arrays)
+        choices["has_lstm_projection"] = any(name.endswith("/W_P_0") for name in found)
     config = dataclasses.replace(config, **choices)
+    _check_counts(config, len(found), str(path), _LOAD)
     parts = _parts(config)
     expected = {name: shape for part in parts.values() for name, shape in part.datasets.items()}
-    _check_datasets(arrays, expected, path)
+    _check_names(found, expected, path)
+    arrays = read_datasets(found, expected, path, _LOAD)
+    for name, array in arrays.items():
+        _warn_not_finite(name, f" in {path}", int(np.isfinite(array).sum()), array.size, _LOAD)
+    if others:
+        warnings.warn(f"{_LOAD}: {path} also holds {_some(others)}, which is no part of ELMo: not read.", stacklevel=3)
     state_dict = {}
     for name, part in parts.items():
         made = part.read(*(arrays[dataset] for dataset in part.datasets))
@@ -242,6 +247,11 @@ def weights_from_state_dict(
 
     Raises:
         ValueError: no ELMo in it, or several; a parameter missing or of another shape.
+        TypeError: a parameter that is not floating point.
+
+    Warns:
+        UserWarning: values that are not finite, by parameter; the names that are left out, such as a tagger's layers
+            and the weights of its scalar mix.
     """
     tables = [name for name in state_dict if name.endswith(_CHAR_TABLE)]
     if len(tables) != 1:
@@ -255,6 +265,7 @@ def weights_from_state_dict(
     if config.cell_size == config.projection_dim:
         choices["has_lstm_projection"] = any("state_projection" in name for name in found_names)
     config = dataclasses.replace(config, **choices)
+    _check_counts(config, len(found_names), "state_dict", _STATE)
     result = {}
     for name, part in _parts(config).items():
         if name not in found_names:
@@ -264,11 +275,21 @@ def weights_from_state_dict(
             raise ValueError(
                 f"{_STATE}: {prefix}{name} has shape {tuple(value.shape)}; expected {part.shape} by the config."
             )
+        if not value.is_floating_point():
+            raise TypeError(f"{_STATE}: {prefix}{name} has dtype {value.dtype}; expected floating point.")
+        _warn_not_finite(prefix + name, "", int(torch.isfinite(value).sum()), value.numel(), _STATE)
         result[name] = value
     own = ("_token_embedder.", "_elmo_lstm.forward_layer_", "_elmo_lstm.backward_layer_")
     extra = [name for name in found_names if name.startswith(own) and name not in result]
     if extra:
-        raise ValueError(f"{_STATE}: state_dict also holds {', '.join(extra)}, which the config knows nothing of.")
+        raise ValueError(f"{_STATE}: state_dict also holds {_some(extra)}, which the config knows nothing of.")
+    left = sorted(set(state_dict) - {prefix + name for name in result})
+    if left:
+        warnings.warn(
+            f"{_STATE}: {len(left)} tensors of state_dict are no part of the language model and are left out: "
+            f"{_some(left)}.",
+            stacklevel=2,
+        )
     return config, result
 
 

@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
+from ..._core.reading import read_json, reading
 from ...embed import Embedder
 from ...encoders import ElmoEncoder
 from ...models.bert.config import BertConfig
@@ -26,12 +28,36 @@ from ...models.bert.heads import (
 from ...models.bert.tokenization import BertTokenizer
 from ...models.lstm_heads import LstmClassifier, LstmSpanFinder, LstmTagger, OverElmo
 from .classify import BertClassifier, FeatureClassifier
-from .features import FrozenLayers
+from .features import FEATURES, FrozenLayers
 from .predictor import FORMAT, SETTINGS_FILE, Predictor
 from .span import BertSpanFinder, FeatureSpanFinder
 from .tag import BertTagger, FeatureTagger, is_bio
 
+_WHO = "ctxfast.finetune"
 TASKS = ("classify", "pair", "tag", "span")
+_FORMS = ("bert", "features", "elmo")
+# What settings are, in a stored model: the types, and what to call them.
+_WHOLE, _NUMBER, _TRUTH = (int, "a whole number"), ((int, float), "a number"), (bool, "true or false")
+_TEXT, _WHOLE_OR_NONE = (str, "a name"), ((int, type(None)), "a whole number, or null")
+_OPTIONS = {
+    "features": ((str, type(None)), "a name, or null"),
+    "max_length": _WHOLE_OR_NONE,
+    "predicate": _TEXT,
+    "is_spans": _TRUTH,
+    "doc_stride": _WHOLE,
+    "max_query": _WHOLE,
+    "max_answer": _WHOLE,
+    "n_best": _WHOLE,
+    "null_threshold": ((int, float, type(None)), "a number, or null"),
+}
+_HEAD_OPTIONS = {
+    "hidden_size": _WHOLE,
+    "lstm_layers": _WHOLE,
+    "dropout": _NUMBER,
+    "crf": _TRUTH,
+    "marks_predicate": _TRUTH,
+}
+_RECURRENT = re.compile(r"^reader\.lstm\.weight_hh_l\d+$")
 _ARCHITECTURES = {
     "ForSequenceClassification": "classify",
     "ForTokenClassification": "tag",
@@ -73,7 +99,7 @@ class Choice:
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "lstm_layers", "doc_stride", "max_query", "max_answer", "n_best"):
-            if getattr(self, name) < 1:
+            if not getattr(self, name) >= 1:
                 raise ValueError(f"ctxfast.finetune: {name} is {getattr(self, name)}; expected 1 or more.")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"ctxfast.finetune: dropout is {self.dropout}; expected a probability, 0 <= p < 1.")
@@ -227,38 +253,110 @@ def load(
     """
     directory = Path(directory)
     file = directory / SETTINGS_FILE
+    torch.empty(0, device=device)  # a device that is not there is no damage to the files
     if not file.is_file():
-        return _load_foreign(directory, task, device, dict(changes or {}))
-    settings = _read_settings(file)
-    _check_task(directory, settings["task"], task)
-    form, labels = settings["form"], settings["labels"]
-    options = {**settings["options"], **(changes or {})}
-    fields = {name: value for name, value in options.items() if name in Choice.__dataclass_fields__}
-    if form == "bert":
-        predictor = _bert(settings["task"], directory, labels, Choice(**fields), device)
-    else:
-        head = dict(options["head"])
+        with reading(directory, _WHO, "fine-tuned model"):
+            return _load_foreign(directory, task, device, dict(changes or {}))
+    with reading(file, _WHO, "settings of a fine-tuned model"):
+        settings = _read_settings(file)
+        _check_task(directory, settings["task"], task)
+        form, labels = settings["form"], settings["labels"]
+        options = {**settings["options"], **(changes or {})}
+        head = dict(options.pop("head", {}))
         marks = head.pop("marks_predicate", False)
-        choice = Choice(**fields, predicate="type" if marks else "none", **head)
-        predictor = build(settings["task"], directory / "encoder", labels, choice, device=device)
-        model = predictor.model.head if form == "elmo" else predictor.model
-        model.load_state_dict(load_file(directory / "head.safetensors", device=str(device)))
+        if form == "bert":
+            predictor = _whole_bert(settings["task"], directory, labels, Choice(**options), device)
+        else:
+            weights = directory / "head.safetensors"
+            if not weights.is_file():
+                raise FileNotFoundError(f"{_WHO}: {weights} does not exist; expected the head that {file} describes.")
+            choice = Choice(**options, predicate="type" if marks else "none", **head)
+            _check_head_size(weights, choice)
+            predictor = build(settings["task"], directory / "encoder", labels, choice, device=device)
+            _load_head(predictor.model.head if form == "elmo" else predictor.model, weights)
     predictor.model.eval()
     return predictor
 
 
 def _read_settings(file: Path) -> dict[str, Any]:
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"ctxfast.finetune: {file} is damaged ({error}); expected what training wrote.") from error
-    found = settings.get("format") if isinstance(settings, dict) else None
+    """The settings in ``file``, once every one of them is of its kind."""
+    settings = read_json(file, _WHO, "settings of a fine-tuned model")
+    found = settings.get("format")
     if found != FORMAT:
-        raise ValueError(f"ctxfast.finetune: {file} has format {found}; expected {FORMAT}.")
+        raise ValueError(f"{_WHO}: {file} has format {found}; expected {FORMAT}.")
     missing = {"task", "form", "labels", "options"} - set(settings)
     if missing:
-        raise ValueError(f"ctxfast.finetune: {file} has no {', '.join(sorted(missing))}; expected what training wrote.")
+        raise ValueError(f"{_WHO}: {file} has no {', '.join(sorted(missing))}; expected what training wrote.")
+    form, labels, options = settings["form"], settings["labels"], settings["options"]
+    _check_setting(file, "task", settings["task"] in TASKS, settings["task"], f"one of {', '.join(TASKS)}")
+    _check_setting(file, "form", form in _FORMS, form, f"one of {', '.join(_FORMS)}")
+    are_names = isinstance(labels, list) and all(isinstance(label, str) for label in labels)
+    _check_setting(file, "labels", are_names and len(set(labels)) == len(labels), labels, "a list of different names")
+    _check_setting(file, "options", isinstance(options, dict), options, "an object")
+    has_features = form != "features" or options.get("features") in FEATURES
+    _check_setting(file, "features", has_features, options.get("features"), f"one of {', '.join(FEATURES)}")
+    head = options.get("head")
+    _check_setting(file, "head", isinstance(head, dict) if form != "bert" else head is None, head, "the head's sizes")
+    for group, kinds in ((options, _OPTIONS), (head or {}, _HEAD_OPTIONS)):
+        for name, value in group.items():
+            if name == "head" and group is options:
+                continue
+            kind, expected = kinds.get(name, ((), "no such option"))
+            is_right = isinstance(value, kind) and (isinstance(value, bool) == (kind is bool))
+            _check_setting(file, name, is_right, value, expected)
     return settings
+
+
+def _check_setting(file: Path, name: str, is_right: bool, value: Any, expected: str) -> None:
+    if not is_right:
+        shown = repr(value)
+        shown = shown if len(shown) <= 100 else shown[:100] + "..."
+        raise ValueError(f"{_WHO}: {name} in {file} is {shown}; expected {expected}.")
+
+
+def _check_head_size(file: Path, choice: Choice) -> None:
+    """Hold the sizes that the settings give against the head's file, before a head of these sizes is made."""
+    with reading(file, _WHO, "file of a head"), safe_open(file, framework="pt") as stored:
+        names = [name for name in stored.keys() if _RECURRENT.match(name)]
+        shapes = {tuple(stored.get_slice(name).get_shape()) for name in names}
+    size, layers = choice.hidden_size, choice.lstm_layers
+    if len(names) != layers or shapes != {(4 * size, size)}:
+        raise ValueError(
+            f"{_WHO}: {file} has {len(names)} LSTM layers with recurrent weights of {sorted(shapes)}; expected "
+            f"{layers} of {(4 * size, size)}, as lstm_layers {layers} and hidden_size {size} in {SETTINGS_FILE} say."
+        )
+
+
+def _load_head(model: torch.nn.Module, file: Path) -> None:
+    """Fill ``model`` from ``file``, which must hold its tensors, all of them and no others."""
+    with reading(file, _WHO, "file of a head"):
+        tensors, own = load_file(file), model.state_dict()
+        for name in sorted(own.keys() | tensors.keys()):
+            if name not in tensors or name not in own:
+                what = "also holds" if name in tensors else "has no"
+                raise ValueError(f"{_WHO}: {file} {what} {name}; expected the head that {SETTINGS_FILE} describes.")
+            value, wanted = tensors[name], own[name]
+            if value.shape != wanted.shape or value.is_floating_point() != wanted.is_floating_point():
+                raise ValueError(
+                    f"{_WHO}: {name} in {file} is {value.dtype} of shape {tuple(value.shape)}; expected {wanted.dtype} "
+                    f"of {tuple(wanted.shape)}, as {SETTINGS_FILE} says."
+                )
+            if not torch.isfinite(value).all():
+                warnings.warn(f"{_WHO}: {name} in {file} holds NaN or infinity.", stacklevel=3)
+        model.load_state_dict(tensors)
+
+
+def _whole_bert(task: str, directory: Path, labels: Sequence[str], choice: Choice, device: Any) -> Predictor:
+    """``_bert`` for a model that was trained: its head is in the files, for the very labels."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=r".*They start at random.*")
+        try:
+            return _bert(task, directory, labels, choice, device)
+        except UserWarning as warning:
+            raise ValueError(
+                f"{_WHO}: {directory} has no trained head for {task!r} and labels {', '.join(labels) or '(none)'}: "
+                f"{warning}"
+            ) from warning
 
 
 def _check_task(directory: Path, found: str, task: str | None) -> None:
@@ -294,6 +392,6 @@ def _load_foreign(directory: Path, task: str | None, device: Any, changes: dict[
         changes = {"is_spans": is_bio(labels), **changes}
     elif found == "span":
         changes = {"null_threshold": None, **changes}
-    predictor = _bert(found, directory, labels, Choice(**changes), device)
+    predictor = _whole_bert(found, directory, labels, Choice(**changes), device)
     predictor.model.eval()
     return predictor
