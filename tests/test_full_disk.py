@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A disk that is full: one error that names the file, nothing half-made, and the same call goes on when there is room."""
+"""A disk that is full: an error that names the file, nothing half-made, and with room the same call goes on."""
 
 from __future__ import annotations
 

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import collections
+import functools
 import json
 import os
 from abc import ABC, abstractmethod
@@ -41,6 +43,12 @@ class Predictor(ABC):
     model: nn.Module
     labels: tuple[str, ...] = ()
     options: dict[str, Any]
+
+    @functools.cached_property
+    def lost(self) -> collections.Counter[str]:
+        """How much of the examples so far the model does not see, by words that say what: "texts of more than 128
+        tokens, cut"."""
+        return collections.Counter()
 
     @property
     @abstractmethod
