@@ -14,6 +14,7 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
+from .._core.checks import shown
 from ..models.bert.tokenization import Encoding
 from .text import text_lines
 
@@ -149,12 +150,12 @@ class SpanFile:
                 (kind,) = fields[3:]
             except ValueError:
                 raise ValueError(
-                    f"ctxfast.training.SpanFile: {path}, row {number} is {row[:80]!r}; expected line, start, end, kind "
+                    f"ctxfast.training.SpanFile: {path}, row {number} is {shown(row)}; expected line, start, end, kind "
                     "with tabs between."
                 ) from None
             if kind not in KINDS or line < 1:
                 raise ValueError(
-                    f"ctxfast.training.SpanFile: {path}, row {number} has line {line} and kind {kind[:80]!r}; expected "
+                    f"ctxfast.training.SpanFile: {path}, row {number} has line {line} and kind {shown(kind)}; expected "
                     f"a line from 1 and one of {', '.join(KINDS)}."
                 )
             rows.setdefault(line, []).append((number, Span(start, end, kind)))

@@ -146,7 +146,7 @@ def test_conll(tmp_path, text, options, note) -> None:
     [
         ("a x O\nb O\n", {}, "line 2: 2 columns; expected 3, as in the line before in the same sentence"),
         ("a,O\nb,O\n", {}, r"line 1: 1 columns, parted by spaces \(commas part none here\)"),
-        ("a " + "x" * 5000 + "\n", {}, "line 1: tag 'x{80}...'; expected"),
+        ("a " + "x" * 5000 + "\n", {}, "line 1: tag 'x{99}...; expected"),
     ],
 )
 def test_conll_that_cannot_be_meant(tmp_path, text, options, reason) -> None:

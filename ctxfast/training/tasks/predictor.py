@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..._core.checks import shown
 from ..._core.files import replacing
 from ..batches import Batches
 from ..loop import BaseTask
-from ..readers.lines import fail, short
+from ..readers.lines import fail
 
 SETTINGS_FILE = "ctxfast_task.json"
 FORMAT = 1
@@ -192,8 +193,8 @@ def check_label(path: Any, line: int, label: str, known: Collection[str]) -> Non
         ValueError: with file, line and the labels there are.
     """
     if label not in known:
-        shown = ", ".join(map(repr, sorted(known)[:12])) + (", ..." if len(known) > 12 else "")
-        reason = f"label {short(label)} does not occur in the training data, which has {shown}"
+        names = ", ".join(map(repr, sorted(known)[:12])) + (", ..." if len(known) > 12 else "")
+        reason = f"label {shown(label)} does not occur in the training data, which has {names}"
         raise fail(path, f"line {line}", f"{reason}. Correct it, or count such labels as wrong (--unseen keep)")
 
 
