@@ -36,7 +36,7 @@ _BLOCK_BYTES = 1 << 20
 # packed to a tenth or less; a few megabytes that unpack to gigabytes are a mistake, or a trap.
 MAX_WHOLE_BYTES = 4 << 30
 _SURE_BYTES = 64 << 20
-_MOST_PACKED = 100
+_MOST_PACKED = 50
 # xz keeps up to 64 MiB of what it has unpacked at its highest level; files may ask for 4 GiB.
 _XZ_MEMORY = 512 << 20
 

@@ -24,6 +24,7 @@ import torch
 
 from . import corpus, writers
 from ._core.capability import facts
+from ._core.checks import shown
 from ._core.files import naming
 from .corpus import Corpus, Position, Window
 from .encoders import Prepared
@@ -300,7 +301,7 @@ def _differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
         for name in sorted({*old, *new}):
             yield from _differences(old.get(name), new.get(name), f"{path}.{name}" if path else name)
     elif old != new and not _is_looser(path, old):
-        yield f"{path} was {old!r} and is {new!r} now"
+        yield f"{path[:80]} was {shown(old)} and is {shown(new)} now"
 
 
 def _is_looser(path: str, old: Any) -> bool:

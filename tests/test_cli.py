@@ -149,7 +149,7 @@ def test_elmo_as_allennlp_had_it(tmp_path, shared_data):
         ("embed {in} -m m -o {in}.npz --layers two", "ctxfast.embed: layers is 'two'; expected 'all'"),
         ("embed {in} -m no-such-model -o {in}.npz", "ctxfast.resolve_model: 'no-such-model' is no model"),
         ("embed {in} -m {here} -o {in}.npz", "is no model: expected config.json (BERT)"),
-        ("embed {in} -o {in}.npz", "ctxfast.Embedder: model is None"),
+        ("embed {in} -o {in}.npz", "ctxfast.embed: -m (--model) is missing; expected a model's folder"),
         ("embed {in} -m {bert} -o {in}.npz --state carry", "state is 'carry'; expected an ELMo model"),
         ("embed {in} -m {bert} -o {in}.npz --level word", "level is 'word'"),
         ("embed {in} -m {bert} -o {in}.npz --empty drop", "empty is 'drop'"),
@@ -201,7 +201,10 @@ def test_unexpected_errors(source, tmp_path, fake, capsys):
 
     fake.encode = no_space
     assert run("embed", source, "-m", "m", "-o", tmp_path / "o.npz") == 1
-    assert capsys.readouterr().err == "ctxfast: [Errno 28] No space left on device: 'o.npz'\n"
+    assert (
+        capsys.readouterr().err
+        == "ctxfast: o.npz: No space left on device. The same command goes on where this stopped.\n"
+    )
 
 
 def test_interrupted(source, tmp_path, fake, capsys):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A disk that is full: one error that names the file, nothing half-made, and the same call goes on when there is room."""
+"""A disk that is full: an error that names the file, nothing half-made, and with room the same call goes on."""
 
 from __future__ import annotations
 
@@ -95,7 +95,21 @@ def _array(folder: Path) -> None:
         save_array(new / "x.npy", np.zeros((300, 300)))
 
 
-@pytest.mark.parametrize("make", [_checkpoint, _model, _shard, _bilm, _array])
+def _elmo(folder: Path) -> None:
+    from ctxfast.models.elmo.config import ElmoConfig
+    from ctxfast.models.elmo.weights import random_weights, save_weights
+
+    config = ElmoConfig.preset("small")
+    (folder / "elmo").mkdir(exist_ok=True)
+    try:
+        save_weights(random_weights(config), config, folder / "elmo" / "options.json", folder / "elmo" / "weights.hdf5")
+    except OSError:
+        assert os.listdir(folder / "elmo") == []
+        os.rmdir(folder / "elmo")
+        raise
+
+
+@pytest.mark.parametrize("make", [_elmo, _checkpoint, _model, _shard, _bilm, _array])
 def test_training(tmp_path, make):
     with room(100_000), pytest.raises(OSError, match=f"File too large: '{tmp_path}/.*'"):
         make(tmp_path)

@@ -18,6 +18,13 @@ from . import capability, torch_ops
 
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 INTEGER = (torch.int64, torch.int32)
+_LONGEST_SHOWN = 100
+
+
+def shown(value: Any) -> str:
+    """A value as errors show it: its ``repr``, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= _LONGEST_SHOWN else text[:_LONGEST_SHOWN] + "..."
 
 
 def tensor(op: str, name: str, value: Any) -> Tensor:

@@ -59,7 +59,8 @@ def _held(path: Path, who: str, *, waits: bool) -> BinaryIO | None:
             status = os.fstat(handle)
             if not stat.S_ISREG(status.st_mode):
                 raise ValueError(f"{who}: {path} is no file; expected one to lock. Remove it.")
-            fcntl.flock(handle, fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB))
+            with naming(path):
+                fcntl.flock(handle, fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB))
             # Whoever held it before may have removed it meanwhile: then the lock is on a file without a name.
             with suppress(FileNotFoundError):
                 if os.path.samestat(status, os.lstat(path)):

@@ -269,8 +269,9 @@ def _say(args: argparse.Namespace, text: str) -> None:
 
 def _note(args: argparse.Namespace, text: str) -> None:
     """Say something of the data, and keep it for the log."""
-    args.notes.append(text)
-    _say(args, text)
+    if text not in args.notes:
+        args.notes.append(text)
+        _say(args, text)
 
 
 def _check(args: argparse.Namespace, path: str, examples: list[Any], labels: tuple[str, ...]) -> None:
@@ -383,9 +384,10 @@ def _train(args: argparse.Namespace) -> int:
     if args.eval_every is None and args.dev is not None:
         args.eval_every = task.batches.steps(1, args.accumulate, group.ranks)
     best = predictor.main_figure if args.dev is not None else None
-    cut = getattr(predictor, "cut", 0)
     kinds = f", {len(labels)} labels" if labels else ""
-    _say(args, f"{len(data['train']):,} examples{kinds}; {steps:,} steps" + (f"; {cut:,} texts cut" if cut else ""))
+    _say(args, f"{len(data['train']):,} examples{kinds}; {steps:,} steps")
+    for what, count in predictor.lost.items():
+        _note(args, f"train: {count:,} {what}")
     settings = {
         "command": f"finetune {args.task}",
         "task": args.task,
@@ -416,11 +418,10 @@ def _judge(args: argparse.Namespace, predictor: Any, name: str, examples: list[A
 
     from ..training.tasks.predictor import write_text
 
-    before = getattr(predictor, "cut", 0)
+    predictor.lost.clear()
     predictions = predictor.predict(examples)
-    cut = getattr(predictor, "cut", 0) - before
-    if cut:
-        _say(args, f"{name}: {cut:,} of {len(examples):,} texts are longer than {predictor.max_length} tokens: cut")
+    for what, count in predictor.lost.items():
+        _say(args, f"{name}: {count:,} {what}")
     suffix = {"tag": "tsv", "span": "json"}.get(args.task, "jsonl")
     written = predictor.write_predictions(directory / f"predictions-{name}.{suffix}", examples, predictions)
     if args.predict_only:

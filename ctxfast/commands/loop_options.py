@@ -43,7 +43,9 @@ def add(parser: argparse.ArgumentParser, **defaults: Any) -> None:
         "--batch-size", type=int, metavar="N", default=own["batch_size"], help="examples of a micro-batch (%(default)s)"
     )
     add("--accumulate", type=int, metavar="N", default=1, help="batches of a step (%(default)s)")
-    add("--lr", type=float, dest="learning_rate", default=own["learning_rate"], help="learning rate (%(default)s)")
+    rate = own["learning_rate"]
+    usual = "as said above" if rate is None else rate
+    add("--lr", type=float, dest="learning_rate", default=rate, help=f"learning rate ({usual})")
     add("--warmup", type=float, default=own["warmup"], help="steps of warm-up; below 1 a share of all (%(default)s)")
     add("--schedule", default=own["schedule"], help="linear, cosine or constant (%(default)s)")
     add("--optimizer", default=own["optimizer"], help="adamw, bert_adam, lamb or adagrad (%(default)s)")

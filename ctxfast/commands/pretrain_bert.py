@@ -8,6 +8,7 @@ import dataclasses
 import math
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -169,8 +170,16 @@ def run(args: argparse.Namespace) -> int:
                 found.append(None)
                 continue
             files = [files] if isinstance(files, str) else files
+            own_say = None if say is None else partial(_say_of, say, name)
             corpus = BertCorpus.prepare(
-                data / name, files, tokenizer, how, sources=sources, sources_name=sources_name, say=say, workers=workers
+                data / name,
+                files,
+                tokenizer,
+                how,
+                sources=sources,
+                sources_name=sources_name,
+                say=own_say,
+                workers=workers,
             )
             found.append(corpus)
         return tokenizer, *found
@@ -230,8 +239,6 @@ def _check(args: argparse.Namespace) -> None:
     who = f"ctxfast.{_WHO}"
     loop_options.check_files(args, _WHO, "text", "held_out", "config", "gazetteer", "spans")
     loop_options.check_model(args.init_from, _WHO, "--init-from")
-    if args.vocab is not None:
-        loop_options.tokenizer_files(args.vocab, _WHO, "--vocab")
     if not 0 < args.mask_rate <= 1:
         raise ValueError(f"{who}: --mask-rate is {args.mask_rate}; expected above 0, at most 1.")
     if not 0 < args.shard_mb < math.inf:
@@ -246,6 +253,8 @@ def _check(args: argparse.Namespace) -> None:
             f"{who}: {' and '.join('--' + name.replace('_', '-') for name in given) or 'nothing'} gives the "
             "vocabulary; expected one of --vocab, --train-vocab, --init-from (whose vocabulary is the model's)."
         )
+    if args.vocab is not None:
+        loop_options.tokenizer_files(args.vocab, _WHO, "--vocab")
     if args.init_from is not None and (args.size or args.config):
         raise ValueError(f"{who}: --size or --config is given with --init-from, which has its sizes; leave it out.")
     if args.size and args.config:
@@ -328,6 +337,10 @@ def _sources(args: argparse.Namespace) -> tuple[list[Any], Any]:
         kind: [*found.values()] for kind, found in loop_options.digests(args, "gazetteer", "spans").items()
     }
     return sources, name | {"segmented": args.segmented, "jieba": args.jieba}
+
+
+def _say_of(say: Any, name: str, text: str) -> None:
+    say(text if name == "train" else f"held-out text, {text}")
 
 
 def _say(text: str) -> None:

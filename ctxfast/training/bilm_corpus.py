@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from .._core.checks import shown
 from .._core.files import replacing_folder
 from ..corpus import fingerprint
 from ..models.elmo.tokenization import BEGIN_SENTENCE, END_SENTENCE, ElmoCharacterMapper
@@ -109,7 +110,7 @@ def read_vocabulary(path: str | os.PathLike[str]) -> list[str]:
             continue
         if number <= len(MARKS) and word != MARKS[number - 1]:
             raise ValueError(
-                f"{_WHO}: line {number} of {path} is {_short(word)}; expected {MARKS[number - 1]!r}: a vocabulary "
+                f"{_WHO}: line {number} of {path} is {shown(word)}; expected {MARKS[number - 1]!r}: a vocabulary "
                 f"begins with {', '.join(MARKS)}."
             )
         if not word or word in seen:
@@ -120,10 +121,6 @@ def read_vocabulary(path: str | os.PathLike[str]) -> list[str]:
     if len(words) <= len(MARKS):
         raise ValueError(f"{_WHO}: {path} has {len(words)} words; expected {', '.join(MARKS)} and more.")
     return words
-
-
-def _short(word: str) -> str:
-    return repr(word if len(word) <= 40 else word[:40] + "...")
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from .._core.checks import shown
 from .._core.files import clear_left, create, locked, naming, remove, replacing, replacing_folder
 from .._core.reading import read_json, reading
 
@@ -94,26 +95,28 @@ def check_settings(path: str | os.PathLike[str], settings: Mapping[str, Any]) ->
 
 def _read_config(file: Path) -> dict[str, Any]:
     """What a run was started with."""
-    what = "note of what a run was started with"
     try:
-        config = read_json(file, "ctxfast.training", what)
-        for name in ("loop", "settings"):
-            if not isinstance(config.get(name), dict):
-                raise ValueError(f"ctxfast.training: {file} has no {name!r}; expected the {what}")
+        config = read_json(file, "ctxfast.training")
+        reason = next((f"no {name!r}" for name in ("loop", "settings") if not isinstance(config.get(name), dict)), None)
     except ValueError as error:
-        raise ValueError(f"{error}. Choose another directory, or pass overwrite (--overwrite) to start anew.") from None
+        reason = str(error).removeprefix(f"ctxfast.training: {file} ")
+    if reason is not None:
+        raise ValueError(
+            f"ctxfast.training: {file} is not what a run was started with ({reason}); expected it as it was written. "
+            "Choose another directory, or pass overwrite to start anew."
+        )
     return config
 
 
 def _compare(path: Path, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
     old, new = dict(_leaves(before)), dict(_leaves(after))
     changed = [
-        f"{name} was {old.get(name)!r} and is {new.get(name)!r} now"
+        f"{name[:80]} was {shown(old.get(name))} and is {shown(new.get(name))} now"
         for name in sorted({*old, *new} - _FREE, key=lambda name: (name.startswith("settings.sha256"), name))
         if old.get(name) != new.get(name)
     ]
     if changed:
-        was, now = (str(config.get("settings.command", "another program")) for config in (old, new))
+        was, now = (str(config.get("settings.command", "another program"))[:80] for config in (old, new))
         if was != now:
             found = f"holds a run of {was}, and this is one of {now}"
         else:
@@ -124,6 +127,10 @@ def _compare(path: Path, before: Mapping[str, Any], after: Mapping[str, Any]) ->
             f"ctxfast.training: {path} {found}. Go on with the same, choose another directory, or pass overwrite "
             "(--overwrite) to start anew."
         )
+
+
+def _no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 class RunDirectory:
@@ -218,8 +225,9 @@ class RunDirectory:
                     if not isinstance(state[name], kind):
                         raise ValueError(f"its {name!r} is a {type(state[name]).__name__}")
         except ValueError as error:
+            reason = str(error).removeprefix(f"ctxfast.training: {found[-1]} ")
             before = "the run goes on from the one before" if len(found) > 1 else "the run begins anew"
-            raise ValueError(f"{error}. Remove it; {before}.") from error
+            raise ValueError(f"ctxfast.training: {found[-1]} does not read ({reason}). Remove it; {before}.") from error
         return state
 
     def cut_log(self, step: int) -> None:
@@ -233,7 +241,7 @@ class RunDirectory:
 
     def log(self, entry: Mapping[str, Any]) -> None:
         file = self.path / "log.jsonl"
-        with naming(file), open(file, "a", encoding="utf-8") as out:
+        with naming(file), open(file, "a", encoding="utf-8", opener=_no_link) as out:
             out.write(json.dumps(entry) + "\n")
 
     def read_log(self) -> list[dict[str, Any]]:

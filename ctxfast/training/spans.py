@@ -14,6 +14,7 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
+from .._core.checks import shown
 from ..models.bert.tokenization import Encoding
 from .text import text_lines
 
@@ -88,18 +89,7 @@ class Gazetteer:
             FileNotFoundError: no such file.
             ValueError: a line without that column (its number is named), or a file without entries.
         """
-        entries = []
-        for number, line in enumerate(text_lines(path), 1):
-            if not line.strip():
-                continue
-            fields = line.split("\t")
-            if column >= len(fields):
-                raise ValueError(
-                    f"ctxfast.training.Gazetteer: {path}, line {number} has {len(fields)} columns; "
-                    f"expected more than column={column}."
-                )
-            entries.append(fields[column])
-        return cls(entries, kind, ignore_case=ignore_case)
+        return cls(read_gazetteer(path, column), kind, ignore_case=ignore_case)
 
     def _folded(self, text: str) -> str:
         if not self.ignore_case:
@@ -114,6 +104,24 @@ class Gazetteer:
             if _is_boundary(folded, start) and _is_boundary(folded, end):
                 found.append(Span(start, end, self.kind))
         return found
+
+
+def read_gazetteer(path: str | os.PathLike[str], column: int = 0) -> list[str]:
+    """Entries of a text file, see ``Gazetteer.from_file``."""
+    entries = []
+    for number, line in enumerate(text_lines(path), 1):
+        if not line.strip():
+            continue
+        fields = line.split("\t")
+        if column >= len(fields):
+            raise ValueError(
+                f"ctxfast.training.Gazetteer: {path}, line {number} has {len(fields)} columns; "
+                f"expected more than column={column}."
+            )
+        entries.append(fields[column])
+    if not any(entry.strip() for entry in entries):
+        raise ValueError(f"ctxfast.training.Gazetteer: {path} has no text; expected a phrase or name a line.")
+    return entries
 
 
 class SpanFile:
@@ -142,12 +150,12 @@ class SpanFile:
                 (kind,) = fields[3:]
             except ValueError:
                 raise ValueError(
-                    f"ctxfast.training.SpanFile: {path}, row {number} is {row!r}; expected line, start, end, kind with "
-                    "tabs between."
+                    f"ctxfast.training.SpanFile: {path}, row {number} is {shown(row)}; expected line, start, end, kind "
+                    "with tabs between."
                 ) from None
             if kind not in KINDS or line < 1:
                 raise ValueError(
-                    f"ctxfast.training.SpanFile: {path}, row {number} has line {line} and kind {kind!r}; expected "
+                    f"ctxfast.training.SpanFile: {path}, row {number} has line {line} and kind {shown(kind)}; expected "
                     f"a line from 1 and one of {', '.join(KINDS)}."
                 )
             rows.setdefault(line, []).append((number, Span(start, end, kind)))

@@ -86,8 +86,17 @@ def _serve(ours: Connection, payload: bytes) -> None:
         try:
             answer = (True, work(task))
         except Exception as error:
-            answer = (False, error)
+            answer = (False, _sendable(error))
         try:
             ours.send(answer)
         except BrokenPipeError:
             return
+
+
+def _sendable(error: Exception) -> Exception:
+    """The error, or what it says where it does not survive the way to another process."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error

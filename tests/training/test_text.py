@@ -97,3 +97,74 @@ def test_other_encodings_and_folders_are_refused(tmp_path: Path) -> None:
         list(text_lines(tmp_path / "latin"))
     with pytest.raises(FileNotFoundError, match="is a directory; expected a text file"):
         list(text_lines(tmp_path))
+
+
+ONE = b"a\tx\nb\ty\n"
+
+
+@pytest.mark.parametrize(
+    ("suffix", "data", "is_sound"),
+    [
+        (".xz", lambda one: one + one, True),
+        (".xz", lambda one: one + bytes(8) + one + bytes(4), True),
+        (".xz", lambda one: one + bytes(3), False),
+        (".xz", lambda one: one + b"junk", False),
+        (".xz", lambda one: one + one[:-6], False),
+        (".xz", lambda one: one + one[:6] + b"zz" + one[8:], False),
+        (".xz", lambda one: b"", False),
+        (".xz", lambda one: bytes(8), False),
+        (".gz", lambda one: one + one, True),
+        (".gz", lambda one: one + bytes(8), True),
+        (".gz", lambda one: one + b"junk", False),
+        (".gz", lambda one: one + one[:-6], False),
+        (".gz", lambda one: b"", False),
+    ],
+)
+def test_archives_are_read_to_their_end(tmp_path: Path, suffix: str, data: Callable, is_sound: bool) -> None:
+    """What follows a whole part is another, or damage: nothing is left out in silence. As ``gzip -t`` and ``xz -t``."""
+    path = tmp_path / f"text{suffix}"
+    path.write_bytes(data(PACK[suffix](ONE)))
+    for read in (lambda path: list(text_lines(path)), read_text, by_windows):
+        if is_sound:
+            read(path)
+            assert len(list(text_lines(path))) % 2 == 0
+        else:
+            with pytest.raises(ValueError, match=f"is damaged, cut short or no {suffix} file"):
+                read(path)
+
+
+def test_windows_of_a_packed_file_go_on_in_the_middle(tmp_path: Path) -> None:
+    (path := tmp_path / "text.xz").write_bytes(lzma.compress(b"a b\n" * 3000) + lzma.compress(b"c d\n" * 3000))
+    windows = list(Corpus(path, window=500).windows())
+    rest = list(Corpus(path, window=500).windows(windows[7].end))
+    assert [window.texts for window in rest] == [window.texts for window in windows[8:]] and rest[0].texts[-1] == b"c d"
+
+
+def test_an_archive_that_asks_for_too_much_memory(tmp_path: Path) -> None:
+    filters = [{"id": lzma.FILTER_LZMA2, "dict_size": 1 << 30}]
+    (path := tmp_path / "a.tsv.xz").write_bytes(lzma.compress(ONE, filters=filters))
+    with pytest.raises(ValueError, match="Memory usage limit"):
+        read_text(path)
+
+
+@pytest.mark.parametrize("suffix", list(PACK))
+def test_a_small_file_that_unpacks_to_a_large_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    monkeypatch.setattr("ctxfast.corpus._SURE_BYTES", 1 << 16)
+    (path := tmp_path / f"a.tsv{suffix}").write_bytes(PACK[suffix](b"a good film\tpositive\n" * 200_000))
+    with pytest.raises(ValueError, match=rf"a.tsv{suffix}: is packed to less than a 50th: more than .* Unpack it"):
+        read_text(path)
+    path.write_bytes(PACK[suffix](b"a good film\tpositive\n" * 2000))
+    assert len(read_text(path)) == 42_000
+
+
+def test_what_is_read_whole_has_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (path := tmp_path / "a.tsv").write_bytes(b"a\tx\n" + b"b" * 3000 + b"\tx\n")
+    monkeypatch.setattr("ctxfast.training.readers.lines.MAX_LINE_BYTES", 1000)
+    with pytest.raises(ValueError, match="a.tsv, line 2: has more than 1000 bytes; expected lines"):
+        read_text(path)
+    read_text(path, has_lines=False)
+    monkeypatch.setattr("ctxfast.corpus.MAX_WHOLE_BYTES", 2000)
+    with pytest.raises(ValueError, match="a.tsv: is large: more than"):
+        read_text(path, has_lines=False)

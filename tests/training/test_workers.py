@@ -72,3 +72,19 @@ def test_sources_of_spans_can_be_sent() -> None:
     names = Gazetteer(["Old Town"], "phrase", ignore_case=False)
     for source, text in ((names, "an Old Town"), (ChineseWords(), "省会")):
         assert source.spans(text) and pickle.loads(pickle.dumps(source)).spans(text) == source.spans(text)
+
+
+class Awkward(Exception):
+    """Cannot be made again from what it keeps."""
+
+    def __init__(self, code: int, text: str) -> None:
+        super().__init__(text)
+
+
+def _awkward(number: int) -> int:
+    raise Awkward(number, "it went wrong")
+
+
+def test_an_error_that_cannot_be_sent_says_what_it_said() -> None:
+    with pytest.raises(RuntimeError, match="Awkward: it went wrong"):
+        list(spread(_awkward, range(3), 2))

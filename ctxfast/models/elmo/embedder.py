@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from ..._core.files import replacing
+from ..._core.hdf5 import new_hdf5
 from .bilm import ElmoBiLm
 from .character_encoder import remove_sentence_marks
 from .tokenization import Word, batch_to_ids, lazy_batches
@@ -117,11 +118,12 @@ class ElmoEmbedder:
             raise FileExistsError(f"{_OP}: {target} exists. Remove it, or choose another name.")
         sentences, name = _read_sentences(input_file)
         keys = _sentence_keys(sentences, name) if use_sentence_keys else None
-        with replacing(target) as temporary, h5py.File(temporary, "w") as file:
+        with replacing(target) as temporary, new_hdf5(temporary) as (file, check):
             split = (sentence.split() for sentence in sentences)
             for number, layers in enumerate(self.embed_sentences(split, batch_size)):
                 key = keys[number] if keys else str(number)
                 file.create_dataset(key, data=_formatted(layers, output_format))
+                check()
             if not forget_sentences and keys is None:
                 index = {sentence: str(number) for number, sentence in enumerate(sentences)}
                 text = file.create_dataset("sentence_to_index", (1,), dtype=h5py.string_dtype("utf-8"))

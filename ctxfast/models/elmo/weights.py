@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..._core.files import replacing
+from ..._core.hdf5 import new_hdf5
 from ..._core.reading import reading
 from .config import ElmoConfig
 from .datasets import find_datasets, read_datasets
@@ -329,9 +330,10 @@ def save_weights(
             datasets[dataset] = _swap_gates(np.concatenate([arrays[name].T, recurrent.T]))
         else:
             datasets.update(zip(part.datasets, part.write(arrays[name])))
-    with replacing(weights_path) as temporary, h5py.File(temporary, "w") as file:
+    with replacing(weights_path) as temporary, new_hdf5(temporary) as (file, check):
         for name, array in datasets.items():
             file.create_dataset(name, data=np.ascontiguousarray(array, dtype=np.float32))
+            check()
     config.save(options_path)
 
 

@@ -8,7 +8,8 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from .lines import fail, read_text, short
+from ..._core.checks import shown
+from .lines import fail, read_text
 from .notes import Say, label_notes, tell
 
 SCHEMES = ("bio2", "iob1", "bioes", "none")
@@ -179,10 +180,10 @@ def _check_tags(path: str | os.PathLike[str], lines: list[int], tags: list[str],
         if tag != "O" and (len(tag) < 3 or tag[0] not in marks or tag[1] != "-"):
             expected = f"expected O, {', '.join(f'{mark}-x' for mark in marks[:-1])} or {marks[-1]}-x"
             other = "" if scheme == "bioes" else "E-x and S-x: scheme 'bioes'; o"
-            raise fail(path, f"line {line}", f"tag {short(tag)}; {expected}. {other or 'O'}ther tags: scheme 'none'")
+            raise fail(path, f"line {line}", f"tag {shown(tag)}; {expected}. {other or 'O'}ther tags: scheme 'none'")
         if scheme == "bio2" and tag[0] == "I" and (before == "O" or before[2:] != tag[2:]):
             reason = (
-                f"tag {short(tag)} goes on with nothing, as {before!r} comes before it; expected 'B-{tag[2:]}' in BIO2"
+                f"tag {shown(tag)} goes on with nothing, as {before!r} comes before it; expected 'B-{tag[2:]}' in BIO2"
             )
             raise fail(path, f"line {line}", f"{reason}. Where such tags begin spans: scheme 'iob1'")
         before = tag

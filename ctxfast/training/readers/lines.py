@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ...corpus import DAMAGE, MAX_LINE_BYTES, PACKED_SUFFIXES, damage, read_whole
 
-_LONGEST_REASON, _LONGEST_QUOTE = 500, 80
+_LONGEST_REASON = 500
 
 
 def fail(path: str | os.PathLike[str], where: str, reason: str) -> ValueError:
@@ -18,11 +18,6 @@ def fail(path: str | os.PathLike[str], where: str, reason: str) -> ValueError:
         reason = f"{reason[:_LONGEST_REASON]}..."
     place = f"{os.fspath(path)}, {where}" if where else os.fspath(path)
     return ValueError(f"ctxfast.readers: {place}: {reason}")
-
-
-def short(text: str) -> str:
-    """A text as errors quote it."""
-    return repr(text if len(text) <= _LONGEST_QUOTE else text[:_LONGEST_QUOTE] + "...")
 
 
 def data_suffix(path: str | os.PathLike[str]) -> str:

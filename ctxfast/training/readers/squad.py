@@ -9,7 +9,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from .lines import fail, parse_json, read_text, short
+from ..._core.checks import shown
+from .lines import fail, parse_json, read_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +123,7 @@ def _question(id: str, entry: dict, context: str, needs_answers: bool) -> Questi
             raise _Misaligned(f"answer {k} is empty")
         if not 0 <= start <= len(context) or context[start : start + len(text)] != text:
             there = context[max(start, 0) : max(start, 0) + len(text)]
-            raise _Misaligned(f"answer {k} is {short(text)}, but the text at answer_start {start} is {short(there)}")
+            raise _Misaligned(f"answer {k} is {shown(text)}, but the text at answer_start {start} is {shown(there)}")
         answers.append(Answer(text, start))
     if is_impossible:
         answers = []

@@ -133,9 +133,6 @@ class BertClassifier(_Classifier):
         max_length: tokens of a text, special ones included; longer ones are cut, of pairs the longer text first. None
             for 128, or the model's limit if that is lower.
 
-    Attributes:
-        cut: texts that were cut so far.
-
     Raises:
         ValueError: a length the model does not have.
 
@@ -157,14 +154,14 @@ class BertClassifier(_Classifier):
         self.model, self.tokenizer = model, tokenizer
         self.max_length = usual_length(max_length, _USUAL_LENGTH, model.config.max_length)
         self.options = {"max_length": self.max_length}
-        self.cut = 0
 
     def items(self, examples: Sequence[Example]) -> list[Row]:
         texts = [(example.text, example.pair) if self.is_pair else example.text for example in examples]
         found = encoded(self.tokenizer.encode_batch, texts, max_length=self.max_length, truncation=True)
         rows = []
         for index, (example, encoding) in enumerate(zip(examples, found)):
-            self.cut += encoding.truncated > 0
+            if encoding.truncated:
+                self.lost[f"texts of more than {self.max_length} tokens, cut (--max-length)"] += 1
             rows.append(Row(encoding.ids, encoding.type_ids, self._target(example), index))
         return rows
 

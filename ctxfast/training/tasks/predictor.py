@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import collections
+import functools
 import json
 import os
 from abc import ABC, abstractmethod
@@ -13,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..._core.checks import shown
 from ..._core.files import replacing
 from ..batches import Batches
 from ..loop import BaseTask
-from ..readers.lines import fail, short
+from ..readers.lines import fail
 
 SETTINGS_FILE = "ctxfast_task.json"
 FORMAT = 1
@@ -41,6 +44,12 @@ class Predictor(ABC):
     model: nn.Module
     labels: tuple[str, ...] = ()
     options: dict[str, Any]
+
+    @functools.cached_property
+    def lost(self) -> collections.Counter[str]:
+        """How much of the examples so far the model does not see, by words that say what: "texts of more than 128
+        tokens, cut"."""
+        return collections.Counter()
 
     @property
     @abstractmethod
@@ -184,8 +193,8 @@ def check_label(path: Any, line: int, label: str, known: Collection[str]) -> Non
         ValueError: with file, line and the labels there are.
     """
     if label not in known:
-        shown = ", ".join(map(repr, sorted(known)[:12])) + (", ..." if len(known) > 12 else "")
-        reason = f"label {short(label)} does not occur in the training data, which has {shown}"
+        names = ", ".join(map(repr, sorted(known)[:12])) + (", ..." if len(known) > 12 else "")
+        reason = f"label {shown(label)} does not occur in the training data, which has {names}"
         raise fail(path, f"line {line}", f"{reason}. Correct it, or count such labels as wrong (--unseen keep)")
 
 

@@ -110,6 +110,13 @@ class _SpanFinder(Predictor):
             for example, own, windows in zip(examples, found, by_example)
         ]
 
+    def _count(self, example: Question, target: tuple[int, int] | None, is_held: bool) -> None:
+        """What is said of an answer that cannot be learned, or not be found."""
+        if target is not None and is_held and target[1] - target[0] >= self.max_answer:
+            self.lost[f"answers of more than {self.max_answer} tokens, never found (--max-answer)"] += 1
+        elif example.answers and not is_held:
+            self.lost["answers that no window holds whole, learned as no answer (--max-length, --doc-stride)"] += 1
+
     def _collect(
         self, found: _Candidates, window: _Window, others: Sequence[_Window], start: Tensor, end: Tensor
     ) -> None:
@@ -234,10 +241,13 @@ class BertSpanFinder(_SpanFinder):
         rows = []
         for index, (example, encoding) in enumerate(zip(examples, questions)):
             ids, offsets = contexts[example.context]
-            question = self._bare(encoding)[0][: self.max_query]
+            question = self._bare(encoding)[0]
+            if len(question) > self.max_query:
+                self.lost[f"questions of more than {self.max_query} tokens, cut (--max-query)"] += 1
+                question = question[: self.max_query]
             target = _token_span(offsets, example)
             room = self._frame.room(self.max_length, True) - len(question)
-            start = 0
+            start, is_held = 0, False
             while True:
                 size = min(room, len(ids) - start)
                 row = self._frame.row(question, ids[start : start + size])
@@ -245,11 +255,13 @@ class BertSpanFinder(_SpanFinder):
                 row.labels = (0, 0)
                 if target is not None and start <= target[0] and target[1] < start + size:
                     row.labels = (target[0] - start + place, target[1] - start + place)
+                    is_held = True
                 row.data = _Window(index, start, size, place, offsets)
                 rows.append(row)
                 if start + size >= len(ids):
                     break
                 start += min(size, self.doc_stride)
+            self._count(example, target, is_held)
         return rows
 
     def _bare(self, encoding: Any) -> tuple[list[int], list[tuple[int, int]]]:
@@ -306,6 +318,7 @@ class FeatureSpanFinder(_SpanFinder):
             context, offsets = contexts[example.context]
             question = WordItem([word for word, _ in split_words(example.question, at_signs=True)])
             target = _token_span(offsets, example)
+            self._count(example, target, target is not None)
             # Column 0 stands for no answer.
             labels = (0, 0) if target is None else (target[0] + 1, target[1] + 1)
             items.append(_Asked(context, question, labels, _Window(index, 0, len(offsets), 1, offsets)))

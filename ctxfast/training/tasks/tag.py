@@ -150,12 +150,20 @@ class BertTagger(_Tagger):
             second: list[int] | None = None
             if self.predicate == "sep":
                 second = [id for own, is_marked in zip(pieces, sentence.predicate) if is_marked for id in own]
-                second = second[: self.max_length // _LONGEST_WORD]
+                most = self.max_length // _LONGEST_WORD
+                self._count("predicates", most, [second])
+                second = second[:most]
             room = self._frame.room(self.max_length, second is not None) - len(second or ())
-            pieces = [own[: max(room // _LONGEST_WORD, 1)] for own in pieces]
+            most = max(room // _LONGEST_WORD, 1)
+            self._count("words", most, pieces)
+            pieces = [own[:most] for own in pieces]
             for window in windows([len(own) for own in pieces], room):
                 rows.append(self._row(sentence, pieces, window, second, index))
         return rows
+
+    def _count(self, what: str, most: int, pieces: Sequence[list[int]]) -> None:
+        if count := sum(len(own) > most for own in pieces):
+            self.lost[f"{what} of more than {most} tokens, cut"] += count
 
     def _row(self, sentence: Sentence, pieces: list[list[int]], window: Any, second: Any, index: int) -> Row:
         chosen = range(window.start, window.end)
