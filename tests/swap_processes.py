@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from hf_models import tiny_model
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import ctxfast
+from ctxfast.training.parallel import join
 
 IDS = torch.randint(3, 40, (4, 7), generator=torch.Generator().manual_seed(2))
 MASK = torch.tensor([[1] * 7, [1] * 4 + [0] * 3, [1] * 2 + [0] * 5, [1] * 5 + [0] * 2])
@@ -37,8 +37,7 @@ def whole(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 if __name__ == "__main__":
-    dist.init_process_group("gloo")
-    rank = dist.get_rank()
+    group = join("ddp", "cpu")
     alone = tiny_model("Bert", "ForSequenceClassification").train()
     steps(alone, alone, slice(None))
     for kind in ("ddp", "fsdp2 root", "fsdp2 layers"):
@@ -52,9 +51,9 @@ if __name__ == "__main__":
             for layer in model.bert.encoder.layer if kind == "fsdp2 layers" else ():
                 fully_shard(layer, mesh=mesh)
             fully_shard(model, mesh=mesh)
-        steps(model, wrapped, slice(rank, None, 2))
+        steps(model, wrapped, slice(group.rank, None, 2))
         found = whole(model)
         for name, value in alone.named_parameters():
             torch.testing.assert_close(found[name], value.detach(), rtol=1e-3, atol=1e-4)
         print(f"{kind}: as one process", flush=True)
-    dist.destroy_process_group()
+    group.leave()

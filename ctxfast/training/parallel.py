@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import copy
 import re
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +20,8 @@ from torch import Tensor, nn
 
 # How long processes wait while the first one prepares data.
 _PATIENCE = timedelta(days=7)
+# How long a process waits at its end for gloo's threads, which need a moment.
+_MOST_SECONDS_TO_IDLE = 60
 PARALLEL = ("auto", "no", "ddp", "fsdp2")
 
 
@@ -104,7 +109,33 @@ class Group:
         """Part, at a program's end: a process that ends while others still listen to it may take them down."""
         if dist.is_initialized():
             dist.barrier()
+            _await_gloo()
             dist.destroy_process_group()
+
+
+def _await_gloo() -> None:
+    """Return when gloo's threads have let go of their last tasks: one that comes late takes the process down.
+
+    Such a thread drops the tensors of a task some time after those who waited for the task went on, and takes Python's
+    lock to do so. If Python shuts down meanwhile, it ends the thread in the midst of a destructor, and the process
+    aborts: "terminate called without an active exception". If a model under DDP is dropped meanwhile, which ends the
+    last group, both wait for each other for ever. Leaving the group is not enough: torch.distributed.nn's default
+    arguments and the caches of FSDP2 may hold it to the end.
+    """
+    end = time.monotonic() + _MOST_SECONDS_TO_IDLE
+    while not (_is_gloo_idle() and _is_gloo_idle()) and time.monotonic() < end:
+        pass
+
+
+def _is_gloo_idle() -> bool:
+    """Whether all of gloo's threads sleep after a moment in which they could have had Python's lock."""
+    time.sleep(0.001)
+    for file in Path("/proc/self/task").glob("*/stat"):  # empty where there is no /proc
+        with contextlib.suppress(OSError):  # a thread that ended meanwhile
+            name, _, state = file.read_text().partition("(")[2].rpartition(") ")
+            if name.startswith("pt_gloo") and state[0] != "S":
+                return False
+    return True
 
 
 def device_of(device: str = "auto") -> torch.device:
@@ -158,6 +189,9 @@ def join(kind: str = "auto", device: str = "auto") -> Group:
         place = torch.device("cuda", torch.cuda.current_device())
     if not dist.is_initialized():
         dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+    # Also where a program ends by an error or Ctrl-C, and where it goes on after `leave`.
+    atexit.unregister(_await_gloo)
+    atexit.register(_await_gloo)
     return Group(dist.get_rank(), dist.get_world_size(), place, kind)
 
 
