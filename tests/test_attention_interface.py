@@ -130,6 +130,11 @@ def test_models_that_never_call_it_are_refused_at_once(name) -> None:
     config = _config(name)
     with pytest.raises(ValueError, match=f"^ctxfast.register_attention: {name} never calls an attention function"):
         getattr(transformers, name)._from_config(config, attn_implementation="ctxfast")
+    model = getattr(transformers, name)._from_config(config, attn_implementation="eager")
+    for way in ("ctxfast", {"": "ctxfast"}):
+        with pytest.raises(ValueError, match=f"^ctxfast.register_attention: {name} never calls an attention function"):
+            model.set_attn_implementation(attn_implementation=way)
+    assert model.config._attn_implementation == "eager"
 
 
 @pytest.mark.parametrize("name", OWN_SCORES)

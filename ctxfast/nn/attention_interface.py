@@ -17,7 +17,7 @@ import inspect
 import sys
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -67,9 +67,9 @@ def register_attention() -> str:
     rows have the values of ``attn_implementation="eager"``, those at padding too.
 
     Models that never call an attention function (MPNet, DeBERTa, XLNet, ...) raise a ValueError when the name is chosen
-    for them: to know them, ``PreTrainedModel.get_correct_attn_implementation`` is wrapped. ``set_attn_implementation``
-    warns of such a model and changes nothing, which is Transformers' own check. Decoders, cross attention, sliding
-    windows, biases of the scores and masks that differ by query raise a ValueError when they run.
+    for them: ``get_correct_attn_implementation`` and ``set_attn_implementation`` of Transformers' ``PreTrainedModel``
+    are wrapped for it. Decoders, cross attention, sliding windows, biases of the scores and masks that differ by query
+    raise a ValueError when they run.
 
     Where a mask's values cannot be read (torch.compile, torch.export, torch.jit.trace) torch's own attention computes.
 
@@ -85,18 +85,27 @@ def register_attention() -> str:
         raise ImportError(f"{_WHO}: it needs Transformers 5; run: pip install -U transformers") from error
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, padding_mask)
-    check = PreTrainedModel.get_correct_attn_implementation
-    if not getattr(check, "is_ctxfast", False):
-
-        @functools.wraps(check)
-        def checked(self: Any, requested_attention: str | None, *args: Any, **kwargs: Any) -> str:
-            if requested_attention == NAME:
-                _check_model(type(self))
-            return check(self, requested_attention, *args, **kwargs)
-
-        checked.is_ctxfast = True
-        PreTrainedModel.get_correct_attn_implementation = checked
+    # The first chooses for a model that is made, and for those inside another; the second would only log a warning of a
+    # model that it cannot set.
+    for name in ("get_correct_attn_implementation", "set_attn_implementation"):
+        method = getattr(PreTrainedModel, name)
+        if not getattr(method, "is_ctxfast", False):
+            setattr(PreTrainedModel, name, _checked(method))
     return NAME
+
+
+def _checked(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of models that is given a name of an attention implementation; ours is refused if it is never called."""
+
+    @functools.wraps(method)
+    def checked(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        for given in (*args, *kwargs.values()):
+            if (given.get("") if isinstance(given, dict) else given) == NAME:
+                _check_model(type(self))
+        return method(self, *args, **kwargs)
+
+    checked.is_ctxfast = True
+    return checked
 
 
 def _check_model(model: type) -> None:
