@@ -130,6 +130,11 @@ def test_models_that_never_call_it_are_refused_at_once(name) -> None:
     config = _config(name)
     with pytest.raises(ValueError, match=f"^ctxfast.register_attention: {name} never calls an attention function"):
         getattr(transformers, name)._from_config(config, attn_implementation="ctxfast")
+    model = getattr(transformers, name)._from_config(config, attn_implementation="eager")
+    for way in ("ctxfast", {"": "ctxfast"}):
+        with pytest.raises(ValueError, match=f"^ctxfast.register_attention: {name} never calls an attention function"):
+            model.set_attn_implementation(attn_implementation=way)
+    assert model.config._attn_implementation == "eager"
 
 
 @pytest.mark.parametrize("name", OWN_SCORES)
@@ -272,16 +277,39 @@ def test_threads_with_masks_of_their_own() -> None:
             torch.testing.assert_close(one, other)
 
 
-@pytest.mark.slow
-def test_compiled() -> None:
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.torch.jit.trace:DeprecationWarning")
+@pytest.mark.parametrize("tool", ["compile", "export", "trace"])
+def test_where_values_cannot_be_read(tool) -> None:
+    """One graph, for masks that it has not seen, a text without tokens among them."""
     model = tiny_model("Bert")
     model.set_attn_implementation("ctxfast")
-    compiled = torch.compile(model, backend="aot_eager")
-    for lengths in ((7, 4, 2), (7, 3, 5)):
-        mask = (torch.arange(7) < torch.tensor(lengths)[:, None]).long()
-        with torch.no_grad():
-            found, expected = (each(IDS, attention_mask=mask).last_hidden_state for each in (compiled, model))
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    masks = [(torch.arange(7) < torch.tensor(lengths)[:, None]).long() for lengths in ((7, 4, 2), (6, 0, 5))]
+    with torch.no_grad():
+        if tool == "compile":
+            run = torch.compile(model, backend="aot_eager", fullgraph=True)
+        elif tool == "export":
+            run = torch.export.export(model, (IDS, masks[0]), strict=False).module()
+        else:
+            run = torch.jit.trace(model, (IDS, masks[0]), strict=False, check_trace=False)
+        for mask in masks:
+            found, expected = (each(IDS, mask)["last_hidden_state"] for each in (run, model))
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.torch.jit.trace:DeprecationWarning")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_masks_in_every_convention_where_values_cannot_be_read(dtype) -> None:
+    query = torch.randn(3, 2, 7, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for mask in (MASK, MASK.bool(), MASK.bool()[:, None, None], torch.where(MASK.bool(), 0.0, -3e38)[:, None, None]):
+        expected, _ = attention_interface.attention(nn.Module(), query, query, query, mask)
+
+        def run(x: torch.Tensor, mask: torch.Tensor = mask) -> torch.Tensor:
+            return attention_interface.attention(nn.Module(), x, x, x, mask)[0]
+
+        traced = torch.jit.trace(run, query, check_trace=False)
+        torch.testing.assert_close(traced(query), expected, rtol=1e-2, atol=1e-2 if dtype == torch.float16 else 1e-5)
+    on_meta = attention_interface.attention(nn.Module(), *[query.to("meta")] * 3, MASK.to("meta"))[0]
+    assert on_meta.is_meta and on_meta.shape == expected.shape
 
 
 def test_dropout_in_training() -> None:

@@ -49,9 +49,9 @@ class AllRows:
         starts = rows.cumsum(0) - rows
 
         texts = torch.arange(batch, device=device)
-        is_padding = packing.unpack(torch.zeros_like(packing.indices, dtype=torch.bool), fill=True)
+        is_padding = torch.ones(batch * columns, dtype=torch.bool, device=device).index_fill(0, packing.indices, False)
         # (B, L): a text's rows, its real tokens first.
-        order = is_padding.byte().argsort(dim=1, stable=True) + columns * texts[:, None]
+        order = is_padding.view(batch, columns).byte().argsort(dim=1, stable=True) + columns * texts[:, None]
         text = texts.repeat_interleave(rows, output_size=sum(sequences))
         place = torch.arange(len(text), device=device) - starts[text]
         # What fills the last sequence up is its text's last row once more; nobody reads that result.

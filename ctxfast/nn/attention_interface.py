@@ -17,11 +17,12 @@ import inspect
 import sys
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import functional
@@ -66,9 +67,11 @@ def register_attention() -> str:
     rows have the values of ``attn_implementation="eager"``, those at padding too.
 
     Models that never call an attention function (MPNet, DeBERTa, XLNet, ...) raise a ValueError when the name is chosen
-    for them: to know them, ``PreTrainedModel.get_correct_attn_implementation`` is wrapped. ``set_attn_implementation``
-    warns of such a model and changes nothing, which is Transformers' own check. Decoders, cross attention, sliding
-    windows, biases of the scores and masks that differ by query raise a ValueError when they run.
+    for them: ``get_correct_attn_implementation`` and ``set_attn_implementation`` of Transformers' ``PreTrainedModel``
+    are wrapped for it. Decoders, cross attention, sliding windows, biases of the scores and masks that differ by query
+    raise a ValueError when they run.
+
+    Where a mask's values cannot be read (torch.compile, torch.export, torch.jit.trace) torch's own attention computes.
 
     Returns:
         The name. Calling it again changes nothing.
@@ -82,18 +85,27 @@ def register_attention() -> str:
         raise ImportError(f"{_WHO}: it needs Transformers 5; run: pip install -U transformers") from error
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, padding_mask)
-    check = PreTrainedModel.get_correct_attn_implementation
-    if not getattr(check, "is_ctxfast", False):
-
-        @functools.wraps(check)
-        def checked(self: Any, requested_attention: str | None, *args: Any, **kwargs: Any) -> str:
-            if requested_attention == NAME:
-                _check_model(type(self))
-            return check(self, requested_attention, *args, **kwargs)
-
-        checked.is_ctxfast = True
-        PreTrainedModel.get_correct_attn_implementation = checked
+    # The first chooses for a model that is made, and for those inside another; the second would only log a warning of a
+    # model that it cannot set.
+    for name in ("get_correct_attn_implementation", "set_attn_implementation"):
+        method = getattr(PreTrainedModel, name)
+        if not getattr(method, "is_ctxfast", False):
+            setattr(PreTrainedModel, name, _checked(method))
     return NAME
+
+
+def _checked(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of models that is given a name of an attention implementation; ours is refused if it is never called."""
+
+    @functools.wraps(method)
+    def checked(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        for given in (*args, *kwargs.values()):
+            if (given.get("") if isinstance(given, dict) else given) == NAME:
+                _check_model(type(self))
+        return method(self, *args, **kwargs)
+
+    checked.is_ctxfast = True
+    return checked
 
 
 def _check_model(model: type) -> None:
@@ -176,6 +188,9 @@ def attention(
     Masks: (B, L), 1 or True for a token; or up to (B, H, L, L), bool or added to scores, if all heads and queries of a
     text have the same.
 
+    Where a mask's values cannot be read (torch.compile, torch.export, torch.jit.trace, meta tensors) it is torch's
+    scaled_dot_product_attention with that mask, whatever it holds.
+
     Returns:
         (B, L, H, D), the values of eager attention in every row; and None: attention weights are never held.
 
@@ -194,6 +209,10 @@ def attention(
         if kwargs.get(name) is not None and kwargs[name] is not False:
             raise ValueError(f"{_WHO}: {name} asks for {what}; expected None: it has none. Use 'eager' for it.")
     batch, heads, length, _ = query.shape
+    if torch.jit.is_tracing() or query.is_meta or (attention_mask is not None and torch.compiler.is_compiling()):
+        mask = None if attention_mask is None else _added(attention_mask, query)
+        context = F.scaled_dot_product_attention(query, key, value, mask, dropout, scale=scaling)
+        return context.transpose(1, 2), None
     rows = None if attention_mask is None else _rows(attention_mask, batch, heads, length)
     qkv = torch.stack([part.transpose(1, 2) for part in (query, key, value)], dim=2).flatten(0, 1)  # (B * L, 3, H, D)
     if rows is None:
@@ -222,12 +241,11 @@ def _layout(mask: Tensor, batch: int, heads: int, length: int) -> AllRows | None
     return None if packing.is_full else AllRows.of(packing)
 
 
-def _real_tokens(mask: Tensor, batch: int, heads: int, length: int) -> Tensor:
-    """(B, L), 1 or True for a token."""
-    shape = tuple(mask.shape)
+def _check_kind(mask: Tensor, batch: int, heads: int, length: int) -> None:
+    """Raise for a mask of another shape or dtype than (B, L), or up to (B, H, L, L), bool or added to scores."""
+    shape, wanted = tuple(mask.shape), (batch, heads, length, length)
     if shape == (batch, length):
-        return mask
-    wanted = (batch, heads, length, length)
+        return
     is_known = mask.dtype == torch.bool or mask.is_floating_point()
     if not is_known or len(shape) != 4 or shape[3] != length or any(n not in (1, m) for n, m in zip(shape, wanted)):
         raise ValueError(
@@ -235,17 +253,37 @@ def _real_tokens(mask: Tensor, batch: int, heads: int, length: int) -> Tensor:
             f"seqlen) = {(batch, length)}, or one that broadcasts to {wanted}, bool or added to scores. Use 'sdpa' for "
             "it."
         )
+
+
+def _added(mask: Tensor, query: Tensor) -> Tensor:
+    """A mask that is added to scores of a query (B, H, L, D), from one of any kind."""
+    _check_kind(mask, *query.shape[:3])
+    lowest = torch.finfo(query.dtype).min
+    if mask.dim() == 2:
+        mask = mask[:, None, None].bool()
+    return (
+        torch.where(mask, 0.0, lowest).to(query.dtype)
+        if mask.dtype == torch.bool
+        else mask.clamp(lowest).to(query.dtype)
+    )
+
+
+def _real_tokens(mask: Tensor, batch: int, heads: int, length: int) -> Tensor:
+    """(B, L), 1 or True for a token."""
+    _check_kind(mask, batch, heads, length)
+    if mask.dim() == 2:
+        return mask
     real = mask if mask.dtype == torch.bool else mask == 0
     row = real[:, :1, :1]
     is_padding_mask = torch.ones((), dtype=torch.bool, device=mask.device)
-    if any(size > 1 and stride != 0 for size, stride in zip(shape[1:3], mask.stride()[1:3])):
+    if any(size > 1 and stride != 0 for size, stride in zip(mask.shape[1:3], mask.stride()[1:3])):
         is_padding_mask = (real == row).all()
     if mask.dtype != torch.bool:
         # Added to a score, -10000 (of older models) and less leave a weight of 0.
         is_padding_mask = is_padding_mask & (real | (mask <= -1e4)).all()
     if not is_padding_mask:
         raise ValueError(
-            f"{_WHO}: attention_mask, of shape {shape}, differs by query or head or holds a bias; expected a padding "
-            "mask: for each key 0, or the lowest number. Use 'sdpa' for it."
+            f"{_WHO}: attention_mask, of shape {tuple(mask.shape)}, differs by query or head or holds a bias; expected "
+            "a padding mask: for each key 0, or the lowest number. Use 'sdpa' for it."
         )
     return row[:, 0, 0].expand(batch, length)
