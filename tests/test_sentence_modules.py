@@ -82,7 +82,6 @@ FOLDERS = {
     "layer norm and dropout": ([_pooling("mean"), LayerNorm(SIZE), Dropout(0.5)], {}, {}, {}),
     "short": ([_pooling("mean")], {"max_seq_length": 7}, {}, {}),
     "longer than the tokenizer says": ([_pooling("mean")], {"max_seq_length": 62}, {}, {}),
-    "lower case": ([_pooling("cls")], {"do_lower_case": True}, {}, {}),
     "a default prompt": (
         [_pooling("mean")],
         {},
@@ -193,6 +192,11 @@ def test_old_folders(plain: Path, tmp_path: Path, sub: str) -> None:
     _same(folder)
     names = {str(file.relative_to(folder)) for file in Embedder(folder, device="cpu").encoder.files}
     assert {"modules.json", "1_Pooling/config.json", "2_Dense/pytorch_model.bin", f"{sub}/config.json"} <= names
+    # A setting of the library that it saves no more.
+    before = Embedder(folder, device="cpu")(["MONEY a Bank"], level="sentence")
+    (folder / sub / "sentence_bert_config.json").write_text('{"max_seq_length": 9, "do_lower_case": true}')
+    _same(folder, texts=["MONEY a Bank"])
+    assert np.abs(before[0] - Embedder(folder, device="cpu")(["MONEY a Bank"], level="sentence")[0]).max() > 1e-2
     # The encoder's own folder, named by itself, is a plain model.
     inner = Embedder(folder / sub, device="cpu")
     assert inner.sentence_dim == SIZE and inner.prompts == {}
