@@ -293,6 +293,14 @@ REFUSED = {
     ),
     "a wrong size": (lambda f: _edit(f / "2_Dense/config.json", in_features=3), "in_features in .* is 3; expected 16"),
     "a huge size": (lambda f: _edit(f / "2_Dense/config.json", out_features=10**9), "2_Dense/.*does not fit"),
+    "an unknown key of a dense": (
+        lambda f: _edit(f / "2_Dense/config.json", scale=2.0),
+        "2_Dense/config.json sets scale, which is not followed",
+    ),
+    "an unknown setting of the encoder": (
+        lambda f: _edit(f / "0_Transformer/sentence_bert_config.json", pad_left=True),
+        "sentence_bert_config.json sets pad_left, which",
+    ),
     "dense of tokens": (
         lambda f: _edit(f / "2_Dense/config.json", module_input_name="token_embeddings"),
         "module_input_name in .* is 'token_embeddings'",
@@ -330,6 +338,17 @@ def test_refused_by_name(plain: Path, tmp_path: Path, name: str) -> None:
     with pytest.warns(UserWarning, match="Left out of the model's folder"):
         assert embedder(["a"], level="sentence", pooling="mean")[0].shape == (SIZE,)
     assert embedder(["a bank"])[0].shape == (2, SIZE)
+
+
+def test_prompts_hold_beside_what_is_refused(plain: Path, tmp_path: Path) -> None:
+    folder = _write_old(tmp_path, plain)
+    _module(folder / "modules.json", 2, type="mine.Dense")
+    config = {"prompts": {"query": "query: "}, "default_prompt_name": "query"}
+    (folder / "config_sentence_transformers.json").write_text(json.dumps(config))
+    with pytest.warns(UserWarning, match="Left out"):
+        got = Embedder(folder, device="cpu")(["a bank"], level="sentence", pooling="mean")
+    expected = Embedder(plain, device="cpu")(["query: a bank"], level="sentence")
+    np.testing.assert_array_equal(got, expected)
 
 
 def test_modules_saved_by_the_library_are_refused(plain: Path, tmp_path: Path) -> None:
