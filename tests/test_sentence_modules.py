@@ -82,7 +82,6 @@ FOLDERS = {
     "layer norm and dropout": ([_pooling("mean"), LayerNorm(SIZE), Dropout(0.5)], {}, {}, {}),
     "short": ([_pooling("mean")], {"max_seq_length": 7}, {}, {}),
     "longer than the tokenizer says": ([_pooling("mean")], {"max_seq_length": 62}, {}, {}),
-    "lower case": ([_pooling("cls")], {"do_lower_case": True}, {}, {}),
     "a default prompt": (
         [_pooling("mean")],
         {},
@@ -193,6 +192,11 @@ def test_old_folders(plain: Path, tmp_path: Path, sub: str) -> None:
     _same(folder)
     names = {str(file.relative_to(folder)) for file in Embedder(folder, device="cpu").encoder.files}
     assert {"modules.json", "1_Pooling/config.json", "2_Dense/pytorch_model.bin", f"{sub}/config.json"} <= names
+    # A setting of the library that it saves no more.
+    before = Embedder(folder, device="cpu")(["MONEY a Bank"], level="sentence")
+    (folder / sub / "sentence_bert_config.json").write_text('{"max_seq_length": 9, "do_lower_case": true}')
+    _same(folder, texts=["MONEY a Bank"])
+    assert np.abs(before[0] - Embedder(folder, device="cpu")(["MONEY a Bank"], level="sentence")[0]).max() > 1e-2
     # The encoder's own folder, named by itself, is a plain model.
     inner = Embedder(folder / sub, device="cpu")
     assert inner.sentence_dim == SIZE and inner.prompts == {}
@@ -289,6 +293,14 @@ REFUSED = {
     ),
     "a wrong size": (lambda f: _edit(f / "2_Dense/config.json", in_features=3), "in_features in .* is 3; expected 16"),
     "a huge size": (lambda f: _edit(f / "2_Dense/config.json", out_features=10**9), "2_Dense/.*does not fit"),
+    "an unknown key of a dense": (
+        lambda f: _edit(f / "2_Dense/config.json", scale=2.0),
+        "2_Dense/config.json sets scale, which is not followed",
+    ),
+    "an unknown setting of the encoder": (
+        lambda f: _edit(f / "0_Transformer/sentence_bert_config.json", pad_left=True),
+        "sentence_bert_config.json sets pad_left, which",
+    ),
     "dense of tokens": (
         lambda f: _edit(f / "2_Dense/config.json", module_input_name="token_embeddings"),
         "module_input_name in .* is 'token_embeddings'",
@@ -326,6 +338,17 @@ def test_refused_by_name(plain: Path, tmp_path: Path, name: str) -> None:
     with pytest.warns(UserWarning, match="Left out of the model's folder"):
         assert embedder(["a"], level="sentence", pooling="mean")[0].shape == (SIZE,)
     assert embedder(["a bank"])[0].shape == (2, SIZE)
+
+
+def test_prompts_hold_beside_what_is_refused(plain: Path, tmp_path: Path) -> None:
+    folder = _write_old(tmp_path, plain)
+    _module(folder / "modules.json", 2, type="mine.Dense")
+    config = {"prompts": {"query": "query: "}, "default_prompt_name": "query"}
+    (folder / "config_sentence_transformers.json").write_text(json.dumps(config))
+    with pytest.warns(UserWarning, match="Left out"):
+        got = Embedder(folder, device="cpu")(["a bank"], level="sentence", pooling="mean")
+    expected = Embedder(plain, device="cpu")(["query: a bank"], level="sentence")
+    np.testing.assert_array_equal(got, expected)
 
 
 def test_modules_saved_by_the_library_are_refused(plain: Path, tmp_path: Path) -> None:

@@ -82,6 +82,26 @@ VOCAB_TXT = {
         **BERT,
     },
     "additional_special_tokens of the config": _config(additional_special_tokens=["[unused0]", "[e2]"]),
+    "added tokens special by the config": {
+        **_config(additional_special_tokens=["NEWTOK"]),
+        "added_tokens.json": {"NEWTOK": len(PIECES)},
+    },
+    "added tokens that the map names too late": {
+        "special_tokens_map.json": {"additional_special_tokens": ["NEWTOK"]},
+        "added_tokens.json": {"NEWTOK": len(PIECES)},
+    },
+    "lists of both files": {
+        **_config(additional_special_tokens=["[unused0]", "[e2]"]),
+        "special_tokens_map.json": {"extra_special_tokens": ["[e2]", "NEWTOK"]},
+    },
+    "names in place of a list": {
+        **_config(extra_special_tokens=["[unused0]"]),
+        "special_tokens_map.json": {"extra_special_tokens": {"entity_token": "[e2]"}},
+    },
+    "one token, two forms": {
+        "special_tokens_map.json": {"bos_token": "[e2]", "eos_token": {"content": "[e2]", **PLAIN, "lstrip": True}}
+    },
+    "roles that the vocabulary lacks": _config(cls_token="[NEW]", sep_token="[OLD]"),
     "extra_special_tokens, a list": _config(extra_special_tokens=["[unused0]", "[/e1]"]),
     "extra_special_tokens, names": _config(extra_special_tokens={"entity_token": "[e2]", "end_token": "[/e1]"}),
     "a token with a name of its own": _config(entity_token="[e2]"),

@@ -42,10 +42,18 @@ _HARMLESS = {
     *("torch_dtype", "dtype", "attn_implementation", "low_cpu_mem_usage", "device_map", "use_safetensors"),
     *("trust_remote_code", "add_pooling_layer", "cache_dir", "token", "revision", "local_files_only", "use_fast"),
 }
-_UNKNOWN_SETTINGS = ("processing_kwargs", "query_expansion", "query_length", "document_length")
-_UNKNOWN_SETTINGS += ("tokenizer_name_or_path",)
+_OPTIONS = ("model_args", "model_kwargs", "tokenizer_args", "processor_kwargs", "config_args", "config_kwargs")
+_SETTINGS = {*_OPTIONS, "max_seq_length", "do_lower_case", "transformer_task", "modality_config", "module_output_name"}
+_SETTINGS |= {"unpad_inputs", "backend", "cache_dir"}
 # A folder inside the model's: no control characters, not longer than file systems allow.
 _PLACE = re.compile(r"[^\x00-\x1f\ud800-\udfff]{0,255}")
+_STEP_KEYS = {
+    "LayerNorm": {"dimension"},
+    "Dense": {
+        *("in_features", "out_features", "bias", "activation_function", "use_residual"),
+        *("module_input_name", "module_output_name"),
+    },
+}
 _PLAIN_OUTPUT = {"method": "forward", "method_output_name": "last_hidden_state"}
 _WAY_OUT = "Pass pooling='mean' (or another) to pool the encoder's own vectors instead"
 
@@ -230,7 +238,9 @@ def read_sentence_model(root: Path, hidden_size: int, positions: int, model_max_
             # The folder's own limit goes before the tokenizer's; nothing goes beyond the model's positions.
             found.update(settings, max_length=min(settings["max_length"] or limit, positions))
     try:
-        found.update(_read_modules(root, entries, hidden_size, files))
+        # Prompts hold whatever is wrong with the modules.
+        truncate_dim = _read_config(root / "config_sentence_transformers.json", found, files)
+        found.update(_read_modules(root, entries, hidden_size, truncate_dim, files))
     except ValueError as error:
         found.update(dim=hidden_size, problem=found.get("problem") or str(error))
     return SentenceModel(**found, files=tuple(files))
@@ -239,9 +249,9 @@ def read_sentence_model(root: Path, hidden_size: int, positions: int, model_max_
 def _read_transformer(path: Path) -> dict[str, Any]:
     """Settings of the Transformer module; what has no counterpart here is a ``problem``."""
     config = _read(path, dict)
-    odd = [name for name in _UNKNOWN_SETTINGS if config.get(name)]
+    odd = [name for name, value in config.items() if value and name not in _SETTINGS]
     limit = _take(config, "max_seq_length", int, None, path)
-    for name in ("model_args", "model_kwargs", "tokenizer_args", "processor_kwargs", "config_args", "config_kwargs"):
+    for name in _OPTIONS:
         options = _take(config, name, dict, {}, path)
         if name in ("tokenizer_args", "processor_kwargs"):
             limit = _take(options, "model_max_length", int, limit, path)
@@ -263,19 +273,23 @@ def _read_transformer(path: Path) -> dict[str, Any]:
     return found
 
 
-def _read_modules(root: Path, entries: list[tuple[str, Path]], hidden_size: int, files: list[Path]) -> dict[str, Any]:
+def _read_config(path: Path, found: dict[str, Any], files: list[Path]) -> int | None:
+    """Prompts of config_sentence_transformers.json, into ``found``, and the size that vectors are cut to."""
+    if not path.is_file():
+        return None
+    files.append(path)
+    config = _read(path, dict)
+    found.update(_read_prompts(config, path))
+    kind = _take(config, "model_type", str, "SentenceTransformer", path)
+    if kind != "SentenceTransformer":
+        raise ValueError(f"{_WHO}: {path} is of a {kind}; expected a SentenceTransformer. {_WAY_OUT}.")
+    return _take(config, "truncate_dim", int, None, path)
+
+
+def _read_modules(
+    root: Path, entries: list[tuple[str, Path]], hidden_size: int, truncate_dim: int | None, files: list[Path]
+) -> dict[str, Any]:
     where = root / "modules.json"
-    found: dict[str, Any] = {}
-    config_file = root / "config_sentence_transformers.json"
-    truncate_dim = None
-    if config_file.is_file():
-        files.append(config_file)
-        config = _read(config_file, dict)
-        kind = _take(config, "model_type", str, "SentenceTransformer", config_file)
-        if kind != "SentenceTransformer":
-            raise ValueError(f"{_WHO}: {config_file} is of a {kind}; expected a SentenceTransformer. {_WAY_OUT}.")
-        truncate_dim = _take(config, "truncate_dim", int, None, config_file)
-        found.update(_read_prompts(config, config_file))
     for position, (kind, _) in enumerate(entries):
         name = _known_name(kind)
         wanted = "Transformer" if position == 0 else "Pooling" if position == 1 else None
@@ -292,7 +306,7 @@ def _read_modules(root: Path, entries: list[tuple[str, Path]], hidden_size: int,
             )
     if len(entries) < 2:
         raise ValueError(f"{_WHO}: {where} has no Pooling module, so that a text has no vector. {_WAY_OUT}.")
-    found.update(_read_pooling(entries[1][1], files))
+    found = _read_pooling(entries[1][1], files)
     dim = hidden_size * len(found["pooling"])
     steps: list[nn.Module] = []
     for kind, folder in entries[2:]:
@@ -359,6 +373,9 @@ def _read_step(name: str, folder: Path, dim: int, files: list[Path]) -> tuple[nn
             )
     if name == "Normalize":
         return Normalize(), dim
+    odd = [key for key, value in config.items() if value and key not in _STEP_KEYS[name]]
+    if odd:
+        raise ValueError(f"{_WHO}: {path} sets {', '.join(odd)}, which is not followed here. {_WAY_OUT}.")
     if name == "LayerNorm":
         sizes = {"dimension": _take(config, "dimension", int, None, path)}
         out = dim
