@@ -166,7 +166,7 @@ def test_pickles(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
     for protocol in (2, 4):
         file.write_bytes(pickle.dumps({"x": Harmful()}, protocol))
-        check("")
+        check("pytorch_model.bin")
     torch.save({**tensors, "x": Harmful()}, file)
     check("holds Python objects beside tensors")
     assert not (tmp_path / "code-in-a-checkpoint-ran").exists()
