@@ -254,5 +254,5 @@ def test_errors(files: tuple[Path, Path], tmp_path: Path, call, error: type[Exce
 
 
 def test_a_file_that_holds_no_steady_state(files: tuple[Path, Path]) -> None:
-    with pytest.raises(ValueError, match="options.json holds no steady state"):
+    with pytest.raises(ValueError, match="options.json is damaged, cut short or no steady state"):
         ElmoBiLm.from_files(*files).load_steady_state(files[0])

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from ..._core.checks import FLOATING
 from ..._core.files import replacing
 from ..._core.reading import check_growth, read_json, reading
-from .config import BertConfig, write_json
+from .config import ROBERTA_TYPES, BertConfig, write_json
 from .names import (
     BIAS,
     BUFFERS,
@@ -180,6 +180,11 @@ def _load(model: Path, config_path: Path, config: BertConfig, gelu: str | None) 
             gelu = "tanh"
     else:
         mapping = from_torch_names(source.tensors, config)
+        if not config.is_roberta and any(name.removeprefix("module.").startswith("roberta.") for name in mapping):
+            raise ValueError(
+                f"{_WHO}: {source.place} holds a RoBERTa's weights, but {config_path} is of model_type "
+                f"{config.model_type!r}; expected one of {', '.join(ROBERTA_TYPES)}, whose positions begin elsewhere"
+            )
     if gelu is not None:
         config = config.with_gelu(gelu)
     where = f"{source.place} and {config_path}"
@@ -363,10 +368,9 @@ def _check_buffer(source: Source, ours: str, names: list[str]) -> None:
     """Says where a buffer holds something else than Hugging Face's library and `Bert` put in its place."""
     for name in names:
         shape = source.tensors[name].shape
-        length = shape[-1] if shape else 0
         usual = False
-        if math.prod(shape) <= _LONGEST_BUFFER:
-            expected = torch.arange(length) if ours.endswith("position_ids") else torch.zeros(length)
+        if shape and math.prod(shape) <= _LONGEST_BUFFER:
+            expected = torch.arange(shape[-1]) if ours.endswith("position_ids") else torch.zeros(shape[-1])
             usual = is_same(source.read(name), expected.expand(shape))
         if not usual:
             warnings.warn(

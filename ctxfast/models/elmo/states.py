@@ -7,11 +7,11 @@ import os
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..._core.files import replacing
+from ..._core.reading import reading
 from .config import ElmoConfig
 
 State = tuple[Tensor, Tensor]
@@ -131,11 +131,8 @@ class SteadyState(_HeldState):
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"ctxfast.Elmo: there is no steady state file {path}.")
-        try:
+        with reading(path, "ctxfast.Elmo", "steady state, as save_steady_state writes it"):
             tensors = load_file(path)
-            state = tensors["h"], tensors["c"]
-        except (SafetensorError, KeyError) as error:
-            raise ValueError(
-                f"ctxfast.Elmo: {path} holds no steady state ({error}); expected what save_steady_state wrote."
-            ) from error
-        self.set(state, like)
+            if set(tensors) != {"h", "c"} or not all(value.is_floating_point() for value in tensors.values()):
+                raise ValueError(f"ctxfast.Elmo: {path} holds no steady state; expected what save_steady_state wrote.")
+            self.set((tensors["h"], tensors["c"]), like)
