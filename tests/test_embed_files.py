@@ -464,3 +464,27 @@ def test_stdin_again_after_a_kill(source, tmp_path):
     leave()
     report = embed("-", target, stdin=io.BytesIO(content + b"more\n"), overwrite=True)
     assert report.resumed == 0 and report.done.texts == len(LINES) + 1
+
+
+@pytest.mark.parametrize("suffix", [".hdf5", ".safetensors", ".npz", ".jsonl", ".parquet"])
+def test_links_are_not_followed(source, tmp_path, suffix):
+    """Where others can write, they may have put links under the names that are used on the way."""
+    if suffix == ".parquet":
+        pytest.importorskip("pyarrow")
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    folder = tmp_path / f"out{suffix}.partial"
+    folder.mkdir()
+    planted = ["lock", "output.tmp", "00000000.values.tmp", "00000000.index.tmp", "manifest.json.tmp", "input.tmp"]
+    planted += ["finished.json.tmp"]
+    for name in planted:
+        (theirs / name).write_text("precious")
+        (folder / name).symlink_to(theirs / name)
+    model = embedder()
+    model.embed_file("-", tmp_path / f"out{suffix}", window=8, stdin=io.BytesIO(source.read_bytes()))
+    assert {path.read_text() for path in theirs.iterdir()} == {"precious"}
+    assert names(tmp_path) == ["in.txt", f"out{suffix}", "theirs"]
+    folder.symlink_to(theirs)
+    with pytest.raises(FileExistsError, match=r"no work directory of an embedding job \(it is a link\)"):
+        embed(source, tmp_path / f"out{suffix}", overwrite=True)
+    assert len(list(theirs.iterdir())) == len(planted)

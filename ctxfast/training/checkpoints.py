@@ -4,6 +4,7 @@
 ``config.json`` is written first and never changed; ``checkpoint-STEP.pt`` appear whole or not at all; ``log.jsonl``
 has a line for each report; ``best/`` and ``final/`` are models in their own format. Going on with a directory asks for
 the same configuration. ``data/`` is left to the task: what it made of its input, with its own check of what from.
+``lock`` stays, empty: to remove it would let two processes hold one each.
 """
 
 from __future__ import annotations

@@ -111,6 +111,11 @@ def test_columns_that_differ_in_case_go_by_their_own_names(tmp_path) -> None:
         (["1.5", "2", "3"], "all labels are numbers, 1 with fractions; .* --regression"),
         (["1", "1.0", "2"], r"labels '1' \(line 0\) and '1.0' \(line 1\) differ in how a number is written alone"),
         ([f"text {k}" for k in range(60)], "60 different labels on 60 rows; is the right column read"),
+        (
+            ["-1", "0", "2", "1"],
+            "label '-1' stands on line 0; Hugging Face's datasets write it where there is no label",
+        ),
+        (["-1", "-2", "1"], None),
         (["0", "1", "0"], None),
         (["a", "1.5"], None),
     ],

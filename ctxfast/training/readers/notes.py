@@ -47,6 +47,8 @@ def class_notes(labels: Mapping[str, Sequence[int]]) -> Iterator[str]:
     """What is odd about labels that are to be classes."""
     numbers = {label: lines for label, lines in labels.items() if _is_number(label)}
     yield from _alike(numbers, "how a number is written")
+    if "-1" in labels and set(labels) == {"-1", *map(str, range(len(labels) - 1))}:
+        yield f"label '-1' stands on {_times(labels['-1'])}; Hugging Face's datasets write it where there is no label"
     fractions = sum(not float(label).is_integer() for label in numbers)
     count, rows = len(labels), sum(map(len, labels.values()))
     if fractions and len(numbers) == count:
