@@ -26,7 +26,7 @@ def _output(name: str, *arguments: str) -> str:
         [sys.executable, str(EXAMPLES / name), *arguments],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         cwd=EXAMPLES.parent,
     )
     assert done.returncode == 0, done.stderr[-3000:]

@@ -164,7 +164,7 @@ def test_ddp_and_fsdp2_in_two_processes() -> None:
         + [str(HERE / "swap_processes.py")],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         cwd=HERE.parent,
     )
     assert done.returncode == 0, done.stderr[-3000:]

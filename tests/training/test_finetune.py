@@ -339,7 +339,7 @@ def test_two_processes_with_a_sharded_model(files, tmp_path) -> None:
         [*start, "-o", str(tmp_path / "two")],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         cwd=Path(__file__).parents[2],
     )
     assert done.returncode == 0, done.stderr[-3000:]
