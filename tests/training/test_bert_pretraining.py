@@ -367,6 +367,7 @@ def test_relation_sign(text, tokenizer, tmp_path) -> None:
     assert torch.equal(google.relation, 1 - ernie.relation) and torch.equal(google.input_ids, ernie.input_ids)
 
 
+@pytest.mark.slow
 def test_loss_curve_beside_the_reference(text, tokenizer, tmp_path) -> None:
     """200 steps without dropout: kernels beside plain PyTorch."""
     corpus = prepare(text, tokenizer, tmp_path / "data", recipe(is_dynamic=True))
@@ -391,6 +392,7 @@ def test_loss_curve_beside_the_reference(text, tokenizer, tmp_path) -> None:
     torch.testing.assert_close(curves[0], curves[1], rtol=5e-3, atol=5e-3)
 
 
+@pytest.mark.slow
 def test_command_killed_and_resumed(text, tmp_path, capsys) -> None:
     (tmp_path / "config.json").write_text(
         json.dumps(dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64))
@@ -469,6 +471,7 @@ def test_command_errors(text, tmp_path, capsys) -> None:
         assert "shard 1" not in said, f"text was prepared before {more} was refused"
 
 
+@pytest.mark.slow
 def test_many_processes(text, tmp_path) -> None:
     """The command in two processes, sharded or not: tied weights, dropout and all, they come to the same."""
     (tmp_path / "config.json").write_text(

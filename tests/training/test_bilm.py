@@ -435,6 +435,7 @@ def test_vocabulary_is_sorted_by_frequency() -> None:
     assert make_vocabulary(counts, min_count=3) == ["<S>", "</S>", "<UNK>", "c"]
 
 
+@pytest.mark.slow
 def test_two_processes_read_their_own_lanes(grammar, tmp_path) -> None:
     (tmp_path / "options.json").write_text(json.dumps(SIZES))
     arguments = [grammar, "--held-out", grammar, "--options", tmp_path / "options.json", "--negatives", 0, "--quiet"]

@@ -434,7 +434,7 @@ def test_batches() -> None:
         Batches(0, 1)
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("kind", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
 def test_two_processes_do_what_one_does(tmp_path, kind: str) -> None:
     """Two processes with half the batch each, killed and resumed, against one with all."""
     done = subprocess.run(
