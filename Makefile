@@ -8,8 +8,12 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.c
 PYTEST_ARGS ?=
 RESULTS ?= benchmarks/results
 PARTS ?= build csrc test bench
+# Processes that compile and test, each on one core: tests that need more threads ask for them.
+CORES := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
+JOBS ?= $(shell [ $(CORES) -lt 4 ] && echo $(CORES) || echo 4)
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile
 
-.PHONY: help demo test lint format resources csrc-test sanitize bench gpu build clean
+.PHONY: help demo test test-all lint format resources csrc-test sanitize bench gpu build clean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -31,12 +35,21 @@ build: $(VENV)/.built  ## set up $(VENV) and build the extension
 demo: build      ## real text to ELMo and BERT embeddings, with parity and speed
 	$(PY) examples/demo.py
 
-test: build csrc-test  ## every test this machine can run
-	$(PY) -m pytest tests $(PYTEST_ARGS)
-	$(PY) -m pytest benchmarks --benchmark-disable $(PYTEST_ARGS)
+test: build      ## every kind of test this machine can run, about 6 minutes on two idle cores
+	@echo "make test: CPU kernels in C++, the Python tests that are not slow, every row of the benchmarks once."
+	@echo "About 6 minutes on two idle cores, longer on busy ones. make test-all runs the rest too, about 20 minutes."
+	$(MAKE) -j $(JOBS) -C csrc/tests cpu
+	$(PYTEST) tests -m "not slow" $(PYTEST_ARGS)
+	$(PYTEST) benchmarks --benchmark-disable $(PYTEST_ARGS)
 
-csrc-test:       ## kernels against plain loops, no Python
-	$(MAKE) -C csrc/tests
+test-all: build  ## every test this machine can run, about 20 minutes on two idle cores; what CI calls
+	@echo "make test-all: everything, about 20 minutes on two idle cores. make test leaves out what is slow."
+	$(MAKE) csrc-test
+	$(PYTEST) tests $(PYTEST_ARGS)
+	$(PYTEST) benchmarks --benchmark-disable $(PYTEST_ARGS)
+
+csrc-test:       ## kernels against plain loops, no Python; CUDA ones on the emulator where nvcc is
+	$(MAKE) -j $(JOBS) -C csrc/tests
 
 sanitize:        ## CUDA test programs under compute-sanitizer: memcheck and racecheck (needs a GPU)
 	$(MAKE) -C csrc/tests sanitize

@@ -72,7 +72,7 @@ def pytest_terminal_summary(terminalreporter, exitstatus, config) -> None:
     allowed = ("needs a GPU", "not on this device")
     wrong = []
     for report in terminalreporter.stats.get("skipped", []):
-        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        reason = report.longrepr[2] if isinstance(report.longrepr, (tuple, list)) else str(report.longrepr)
         if not any(text in reason for text in allowed):
             wrong.append(f"{report.nodeid}: {reason}")
     if wrong:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import importlib.util
 import shlex
@@ -71,8 +72,10 @@ def extension() -> ModuleType:
     lines += [f"build {target}: cxx {path}" for target, path in zip(objects, sources)]
     lines += [f"build ctxfast_emulated.so: link {' '.join(objects)}", ""]
     FOLDER.mkdir(parents=True, exist_ok=True)
-    (FOLDER / "build.ninja").write_text("\n".join(lines), encoding="utf-8")
-    built = subprocess.run([f"{ninja.BIN_DIR}/ninja", "-C", str(FOLDER)], capture_output=True, text=True)
+    with open(FOLDER / "lock", "wb") as lock:  # several processes test
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        (FOLDER / "build.ninja").write_text("\n".join(lines), encoding="utf-8")
+        built = subprocess.run([f"{ninja.BIN_DIR}/ninja", "-C", str(FOLDER)], capture_output=True, text=True)
     assert built.returncode == 0, built.stdout[-4000:]
     spec = importlib.util.spec_from_file_location("ctxfast_emulated", FOLDER / "ctxfast_emulated.so")
     module = importlib.util.module_from_spec(spec)

@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import threading
 import time
 
 import pytest
@@ -320,13 +319,28 @@ def test_ratios_are_peer_over_ours():
     assert unchosen[1].ratio is None
 
 
-def test_others_do_not_count_this_process():
+def test_others_do_not_count_this_process(monkeypatch):
+    """Twenty seconds in which the machine's cores were busy for 50 s, 30 of them with us."""
+    ticks = os.sysconf("SC_CLK_TCK")
+    clock = [0.0]
+
+    class Stat:
+        def __init__(self, path: str) -> None:
+            assert path == "/proc/stat"
+
+        def read_text(self, encoding: str) -> str:
+            busy = int(clock[0] * 2.5 * ticks)
+            return f"cpu  {busy} 0 0 999 7 0 0 0 5 0\ncpu0 1 2\n"
+
+    def times() -> os.times_result:
+        return os.times_result((clock[0], 0.0, clock[0] / 2, 0.0, 0.0))
+
+    monkeypatch.setattr(results, "Path", Stat)
+    monkeypatch.setattr(results.os, "times", times)
+    monkeypatch.setattr(results.time, "monotonic", lambda: clock[0])
     others = results.Others()
-    end = time.monotonic() + 0.3
-    while time.monotonic() < end:
-        pass
-    busy = others.cores()
-    assert busy is None or 0 <= busy < os.cpu_count() - 0.5
+    clock[0] = 20.0
+    assert others.cores() == 1.0
 
 
 # files
@@ -473,15 +487,18 @@ def test_command_lists_and_refuses(capsys):
         assert "needs a GPU" in capsys.readouterr().err
 
 
-def test_settle_waits_for_threads_that_turn_in_loops() -> None:
-    stop = time.monotonic() + 0.3
+def test_settle_waits_for_threads_that_turn_in_loops(monkeypatch) -> None:
+    """Threads that turn for 0.2 s, and a clock of the test's own."""
+    clock = [5.0]
 
-    def spin() -> None:
-        while time.monotonic() < stop:
-            pass
+    def sleep(seconds: float) -> None:
+        clock[0] += seconds
 
-    thread = threading.Thread(target=spin)
-    thread.start()
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(measure.time, "process_time", lambda: min(clock[0], 5.2))
+    monkeypatch.setattr(measure.time, "sleep", sleep)
     measure.settle()
-    assert time.monotonic() >= stop - 0.02
-    thread.join()
+    assert 5.2 <= clock[0] < 5.25
+    monkeypatch.setattr(measure.time, "process_time", lambda: clock[0])  # for ever: a second at most
+    measure.settle()
+    assert 6.2 <= clock[0] < 6.3

@@ -124,7 +124,7 @@ def _in_new_process(code: str, **environment: str) -> subprocess.CompletedProces
         env={**{k: v for k, v in os.environ.items() if k != "CTXFAST_IMPL"}, **environment},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
 
 

@@ -4,16 +4,14 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
+from subprocess import PIPE, Popen
 
 import h5py
 import numpy as np
 import pytest
+import stopping
 import torch
 from fake_encoder import FakeEncoder
 
@@ -276,63 +274,46 @@ def test_bench(monkeypatch, capsys, tmp_path):
 # Real kills
 
 
-def start(*words: object, stdin: object = subprocess.DEVNULL) -> subprocess.Popen:
-    command = [sys.executable, "-m", "ctxfast.cli", *map(str, words)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stdin=stdin, stderr=subprocess.PIPE, text=True, env=environment)
-
-
-def wait_for(process: subprocess.Popen, happened) -> None:
-    deadline = time.monotonic() + 60
-    while not happened():
-        assert process.poll() is None, f"ended before it was killed: {process.stderr.read()}"
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-
-
 def test_kill_9_and_go_on(tiny_bert, tmp_path):
     """Killed in the middle, again later, and while the output is written: the file is the one of a quiet run."""
     source = tmp_path / "in.txt"
     rng = np.random.default_rng(0)
     letters = np.array(list("abcdefghijklmnopqrstuvwxyz"))
-    source.write_text("\n".join(" ".join(rng.choice(letters, rng.integers(1, 13))) for _ in range(6000)))
+    source.write_text("\n".join(" ".join(rng.choice(letters, rng.integers(1, 13))) for _ in range(2000)))
     options = ("-m", tiny_bert, "--layers", "all", "--window", "128", "--device", "cpu")
     whole, target = tmp_path / "whole.hdf5", tmp_path / "out.hdf5"
-    quiet = start("embed", source, "-o", whole, *options)
+    assert run("embed", source, "-o", whole, *options) == 0
     work = tmp_path / "out.hdf5.partial"
-
-    def kill(happened) -> None:
-        process = start("embed", source, "-o", target, *options)
-        wait_for(process, happened)
-        os.kill(process.pid, signal.SIGKILL)
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL and not target.exists() and work.is_dir()
-
-    kill(lambda: (work / "00000002.index").exists())
-    kill(lambda: (work / "00000011.index").exists())
-    kill(lambda: (work / "output.tmp").exists())
-    last = start("embed", source, "-o", target, *options)
-    _, error = last.communicate(timeout=60)
-    assert last.returncode == 0 and "6,000 lines (6,000 of them by an earlier run)" in error
-    assert quiet.wait(timeout=60) == 0
+    for sight in ("00000002.index", "00000011.index", "output.tmp"):
+        process = stopping.start(work / sight, "ctxfast.cli", "embed", source, "-o", target, *options)
+        stopping.await_sight(process)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL and not target.exists() and work.is_dir()
+    last = stopping.start(None, "ctxfast.cli", "embed", source, "-o", target, *options, stderr=PIPE, text=True)
+    _, error = last.communicate(timeout=stopping.PATIENCE_S)
+    assert last.returncode == 0 and "2,000 lines (2,000 of them by an earlier run)" in error
     assert target.read_bytes() == whole.read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.txt", "out.hdf5", "whole.hdf5"]
 
 
 def test_ctrl_c_and_stdin(tiny_bert, tmp_path):
     target, work = tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial"
-    options = ("embed", "-", "-m", tiny_bert, "-o", target, "--window", "64", "--level", "sentence")
-    count = 60000  # so many that the signal comes before the end, however the processes are scheduled
-    lines = "".join(f"{'abcdefgh'[i % 8]} {'xyz'[i % 3]}\n" for i in range(count))
-    process = start(*options, stdin=subprocess.PIPE)
+    words = ("embed", "-", "-m", tiny_bert, "-o", target, "--window", "64", "--level", "sentence")
+    lines = "".join(f"{'abcdefgh'[i % 8]} {'xyz'[i % 3]}\n" for i in range(600))
+
+    def start(sight: Path | None) -> Popen:
+        return stopping.start(sight, "ctxfast.cli", *words, stdin=PIPE, stderr=PIPE, text=True)
+
+    process = start(work / "00000003.index")
     process.stdin.write(lines)
     process.stdin.close()
-    wait_for(process, lambda: (work / "00000003.index").exists())
+    stopping.await_sight(process)
     process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGCONT)
     error = process.stderr.read()
-    assert process.wait(timeout=60) == 130 and "The same command goes on" in error and "Traceback" not in error
-    process = start(*options, stdin=subprocess.PIPE)
-    _, error = process.communicate(lines, timeout=60)
+    assert process.wait() == 130 and "The same command goes on" in error and "Traceback" not in error
+    process = start(None)
+    _, error = process.communicate(lines, timeout=stopping.PATIENCE_S)
     assert process.returncode == 0 and "of them by an earlier run" in error
     rows = [json.loads(line) for line in target.read_text().splitlines()]
-    assert [row["index"] for row in rows] == list(range(count)) and rows[5]["text"] == "f z"
+    assert [row["index"] for row in rows] == list(range(600)) and rows[5]["text"] == "f z"

@@ -26,7 +26,7 @@ def _output(name: str, *arguments: str) -> str:
         [sys.executable, str(EXAMPLES / name), *arguments],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         cwd=EXAMPLES.parent,
     )
     assert done.returncode == 0, done.stderr[-3000:]
@@ -40,7 +40,9 @@ def test_every_example_is_listed() -> None:
     assert all(f"`{name}`" in readme for name in scripts)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", ["search.py", *(pytest.param(n, marks=pytest.mark.slow) for n in CASES if n != "search.py")]
+)
 def test_it_runs(name, minilm_dir) -> None:
     arguments, bound = CASES[name]
     last = _output(name, *arguments).strip().splitlines()[-1]
@@ -49,6 +51,7 @@ def test_it_runs(name, minilm_dir) -> None:
     assert float(found[1]) < bound, last
 
 
+@pytest.mark.slow
 def test_on_real_data(shared_data, tmp_path, minilm_dir) -> None:
     """The tagger and the search on files of the form they ask for."""
     for name, arguments in (

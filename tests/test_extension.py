@@ -370,7 +370,7 @@ def test_one_openmp_runtime() -> None:
         "found = {Path(name).resolve() for name in re.findall(r'(/\\S*lib[gi]?omp[\\w.-]*\\.so\\S*)', maps)}\n"
         "assert len(found) == 1, found\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
 
 
@@ -381,10 +381,15 @@ def test_threads_stay_free_to_run_on_every_core() -> None:
         return {int(task): os.sched_getaffinity(int(task)) for task in os.listdir("/proc/self/task")}
 
     qkv, offsets = torch.randn(256, 3, 4, 32), torch.tensor([0, 256], dtype=torch.int32)
-    ctxfast.attention(qkv, offsets, 256, impl="cpu")  # starts the threads
-    before = masks()
-    for _ in range(10):
-        time.sleep(0.03)  # so that they sleep
-        ctxfast.attention(qkv, offsets, 256, impl="cpu")
-        after = masks()
-        assert {task: after[task] for task in before} == before
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        ctxfast.attention(qkv, offsets, 256, impl="cpu")  # starts the threads
+        before = masks()
+        for _ in range(10):
+            time.sleep(0.03)  # so that they sleep
+            ctxfast.attention(qkv, offsets, 256, impl="cpu")
+            after = masks()
+            assert {task: after[task] for task in before} == before
+    finally:
+        torch.set_num_threads(threads)

@@ -157,6 +157,7 @@ def test_a_second_swap_after_weights_were_loaded() -> None:
     torch.testing.assert_close(found[MASK == 1], expected[MASK == 1], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_ddp_and_fsdp2_in_two_processes() -> None:
     """Gradients of two processes with half the batch each against one with all of it."""
     done = subprocess.run(
@@ -164,7 +165,7 @@ def test_ddp_and_fsdp2_in_two_processes() -> None:
         + [str(HERE / "swap_processes.py")],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         cwd=HERE.parent,
     )
     assert done.returncode == 0, done.stderr[-3000:]

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import stopping
 import torch
 from oracles import google_bert_data
 
@@ -367,6 +367,7 @@ def test_relation_sign(text, tokenizer, tmp_path) -> None:
     assert torch.equal(google.relation, 1 - ernie.relation) and torch.equal(google.input_ids, ernie.input_ids)
 
 
+@pytest.mark.slow
 def test_loss_curve_beside_the_reference(text, tokenizer, tmp_path) -> None:
     """200 steps without dropout: kernels beside plain PyTorch."""
     corpus = prepare(text, tokenizer, tmp_path / "data", recipe(is_dynamic=True))
@@ -391,10 +392,7 @@ def test_loss_curve_beside_the_reference(text, tokenizer, tmp_path) -> None:
     torch.testing.assert_close(curves[0], curves[1], rtol=5e-3, atol=5e-3)
 
 
-def command(*words: object) -> list[str]:
-    return [sys.executable, "-m", "ctxfast.cli", "pretrain", "bert", *map(str, words)]
-
-
+@pytest.mark.slow
 def test_command_killed_and_resumed(text, tmp_path, capsys) -> None:
     (tmp_path / "config.json").write_text(
         json.dumps(dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64))
@@ -418,11 +416,10 @@ def test_command_killed_and_resumed(text, tmp_path, capsys) -> None:
     assert "making a vocabulary" in said and "shard 2" in said and "entity_loss" in said, said
     run = tmp_path / "killed"
     for sight in ("data/train/shard-00001", "checkpoint-*"):  # killed while preparing, and while training
-        process = subprocess.Popen(command(*arguments, "-o", run), stderr=subprocess.DEVNULL)
-        while not list(run.glob(sight)):
-            assert process.poll() is None, "it ended before it was killed"
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
+        words = ["pretrain", "bert", *arguments, "-o", run]
+        process = stopping.start(run / sight, "ctxfast.cli", *words, stderr=subprocess.DEVNULL)
+        stopping.await_sight(process)
+        process.kill()
         process.wait()
     assert not (run / "final").exists()
     assert cli.main(["pretrain", "bert", *map(str, arguments), "-o", str(run)]) == 0
@@ -474,6 +471,7 @@ def test_command_errors(text, tmp_path, capsys) -> None:
         assert "shard 1" not in said, f"text was prepared before {more} was refused"
 
 
+@pytest.mark.slow
 def test_many_processes(text, tmp_path) -> None:
     """The command in two processes, sharded or not: tied weights, dropout and all, they come to the same."""
     (tmp_path / "config.json").write_text(
@@ -488,7 +486,7 @@ def test_many_processes(text, tmp_path) -> None:
             + ["--parallel", kind, "-o", str(tmp_path / kind)],
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=stopping.PATIENCE_S,
         )
         assert done.returncode == 0, done.stderr[-3000:]
     one, other = (ctxfast.BertForPreTraining.from_pretrained(tmp_path / kind / "final") for kind in ("ddp", "fsdp2"))

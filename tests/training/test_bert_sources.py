@@ -5,13 +5,11 @@ from __future__ import annotations
 
 import os
 import random
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+import stopping
 import tokenizers
 import torch
 
@@ -460,24 +458,19 @@ def test_shards_of_killed_runs(tmp_path: Path) -> None:
     assert count > 8
     script = tmp_path / "prepare.py"
     script.write_text(
-        "import sys, time\n"
+        "import sys\n"
         "from ctxfast.models.bert.tokenization import BertTokenizer\n"
         "from ctxfast.training.bert_corpus import BertCorpus, Recipe\n"
         "from ctxfast.training.bert_instances import PairOptions\n"
         "recipe = Recipe(options=PairOptions(32, dupe_factor=3), shard_bytes=1200)\n"
         "tokenizer = BertTokenizer.from_pretrained(sys.argv[2])\n"
-        "def say(_):\n"
-        "    time.sleep(0.1)\n"
-        "BertCorpus.prepare(sys.argv[3], [sys.argv[1]], tokenizer, recipe, say=say)\n"
+        "BertCorpus.prepare(sys.argv[3], [sys.argv[1]], tokenizer, recipe)\n"
     )
-    call = [sys.executable, script, tmp_path / "text", tmp_path / "tokenizer"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    words = [tmp_path / "text", tmp_path / "tokenizer", tmp_path / "killed"]
     for sight in (1, 5):
-        process = subprocess.Popen([*call, tmp_path / "killed"], env=environment)
-        while not (tmp_path / "killed" / f"shard-{sight:05d}").exists():
-            assert process.poll() is None, "it ended before it was killed"
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
+        process = stopping.start(tmp_path / "killed" / f"shard-{sight:05d}", script, *words)
+        stopping.await_sight(process)
+        process.kill()
         process.wait()
         assert not (tmp_path / "killed" / "complete.json").exists()
     BertCorpus.prepare(tmp_path / "killed", [tmp_path / "text"], tokenizer, recipe)

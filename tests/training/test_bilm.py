@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import math
-import signal
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import stopping
 import torch
 import torch.nn.functional as F
 
@@ -354,10 +354,6 @@ def test_bf16(grammar, tmp_path) -> None:
     assert half.figures["loss"] == pytest.approx(full.figures["loss"], rel=0.02)
 
 
-def command(*words: object) -> list[str]:
-    return [sys.executable, "-m", "ctxfast.cli", "pretrain", "elmo", *map(str, words)]
-
-
 def test_command_killed_and_resumed(grammar, tmp_path, capsys) -> None:
     (tmp_path / "options.json").write_text(json.dumps(SIZES))
     arguments = [grammar, "--held-out", grammar, "--options", tmp_path / "options.json", "--negatives", 6]
@@ -379,11 +375,10 @@ def test_command_killed_and_resumed(grammar, tmp_path, capsys) -> None:
     said = capsys.readouterr().err
     assert "predictions each way" in said and "step 60 of 60: loss" in said and "perplexity" in said
     run = tmp_path / "killed"
-    process = subprocess.Popen(command(*arguments, "-o", run), stderr=subprocess.DEVNULL)
-    while not list(run.glob("checkpoint-*")):
-        assert process.poll() is None, "it ended before it was killed"
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
+    words = ["pretrain", "elmo", *arguments, "-o", run]
+    process = stopping.start(run / "checkpoint-*", "ctxfast.cli", *words, stderr=subprocess.DEVNULL)
+    stopping.await_sight(process)
+    process.kill()
     process.wait()
     assert not (run / "final").exists()
     assert cli.main(["pretrain", "elmo", *map(str, arguments), "-o", str(run)]) == 0
@@ -440,6 +435,7 @@ def test_vocabulary_is_sorted_by_frequency() -> None:
     assert make_vocabulary(counts, min_count=3) == ["<S>", "</S>", "<UNK>", "c"]
 
 
+@pytest.mark.slow
 def test_two_processes_read_their_own_lanes(grammar, tmp_path) -> None:
     (tmp_path / "options.json").write_text(json.dumps(SIZES))
     arguments = [grammar, "--held-out", grammar, "--options", tmp_path / "options.json", "--negatives", 0, "--quiet"]
@@ -450,7 +446,7 @@ def test_two_processes_read_their_own_lanes(grammar, tmp_path) -> None:
         + ["--batch-size", "4", "-o", str(tmp_path / "two")],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=stopping.PATIENCE_S,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert cli.main(["pretrain", "elmo", *map(str, arguments), "--batch-size", "8", "-o", str(tmp_path / "one")]) == 0

@@ -321,6 +321,7 @@ def test_a_model_of_another_task_is_refused(files, tmp_path, capsys) -> None:
     assert "is one for 'tag'; expected one for 'classify'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_two_processes_with_a_sharded_model(files, tmp_path) -> None:
     """FSDP2 keeps parameters whose names in files are others (query, key, value); two processes do what one does."""
     config = json.loads((files / "bert" / "config.json").read_text())
@@ -339,7 +340,7 @@ def test_two_processes_with_a_sharded_model(files, tmp_path) -> None:
         [*start, "-o", str(tmp_path / "two")],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         cwd=Path(__file__).parents[2],
     )
     assert done.returncode == 0, done.stderr[-3000:]

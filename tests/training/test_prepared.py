@@ -113,7 +113,7 @@ def test_all_processes_hear_what_the_first_one_made_or_why_it_failed(tmp_path: P
         + [str(HERE / "first_process.py"), str(tmp_path / "file")],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         # Not the installed package, which may be another checkout.
         env={**os.environ, "PYTHONPATH": str(HERE.parents[1])},
     )
