@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional
+from .._core import torch_ops
 from . import tools
 
 _PARTS = ("query", "key", "value")
@@ -75,11 +76,12 @@ class SelfAttention(tools.Unscripted):
         heads = (3, self.num_heads, self.head_dim)
         # A GPU adds the bias as it loads rows for attention; on a CPU the product's epilogue adds it for nothing.
         is_early = x.device.type == "cpu"
-        qkv = functional.linear_act(
-            x, self.qkv_weight, self.qkv_bias if is_early else None, weight_dtype=self.weight_dtype
-        )
+        weight, bias = self.qkv_weight, self.qkv_bias
+        if torch_ops.is_traced() and torch.onnx.is_in_onnx_export():
+            weight, bias = weight.data, bias.data  # constants there: the state_dict has no such names
+        qkv = functional.linear_act(x, weight, bias if is_early else None, weight_dtype=self.weight_dtype)
         context = functional.attention(
-            qkv.unflatten(-1, heads), cu_seqlens, max_seqlen, None if is_early else self.qkv_bias.view(heads),
+            qkv.unflatten(-1, heads), cu_seqlens, max_seqlen, None if is_early else bias.view(heads),
             dropout_p=self.dropout if self.training else 0.0, impl=self.impl,
         )  # fmt: skip
         return context.flatten(1)
