@@ -324,6 +324,31 @@ def test_gradients_of_every_sample(name) -> None:
             _close(found[key][i], value, 1e-4)
 
 
+@pytest.mark.parametrize("kind", ["BertForMaskedLM", "BertForSequenceClassification"])
+def test_losses_of_every_sample(kind) -> None:
+    torch.manual_seed(0)
+    model = getattr(ctxfast, kind)(tiny_bert().config).eval()
+    words, labels = ids(2, 7), ids(2, 7) if kind == "BertForMaskedLM" else torch.tensor([0, 1])
+    parameters = {key: value.detach() for key, value in model.named_parameters()}
+
+    def loss(parameters: dict[str, Tensor], words: Tensor, labels: Tensor) -> Tensor:
+        return torch.func.functional_call(model, parameters, (words[None],), {"labels": labels[None]}).loss
+
+    found = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(parameters, words, labels)
+    for i in (0, 1):
+        for key, value in torch.func.grad(loss)(parameters, words[i], labels[i]).items():
+            _close(found[key][i], value, 1e-4)
+
+
+def test_large_highways_under_transforms() -> None:
+    """Above the size at which a thread gets rows of its own."""
+    model, x = ctxfast.nn.Highway(64).requires_grad_(False), normal(2, 600, 64)
+    with torch.no_grad():
+        _close(torch.func.vmap(model)(x), model(x))
+        tangent = torch.func.jvp(model, (x,), (torch.ones_like(x),))[1]
+    _close(tangent.sum(0), torch.func.jvp(lambda x: model(x).sum(0), (x,), (torch.ones_like(x),))[1], 1e-4)
+
+
 def test_a_mask_cannot_be_counted_under_vmap() -> None:
     words = r"^ctxfast.Packing: attention_mask is batched by torch.func.vmap, where its tokens cannot be counted"
     with pytest.raises(TypeError, match=words):
@@ -415,6 +440,23 @@ def test_bert_exports_with_a_mask() -> None:
         assert any("ctxfast" in str(node.target) for node in program.graph.nodes)
         for call in (given, other, (given[0], mask_of(1, 7)), (given[0], torch.ones(2, 7, dtype=torch.long))):
             _close(program.module()(*call), model(*call))
+
+
+def test_onnx_is_torchs_own_operations() -> None:
+    """What torch.onnx.export reads: LSTM's operator, no ctxfast's; the older road is told apart from a trace."""
+    from torch.onnx._internal.exporter import _flags
+
+    model, given, _ = _made("swapped LSTM")
+
+    @_flags.set_onnx_exporting_flag
+    def exported(model: nn.Module, given: tuple[Any, ...]) -> set[str]:
+        program = torch.export.export(model, given)
+        return {str(node.target) for node in program.graph.nodes}
+
+    assert "aten.lstm.input" in exported(model, given)
+    for name in ("LSTM, clips", "Highway", "CharCnn", "Elmo"):
+        model, given, _ = _made(name)
+        assert not any("ctxfast" in target for target in exported(model, given))
 
 
 def test_a_trace_keeps_no_state() -> None:

@@ -11,6 +11,7 @@ Choice of an implementation, first match wins:
 3. the environment variable ``CTXFAST_IMPL`` (read once, at import),
 4. the first implementation in the table whose ``supports`` has no objection; the reference has none, ever.
 An implementation asked for by name never falls back to another: its objection becomes the error.
+All but the reference object where only torch's own operations will do: see ``torch_ops.why_definition``.
 """
 
 from __future__ import annotations

@@ -82,6 +82,11 @@ def is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def is_traced() -> bool:
+    """Whether torch.jit.trace or torch.onnx.export records what is called, for a reader that knows torch alone."""
+    return torch.jit.is_tracing() or (torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export())
+
+
 def is_foreign(tensor: Tensor) -> bool:
     """Whether only operations of torch know a tensor's values: a subclass with its own dispatch, or no strided one."""
     kind = type(tensor)
@@ -99,8 +104,8 @@ def why_definition(tensors: Iterable[Tensor]) -> str | None:
     """None, or why only its definition, made of torch's own operations, can run a call on these tensors."""
     if is_transformed():
         return "a torch.func transform or forward-mode differentiation is active: the definition is differentiated."
-    if torch._C._get_tracing_state() is not None:
-        return "torch.jit.trace is to record torch's own operations: the definition's."
+    if is_traced():
+        return "torch.jit.trace or torch.onnx.export is to record torch's own operations: the definition's."
     for tensor in tensors:
         if is_foreign(tensor):
             what = type(tensor).__name__ if type(tensor) not in _PLAIN else f"tensor of layout {tensor.layout}"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional
+from .._core import torch_ops
 from . import tools
 from .all_rows import AllRows
 
@@ -80,13 +81,14 @@ class SelfAttention(tools.Unscripted):
         dropout_p = self.dropout if self.training else 0.0
         # A GPU adds the bias as it loads rows for attention; on a CPU the product's epilogue adds it for nothing.
         is_early = x.device.type == "cpu" or rows is not None
-        qkv = functional.linear_act(
-            x, self.qkv_weight, self.qkv_bias if is_early else None, weight_dtype=self.weight_dtype
-        )
+        weight, bias = self.qkv_weight, self.qkv_bias
+        if torch_ops.is_traced() and torch.onnx.is_in_onnx_export():
+            weight, bias = weight.data, bias.data  # constants there: the state_dict has no such names
+        qkv = functional.linear_act(x, weight, bias if is_early else None, weight_dtype=self.weight_dtype)
         qkv = qkv.unflatten(-1, heads)
         if rows is not None:
             return rows.attend(qkv, blank_is_zero=True, dropout_p=dropout_p, impl=self.impl).flatten(1)
-        bias = None if is_early else self.qkv_bias.view(heads)
+        bias = None if is_early else bias.view(heads)
         return functional.attention(qkv, cu_seqlens, max_seqlen, bias, dropout_p=dropout_p, impl=self.impl).flatten(1)
 
     def extra_repr(self) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._core import capability, registry
+from .._core import capability, registry, torch_ops
 
 Function = Callable[[Sequence["Tensor | None"], Tensor, int], Sequence[Tensor]]
 _SEQLENS = (16, 32, 64, 128, 256, 512)
@@ -152,6 +152,7 @@ class PackedGraphs:
             and 0 < tokens.shape[0] <= self.max_tokens
             and not torch.is_grad_enabled()
             and not torch.compiler.is_compiling()
+            and torch_ops.why_definition((tokens,)) is None
             and not torch.cuda.is_current_stream_capturing()
         )
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from .._core import torch_ops
 from . import tools
 
 # Elements that torch leaves to one thread (at::internal::GRAIN_SIZE).
@@ -21,6 +22,8 @@ def _sigmoid(x: Tensor) -> Tensor:
     vectors (3 threads, 34 rows of 2048: 2026-11). So a thread gets whole rows at a time.
     """
     if x.device.type != "cpu" or x.requires_grad or torch.compiler.is_compiling() or x.numel() <= _OF_ONE_THREAD:
+        return torch.sigmoid(x)
+    if torch_ops.why_definition((x,)) is not None:  # transforms and traces know no out=
         return torch.sigmoid(x)
     rows, count = x.flatten(0, -2), max(1, _OF_ONE_THREAD // x.shape[-1])
     found = torch.empty_like(rows)

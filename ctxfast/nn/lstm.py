@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from .. import functional
+from .._core import torch_ops
 from . import tools
 
 State = tuple[Tensor, Tensor]
@@ -177,7 +178,7 @@ class LSTM(nn.RNNBase):
     @tools.one_call
     def forward(self, input: Tensor | PackedSequence, hx: State | None = None) -> tuple[Tensor | PackedSequence, State]:
         """As ``torch.nn.LSTM``: output and ``(h_n, c_n)``, in the forms that the input came in."""
-        if torch.jit.is_tracing() and self._is_torchs():
+        if torch_ops.is_traced() and self._is_torchs():
             return self._as_torch().forward(input, hx)
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx)

@@ -23,12 +23,12 @@ def name_of(module: nn.Module) -> str:
 def is_plain(linear: nn.Module) -> bool:
     """Whether a linear layer's parameters are all of it: nobody put another module in its place (a quantised layer, an
     adapter) or wants to see its calls. What is not plain is called."""
-    return _is_own(linear, nn.Linear) and not (linear._forward_hooks or linear._forward_pre_hooks)
+    is_called = linear._forward_hooks or linear._forward_pre_hooks or "forward" in linear.__dict__
+    return _is_own(linear, nn.Linear) and not is_called
 
 
 def _is_own(module: nn.Module, kind: type[nn.Module]) -> bool:
-    own = isinstance(module, kind) and type(module).forward is kind.forward
-    return own and "forward" not in module.__dict__
+    return isinstance(module, kind) and type(module).forward is kind.forward
 
 
 def readable(owner: nn.Module, name: str, module: nn.Module, kind: type[nn.Module], way: str = "") -> nn.Module:

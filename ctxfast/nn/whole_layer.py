@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional
-from .._core import registry
+from .._core import registry, torch_ops
 
 _PARTS = ("add_layer_norm", "attention", "linear_act")
 
@@ -37,8 +37,8 @@ def is_open(x: Tensor) -> bool:
     """Whether one call could compute layers over these tokens, as far as the layers themselves allow it."""
     if not x.is_cpu or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         return False
-    # What torch.jit.trace records with gradients and without must be the same graph.
-    if torch.nn.modules.module._has_any_global_hook() or torch.jit.is_tracing():
+    # What is traced with gradients and without must be the same graph.
+    if torch.nn.modules.module._has_any_global_hook() or torch_ops.is_traced():
         return False
     return not any(op in _PARTS or (op == "*" and name != "cpu") for op, name in registry.requested())
 

@@ -107,7 +107,7 @@ class _MaskedLM(BertWithHead):
     def _mlm_loss(self, encoded: BertOutput, labels: Tensor) -> Tensor:
         decoder, packing = self.cls.predictions.decoder, encoded.packing
         hidden, labels = encoded.packed_last_hidden_state, packing.pack(labels)
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and checks.has_values(labels):
             # One in seven tokens has a label, so the head runs on those rows only. The count is
             # read on the host (a GPU is waited for once); a compiled graph keeps all rows, where
             # the count would break it.

@@ -27,7 +27,8 @@ def attention(
     total, _, heads, head_dim = qkv.shape
     if bias is not None:
         qkv = qkv + bias
-    if total == 0 or max_seqlen == 0:
+    # A recorded graph, whose sizes are no ints, is one for tokens.
+    if (isinstance(total, int) and total == 0) or max_seqlen == 0:
         return qkv.sum(dim=1)  # (0, H, D), still attached to the graph
     scale = 1.0 / math.sqrt(head_dim) if softmax_scale is None else softmax_scale
     cu_seqlens = cu_seqlens.long()
@@ -47,5 +48,5 @@ def attention(
         weights = F.dropout(weights, dropout_p)
     context = torch.matmul(weights.to(qkv.dtype), value)  # (S, H, L, D)
     token = torch.arange(total, device=qkv.device)
-    sequence = torch.searchsorted(cu_seqlens, token, right=True) - 1
+    sequence = (token[:, None] >= cu_seqlens[1:]).sum(dim=1)
     return context.transpose(1, 2)[sequence, token - cu_seqlens[sequence]]

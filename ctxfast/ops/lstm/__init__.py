@@ -91,6 +91,11 @@ def _check(args: Mapping[str, Any]) -> None:
     checks.positive(_OP, "cell_clip", args["cell_clip"], none_means="no clipping")
     checks.positive(_OP, "proj_clip", args["proj_clip"], none_means="no clipping")
     checks.choice(_OP, "weight_dtype", args["weight_dtype"], (None, torch.bfloat16, torch.int8))
+    if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():
+        raise RuntimeError(
+            "ctxfast.lstm: torch.onnx.export was called with dynamo=False, which has no form for a loop over steps; "
+            "expected dynamo=True, or a ctxfast.nn.LSTM without clips, which becomes ONNX's LSTM."
+        )
 
 
 SPEC = registry.register(

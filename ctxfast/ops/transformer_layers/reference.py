@@ -55,7 +55,7 @@ def _attended(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
     scores = scores.masked_fill(~inside[:, None, None, :], torch.finfo(wide).min)
     context = torch.matmul(torch.softmax(scores, dim=-1).to(qkv.dtype), value).transpose(1, 2)  # (S, L, H, D)
     token = torch.arange(total, device=qkv.device)
-    sequence = torch.searchsorted(cu_seqlens, token, right=True) - 1
+    sequence = (token[:, None] >= cu_seqlens[1:]).sum(dim=1)
     return context[sequence, token - cu_seqlens[sequence]]
 
 
@@ -72,8 +72,9 @@ def _layer(
     qkv, project, attention_norm, widen, narrow, output_norm = zip(weights[::2], weights[1::2])
     size = x.shape[1:]
     rows = _product(x, qkv, weight_dtype).unflatten(-1, (3, num_heads, size[0] // num_heads))
-    # Without tokens nothing is attended to; the sum keeps the graph.
-    context = _attended(rows, cu_seqlens, max_seqlen) if x.shape[0] and max_seqlen else rows.sum(dim=1)
+    # Without tokens nothing is attended to; the sum keeps the graph. A recorded graph's sizes are no ints: it has some.
+    is_empty = (isinstance(x.shape[0], int) and x.shape[0] == 0) or max_seqlen == 0
+    context = rows.sum(dim=1) if is_empty else _attended(rows, cu_seqlens, max_seqlen)
     projected = _product(context.flatten(1), project, weight_dtype)
     x = F.layer_norm(x + projected, size, *attention_norm, eps)
     wide = _activated(_product(x, widen, weight_dtype), activation)
