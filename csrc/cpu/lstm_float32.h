@@ -22,7 +22,7 @@ struct Float32 {
   static void add(float* z, const float* more) { store(z, load(z) + load(more)); }
   // Into rows of the workspace, whose distance suits the cache; h and m lie there already.
   static void prepare(const float* x, int64_t size, uint32_t* words, float*) {
-    __builtin_memcpy(words, x, sizeof(float) * size);
+    if (size > 0) __builtin_memcpy(words, x, sizeof(float) * size);  // x of no features may be null
   }
   static void enter() {}
   static void leave() {}

@@ -11,8 +11,8 @@
 namespace ctxfast {
 namespace {
 
-// Rows are far apart in memory, and each is a wait for it: they are asked for this many rows ahead.
-constexpr int64_t kAhead = 16;
+// Rows that are asked for at a time.
+constexpr int64_t kAhead = 32;
 // Rows that are worth a thread: some 5 us.
 constexpr int64_t kRowsOfThread = 1024;
 
@@ -60,13 +60,9 @@ template <class Differs>
 bool any(const Samples& s, int64_t from, int64_t to, const Differs& differs) {
   const int64_t bytes = s.width * s.size;
   const char* kept = static_cast<const char*>(s.kept) + from * bytes;
-  Places now(s, from), ahead(s, from);
-  for (int64_t i = 0; i < std::min(kAhead, to - from); ++i) __builtin_prefetch(ahead.next());
+  Places places(s, from);
   uint64_t found = 0;
-  for (int64_t row = from; row < to; ++row, kept += bytes) {
-    if (row + kAhead < to) __builtin_prefetch(ahead.next());
-    found |= differs(now.next(), kept);
-  }
+  for (int64_t row = from; row < to; ++row, kept += bytes) found |= differs(places.next(), kept);
   return found != 0;
 }
 
@@ -104,6 +100,11 @@ bool differ(const Samples& s, int64_t from, int64_t to) {
   return true;
 }
 
+void fetch(const Samples& s, int64_t from, int64_t to) {
+  Places places(s, from);
+  for (int64_t row = from; row < to; ++row) __builtin_prefetch(places.next(), 0, 1);
+}
+
 struct Call {
   const Samples* samples;
   int64_t count, rows;
@@ -118,7 +119,13 @@ void run(void* context, int index, int count) {
   for (int64_t i = 0; i < call.count; ++i) {
     const Samples& s = call.samples[i];
     const int64_t begin = std::max(from - first, int64_t{0}), end = std::min(to - first, s.rows);
-    if (begin < end && differ(s, begin, end)) call.differs.store(true, std::memory_order_relaxed);
+    // Rows are far apart, and each is a wait for memory: all of a few are asked for, then those before are compared.
+    if (begin < end) fetch(s, begin, std::min(begin + kAhead, end));
+    for (int64_t row = begin; row < end; row += kAhead) {
+      const int64_t next = std::min(row + kAhead, end);
+      fetch(s, next, std::min(next + kAhead, end));
+      if (differ(s, row, next)) call.differs.store(true, std::memory_order_relaxed);
+    }
     first += s.rows;
   }
 }

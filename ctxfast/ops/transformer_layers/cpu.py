@@ -57,22 +57,18 @@ def _vector(tensor: Tensor | None) -> Tensor | None:
     return tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
-def _addresses(weights: Sequence[Tensor | None], is_int8: bool) -> tuple[array, list[Any]]:
-    """See ``_packed``; made again when a weight changes. To be held while the kernel reads."""
-    # Biases that are missing need no place in the key: what is there stands between matrices, LayerNorms have both.
-    sources = [tensor for tensor in weights if tensor is not None]
-    kind = (_OP, is_int8, sources[0].dtype)
-    return packed_weights.CACHE.get(sources, kind, lambda: _packed(weights, is_int8), _is_read)
-
-
 def _forward(
     x: Tensor, cu_seqlens: Tensor, weights: Sequence[Tensor | None], num_heads: int, activation: str, eps: float,
     is_int8: bool, all_layers: bool,
 ) -> list[Tensor]:  # fmt: skip
     outputs = _forward_fake(x, cu_seqlens, weights, num_heads, activation, eps, is_int8, all_layers)
     x, cu_seqlens = x.contiguous(), cu_seqlens.contiguous()
+    # Biases that are missing need no place in the key: what is there stands between matrices, LayerNorms have both.
+    sources, places = [tensor for tensor in weights if tensor is not None], array("q", [y.data_ptr() for y in outputs])
     # _held: what the table points to stays while the kernel reads it.
-    (table, _held), places = _addresses(weights, is_int8), array("q", [y.data_ptr() for y in outputs])
+    table, _held = packed_weights.CACHE.get(
+        sources, (_OP, is_int8, x.dtype), lambda: _packed(weights, is_int8), _is_read
+    )
     capability.extension().transformer_layers_forward(
         x.shape[0], x.shape[1], num_heads, weights[_WIDEN].shape[0], cu_seqlens.shape[0] - 1,
         x.dtype is torch.bfloat16, is_int8, activation, eps, x.data_ptr(), cu_seqlens.data_ptr(),
