@@ -9,6 +9,7 @@ from typing import Any
 from . import functional
 from ._core.capability import show_config
 from ._core.registry import use_impl
+from ._core.weight_cache import forget_packed
 from .functional import (
     add_layer_norm,
     attention,
@@ -55,6 +56,7 @@ __all__ = [
     "char_cnn",
     "embed_layer_norm",
     "explain",
+    "forget_packed",
     "functional",
     "linear_act",
     "linear_cross_entropy",

@@ -2,6 +2,7 @@
 #include "parallel.h"
 
 #include <dlfcn.h>
+#include <pthread.h>
 #include <sched.h>
 
 #include <system_error>
@@ -34,6 +35,11 @@ struct OpenMp {
   }
   bool there() const { return parallel && thread_num && num_threads; }
 };
+
+// The threads of an OpenMP pool stay behind when its process forks, and a child that used the pool would wait for them
+// for ever. Nobody can tell whether torch has used it, so every child starts threads of its own.
+std::atomic<bool> is_forked{false};
+[[maybe_unused]] const int watches_forks = pthread_atfork(nullptr, nullptr, [] { is_forked.store(true); });
 
 // The core this thread runs on; -1 where nobody tells.
 int this_core() {
@@ -90,7 +96,7 @@ bool run_parallel(int64_t threads, void (*body)(void*, int, int), void* context)
   const int count = static_cast<int>(threads);
   // Looked up at every call, some 0.3 us: torch may be imported after this module.
   const OpenMp openmp;
-  if (openmp.there()) {
+  if (openmp.there() && !is_forked.load(std::memory_order_relaxed)) {
     Region region{body, context, &openmp};
     openmp.parallel(openmp_body, &region, static_cast<unsigned>(count), 0);
     return true;

@@ -76,39 +76,7 @@ bool any_word(const Samples& s, int64_t from, int64_t to) {
   });
 }
 
-struct Call {
-  const Samples* samples;
-  int64_t count, rows;
-  std::atomic<bool> differs{false};
-};
-
-// The rows of all matrices one after another; this thread's share of them.
-void run(void* context, int index, int count) {
-  Call& call = *static_cast<Call*>(context);
-  const int64_t from = call.rows * index / count, to = call.rows * (index + 1) / count;
-  int64_t first = 0;
-  for (int64_t i = 0; i < call.count; ++i) {
-    const Samples& s = call.samples[i];
-    const int64_t begin = std::max(from - first, int64_t{0}), end = std::min(to - first, s.rows);
-    // Rows are far apart, and each is a wait for memory: all of a few are asked for, then those before are compared.
-    if (begin < end) fetch_samples(s, begin, std::min(begin + kAhead, end));
-    for (int64_t row = begin; row < end; row += kAhead) {
-      const int64_t next = std::min(row + kAhead, end);
-      fetch_samples(s, next, std::min(next + kAhead, end));
-      if (samples_differ(s, row, next)) call.differs.store(true, std::memory_order_relaxed);
-    }
-    first += s.rows;
-  }
-}
-
-}  // namespace
-
-void fetch_samples(const Samples& s, int64_t from, int64_t to) {
-  Places places(s, from);
-  for (int64_t row = from; row < to; ++row) __builtin_prefetch(places.next(), 0, 1);
-}
-
-bool samples_differ(const Samples& s, int64_t from, int64_t to) {
+bool differ(const Samples& s, int64_t from, int64_t to) {
   const int64_t bytes = s.width * s.size;
   if (s.column_stride == s.size && s.width > 1) {
     if (bytes == 16) {
@@ -131,6 +99,38 @@ bool samples_differ(const Samples& s, int64_t from, int64_t to) {
   }
   return true;
 }
+
+void fetch(const Samples& s, int64_t from, int64_t to) {
+  Places places(s, from);
+  for (int64_t row = from; row < to; ++row) __builtin_prefetch(places.next(), 0, 1);
+}
+
+struct Call {
+  const Samples* samples;
+  int64_t count, rows;
+  std::atomic<bool> differs{false};
+};
+
+// The rows of all matrices one after another; this thread's share of them.
+void run(void* context, int index, int count) {
+  Call& call = *static_cast<Call*>(context);
+  const int64_t from = call.rows * index / count, to = call.rows * (index + 1) / count;
+  int64_t first = 0;
+  for (int64_t i = 0; i < call.count; ++i) {
+    const Samples& s = call.samples[i];
+    const int64_t begin = std::max(from - first, int64_t{0}), end = std::min(to - first, s.rows);
+    // Rows are far apart, and each is a wait for memory: all of a few are asked for, then those before are compared.
+    if (begin < end) fetch(s, begin, std::min(begin + kAhead, end));
+    for (int64_t row = begin; row < end; row += kAhead) {
+      const int64_t next = std::min(row + kAhead, end);
+      fetch(s, next, std::min(next + kAhead, end));
+      if (differ(s, row, next)) call.differs.store(true, std::memory_order_relaxed);
+    }
+    first += s.rows;
+  }
+}
+
+}  // namespace
 
 bool same_samples(const Samples* samples, int64_t count, int64_t threads) {
   Call call{samples, count, 0};

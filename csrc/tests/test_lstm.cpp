@@ -74,9 +74,10 @@ const char* name_of(DType kind) {
 // Of rounded factors: h near the middle of two steps may go either way, one step in a sum.
 double limit_of(DType kind) { return kind == DType::kFloat32 ? 3e-6 : kind == DType::kBFloat16 ? 4e-3 : 2e-2; }
 
-Problem make(const Size& s, uint64_t seed, bool clips) {
+Problem make(const Size& s, uint64_t seed, bool clips, bool has_features = true) {
   Random random(seed);
-  Problem p{s, {}, {}, {}, {}, {}, random.below(90), {}, {}, {}, {}, clips ? 1.0f : 0.0f, clips ? 0.4f : 0.0f};
+  const int64_t input = has_features ? random.below(90) : 0;
+  Problem p{s, {}, {}, {}, {}, {}, input, {}, {}, {}, {}, clips ? 1.0f : 0.0f, clips ? 0.4f : 0.0f};
   p.x = random.fill(s.B * s.T * p.input, 1.0f);
   p.bias = random.fill(4 * s.H, 1.0f);
   for (int64_t r = 0; r < s.R; ++r) {
@@ -219,6 +220,9 @@ int main() {
       }
     }
   }
+  // x is then at no address.
+  const Problem empty = make(sizes[2], 1, false, false);
+  for (const DType kind : {DType::kFloat32, DType::kBFloat16, DType::kInt8}) test(&report, empty, kind, true);
   Problem bad = make(sizes[1], 1, false);
   bad.lengths[2] = 8;
   const Status status = run(bad, Isa::kGeneric, DType::kFloat32, 1, false).status;

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any
 
@@ -15,6 +17,7 @@ from . import capability
 from .weight_cache import WeightCache
 
 _ANY = 1 << 62
+_HUGE = 2 << 20  # bytes of a huge page
 # Rows up to which the compiled bfloat16 product is at least as fast as oneDNN's, by instruction set (BERT's sizes,
 # 2026-11: AMX 1.2 to 1.7 times at 16 rows, even at 128; AVX-512 BF16 1.3 times at 16, even from 128 on).
 _FEW_ROWS = {"amx": 128, "avx512bf16": _ANY}
@@ -40,6 +43,25 @@ def most_rows(dtype: torch.dtype) -> int:
 most_rows._dynamo_marked_constant = True
 
 
+def _room(size: int) -> Tensor:
+    """``size`` bytes that begin on a cache line; most of a large weight on huge pages, where the system has them.
+
+    Products of few rows read weights as fast as memory gives them, and pages are found once for each: six layers of
+    MiniLM take 10 % less in float32 and 7 % less in int8 at 16 tokens (2 threads of a virtual Zen 4, 2026-11).
+    """
+    huge = (size + _HUGE // 4) // _HUGE * _HUGE  # no page is taken for less than three quarters of it
+    if huge == 0 or not hasattr(mmap, "MADV_HUGEPAGE"):
+        memory = torch.empty(size + 64, dtype=torch.uint8)
+        start = -memory.data_ptr() % 64
+    else:
+        pages = mmap.mmap(-1, max(size, huge) + _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory = torch.frombuffer(pages, dtype=torch.uint8)
+        start = -memory.data_ptr() % _HUGE
+        with suppress(OSError):  # a system without them
+            pages.madvise(mmap.MADV_HUGEPAGE, start, huge)
+    return memory[start : start + size]
+
+
 def in_panels(weight: Tensor) -> Tensor:
     """int8, bfloat16 or float32 (N_out, N_in) in the layout of csrc/include/ctxfast/linear_act.h, on a cache line."""
     per_word = 4 // weight.element_size()
@@ -47,11 +69,9 @@ def in_panels(weight: Tensor) -> Tensor:
     padded = weight.new_zeros(out * 32, size * 16 * per_word)
     padded[: weight.shape[0], : weight.shape[1]] = weight
     panels = padded.view(out, 2, 16, size, 16, per_word).permute(0, 3, 1, 4, 2, 5)
-    memory = torch.empty(padded.numel() * padded.element_size() + 64, dtype=torch.uint8, device="cpu")
-    start = -memory.data_ptr() % 64
-    aligned = memory[start : start + padded.numel() * padded.element_size()]
-    aligned.view(weight.dtype).view(panels.shape).copy_(panels)
-    return aligned
+    memory = _room(padded.numel() * padded.element_size())
+    memory.view(weight.dtype).view(panels.shape).copy_(panels)
+    return memory
 
 
 def in_int8(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:

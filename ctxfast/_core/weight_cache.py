@@ -37,6 +37,8 @@ WHOLE = 160 << 10
 _MOST_AT_ONE_PLACE = 4
 
 _caches: weakref.WeakSet[WeightCache] = weakref.WeakSet()
+# Tensors that a cache holds, by id: nobody else writes to them, so they need no samples where they are packed again.
+_own: dict[int, weakref.ref] = {}
 _changes_at_once = threading.RLock()  # a collection may call forget_packed while this thread changes an entry
 
 
@@ -66,6 +68,11 @@ def forget_packed(*of: nn.Module | Tensor) -> None:
             )
     for cache in list(_caches):
         cache.forget(tensors if of else None)
+
+
+def _note_own(tensor: Tensor) -> None:
+    key = id(tensor)
+    _own[key] = weakref.ref(tensor, lambda _: _own.pop(key, None))
 
 
 def _matrix(tensor: Tensor) -> Tensor | None:
@@ -98,22 +105,15 @@ def _equal_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 
-def _watch(tensor: Tensor, forget: Callable[[Any], None]) -> weakref.ref:
-    """Tells of a source's end. To a parameter itself no reference may be held: torch.utils.swap_tensors refuses those,
-    and with them ``nn.Module.to``. Of other tensors, as of ``.data``, many may come and go over one memory."""
-    return weakref.ref(tensor.untyped_storage() if isinstance(tensor, nn.Parameter) else tensor, forget)
-
-
-_layout = attrgetter("shape", "dtype")
+_kind, _counted_kind = attrgetter("shape", "dtype"), attrgetter("shape", "dtype", "_version")
 
 
 def _facts(sources: Sequence[Tensor]) -> tuple[list[Any], ...]:
     try:
-        versions = [tensor._version for tensor in sources]
-    except RuntimeError:  # a tensor made in inference mode has none
-        versions = [-1 if tensor.is_inference() else tensor._version for tensor in sources]
-    addresses, strides = [tensor.data_ptr() for tensor in sources], [tensor.stride() for tensor in sources]
-    return addresses, versions, strides, list(map(_layout, sources))
+        kinds = list(map(_counted_kind, sources))
+    except RuntimeError:  # a tensor made in inference mode counts nothing
+        kinds = [_kind(tensor) if tensor.is_inference() else _counted_kind(tensor) for tensor in sources]
+    return list(map(Tensor.data_ptr, sources)), list(map(Tensor.stride, sources)), kinds
 
 
 class Seen:
@@ -122,14 +122,18 @@ class Seen:
     def __init__(
         self, sources: Sequence[Tensor], is_read: Callable[[Tensor], bool], forget: Callable[[Any], None]
     ) -> None:
-        self._refs = [_watch(tensor, forget) for tensor in sources]  # held, or nobody is told
+        # ``forget`` is told when a source's memory ends. To a parameter itself no reference may be held:
+        # torch.utils.swap_tensors refuses those, and with them ``nn.Module.to``. Of other tensors, as of ``.data``,
+        # many may come and go over one memory, each with a count of its own: there the object has to be the same, too.
+        self._storages = [weakref.ref(tensor.untyped_storage(), forget) for tensor in sources]
+        self._tensors = [weakref.ref(tensor, forget) for tensor in sources if not isinstance(tensor, nn.Parameter)]
         self._facts = _facts(sources)
         self._extension = capability.extension()
         # Samples that compiled code compares, where the tensors hold them and without a copy; and the others.
         self._table, self._held = array("q"), []
         self._others: list[tuple[int, Tensor]] = []
         for i, tensor in enumerate(sources):
-            if is_read(tensor) or tensor.numel() == 0:
+            if is_read(tensor) or tensor.numel() == 0 or id(tensor) in _own:
                 continue
             matrix = _matrix(tensor)
             if matrix is None:
@@ -143,21 +147,20 @@ class Seen:
             size, (row_stride, column_stride) = matrix.element_size(), matrix.stride()
             shape = (matrix.shape[0], row_stride * size, matrix.shape[1], column_stride * size, size, kept.shape[1])
             self._table.extend((matrix.data_ptr(), *shape, kept.data_ptr()))
-        # Address and number of the rows that compiled code compares (csrc/include/ctxfast/samples.h).
-        self.table, self.count = self._table.buffer_info()[0], len(self._held)
 
     @property
     def addresses(self) -> list[int]:
         return self._facts[0]
 
-    def have_facts_of(self, sources: Sequence[Tensor]) -> bool:
-        """Whether sources, the same objects as then, have the memory and version they had. Only then may their samples
-        be read."""
-        return _facts(sources) == self._facts
+    def are_still(self, sources: Sequence[Tensor]) -> bool:
+        """Whether sources, the same objects as then, are and hold what they were and held."""
+        # Held, so that no other thread frees what is compared. Facts first: else it may not be the sources' memory.
+        _storages = [storage() for storage in self._storages]
+        return _facts(sources) == self._facts and self._have_samples_of(sources)
 
-    def have_samples_of(self, sources: Sequence[Tensor]) -> bool:
-        """Whether sources hold what they held at all sampled places."""
-        if self.count and not self._extension.same_samples(self.table, self.count, torch.get_num_threads()):
+    def _have_samples_of(self, sources: Sequence[Tensor]) -> bool:
+        address, count = self._table.buffer_info()[0], len(self._held)
+        if count and not self._extension.same_samples(address, count, torch.get_num_threads()):
             return False
         for i, kept in self._others:
             matrix = _matrix(sources[i])
@@ -187,46 +190,20 @@ class WeightCache:
         ``is_read`` tells sources of which only the address is kept: their values are read where they are. ``pack`` must
         not keep its sources or views of them: entries would not die.
         """
-        entry = self._entries.get((kind, *map(id, sources)))
-        if entry is not None and entry[0].have_facts_of(sources) and entry[0].have_samples_of(sources):
-            return entry[1]
-        return self._pack(sources, kind, pack, is_read)
-
-    def get_unchecked(
-        self,
-        sources: Sequence[Tensor],
-        kind: Any,
-        pack: Callable[[], Any],
-        is_read: Callable[[Tensor], bool],
-        count: int,
-    ) -> tuple[Any, Seen | None]:
-        """As ``get``, but the samples of the ``count`` sources that are not read may be left to compiled code to compare.
-
-        They are, if there is a second result. The caller holds it, and the sources' storages from before this call, until
-        they are compared, and calls ``drop`` if one differs.
-        """
-        entry = self._entries.get((kind, *map(id, sources)))
-        if entry is not None and entry[0].have_facts_of(sources):
-            if entry[0].count == count:
-                return entry[1], entry[0]
-            if entry[0].have_samples_of(sources):
-                return entry[1], None
-        return self._pack(sources, kind, pack, is_read), None
-
-    def drop(self, sources: Sequence[Tensor], kind: Any) -> None:
-        """Lets go of what was packed from these sources for this ``kind``."""
-        self._entries.pop((kind, *map(id, sources)), None)
-
-    def _pack(
-        self, sources: Sequence[Tensor], kind: Any, pack: Callable[[], Any], is_read: Callable[[Tensor], bool]
-    ) -> Any:
         key = (kind, *map(id, sources))
+        entry = self._entries.get(key)
+        if entry is not None and entry[0].are_still(sources):
+            return entry[1]
         # First let go of what was packed before, so that both are never held at once.
+        entry = None
         self._entries.pop(key, None)
         times_forgotten = self._times_forgotten
         # Noted before packing: a write meanwhile must not go unseen.
         seen = Seen(sources, is_read, lambda _: self._entries.pop(key, None))
         packed = pack()
+        for made in packed if isinstance(packed, tuple) else (packed,):
+            if isinstance(made, Tensor):
+                _note_own(made)
         with _changes_at_once:
             if times_forgotten == self._times_forgotten:  # else what was just read is to be forgotten, too
                 self._entries[key] = (seen, packed)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -23,12 +22,6 @@ _OP = "transformer_layers"
 # Among a layer's tensors: the weights of its products, and of its first feed-forward product.
 _PRODUCTS = tuple(2 * PARTS.index(part) for part in ("qkv", "project", "widen", "narrow"))
 _WIDEN = 2 * PARTS.index("widen")
-
-
-@lru_cache
-def _product_places(count: int) -> list[int]:
-    """Where the weights of products stand among the tensors of ``count`` layers."""
-    return [TENSORS * layer + place for layer in range(count) for place in _PRODUCTS]
 
 
 def _packed(weights: Sequence[Tensor | None], is_int8: bool) -> tuple[array, list[Any]]:
@@ -70,27 +63,18 @@ def _forward(
 ) -> list[Tensor]:  # fmt: skip
     outputs = _forward_fake(x, cu_seqlens, weights, num_heads, activation, eps, is_int8, all_layers)
     x, cu_seqlens = x.contiguous(), cu_seqlens.contiguous()
-    count, places = len(weights) // TENSORS, array("q", [y.data_ptr() for y in outputs])
     # Biases that are missing need no place in the key: what is there stands between matrices, LayerNorms have both.
-    sources, kind = [tensor for tensor in weights if tensor is not None], (_OP, is_int8, x.dtype)
-    # Held while the kernel compares samples, whatever other threads put in the weights' place.
-    _storages = [weights[i].untyped_storage() for i in _product_places(count)]
-
-    def run() -> bool:
-        # _held: what the table points to stays while the kernel reads it.
-        (table, _held), seen = packed_weights.CACHE.get_unchecked(
-            sources, kind, lambda: _packed(weights, is_int8), _is_read, len(_storages)
-        )
-        return capability.extension().transformer_layers_forward(
-            x.shape[0], x.shape[1], num_heads, weights[_WIDEN].shape[0], cu_seqlens.shape[0] - 1,
-            x.dtype is torch.bfloat16, is_int8, activation, eps, x.data_ptr(), cu_seqlens.data_ptr(),
-            cu_seqlens.dtype is torch.int64, table.buffer_info()[0], count, all_layers,
-            places.buffer_info()[0], torch.get_num_threads(), 0 if seen is None else seen.table,
-        )  # fmt: skip
-
-    if not run():  # a weight has changed: what was packed from it is packed again
-        packed_weights.CACHE.drop(sources, kind)
-        run()
+    sources, places = [tensor for tensor in weights if tensor is not None], array("q", [y.data_ptr() for y in outputs])
+    # _held: what the table points to stays while the kernel reads it.
+    table, _held = packed_weights.CACHE.get(
+        sources, (_OP, is_int8, x.dtype), lambda: _packed(weights, is_int8), _is_read
+    )
+    capability.extension().transformer_layers_forward(
+        x.shape[0], x.shape[1], num_heads, weights[_WIDEN].shape[0], cu_seqlens.shape[0] - 1,
+        x.dtype is torch.bfloat16, is_int8, activation, eps, x.data_ptr(), cu_seqlens.data_ptr(),
+        cu_seqlens.dtype is torch.int64, table.buffer_info()[0], len(weights) // TENSORS, all_layers,
+        places.buffer_info()[0], torch.get_num_threads(),
+    )  # fmt: skip
     return outputs
 
 
