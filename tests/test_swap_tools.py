@@ -158,9 +158,14 @@ def test_an_lstm_with_a_bias_of_its_own_kind_is_a_near_miss() -> None:
 
 def test_patched_torch_modules_are_near_misses(monkeypatch) -> None:
     own = nn.LSTM.forward
-    monkeypatch.setattr(nn.LSTM, "forward", lambda self, *args: own(self, *args))
+    later, x = nn.LSTM(3, 4), torch.randn(2, 5, 3)
+    ctxfast.swap_in(later)
+    monkeypatch.setattr(nn.LSTM, "forward", lambda self, *args: (own(self, *args)[0] * 2, None))
     ((_, reason),) = ctxfast.swap_in(nn.LSTM(3, 4)).near_misses
     assert reason.startswith("LSTM.forward was replaced")
+    found = later(x)[0]
+    ctxfast.restore(later)
+    torch.testing.assert_close(found, later(x)[0])
 
 
 def _in_another_process(stream: io.BytesIO) -> None:

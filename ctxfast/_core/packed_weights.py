@@ -51,7 +51,7 @@ def _room(size: int) -> Tensor:
     """
     huge = (size + _HUGE // 4) // _HUGE * _HUGE  # no page is taken for less than three quarters of it
     if huge == 0 or not hasattr(mmap, "MADV_HUGEPAGE"):
-        memory = torch.empty(size + 64, dtype=torch.uint8)
+        memory = torch.empty(size + 64, dtype=torch.uint8, device="cpu")
         start = -memory.data_ptr() % 64
     else:
         pages = mmap.mmap(-1, max(size, huge) + _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

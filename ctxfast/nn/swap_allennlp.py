@@ -197,15 +197,24 @@ def _bias(cell: nn.Module) -> Tensor:
     return own if other is None else own + other
 
 
+def _generator() -> torch.Generator:
+    """Numbers of its own: nobody else's draws change."""
+    return torch.Generator().manual_seed(0)
+
+
+def _drawn(weight: Tensor) -> Tensor:
+    return torch.randn(2, 3, weight.shape[1], generator=_generator(), device="cpu").to(weight)
+
+
 def _elmo_lstm_inputs(module: nn.Module) -> tuple[Any, ...]:
     weight = module.forward_layer_0.input_linearity.weight
     mask = torch.tensor([[True, True, True], [True, False, False]], device=weight.device)
-    return torch.randn(2, 3, weight.shape[1]).to(weight) * mask[:, :, None], mask
+    return _drawn(weight) * mask[:, :, None], mask
 
 
 def _character_inputs(module: nn.Module) -> tuple[Any, ...]:
     width = module._options["char_cnn"]["max_characters_per_token"]
-    ids = torch.randint(1, module._char_embedding_weights.shape[0], (2, 3, width))
+    ids = torch.randint(1, module._char_embedding_weights.shape[0], (2, 3, width), generator=_generator(), device="cpu")
     ids[1, 2] = 0
     return (ids.to(module._char_embedding_weights.device),)
 
@@ -213,7 +222,7 @@ def _character_inputs(module: nn.Module) -> tuple[Any, ...]:
 def _stacked_inputs(module: nn.Module) -> tuple[Any, ...]:
     cell = getattr(module.forward_layer_0, "cell", module.forward_layer_0)
     weight = cell.input_linearity.weight
-    return (pack_padded_sequence(torch.randn(2, 3, weight.shape[1]).to(weight), [3, 2], batch_first=True),)
+    return (pack_padded_sequence(_drawn(weight), [3, 2], batch_first=True),)
 
 
 # Class's name -> what its module is given, and a small input for it.

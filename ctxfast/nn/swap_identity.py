@@ -174,16 +174,13 @@ class Inside:
 
 @contextlib.contextmanager
 def undisturbed(module: nn.Module) -> Iterator[None]:
-    """Within, the module evaluates without gradients, autocast or randomness of its own; afterwards its mode and the
-    random numbers are as before."""
+    """Within, the module evaluates without gradients or autocast; afterwards its mode is as before."""
     modes = [(part, part.training) for part in module.modules()]
     device = next((tensor.device for tensor in module.parameters()), torch.device("cpu"))
-    devices = [device] if device.type == "cuda" else []
     for part, _ in modes:
         part.__dict__["training"] = False
     try:
-        with torch.no_grad(), torch.autocast(device.type, enabled=False), torch.random.fork_rng(devices=devices):
-            torch.manual_seed(0)
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
             yield
     finally:
         for part, mode in modes:

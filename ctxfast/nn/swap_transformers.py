@@ -111,7 +111,7 @@ def difference(encoder: nn.Module) -> str | None:
     other.__dict__.update(encoder.__dict__)
     other.__dict__.update(impl="reference", padding="zero", cuda_graphs=False)
     with swap_identity.undisturbed(encoder):
-        x = torch.randn(2, 5, weight.shape[1]).to(weight)
+        x = torch.randn(2, 5, weight.shape[1], generator=torch.Generator().manual_seed(0), device="cpu").to(weight)
         expected = type(encoder).forward(encoder, x, mask).last_hidden_state[real].double()
         found = packed.forward(other, x, mask).last_hidden_state[real].double()
     apart = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
@@ -288,7 +288,7 @@ class PackedEncoder(nn.Module):
                 continue
             run = partial(_run_layer, found, self.impl)
             if getattr(layer, "gradient_checkpointing", False) and layer.training and torch.is_grad_enabled():
-                run = partial(layer._gradient_checkpointing_func, run)
+                run = partial(layer._gradient_checkpointing_func, registry.with_choice(run))
             before, padded = padded, None
             packed = run(packed, packing.cu_seqlens, packing.max_seqlen)
             if collects:
