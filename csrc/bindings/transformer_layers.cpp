@@ -4,13 +4,11 @@
 // Addresses are integers. ValueError for bad arguments, RuntimeError when memory or threads are not to be had.
 //
 //   transformer_layers_forward(tokens, hidden, heads, intermediate, sequences, is_half, is_int8, activation, eps, x,
-//                              cu_seqlens, is_int64, layers, count, all_layers, y, threads, samples=0, isa="auto")
-//                              -> bool    whether packed weights are current; if not, the outputs are worth nothing
+//                              cu_seqlens, is_int64, layers, count, all_layers, y, threads, isa="auto")
 //       is_half: everything but packed weights is bfloat16, else float32; is_int8: packed weights are int8
 //       layers: address of `count` rows of 20 addresses, 0 where a pointer may be null: qkv and project as packed,
 //               scales, sums, bias each; attention_norm as weight, bias; widen and narrow; output_norm
 //       y: address of the outputs' addresses: with all_layers `count`, else one
-//       samples: address of 4 * `count` rows of eight words (samples.h); 0: packed weights are current
 #include "ctxfast/transformer_layers.h"
 
 #include "bindings.h"
@@ -20,10 +18,9 @@ using Address = std::uintptr_t;
 
 namespace {
 
-bool forward(int64_t tokens, int64_t hidden, int64_t heads, int64_t intermediate, int64_t sequences, bool is_half,
+void forward(int64_t tokens, int64_t hidden, int64_t heads, int64_t intermediate, int64_t sequences, bool is_half,
              bool is_int8, const std::string& activation, float eps, Address x, Address cu_seqlens, bool is_int64,
-             Address layers, int64_t count, bool all_layers, Address y, int64_t threads, Address samples,
-             const std::string& isa) {
+             Address layers, int64_t count, bool all_layers, Address y, int64_t threads, const std::string& isa) {
   ctxfast::TransformerLayersParams params;
   params.tokens = tokens, params.hidden = hidden, params.heads = heads, params.intermediate = intermediate;
   params.sequences = sequences;
@@ -37,8 +34,6 @@ bool forward(int64_t tokens, int64_t hidden, int64_t heads, int64_t intermediate
   params.all_layers = all_layers;
   params.y = pointer<void* const>(y);
   params.threads = threads;
-  bool is_current = true;
-  params.samples = pointer<const ctxfast::Samples>(samples), params.is_current = &is_current;
   params.isa = isa_named("transformer_layers", isa);
   ctxfast::Status status;
   {
@@ -46,7 +41,6 @@ bool forward(int64_t tokens, int64_t hidden, int64_t heads, int64_t intermediate
     status = ctxfast::transformer_layers_forward(params);
   }
   throw_unless_ok(status);
-  return is_current;
 }
 
 }  // namespace
@@ -56,5 +50,5 @@ void bind_transformer_layers(py::module_& m) {
   m.def("transformer_layers_forward", &forward, arg("tokens"), arg("hidden"), arg("heads"), arg("intermediate"),
         arg("sequences"), arg("is_half"), arg("is_int8"), arg("activation"), arg("eps"), arg("x"), arg("cu_seqlens"),
         arg("is_int64"), arg("layers"), arg("count"), arg("all_layers"), arg("y"), arg("threads") = 1,
-        arg("samples") = 0, arg("isa") = "auto");
+        arg("isa") = "auto");
 }

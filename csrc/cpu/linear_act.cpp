@@ -104,18 +104,6 @@ LinearActKernel linear_act_kernel_for(DType held, Isa isa) {
 
 void linear_act_barrier(void* barrier, int count) { static_cast<SpinBarrier*>(barrier)->wait(count); }
 
-void linear_act_fetch_samples(const LinearActJob& job, int64_t panel) {
-  const int64_t from = panel * kLinearActPanel;
-  fetch_samples(*job.samples, from, std::min(from + kLinearActPanel, job.out));
-}
-
-void linear_act_compare_samples(const LinearActJob& job, int64_t panel) {
-  const int64_t from = panel * kLinearActPanel;
-  if (samples_differ(*job.samples, from, std::min(from + kLinearActPanel, job.out))) {
-    job.differs->store(true, std::memory_order_relaxed);
-  }
-}
-
 int64_t linear_act_packed_bytes(int64_t in, int64_t out, DType held) {
   if (in < 0 || out < 0) return 0;
   return 4 * round_up(out, kLinearActPanel) * tiles_of(in, held) * kLinearActTileWords;

@@ -136,12 +136,8 @@ void forward(const LinearActJob& job, int index, int count) {
     const Share share(rows, index, count);
     for (int64_t row = share.from; row < share.to; ++row) Product::prepare(job, first + row, row);
     linear_act_barrier(job.barrier, count);
-    for_blocks(job, rows, index, count, [&](int64_t row, int64_t n, int64_t panel) {
-      const bool compares = job.samples && first + row == 0;
-      if (compares) linear_act_fetch_samples(job, panel);
-      Product::block(job, first, row, n, panel);
-      if (compares) linear_act_compare_samples(job, panel);
-    });
+    for_blocks(job, rows, index, count,
+               [&](int64_t row, int64_t n, int64_t panel) { Product::block(job, first, row, n, panel); });
   }
   Product::leave();
 }

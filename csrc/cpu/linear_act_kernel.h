@@ -3,7 +3,6 @@
 // inside a parallel region of their own.
 #pragma once
 
-#include <atomic>
 #include <cstdint>
 
 #include "ctxfast/linear_act.h"
@@ -32,9 +31,6 @@ struct LinearActJob {
   uint32_t* x_tiles;  // (chunk rounded up to whole groups, tiles * 16)
   float* x_scales;    // (chunk), int8
   void* barrier;
-  // Of what the weights were packed from, (out) rows: a thread compares those of its panels. Null: nobody does.
-  const Samples* samples;
-  std::atomic<bool>* differs;  // set where one differs; y is then worth nothing
 };
 
 // Thread `index` of `count` does its share; all of them meet on the way at the job's barrier, not at the end.
@@ -50,10 +46,6 @@ LinearActJob linear_act_job(const LinearActParams& params, char* scratch, void* 
 
 // All threads meet here; linear_act.cpp defines it.
 void linear_act_barrier(void* barrier, int count);
-
-// Before and after a panel's product: its samples come while it works.
-void linear_act_fetch_samples(const LinearActJob& job, int64_t panel);
-void linear_act_compare_samples(const LinearActJob& job, int64_t panel);
 
 extern const LinearActKernel linear_act_float32_generic, linear_act_float32_avx2, linear_act_float32_avx512;
 extern const LinearActKernel linear_act_bfloat16_generic, linear_act_bfloat16_avx2, linear_act_bfloat16_avx512,

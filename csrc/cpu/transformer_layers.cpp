@@ -2,7 +2,6 @@
 #include "ctxfast/transformer_layers.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <string>
 
@@ -34,7 +33,6 @@ struct Layers {
   char *qkv, *spare, *projected, *h, *wide,
       *scratch;  // (tokens, 3 hidden), (tokens, hidden); the rest for rows of a pass
   SpinBarrier barrier;
-  std::atomic<bool> differs{false};
 
   int64_t bytes(int64_t rows) const { return rows * p.hidden * size_of(p.type); }
   // Where a layer's rows go. If only the last layer's are wanted, y and `spare` take turns, and the last gets y.
@@ -43,18 +41,15 @@ struct Layers {
     return (p.count - 1 - layer) % 2 ? spare : static_cast<char*>(p.y[0]);
   }
 
-  // samples: of what the weights were packed from, null where they are not to be compared.
   void multiply(const TransformerProduct& weights, const void* bias, Activation activation, const void* from,
-                int64_t in, void* to, int64_t out, int64_t rows, const Samples* samples, int index, int count) {
+                int64_t in, void* to, int64_t out, int64_t rows, int index, int count) {
     LinearActParams call;
     call.rows = rows, call.in = in, call.out = out;
     call.held = p.held, call.type = p.type, call.activation = activation;
     call.x = from, call.stride_x = in;
     call.packed = weights.packed, call.scales = weights.scales, call.sums = weights.sums, call.bias = bias;
     call.y = to;
-    LinearActJob job = linear_act_job(call, scratch, &barrier);
-    job.samples = samples, job.differs = &differs;
-    product(job, index, count);
+    product(linear_act_job(call, scratch, &barrier), index, count);
     barrier.wait(count);
   }
 
@@ -74,25 +69,19 @@ struct Layers {
 
   // A whole layer, x -> y, as thread `index` of `count`. What attention finds waits in y: a pass's rows of it are read
   // before they are written.
-  void run(const TransformerLayer& layer, const Samples* samples, const char* x, char* y, int index, int count) {
-    const auto of = [&samples](int product) { return samples ? samples + product : nullptr; };
-    multiply(layer.qkv, layer.qkv.bias, Activation::kNone, x, p.hidden, qkv, 3 * p.hidden, p.tokens, of(0), index,
-             count);
+  void run(const TransformerLayer& layer, const char* x, char* y, int index, int count) {
+    multiply(layer.qkv, layer.qkv.bias, Activation::kNone, x, p.hidden, qkv, 3 * p.hidden, p.tokens, index, count);
     AttentionJob job = attention_job;
     job.y = y;
     attention(job, index, count);
     barrier.wait(count);
     for (int64_t row = 0; row < p.tokens; row += kPass) {
       const int64_t rows = std::min(kPass, p.tokens - row), at = bytes(row);
-      multiply(layer.project, nullptr, Activation::kNone, y + at, p.hidden, projected, p.hidden, rows, of(1), index,
-               count);
+      multiply(layer.project, nullptr, Activation::kNone, y + at, p.hidden, projected, p.hidden, rows, index, count);
       normalise(layer.project.bias, x + at, layer.attention_norm, h, rows, index, count);
-      multiply(layer.widen, layer.widen.bias, p.activation, h, p.hidden, wide, p.intermediate, rows, of(2), index,
-               count);
-      multiply(layer.narrow, nullptr, Activation::kNone, wide, p.intermediate, projected, p.hidden, rows, of(3), index,
-               count);
+      multiply(layer.widen, layer.widen.bias, p.activation, h, p.hidden, wide, p.intermediate, rows, index, count);
+      multiply(layer.narrow, nullptr, Activation::kNone, wide, p.intermediate, projected, p.hidden, rows, index, count);
       normalise(layer.narrow.bias, h, layer.output_norm, y + at, rows, index, count);
-      samples = nullptr;  // compared in the first pass
     }
   }
 
@@ -100,7 +89,7 @@ struct Layers {
     const char* x = static_cast<const char*>(p.x);
     for (int64_t layer = 0; layer < p.count; ++layer) {
       char* const y = output(layer);
-      run(p.layers[layer], p.samples ? p.samples + 4 * layer : nullptr, x, y, index, count);
+      run(p.layers[layer], x, y, index, count);
       x = y;
     }
   }
@@ -150,7 +139,6 @@ Status check(const TransformerLayersParams& p, int64_t* longest) {
     return invalid(kOp, "type", "another", "float32 or bfloat16");
   }
   if (p.held != DType::kInt8 && p.held != p.type) return invalid(kOp, "held", "another", "int8, or the type of x");
-  if (p.samples && !p.is_current) return invalid(kOp, "is_current", "null", "an address");
   if (!p.cu_seqlens) return invalid(kOp, "cu_seqlens", "null", "an address");
   const Status rises = attention_check_offsets(kOp, p.cu_seqlens, p.is_int64, p.sequences, p.tokens, longest);
   if (!rises.ok() || p.tokens == 0) return rises;
@@ -176,7 +164,6 @@ Status check(const TransformerLayersParams& p, int64_t* longest) {
 Status transformer_layers_forward(const TransformerLayersParams& p) {
   int64_t longest = 0;
   const Status checked = check(p, &longest);
-  if (p.is_current) *p.is_current = true;
   if (!checked.ok() || p.tokens == 0) return checked;
   const int64_t size = size_of(p.type), pass = std::min(kPass, p.tokens);
   const int64_t head_dim = p.hidden / p.heads;
@@ -216,7 +203,6 @@ Status transformer_layers_forward(const TransformerLayersParams& p) {
   job.stride_y = p.hidden;
   job.scratch = layers.scratch, job.scratch_bytes = of_thread;
   if (!run_parallel(threads, run, &layers)) return runtime_error(kOp, "no thread could be started.");
-  if (p.is_current) *p.is_current = !layers.differs.load(std::memory_order_relaxed);
   return {};
 }
 

@@ -15,7 +15,6 @@
 
 #include "ctxfast/common.h"
 #include "ctxfast/cpu_isa.h"
-#include "ctxfast/samples.h"
 
 namespace ctxfast {
 

@@ -21,9 +21,4 @@ static_assert(sizeof(Samples) == 8 * 8, "no padding");
 // Whether all `count` of them hold the bits they held, found out by at most `threads` threads. Allocates nothing.
 bool same_samples(const Samples* samples, int64_t count, int64_t threads);
 
-// The same in parts, for kernels that have something to do while memory answers: asks for the samples of rows
-// from..to-1, and tells whether they differ.
-void fetch_samples(const Samples& samples, int64_t from, int64_t to);
-bool samples_differ(const Samples& samples, int64_t from, int64_t to);
-
 }  // namespace ctxfast

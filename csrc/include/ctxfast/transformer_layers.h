@@ -50,12 +50,7 @@ struct TransformerLayersParams {
   const void* cu_seqlens = nullptr;  // (sequences + 1): rises from 0 to tokens
   bool is_int64 = false;             // cu_seqlens; else int32
   const TransformerLayer* layers = nullptr;
-  int64_t count = 0;  // of layers, 1 or more
-  // Of what each product's weights were packed from, four for each layer: qkv, project, widen, narrow. They are
-  // compared as the products go over the weights; where one differs, `is_current` becomes false and y is worth nothing.
-  // Null: not compared.
-  const Samples* samples = nullptr;
-  bool* is_current = nullptr;
+  int64_t count = 0;         // of layers, 1 or more
   bool all_layers = false;   // every layer's rows are wanted; else the last layer's
   void* const* y = nullptr;  // (tokens, hidden) for each layer that is wanted
   int64_t threads = 1;
