@@ -115,8 +115,6 @@ PARTS = ("", "attention", "attention.self", "attention.output", "attention.outpu
 def test_whoever_looks_at_a_part_of_a_layer_sees_it(calls, part, index, kind) -> None:
     encoder, tokens, seen = _encoder(), _tokens(), []
     module = encoder.layer[index].get_submodule(part)
-    # Parts that are read instead of called, as before: only their hooks count.
-    is_read = isinstance(module, nn.Linear)
     with torch.no_grad():
         expected = encoder(*tokens)
         if kind == "hook":
@@ -127,8 +125,12 @@ def test_whoever_looks_at_a_part_of_a_layer_sees_it(calls, part, index, kind) ->
             forward = module.forward
             module.forward = lambda *given: seen.append(given) or forward(*given)
         found = encoder(*tokens)
-    assert calls[0] == 3 and 3 not in calls[1:] and (is_read or seen)
-    assert _same(found, expected)
+    assert calls[0] == 3 and 3 not in calls[1:] and seen
+    if isinstance(module, nn.Linear):  # torch's own product, where its call is to be seen
+        for one, two in zip(found, expected):
+            torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)
+    else:
+        assert _same(found, expected)
 
 
 def _other_module(encoder: Encoder) -> None:
