@@ -40,13 +40,13 @@ test: build      ## every kind of test this machine can run, about 6 minutes on 
 	@echo "About 6 minutes on two idle cores, longer on busy ones. make test-all runs the rest too, about 20 minutes."
 	$(MAKE) -j $(JOBS) -C csrc/tests cpu
 	$(PYTEST) tests -m "not slow" $(PYTEST_ARGS)
-	$(PYTEST) benchmarks --benchmark-disable $(PYTEST_ARGS)
+	$(PYTEST) benchmarks --dist load --benchmark-disable $(PYTEST_ARGS)
 
 test-all: build  ## every test this machine can run, about 20 minutes on two idle cores; what CI calls
 	@echo "make test-all: everything, about 20 minutes on two idle cores. make test leaves out what is slow."
 	$(MAKE) csrc-test
 	$(PYTEST) tests $(PYTEST_ARGS)
-	$(PYTEST) benchmarks --benchmark-disable $(PYTEST_ARGS)
+	$(PYTEST) benchmarks --dist load --benchmark-disable $(PYTEST_ARGS)
 
 csrc-test:       ## kernels against plain loops, no Python; CUDA ones on the emulator where nvcc is
 	$(MAKE) -j $(JOBS) -C csrc/tests

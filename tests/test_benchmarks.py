@@ -135,6 +135,7 @@ _PEER_CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [*_PEER_CASES, *_SPECIAL], ids=lambda case: f"{case.id} {case.sizes}")
 def test_providers_pass_their_gate(case):
     found = measure.measure(case, peers.providers(case), QUICK)

@@ -88,7 +88,9 @@ def test_raw_operators_refuse_gradients(spec, implementation, case) -> None:
 
 
 @pytest.mark.parametrize(("spec", "implementation", "case"), _rows(2))
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize(
+    "dynamic", [pytest.param(False, id="static", marks=pytest.mark.slow), pytest.param(True, id="dynamic")]
+)
 def test_compile_fullgraph(spec, implementation, case, dynamic) -> None:
     """Forward and backward through one graph give what an eager call gives."""
     torch._dynamo.reset()

@@ -247,6 +247,7 @@ def test_first_call_may_be_compiled() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_kernels_do_not_spill() -> None:
     """BERT-Base's kernels for an H100, compiled without one; ``make resources`` does all of the table."""
     script = ROOT / "csrc" / "triton_resources.py"

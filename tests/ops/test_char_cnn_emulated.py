@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ctxfast.ops.char_cnn import SPEC, cases, cuda
 
+pytestmark = pytest.mark.slow  # the kernels are compiled first, a minute
 CASES = {case.id: case for case in cases.CASES if case.id != "large"}
 SEED = 3
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from ctxfast._core import registry
 from ctxfast.ops.lstm import SPEC, reference
 
+pytestmark = pytest.mark.slow  # the kernels are compiled first, a minute
 IMPLS = [one.name for one in SPEC.impls if one.device == "cuda"]
 HALF = [torch.float16, torch.bfloat16]
 

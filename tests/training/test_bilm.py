@@ -323,6 +323,7 @@ def test_it_learns_and_allennlp_can_read_it(grammar, tmp_path, negatives: int) -
         assert again.evaluate(again.model)["loss"] == pytest.approx(report.figures["loss"], rel=0.02)
 
 
+@pytest.mark.slow
 def test_loss_curve_beside_the_reference(grammar) -> None:
     """200 steps, kernels beside plain PyTorch: the same losses, as long as rounding has not grown up in training; then
     apart by a small part of what another order of the data does."""
