@@ -43,6 +43,7 @@ _FREE = frozenset({"loop.keep", "loop.log_every", "loop.save_every", "loop.tenso
 
 # Differences that a refusal names.
 _MOST_NAMED = 3
+_LONGEST_NAME = 300  # names hold paths
 
 
 def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -112,7 +113,7 @@ def _read_config(file: Path) -> dict[str, Any]:
 def _compare(path: Path, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
     old, new = dict(_leaves(before)), dict(_leaves(after))
     changed = [
-        f"{name[:80]} was {shown(old.get(name))} and is {shown(new.get(name))} now"
+        f"{name[:_LONGEST_NAME]} was {shown(old.get(name))} and is {shown(new.get(name))} now"
         for name in sorted({*old, *new} - _FREE, key=lambda name: (name.startswith("settings.sha256"), name))
         if old.get(name) != new.get(name)
     ]
