@@ -250,8 +250,9 @@ def swap_in(
     row, masks differ by query, caches, tracing, torch.func; on a CPU and without ``impl``, batches with less than a
     tenth of padding, which gain nothing; layers that have hooks or hold other modules than they had.
 
-    Packed copies of weights are made on the CPU; a write to a weight is noticed as ``ctxfast.forget_packed`` says,
-    which also drops them. Inference on a GPU goes through CUDA graphs; ``model.encoder.cuda_graphs = False`` switches
+    Packed copies of weights follow every change PyTorch counts, and by any road (``.data``, NumPy, another process) a
+    change of a whole row, a whole column or all of a weight; after writing single entries of a large weight such a way,
+    call ``ctxfast.forget_packed(model)``. Inference on a GPU goes through CUDA graphs; ``model.encoder.cuda_graphs = False`` switches
     them off. Not yet run on a GPU.
 
     Args:
