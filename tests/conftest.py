@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,24 @@ def minilm_dir() -> Path:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+def _place() -> tuple[int, frozenset[int]]:
+    """Threads of torch, and cores that this process may use."""
+    return torch.get_num_threads(), frozenset(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ())
+
+
+@pytest.fixture(autouse=True)
+def _other_tests_keep_their_threads() -> Iterator[None]:
+    """Sums depend on the number of threads: a test that changes it puts it back, or another one fails far away."""
+    before = _place()
+    yield
+    after = _place()
+    if after != before:
+        torch.set_num_threads(before[0])
+        if before[1]:
+            os.sched_setaffinity(0, before[1])
+        pytest.fail(f"threads and cores were {before} before this test and are {after} now")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import time
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -29,6 +30,14 @@ TINY = {
     "linear_cross_entropy": dict(T=6, labelled=2, N=8, V=11),
 }
 QUICK = Settings(seconds=0.0)
+
+
+@pytest.fixture(autouse=True)
+def _the_command_holds_its_process_to_some_cores() -> Iterator[None]:
+    threads, cores = torch.get_num_threads(), os.sched_getaffinity(0)
+    yield
+    torch.set_num_threads(threads)
+    os.sched_setaffinity(0, cores)
 
 
 def tiny(op: str, *, backward: bool = False, dtype: str = "float32", **sizes) -> Case:
