@@ -37,7 +37,7 @@ demo: build      ## real text to ELMo and BERT embeddings, with parity and speed
 
 test: build      ## every kind of test this machine can run, about 6 minutes on two idle cores
 	@echo "make test: CPU kernels in C++, the Python tests that are not slow, every row of the benchmarks once."
-	@echo "About 6 minutes on two idle cores, longer on busy ones. make test-all runs the rest too, about 20 minutes."
+	@echo "About 6 minutes on two idle cores, longer on busy ones. make test-all runs the rest too, about 15 minutes."
 	$(MAKE) -j $(JOBS) -C csrc/tests cpu
 	$(PYTEST) tests -m "not slow" $(PYTEST_ARGS)
 	$(PYTEST) benchmarks --dist load --benchmark-disable $(PYTEST_ARGS)

@@ -274,6 +274,7 @@ def test_bench(monkeypatch, capsys, tmp_path):
 # Real kills
 
 
+@pytest.mark.slow
 def test_kill_9_and_go_on(tiny_bert, tmp_path):
     """Killed in the middle, again later, and while the output is written: the file is the one of a quiet run."""
     source = tmp_path / "in.txt"

@@ -20,7 +20,7 @@ def _cluster():
     ray.shutdown()
 
 
-@pytest.mark.parametrize("level", ["sentence", "token"])
+@pytest.mark.parametrize("level", [pytest.param("sentence", marks=pytest.mark.slow), "token"])
 def test_the_same_vectors(minilm_dir, level) -> None:
     import ray.data
 

@@ -28,8 +28,8 @@ from ctxfast._core import registry
 SEED = 7
 
 
-def _rows(count: int, *, kernels_only: bool = False) -> list:
-    """The first ``count`` cases that are not degenerate, for every implementation."""
+def _rows(count: int, *, kernels_only: bool = False, quick: int | None = None) -> list:
+    """The first ``count`` cases that are not degenerate, for every implementation; all but ``quick`` of them slow."""
     rows = []
     for spec, implementation in combinations():
         if kernels_only and implementation.name == "reference":
@@ -45,7 +45,8 @@ def _rows(count: int, *, kernels_only: bool = False) -> list:
             if here and spec.supports(implementation, arguments(spec.name, case.make(device, torch.float32, SEED))):
                 continue
             name = f"{spec.name}-{implementation.name}-{case.id}"
-            rows.append(pytest.param(spec, implementation, case, id=name, marks=marks))
+            slow = [pytest.mark.slow] if quick is not None and taken >= quick else []
+            rows.append(pytest.param(spec, implementation, case, id=name, marks=[*marks, *slow]))
             taken += 1
             if taken == count:
                 break
@@ -56,7 +57,7 @@ def _make(implementation: registry.Impl, case: registry.Case) -> dict[str, Any]:
     return case.make(device_of(implementation), torch.float32, SEED)
 
 
-@pytest.mark.parametrize(("spec", "implementation", "case"), _rows(4, kernels_only=True))
+@pytest.mark.parametrize(("spec", "implementation", "case"), _rows(4, kernels_only=True, quick=2))
 def test_opcheck(spec, implementation, case) -> None:
     args = arguments(spec.name, _make(implementation, case))
     with torch.no_grad():
@@ -87,7 +88,7 @@ def test_raw_operators_refuse_gradients(spec, implementation, case) -> None:
             operator(*wanting)
 
 
-@pytest.mark.parametrize(("spec", "implementation", "case"), _rows(2))
+@pytest.mark.parametrize(("spec", "implementation", "case"), _rows(2, quick=1))
 @pytest.mark.parametrize(
     "dynamic", [pytest.param(False, id="static", marks=pytest.mark.slow), pytest.param(True, id="dynamic")]
 )

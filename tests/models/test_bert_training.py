@@ -72,7 +72,9 @@ def _models(task: str, dropout: float, seed: int = 0) -> tuple[torch.nn.Module, 
     return ours, theirs
 
 
-@pytest.mark.parametrize("task", RATES)
+@pytest.mark.parametrize(
+    "task", [pytest.param(task, marks=pytest.mark.slow if task == "MaskedLM" else ()) for task in RATES]
+)
 def test_loss_curve_without_dropout_is_hugging_faces(task: str) -> None:
     ours, theirs = _models(task, 0.0)
     mine, want = (torch.tensor(_curve(model, task, 1, 0)) for model in (ours, theirs))

@@ -153,7 +153,11 @@ def _shapes() -> list[list[int]]:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("lengths", _shapes(), ids=lambda lengths: f"{len(lengths)}-texts-up-to-{max(lengths)}")
+@pytest.mark.parametrize(
+    "lengths",
+    [pytest.param(each, marks=pytest.mark.slow if len(each) > 900 else ()) for each in _shapes()],
+    ids=lambda lengths: f"{len(lengths)}-texts-up-to-{max(lengths)}",
+)
 def test_ragged_shapes(lengths: list[int]) -> None:
     """Every kind of plan and grid: what plain PyTorch gives, zeros where there is no token."""
     torch.manual_seed(1)
@@ -170,6 +174,7 @@ def test_ragged_shapes(lengths: list[int]) -> None:
     assert not found.last_hidden_state[mask == 0].any()
 
 
+@pytest.mark.slow
 def test_dropout_comes_from_the_seed() -> None:
     """The same seed gives the same loss and gradients to the last bit, another seed others; nothing drops in eval."""
     model = BertForMaskedLM(BertConfig(**{**SIZES, "num_hidden_layers": 1})).to(DEVICE)

@@ -48,6 +48,7 @@ def test_what_fails_there_is_raised_here() -> None:
         list(spread(square, [1, 2, 14, 3, 4], 2))
 
 
+@pytest.mark.slow
 def test_workers_do_not_outlive_a_killed_parent(tmp_path: Path) -> None:
     path = os.pathsep.join([str(HERE.parents[1]), str(HERE)])
     script = f"""
