@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -73,6 +74,16 @@ def _other_tests_keep_their_threads() -> Iterator[None]:
         if before[1]:
             os.sched_setaffinity(0, before[1])
         pytest.fail(f"threads and cores were {before} before this test and are {after} now")
+
+
+@pytest.fixture(autouse=True)
+def _other_tests_compile_anew() -> Iterator[None]:
+    """torch.compile gives up on a function that was compiled too often in one process."""
+    yield
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None and dynamo.utils.counters["frames"]:
+        dynamo.reset()
+        dynamo.utils.counters.clear()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

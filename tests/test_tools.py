@@ -464,3 +464,19 @@ def test_a_trace_keeps_no_state() -> None:
     elmo._elmo_lstm.state = "carry"
     with pytest.raises(RuntimeError, match=r"^ctxfast.Elmo: state is 'carry' under torch.jit.trace"):
         torch.jit.trace(_First(elmo), (ids(2, 3, 50),))
+
+
+def test_many_modules_compile_in_one_process() -> None:
+    """torch.compile counts how often it compiled a piece of code: modules do not share one."""
+    torch._dynamo.reset()
+    kinds = [
+        ctxfast.nn.LSTM(3, 4, batch_first=True), ctxfast.nn.LayerNorm(3), ctxfast.nn.AddLayerNorm(3),
+        ctxfast.nn.Highway(3), ctxfast.nn.FeedForward(3, 4),
+    ]  # fmt: skip
+    codes = [type(module).forward.__code__ for module in kinds]
+    assert all(one is not other for i, one in enumerate(codes) for other in codes[:i])
+    for size in range(2, 6):
+        for make in (ctxfast.nn.LayerNorm, ctxfast.nn.AddLayerNorm, ctxfast.nn.Highway):
+            compiled = torch.compile(make(size), backend="eager", fullgraph=True)
+            x = torch.randn(2, size)
+            assert compiled(x).shape == (2, size)

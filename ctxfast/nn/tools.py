@@ -83,6 +83,8 @@ def one_call(forward: Callable[..., Any]) -> Callable[..., Any]:
                 return _recorded(self, each.tracer, args, kwargs)
         return forward(self, *args, **kwargs)
 
+    # A code object of its own: torch.compile counts compilations by it, and all modules would share one limit.
+    run.__code__ = run.__code__.replace(co_name=forward.__name__)
     return run
 
 
