@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
@@ -114,6 +114,9 @@ class Watched:
         return True
 
 
+PLAIN = (torch.Tensor, nn.Parameter)
+
+
 def is_ordinary(*inputs: Any) -> bool:
     """Whether a call with these inputs computes numbers now: no tracing, no transform or forward-mode derivative, no
     meta or fake tensor, no kind of tensor of somebody's own. Inputs that are no tensors do not count."""
@@ -123,14 +126,14 @@ def is_ordinary(*inputs: Any) -> bool:
     return torch._C._get_tracing_state() is None and not torch_ops.is_transformed()
 
 
-PLAIN = (torch.Tensor, nn.Parameter)
+def is_hooked(module: nn.Module, is_harmless: Callable[[Any], bool] = lambda hook: False) -> bool:
+    """Whether somebody wants to see a module's inputs or outputs, or gave it another ``forward``.
 
-
-def is_hooked(module: nn.Module) -> bool:
-    """Whether somebody wants to see a module's inputs or outputs, or gave it another ``forward``."""
+    ``is_harmless`` tells forward hooks that do not count.
+    """
     state = module.__dict__
     return bool(
-        state["_forward_hooks"]
+        not all(map(is_harmless, state["_forward_hooks"].values()))
         or state["_forward_pre_hooks"]
         or state["_backward_hooks"]
         or state["_backward_pre_hooks"]

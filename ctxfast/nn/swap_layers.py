@@ -287,26 +287,15 @@ def examine(layer: nn.Module, kind: Kind) -> Layer | str:
             swap_identity.torch_objection(),
         )
     for container in parts.containers:
-        own = next((name for name in _functions(type(container)) if name in container.__dict__), None)
-        if own is not None and own != "forward":
-            reason = reason or f"{type(container).__name__}.{own} was replaced on the object."
+        # Not forward: that is looked for at every call, and then the layer runs itself.
+        own = (_functions(type(container)) - {"forward"}) & container.__dict__.keys()
+        if own:
+            reason = reason or f"{type(container).__name__}.{min(own)} was replaced on the object."
     return Layer(parts, kind) if reason is None else reason
 
 
 def _functions(kind: type) -> frozenset[str]:
     return frozenset(name for _, name, _ in swap_identity.running(kind))
-
-
-# What a module's own table holds while nobody looks at it but Transformers itself.
-_HOOKS = ("_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody wants to see a module's inputs or outputs, or gave it another ``forward``."""
-    state = module.__dict__
-    if any(state[name] for name in _HOOKS) or "forward" in state:
-        return True
-    return bool(state["_forward_hooks"]) and not all(is_capture(hook) for hook in state["_forward_hooks"].values())
 
 
 class Layer:
@@ -412,7 +401,8 @@ class Layers:
         if known is not None and known[0] is layer:
             if known[1].is_still():
                 return known[1]
-            if any(map(has_hooks, known[1].parts.every)):
+            # Transformers' own hooks only collect what is asked for.
+            if any(swap_identity.is_hooked(part, is_capture) for part in known[1].parts.every):
                 return None
         found = examine(layer, kind) if type(layer).__name__ == kind.layer else ""
         if isinstance(found, str):
