@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..._core import capability, philox, registry, torch_ops
+from . import definition
 
 _MAX_HEAD_DIM = 1024  # of csrc/include/ctxfast/attention.h
 
@@ -128,12 +129,7 @@ class _Attention(torch.autograd.Function):
         max_seqlen, scale, dropout_p = ctx.numbers
         if torch_ops.needs_definition(grad):
             mask = _mask(qkv, cu_seqlens, max_seqlen, dropout_p, seeds)
-            grads = torch_ops.definition_gradients(
-                lambda qkv, bias: registry.OPS["attention"].reference(
-                    qkv, cu_seqlens, max_seqlen, bias, scale, dropout_p, mask
-                ),
-                (qkv, bias), ctx.needs_input_grad, (grad,),
-            )  # fmt: skip
+            grads = definition.gradients(grad, qkv, bias, cu_seqlens, ctx.numbers, mask, ctx.needs_input_grad)
             return *grads, None, None, None, None, None
         grad_qkv = _bwd(grad, qkv, cu_seqlens, max_seqlen, bias, scale, dropout_p, seeds)
         grad_bias = grad_qkv.sum(0) if ctx.needs_input_grad[1] else None

@@ -18,8 +18,8 @@ import torch
 import triton
 from torch import Tensor
 
-from ..._core import capability, philox, registry, torch_ops
-from . import triton_backward, triton_forward, triton_plan
+from ..._core import capability, philox, torch_ops
+from . import definition, triton_backward, triton_forward, triton_plan
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MAX_HEAD_DIM = 128
@@ -198,12 +198,7 @@ class _Attention(torch.autograd.Function):
         max_seqlen, softmax_scale, dropout_p = ctx.numbers
         if torch_ops.needs_definition(grad):
             mask = _mask(qkv, cu_seqlens, max_seqlen, dropout_p, seeds)
-            grads = torch_ops.definition_gradients(
-                lambda qkv, bias: registry.OPS["attention"].reference(
-                    qkv, cu_seqlens, max_seqlen, bias, softmax_scale, dropout_p, mask
-                ),
-                (qkv, bias), ctx.needs_input_grad, (grad,),
-            )  # fmt: skip
+            grads = definition.gradients(grad, qkv, bias, cu_seqlens, ctx.numbers, mask, ctx.needs_input_grad)
             return *grads, None, None, None, None, None
         grad_qkv = _bwd(grad, qkv, cu_seqlens, max_seqlen, bias, softmax_scale, dropout_p, seeds, out, lse)
         grad_bias = grad_qkv.sum(0) if ctx.needs_input_grad[1] else None

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..._core import capability, registry, torch_ops
 from ..._core.weight_cache import WeightCache
+from . import definition
 
 _PANEL = 32  # filters side by side
 _MOST = 16384  # numbers of a word: the kernel keeps it on its stack
@@ -144,13 +145,7 @@ class _CharCnn(torch.autograd.Function):
         y, at, ids, table, *parameters = ctx.saved_tensors
         count = len(parameters) // 2
         if torch_ops.needs_definition(grad):
-            activation = "tanh" if ctx.is_tanh else "relu"
-            grads = torch_ops.definition_gradients(
-                lambda table, *given: registry.OPS["char_cnn"].reference(
-                    ids, table, given[:count], given[count:], activation
-                ),
-                (table, *parameters), ctx.needs_input_grad[3:], (grad,),
-            )  # fmt: skip
+            grads = definition.gradients(grad, ids, table, parameters, ctx.is_tanh, ctx.needs_input_grad[3:])
             return None, None, None, *grads
         weights = parameters[:count]
         grad = grad * (1 - y * y) if ctx.is_tanh else grad.masked_fill(y <= 0, 0.0)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..._core import capability, registry, torch_ops
+from . import definition
 
 _MOST_WIDTHS = 16  # the kernel takes their addresses by value
 _SHARED_BYTES = 96 * 1024
@@ -117,13 +118,7 @@ class _CharCnn(torch.autograd.Function):
         y, at, ids, table, *parameters = ctx.saved_tensors
         count = len(parameters) // 2
         if torch_ops.needs_definition(grad):
-            activation = "tanh" if ctx.is_tanh else "relu"
-            grads = torch_ops.definition_gradients(
-                lambda table, *given: registry.OPS["char_cnn"].reference(
-                    ids, table, given[:count], given[count:], activation
-                ),
-                (table, *parameters), ctx.needs_input_grad[2:], (grad,),
-            )  # fmt: skip
+            grads = definition.gradients(grad, ids, table, parameters, ctx.is_tanh, ctx.needs_input_grad[2:])
             return None, None, *grads
         weights = parameters[:count]
         grad = grad * (1 - y * y) if ctx.is_tanh else grad.masked_fill(y <= 0, 0.0)
