@@ -8,7 +8,7 @@ import torch
 from hf_models import tiny_model
 
 import ctxfast
-from ctxfast.nn import swap_transformers
+from ctxfast.swap import transformers as swap_transformers
 
 sentence_transformers = pytest.importorskip("sentence_transformers")
 
