@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from hf_models import IDS, MASK, tiny_model
+from support.hf_models import IDS, MASK, tiny_model
 from torch import nn
 
 import ctxfast

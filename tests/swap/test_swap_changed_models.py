@@ -16,7 +16,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from hf_models import IDS, MASK, tiny_model
+from support.hf_models import IDS, MASK, tiny_model
 from torch import Tensor, nn
 
 import ctxfast

@@ -9,7 +9,7 @@ import threading
 
 import pytest
 import torch
-from hf_models import IDS, MASK, tiny_model
+from support.hf_models import IDS, MASK, tiny_model
 from torch import Tensor, nn
 
 import ctxfast

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hf_models import tiny_model
+from support.hf_models import tiny_model
 
 import ctxfast
 from ctxfast.swap import transformers as swap_transformers

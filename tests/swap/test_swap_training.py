@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hf_models import IDS, MASK, tiny_model
+from support.hf_models import IDS, MASK, tiny_model
 
 import ctxfast
 from ctxfast.swap import transformers as swap_transformers

@@ -10,7 +10,7 @@ import warnings
 
 import pytest
 import torch
-from hf_models import IDS, MASK, tiny_model as _model
+from support.hf_models import IDS, MASK, tiny_model as _model
 from torch import Tensor, nn
 
 import ctxfast
