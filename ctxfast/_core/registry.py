@@ -339,8 +339,8 @@ def _checked(spec: OpSpec, args: dict[str, Any], impl: str | None) -> Callable[.
     return spec.function(resolve(spec, args, impl))
 
 
-def _prepared(spec: OpSpec, args: dict[str, Any], impl: str | None) -> tuple[Callable[..., Any], dict[str, Any]]:
-    """The function that runs a call, and its arguments, checked."""
+def prepared(spec: OpSpec, args: dict[str, Any], impl: str | None = None) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """All of a call but the call: the function that runs it, and its arguments, checked, as autocast wants them."""
     facts = _facts(spec, args, impl)
     function = _found.get(facts) if facts else None
     if function is not None:
@@ -361,14 +361,8 @@ def _prepared(spec: OpSpec, args: dict[str, Any], impl: str | None) -> tuple[Cal
 
 def call(spec: OpSpec, args: dict[str, Any], impl: str | None = None) -> Any:
     """Autocast, check, choose, run. ``args`` are the keyword arguments of the public function."""
-    function, args = _prepared(spec, args, impl)
+    function, args = prepared(spec, args, impl)
     return function(**args)
-
-
-def call_unless_reference(spec: OpSpec, args: dict[str, Any]) -> Any:
-    """As ``call``; None where the reference would run, for callers that have another way then."""
-    function, args = _prepared(spec, args, None)
-    return None if function is spec.reference else function(**args)
 
 
 def _request(ops: dict[str, str]) -> dict[str, str]:
