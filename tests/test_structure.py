@@ -23,7 +23,7 @@ ROOMS = [
     ["ops"],
     ["functional"],
     ["nn", "packing"],
-    ["models"],
+    ["models", "swap"],
     ["corpus", "selection", "encoders", "shards", "writers", "jobs", "embed", "ray_data"],
     ["training"],
     ["commands"],
