@@ -22,7 +22,7 @@ ROOMS = [
     ["ops"],
     ["functional"],
     ["nn", "packing"],
-    ["models"],
+    ["models", "swap"],
     ["corpus", "selection", "encoders", "shards", "writers", "jobs", "embed", "ray_data"],
     ["training"],
     ["commands"],

@@ -16,11 +16,11 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from hf_models import IDS, MASK, tiny_model
+from support.hf_models import IDS, MASK, tiny_model
 from torch import Tensor, nn
 
 import ctxfast
-from ctxfast.nn import swap_layers
+from ctxfast.swap import transformers_layers
 
 transformers = pytest.importorskip("transformers")
 hf = pytest.importorskip("transformers.models.bert.modeling_bert")
@@ -367,7 +367,7 @@ def test_an_encoder_that_cannot_be_looked_at_is_a_near_miss(monkeypatch) -> None
     def broken(layer, kind):
         raise KeyError("no such part")
 
-    monkeypatch.setattr(swap_layers, "examine", broken)
+    monkeypatch.setattr(transformers_layers, "examine", broken)
     model = _model()
     expected = _run(model)
     report = ctxfast.swap_in(model)
@@ -377,7 +377,7 @@ def test_an_encoder_that_cannot_be_looked_at_is_a_near_miss(monkeypatch) -> None
 
 def test_the_run_both_ways_sees_what_identity_does_not(monkeypatch) -> None:
     """With every comparison of objects switched off, the small run alone keeps a changed encoder from being swapped."""
-    monkeypatch.setattr(swap_layers, "_odd_sizes", lambda parts: None)
+    monkeypatch.setattr(transformers_layers, "_odd_sizes", lambda parts: None)
     model = _model()
     CHANGES["another scaling"](model)
     ((path, reason),) = ctxfast.swap_in(model).near_misses

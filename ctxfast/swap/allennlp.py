@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from .. import functional
-from . import swap_identity
-from .highway import highways
-from .words import add_sentence_marks, unique_rows
+from ..nn.highway import highways
+from ..nn.words import add_sentence_marks, unique_rows
+from . import identity
 
 
 def _cells(module: nn.Module, layer: int) -> tuple[nn.Module, nn.Module]:
@@ -41,7 +41,7 @@ class _Swapped:
             if state is not None and state.inside.is_hooked:
                 return False
             state = self.__dict__[_STATE] = State(self)
-        return state.is_same and not state.inside.is_hooked and swap_identity.is_ordinary(*inputs)
+        return state.is_same and not state.inside.is_hooked and identity.is_ordinary(*inputs)
 
     def __prepare_scriptable__(self) -> nn.Module:
         """What torch.jit.script compiles in its place: the original over the same parts."""
@@ -64,7 +64,7 @@ class State:
 
     def __init__(self, module: nn.Module) -> None:
         self.is_same = objection(module, module._original) is None
-        self.inside = swap_identity.Inside(module)
+        self.inside = identity.Inside(module)
 
     def __reduce__(self) -> tuple:
         return _nothing, ()
@@ -267,7 +267,7 @@ def _odd(module: nn.Module, name: str) -> str | None:
     for tensor in (*module.parameters(), *module.buffers()):
         if tensor.is_meta:
             return "its parameters are on the meta device; load them first."
-        if type(tensor) not in swap_identity.PLAIN:
+        if type(tensor) not in identity.PLAIN:
             return f"a weight is a {type(tensor).__name__}, a kind of tensor of its own (quantised or distributed)."
     if not all(tensor.is_floating_point() for tensor in module.parameters()):
         return "its parameters are no floating-point numbers."
@@ -279,7 +279,7 @@ def _odd(module: nn.Module, name: str) -> str | None:
                 return f"its layers differ in {setting}."
     if name == "StackedBidirectionalLstm" and getattr(module.forward_layer_0, "use_highway", False):
         return "its layers have highway connections inside the recurrence, which ctxfast.lstm does not."
-    return swap_identity.torch_objection()
+    return identity.torch_objection()
 
 
 def objection(module: nn.Module, kind: type | None = None) -> str | None:
@@ -291,7 +291,7 @@ def objection(module: nn.Module, kind: type | None = None) -> str | None:
         if reason is not None:
             return reason
         # Hooks inside would see this input; such modules run as before anyway while they have them.
-        if any(swap_identity.is_hooked(part) for part in module.modules() if part is not module):
+        if any(identity.is_hooked(part) for part in module.modules() if part is not module):
             return None
         with _undisturbed(module):
             inputs = KINDS[name][1](module)
@@ -315,7 +315,7 @@ class _Compared(State):
     """The state of the copy that is being compared: it takes every call."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.is_same, self.inside = True, swap_identity.Inside(module)
+        self.is_same, self.inside = True, identity.Inside(module)
 
 
 def _as_swapped(module: nn.Module, kind: type) -> nn.Module:
@@ -328,12 +328,12 @@ def _as_swapped(module: nn.Module, kind: type) -> nn.Module:
 
 @contextlib.contextmanager
 def _undisturbed(module: nn.Module) -> Iterator[None]:
-    """As ``swap_identity.undisturbed``, from states that are zeros; afterwards the states are as before."""
+    """As ``identity.undisturbed``, from states that are zeros; afterwards the states are as before."""
     states = module.__dict__.get("_states")
     if "_states" in module.__dict__:
         module._states = None
     try:
-        with swap_identity.undisturbed(module):
+        with identity.undisturbed(module):
             yield
     finally:
         if "_states" in module.__dict__:

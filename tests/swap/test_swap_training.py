@@ -4,16 +4,17 @@
 from __future__ import annotations
 
 import copy
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from hf_models import IDS, MASK, tiny_model
+from support.hf_models import IDS, MASK, tiny_model
 
 import ctxfast
-from ctxfast.nn import swap_transformers
+from ctxfast.swap import transformers as swap_transformers
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
@@ -162,11 +163,11 @@ def test_ddp_and_fsdp2_in_two_processes() -> None:
     """Gradients of two processes with half the batch each against one with all of it."""
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        + [str(HERE / "swap_processes.py")],
+        + [str(HERE / "two_swapped.py")],
         capture_output=True,
         text=True,
         timeout=600,
-        cwd=HERE.parent,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), str(HERE.parent)])},
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("as one process") == 6, done.stdout

@@ -10,11 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from hf_models import IDS, MASK, tiny_model
+from support.hf_models import IDS, MASK, tiny_model
 from torch import nn
 
 import ctxfast
-from ctxfast.nn import attention_interface
+from ctxfast.swap import attention_interface
 
 transformers = pytest.importorskip("transformers")
 KINDS = ("Bert", "Roberta", "Electra", "DistilBert", "Ernie", "Camembert", "XLMRoberta")

@@ -7,10 +7,10 @@ import copy
 import json
 import pickle
 
-import allennlp_like as like
 import h5py
 import pytest
 import torch
+from support import allennlp_like as like
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 

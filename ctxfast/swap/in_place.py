@@ -17,9 +17,9 @@ from torch import nn
 
 from .. import functional
 from .._core import registry
-from . import swap_allennlp, swap_identity, swap_padding, swap_transformers
-from .layer_norm import LayerNorm
-from .lstm import LSTM
+from ..nn.layer_norm import LayerNorm
+from ..nn.lstm import LSTM
+from . import allennlp, identity, padding_readers, transformers
 
 # In the __dict__ of a swapped module: its own class.
 _ORIGINAL = "_ctxfast_original"
@@ -54,7 +54,7 @@ def why_not(op: str, impl: str | None, **args: Any) -> str | None:
 
 
 def _lstm_objection(module: nn.LSTM, impl: str | None) -> str | None:
-    reason = swap_identity.why_not_stock(nn.LSTM, "torch")
+    reason = identity.why_not_stock(nn.LSTM, "torch")
     if reason is not None:
         return reason
     tensors = dict(module.named_parameters())
@@ -72,21 +72,21 @@ def _lstm_objection(module: nn.LSTM, impl: str | None) -> str | None:
 
 
 def _encoder_objection(module: nn.Module, impl: str | None) -> str | None:
-    objection = swap_transformers.objection(module)
+    objection = transformers.objection(module)
     if objection is not None:
         return objection
-    parts = swap_transformers.parts_of(module)
+    parts = transformers.parts_of(module)
     weight = parts.query.weight
     if any(tensor.is_meta for tensor in module.parameters()):
         return "its parameters are on the meta device; load them first."
     qkv = weight.new_zeros(1, 3, parts.heads, weight.shape[0] // parts.heads)
     offsets = torch.tensor([0, 1], dtype=torch.int32, device=weight.device)
     reason = why_not("attention", impl, qkv=qkv, cu_seqlens=offsets, max_seqlen=1)
-    return swap_transformers.difference(module) if reason is None else reason
+    return transformers.difference(module) if reason is None else reason
 
 
 def _allennlp_objection(module: nn.Module, impl: str | None) -> str | None:
-    objection = swap_allennlp.objection(module)
+    objection = allennlp.objection(module)
     if objection is not None or not hasattr(module, "forward_layer_0"):
         return objection
     cell = getattr(module.forward_layer_0, "cell", module.forward_layer_0)
@@ -98,7 +98,7 @@ def _allennlp_objection(module: nn.Module, impl: str | None) -> str | None:
 
 
 def _encoder(name: str) -> _Entry:
-    return _Entry(lambda kind: swap_transformers.packed_class(name), _encoder_objection)
+    return _Entry(lambda kind: transformers.packed_class(name), _encoder_objection)
 
 
 # Full name of a class -> what becomes of its modules.
@@ -108,9 +108,9 @@ _TABLE: dict[str, _Entry] = {
     "torch.nn.modules.normalization.LayerNorm": _Entry(
         lambda kind: LayerNorm, lambda module, impl: None, on_request=True
     ),
-    **{name: _encoder(name) for name in swap_transformers.ENCODERS},
+    **{name: _encoder(name) for name in transformers.ENCODERS},
     # AllenNLP's by their name alone, see there.
-    **{name: _Entry(swap_allennlp.swapped_class, _allennlp_objection) for name in swap_allennlp.KINDS},
+    **{name: _Entry(allennlp.swapped_class, _allennlp_objection) for name in allennlp.KINDS},
 }
 
 
@@ -191,7 +191,7 @@ def _opaque(module: nn.Module) -> str | None:
 def _objection(module: nn.Module, name: str, impl: str | None) -> str | None:
     """Why a module of a class in the table, or of a class made from one, stays as it is."""
     kind = type(module)
-    base = kind if name in swap_allennlp.KINDS else next(each for each in kind.__mro__ if _full_name(each) == name)
+    base = kind if name in allennlp.KINDS else next(each for each in kind.__mro__ if _full_name(each) == name)
     if base is not kind:
         if kind.forward is not base.forward:
             return f"{kind.__name__} is a subclass of {base.__name__} with a forward of its own."
@@ -278,17 +278,17 @@ def swap_in(
         raise ValueError(
             f"ctxfast.swap_in: impl is {impl!r}; expected None or one of {', '.join(registry.IMPL_NAMES)}."
         )
-    if padding not in (None, *swap_padding.PADDINGS):
+    if padding not in (None, *padding_readers.PADDINGS):
         raise ValueError(f"ctxfast.swap_in: padding is {padding!r}; expected None, 'zero' or 'keep'.")
     wanted = _wanted(only)
     plan: list[tuple[nn.Module, type[nn.Module]]] = []
-    readers: list[tuple[nn.Module, swap_padding.Reader]] = []
+    readers: list[tuple[nn.Module, padding_readers.Reader]] = []
     swapped: list[tuple[str, str, str]] = []
     misses: list[tuple[str, str]] = []
     notes: list[tuple[str, str]] = []
 
     def read(path: str, module: nn.Module) -> None:
-        reader = swap_padding.Reader(_above(model, module), padding)
+        reader = padding_readers.Reader(_above(model, module), padding)
         readers.append((module, reader))
         if reader.note is not None:
             (misses if reader.is_near_miss else notes).append((path, reader.note))
@@ -303,15 +303,15 @@ def swap_in(
         before = module.__dict__.get(_ORIGINAL)
         if before is not None:
             swapped.append((path, before.__name__, _shown(kind)))
-            if isinstance(module, swap_transformers.PackedEncoder):
+            if isinstance(module, transformers.PackedEncoder):
                 read(path, module)
             continue
         name = next((_full_name(each) for each in kind.__mro__ if _full_name(each) in wanted), None)
-        if name is None and swap_allennlp.is_known(kind) and kind.__name__ in wanted:
+        if name is None and allennlp.is_known(kind) and kind.__name__ in wanted:
             name = kind.__name__
         if name is None:
-            if only is None and kind.__name__ in swap_transformers.NEAR_MISSES:
-                misses.append((path, swap_transformers.NEAR_MISSES[kind.__name__]))
+            if only is None and kind.__name__ in transformers.NEAR_MISSES:
+                misses.append((path, transformers.NEAR_MISSES[kind.__name__]))
             continue
         reason = _objection(module, name, impl)
         if reason is not None:
@@ -320,7 +320,7 @@ def swap_in(
         replacement = _TABLE[name].replacement(kind)
         plan.append((module, replacement))
         swapped.append((path, kind.__name__, _shown(replacement)))
-        if name in swap_transformers.ENCODERS:
+        if name in transformers.ENCODERS:
             read(path, module)
     if strict and not swapped:
         raise ValueError(f"ctxfast.swap_in: {SwapReport((), tuple(misses))}")
@@ -332,14 +332,14 @@ def swap_in(
     for module, reader in readers:
         module.__dict__["padding"] = reader.padding
         for each in reader.watched:
-            swap_padding.watch(each)
+            padding_readers.watch(each)
     return SwapReport(tuple(swapped), tuple(misses), tuple(notes))
 
 
 def _shown(kind: type) -> str:
     if kind in (LSTM, LayerNorm):
         return f"ctxfast.nn.{kind.__name__}"
-    return f"{kind.__name__}, {'fused' if kind.__name__ in swap_allennlp.KINDS else 'packed'}"
+    return f"{kind.__name__}, {'fused' if kind.__name__ in allennlp.KINDS else 'packed'}"
 
 
 def restore(model: nn.Module) -> tuple[str, ...]:
@@ -350,11 +350,11 @@ def restore(model: nn.Module) -> tuple[str, ...]:
     """
     paths = []
     for path, module in model.named_modules():
-        swap_padding.unwatch(module)
+        padding_readers.unwatch(module)
         original = module.__dict__.get(_ORIGINAL)
         if original is None:
             continue
-        for name in (*swap_transformers.OWN_NAMES, *swap_allennlp.OWN_NAMES):
+        for name in (*transformers.OWN_NAMES, *allennlp.OWN_NAMES):
             module.__dict__.pop(name, None)
         module.__class__ = original
         if isinstance(module, nn.LSTM):

@@ -9,11 +9,11 @@ import threading
 
 import pytest
 import torch
-from hf_models import IDS, MASK, tiny_model
+from support.hf_models import IDS, MASK, tiny_model
 from torch import Tensor, nn
 
 import ctxfast
-from ctxfast.nn import swap_padding
+from ctxfast.swap import padding_readers
 
 transformers = pytest.importorskip("transformers")
 
@@ -57,7 +57,7 @@ def test_models_of_somebodys_own_read_what_they_read(name) -> None:
     model = READERS[name]().eval()
     expected = model(input_ids=IDS, attention_mask=MASK)
     report = ctxfast.swap_in(model, only="BertEncoder")
-    assert ("bert.encoder", swap_padding._MAY_READ.format(name="_Around")) in report.near_misses
+    assert ("bert.encoder", padding_readers._MAY_READ.format(name="_Around")) in report.near_misses
     found = model(input_ids=IDS, attention_mask=MASK)
     torch.testing.assert_close(found[~PADDED], expected[~PADDED], rtol=1e-4, atol=1e-5)
     ctxfast.swap_in(model, padding="zero")
@@ -70,8 +70,8 @@ def test_a_bare_encoder_says_what_stands_at_padding() -> None:
     model = tiny_model("Bert")
     expected = model(IDS, attention_mask=MASK).last_hidden_state
     report = ctxfast.swap_in(model)
-    assert report.near_misses == () and report.notes == (("encoder", swap_padding.BARE),)
-    assert swap_padding.BARE in str(report)
+    assert report.near_misses == () and report.notes == (("encoder", padding_readers.BARE),)
+    assert padding_readers.BARE in str(report)
     assert not model(IDS, attention_mask=MASK).last_hidden_state[PADDED].any()
     assert ctxfast.swap_in(model, padding="keep").notes == ()
     assert torch.equal(model(IDS, attention_mask=MASK).last_hidden_state, expected)
@@ -137,7 +137,7 @@ def test_hooks_are_taken_away_and_travel() -> None:
     ctxfast.swap_in(model)
     ctxfast.swap_in(model)
     for each in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model):
-        assert list(each._forward_pre_hooks.values()) == [swap_padding.before_call]
+        assert list(each._forward_pre_hooks.values()) == [padding_readers.before_call]
         found = each(input_ids=IDS, attention_mask=MASK, labels=IDS).loss
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
         ctxfast.restore(each)
@@ -159,7 +159,7 @@ def test_an_error_leaves_nothing_behind_and_threads_do_not_mix() -> None:
     ctxfast.swap_in(model)
     with pytest.raises(Exception):  # noqa: B017
         model(input_ids=IDS + 1000, attention_mask=MASK, labels=IDS)
-    assert not swap_padding.is_read_now()
+    assert not padding_readers.is_read_now()
     expected = {labels is None: model(IDS, attention_mask=MASK, labels=labels).logits for labels in (None, IDS)}
     assert not torch.allclose(expected[True], expected[False], atol=1e-4)
     start, wrong = threading.Barrier(4), []

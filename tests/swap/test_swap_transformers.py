@@ -10,11 +10,12 @@ import warnings
 
 import pytest
 import torch
-from hf_models import IDS, MASK, tiny_model as _model
+from support.hf_models import IDS, MASK, tiny_model as _model
 from torch import Tensor, nn
 
 import ctxfast
-from ctxfast.nn import swap_transformers, whole_layer
+from ctxfast.nn import whole_layer
+from ctxfast.swap import transformers as swap_transformers
 
 transformers = pytest.importorskip("transformers")
 
@@ -92,7 +93,7 @@ def test_outputs_gradients_and_identity(kind, head, dtype) -> None:
     expected = {True: _gradients(model.train(), head), False: _outputs(model.eval(), head)}
     report = ctxfast.swap_in(model)
     assert len(report.swapped) == 1 and type(next(m for m in model.modules() if hasattr(m, "layer"))).__module__ == (
-        "ctxfast.nn.swap_transformers"
+        "ctxfast.swap.transformers"
     )
     with torch.no_grad():
         _same(_outputs(model, head), expected[False], _outputs(exact, head))

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hf_models import tiny_model as _model
+from support.hf_models import tiny_model as _model
 from torch import Tensor, nn
 
 import ctxfast

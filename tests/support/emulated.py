@@ -23,7 +23,7 @@ import torch
 
 from ctxfast._core import capability
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CSRC, FOLDER = ROOT / "csrc", ROOT / "build" / "emulated"
 
 

@@ -13,11 +13,11 @@ import warnings
 
 import pytest
 import torch
-from hf_models import IDS, MASK, tiny_model
+from support.hf_models import IDS, MASK, tiny_model
 from torch import Tensor, nn
 
 import ctxfast
-from ctxfast.nn import swap_transformers
+from ctxfast.swap import transformers as swap_transformers
 
 transformers = pytest.importorskip("transformers")
 

@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from .. import functional
 from .._core import capability, registry
 from .._core.weight_cache import WeightCache
+from ..nn import whole_layer
+from ..nn.graphs import PackedGraphs
 from ..packing import Packing
-from . import swap_identity, swap_layers, swap_padding, whole_layer
-from .graphs import PackedGraphs
-from .swap_layers import ENCODERS, Kind, Layer, Layers, Parts
+from . import identity, padding_readers, transformers_layers
+from .transformers_layers import ENCODERS, Kind, Layer, Layers, Parts
 
 _fused = WeightCache()
 
@@ -64,7 +65,7 @@ def objection(encoder: nn.Module) -> str | None:
     if major > _TESTED:
         _warn_of(version)
     kind = ENCODERS[f"{type(encoder).__module__}.{type(encoder).__qualname__}"]
-    reason = swap_identity.why_not_stock(type(encoder), "transformers")
+    reason = identity.why_not_stock(type(encoder), "transformers")
     if reason is not None:
         return reason
     if type(encoder.layer) is not nn.ModuleList:
@@ -72,7 +73,7 @@ def objection(encoder: nn.Module) -> str | None:
     if len(encoder.layer) == 0:
         return "it has no layers."
     for layer in encoder.layer:
-        found = swap_layers.examine(layer, kind)
+        found = transformers_layers.examine(layer, kind)
         if isinstance(found, str):
             return found
     return None
@@ -98,7 +99,7 @@ def difference(encoder: nn.Module) -> str | None:
     if None in layers or torch.nn.modules.module._has_any_global_hook():
         return None
     parts = layers[0].parts
-    weight, function = parts.query.weight, swap_layers.attention_function(parts.attention, kind.modeling)
+    weight, function = parts.query.weight, transformers_layers.attention_function(parts.attention, kind.modeling)
     real = torch.tensor([[True] * 5, [True] * 3 + [False] * 2], device=weight.device)
     mask: Tensor | None = torch.zeros(2, 1, 1, 5, dtype=weight.dtype, device=weight.device)
     mask = mask.masked_fill(~real[:, None, None], torch.finfo(weight.dtype).min)
@@ -110,7 +111,7 @@ def difference(encoder: nn.Module) -> str | None:
     other = packed.__new__(packed)
     other.__dict__.update(encoder.__dict__)
     other.__dict__.update(impl="reference", padding="zero", cuda_graphs=False)
-    with swap_identity.undisturbed(encoder):
+    with identity.undisturbed(encoder):
         x = torch.randn(2, 5, weight.shape[1], generator=torch.Generator().manual_seed(0), device="cpu").to(weight)
         expected = type(encoder).forward(encoder, x, mask).last_hidden_state[real].double()
         found = packed.forward(other, x, mask).last_hidden_state[real].double()
@@ -325,7 +326,7 @@ class PackedEncoder(nn.Module):
         if _collected("attentions"):
             _warn_of_attentions()
             return None
-        if torch.nn.modules.module._has_any_global_hook() or not swap_identity.is_ordinary(x, mask):
+        if torch.nn.modules.module._has_any_global_hook() or not identity.is_ordinary(x, mask):
             return None
         # Somebody replaced the encoder's own forward, for all encoders of its kind.
         if self._original.forward is not _forwards[self._kind]:
@@ -339,7 +340,7 @@ class PackedEncoder(nn.Module):
         if real is None:
             return None
         packing = Packing.from_mask(real)
-        if not packing.is_full and (self.padding == "keep" or swap_padding.is_read_now()):
+        if not packing.is_full and (self.padding == "keep" or padding_readers.is_read_now()):
             return None
         return None if self._is_dense(x, packing.total) else packing
 

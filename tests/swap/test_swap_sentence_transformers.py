@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hf_models import tiny_model
+from support.hf_models import tiny_model
 
 import ctxfast
-from ctxfast.nn import swap_transformers
+from ctxfast.swap import transformers as swap_transformers
 
 sentence_transformers = pytest.importorskip("sentence_transformers")
 

@@ -18,9 +18,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import nn
 
-from . import swap_identity
-from .graphs import is_capture
-from .layer_norm import LayerNorm
+from ..nn.graphs import is_capture
+from ..nn.layer_norm import LayerNorm
+from . import attention_interface, identity
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ def activation_of(module: Any) -> str | None:
     """The activation's name in ``ctxfast.linear_act``; None if it has none."""
     kind = type(module)
     for (package, place, name), activation in _ACTIVATIONS.items():
-        if kind.__name__ == name and swap_identity.is_stock(kind, package, place, name):
+        if kind.__name__ == name and identity.is_stock(kind, package, place, name):
             if kind is nn.GELU:
                 return "gelu_tanh" if module.approximate == "tanh" else "gelu"
             act = module.__dict__.get("act")  # the function that Transformers' modules of this kind call
@@ -210,7 +210,7 @@ def _odd_leaf(parts: Parts) -> str | None:
             return "a weight is no parameter of its layer (pruned, normalised or parametrised)."
         for name in ("weight", "bias"):
             tensor = getattr(module, name)
-            if tensor is not None and type(tensor) not in swap_identity.PLAIN:
+            if tensor is not None and type(tensor) not in identity.PLAIN:
                 return f"a {name} is a {type(tensor).__name__}, a kind of tensor of its own (quantised or distributed)."
     return None
 
@@ -250,9 +250,9 @@ _ATTENTION = ("sdpa_attention", "flash_attention", "flex_attention")
 def _odd_attention(own: nn.Module, modeling: str) -> str | None:
     function = attention_function(own, modeling)
     places = (modeling, *(f"transformers.integrations.{name}" for name in _ATTENTION))
-    is_ours = getattr(function, "__module__", "") == "ctxfast.nn.attention_interface"
+    is_ours = getattr(function, "__module__", "") == attention_interface.__name__
     if is_ours or (
-        getattr(function, "__module__", None) in places and swap_identity.is_written_in(function, "transformers")
+        getattr(function, "__module__", None) in places and identity.is_written_in(function, "transformers")
     ):
         return None
     return f"its attention is computed by a function of somebody's own, {own.config._attn_implementation!r}."
@@ -269,10 +269,10 @@ def examine(layer: nn.Module, kind: Kind) -> Layer | str:
         for step in path.split(".") if path else ():
             part = part._modules.get(step) if isinstance(part, nn.Module) else None
         found = type(part)
-        if not swap_identity.is_stock(found, "transformers", kind.modeling, expected):
+        if not identity.is_stock(found, "transformers", kind.modeling, expected):
             if path == "" and found.__name__ != expected:
                 return f"a layer is a {name}, not a {expected}."
-            reason = swap_identity.why_not_stock(found, "transformers") if issubclass(found, nn.Module) else None
+            reason = identity.why_not_stock(found, "transformers") if issubclass(found, nn.Module) else None
             where = f"{expected} at {path}" if path else expected
             return f"a layer holds a {found.__name__} where {where} was{': ' + reason if reason else '.'}"
     if getattr(layer, "is_decoder", False) or getattr(layer, "is_cross_attention", False):
@@ -283,8 +283,8 @@ def examine(layer: nn.Module, kind: Kind) -> Layer | str:
     reason = _odd_leaf(parts) or _odd_sizes(parts) or _odd_attention(parts.attention, kind.modeling)
     if reason is None:
         reason = next(
-            (why for leaf in _OWN_LEAVES if (why := swap_identity.why_not_stock(leaf, "torch")) is not None),
-            swap_identity.torch_objection(),
+            (why for leaf in _OWN_LEAVES if (why := identity.why_not_stock(leaf, "torch")) is not None),
+            identity.torch_objection(),
         )
     for container in parts.containers:
         # Not forward: that is looked for at every call, and then the layer runs itself.
@@ -295,7 +295,7 @@ def examine(layer: nn.Module, kind: Kind) -> Layer | str:
 
 
 def _functions(kind: type) -> frozenset[str]:
-    return frozenset(name for _, name, _ in swap_identity.running(kind))
+    return frozenset(name for _, name, _ in identity.running(kind))
 
 
 class Layer:
@@ -359,7 +359,7 @@ class Layer:
                 if shape is not None:
                     return False
                 continue
-            if type(tensor) not in swap_identity.PLAIN or tensor.shape != shape:
+            if type(tensor) not in identity.PLAIN or tensor.shape != shape:
                 return False
             if dtype is None:
                 dtype, device = tensor.dtype, tensor.device
@@ -373,7 +373,7 @@ class Layers:
 
     def __init__(self) -> None:
         self._known: dict[int, tuple[nn.Module, Layer]] = {}
-        self._watched = swap_identity.Watched()
+        self._watched = identity.Watched()
         self._kinds: set[type] = set()
         self._attention: tuple[tuple[Any, str, Any], ...] = ()
 
@@ -402,7 +402,7 @@ class Layers:
             if known[1].is_still():
                 return known[1]
             # Transformers' own hooks only collect what is asked for.
-            if any(swap_identity.is_hooked(part, is_capture) for part in known[1].parts.every):
+            if any(identity.is_hooked(part, is_capture) for part in known[1].parts.every):
                 return None
         found = examine(layer, kind) if type(layer).__name__ == kind.layer else ""
         if isinstance(found, str):

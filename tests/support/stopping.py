@@ -18,7 +18,7 @@ PATIENCE_S = 600
 def start(sight: Path | None, program: str | Path, *words: object, **options) -> subprocess.Popen:
     """Start a program (a module or a file) that stops when ``sight``, a path with wildcards, exists."""
     command = [sys.executable, __file__, str(sight or ""), str(program), *map(str, words)]
-    path = str(Path(__file__).parents[1])  # not the installed package, which may be another checkout
+    path = str(Path(__file__).parents[2])  # not the installed package, which may be another checkout
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     return subprocess.Popen(command, env=environment, **options)
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import swap_identity
+from . import identity
 
 PADDINGS = ("zero", "keep")
 BARE = (
@@ -37,7 +37,7 @@ _SOMETIMES = {
     "expansion": "queries whose expansion tokens are masked run as before.",
 }
 
-# Ends of the names of Transformers' heads over the encoders of swap_layers, and what they read.
+# Ends of the names of Transformers' heads over the encoders of ``transformers_layers``, and what they read.
 _HEADS = {
     "ForSequenceClassification": "own",
     "ForMultipleChoice": "own",
@@ -63,7 +63,7 @@ _RUN = ("forward", "__call__")
 
 
 def _is_own(module: nn.Module, package: str) -> bool:
-    return "forward" not in module.__dict__ and swap_identity.why_not_stock(type(module), package, _RUN) is None
+    return "forward" not in module.__dict__ and identity.why_not_stock(type(module), package, _RUN) is None
 
 
 def _reads(module: nn.Module) -> str:

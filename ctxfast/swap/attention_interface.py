@@ -26,8 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import functional
+from ..nn.all_rows import AllRows
 from ..packing import Packing
-from .all_rows import AllRows
 
 NAME = "ctxfast"
 _WHO = "ctxfast.register_attention"

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import torch
-from hf_models import tiny_model
+from support.hf_models import tiny_model
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
