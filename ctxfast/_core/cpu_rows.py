@@ -12,7 +12,7 @@ from . import capability
 
 MAX_SIZE = 8192  # elements of a row: the kernel keeps it on its stack
 
-Source = tuple[int, int, int, int, bool]  # see csrc/bindings/layer_norm.cpp
+Source = tuple[int, int, int, int, bool]  # see csrc/layer_norm/bind_cpu.cpp
 
 
 def why_not(name: str, rows: Tensor, dropout_p: float) -> str | None:

@@ -38,8 +38,8 @@ class LayerOptions(NamedTuple):
     Attributes:
         num_heads, activation, weight_dtype: as in ``functional.transformer_layers``.
         eps: of both LayerNorms.
-        dropout_p: probabilities of dropping an attention weight, and an element before each residual; 0 but in training.
-        is_called: whether something is called in the place of a product (an adapter, say).
+        dropout_p: probabilities of dropping an attention weight, and an element before each residual.
+        by_ops: whether one call cannot compute it: something is called in the place of a product (an adapter, say).
     """
 
     num_heads: int
@@ -47,15 +47,15 @@ class LayerOptions(NamedTuple):
     eps: tuple[float, float]
     weight_dtype: torch.dtype | None = None
     dropout_p: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    is_called: bool = False
+    by_ops: bool = False
 
 
 class LayerWeights(NamedTuple):
     """What a post-LN layer computes with.
 
     Attributes:
-        tensors: weight and bias of qkv, project, the attention's LayerNorm, widen, narrow and the output's LayerNorm, as
-            ``functional.transformer_layers`` takes them. What is called in the place of a product stands where its
+        tensors: weight and bias of qkv, project, the attention's LayerNorm, widen, narrow and the output's LayerNorm,
+            as ``functional.transformer_layers`` takes them. What is called in the place of a product stands where its
             weight would, and adds its bias itself.
         options: the rest.
     """
@@ -123,7 +123,7 @@ def _groups(
     groups: list[tuple[LayerOptions | None, list[LayerWeights | Layer]]] = []
     for layer in layers:
         options = layer.options if is_open and type(layer) is LayerWeights else None
-        if options is not None and (options.is_called or any(options.dropout_p) or options.eps[0] != options.eps[1]):
+        if options is not None and (options.by_ops or any(options.dropout_p) or options.eps[0] != options.eps[1]):
             options = None
         if groups and groups[-1][0] == options:
             groups[-1][1].append(layer)
@@ -141,12 +141,12 @@ def one_call(
     all_layers: bool,
 ) -> Sequence[Tensor] | None:
     """What layers of these options give, or the last alone; None where only the definition would take such a call."""
-    args = functional.ARGS["transformer_layers"](
+    spec = registry.OPS["transformer_layers"]
+    args = spec.arguments(
         x, cu_seqlens, max_seqlen, [tensor for layer in layers for tensor in layer.tensors],
         num_heads=options.num_heads, activation=options.activation, eps=options.eps[0],
         weight_dtype=options.weight_dtype, all_layers=all_layers,
     )  # fmt: skip
-    spec = registry.OPS["transformer_layers"]
     function, args = registry.prepared(spec, args)
     if function is spec.reference:
         return None
@@ -172,9 +172,7 @@ def _one_by_one(
     return states
 
 
-def by_ops(
-    layer: LayerWeights, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, rows: AllRows | None = None
-) -> Tensor:
+def by_ops(layer: LayerWeights, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, rows: AllRows | None = None) -> Tensor:
     """A layer as calls of its ops, (T, N) -> (T, N). With ``rows``, x holds every row of a padded batch."""
     qkv, qkv_bias, project, project_bias, *norm, widen, widen_bias, narrow, narrow_bias, scale, shift = layer.tensors
     heads, activation, (eps, last_eps), dtype, (attention_p, dropout_p, last_p), _ = layer.options

@@ -68,13 +68,17 @@ class Snapshot:
         self._tables, self._names = [table for table, _ in settings], [name for _, name in settings]
         self._values = list(map(dict.get, self._tables, self._names))
 
-    def is_still(self) -> bool:
+    def is_same(self) -> bool:
+        """Whether all is as it was, whoever watches."""
         return (
             list(map(type, self.modules)) == self._kinds
             and list(map(_children, self._states)) == self._inside
             and list(map(dict.get, self._tables, self._names)) == self._values
-            and not self.is_watched()
         )
+
+    def is_still(self) -> bool:
+        """Whether all is as it was, and nobody watches."""
+        return self.is_same() and not self.is_watched()
 
     def is_watched(self) -> bool:
         """Whether somebody watches one of the modules."""

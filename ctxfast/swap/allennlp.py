@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from .. import functional
 from ..nn.highway import highways
+from ..nn.watched import is_watched
 from ..nn.words import add_sentence_marks, unique_rows
 from . import identity
 
@@ -38,10 +39,10 @@ class _Swapped:
             return True
         state = self.__dict__.get(_STATE)
         if state is None or not state.inside.is_still():
-            if state is not None and state.inside.is_hooked:
+            if state is not None and state.inside.is_watched:
                 return False
             state = self.__dict__[_STATE] = State(self)
-        return state.is_same and not state.inside.is_hooked and identity.is_ordinary(*inputs)
+        return state.is_same and not state.inside.is_watched and identity.is_ordinary(*inputs)
 
     def __prepare_scriptable__(self) -> nn.Module:
         """What torch.jit.script compiles in its place: the original over the same parts."""
@@ -291,7 +292,7 @@ def objection(module: nn.Module, kind: type | None = None) -> str | None:
         if reason is not None:
             return reason
         # Hooks inside would see this input; such modules run as before anyway while they have them.
-        if any(identity.is_hooked(part) for part in module.modules() if part is not module):
+        if any(is_watched(part) for part in module.modules() if part is not module):
             return None
         with _undisturbed(module):
             inputs = KINDS[name][1](module)
