@@ -9,28 +9,18 @@
 #include <stdexcept>
 #include <string>
 
+#include "bind.h"
 #include "ctxfast/common.h"
 #include "ctxfast/cpu_isa.h"
-#include "ctxfast/linear_act.h"
 
-void bind_attention(pybind11::module_& m);
-void bind_char_cnn(pybind11::module_& m);
 void bind_char_cnn_cuda(pybind11::module_& m);
-void bind_layer_norm(pybind11::module_& m);
-void bind_linear_act(pybind11::module_& m);
 void bind_lstm(pybind11::module_& m);
 void bind_lstm_persistent(pybind11::module_& m);
 void bind_lstm_step(pybind11::module_& m);
 void bind_lstm_persistent_backward(pybind11::module_& m);
 void bind_scalar_mix(pybind11::module_& m);
-void bind_transformer_layers(pybind11::module_& m);
 
-// ValueError for arguments, RuntimeError for everything else.
-inline void throw_unless_ok(const ctxfast::Status& status) {
-  if (status.ok()) return;
-  if (status.code == ctxfast::Code::kInvalidArgument) throw pybind11::value_error(status.message);
-  throw std::runtime_error(status.message);
-}
+using ctxfast::bind::throw_unless_ok;
 
 template <typename T>
 T* pointer(std::uintptr_t address) {
@@ -54,13 +44,4 @@ inline ctxfast::Isa isa_named(const char* op, const std::string& name) {
   for (const ctxfast::Isa runs : ctxfast::runnable_isas()) known += std::string(", '") + ctxfast::isa_name(runs) + "'";
   throw pybind11::value_error(
       ctxfast::invalid(op, "isa", "'" + name + "'", known + ": what is compiled and this machine runs").message);
-}
-
-inline ctxfast::Activation activation_named(const char* op, const std::string& name) {
-  const char* const known[] = {"none", "gelu", "gelu_tanh", "relu", "tanh"};
-  for (int i = 0; i < 5; ++i) {
-    if (name == known[i]) return static_cast<ctxfast::Activation>(i);
-  }
-  throw pybind11::value_error(
-      ctxfast::invalid(op, "activation", "'" + name + "'", "'none', 'gelu', 'gelu_tanh', 'relu' or 'tanh'").message);
 }

@@ -69,15 +69,11 @@ PYBIND11_MODULE(_C, m) {
     return is_int64 ? extremes(pointer<const int64_t>(integers), count)
                     : extremes(pointer<const int32_t>(integers), count);
   });
-  bind_attention(m);
-  bind_char_cnn(m);
+  for (const auto define : ctxfast::bind::Op::all()) define(m);
   bind_char_cnn_cuda(m);
-  bind_layer_norm(m);
-  bind_linear_act(m);
   bind_lstm(m);
   bind_lstm_persistent(m);
   bind_lstm_step(m);
   bind_lstm_persistent_backward(m);
   bind_scalar_mix(m);
-  bind_transformer_layers(m);
 }

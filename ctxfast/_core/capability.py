@@ -29,6 +29,15 @@ else:
 _REINSTALL = "Build it with: pip install . (a C++17 compiler is all it needs)."
 
 
+# What the extension calls dtypes.
+DTYPE_NAMES = {
+    torch.float32: "float32",
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+    torch.int8: "int8",
+}
+
+
 def extension() -> ModuleType | None:
     """The compiled extension, or None if it is not there (``why_no_extension`` says why)."""
     return _C

@@ -21,7 +21,7 @@ constexpr int kCharCnnPanel = 32;
 constexpr int64_t kCharCnnMaxWord =
     16384;  // numbers of a word, characters times size: a thread keeps them on its stack
 
-// All filters of one width.
+// All filters of one width. Callers may keep them as a row of 64-bit integers.
 struct CharCnnFilters {
   int64_t width = 0, filters = 0;
   const float* packed = nullptr;  // forward: panels of 32 filters
@@ -30,13 +30,14 @@ struct CharCnnFilters {
   float* grad_rows = nullptr;     // backward: (filters, width, size)
   float* grad_bias = nullptr;     // backward: (filters)
 };
+static_assert(sizeof(CharCnnFilters) == 7 * 8, "no padding");
 
 struct CharCnnParams {
   int64_t words = 0, characters = 0, size = 0, vocabulary = 0;
-  DType type = DType::kFloat32;  // table, biases and y: float32 or bfloat16
-  bool is_int64 = true;          // ids; else int32
-  const void* ids = nullptr;     // (words, characters), rows of the table
-  const void* table = nullptr;   // (vocabulary, size), rows stride_table apart
+  DType io_dtype = DType::kFloat32;  // table, biases and y: float32 or bfloat16
+  bool is_int64 = true;              // ids; else int32
+  const void* ids = nullptr;         // (words, characters), rows of the table
+  const void* table = nullptr;       // (vocabulary, size), rows stride_table apart
   int64_t stride_table = 0;
   int64_t widths = 0;
   const CharCnnFilters* filters = nullptr;  // (widths)
@@ -47,7 +48,7 @@ struct CharCnnParams {
   const float* grad = nullptr;  // backward: (words, filters of all widths), before activation
   float* grad_words = nullptr;  // backward: (words, characters, size)
   int64_t threads = 1;
-  Isa isa = Isa::kGeneric;
+  Isa isa = best_isa();
 };
 
 // An id outside the table is refused before anything is written.

@@ -7,6 +7,7 @@ nothing but the word.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -40,7 +41,7 @@ def _words(ids: Tensor, table: Tensor) -> tuple[Tensor, Tensor, tuple[Any, ...]]
     """Ids and table as the kernel reads them, and its arguments of them: keep both while it runs."""
     ids = ids.contiguous()
     table = table if table.stride(1) == 1 else table.contiguous()
-    sizes = (*ids.shape, table.shape[1], table.shape[0], table.dtype is torch.bfloat16, ids.dtype is torch.int64)
+    sizes = (*ids.shape, table.shape[1], table.shape[0], capability.DTYPE_NAMES[table.dtype], ids.dtype is torch.int64)
     return ids, table, (*sizes, ids.data_ptr(), table.data_ptr(), table.stride(0))
 
 
@@ -50,13 +51,13 @@ def _run(
 ) -> None:  # fmt: skip
     ids, table, words = _words(ids, table)
     packed, biases = _all_in_panels(weights, is_kept), [bias.contiguous() for bias in biases]
-    filters = [
-        (weight.shape[2], weight.shape[0], panels.data_ptr(), bias.data_ptr())
-        for weight, panels, bias in zip(weights, packed, biases)
-    ]
+    filters = array("q")
+    for weight, panels, bias in zip(weights, packed, biases):
+        filters.extend((weight.shape[2], weight.shape[0], panels.data_ptr(), bias.data_ptr(), 0, 0, 0))
     capability.extension().char_cnn_forward(
-        *words, filters, is_tanh, y.data_ptr(), 0 if at is None else at.data_ptr(), torch.get_num_threads()
-    )
+        *words, len(weights), filters.buffer_info()[0], 0 if at is None else at.data_ptr(), is_tanh, y.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
 
 
 def _outputs(ids: Tensor, table: Tensor, weights: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor:
@@ -100,13 +101,13 @@ def _backward(grad: Tensor, at: Tensor, ids: Tensor, table: Tensor, weights: Seq
     grad_rows = [torch_ops.allocate(row.shape, row) for row in rows]
     grad_biases = [torch_ops.allocate(row.shape[:1], row) for row in rows]
     grad_words = torch_ops.allocate((*ids.shape, table.shape[1]), grad)
-    filters = [
-        (row.shape[1], row.shape[0], row.data_ptr(), grad_row.data_ptr(), grad_bias.data_ptr())
-        for row, grad_row, grad_bias in zip(rows, grad_rows, grad_biases)
-    ]
+    filters = array("q")
+    for row, *grads in zip(rows, grad_rows, grad_biases):
+        filters.extend((row.shape[1], row.shape[0], 0, 0, row.data_ptr(), *(grad.data_ptr() for grad in grads)))
     capability.extension().char_cnn_backward(
-        *words, filters, at.data_ptr(), grad.data_ptr(), grad_words.data_ptr(), torch.get_num_threads()
-    )
+        *words, len(weights), filters.buffer_info()[0], at.data_ptr(), grad.data_ptr(), grad_words.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
     grad_table = torch.ops.aten.embedding_dense_backward(grad_words, ids, table.shape[0], -1, False)
     grad_weights = [grad_row.transpose(1, 2).contiguous() for grad_row in grad_rows]
     return [each.to(table.dtype) for each in (grad_table, *grad_weights, *grad_biases)]
