@@ -13,7 +13,7 @@ from functools import partial
 
 import pytest
 import torch
-from hf_models import tiny_model
+from support.hf_models import tiny_model
 from torch import Tensor, nn
 
 import ctxfast

@@ -12,7 +12,7 @@ from . import capability
 
 MAX_SIZE = 8192  # elements of a row: the kernel keeps it on its stack
 
-Source = tuple[int, int, int, int, bool]  # LayerNormSource of csrc/include/ctxfast/layer_norm.h
+Source = tuple[int, int, int, int, bool]  # LayerNormSource of csrc/layer_norm/layer_norm.h
 
 
 def why_not(name: str, rows: Tensor, dropout_p: float) -> str | None:

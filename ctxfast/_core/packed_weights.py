@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights of linear layers as the compiled CPU products want them (csrc/include/ctxfast/linear_act.h), made once."""
+"""Weights of linear layers as the compiled CPU products want them (csrc/linear_act/linear_act.h), made once."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def _room(size: int) -> Tensor:
 
 
 def in_panels(weight: Tensor) -> Tensor:
-    """int8, bfloat16 or float32 (N_out, N_in) in the layout of csrc/include/ctxfast/linear_act.h, on a cache line."""
+    """int8, bfloat16 or float32 (N_out, N_in) in the layout of csrc/linear_act/linear_act.h, on a cache line."""
     per_word = 4 // weight.element_size()
     out, size = (-(-weight.shape[0] // 32), -(-weight.shape[1] // (16 * per_word)))
     padded = weight.new_zeros(out * 32, size * 16 * per_word)

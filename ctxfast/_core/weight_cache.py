@@ -87,7 +87,7 @@ def _matrix(tensor: Tensor) -> Tensor | None:
 
 
 def sample_columns(rows: int, columns: int, size: int) -> Tensor:
-    """(rows, width): the columns of a matrix that are looked at in each row (csrc/include/ctxfast/samples.h)."""
+    """(rows, width): the columns of a matrix that are looked at in each row (csrc/base/samples.h)."""
     width = columns if rows * columns * size <= WHOLE else -(-columns // rows)
     starts = torch.arange(-(-columns // width)).mul_(width).clamp_(max=columns - width)
     return starts[torch.arange(rows) % len(starts), None] + torch.arange(width)

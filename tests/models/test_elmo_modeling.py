@@ -5,13 +5,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import emulated
 import h5py
 import numpy as np
 import pytest
 import torch
 from oracles.elmo_models import LINES, VARIANTS, fixture_layers, fixture_sentences, write_model, write_variant
 from oracles.elmo_numpy import NumpyBiLm
+from support import emulated
 
 import ctxfast
 from ctxfast.models.elmo.modeling import Elmo, ElmoBiLm

@@ -5,10 +5,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import emulated
-import parity
 import pytest
 import torch
+from support import emulated, parity
 from torch import Tensor
 
 from ctxfast.ops.char_cnn import SPEC, cases, cuda

@@ -6,10 +6,9 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import emulated
-import parity
 import pytest
 import torch
+from support import emulated, parity
 from torch import Tensor
 
 from ctxfast._core import registry

@@ -7,7 +7,6 @@ nothing but the word.
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,7 +25,7 @@ _packed = WeightCache()
 
 
 def _in_panels(weight: Tensor) -> Tensor:
-    """(n, D, w) -> [panel][w * D][32], float32, zeros where there is no filter: see csrc/include/ctxfast/char_cnn.h."""
+    """(n, D, w) -> [panel][w * D][32], float32, zeros where there is no filter: see csrc/char_cnn/char_cnn.h."""
     rows = weight.detach().float().permute(2, 1, 0).flatten(0, 1)
     return F.pad(rows, (0, -weight.shape[0] % _PANEL)).unflatten(1, (-1, _PANEL)).transpose(0, 1).contiguous()
 
@@ -51,13 +50,13 @@ def _run(
 ) -> None:  # fmt: skip
     ids, table, words = _words(ids, table)
     packed, biases = _all_in_panels(weights, is_kept), [bias.contiguous() for bias in biases]
-    filters = array("q")
-    for weight, panels, bias in zip(weights, packed, biases):
-        filters.extend((weight.shape[2], weight.shape[0], panels.data_ptr(), bias.data_ptr(), 0, 0, 0))
+    filters = [
+        (weight.shape[2], weight.shape[0], panels.data_ptr(), bias.data_ptr())
+        for weight, panels, bias in zip(weights, packed, biases)
+    ]
     capability.extension().char_cnn_forward(
-        *words, len(weights), filters.buffer_info()[0], 0 if at is None else at.data_ptr(), is_tanh, y.data_ptr(),
-        torch.get_num_threads(),
-    )  # fmt: skip
+        *words, 0 if at is None else at.data_ptr(), filters, is_tanh, y.data_ptr(), torch.get_num_threads()
+    )
 
 
 def _outputs(ids: Tensor, table: Tensor, weights: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor:
@@ -101,13 +100,13 @@ def _backward(grad: Tensor, at: Tensor, ids: Tensor, table: Tensor, weights: Seq
     grad_rows = [torch_ops.allocate(row.shape, row) for row in rows]
     grad_biases = [torch_ops.allocate(row.shape[:1], row) for row in rows]
     grad_words = torch_ops.allocate((*ids.shape, table.shape[1]), grad)
-    filters = array("q")
-    for row, *grads in zip(rows, grad_rows, grad_biases):
-        filters.extend((row.shape[1], row.shape[0], 0, 0, row.data_ptr(), *(grad.data_ptr() for grad in grads)))
+    filters = [
+        (row.shape[1], row.shape[0], row.data_ptr(), grad_row.data_ptr(), grad_bias.data_ptr())
+        for row, grad_row, grad_bias in zip(rows, grad_rows, grad_biases)
+    ]
     capability.extension().char_cnn_backward(
-        *words, len(weights), filters.buffer_info()[0], at.data_ptr(), grad.data_ptr(), grad_words.data_ptr(),
-        torch.get_num_threads(),
-    )  # fmt: skip
+        *words, at.data_ptr(), filters, grad.data_ptr(), grad_words.data_ptr(), torch.get_num_threads()
+    )
     grad_table = torch.ops.aten.embedding_dense_backward(grad_words, ids, table.shape[0], -1, False)
     grad_weights = [grad_row.transpose(1, 2).contiguous() for grad_row in grad_rows]
     return [each.to(table.dtype) for each in (grad_table, *grad_weights, *grad_biases)]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``linear_act`` on the CPU: a product over packed weights with bias and activation in its epilogue.
 
-The products are compiled ones (csrc/include/ctxfast/linear_act.h); oneDNN's take weights that will not be met again,
+The products are compiled ones (csrc/linear_act/linear_act.h); oneDNN's take weights that will not be met again,
 which are not worth packing, and bfloat16 where they are faster. Packed weights are found again by later calls. In
 float32 and int8 a row's bits do not depend on the rows beside it (torch's own float32 product takes another kernel for
 few rows, and its sums another order).

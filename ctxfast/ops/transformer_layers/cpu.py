@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``transformer_layers`` on the CPU: all layers in one compiled call (csrc/include/ctxfast/transformer_layers.h).
+"""``transformer_layers`` on the CPU: all layers in one compiled call (csrc/transformer_layers/transformer_layers.h).
 
 Results have the bits that the parts' own CPU implementations give one after another; what is spared are their calls,
 which take longer than the arithmetic of a short text, and waits between threads. A call with a gradient keeps each
