@@ -82,7 +82,8 @@ def _forward(
     workspace = torch_ops.allocate((plan["workspace_bytes"],), output, torch.uint8)
     with torch_ops.launching(output) as stream:
         c.lstm_persistent_forward(
-            device=facts, batch=batch, steps=steps, hidden=hidden, size=size, dtype=device.DTYPES[output.dtype],
+            device=facts, batch=batch, steps=steps, hidden=hidden, size=size, directions=len(gates),
+            has_proj=bool(weight_proj), dtype=capability.DTYPE_NAMES[output.dtype],
             gates=[gate.data_ptr() for gate in gates], gates_strides=[gate.stride()[:2] for gate in gates],
             weight_hh=[w.data_ptr() for w in weight_hh], weight_hh_stride=[w.stride(0) for w in weight_hh],
             weight_proj=[w.data_ptr() for w in weight_proj], weight_proj_stride=[w.stride(0) for w in weight_proj],
@@ -143,8 +144,7 @@ def sizes_objection(args: Mapping[str, Any]) -> str | None:
 
 def supports(args: Mapping[str, Any]) -> str | None:
     """None, or why the persistent kernels cannot run this call."""
-    objection = device.objection(args, _DTYPES, (9, 0))
-    return sizes_objection(args) if objection is None else objection
+    return device.objection(args, _DTYPES, (9, 0)) or capability.why_no_cuda("90a") or sizes_objection(args)
 
 
 def lstm(**args: Any) -> tuple[Tensor, tuple[Tensor, Tensor]]:

@@ -98,7 +98,8 @@ def _backward(
     workspace = torch_ops.allocate((found["workspace_bytes"],), output, torch.uint8)
     with torch_ops.launching(output) as stream:
         capability.extension().lstm_persistent_backward(
-            batch=batch, steps=steps, hidden=hidden, size=size, dtype=device.DTYPES[output.dtype],
+            batch=batch, steps=steps, hidden=hidden, size=size, directions=len(z),
+            has_proj=bool(weight_proj), dtype=capability.DTYPE_NAMES[output.dtype],
             weight_hh=[w.data_ptr() for w in weight_hh], weight_proj=[w.data_ptr() for w in weight_proj],
             z=[gates.data_ptr() for gates in z], z_strides=[gates.stride()[:2] for gates in z],
             cells=cells.data_ptr(), c_0=device.address(c_0),

@@ -16,6 +16,8 @@ from torch import Tensor
 from ..._core import capability, torch_ops
 from . import device
 
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
 
 def _fragments(matrix: Tensor) -> Tensor:
     """(rows, K) -> the kernels' order: tiles of 16 rows by pairs of k-steps, zeros where the matrix ends.
@@ -55,7 +57,7 @@ def _shape(gates: Sequence[Tensor], weight_hh: Sequence[Tensor], weight_proj: Se
     batch, steps, hidden, _ = gates[0].shape
     return dict(
         batch=batch, steps=steps, hidden=hidden, size=weight_hh[0].shape[1], directions=len(gates),
-        has_proj=bool(weight_proj), dtype=device.DTYPES[gates[0].dtype],
+        has_proj=bool(weight_proj), dtype=capability.DTYPE_NAMES[gates[0].dtype],
     )  # fmt: skip
 
 
@@ -175,7 +177,7 @@ _recurrence = device.recurrence(_fwd, _bwd)
 
 def supports(args: Mapping[str, Any]) -> str | None:
     """None, or why the per-step kernels cannot run this call."""
-    return device.objection(args, tuple(device.DTYPES), (8, 0))
+    return device.objection(args, _DTYPES, (8, 0))
 
 
 def lstm(**args: Any) -> tuple[Tensor, tuple[Tensor, Tensor]]:

@@ -18,8 +18,6 @@ from torch import Tensor
 from ..._core import capability, torch_ops
 from .reference import recurrence as recurrence_definition
 
-DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
-
 FWD_SCHEMA = (
     "(Tensor[] gates, Tensor[] weight_hh, Tensor[] weight_proj, Tensor? lengths, Tensor? h_0, Tensor? c_0, "
     "float cell_clip, float proj_clip, bool save_cells) -> (Tensor, Tensor, Tensor, Tensor)"
@@ -243,7 +241,7 @@ def objection(args: Mapping[str, Any], dtypes: Sequence[torch.dtype], capability
     if x.device.type != "cuda":
         return f"it runs on a CUDA GPU and input is on {x.device}."
     if x.dtype not in dtypes:
-        names = ", ".join(DTYPES[dtype] for dtype in dtypes)
+        names = ", ".join(capability.DTYPE_NAMES[dtype] for dtype in dtypes)
         return f"it takes {names} and input is {x.dtype}."
     if args["weight_dtype"] is not None:
         return "weight_dtype is an option of the CPU implementation; cast the module to that dtype instead."

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..._core import capability, torch_ops
 
 _MAX_LAYERS = 64  # the kernel takes the layers' addresses by value
-_DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def _stream(tensor: Tensor) -> int:
@@ -28,8 +28,9 @@ def _forward(layers: Sequence[Tensor], weights: Tensor) -> Tensor:
     layers = [layer.contiguous() for layer in layers]
     with torch.cuda.device(output.device):
         capability.extension().scalar_mix_forward(
+            num_inputs=len(layers), numel=output.numel(), dtype=capability.DTYPE_NAMES[output.dtype],
             inputs=[layer.data_ptr() for layer in layers], weights=weights.data_ptr(), output=output.data_ptr(),
-            numel=output.numel(), dtype=_DTYPES[output.dtype], stream=_stream(output),
+            stream=_stream(output),
         )  # fmt: skip
     return output
 
@@ -47,10 +48,10 @@ def _backward(grad: Tensor, layers: Sequence[Tensor], weights: Tensor) -> list[T
     workspace = torch_ops.allocate((size,), grad, torch.uint8)
     with torch.cuda.device(grad.device):
         c.scalar_mix_backward(
+            num_inputs=len(layers), numel=grad.numel(), dtype=capability.DTYPE_NAMES[grad.dtype],
             grad_output=grad.data_ptr(), inputs=[layer.data_ptr() for layer in layers], weights=weights.data_ptr(),
             grad_inputs=[layer.data_ptr() for layer in grad_layers], grad_weights=grad_weights.data_ptr(),
-            workspace=workspace.data_ptr(), workspace_bytes=size,
-            numel=grad.numel(), dtype=_DTYPES[grad.dtype], stream=_stream(grad),
+            workspace=workspace.data_ptr(), workspace_bytes=size, stream=_stream(grad),
         )  # fmt: skip
     return [*grad_layers, grad_weights]
 
