@@ -9,8 +9,8 @@ from typing import Any
 from . import functional
 from ._core.capability import show_config
 from ._core.registry import use_impl
-from ._core.weight_cache import forget_packed
 from .functional import *  # noqa: F403
+from .ops.shared.weight_cache import forget_packed
 
 try:
     __version__ = metadata.version("ctxfast")

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..._core import checks, registry
-from .reference import ACTIVATIONS, linear_act as reference
+from ..shared.definitions import ACTIVATIONS
+from .reference import linear_act as reference
 
 _OP = "linear_act"
 

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from ..._core import checks, registry
+from ..shared.definitions import ACTIVATIONS
 from .reference import transformer_layers as reference
 
 _OP = "transformer_layers"
-_ACTIVATIONS = ("none", "gelu", "gelu_tanh", "relu", "tanh")
-
 
 # Parts of a layer, (weight, bias) each, in the order of ``weights``.
 PARTS = ("qkv", "project", "attention_norm", "widen", "narrow", "output_norm")
@@ -62,7 +61,7 @@ def _check(args: Mapping[str, Any]) -> None:
     wide = first.shape[0] if first.dim() else None
     for i in range(0, len(weights), TENSORS):
         _check_layer(x, i // TENSORS, weights[i : i + TENSORS], wide)
-    checks.choice(_OP, "activation", args["activation"], _ACTIVATIONS)
+    checks.choice(_OP, "activation", args["activation"], ACTIVATIONS)
     checks.choice(_OP, "weight_dtype", args["weight_dtype"], (None, torch.int8))
 
 
