@@ -68,8 +68,9 @@ def _compiled(
     y = torch_ops.allocate((x.shape[0], out), x)
     capability.extension().linear_act_forward(
         x.shape[0], x.shape[1], out, weight_dtype, capability.DTYPE_NAMES[x.dtype], activation, x.data_ptr(),
-        x.stride(0), packed.data_ptr(), 0 if scales is None else scales.data_ptr(), 0 if sums is None else sums.data_ptr(),
-        0 if bias is None else bias.data_ptr(), y.data_ptr(), torch.get_num_threads(),
+        x.stride(0), packed.data_ptr(), 0 if scales is None else scales.data_ptr(),
+        0 if sums is None else sums.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr(),
+        torch.get_num_threads(),
     )  # fmt: skip
     return y
 
