@@ -384,7 +384,7 @@ def test_arguments_by_position_and_by_name() -> None:
     for given, named, message in (
         ((8, 5, True), {}, "lacks weight_dtype"),
         ((), {}, "lacks hidden, proj_size, has_projection, weight_dtype"),
-        ((8, 5), {**shape}, "got hidden twice"),
+        ((8, 5), {"hidden": 8, "has_projection": True}, "got hidden twice"),
         ((8, 5, True, "float32", 1), {}, "takes at most 4 arguments, not 5"),
         ((8, 5, True), {"dtype": "float32"}, "has no argument dtype"),
     ):
