@@ -51,15 +51,14 @@ def extension() -> ModuleType:
     compiler = shutil.which("c++") or shutil.which("g++")
     if compiler is None:
         pytest.skip("needs a C++ compiler")
-    includes = [CSRC / "tests", CSRC / "tests" / "emulator", CSRC / "include", pybind11.get_include()]
+    includes = [CSRC, CSRC / "emulator", pybind11.get_include()]
     includes += [sysconfig.get_path("include")]
     flags = [compiler, "-x", "c++", "-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-DCTXFAST_EMULATE"]
     flags += ["-Wno-unknown-pragmas", *(f"-I{folder}" for folder in includes)]
     flags += [f"-isystem{folder}" for folder in _cuda_headers()]
-    sources = [*sorted(CSRC.glob("cuda/*.cu")), *sorted((CSRC / "tests" / "emulator").glob("*.cpp"))]
+    kernels = [path for path in sorted(CSRC.glob("*/*.cu")) if not path.name.startswith("test_")]
     # The emulator has a module of its own; the CPU's kernels stay where they are.
-    own = {"module", *(path.stem for path in CSRC.glob("cpu/*.cpp"))}
-    sources += [path for path in sorted(CSRC.glob("bindings/*.cpp")) if path.stem not in own]
+    sources = [*kernels, *sorted(CSRC.glob("*/bind_cuda*.cpp")), *sorted((CSRC / "emulator").glob("*.cpp"))]
     lines = [
         "rule cxx",
         f"  command = {shlex.join(map(str, flags))} -MMD -MF $out.d -c $in -o $out",
