@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``add_layer_norm`` in Triton: one pass over the rows, forward and backward. Not yet run on a GPU.
+"""``add_layer_norm`` in Triton: one pass over the rows, forward and backward.
 
 Kept for the backward: the inputs themselves, mean and 1 / deviation of every row in float32, and the seed of dropout,
 whose mask is drawn again. Statistics are taken in float32 in two passes over registers.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``attention`` in Triton: packed, forward and backward, dropout from a counter. Not yet run on a GPU.
+"""``attention`` in Triton: packed, forward and backward, dropout from a counter.
 
 The forward keeps its result and lse (H, T); the backward makes the probabilities again. Every sum has a fixed order
 and no kernel uses atomics: two runs are equal to the last bit. The tiles, and with them the last bits, depend on the

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``embed_layer_norm`` in Triton: gather, sum, LayerNorm and dropout in one pass. Not yet run on a GPU.
+"""``embed_layer_norm`` in Triton: gather, sum, LayerNorm and dropout in one pass.
 
 The backward gathers the rows again, makes the gradient of their sum once for all tables, and scatters it by torch's
 own embedding gradient: it sorts the ids and adds up equal ones in order, so it is repeatable to the last bit.

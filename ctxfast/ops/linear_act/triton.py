@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``linear_act`` on a GPU: the product by cuBLAS, bias and activation in one Triton pass. Not yet run on a GPU.
+"""``linear_act`` on a GPU: the product by cuBLAS, bias and activation in one Triton pass.
 
 Of the layer's own values only the product is kept for the backward, which takes the activation's slope from it and adds
 up the bias gradient in the same pass. A linear layer that reads the result (the feed-forward block's second) keeps that

@@ -2,7 +2,7 @@
 """``lstm`` on Hopper: all steps of both directions in one launch, the recurrent weights on chip.
 
 Weights and input gates are read where they lie; nothing is packed or kept between calls. The kernels need every block
-resident at once, so ``supports`` knows the device. Not yet run on a GPU: the kernels are run on the emulator.
+resident at once, so ``supports`` knows the device.
 """
 
 from __future__ import annotations

