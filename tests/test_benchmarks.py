@@ -3,32 +3,24 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import json
 import os
 import time
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import __main__ as command, cases, ceilings, gate, measure, peers, peers_ops, report, results
+from benchmarks import __main__ as command, cases, ceilings, gate, measure, peers, report, results
 from benchmarks.cases import Case
 from benchmarks.measure import ResultRow, Settings
-from benchmarks.peers import Call, NotInstalled, Provider, Unavailable
+from benchmarks.provider import Call, NotInstalled, Provider, Unavailable, leaves_of
 from ctxfast._core import registry
 
-TINY = {
-    "lstm": dict(B=3, T=4, R=2, I=5, H=6, P=4, clip=3.0),
-    "attention": dict(lengths=(4, 1, 3), H=2, D=8),
-    "add_layer_norm": dict(T=4, N=8),
-    "linear_act": dict(T=4, N=8, M=6, activation="gelu"),
-    "embed_layer_norm": dict(T=4, N=8, V=11),
-    "char_cnn": dict(W=3),
-    "scalar_mix": dict(K=3, B=2, T=3, N=4),
-    "transformer_layers": dict(lengths=(4, 1, 3), N=8, H=2, M=12, K=2),
-    "linear_cross_entropy": dict(T=6, labelled=2, N=8, V=11),
-}
 QUICK = Settings(seconds=0.0)
 
 
@@ -41,7 +33,7 @@ def _the_command_holds_its_process_to_some_cores() -> Iterator[None]:
 
 
 def tiny(op: str, *, backward: bool = False, dtype: str = "float32", **sizes) -> Case:
-    return Case(op, "tiny", {**TINY[op], **sizes}, dtype, backward, "cpu", "small")
+    return Case(op, "tiny", {**cases.module(op).TINY, **sizes}, dtype, backward, "cpu", "small")
 
 
 def row(
@@ -71,11 +63,31 @@ def statuses(found) -> dict[str, str]:
 @pytest.mark.parametrize("op", sorted(registry.OPS))
 def test_every_op_has_a_small_row_peers_and_declared_work(op):
     selected = cases.select("cpu", "small", [op])
-    assert selected, f"add a small row for {op} to benchmarks/cases.py"
+    assert selected, f"add a small row to benchmarks/ops/{op}.py"
     assert cases.select("cuda", "full", [op])
-    assert peers_ops.PEERS[op]
+    assert cases.module(op).PEERS
     for case in selected:
         assert case.work.flops or case.work.bytes
+
+
+def test_every_file_of_an_op_is_that_of_an_op_in_the_table():
+    folder = Path(cases.__file__).parent / "ops"
+    assert {path.stem for path in folder.glob("[!_]*.py")} == set(registry.OPS)
+
+
+def test_modules_import_in_one_direction():
+    root = Path(cases.__file__).parent
+    found: dict[str, set[str]] = {}
+    for path in root.rglob("*.py"):
+        parts = path.relative_to(root).with_suffix("").parts
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                base = (*parts[: len(parts) - node.level], *(node.module or "").split("."))
+                names = [".".join(filter(None, (*base, alias.name))) for alias in node.names]
+                names.append(".".join(filter(None, base)))
+                found.setdefault(".".join(parts), set()).update(names)
+    TopologicalSorter(found).prepare()  # raises CycleError
+    assert {"cases", "provider"} <= found["ops.lstm"]
 
 
 def test_ids_are_unique_and_full_holds_small():
@@ -140,7 +152,10 @@ _SPECIAL = [
     tiny("linear_act", activation="none"),
 ]
 _PEER_CASES = [
-    tiny(op, backward=back) for op in sorted(TINY) for back in (False, True) if not back or op in cases.GRADS
+    tiny(op, backward=back)
+    for op in sorted(registry.OPS)
+    for back in (False, True)
+    if not back or hasattr(cases.module(op), "GRADS")
 ]
 
 
@@ -226,7 +241,7 @@ def test_a_wrong_gradient_is_seen():
                 + 0 * residual,
             )
 
-        return Call(forward, peers.leaves_of(case, args))
+        return Call(forward, leaves_of(case, args))
 
     (found,) = measure.measure(tiny("add_layer_norm", backward=True), [Provider("no residual gradient", build)], QUICK)
     assert found.status == "wrong" and "gradient of residual" in found.note
