@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Builds the extension ``ctxfast._C``; everything else about the package is in pyproject.toml.
 
-The sources know neither torch nor, outside ``csrc/bindings``, Python. So this needs no torch, takes
+The sources know neither torch nor, outside ``bind*.cpp`` and ``base/module.cpp``, Python. So this needs no torch, takes
 seconds, and the result loads next to any torch and on machines without a GPU or driver.
 
 Settings (environment):
@@ -46,7 +46,7 @@ ISA_FLAGS = {
                  "-mamx-tile", "-mamx-int8", "-mamx-bf16", "-mprefer-vector-width=512"),
 }  # fmt: skip
 # Sources named so round every operation by itself, so that all instruction sets give the same bits.
-EXACT = ("_narrow_", ("-ffp-contract=off",))
+EXACT = ("narrow_", ("-ffp-contract=off",))
 # A CUDA source whose name ends so uses instructions only this architecture has.
 ARCH_ONLY = {"_sm90a.cu": "90a"}
 
@@ -184,13 +184,21 @@ def accepted_isas(cxx: list[str]) -> list[str]:
     return [suffix for suffix, flags in ISA_FLAGS.items() if takes(flags)]
 
 
+def is_ours(path: Path) -> bool:
+    """Whether a source belongs into the extension: neither a test program nor the emulator."""
+    return not path.name.startswith("test_") and path.parent.name != "emulator"
+
+
+def is_binding(path: Path) -> bool:
+    return path.name.startswith("bind") or path.name == "module.cpp"
+
+
 def sources(cuda: Cuda, isas: list[str]) -> list[Path]:
     """Every source of this build, in order; ``isas`` as from ``accepted_isas``."""
     left_out = tuple(set(ISA_FLAGS) - set(isas))
-    chosen = [path for path in sorted(CSRC.glob("cpu/*.cpp")) if not path.name.endswith(left_out)]
-    chosen += sorted(CSRC.glob("bindings/*.cpp"))
+    chosen = [path for path in sorted(CSRC.glob("*/*.cpp")) if not path.name.endswith(left_out) and is_ours(path)]
     if cuda.nvcc:
-        for path in sorted(CSRC.glob("cuda/*.cu")):
+        for path in filter(is_ours, sorted(CSRC.glob("*/*.cu"))):
             needs = [arch for suffix, arch in ARCH_ONLY.items() if path.name.endswith(suffix)]
             if all(arch in cuda.archs for arch in needs):
                 chosen.append(path)
@@ -198,13 +206,13 @@ def sources(cuda: Cuda, isas: list[str]) -> list[Path]:
 
 
 def cpu_flags(name: str) -> list[str]:
-    """Flags of one source under csrc/cpu."""
+    """Flags of one CPU source."""
     flags = [flag for suffix, listed in ISA_FLAGS.items() if name.endswith(suffix) for flag in listed]
     return [*flags, *EXACT[1]] if EXACT[0] in name else flags
 
 
 def build_info_header(version: str, compiler: str, cuda: Cuda) -> str:
-    """The facts of this build, as the header that bindings/module.cpp includes."""
+    """The facts of this build, as the header that base/module.cpp includes."""
 
     def quoted(text: str) -> str:
         return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
@@ -233,7 +241,7 @@ def ninja_file(cxx: list[str], cuda: Cuda, target: Path, folder: Path) -> str:
     def command(words: list[str]) -> str:
         return shlex.join(words).replace("$", "$$")
 
-    includes = [f"-I{CSRC / 'include'}", f"-I{folder}"]
+    includes = [f"-I{CSRC}", f"-I{folder}"]
     isas = accepted_isas(cxx)
     define = [f"-DCTXFAST_SM90A={int('90a' in cuda.archs)}"]
     isa_defines = [f"-DCTXFAST_{suffix[1:-4].upper()}=1" for suffix in isas]
@@ -292,7 +300,7 @@ def ninja_file(cxx: list[str], cuda: Cuda, target: Path, folder: Path) -> str:
         rule, flags = "cxx", []
         if source.suffix == ".cu":
             rule, flags = "nvcc", gencode(cuda.archs, source.name)
-        elif source.parent.name == "bindings":
+        elif is_binding(source):
             flags = python_flags
         else:
             flags = cpu_flags(source.name)
@@ -355,7 +363,7 @@ class BuildExtension(build_ext):
 def main() -> None:
     extensions = []
     if sys.platform == "linux":
-        every = [str(path.relative_to(ROOT)) for path in sorted(CSRC.glob("*/*.c*")) if path.parent.name != "tests"]
+        every = [str(path.relative_to(ROOT)) for path in sorted(CSRC.glob("*/*.c*")) if is_ours(path)]
         extensions = [Extension("ctxfast._C", sources=every)]
     else:
         print(f"ctxfast: no compiled extension on {sys.platform}: it is built on Linux only.")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Registers, shared memory and spills of every CUDA kernel against the table ``resources.json``.
 
-Compiles ``csrc/cuda/*.cu`` with nvcc alone (no GPU needed) for an A100 and an H100 and reads what
+Compiles ``csrc/*/*.cu`` with nvcc alone (no GPU needed) for an A100 and an H100 and reads what
 ptxas reports. Any spill, any growth, any kernel that only one side knows and any serialized wgmma fails. ``--update``
 rewrites the table: do that when the growth is meant, and say why in the commit.
 """
@@ -102,7 +102,7 @@ def measure(nvcc: str, source: Path, arch: str) -> dict[str, Resources]:
             "-O3",
             "-DNDEBUG",
             "-DCTXFAST_SM90A=1",
-            f"-I{CSRC / 'include'}",
+            f"-I{CSRC}",
             "-cubin",
         ]
         command += [
@@ -120,7 +120,7 @@ def measure(nvcc: str, source: Path, arch: str) -> dict[str, Resources]:
         raise SystemExit(f"resources: {source.name}: its products wait for one another: {found[0]}")
     kernels = parse_ptxas(answer.stderr + answer.stdout)
     names = demangle(list(kernels)) if kernels else {}
-    return {f"{arch} {source.name} {names[name]}": row for name, row in kernels.items()}
+    return {f"{arch} {source.relative_to(CSRC)} {names[name]}": row for name, row in kernels.items()}
 
 
 def find_nvcc() -> str:
@@ -142,7 +142,8 @@ def main() -> None:
 
     jobs = [
         (source, arch)
-        for source in sorted(CSRC.glob("cuda/*.cu"))
+        for source in sorted(CSRC.glob("*/*.cu"))
+        if not source.name.startswith("test_")
         for arch in ARCHS
         if arch == "sm_90a" or not source.name.endswith("_sm90a.cu")
     ]

@@ -111,6 +111,12 @@ def test_a_peer_that_is_not_installed_keeps_its_row(monkeypatch):
     assert {each.status for each in found.values()} == {"not installed"}
 
 
+def test_a_training_step_passes_its_gate():
+    case = Case("bert_mlm", "tiny", dict(model="minilm", lengths=(9, 5)), "float32", False, "cpu", "small")
+    found = _measured(case, ("ctxfast", "Hugging Face, eager"))
+    assert {each.status for each in found.values()} == {"ok"} and len(found) == 3
+
+
 def test_peers_of_a_gpu_are_in_the_table():
     """A package that is absent there prints a row; a peer that is not in the table prints none."""
     for op, names in {

@@ -11,9 +11,9 @@ from subprocess import PIPE, Popen
 import h5py
 import numpy as np
 import pytest
-import stopping
 import torch
-from fake_encoder import FakeEncoder
+from support import stopping
+from support.fake_encoder import FakeEncoder
 
 import ctxfast
 from ctxfast import cli, embed

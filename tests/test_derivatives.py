@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from parity import GRADIENT, arguments, check, combinations, converted, device_of, flat, public, wide
+from support.parity import GRADIENT, arguments, check, combinations, converted, device_of, flat, public, wide
 from torch import Tensor
 
 import ctxfast

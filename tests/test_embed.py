@@ -12,7 +12,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from fake_encoder import DIM, LAYERS, FakeEncoder, vectors
+from support.fake_encoder import DIM, LAYERS, FakeEncoder, vectors
 
 import ctxfast
 from ctxfast._core import registry

@@ -14,8 +14,8 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from fake_encoder import FakeEncoder, vectors
-from kills import Killed, run_until
+from support.fake_encoder import FakeEncoder, vectors
+from support.kills import Killed, run_until
 
 from ctxfast import jobs
 from ctxfast.embed import Embedder

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from parity import arguments, combinations, convert, device_of, public
+from support.parity import arguments, combinations, convert, device_of, public
 
 from ctxfast._core import registry
 

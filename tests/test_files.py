@@ -12,7 +12,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from kills import run_until
+from support.kills import run_until
 
 from ctxfast._core import files
 from ctxfast._core.files import LatchedFile, clear_left, create, locked, naming, replacing, replacing_folder

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fake_encoder import FakeEncoder
+from support.fake_encoder import FakeEncoder
 
 from ctxfast._core.files import replacing_folder
 from ctxfast.embed import Embedder

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from parity import converted, flat, public, wide
+from support.parity import converted, flat, public, wide
 
 from ctxfast._core import registry
 

@@ -266,7 +266,7 @@ def test_on_a_gpu() -> None:
 
 @torch.no_grad()
 def test_swapped_encoders_go_through_graphs() -> None:
-    from hf_models import IDS, MASK, tiny_model
+    from support.hf_models import IDS, MASK, tiny_model
 
     for kind in ("Bert", "DistilBert"):
         model, other = tiny_model(kind), tiny_model(kind)

@@ -8,7 +8,19 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from parity import FORWARD, arguments, check, combinations, convert, converted, device_of, flat, gradients, run, wide
+from support.parity import (
+    FORWARD,
+    arguments,
+    check,
+    combinations,
+    convert,
+    converted,
+    device_of,
+    flat,
+    gradients,
+    run,
+    wide,
+)
 from torch import Tensor
 
 from ctxfast._core import torch_ops

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from parity import (
+from support.parity import (
     FORWARD,
     GRADIENT,
     arguments,

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from parity import (
+from support.parity import (
     FORWARD,
     GRADIENT,
     arguments,

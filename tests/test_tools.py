@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from tool_modules import MODULES, Tagger, Upto, ids, mask_of, normal, swapped, tiny_bert, tiny_elmo
+from support.tool_modules import MODULES, Tagger, Upto, ids, mask_of, normal, swapped, tiny_bert, tiny_elmo
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence

@@ -10,8 +10,8 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from fake_encoder import DIM, LAYERS, FakeEncoder, vectors
 from safetensors import safe_open
+from support.fake_encoder import DIM, LAYERS, FakeEncoder, vectors
 
 from ctxfast import writers
 from ctxfast.embed import Embedder

@@ -46,7 +46,7 @@ def work(sizes: dict[str, Any], itemsize: int, backward: bool) -> Work:
 def _ours(args: Mapping[str, Any], dropout: float) -> BertForMaskedLM:
     torch.manual_seed(SEED)
     return BertForMaskedLM(
-        bert.bert_config(args["model"], hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
+        bert.config(args["model"], hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
     )
 
 

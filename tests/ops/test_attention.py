@@ -8,10 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import attention_masks
 import pytest
 import torch
-from parity import FORWARD, GRADIENT, check, gradients, run, wide
+from support import attention_masks
+from support.parity import FORWARD, GRADIENT, check, gradients, run, wide
 
 import ctxfast
 from ctxfast._core import capability, registry

@@ -6,10 +6,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import attention_masks
 import pytest
 import torch
-from parity import FORWARD, GRADIENT, check, gradients, run, wide
+from support import attention_masks
+from support.parity import FORWARD, GRADIENT, check, gradients, run, wide
 from torch import Tensor
 
 import ctxfast

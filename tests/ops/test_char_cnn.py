@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import emulated
 import pytest
 import torch
+from support import emulated
 
 import ctxfast
 from ctxfast._core import capability

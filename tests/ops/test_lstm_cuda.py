@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import emulated
 import pytest
 import torch
+from support import emulated
 
 from ctxfast._core import capability
 from ctxfast.ops.lstm import cuda

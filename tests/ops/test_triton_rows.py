@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from parity import FORWARD, GRADIENT, check, gradients, run, wide
+from support.parity import FORWARD, GRADIENT, check, gradients, run, wide
 from torch import Tensor
 
 import ctxfast

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from tiny_models import classified, paired, questions, tagged, tiny_bert, tiny_elmo
+from support.tiny_models import classified, paired, questions, tagged, tiny_bert, tiny_elmo
 
 from ctxfast.training.readers.conll import read_conll
 from ctxfast.training.readers.squad import read_squad

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import stopping
 import torch
 from oracles import google_bert_data
+from support import stopping
 
 import ctxfast
 from ctxfast import cli

@@ -9,9 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
-import stopping
 import tokenizers
 import torch
+from support import stopping
 
 from ctxfast import cli
 from ctxfast.models.bert.config import BertConfig

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from kills import run_until
+from support.kills import run_until
 from test_loop import Line, config
 
 from ctxfast.training.checkpoints import RunDirectory, check_settings

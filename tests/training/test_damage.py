@@ -13,9 +13,9 @@ import time
 from pathlib import Path
 
 import pytest
-from fake_encoder import FakeEncoder
+from support.fake_encoder import FakeEncoder
+from support.tiny_models import classified, questions, tagged
 from test_loop import Line, config
-from tiny_models import classified, questions, tagged
 
 from ctxfast.embed import Embedder
 from ctxfast.training.loop import train

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_models import classified, paired, questions, tagged, tiny_bert, tiny_elmo
+from support.tiny_models import classified, paired, questions, tagged, tiny_bert, tiny_elmo
 
 from benchmarks import finetune_peers
 from ctxfast.cli import main

@@ -8,7 +8,7 @@ import sys
 import warnings
 
 import pytest
-from tiny_models import questions, tagged, tiny_bert
+from support.tiny_models import questions, tagged, tiny_bert
 
 from ctxfast.cli import main
 from ctxfast.training.readers.conll import read_conll

@@ -6,7 +6,7 @@ from __future__ import annotations
 import shutil
 
 import pytest
-from tiny_models import classified, tagged, tiny_bert, tiny_elmo
+from support.tiny_models import classified, tagged, tiny_bert, tiny_elmo
 
 from ctxfast.cli import main
 from ctxfast.models.bert.tokenization import BertTokenizer

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from kills import run_until
+from support.kills import run_until
 
 from ctxfast import cli
 from ctxfast.training.bilm_corpus import BiLmCorpus

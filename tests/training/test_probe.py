@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from tiny_models import tagged, tiny_bert, tiny_elmo
+from support.tiny_models import tagged, tiny_bert, tiny_elmo
 
 from ctxfast.cli import main
 from ctxfast.embed import Embedder

@@ -10,7 +10,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import labels_of, tiny_bert, tiny_roberta
+from support.tiny_models import labels_of, tiny_bert, tiny_roberta
 
 from ctxfast.models.bert.tokenization import BertTokenizer
 from ctxfast.training.readers.tables import Example

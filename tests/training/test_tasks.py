@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from tiny_models import labels_of, tiny_bert, tiny_roberta
+from support.tiny_models import labels_of, tiny_bert, tiny_roberta
 
 from ctxfast.embed import Embedder
 from ctxfast.models.bert.tokenization import BertTokenizer

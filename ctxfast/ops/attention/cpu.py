@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``attention`` on the CPU without padding: compiled kernels (csrc/cpu/attention_body.h, attention_backward_body.h).
+"""``attention`` on the CPU without padding: compiled kernels (csrc/attention/forward.h, backward.h).
 
 float16, which processors do not multiply, goes through them as float32. The forward keeps nothing but its input, and
 with dropout two seeds: the backward makes scores and mask again. A sequence's result does not depend on the number of
@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._core import capability, philox, registry, torch_ops
+from ..._core import capability, registry, torch_ops
+from ..shared import philox
 from . import definition
 
-_MAX_HEAD_DIM = 1024  # of csrc/include/ctxfast/attention.h
+_MAX_HEAD_DIM = 1024  # of csrc/attention/attention.h
 
 
 def _arguments(
@@ -102,7 +103,7 @@ _bwd = torch_ops.define("attention_cpu_bwd", f"(Tensor grad, {_ARGUMENTS}) -> Te
 
 
 def _mask(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, dropout_p: float, seeds: Tensor | None) -> Tensor | None:
-    """(S, H, L, L): the mask that csrc/include/ctxfast/attention.h lays down, for the definition."""
+    """(S, H, L, L): the mask that csrc/attention/attention.h lays down, for the definition."""
     if seeds is None:
         return None
     sequences, heads = cu_seqlens.shape[0] - 1, qkv.shape[2]

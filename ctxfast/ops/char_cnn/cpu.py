@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..._core import capability, registry, torch_ops
-from ..._core.weight_cache import WeightCache
+from ..shared.weight_cache import WeightCache
 from . import definition
 
 _PANEL = 32  # filters side by side
@@ -25,7 +25,7 @@ _packed = WeightCache()
 
 
 def _in_panels(weight: Tensor) -> Tensor:
-    """(n, D, w) -> [panel][w * D][32], float32, zeros where there is no filter: see csrc/include/ctxfast/char_cnn.h."""
+    """(n, D, w) -> [panel][w * D][32], float32, zeros where there is no filter: see csrc/char_cnn/char_cnn.h."""
     rows = weight.detach().float().permute(2, 1, 0).flatten(0, 1)
     return F.pad(rows, (0, -weight.shape[0] % _PANEL)).unflatten(1, (-1, _PANEL)).transpose(0, 1).contiguous()
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``transformer_layers`` on the CPU: all layers in one compiled call (csrc/include/ctxfast/transformer_layers.h).
+"""``transformer_layers`` on the CPU: all layers in one compiled call (csrc/transformer_layers/transformer_layers.h).
 
 Results have the bits that the parts' own CPU implementations give one after another; what is spared are their calls,
 which take longer than the arithmetic of a short text, and waits between threads. A call with a gradient keeps each
@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._core import capability, packed_weights, registry, torch_ops
+from ..._core import capability, registry, torch_ops
+from ..shared import packed_weights
 from . import PARTS, TENSORS
 
 _OP = "transformer_layers"

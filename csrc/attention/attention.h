@@ -1,0 +1,53 @@
+// SPDX-License-Identifier: Apache-2.0
+// attention on the CPU: y = dropout(softmax(scale Q K^T)) V inside each of several packed sequences, no padding; and
+// its gradients.
+//
+// A token's row holds its query, key and value of every head, [3][heads][head_dim]. Softmax and sums are float32, the
+// softmax over whole rows of scores. Inputs in bfloat16 are multiplied as bfloat16 where the processor does so, else
+// as float32; gradients are computed in float32. A sequence's bits depend on nothing but its rows (and the instruction
+// set, and with dropout its place in the batch): not on what it is batched with, nor on threads. Memory beyond the
+// arguments grows with the longest sequence, not with its square.
+//
+// Dropout: weight (query i, key j) of sequence s and head h has 16 random bits of its own and is kept where they reach
+// round(65536 dropout_p). The bits come from Philox4x32-7 keyed with seeds[0]; they are half (j / 16) % 2 of word i % 4
+// at the counter (16 (j / 32) + j % 16, i / 4, s heads + h, seeds[1]). The same on every instruction set.
+#pragma once
+
+#include <cstdint>
+
+#include "base/common.h"
+#include "base/isa.h"
+
+namespace ctxfast {
+
+constexpr int64_t kAttentionMaxHeadDim = 1024;
+
+struct AttentionParams {
+  int64_t tokens = 0, heads = 0, head_dim = 0, sequences = 0;
+  DType type = DType::kFloat32;      // qkv, bias and y: float32 or bfloat16
+  const void* qkv = nullptr;         // (tokens, 3, heads, head_dim), tokens stride_qkv apart
+  int64_t stride_qkv = 0;            // elements
+  const void* bias = nullptr;        // (3, heads, head_dim), added to every token's row; may be null
+  const void* cu_seqlens = nullptr;  // (sequences + 1): rises from 0 to tokens
+  bool is_int64 = false;             // cu_seqlens; else int32
+  float scale = 1;
+  float dropout_p = 0;             // 0 <= dropout_p < 1
+  const int64_t* seeds = nullptr;  // 2; may be null where dropout_p is 0
+  void* y = nullptr;               // (tokens, heads, head_dim), tokens stride_y apart; may not overlap an input
+  int64_t stride_y = 0;            // elements
+  int64_t threads = 1;
+  Isa isa = Isa::kGeneric;
+};
+
+struct AttentionGradients {
+  const void* y = nullptr;  // the gradient of y, given
+  int64_t stride_y = 0;
+  void* qkv = nullptr;  // of qkv, written; the bias's is its sum over tokens
+  int64_t stride_qkv = 0;
+};
+
+Status attention_forward(const AttentionParams& params);
+// Of the forward with the same params; params.y is not looked at.
+Status attention_backward(const AttentionParams& params, const AttentionGradients& gradients);
+
+}  // namespace ctxfast

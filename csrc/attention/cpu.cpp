@@ -1,0 +1,195 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
+#include <cmath>
+
+#include "attention/attention.h"
+#include "attention/kernels.h"
+#include "base/parallel.h"
+#include "base/workspace.h"
+
+namespace ctxfast {
+namespace {
+
+constexpr const char* kOp = "attention";
+// Multiply-adds that are worth a thread: some 3 us.
+constexpr int64_t kWorkOfThread = 1 << 18;
+
+struct Call {
+  AttentionKernel kernel;
+  AttentionJob job;
+};
+
+void run(void* context, int index, int count) {
+  const Call& call = *static_cast<Call*>(context);
+  call.kernel(call.job, index, count);
+}
+
+template <class Offset>
+Status check_offsets(const char* op, const void* given, int64_t sequences, int64_t tokens, int64_t* longest) {
+  const Offset* const offsets = static_cast<const Offset*>(given);
+  *longest = 0;
+  for (int64_t i = 0; i < sequences; ++i) {
+    if (offsets[i + 1] < offsets[i]) {
+      return invalid(op, "cu_seqlens[" + std::to_string(i + 1) + "]", std::to_string(offsets[i + 1]),
+                     "at least " + std::to_string(offsets[i]) + ", where the sequence before begins");
+    }
+    *longest = std::max<int64_t>(*longest, offsets[i + 1] - offsets[i]);
+  }
+  if (offsets[0] != 0) return invalid(op, "cu_seqlens[0]", std::to_string(offsets[0]), "0");
+  if (offsets[sequences] != tokens) {
+    return invalid(op, "the end of cu_seqlens", std::to_string(offsets[sequences]),
+                   std::to_string(tokens) + ", the number of tokens");
+  }
+  return {};
+}
+
+struct Size {
+  const char* name;
+  int64_t value, least;
+};
+
+// What forward and backward have in common.
+Status check(const AttentionParams& p, int64_t* longest) {
+  const Size sizes[] = {{"tokens", p.tokens, 0},
+                        {"sequences", p.sequences, 0},
+                        {"heads", p.heads, 0},
+                        {"threads", p.threads, 1},
+                        {"stride_qkv", p.stride_qkv, 3 * p.heads * p.head_dim}};
+  for (const auto& size : sizes) {
+    if (size.value < size.least) {
+      return invalid(kOp, size.name, std::to_string(size.value), std::to_string(size.least) + " or more");
+    }
+  }
+  if (p.head_dim < 0 || p.head_dim > kAttentionMaxHeadDim) {
+    return invalid(kOp, "head_dim", std::to_string(p.head_dim), "0.." + std::to_string(kAttentionMaxHeadDim));
+  }
+  if (p.type != DType::kFloat32 && p.type != DType::kBFloat16) {
+    return invalid(kOp, "type", "another", "float32 or bfloat16");
+  }
+  if (!(p.dropout_p >= 0 && p.dropout_p < 1)) {
+    return invalid(kOp, "dropout_p", std::to_string(p.dropout_p), "0 or more, below 1");
+  }
+  if (p.dropout_p > 0 && !p.seeds) return invalid(kOp, "seeds", "null", "an address where there is dropout");
+  if (!p.cu_seqlens) return invalid(kOp, "cu_seqlens", "null", "an address");
+  const Status rises = attention_check_offsets(kOp, p.cu_seqlens, p.is_int64, p.sequences, p.tokens, longest);
+  if (!rises.ok() || p.tokens * p.heads * p.head_dim == 0) return rises;
+  if (!p.qkv) return invalid(kOp, "qkv", "null", "an address");
+  return {};
+}
+
+Status check_rows(const char* name, const void* rows, int64_t stride, int64_t least) {
+  if (!rows) return invalid(kOp, name, "null", "an address");
+  if (stride >= least) return {};
+  return invalid(kOp, std::string("stride of ") + name, std::to_string(stride), std::to_string(least) + " or more");
+}
+
+bool is_empty(const AttentionParams& p) { return p.tokens * p.heads * p.head_dim == 0; }
+
+// Bytes of a thread's draws: a row of them for each query row.
+int64_t draws_bytes(int64_t longest) {
+  return 2 * std::min(kAttentionRows, longest) * round_up(longest, kAttentionDraw);
+}
+
+// On top of a forward's: values turned, gradients of keys and values, rows and panels of queries and gradients, and
+// gradients of scores.
+int64_t backward_bytes(int64_t longest, int64_t head_dim) {
+  const int64_t keys = round_up(longest, kAttentionPad), size = round_up(head_dim, kAttentionPad);
+  const int64_t rows = std::min(kAttentionRows, longest);
+  return 4 * (3 * keys * size + 3 * rows * size + rows * (keys + kAttentionPad));
+}
+
+AttentionKernel backward_kernel_for(DType type, Isa isa) {
+  const bool is_half = type == DType::kBFloat16;
+#if CTXFAST_AVX512
+  if (isa >= Isa::kAvx512) return is_half ? attention_backward_bfloat16_avx512 : attention_backward_float32_avx512;
+#endif
+#if CTXFAST_AVX2
+  if (isa >= Isa::kAvx2) return is_half ? attention_backward_bfloat16_avx2 : attention_backward_float32_avx2;
+#endif
+  (void)isa;
+  return is_half ? attention_backward_bfloat16_generic : attention_backward_float32_generic;
+}
+
+// `products`: of the size of scores, each D multiply-adds an element.
+Status run_kernel(AttentionKernel kernel, const AttentionParams& p, const AttentionGradients& gradients,
+                  int64_t longest, int64_t bytes_of_thread, int products) {
+  Call call = {kernel, {}};
+  AttentionJob& job = call.job;
+  job.heads = p.heads, job.head_dim = p.head_dim, job.sequences = p.sequences;
+  job.is_int64 = p.is_int64, job.cu_seqlens = p.cu_seqlens;
+  job.qkv = p.qkv, job.stride_qkv = p.stride_qkv, job.bias = p.bias;
+  job.scale = p.scale;
+  job.y = p.y, job.stride_y = p.stride_y;
+  job.threshold = static_cast<int32_t>(std::min(std::lround(p.dropout_p * 65536.0), 65535L));
+  job.seeds = job.threshold > 0 ? p.seeds : nullptr;
+  job.gradients = gradients;
+  job.scratch_bytes = bytes_of_thread;
+  // Multiply-adds, in floating point: they may pass 2^63.
+  const double work =
+      static_cast<double>(p.tokens * p.heads * p.head_dim) * static_cast<double>(products * longest) / kWorkOfThread;
+  const int64_t threads =
+      work < static_cast<double>(p.threads) ? std::max<int64_t>(1, static_cast<int64_t>(work)) : p.threads;
+  const size_t bytes = static_cast<size_t>(threads * job.scratch_bytes);
+  job.scratch = static_cast<char*>(workspace(bytes));
+  if (!job.scratch) return runtime_error(kOp, "no memory for a workspace of " + std::to_string(bytes) + " bytes.");
+  if (!run_parallel(threads, run, &call)) return runtime_error(kOp, "no thread could be started.");
+  return {};
+}
+
+}  // namespace
+
+Status attention_check_offsets(const char* op, const void* cu_seqlens, bool is_int64, int64_t sequences, int64_t tokens,
+                               int64_t* longest) {
+  const auto check_these = is_int64 ? check_offsets<int64_t> : check_offsets<int32_t>;
+  return check_these(op, cu_seqlens, sequences, tokens, longest);
+}
+
+AttentionKernel attention_kernel_for(DType type, Isa isa) {
+  const bool is_half = type == DType::kBFloat16;
+  AttentionKernel best = is_half ? attention_bfloat16_generic : attention_float32_generic;
+#if CTXFAST_AVX2
+  if (isa >= Isa::kAvx2) best = is_half ? attention_bfloat16_avx2 : attention_float32_avx2;
+#endif
+#if CTXFAST_AVX512
+  if (isa >= Isa::kAvx512) best = is_half ? attention_bfloat16_avx512 : attention_float32_avx512;
+#endif
+#if CTXFAST_AVX512BF16
+  if (isa >= Isa::kAvx512Bf16 && is_half) best = attention_bfloat16_avx512bf16;
+#endif
+  (void)isa;
+  return best;
+}
+
+int64_t attention_scratch_bytes(int64_t longest, int64_t head_dim) {
+  const int64_t keys = round_up(longest, kAttentionPad), size = round_up(head_dim, kAttentionPad);
+  const int64_t rows = std::min(kAttentionRows, longest);
+  // Keys and values; rows that are being turned into columns; queries and context; scores, a line apart.
+  return 4 * (2 * keys * size + kAttentionPad * size + 2 * rows * size + rows * (keys + kAttentionPad));
+}
+
+Status attention_forward(const AttentionParams& p) {
+  int64_t longest = 0;
+  const Status checked = check(p, &longest);
+  if (!checked.ok() || is_empty(p)) return checked;
+  const Status rows = check_rows("y", p.y, p.stride_y, p.heads * p.head_dim);
+  if (!rows.ok()) return rows;
+  const int64_t draws = p.dropout_p > 0 ? draws_bytes(longest) : 0;
+  const int64_t bytes = round_up(attention_scratch_bytes(longest, p.head_dim) + draws, 64);
+  return run_kernel(attention_kernel_for(p.type, p.isa), p, {}, longest, bytes, 2);
+}
+
+Status attention_backward(const AttentionParams& p, const AttentionGradients& gradients) {
+  int64_t longest = 0;
+  const Status checked = check(p, &longest);
+  if (!checked.ok() || is_empty(p)) return checked;
+  const int64_t width = p.heads * p.head_dim;
+  const Status given = check_rows("gradients.y", gradients.y, gradients.stride_y, width);
+  if (!given.ok()) return given;
+  const Status wanted = check_rows("gradients.qkv", gradients.qkv, gradients.stride_qkv, 3 * width);
+  if (!wanted.ok()) return wanted;
+  const int64_t bytes =
+      attention_scratch_bytes(longest, p.head_dim) + draws_bytes(longest) + backward_bytes(longest, p.head_dim);
+  return run_kernel(backward_kernel_for(p.type, p.isa), p, gradients, longest, round_up(bytes, 64), 5);
+}
+
+}  // namespace ctxfast

@@ -1,0 +1,62 @@
+// SPDX-License-Identifier: Apache-2.0
+// Between cpu.cpp (checks, memory, threads) and the kernels of each instruction set; and for ops that run
+// attention inside a parallel region of their own.
+#pragma once
+
+#include <cstdint>
+
+#include "attention/attention.h"
+
+namespace ctxfast {
+
+struct AttentionJob {
+  int64_t heads, head_dim, sequences;
+  bool is_int64;    // cu_seqlens; else int32
+  const void* qkv;  // (tokens, 3, heads, head_dim)
+  int64_t stride_qkv;
+  const void* bias;  // (3, heads, head_dim) or null
+  const void* cu_seqlens;
+  float scale;
+  void* y;  // (tokens, heads, head_dim); the backward leaves it alone
+  int64_t stride_y;
+  // dropout: null or two seeds; weights whose 16 bits are below the threshold go, the others grow
+  const int64_t* seeds;
+  int32_t threshold;
+  AttentionGradients gradients;
+  // workspace: attention_scratch_bytes for each thread, on a cache line
+  char* scratch;
+  int64_t scratch_bytes;
+};
+
+// Thread `index` of `count` does its share, without meeting the others: every row that is read must be there before,
+// and what is written is there when all threads are done.
+typedef void (*AttentionKernel)(const AttentionJob& job, int index, int count);
+
+// The best kernel that `isa` includes, for float32 or bfloat16.
+AttentionKernel attention_kernel_for(DType type, Isa isa);
+
+// Bytes of one thread of a forward without dropout, a multiple of a cache line; `longest`: tokens of the longest
+// sequence.
+int64_t attention_scratch_bytes(int64_t longest, int64_t head_dim);
+
+// Refuses, in the name of `op`, offsets that do not rise from 0 to `tokens`; else sets *longest.
+Status attention_check_offsets(const char* op, const void* cu_seqlens, bool is_int64, int64_t sequences, int64_t tokens,
+                               int64_t* longest);
+
+extern const AttentionKernel attention_float32_generic, attention_float32_avx2, attention_float32_avx512;
+extern const AttentionKernel attention_bfloat16_generic, attention_bfloat16_avx2, attention_bfloat16_avx512,
+    attention_bfloat16_avx512bf16;
+
+extern const AttentionKernel attention_backward_float32_generic, attention_backward_float32_avx2,
+    attention_backward_float32_avx512;
+extern const AttentionKernel attention_backward_bfloat16_generic, attention_backward_bfloat16_avx2,
+    attention_backward_bfloat16_avx512;
+
+// Query rows of an item of work at most.
+constexpr int64_t kAttentionRows = 48;
+// Lanes of the widest kernel, and floats of a cache line: what rows of the workspace are padded to.
+constexpr int64_t kAttentionPad = 16;
+// Keys that one draw of random bits serves.
+constexpr int64_t kAttentionDraw = 32;
+
+}  // namespace ctxfast

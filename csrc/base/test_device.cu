@@ -1,0 +1,273 @@
+// SPDX-License-Identifier: Apache-2.0
+// The instructions of csrc/base/device.cuh against plain loops. On a GPU it checks the hardware's register layouts, on
+// the emulator that it agrees with them, and that it notices what a kernel does wrong.
+#include <cuda_runtime_api.h>
+
+#include <cstdlib>
+#include <cstring>
+
+#include "base/device.cuh"
+#include "base/launch.cuh"
+#include "base/testing.h"
+
+using namespace ctxfast;
+
+#ifdef CTXFAST_EMULATE
+constexpr const char* kProgram = "test_device, emulated";
+#else
+constexpr const char* kProgram = "test_device";
+#endif
+
+namespace {
+
+constexpr int kThreads = 128;  // one warpgroup
+
+struct ProductParams {
+  const unsigned char* a;  // (64, 16), 16-bit elements
+  const unsigned char* b;  // (8, 16): column by column
+  float* mma;              // (64, 8)
+  float* loaded;           // (64, 8): fragments by ldmatrix
+  float* wgmma_shared;     // (64, 8)
+  float* wgmma_registers;  // (64, 8)
+  bool warpgroups;
+};
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads) product_kernel(const __grid_constant__ ProductParams p) {
+  unsigned char* const a_rows = shared_memory();  // (64, 16)
+  unsigned char* const b_rows = a_rows + 2048;    // (8, 16)
+  unsigned char* const a_core = b_rows + 256;     // 2 x 8 core matrices
+  unsigned char* const b_core = a_core + 2048;    // 2 x 1
+  const int thread = thread_index(), warp = warp_index(), lane = lane_index(), g = lane / 4, t = lane % 4;
+  copy_async_16(a_rows + 16 * thread, p.a + 16 * thread);
+  copy_async_commit();
+  if (thread < 16) copy_async_16(b_rows + 16 * thread, p.b + 16 * thread);
+  copy_async_commit();
+  copy_async_wait<0>();
+  block_sync();
+  const auto* a_pieces = reinterpret_cast<const uint4*>(a_rows);  // row r, half k8: piece 2 r + k8
+  reinterpret_cast<uint4*>(a_core)[thread] = a_pieces[2 * (thread % 64) + thread / 64];
+  if (thread < 16) {
+    reinterpret_cast<uint4*>(b_core)[thread] = reinterpret_cast<const uint4*>(b_rows)[2 * (thread % 8) + thread / 8];
+  }
+  shared_written();
+  block_sync();
+
+  const auto* a_words = reinterpret_cast<const uint32_t*>(a_rows);
+  const auto* b_words = reinterpret_cast<const uint32_t*>(b_rows);
+  const int row = 16 * warp + g;
+  const uint32_t a[4] = {a_words[8 * row + t], a_words[8 * (row + 8) + t], a_words[8 * row + t + 4],
+                         a_words[8 * (row + 8) + t + 4]};
+  const uint32_t b[2] = {b_words[8 * g + t], b_words[8 * g + t + 4]};
+  float d[4] = {}, e[4] = {};
+  mma_16x8x16<T>(d, a, b);
+  uint32_t la[4], lb[2];
+  ldmatrix_x4(la, a_rows + 32 * (16 * warp + lane % 16) + 16 * (lane / 16));
+  ldmatrix_x2(lb, b_rows + 32 * (lane % 8) + 16 * (lane / 8 % 2));
+  mma_16x8x16<T>(e, la, lb);
+  float ss[1][4] = {}, rs[1][4] = {};
+#if defined(CTXFAST_EMULATE) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  if (p.warpgroups) {
+    const uint64_t of_a = wgmma_descriptor(a_core, 1024, 128), of_b = wgmma_descriptor(b_core, 128, 128);
+    wgmma_fence();
+    wgmma_ss<T, 8>(ss, of_a, of_b);
+    wgmma_rs<T, 8>(rs, make_uint4(a[0], a[1], a[2], a[3]), of_b);
+    wgmma_commit();
+    wgmma_wait<0>();
+  }
+#endif
+  for (int j = 0; j < 4; ++j) {
+    const int at = (row + 8 * (j / 2)) * 8 + 2 * t + j % 2;
+    p.mma[at] = d[j];
+    p.loaded[at] = e[j];
+    p.wgmma_shared[at] = ss[0][j];
+    p.wgmma_registers[at] = rs[0][j];
+  }
+}
+
+struct RingParams {
+  uint4* slots;     // one per block, all bits set: empty
+  uint32_t* total;  // one per block
+  int rounds;
+};
+
+// A token of four words goes round all blocks; it is its own flag. Each block adds its number.
+__global__ void __launch_bounds__(kThreads) ring_kernel(const __grid_constant__ RingParams p) {
+  const int blocks = grid_size(), me = block_index();
+  constexpr uint32_t kEmpty = 0xffffffffu;
+  for (int round = 0; round < p.rounds; ++round) {
+    if (thread_index() == 0) {
+      uint4 token = make_uint4(0, 0, 0, 0);
+      if (round > 0 || me > 0) {
+        int spins = 0;
+        do {
+          token = load_relaxed(p.slots + me);
+          if (++spins > (1 << 22)) trap_with(1, me);
+        } while (token.x == kEmpty || token.y == kEmpty || token.z == kEmpty || token.w == kEmpty);
+        // Nobody writes here again before the token has gone all the way round.
+        store_relaxed(p.slots + me, make_uint4(kEmpty, kEmpty, kEmpty, kEmpty));
+        fence();
+      }
+      token.x += me;
+      token.y += 1;
+      token.z += any_sync(true) ? 2 : 0;
+      if (me + 1 < blocks || round + 1 < p.rounds) store_relaxed(p.slots + (me + 1) % blocks, token);
+      p.total[me] = token.x + token.y;
+    } else if (thread_index() < 32) {
+      any_sync(false);
+    }
+    block_sync();
+  }
+}
+
+struct LaneParams {
+  float* out;  // (3, 32)
+};
+
+__global__ void __launch_bounds__(32) lanes_kernel(const __grid_constant__ LaneParams p) {
+  const int lane = lane_index();
+  p.out[lane] = shuffle_xor(static_cast<float>(lane), 5);
+  p.out[32 + lane] = shuffle(static_cast<float>(lane * lane), (lane + 3) % 32);
+  p.out[64 + lane] = shuffle_down(static_cast<float>(lane), 8);
+}
+
+void must(cudaError_t error) {
+  if (error == cudaSuccess) return;
+  std::printf("FAIL %s: %s\n", kProgram, cudaGetErrorString(error));
+  std::exit(1);
+}
+
+template <typename V>
+V* device_array(size_t count, int byte) {
+  void* memory = nullptr;
+  must(cudaMalloc(&memory, count * sizeof(V)));
+  must(cudaMemset(memory, byte, count * sizeof(V)));
+  return static_cast<V*>(memory);
+}
+
+template <typename V>
+std::vector<V> to_host(const V* device, size_t count) {
+  std::vector<V> host(count);
+  must(cudaMemcpy(host.data(), device, count * sizeof(V), cudaMemcpyDeviceToHost));
+  return host;
+}
+
+template <typename T>
+void products(Report* report, const char* name, bool warpgroups) {
+  Random random(7);
+  std::vector<T> a(64 * 16), b(8 * 16);
+  for (T& value : a) value = T(random.uniform(1));
+  for (T& value : b) value = T(random.uniform(1));
+  auto* device_a = device_array<unsigned char>(2048, 0);
+  auto* device_b = device_array<unsigned char>(256, 0);
+  must(cudaMemcpy(device_a, a.data(), 2048, cudaMemcpyHostToDevice));
+  must(cudaMemcpy(device_b, b.data(), 256, cudaMemcpyHostToDevice));
+  ProductParams params{device_a,
+                       device_b,
+                       device_array<float>(512, 0xff),
+                       device_array<float>(512, 0xff),
+                       device_array<float>(512, 0xff),
+                       device_array<float>(512, 0xff),
+                       warpgroups};
+  must(launch(product_kernel<T>, LaunchConfig{dim3(1), kThreads, 4608}, nullptr, params));
+  must(cudaDeviceSynchronize());
+  std::vector<double> want(512);
+  for (int row = 0; row < 64; ++row) {
+    for (int column = 0; column < 8; ++column) {
+      for (int k = 0; k < 16; ++k) {
+        want[8 * row + column] += double(to_float(a[16 * row + k])) * double(to_float(b[16 * column + k]));
+      }
+    }
+  }
+  report->near(std::string(name) + " mma", to_host(params.mma, 512), want, 1e-5);
+  report->near(std::string(name) + " ldmatrix", to_host(params.loaded, 512), want, 1e-5);
+  if (!warpgroups) return;
+  report->near(std::string(name) + " wgmma, a in shared memory", to_host(params.wgmma_shared, 512), want, 1e-5);
+  report->near(std::string(name) + " wgmma, a in registers", to_host(params.wgmma_registers, 512), want, 1e-5);
+}
+
+void ring(Report* report, int blocks) {
+  const int rounds = 3;
+  RingParams params{device_array<uint4>(blocks, 0xff), device_array<uint32_t>(blocks, 0), rounds};
+  must(launch(ring_kernel, LaunchConfig{dim3(blocks), kThreads, 0, true}, nullptr, params));
+  must(cudaDeviceSynchronize());
+  const uint32_t each = blocks * (blocks - 1) / 2;
+  report->that("ring of " + std::to_string(blocks),
+               to_host(params.total, blocks).back() == static_cast<uint32_t>(rounds) * (each + blocks));
+}
+
+void lanes(Report* report) {
+  LaneParams params{device_array<float>(96, 0xff)};
+  must(launch(lanes_kernel, LaunchConfig{dim3(1), 32}, nullptr, params));
+  must(cudaDeviceSynchronize());
+  std::vector<double> want(96);
+  for (int lane = 0; lane < 32; ++lane) {
+    want[lane] = lane ^ 5;
+    want[32 + lane] = ((lane + 3) % 32) * ((lane + 3) % 32);
+    want[64 + lane] = lane + 8 < 32 ? lane + 8 : lane;
+  }
+  report->near("shuffles", to_host(params.out, 96), want, 0);
+}
+
+#ifdef CTXFAST_EMULATE
+struct Wrong {
+  int kind;
+  uint4* memory;
+};
+
+void wrong_kernel(Wrong p) {
+  if (p.kind == 0 && thread_index() != 3) block_sync();
+  if (p.kind == 1) *reinterpret_cast<uint32_t*>(shared_memory() + 64) = 1;
+  if (p.kind == 2) copy_async_16(shared_memory(), p.memory);
+  if (p.kind == 3) {
+    for (int spins = 0; load_relaxed(&p.memory->x) != 7;) {
+      if (++spins > 100) trap_with(3, 7);
+    }
+  }
+  if (p.kind == 4 && lane_index() < 16) {
+    any_sync(true);
+  } else if (p.kind == 4) {
+    shuffle_xor(1.0f, 1);
+  }
+}
+
+// What a kernel gets wrong must be seen, or the tests above and the kernels' own would prove little.
+void notices(Report* report) {
+  uint4 memory = {};
+  const char* const expected[] = {"waits for others", "past its 64 bytes", "never waited for", "code 3",
+                                  "different operations"};
+  for (int kind = 0; kind < 5; ++kind) {
+    const cudaError_t error = launch(wrong_kernel, LaunchConfig{dim3(1), 32, 64}, nullptr, Wrong{kind, &memory});
+    report->that(std::string("notices: ") + expected[kind] + "; says: " + cudaGetErrorString(error),
+                 error != cudaSuccess && std::strstr(cudaGetErrorString(error), expected[kind]) != nullptr);
+  }
+}
+#endif
+
+}  // namespace
+
+int main() {
+  Report report;
+  int devices = 0;
+  if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
+    std::printf("%s: not run, no GPU\n", kProgram);
+    return 0;
+  }
+  DeviceFacts facts;
+  must(device_facts(0, &facts));
+  const bool warpgroups = facts.major == 9;
+#ifdef CTXFAST_EMULATE
+  for (const uint64_t seed : {0, 1, 2}) {
+    emulator::set_schedule(seed);
+    notices(&report);
+#else
+  {
+#endif
+    products<__half>(&report, "fp16", warpgroups);
+    products<__nv_bfloat16>(&report, "bf16", warpgroups);
+    ring(&report, 2);
+    ring(&report, 60);
+    lanes(&report);
+  }
+  return report.finish(kProgram);
+}

@@ -1,0 +1,101 @@
+// SPDX-License-Identifier: Apache-2.0
+// Vectors that are float32 or bfloat16 in memory and float32 in registers. As in vector.h everything is in an
+// unnamed namespace.
+#pragma once
+
+#include "base/vector.h"
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace ctxfast {
+namespace {
+
+// a b + c, rounded once.
+inline Vec fused(Vec a, Vec b, Vec c) {
+#if CTXFAST_LANES == 16
+  return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif CTXFAST_LANES == 8
+  return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  for (int i = 0; i < kLanes; ++i) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+  return c;
+#endif
+}
+
+// Some compilers take the general conversion of vectors apart.
+inline WordVec words_of(HalfVec halves) {
+#if CTXFAST_LANES == 16
+  return (WordVec)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)halves);
+#else
+  return __builtin_convertvector(halves, WordVec);
+#endif
+}
+inline HalfVec halves_of(WordVec words) {
+#if CTXFAST_LANES == 16
+  __m256i halves = _mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)words);
+  asm("" : "+x"(halves));
+  return (HalfVec)halves;
+#else
+  return __builtin_convertvector(words, HalfVec);
+#endif
+}
+inline ByteVec bytes_of(WordVec words) {
+#if CTXFAST_LANES == 16
+  __m128i bytes = _mm512_maskz_cvtepi32_epi8(0xffff, (__m512i)words);
+  asm("" : "+x"(bytes));  // kept from becoming a store: the instruction that narrows into memory takes 30 cycles
+  return (ByteVec)bytes;
+#else
+  return __builtin_convertvector(words, ByteVec);
+#endif
+}
+
+inline Vec widened(HalfVec halves) { return (Vec)(words_of(halves) << 16); }
+
+// Nearest, ties to even; NaN stays NaN.
+inline HalfVec narrowed(Vec x) {
+  const WordVec bits = (WordVec)x;
+  const WordVec nearest = bits + 0x7fffu + ((bits >> 16) & 1u);
+  const WordVec rounded = (IntVec)(bits & 0x7fffffffu) > 0x7f800000 ? bits | 0x400000u : nearest;
+  return halves_of(rounded >> 16);
+}
+
+inline Vec load_halves(const uint16_t* from, int64_t n) {
+  HalfVec halves = {};
+  if (n >= kLanes) {
+    __builtin_memcpy(&halves, from, sizeof halves);
+  } else {
+    for (int64_t i = 0; i < n; ++i) halves[i] = from[i];
+  }
+  return widened(halves);
+}
+
+template <bool kHalf>
+inline Vec load_typed(const void* from, int64_t at, int64_t n) {
+  return kHalf ? load_halves(static_cast<const uint16_t*>(from) + at, n)
+               : load_some(static_cast<const float*>(from) + at, n);
+}
+
+// The same for all but NaN's payload and values too small for a full mantissa, which become zero.
+inline HalfVec narrowed_fast(Vec x) {
+#if defined(__AVX512BF16__) && CTXFAST_LANES == 16
+  return (HalfVec)_mm512_cvtneps_pbh((__m512)x);
+#else
+  return narrowed(x);
+#endif
+}
+
+template <bool kHalf, bool kFast>
+inline void store_typed(void* to, int64_t at, Vec value, int64_t n) {
+  if (!kHalf) return store_some(static_cast<float*>(to) + at, value, n);
+  const HalfVec halves = kFast ? narrowed_fast(value) : narrowed(value);
+  uint16_t* const out = static_cast<uint16_t*>(to) + at;
+  if (n >= kLanes) {
+    __builtin_memcpy(out, &halves, sizeof halves);
+  } else {
+    for (int64_t i = 0; i < n; ++i) out[i] = halves[i];
+  }
+}
+
+}  // namespace
+}  // namespace ctxfast

@@ -1,0 +1,294 @@
+// SPDX-License-Identifier: Apache-2.0
+// The functions of csrc/base/device.cuh and base/wgmma.cuh, on the emulator.
+#pragma once
+
+#include <cmath>
+#include <cstring>
+#include <string>
+
+#include "emulator/emulator.h"
+
+#define CTXFAST_DEVICE inline
+// Words of nvcc's that CUDA's headers leave out for other compilers.
+#ifndef __launch_bounds__
+#define __launch_bounds__(...)
+#endif
+#ifndef __grid_constant__
+#define __grid_constant__
+#endif
+
+namespace ctxfast {
+
+CTXFAST_DEVICE int thread_index() { return static_cast<int>(emulator::place().thread); }
+CTXFAST_DEVICE int block_index() { return static_cast<int>(emulator::place().block_x); }
+CTXFAST_DEVICE int block_index_y() { return static_cast<int>(emulator::place().block_y); }
+CTXFAST_DEVICE int block_index_z() { return static_cast<int>(emulator::place().block_z); }
+CTXFAST_DEVICE int block_size() { return static_cast<int>(emulator::place().threads); }
+CTXFAST_DEVICE int grid_size() { return static_cast<int>(emulator::place().grid.x); }
+CTXFAST_DEVICE int lane_index() { return thread_index() & 31; }
+CTXFAST_DEVICE int warp_index() { return thread_index() >> 5; }
+CTXFAST_DEVICE unsigned char* shared_memory() { return emulator::place().shared; }
+
+CTXFAST_DEVICE void warp_sync() {
+  emulator::together(32, nullptr, [](void**) {});
+}
+CTXFAST_DEVICE void block_sync() { emulator::block_barrier(0, 0); }
+CTXFAST_DEVICE void barrier_sync(int id, int threads) { emulator::block_barrier(id, threads); }
+
+namespace emulated {
+
+template <typename V>
+struct Shuffle {
+  V value;
+  int from;  // lane
+  V result;
+};
+
+template <typename V>
+V shuffled(V value, int from) {
+  static_assert(sizeof(V) == 4, "32-bit values are shuffled");
+  Shuffle<V> mine{value, from, value};
+  emulator::together(32, &mine, [](void** all) {
+    for (int lane = 0; lane < 32; ++lane) {
+      auto* to = static_cast<Shuffle<V>*>(all[lane]);
+      if (to->from >= 0 && to->from < 32) to->result = static_cast<Shuffle<V>*>(all[to->from])->value;
+    }
+  });
+  return mine.result;
+}
+
+inline float half_at(const unsigned char* p, const __half*) {
+  __half value;
+  std::memcpy(&value, p, 2);
+  return __half2float(value);
+}
+inline float half_at(const unsigned char* p, const __nv_bfloat16*) {
+  __nv_bfloat16 value;
+  std::memcpy(&value, p, 2);
+  return __bfloat162float(value);
+}
+// Element 0 or 1 of a register.
+template <typename T>
+float element(const uint32_t& word, int which) {
+  return half_at(reinterpret_cast<const unsigned char*>(&word) + 2 * which, static_cast<const T*>(nullptr));
+}
+
+struct Ldmatrix {
+  const unsigned char* row;
+  uint32_t* registers;
+};
+
+template <int Count, bool Transposed>
+void ldmatrix(uint32_t* registers, const void* row) {
+  Ldmatrix mine{static_cast<const unsigned char*>(row), registers};
+  emulator::together(32, &mine, [](void** all) {
+    const auto lane_of = [&](int lane) { return static_cast<Ldmatrix*>(all[lane]); };
+    for (int lane = 0; lane < 32; ++lane) {
+      for (int matrix = 0; matrix < Count; ++matrix) {
+        uint16_t pair[2];
+        for (int e = 0; e < 2; ++e) {
+          const int r = Transposed ? 2 * (lane % 4) + e : lane / 4, c = Transposed ? lane / 4 : 2 * (lane % 4) + e;
+          std::memcpy(&pair[e], lane_of(8 * matrix + r)->row + 2 * c, 2);
+        }
+        std::memcpy(&lane_of(lane)->registers[matrix], pair, 4);
+      }
+    }
+  });
+}
+
+// The 16 x 16 matrix of a warp's a registers.
+template <typename T>
+void unfold_a(const uint32_t* const (&registers)[32], float (&a)[16][16]) {
+  for (int lane = 0; lane < 32; ++lane) {
+    const int g = lane / 4, t = lane % 4;
+    for (int i = 0; i < 4; ++i) {
+      for (int e = 0; e < 2; ++e) a[g + 8 * (i & 1)][2 * t + e + 8 * (i >> 1)] = element<T>(registers[lane][i], e);
+    }
+  }
+}
+
+struct Mma {
+  float* d;
+  const uint32_t* a;
+  const uint32_t* b;
+};
+
+// Where the emulated wgmma keeps its descriptors' fields: start and both strides in units of 16 bytes.
+struct Wgmma {
+  float (*d)[4];
+  const uint32_t* a_registers;  // or null
+  uint64_t a, b;
+  const unsigned char* shared;
+};
+
+template <typename T>
+float core_element(const unsigned char* shared, uint64_t descriptor, int row, int k) {
+  const size_t start = (descriptor & 0x3FFF) << 4, k_stride = (descriptor >> 16 & 0x3FFF) << 4,
+               row_stride = (descriptor >> 32 & 0x3FFF) << 4;
+  const size_t at = start + row / 8 * row_stride + k / 8 * k_stride + row % 8 * 16 + k % 8 * 2;
+  return half_at(shared + at, static_cast<const T*>(nullptr));
+}
+
+template <typename T, int N>
+void wgmma(float (*d)[4], const uint32_t* a_registers, uint64_t a, uint64_t b) {
+  Wgmma mine{d, a_registers, a, b, emulator::place().shared};
+  emulator::together(128, &mine, [](void** all) {
+    const auto thread_of = [&](int thread) { return static_cast<Wgmma*>(all[thread]); };
+    const Wgmma& first = *thread_of(0);
+    float b_of[16][N];
+    for (int k = 0; k < 16; ++k) {
+      for (int n = 0; n < N; ++n) b_of[k][n] = core_element<T>(first.shared, first.b, n, k);
+    }
+    for (int warp = 0; warp < 4; ++warp) {
+      float a_of[16][16];
+      const uint32_t* registers[32];
+      for (int lane = 0; lane < 32; ++lane) {
+        const Wgmma& thread = *thread_of(32 * warp + lane);
+        if (thread.b != first.b || thread.a != first.a) emulator::fail("wgmma's descriptors differ within a warpgroup");
+        registers[lane] = thread.a_registers;
+      }
+      if (first.a_registers != nullptr) {
+        unfold_a<T>(registers, a_of);
+      } else {
+        for (int r = 0; r < 16; ++r) {
+          for (int k = 0; k < 16; ++k) a_of[r][k] = core_element<T>(first.shared, first.a, 16 * warp + r, k);
+        }
+      }
+      for (int lane = 0; lane < 32; ++lane) {
+        for (int i = 0; i < N / 8; ++i) {
+          for (int j = 0; j < 4; ++j) {
+            const int row = lane / 4 + 8 * (j >> 1), column = 8 * i + 2 * (lane % 4) + (j & 1);
+            float sum = 0;
+            for (int k = 0; k < 16; ++k) sum += a_of[row][k] * b_of[k][column];
+            thread_of(32 * warp + lane)->d[i][j] += sum;
+          }
+        }
+      }
+    }
+  });
+}
+
+}  // namespace emulated
+
+template <typename V>
+CTXFAST_DEVICE V shuffle(V value, int lane) {
+  return emulated::shuffled(value, lane & 31);
+}
+template <typename V>
+CTXFAST_DEVICE V shuffle_xor(V value, int mask) {
+  return emulated::shuffled(value, lane_index() ^ mask);
+}
+template <typename V>
+CTXFAST_DEVICE V shuffle_down(V value, int delta) {
+  return emulated::shuffled(value, lane_index() + delta);
+}
+CTXFAST_DEVICE bool any_sync(bool value) {
+  int mine = value;
+  emulator::together(32, &mine, [](void** all) {
+    int any = 0;
+    for (int i = 0; i < 32; ++i) any |= *static_cast<int*>(all[i]);
+    for (int i = 0; i < 32; ++i) *static_cast<int*>(all[i]) = any;
+  });
+  return mine != 0;
+}
+CTXFAST_DEVICE bool all_sync(bool value) { return !any_sync(!value); }
+
+CTXFAST_DEVICE uint32_t load_relaxed(const uint32_t* p) {
+  emulator::yield();
+  return emulator::load_word(p);
+}
+CTXFAST_DEVICE uint4 load_relaxed(const uint4* p) {
+  emulator::yield();
+  const uint32_t* words = &p->x;
+  return make_uint4(emulator::load_word(words), emulator::load_word(words + 1), emulator::load_word(words + 2),
+                    emulator::load_word(words + 3));
+}
+CTXFAST_DEVICE uint32_t load_acquire(const uint32_t* p) { return load_relaxed(p); }
+CTXFAST_DEVICE void store_relaxed(uint32_t* p, uint32_t v) { emulator::store_word(p, v); }
+CTXFAST_DEVICE void store_relaxed(uint4* p, uint4 v) {
+  const uint32_t values[4] = {v.x, v.y, v.z, v.w};
+  for (int i = 0; i < 4; ++i) emulator::store_word(&p->x + i, values[i]);
+}
+CTXFAST_DEVICE void fence() { emulator::flush_stores(); }
+CTXFAST_DEVICE void store_release(uint32_t* p, uint32_t v) {
+  emulator::flush_stores();
+  emulator::store_word(p, v);
+}
+CTXFAST_DEVICE float load_constant(const float* p) { return *p; }
+CTXFAST_DEVICE uint2 load_streaming(const uint2* p) { return *p; }
+CTXFAST_DEVICE uint4 load_streaming(const uint4* p) { return *p; }
+
+CTXFAST_DEVICE void copy_async_16(void* shared, const void* global) { emulator::copy_later(shared, global); }
+CTXFAST_DEVICE void copy_async_commit() { emulator::commit_copies(); }
+template <int N>
+CTXFAST_DEVICE void copy_async_wait() {
+  emulator::wait_copies(N);
+}
+
+CTXFAST_DEVICE void ldmatrix_x4(uint32_t (&r)[4], const void* row) { emulated::ldmatrix<4, false>(r, row); }
+CTXFAST_DEVICE void ldmatrix_x2(uint32_t (&r)[2], const void* row) { emulated::ldmatrix<2, false>(r, row); }
+CTXFAST_DEVICE void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) { emulated::ldmatrix<4, true>(r, row); }
+
+template <typename T>
+CTXFAST_DEVICE void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  emulated::Mma mine{d, a, b};
+  emulator::together(32, &mine, [](void** all) {
+    const auto lane_of = [&](int lane) { return static_cast<emulated::Mma*>(all[lane]); };
+    const uint32_t* registers[32];
+    float a_of[16][16], b_of[16][8];
+    for (int lane = 0; lane < 32; ++lane) {
+      registers[lane] = lane_of(lane)->a;
+      for (int i = 0; i < 2; ++i) {
+        for (int e = 0; e < 2; ++e) {
+          b_of[2 * (lane % 4) + e + 8 * i][lane / 4] = emulated::element<T>(lane_of(lane)->b[i], e);
+        }
+      }
+    }
+    emulated::unfold_a<T>(registers, a_of);
+    for (int lane = 0; lane < 32; ++lane) {
+      for (int j = 0; j < 4; ++j) {
+        const int row = lane / 4 + 8 * (j >> 1), column = 2 * (lane % 4) + (j & 1);
+        float sum = 0;
+        for (int k = 0; k < 16; ++k) sum += a_of[row][k] * b_of[k][column];
+        lane_of(lane)->d[j] += sum;
+      }
+    }
+  });
+}
+
+CTXFAST_DEVICE uint64_t wgmma_descriptor(const void* shared, uint32_t k_stride_bytes, uint32_t row_stride_bytes) {
+  const auto at = static_cast<uint64_t>(static_cast<const unsigned char*>(shared) - emulator::place().shared);
+  return (at & 0x3FFFF) >> 4 | static_cast<uint64_t>(k_stride_bytes >> 4) << 16 |
+         static_cast<uint64_t>(row_stride_bytes >> 4) << 32;
+}
+CTXFAST_DEVICE void wgmma_fence() {
+  emulator::together(128, nullptr, [](void**) {});
+}
+CTXFAST_DEVICE void wgmma_commit() {
+  emulator::together(128, nullptr, [](void**) {});
+}
+template <int N>
+CTXFAST_DEVICE void wgmma_wait() {
+  emulator::together(128, nullptr, [](void**) {});
+}
+template <typename T, int N>
+CTXFAST_DEVICE void wgmma_rs(float (&d)[N / 8][4], const uint4& a, uint64_t b) {
+  const uint32_t registers[4] = {a.x, a.y, a.z, a.w};
+  emulated::wgmma<T, N>(d, registers, 0, b);
+}
+template <typename T, int N>
+CTXFAST_DEVICE void wgmma_ss(float (&d)[N / 8][4], uint64_t a, uint64_t b) {
+  emulated::wgmma<T, N>(d, nullptr, a, b);
+}
+CTXFAST_DEVICE void shared_written() {}
+
+inline void trap_with(int code, int value) {
+  emulator::fail("the kernel stopped itself: code " + std::to_string(code) + ", value " + std::to_string(value));
+}
+inline void trap_silently() { emulator::fail("the kernel stopped itself"); }
+CTXFAST_DEVICE long long cycles() { return 0; }
+CTXFAST_DEVICE void nanosleep(unsigned) { emulator::yield(); }
+CTXFAST_DEVICE float exp_fast(float x) { return std::exp(x); }
+CTXFAST_DEVICE float tanh_fast(float x) { return std::tanh(x); }
+
+}  // namespace ctxfast

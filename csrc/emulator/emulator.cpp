@@ -1,0 +1,417 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "emulator/emulator.h"
+
+#include <cuda_runtime_api.h>
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <random>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+namespace ctxfast::emulator {
+
+namespace {
+
+constexpr size_t kStackBytes = 64 * 1024;  // touched pages only are real
+constexpr size_t kGuardBytes = 1024;       // behind shared memory: written means a block ran over its end
+constexpr unsigned char kPoison = 0xFE;    // NaN as fp16 and bf16, -1.7e38 as fp32
+constexpr unsigned kFibersAtOnce = 8192;   // of a launch whose blocks need not be alive together
+constexpr int kBarriers = 16;
+
+struct Block;
+
+struct Fiber {
+#ifdef __x86_64__
+  void* stack_pointer = nullptr;
+#else
+  ucontext_t context;
+#endif
+  Place place;
+  Block* block = nullptr;
+  bool done = false;
+  std::vector<std::pair<void*, const void*>> open_copies;
+  std::deque<std::vector<std::pair<void*, const void*>>> copies;
+};
+
+struct Gathering {
+  int arrived = 0;
+  void (*operation)(void**) = nullptr;
+  std::vector<void*> arguments;
+};
+
+struct Barrier {
+  int expected = 0;
+  std::vector<Fiber*> waiting;
+};
+
+struct Block {
+  std::vector<Fiber> fibers;
+  std::vector<Gathering> warps, warpgroups;
+  Barrier barriers[kBarriers];
+  std::vector<unsigned char> shared;
+  // Relaxed stores that only this block sees so far.
+  std::unordered_map<uint32_t*, size_t> place_of;
+  std::vector<std::pair<uint32_t*, uint32_t>> late;
+};
+
+struct Machine {
+  std::mutex one_launch;
+  uint64_t seed = 0;
+  std::mt19937_64 random;
+  std::string error;
+  bool failed = false;
+  std::deque<Fiber*> ready;
+  std::vector<std::unique_ptr<Block>> blocks;
+  std::vector<Block*> dirty;  // blocks with late stores, some perhaps emptied since
+  Fiber* current = nullptr;
+  size_t live = 0;
+  char* stacks = nullptr;  // kept from launch to launch
+  size_t stacks_bytes = 0;
+  const std::function<void()>* thread = nullptr;
+#ifdef __x86_64__
+  void* scheduler = nullptr;
+#else
+  ucontext_t scheduler;
+#endif
+};
+
+Machine& machine() {
+  static Machine the_machine;
+  return the_machine;
+}
+
+#ifdef __x86_64__
+// Saves what a function call must keep, changes stacks, restores.
+extern "C" void ctxfast_emulator_switch(void** from, void* to);
+asm(R"(
+.text
+.globl ctxfast_emulator_switch
+.hidden ctxfast_emulator_switch
+ctxfast_emulator_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+)");
+void to_scheduler() { ctxfast_emulator_switch(&machine().current->stack_pointer, machine().scheduler); }
+void to_fiber(Fiber* fiber) { ctxfast_emulator_switch(&machine().scheduler, fiber->stack_pointer); }
+#else
+void to_scheduler() { swapcontext(&machine().current->context, &machine().scheduler); }
+void to_fiber(Fiber* fiber) { swapcontext(&machine().scheduler, &fiber->context); }
+#endif
+
+void fiber_main() {
+  (*machine().thread)();
+  Fiber* fiber = machine().current;
+  if (!fiber->copies.empty() || !fiber->open_copies.empty()) {
+    machine().failed = true;
+    machine().error = "a thread ended with asynchronous copies it never waited for";
+  }
+  fiber->done = true;
+  --machine().live;
+  to_scheduler();
+}
+
+void prepare(Fiber* fiber, char* stack) {
+#ifdef __x86_64__
+  // As if fiber_main had just been called: the return address of the switch on top, aligned as the ABI asks.
+  void** top = reinterpret_cast<void**>(stack + kStackBytes) - 1;
+  *top = nullptr;
+  *--top = reinterpret_cast<void*>(&fiber_main);
+  for (int i = 0; i < 6; ++i) *--top = nullptr;
+  fiber->stack_pointer = top;
+#else
+  getcontext(&fiber->context);
+  fiber->context.uc_stack.ss_sp = stack;
+  fiber->context.uc_stack.ss_size = kStackBytes;
+  fiber->context.uc_link = nullptr;
+  makecontext(&fiber->context, &fiber_main, 0);
+#endif
+}
+
+void write_late(Block* block, size_t at) {
+  auto [address, value] = block->late[at];
+  *address = value;
+  block->place_of.erase(address);
+  if (at + 1 != block->late.size()) {
+    block->late[at] = block->late.back();
+    block->place_of[block->late[at].first] = at;
+  }
+  block->late.pop_back();
+}
+
+void write_some_late() {
+  Machine& m = machine();
+  if (m.dirty.empty()) return;
+  const size_t which = m.random() % m.dirty.size();
+  Block* block = m.dirty[which];
+  // About a fifth at a time: a slow block must not starve everybody's spin limit.
+  for (size_t i = block->late.size() / 5 + 1; i > 0 && !block->late.empty(); --i) {
+    write_late(block, m.random() % block->late.size());
+  }
+  if (block->late.empty()) {
+    m.dirty[which] = m.dirty.back();
+    m.dirty.pop_back();
+  }
+}
+
+std::string where(const Fiber& fiber) {
+  return "block (" + std::to_string(fiber.place.block_x) + ", " + std::to_string(fiber.place.block_y) + "), thread " +
+         std::to_string(fiber.place.thread);
+}
+
+// Runs the fibers of the blocks that are alive until all are done.
+void schedule() {
+  Machine& m = machine();
+  while (m.live > 0 && !m.failed) {
+    if (m.ready.empty()) {
+      const Fiber* stuck = nullptr;
+      for (const auto& block : m.blocks) {
+        for (const Fiber& fiber : block->fibers) {
+          if (!fiber.done && stuck == nullptr) stuck = &fiber;
+        }
+      }
+      m.failed = true;
+      m.error = "every thread waits for others that do not come, e.g. " + where(*stuck);
+      return;
+    }
+    if (m.seed != 0) {
+      std::swap(m.ready.front(), m.ready[m.random() % m.ready.size()]);
+      if (m.random() % 16 == 0) write_some_late();
+    }
+    m.current = m.ready.front();
+    m.ready.pop_front();
+    to_fiber(m.current);
+  }
+}
+
+char* stacks_for(size_t fibers) {
+  Machine& m = machine();
+  const size_t needed = fibers * kStackBytes;
+  if (needed > m.stacks_bytes) {
+    if (m.stacks != nullptr) munmap(m.stacks, m.stacks_bytes);
+    void* fresh = mmap(nullptr, needed, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    m.stacks = fresh == MAP_FAILED ? nullptr : static_cast<char*>(fresh);
+    m.stacks_bytes = m.stacks == nullptr ? 0 : needed;
+  }
+  return m.stacks;
+}
+
+void run_blocks(const std::vector<Place>& places, unsigned threads, size_t shared_bytes) {
+  Machine& m = machine();
+  char* stack = stacks_for(places.size() * threads);
+  if (stack == nullptr) {
+    m.failed = true;
+    m.error = "no memory for the stacks of " + std::to_string(places.size() * threads) + " threads";
+    return;
+  }
+  for (const Place& place : places) {
+    auto block = std::make_unique<Block>();
+    block->shared.assign(shared_bytes + 1024 + kGuardBytes, kPoison);
+    auto base = reinterpret_cast<uintptr_t>(block->shared.data());
+    auto* shared = reinterpret_cast<unsigned char*>((base + 1023) / 1024 * 1024);
+    block->fibers = std::vector<Fiber>(threads);
+    block->warps.resize((threads + 31) / 32);
+    block->warpgroups.resize((threads + 127) / 128);
+    for (unsigned t = 0; t < threads; ++t, stack += kStackBytes) {
+      Fiber& fiber = block->fibers[t];
+      fiber.place = place;
+      fiber.place.thread = t;
+      fiber.place.shared = shared;
+      fiber.block = block.get();
+      prepare(&fiber, stack);
+      m.ready.push_back(&fiber);
+    }
+    m.live += threads;
+    m.blocks.push_back(std::move(block));
+  }
+  schedule();
+  for (const auto& block : m.blocks) {
+    while (!block->late.empty()) write_late(block.get(), block->late.size() - 1);
+    const unsigned char* end = block->fibers[0].place.shared + shared_bytes;
+    if (!m.failed && std::any_of(end, end + kGuardBytes, [](unsigned char byte) { return byte != kPoison; })) {
+      m.failed = true;
+      m.error = "a block wrote past its " + std::to_string(shared_bytes) + " bytes of shared memory";
+    }
+  }
+  m.ready.clear();
+  m.dirty.clear();
+  m.blocks.clear();
+  m.live = 0;
+}
+
+}  // namespace
+
+void set_schedule(uint64_t seed) { machine().seed = seed; }
+
+const std::string& last_error() { return machine().error; }
+
+bool run(const std::function<void()>& thread, Grid grid, unsigned threads, size_t shared_bytes, bool cooperative) {
+  Machine& m = machine();
+  std::lock_guard<std::mutex> lock(m.one_launch);
+  m.random.seed(m.seed);
+  m.failed = false;
+  m.error.clear();
+  m.thread = &thread;
+  std::vector<Place> places;
+  for (unsigned z = 0; z < grid.z; ++z) {
+    for (unsigned y = 0; y < grid.y; ++y) {
+      for (unsigned x = 0; x < grid.x; ++x) places.push_back({0, x, y, z, threads, grid, nullptr});
+    }
+  }
+  if (m.seed != 0) std::shuffle(places.begin(), places.end(), m.random);
+  const size_t at_once = cooperative ? places.size() : std::max(1u, kFibersAtOnce / threads);
+  for (size_t first = 0; first < places.size() && !m.failed; first += at_once) {
+    const size_t last = std::min(places.size(), first + at_once);
+    run_blocks({places.begin() + first, places.begin() + last}, threads, shared_bytes);
+  }
+  return !m.failed;
+}
+
+const Place& place() { return machine().current->place; }
+
+void yield() {
+  machine().ready.push_back(machine().current);
+  to_scheduler();
+}
+
+void fail(const std::string& what) {
+  Machine& m = machine();
+  if (!m.failed) m.error = what + " (" + where(*m.current) + ")";
+  m.failed = true;
+  to_scheduler();
+  std::abort();  // the scheduler never comes back to a failed launch
+}
+
+void together(int count, void* argument, void (*operation)(void**)) {
+  Machine& m = machine();
+  Fiber* self = m.current;
+  Block* block = self->block;
+  const unsigned group = self->place.thread / count, member = self->place.thread % count;
+  Gathering& gathering = (count == 32 ? block->warps : block->warpgroups)[group];
+  if (gathering.arrived == 0) {
+    gathering.arguments.assign(count, nullptr);
+    gathering.operation = operation;
+  } else if (gathering.operation != operation) {
+    fail("threads of one warp or warpgroup are at different operations");
+  }
+  gathering.arguments[member] = argument;
+  if (++gathering.arrived < count) {
+    to_scheduler();
+    return;
+  }
+  operation(gathering.arguments.data());
+  gathering.arrived = 0;
+  for (int i = 0; i < count; ++i) {
+    Fiber* other = &block->fibers[group * count + i];
+    if (other != self) m.ready.push_back(other);
+  }
+}
+
+void block_barrier(int id, int threads) {
+  Machine& m = machine();
+  Fiber* self = m.current;
+  if (id < 0 || id >= kBarriers) fail("barrier " + std::to_string(id) + " does not exist");
+  Barrier& barrier = self->block->barriers[id];
+  const int expected = threads == 0 ? static_cast<int>(self->block->fibers.size()) : threads;
+  if (barrier.waiting.empty()) barrier.expected = expected;
+  if (barrier.expected != expected) fail("threads disagree about how many meet at barrier " + std::to_string(id));
+  barrier.waiting.push_back(self);
+  if (static_cast<int>(barrier.waiting.size()) == expected) {
+    m.ready.insert(m.ready.end(), barrier.waiting.begin(), barrier.waiting.end());
+    barrier.waiting.clear();
+  }
+  to_scheduler();
+}
+
+uint32_t load_word(const uint32_t* p) {
+  Block* block = machine().current->block;
+  if (!block->late.empty()) {
+    const auto found = block->place_of.find(const_cast<uint32_t*>(p));
+    if (found != block->place_of.end()) return block->late[found->second].second;
+  }
+  return *p;
+}
+
+void store_word(uint32_t* p, uint32_t value) {
+  Machine& m = machine();
+  Block* block = m.current->block;
+  if (m.seed == 0) {
+    *p = value;
+    return;
+  }
+  if (block->late.empty()) {
+    m.dirty.erase(std::remove(m.dirty.begin(), m.dirty.end(), block), m.dirty.end());
+    m.dirty.push_back(block);
+  }
+  const auto [found, is_new] = block->place_of.try_emplace(p, block->late.size());
+  if (is_new) {
+    block->late.emplace_back(p, value);
+  } else {
+    block->late[found->second].second = value;
+  }
+}
+
+void flush_stores() {
+  Block* block = machine().current->block;
+  while (!block->late.empty()) write_late(block, block->late.size() - 1);
+}
+
+void copy_later(void* to, const void* from) { machine().current->open_copies.emplace_back(to, from); }
+
+void commit_copies() {
+  Fiber* self = machine().current;
+  self->copies.push_back(std::move(self->open_copies));
+  self->open_copies.clear();
+}
+
+void wait_copies(int allowed) {
+  Fiber* self = machine().current;
+  while (static_cast<int>(self->copies.size()) > allowed) {
+    for (const auto& [to, from] : self->copies.front()) std::memcpy(to, from, 16);
+    self->copies.pop_front();
+  }
+}
+
+}  // namespace ctxfast::emulator
+
+// What launchers and host programs call of the CUDA runtime.
+extern "C" {
+cudaError_t cudaGetLastError() { return cudaSuccess; }
+const char* cudaGetErrorString(cudaError_t) { return ctxfast::emulator::last_error().c_str(); }
+cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
+cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
+cudaError_t cudaMalloc(void** memory, size_t bytes) {
+  *memory = std::aligned_alloc(256, (bytes + 256) / 256 * 256);
+  return *memory == nullptr ? cudaErrorMemoryAllocation : cudaSuccess;
+}
+cudaError_t cudaFree(void* memory) { return std::free(memory), cudaSuccess; }
+cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) {
+  if (bytes > 0) std::memcpy(to, from, bytes);
+  return cudaSuccess;
+}
+cudaError_t cudaMemset(void* memory, int byte, size_t bytes) {
+  if (bytes > 0) std::memset(memory, byte, bytes);
+  return cudaSuccess;
+}
+}

@@ -1,0 +1,53 @@
+// SPDX-License-Identifier: Apache-2.0
+// Runs CUDA kernels written against csrc/base/device.cuh on the CPU: every thread a fiber, all blocks of a cooperative
+// launch alive at once, shared memory per block. One thread at a time runs, until it waits; which one runs next is
+// drawn from a seed, and relaxed stores reach other blocks late and in any order. So indexing, reduction order, missing
+// barriers and the flags between blocks are tested without a GPU. What it cannot show: speed, races of plain accesses
+// inside a block between two barriers that happen to run in a lucky order, resources.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <string>
+
+namespace ctxfast::emulator {
+
+// seed 0: threads in order, stores at once. Any other: a random order, stores delayed. Same seed, same run.
+void set_schedule(uint64_t seed);
+
+// Why the last launch failed.
+const std::string& last_error();
+
+struct Grid {
+  unsigned x = 1, y = 1, z = 1;
+};
+
+// Runs the kernel to its end; false: see last_error.
+bool run(const std::function<void()>& thread, Grid grid, unsigned threads, size_t shared_bytes, bool cooperative);
+
+// --- for device.h: the thread that runs now
+
+struct Place {
+  unsigned thread = 0, block_x = 0, block_y = 0, block_z = 0, threads = 0;
+  Grid grid;
+  unsigned char* shared = nullptr;
+};
+const Place& place();
+
+// Waits for all `count` threads of the aligned group this thread is in; the last to come runs `operation` on all their
+// arguments (by place in the group), then all go on. Groups: a warp (32) or a warpgroup (128).
+void together(int count, void* argument, void (*operation)(void** arguments));
+void block_barrier(int id, int threads);  // threads 0: all of the block
+void yield();
+[[noreturn]] void fail(const std::string& what);
+
+uint32_t load_word(const uint32_t* p);
+void store_word(uint32_t* p, uint32_t value);
+void flush_stores();
+
+void copy_later(void* to, const void* from);  // 16 bytes
+void commit_copies();
+void wait_copies(int allowed);
+
+}  // namespace ctxfast::emulator

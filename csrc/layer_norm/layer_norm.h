@@ -1,0 +1,44 @@
+// SPDX-License-Identifier: Apache-2.0
+// add_layer_norm and embed_layer_norm on the CPU, forward: y = LayerNorm(sum of rows) weight + bias.
+//
+// Row i of the sum is first[i] + shift, then + second[i] and so on; a source with ids gives its row ids[i] instead.
+// Arithmetic is float32, statistics in two passes over the row. A row's bits depend on nothing but the row (and the
+// instruction set). Rows are contiguous; y may not overlap an input.
+#pragma once
+
+#include <cstdint>
+
+#include "base/common.h"
+#include "base/isa.h"
+
+namespace ctxfast {
+
+constexpr int kLayerNormSources = 4;
+constexpr int64_t kLayerNormMaxSize = 8192;
+
+struct LayerNormSource {
+  const void* rows = nullptr;
+  int64_t stride = 0;         // elements between rows
+  const void* ids = nullptr;  // null: row i is row i
+  int64_t count = 0;          // with ids: rows there are
+  bool is_int64 = true;       // else int32
+};
+
+struct LayerNormParams {
+  int64_t rows = 0, size = 0;
+  DType type = DType::kFloat32;  // everything but ids: float32 or bfloat16
+  int64_t sources = 0;           // 1..4
+  LayerNormSource source[kLayerNormSources];
+  const void* shift = nullptr;   // (size), may be null
+  const void* weight = nullptr;  // (size)
+  const void* bias = nullptr;    // (size)
+  float eps = 0;
+  void* y = nullptr;  // (rows, size)
+  int64_t threads = 1;
+  Isa isa = Isa::kGeneric;
+};
+
+// An id outside its source is refused before anything is written.
+Status layer_norm_forward(const LayerNormParams& params);
+
+}  // namespace ctxfast

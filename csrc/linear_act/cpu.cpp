@@ -1,0 +1,146 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
+
+#include "base/parallel.h"
+#include "base/workspace.h"
+#include "linear_act/kernels.h"
+#include "linear_act/linear_act.h"
+
+namespace ctxfast {
+namespace {
+
+constexpr const char* kOp = "linear_act";
+// Multiply-adds that are worth a thread: some 3 us.
+constexpr int64_t kWorkOfThread = 1 << 18;
+constexpr int64_t kLine = 64;  // bytes of a tile's row: a cache line
+// Rows of x that stay near while the panels pass over them.
+constexpr int64_t kChunkBytes = 4 << 20;
+
+int64_t terms_of_word(DType held) { return held == DType::kInt8 ? 4 : held == DType::kBFloat16 ? 2 : 1; }
+int64_t tiles_of(int64_t in, DType held) { return ceil_div(in, kLinearActTileWords * terms_of_word(held)); }
+
+// Rows that are held as tiles at a time.
+int64_t chunk_of(int64_t in, DType held) {
+  const int64_t fit = kChunkBytes / (tiles_of(in, held) * kLine) / kLinearActRows * kLinearActRows;
+  return std::min(std::max<int64_t>(fit, kLinearActRows), kLinearActMostRows);
+}
+
+LinearActKernel float32_kernel_for(Isa isa) {
+#if CTXFAST_AVX512
+  if (isa >= Isa::kAvx512) return linear_act_float32_avx512;
+#endif
+#if CTXFAST_AVX2
+  if (isa >= Isa::kAvx2) return linear_act_float32_avx2;
+#endif
+  (void)isa;
+  return linear_act_float32_generic;
+}
+
+struct Call {
+  LinearActKernel kernel;
+  LinearActJob job;
+};
+
+void run(void* context, int index, int count) {
+  const Call& call = *static_cast<Call*>(context);
+  call.kernel(call.job, index, count);
+}
+
+Status check(const LinearActParams& p) {
+  const auto size = [](const char* name, int64_t value) {
+    return invalid(kOp, name, std::to_string(value), "0 or more");
+  };
+  if (p.rows < 0) return size("rows", p.rows);
+  if (p.in < 1) return invalid(kOp, "in", std::to_string(p.in), "1 or more");
+  if (p.out < 0) return size("out", p.out);
+  if (p.threads < 1) return invalid(kOp, "threads", std::to_string(p.threads), "1 or more");
+  if (p.type != DType::kFloat32 && p.type != DType::kBFloat16)
+    return invalid(kOp, "type", "another", "float32 or bfloat16");
+  if (p.held != DType::kInt8 && p.held != p.type) return invalid(kOp, "held", "another", "int8, or the type of x");
+  if (p.held == DType::kInt8 && p.in > 65536) {
+    return invalid(kOp, "in", std::to_string(p.in), "at most 65536, the terms an int8 sum holds");
+  }
+  if (p.stride_x < p.in && p.rows > 1) return invalid(kOp, "stride_x", std::to_string(p.stride_x), "at least in");
+  if (p.rows == 0 || p.out == 0) return {};
+  const struct {
+    const char* name;
+    const void* address;
+  } needed[] = {{"x", p.x}, {"packed", p.packed}, {"y", p.y}, {"scales", p.scales}, {"sums", p.sums}};
+  for (int i = 0; i < (p.held == DType::kInt8 ? 5 : 3); ++i) {
+    if (!needed[i].address) return invalid(kOp, needed[i].name, "null", "an address");
+  }
+  if (reinterpret_cast<uintptr_t>(p.packed) % 64)
+    return invalid(kOp, "packed", "not on a cache line", "64 bytes alignment");
+  return {};
+}
+
+}  // namespace
+
+LinearActKernel linear_act_kernel_for(DType held, Isa isa) {
+  if (held == DType::kFloat32) return float32_kernel_for(isa);
+  const bool is_int8 = held == DType::kInt8;
+  LinearActKernel best = is_int8 ? linear_act_int8_generic : linear_act_bfloat16_generic;
+#if CTXFAST_AVX2
+  if (isa >= Isa::kAvx2) best = is_int8 ? linear_act_int8_avx2 : linear_act_bfloat16_avx2;
+#endif
+#if CTXFAST_AVXVNNI
+  if (isa == Isa::kAvxVnni && is_int8) best = linear_act_int8_avxvnni;
+#endif
+#if CTXFAST_AVX512
+  if (isa >= Isa::kAvx512) best = is_int8 ? linear_act_int8_avx512 : linear_act_bfloat16_avx512;
+#endif
+#if CTXFAST_AVX512VNNI
+  if (isa >= Isa::kAvx512Vnni && is_int8) best = linear_act_int8_avx512vnni;
+#endif
+#if CTXFAST_AVX512BF16
+  if (isa >= Isa::kAvx512Bf16 && !is_int8) best = linear_act_bfloat16_avx512bf16;
+#endif
+#if CTXFAST_AMX
+  if (isa >= Isa::kAmx) best = is_int8 ? linear_act_int8_amx : linear_act_bfloat16_amx;
+#endif
+  return best;
+}
+
+void linear_act_barrier(void* barrier, int count) { static_cast<SpinBarrier*>(barrier)->wait(count); }
+
+int64_t linear_act_packed_bytes(int64_t in, int64_t out, DType held) {
+  if (in < 0 || out < 0) return 0;
+  return 4 * round_up(out, kLinearActPanel) * tiles_of(in, held) * kLinearActTileWords;
+}
+
+int64_t linear_act_scratch_bytes(int64_t rows, int64_t in, DType held) {
+  const int64_t chunk = round_up(std::min(chunk_of(in, held), rows), 2 * kLinearActTileRows);
+  return chunk * tiles_of(in, held) * kLine + round_up(4 * chunk, kLine);
+}
+
+LinearActJob linear_act_job(const LinearActParams& p, char* scratch, void* barrier) {
+  LinearActJob job = {};
+  job.rows = p.rows, job.in = p.in, job.out = p.out;
+  job.tiles = tiles_of(p.in, p.held), job.chunk = chunk_of(p.in, p.held);
+  job.is_half = p.type == DType::kBFloat16;
+  job.activation = static_cast<int>(p.activation);
+  job.x = p.x, job.stride_x = p.stride_x;
+  job.packed = static_cast<const uint32_t*>(p.packed);
+  job.scales = p.scales, job.sums = p.sums, job.bias = p.bias, job.y = p.y;
+  const int64_t chunk = round_up(std::min(job.chunk, p.rows), 2 * kLinearActTileRows);
+  job.x_tiles = reinterpret_cast<uint32_t*>(scratch);
+  job.x_scales = reinterpret_cast<float*>(scratch + chunk * job.tiles * kLine);
+  job.barrier = barrier;
+  return job;
+}
+
+Status linear_act_forward(const LinearActParams& p) {
+  const Status checked = check(p);
+  if (!checked.ok() || p.rows == 0 || p.out == 0) return checked;
+  SpinBarrier barrier;
+  const int64_t bytes = linear_act_scratch_bytes(p.rows, p.in, p.held);
+  char* const scratch = static_cast<char*>(workspace(static_cast<size_t>(bytes)));
+  if (!scratch) return runtime_error(kOp, "no memory for a workspace of " + std::to_string(bytes) + " bytes.");
+  Call call = {linear_act_kernel_for(p.held, p.isa), linear_act_job(p, scratch, &barrier)};
+  const int64_t work = p.rows * p.in * p.out / terms_of_word(p.held);
+  const int64_t threads = std::min(p.threads, std::max<int64_t>(1, work / kWorkOfThread));
+  if (!run_parallel(threads, run, &call)) return runtime_error(kOp, "no thread could be started.");
+  return {};
+}
+
+}  // namespace ctxfast

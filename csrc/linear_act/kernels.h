@@ -1,0 +1,56 @@
+// SPDX-License-Identifier: Apache-2.0
+// Between cpu.cpp (checks, memory, threads) and the kernels of each instruction set; and for ops that multiply
+// inside a parallel region of their own.
+#pragma once
+
+#include <cstdint>
+
+#include "linear_act/linear_act.h"
+
+namespace ctxfast {
+
+// Rows a thread takes at a time: a multiple of every kernel's row block.
+constexpr int kLinearActRows = 48;
+// Rows of a chunk at most.
+constexpr int64_t kLinearActMostRows = 4 * kLinearActRows;
+// Rows of x held as tiles, [group of rows][tile][row][16 words]: whole cache lines, at distances known beforehand.
+constexpr int kLinearActTileRows = 16;
+
+struct LinearActJob {
+  int64_t rows, in, out, tiles, chunk;  // tiles: of 16 words along the input; chunk: rows at a time
+  bool is_half;                         // x, bias and y are bfloat16
+  int activation;                       // as enum Activation
+  const void* x;
+  int64_t stride_x;
+  const uint32_t* packed;
+  const float* scales;
+  const int32_t* sums;
+  const void* bias;
+  void* y;
+  // workspace
+  uint32_t* x_tiles;  // (chunk rounded up to whole groups, tiles * 16)
+  float* x_scales;    // (chunk), int8
+  void* barrier;
+};
+
+// Thread `index` of `count` does its share; all of them meet on the way at the job's barrier, not at the end.
+typedef void (*LinearActKernel)(const LinearActJob& job, int index, int count);
+
+// The best kernel that `isa` includes.
+LinearActKernel linear_act_kernel_for(DType held, Isa isa);
+
+// Bytes of one call's workspace, for all threads.
+int64_t linear_act_scratch_bytes(int64_t rows, int64_t in, DType held);
+// `scratch`: that many, on a cache line; `barrier`: a SpinBarrier of the threads that run the job.
+LinearActJob linear_act_job(const LinearActParams& params, char* scratch, void* barrier);
+
+// All threads meet here; cpu.cpp defines it.
+void linear_act_barrier(void* barrier, int count);
+
+extern const LinearActKernel linear_act_float32_generic, linear_act_float32_avx2, linear_act_float32_avx512;
+extern const LinearActKernel linear_act_bfloat16_generic, linear_act_bfloat16_avx2, linear_act_bfloat16_avx512,
+    linear_act_bfloat16_avx512bf16, linear_act_bfloat16_amx;
+extern const LinearActKernel linear_act_int8_generic, linear_act_int8_avx2, linear_act_int8_avxvnni,
+    linear_act_int8_avx512, linear_act_int8_avx512vnni, linear_act_int8_amx;
+
+}  // namespace ctxfast

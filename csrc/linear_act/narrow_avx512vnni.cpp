@@ -1,0 +1,10 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <immintrin.h>
+
+#define CTXFAST_LANES 16
+#define CTXFAST_DOT_INT8(sum, x, w) (WordVec) _mm512_dpbusd_epi32((__m512i)(sum), (__m512i)(x), (__m512i)(w))
+#include "linear_act/narrow.h"
+
+namespace ctxfast {
+extern const LinearActKernel linear_act_int8_avx512vnni = &forward<Vectors<Int8>>;
+}

@@ -1,0 +1,88 @@
+// SPDX-License-Identifier: Apache-2.0
+// lstm on the CPU, backward: checks, memory, threads. The walk itself is recurrence_backward.h.
+#include <algorithm>
+#include <vector>
+
+#include "lstm/cpu.h"
+
+namespace ctxfast {
+namespace {
+
+Status check(const LstmBackwardParams& p) {
+  const int64_t H = p.shape.hidden, P = p.shape.proj_size, B = p.batch, T = p.steps;
+  CTXFAST_RETURN_IF_ERROR(check_shape(p.shape));
+  if (p.shape.dtype != DType::kFloat32) return invalid(kOp, "dtype", "not float32", "float32 in the backward pass");
+  if (B < 0) return invalid(kOp, "batch", std::to_string(B), "0 or more");
+  if (T < 0) return invalid(kOp, "steps", std::to_string(T), "0 or more");
+  if (p.threads < 1) return invalid(kOp, "threads", std::to_string(p.threads), "1 or more");
+  CTXFAST_RETURN_IF_ERROR(check_pointer("packed", p.packed, lstm_backward_packed_bytes(p.shape)));
+  CTXFAST_RETURN_IF_ERROR(check_pointer("z", p.z, B * T * 4 * H));
+  CTXFAST_RETURN_IF_ERROR(check_pointer("grad_z", p.grad_z, B * T * 4 * H));
+  CTXFAST_RETURN_IF_ERROR(check_pointer("cells", p.cells, B * T * H));
+  CTXFAST_RETURN_IF_ERROR(check_pointer("output", p.output, B * T * P));
+  CTXFAST_RETURN_IF_ERROR(check_pointer("grad_output", p.grad_output, B * T * P));
+  CTXFAST_RETURN_IF_ERROR(check_pointer("grad_h_n", p.grad_h_n, B * P));
+  CTXFAST_RETURN_IF_ERROR(check_pointer("grad_c_n", p.grad_c_n, B * H));
+  CTXFAST_RETURN_IF_ERROR(check_pointer("grad_hidden", p.grad_hidden, B * T * P));
+  if (p.shape.has_projection) CTXFAST_RETURN_IF_ERROR(check_pointer("m", p.m, B * T * H));
+  CTXFAST_RETURN_IF_ERROR(check_pointer("grad_h_0", p.grad_h_0, B * P));
+  CTXFAST_RETURN_IF_ERROR(check_pointer("grad_c_0", p.grad_c_0, B * H));
+  return check_lengths(p.lengths, B, T);
+}
+
+struct Call {
+  LstmBackwardJob job;
+  void (*run)(const LstmBackwardJob&, int, int);
+};
+
+void run(void* context, int index, int count) {
+  const Call& call = *static_cast<Call*>(context);
+  call.run(call.job, index, count);
+}
+
+}  // namespace
+
+Status lstm_backward(const LstmBackwardParams& p) {
+  CTXFAST_RETURN_IF_ERROR(check(p));
+  const int64_t H = p.shape.hidden, P = p.shape.proj_size, B = p.batch, T = p.steps;
+  const bool projection = p.shape.has_projection;
+  if (B == 0) return {};
+  std::vector<int64_t> row(B), length(B);
+  sort_rows(p.lengths, B, T, row.data(), length.data());
+  const int64_t threads = threads_for(B * (4 * H * P + (projection ? H * P : 0)), p.threads);
+
+  Call call;
+  LstmBackwardJob& job = call.job;
+  job.batch = B, job.steps = T, job.hidden = H, job.proj_size = P;
+  job.has_projection = projection, job.reverse = p.reverse;
+  job.cell_clip = p.cell_clip, job.proj_clip = p.proj_clip;
+  job.z = p.z, job.grad_z = p.grad_z, job.cells = p.cells, job.c_0 = p.c_0;
+  job.output = p.output, job.output_batch = p.output_strides[0], job.output_time = p.output_strides[1];
+  job.grad_output = p.grad_output;
+  job.grad_batch = p.grad_output_strides[0], job.grad_time = p.grad_output_strides[1];
+  job.grad_h_n = p.grad_h_n, job.grad_c_n = p.grad_c_n;
+  const float* packed = static_cast<const float*>(p.packed);
+  job.weight_hh = packed;
+  job.weight_proj = packed + ceil_div(P, kLstmPanel) * panel_words(DType::kFloat32, 4 * H);
+  job.grad_hidden = p.grad_hidden, job.m = projection ? p.m : nullptr;
+  job.grad_h_0 = p.grad_h_0, job.grad_c_0 = p.grad_c_0;
+  job.row = row.data(), job.length = length.data();
+
+  Workspace memory;
+  job.ld_h = round_up(P, kLstmPanel) + 16;
+  job.ld_z = round_up(4 * H, kLstmPanel) + 16;
+  const int64_t groups = ceil_div(ceil_div(4 * H, kLstmBlock), kLstmBackwardGroup);
+  const size_t carried = memory.reserve(B * job.ld_h), d_h = memory.reserve(B * job.ld_h);
+  const size_t d_c = memory.reserve(ceil_div(H, kLstmPanel) * B * kLstmPanel), d_z = memory.reserve(B * job.ld_z);
+  const size_t partial = memory.reserve(ceil_div(P, kLstmPanel) * groups * B * kLstmPanel);
+  const size_t scratch = memory.reserve(threads * B * kLstmPanel);
+  CTXFAST_RETURN_IF_ERROR(memory.allocate());
+  job.carried = memory.floats(carried), job.d_h = memory.floats(d_h), job.d_c = memory.floats(d_c);
+  job.d_z = memory.floats(d_z), job.partial = memory.floats(partial), job.scratch = memory.floats(scratch);
+  SpinBarrier barrier;
+  job.barrier = &barrier;
+  call.run = kernels_for(DType::kFloat32, p.isa).backward;
+  return run_on(threads, run, &call);
+}
+
+}  // namespace ctxfast

@@ -1,0 +1,211 @@
+// SPDX-License-Identifier: Apache-2.0
+// lstm on the CPU, forward: memory, threads, choice of kernels. The recurrence itself is recurrence.h.
+#include <algorithm>
+#include <numeric>
+#include <vector>
+
+#include "lstm/cpu.h"
+
+namespace ctxfast {
+
+void lstm_barrier(void* barrier, int count) { static_cast<SpinBarrier*>(barrier)->wait(count); }
+
+// The best kernels that `isa` includes.
+const LstmKernels& kernels_for(DType dtype, Isa isa) {
+  if (dtype == DType::kFloat32) {
+#if CTXFAST_AVX512
+    if (isa >= Isa::kAvx512) return lstm_float32_avx512;
+#endif
+#if CTXFAST_AVX2
+    if (isa >= Isa::kAvx2) return lstm_float32_avx2;
+#endif
+    return lstm_float32_generic;
+  }
+  if (dtype == DType::kBFloat16) {
+#if CTXFAST_AMX
+    if (isa >= Isa::kAmx) return lstm_bfloat16_amx;
+#endif
+#if CTXFAST_AVX512BF16
+    if (isa >= Isa::kAvx512Bf16) return lstm_bfloat16_avx512bf16;
+#endif
+#if CTXFAST_AVX512
+    if (isa >= Isa::kAvx512) return lstm_bfloat16_avx512;
+#endif
+#if CTXFAST_AVX2
+    if (isa >= Isa::kAvx2) return lstm_bfloat16_avx2;
+#endif
+    return lstm_bfloat16_generic;
+  }
+#if CTXFAST_AMX
+  if (isa >= Isa::kAmx) return lstm_int8_amx;
+#endif
+#if CTXFAST_AVX512VNNI
+  if (isa >= Isa::kAvx512Vnni) return lstm_int8_avx512vnni;
+#endif
+#if CTXFAST_AVXVNNI
+  if (isa == Isa::kAvxVnni) return lstm_int8_avxvnni;
+#endif
+#if CTXFAST_AVX2
+  if (isa >= Isa::kAvx2) return lstm_int8_avx2;
+#endif
+  return lstm_int8_generic;
+}
+
+// Below this many multiply-adds a thread and step, meeting at a barrier costs more than the work it saves.
+constexpr int64_t kWorkPerThread = 16384;
+
+int64_t threads_for(int64_t work, int64_t most) {
+  return std::clamp<int64_t>(work / kWorkPerThread, 1, std::min<int64_t>(most, 1024));
+}
+
+Status run_on(int64_t threads, void (*body)(void*, int, int), void* call) {
+  if (run_parallel(threads, body, call)) return {};
+  return runtime_error(kOp, std::to_string(threads) + " threads could not be started.");
+}
+
+void sort_rows(const int64_t* lengths, int64_t batch, int64_t steps, int64_t* row, int64_t* length) {
+  std::iota(row, row + batch, int64_t{0});
+  if (lengths) std::stable_sort(row, row + batch, [=](int64_t a, int64_t b) { return lengths[a] > lengths[b]; });
+  for (int64_t i = 0; i < batch; ++i) length[i] = lengths ? lengths[row[i]] : steps;
+}
+
+namespace {
+
+Status check(const LstmParams& p) {
+  const int64_t H = p.shape.hidden, P = p.shape.proj_size, B = p.batch, T = p.steps, R = p.directions;
+  CTXFAST_RETURN_IF_ERROR(check_shape(p.shape));
+  if (B < 0) return invalid(kOp, "batch", std::to_string(B), "0 or more");
+  if (T < 0) return invalid(kOp, "steps", std::to_string(T), "0 or more");
+  if (R < 1 || R > kLstmMaxDirections) return invalid(kOp, "directions", std::to_string(R), "1 or 2");
+  if (p.threads < 1) return invalid(kOp, "threads", std::to_string(p.threads), "1 or more");
+  if (!(p.cell_clip >= 0)) return invalid(kOp, "cell_clip", std::to_string(p.cell_clip), "above 0, or 0 for none");
+  if (!(p.proj_clip >= 0)) return invalid(kOp, "proj_clip", std::to_string(p.proj_clip), "above 0, or 0 for none");
+  const int64_t weights = gate_words(p.shape) + proj_words(p.shape);
+  for (int64_t r = 0; r < R; ++r) {
+    const std::string entry = "[" + std::to_string(r) + "]";
+    if (!p.from_x) {
+      CTXFAST_RETURN_IF_ERROR(check_pointer(("gates" + entry).c_str(), p.gates[r], B * T * 4 * H));
+    } else {
+      const LstmInputShape shape = {H, p.input, p.shape.dtype};
+      CTXFAST_RETURN_IF_ERROR(check_input_shape(shape));
+      CTXFAST_RETURN_IF_ERROR(check_pointer(("x" + entry).c_str(), p.x[r], B * T * p.input));
+      CTXFAST_RETURN_IF_ERROR(
+          check_pointer(("packed_input" + entry).c_str(), p.packed_input[r], lstm_input_packed_bytes(shape)));
+    }
+    CTXFAST_RETURN_IF_ERROR(check_pointer(("packed" + entry).c_str(), p.packed[r], weights));
+    if (reinterpret_cast<uintptr_t>(p.packed[r]) % 4 != 0) {
+      return invalid(kOp, "packed" + entry, "at an address that is no multiple of 4", "4-byte alignment");
+    }
+  }
+  CTXFAST_RETURN_IF_ERROR(check_pointer("output", p.output, B * T * R * P));
+  CTXFAST_RETURN_IF_ERROR(check_pointer("h_n", p.h_n, R * B * P));
+  CTXFAST_RETURN_IF_ERROR(check_pointer("c_n", p.c_n, R * B * H));
+  return check_lengths(p.lengths, B, T);
+}
+
+// The part of a job that lies in the workspace; used by one direction after the other.
+Status fill_workspace(const LstmParams& p, int64_t threads, bool split, Workspace* memory, LstmJob* job) {
+  const int64_t H = p.shape.hidden, P = p.shape.proj_size;
+  const DType dtype = p.shape.dtype;
+  const bool projection = p.shape.has_projection, narrow = dtype != DType::kFloat32;
+  const int64_t B = round_up(p.batch, kLstmTileRows);
+  job->ld_batch = B;
+  // One cache line more than the rows need: rows 4096 floats apart would all fall into the same cache sets.
+  job->ld_h = round_up(P, kLstmPanel) + 16;
+  job->ld_m = round_up(H, kLstmPanel) + 16;
+  job->ld_h_words = narrow ? column_words(dtype, P) + 16 : job->ld_h;
+  job->ld_m_words = narrow ? column_words(dtype, H) + 16 : job->ld_m;
+  const size_t h = memory->reserve((projection || narrow ? 1 : 2) * B * job->ld_h);
+  const size_t m = memory->reserve(projection ? B * job->ld_m : 0);
+  const size_t c = memory->reserve(ceil_div(H, kLstmPanelCells) * B * kLstmPanelCells);
+  const size_t scratch = memory->reserve(threads * std::max<int64_t>(B, kLstmInputRows) * kLstmPanel);
+  const int64_t blocks = ceil_div(column_words(dtype, H), block_words(dtype));
+  const size_t partial = memory->reserve(split ? blocks * ceil_div(P, kLstmPanel) * B * kLstmPanel : 0);
+  const size_t h_words = memory->reserve(narrow ? B * job->ld_h_words : 0);
+  const size_t m_words = memory->reserve(narrow && projection ? B * job->ld_m_words : 0);
+  const size_t h_scale = memory->reserve(B), m_scale = memory->reserve(B);
+  const bool chunks = p.from_x;
+  job->chunk_steps = std::clamp<int64_t>(kLstmChunkRows / p.batch, 1, std::max<int64_t>(p.steps, 1));
+  job->chunk_rows = job->chunk_steps * p.batch;
+  job->ld_x_words = column_words(dtype, p.input) + 16;
+  const size_t chunk = memory->reserve(chunks ? ceil_div(H, kLstmPanelCells) * job->chunk_rows * kLstmPanel : 0);
+  const size_t x_words = memory->reserve(chunks ? (job->chunk_rows + kLstmInputRows) * job->ld_x_words : 0);
+  const size_t x_scale = memory->reserve(job->chunk_rows);
+  const Status status = memory->allocate();
+  if (!status.ok()) return status;
+  job->h = memory->floats(h);
+  job->m = memory->floats(m);
+  job->c = memory->floats(c);
+  job->scratch = memory->floats(scratch);
+  job->partial = split ? memory->floats(partial) : nullptr;
+  job->h_words = memory->words(narrow ? h_words : h);
+  job->m_words = memory->words(narrow ? m_words : m);
+  job->h_scale = memory->floats(h_scale);
+  job->m_scale = memory->floats(m_scale);
+  job->chunk = chunks ? memory->floats(chunk) : nullptr;
+  job->x_words = memory->words(x_words);
+  job->x_scale = memory->floats(x_scale);
+  return {};
+}
+
+struct ForwardCall {
+  LstmJob jobs[kLstmMaxDirections];
+  int64_t directions;
+  void (*run)(const LstmJob&, int, int);
+};
+
+void run_forward(void* context, int index, int count) {
+  const ForwardCall& call = *static_cast<ForwardCall*>(context);
+  for (int64_t r = 0; r < call.directions; ++r) call.run(call.jobs[r], index, count);
+}
+
+}  // namespace
+
+Status lstm_forward(const LstmParams& p) {
+  CTXFAST_RETURN_IF_ERROR(check(p));
+  const int64_t H = p.shape.hidden, P = p.shape.proj_size, B = p.batch, T = p.steps;
+  if (B == 0) return {};
+
+  std::vector<int64_t> row(B), length(B);
+  sort_rows(p.lengths, B, T, row.data(), length.data());
+
+  const int64_t work = B * (4 * H * P + (p.shape.has_projection ? H * P : 0));
+  const int64_t threads = threads_for(work, p.threads);
+  const bool split = p.shape.has_projection && threads > ceil_div(P, kLstmPanel);
+  Workspace memory;
+  LstmJob shared;
+  CTXFAST_RETURN_IF_ERROR(fill_workspace(p, threads, split, &memory, &shared));
+
+  SpinBarrier barrier;
+  ForwardCall call;
+  call.directions = p.directions;
+  call.run = kernels_for(p.shape.dtype, p.isa).forward;
+  for (int64_t r = 0; r < p.directions; ++r) {
+    LstmJob& job = call.jobs[r];
+    job = shared;
+    job.batch = B, job.steps = T, job.hidden = H, job.proj_size = P;
+    job.has_projection = p.shape.has_projection;
+    job.reverse = r == 1;
+    job.cell_clip = p.cell_clip, job.proj_clip = p.proj_clip;
+    job.gates = p.gates[r];
+    job.gates_batch = p.gates_strides[r][0], job.gates_time = p.gates_strides[r][1];
+    job.input = p.input;
+    job.x = p.x[r], job.x_batch = p.x_strides[r][0], job.x_time = p.x_strides[r][1];
+    job.weight_input = p.packed_input[r], job.bias = p.bias[r];
+    job.weight_gates = p.packed[r];
+    job.weight_proj = static_cast<const uint32_t*>(p.packed[r]) + gate_words(p.shape);
+    job.h_0 = p.h_0 ? p.h_0 + r * B * P : nullptr;
+    job.c_0 = p.c_0 ? p.c_0 + r * B * H : nullptr;
+    job.output = p.output + r * P;
+    job.output_batch = p.output_strides[0], job.output_time = p.output_strides[1];
+    job.h_n = p.h_n + r * B * P;
+    job.c_n = p.c_n + r * B * H;
+    job.cells = p.cells ? p.cells + r * B * T * H : nullptr;
+    job.z = p.z ? p.z + r * B * T * 4 * H : nullptr;
+    job.row = row.data(), job.length = length.data();
+    job.barrier = &barrier;
+  }
+  return run_on(threads, run_forward, &call);
+}
+
+}  // namespace ctxfast

@@ -1,0 +1,128 @@
+// SPDX-License-Identifier: Apache-2.0
+// Between cpu_*.cpp (checks, memory, threads) and the per-instruction-set kernels: the work of one direction.
+#pragma once
+
+#include <cstdint>
+
+namespace ctxfast {
+
+// Packed weights lie in panels of 64 output columns: for the gates 16 cells x (i, f, g, o), for the projection 64
+// outputs. A panel is [word][64] of 32-bit words, one word per column holding one k (float32), two k (bfloat16, the
+// lower in the low half) or four k (int8, the lowest in the low byte). bfloat16 and int8 panels are padded with zero
+// weights to a multiple of 16 words, one AMX tile. Before an int8 panel's words stand 64 float scales and 64 int32
+// sums 128 * (sum of the column's weights): vectors are held as value + 128, unsigned, as the dot products want them.
+constexpr int kLstmPanel = 64;
+constexpr int kLstmPanelCells = 16;
+constexpr int kLstmTileWords = 16;
+constexpr int kLstmTileRows = 16;
+constexpr int kLstmInt8Header = 2 * kLstmPanel;
+// Sums over k run in blocks of this many words, block sums added up in order: less rounding error than one long sum, a
+// panel's block stays near while the row tiles pass over it, and blocks can be dealt out to threads without changing
+// a bit. float32: 64, 128 and 256 are equally fast at B=1 and B=32; at B=8 64 wins by a tenth, and its error is that of
+// torch's own float32 product or less (2026-11, AVX-512, sums of 512 and 4096 terms).
+constexpr int kLstmBlock = 64;
+constexpr int kLstmNarrowBlock = 256;
+// Rows of the input product that pass over a panel together: they stay in L1.
+constexpr int kLstmInputRows = 48;
+// Rows (of several steps) whose input product the recurrence makes at once: enough to read W_ih seldom, few enough to
+// stay in the cache until their step comes.
+constexpr int kLstmChunkRows = 128;
+
+struct LstmJob {
+  // sizes
+  int64_t batch, steps, hidden, proj_size;
+  bool has_projection, reverse;
+  float cell_clip, proj_clip;  // 0: off
+  // caller's arrays of this direction: gates or, where there is a chunk, x, from which they are made
+  const float* gates;
+  int64_t gates_batch, gates_time;
+  const float* x;
+  int64_t input, x_batch, x_time;
+  const void* weight_input;
+  const float* bias;  // may be null
+  const void* weight_gates;
+  const void* weight_proj;
+  const float* h_0;  // may be null
+  const float* c_0;
+  float* output;
+  int64_t output_batch, output_time;
+  float* h_n;
+  float* c_n;
+  float* cells;  // may be null
+  float* z;      // (B, T, 4H); may be null
+  // rows in order of falling length: row[i] is the caller's row number, length[i] its length
+  const int64_t* row;
+  const int64_t* length;
+  // workspace; "batch" here is a multiple of kLstmTileRows
+  float* h;        // (2 for float32 without projection, else 1; batch, ld_h)
+  float* m;        // (batch, ld_m), with projection
+  float* c;        // (gate panels, batch, 16)
+  float* partial;  // (blocks of hidden * proj panels, batch, 64); null: each thread sums its panels whole
+  float* scratch;  // (threads, batch or kLstmInputRows if that is more, 64)
+  // gates made from x: (gate panels, chunk_rows, 64), and those rows of x as words
+  float* chunk;       // null: from gates
+  uint32_t* x_words;  // (chunk_rows and kLstmInputRows more, ld_x_words)
+  float* x_scale;
+  int64_t chunk_rows, chunk_steps, ld_x_words;
+  // what the products read: h and m rounded, or (float32) h and m themselves
+  uint32_t* h_words;  // (batch, ld_h_words)
+  uint32_t* m_words;  // (batch, ld_m_words)
+  float* h_scale;     // (batch), int8
+  float* m_scale;
+  int64_t ld_h, ld_m, ld_h_words, ld_m_words, ld_batch;
+  void* barrier;
+};
+
+// The way back of one direction, float32: from each row's last step to its first.
+struct LstmBackwardJob {
+  int64_t batch, steps, hidden, proj_size;
+  bool has_projection, reverse;
+  float cell_clip, proj_clip;  // 0: off
+  // caller's arrays of this direction
+  const float* z;  // (B, T, 4H): gates before their nonlinearities
+  float* grad_z;   // (B, T, 4H)
+  const float* cells;
+  const float* c_0;  // may be null
+  const float* output;
+  int64_t output_batch, output_time;
+  const float* grad_output;
+  int64_t grad_batch, grad_time;
+  const float* grad_h_n;
+  const float* grad_c_n;
+  const void* weight_hh;    // panels of 64 of P, terms 4H
+  const void* weight_proj;  // panels of 64 cells, terms P
+  float* grad_hidden;       // (B, T, P): gradient of h before its clip
+  float* m;                 // (B, T, H), with projection
+  float* grad_h_0;
+  float* grad_c_0;
+  const int64_t* row;
+  const int64_t* length;
+  // workspace
+  float* carried;  // (batch, ld_h): gradient of h from the step after
+  float* d_h;      // (batch, ld_h): of the step's h, before its clip
+  float* d_c;      // (panels of 64 cells, batch, 64)
+  float* d_z;      // (batch, ld_z)
+  float* partial;  // (proj panels, groups of kLstmBackwardGroup blocks, batch, 64)
+  float* scratch;  // (threads, batch, 64)
+  int64_t ld_h, ld_z;
+  void* barrier;
+};
+
+// Blocks of the sum over 4H gates that one thread adds up by itself.
+constexpr int kLstmBackwardGroup = 16;
+
+// One set of kernels: one way to hold the factors, on one instruction set. Thread `index` of `count`.
+struct LstmKernels {
+  void (*forward)(const LstmJob& job, int index, int count);
+  void (*backward)(const LstmBackwardJob& job, int index, int count);  // float32 only, else null
+};
+
+// All threads meet here; cpu_forward.cpp defines it.
+void lstm_barrier(void* barrier, int count);
+
+extern const LstmKernels lstm_float32_generic, lstm_float32_avx2, lstm_float32_avx512;
+extern const LstmKernels lstm_bfloat16_generic, lstm_bfloat16_avx2, lstm_bfloat16_avx512, lstm_bfloat16_avx512bf16;
+extern const LstmKernels lstm_bfloat16_amx;
+extern const LstmKernels lstm_int8_generic, lstm_int8_avx2, lstm_int8_avxvnni, lstm_int8_avx512vnni, lstm_int8_amx;
+
+}  // namespace ctxfast

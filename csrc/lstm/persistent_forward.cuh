@@ -1,0 +1,371 @@
+// SPDX-License-Identifier: Apache-2.0
+// The recurrence of `lstm` forwards, all steps in one cooperative launch, weights on chip. Not yet run on a GPU: run on
+// the emulator. A predecessor (4096 cells, 512 projected, fp16) ran on an H100: 4.3 us a step at B = 8, 8.2 at B = 32.
+//
+// Who owns what. A direction has `blocks` blocks of 512 threads, one per multiprocessor. Block i owns the cells
+// [i C, (i + 1) C), C = 16, 32 or 64, as C / 4 tiles of 16 gate rows (row = 4 gate + cell); with a projection the first
+// P / 8 blocks also own 8 rows of it each. The batch goes in tiles of 8 kTiles rows, one after the other; weights stay.
+//
+// One step (round) of a tile:
+//   product   W_hh h. Tiles of 8 rows by mma.sync: a warp takes 4 row tiles and every KG-th 32 of K, reads its part of
+//             h straight from L2 into registers and starts when that part is there. 16 and 32 rows by wgmma: a K group
+//             of 4 KG warps copies its part of h to shared memory first. K groups meet in shared memory.
+//             (4096/512, B = 8: predicted 1,650 cycles against the predecessor's 2,230 for one row tile per warp and h
+//             in shared memory; all weights of a step must still pass, 128 bytes a cycle.)
+//   cells     a warp holds the four gates of 4 cells x 8 rows: c, m = o tanh(c). Published: h, or m with a projection.
+//   project   8 rows of W_proj times all m, gathered as operands from L2, 8 vectors of a thread under way at once; 4
+//             where weights fill the registers and 8 would spill (4096/512, B = 32: as the predecessor, 6,100 cycles).
+//             The 16 warps' sums meet in shared memory without bank conflicts. Published: h.
+//
+// Exchange. The data is its own flag: a word of a slot is kEmpty until it is written; no arithmetic makes that pair of
+// NaNs (conversions make 0x7FFF), and `filled` maps away what comes from memory. Slot n % kSlots carries round n; h_0
+// is round -1, and the last round of a tile carries h_0 of the next tile instead of h, so rounds run on evenly over
+// tiles; rows past their end publish the h they keep. Who writes a word clears it: m of round n - 1 and h of round n -
+// 1 in round n with a projection, h of round n - 2 in round n without. Once a round every warp executes a fence, where
+// it waits anyway and has no fresh stores: with a projection warps 0-7 (who publish h) between publishing m and
+// gathering, warps 8-15 (who publish m) at the end; without, warps 8-15 (who publish h) after the product, warps 0-7 at
+// the end.
+//
+// Why that is safe (block A clears, block Z reads; "joined" = by block_sync):
+// 1. No word is cleared before all have read it. With a projection: A clears m of n - 1 after its warps, joined, saw h
+//    of n - 1 from all blocks that project; each published it after its warps, joined, had gathered m of n - 1. A
+//    clears h of n - 1 after its warps, joined, gathered m of n from all blocks; each published it after its warps,
+//    joined, had read h of n - 1. Without: A clears h of n - 2 after its warps, joined, saw h of n - 1 of all blocks,
+//    each published after its warps, joined, had read h of n - 2. A reader leaves its loop only with a value that is
+//    not kEmpty, so no order of memory can let it see the clear of that very round.
+// 2. No reader sees what a slot held kSlots rounds before. A word cleared in round r is polled next in round r + 3 or
+//    later. A's warp that publishes (joined with the clears) executes a fence after them and before it publishes in
+//    round r + 1: a release. The thread of Z that polls the word polls the same place of every slot, so it read what A
+//    published in round r + 1, in round r + 1 (m) or r + 2 (h), and executes a fence after that and before it polls the
+//    word: an acquire. So the clear happens before the read. Before the first rounds the launcher clears on the stream.
+// 3. A word's clear and its next write are by the same thread, in program order.
+// 4. Nobody waits for ever: round n waits only for what rounds <= n of blocks that are all resident publish.
+// Every spin is bounded and traps. All blocks run all rounds, whatever the lengths.
+//
+// Numbers. fp32 sums in an order fixed by the sizes and kTiles alone, no atomics; fp32 cells; h and m rounded to the
+// weights' type where they are published. tanh.approx: 2e-4 of relative error over 128 steps (H100).
+#pragma once
+
+#include "lstm/persistent_forward_parts.cuh"
+
+namespace ctxfast::lstm_forward {
+
+// Where the walk stands. `round` counts on over the tiles of the batch.
+struct Walk {
+  int direction, block, base, step, round;                                               // base: first row of the tile
+  CTXFAST_DEVICE bool last(const KernelParams& p) const { return step + 1 == p.steps; }  // of the tile
+  CTXFAST_DEVICE bool very_last(const KernelParams& p, int rows) const { return last(p) && base + rows >= p.batch; }
+  CTXFAST_DEVICE int64_t state(const KernelParams& p, int row) const {
+    return static_cast<int64_t>(direction) * p.batch + base + row;
+  }
+  // Where a row of this length stands in time; past its end every later place once.
+  CTXFAST_DEVICE int time_of(int length) const { return direction == 1 && step < length ? length - 1 - step : step; }
+};
+
+template <int kTiles>
+CTXFAST_DEVICE uint4* h_slot(const KernelParams& p, const Walk& at, int round) {
+  return p.h_slots + (at.direction * kSlots + (round & (kSlots - 1))) * p.pairs * kTiles * 32;
+}
+template <int kTiles>
+CTXFAST_DEVICE uint4* m_slot(const KernelParams& p, const Walk& at, int round) {
+  return p.m_slots + (at.direction * kSlots + (round & (kSlots - 1))) * p.cell_pairs * kTiles * 32;
+}
+CTXFAST_DEVICE int* lengths_of(const KernelParams& p) { return reinterpret_cast<int*>(shared_memory() + p.at.lengths); }
+
+// V: the thread's uint4 or uint32_t of h_0, 8 or 2 values of a row from k on; zeros where there is none.
+template <typename T, typename V>
+CTXFAST_DEVICE V initial_h(const KernelParams& p, const Walk& at, int row, int k) {
+  if (p.h_0 == nullptr || at.base + row >= p.batch) return V{};
+  return *reinterpret_cast<const V*>(static_cast<const T*>(p.h_0) + at.state(p, row) * p.size + k);
+}
+
+// A thread's work on cells: piece j is one cell and one row of (row tile, batch tile) number 16 j + warp.
+template <int kTiles>
+struct Pieces {
+  int lane, warp, row_tiles;
+  CTXFAST_DEVICE explicit Pieces(const KernelParams& p) : row_tiles(p.row_tiles) {
+    const int thread = thread_anew();
+    lane = thread & 31, warp = thread >> 5;
+  }
+  CTXFAST_DEVICE bool has(int j) const { return 16 * j + warp < row_tiles * kTiles; }
+  CTXFAST_DEVICE int row_tile(int j) const { return (16 * j + warp) & (row_tiles - 1); }
+  CTXFAST_DEVICE int batch_tile(int j) const { return (16 * j + warp) / row_tiles; }
+  CTXFAST_DEVICE int tile_row() const { return 2 * (lane & 3) + (lane >> 4); }
+  CTXFAST_DEVICE int row(int j) const { return 8 * batch_tile(j) + tile_row(); }
+  CTXFAST_DEVICE int cell(int j) const { return 4 * row_tile(j) + (lane >> 2 & 3); }
+};
+
+// Publishing the block's cells: warps 8-15, 8 cells of a row each, in the order of the slot.
+template <int kTiles, bool kForMma>
+struct Publisher {
+  bool works;
+  int k8, tile, row;  // of 8 cells, in the block; row in the tile
+  CTXFAST_DEVICE explicit Publisher(const KernelParams& p) {
+    const int vector = thread_anew() - kThreads / 2, groups = p.row_tiles / 2;
+    works = vector >= 0 && vector < groups * kTiles * 8;
+    if (kForMma) {
+      const int within = groups < 4 ? groups : 4, rest = vector / within;  // a pair
+      k8 = vector % within + rest / (8 * kTiles) * 4;
+      tile = rest / 8 % kTiles;
+      row = rest % 8;
+    } else {
+      k8 = vector / (8 * kTiles);
+      tile = vector / 8 % kTiles;
+      row = vector % 8;
+    }
+  }
+  CTXFAST_DEVICE int first_k8(const KernelParams& p, int block) const { return block * (p.row_tiles / 2) + k8; }
+  CTXFAST_DEVICE int place(const KernelParams& p, int block) const {
+    return slot_place<kTiles, kForMma>(first_k8(p, block), tile, row);
+  }
+};
+
+// Finishing projected h: warp 2 n + e sums half e of tile n; its lanes 0-15 then hold two values of one row.
+template <int kTiles>
+struct Finisher {
+  bool works;
+  int lane, warp, tile, tile_row, pair;
+  CTXFAST_DEVICE Finisher(const KernelParams& p, int block) {
+    const int thread = thread_anew();
+    lane = thread & 31, warp = thread >> 5;
+    works = 8 * block < p.size && warp < 2 * kTiles;
+    const int role = (warp & 1) * 16 + (lane & 15);
+    tile = warp >> 1, tile_row = role >> 2, pair = role & 3;
+  }
+  CTXFAST_DEVICE int row() const { return 8 * tile + tile_row; }
+  CTXFAST_DEVICE int k(int block) const { return 8 * block + 2 * pair; }
+  CTXFAST_DEVICE int word(int block) const { return 4 * slot_place<kTiles, kTiles == 1>(block, tile, tile_row) + pair; }
+};
+
+// The gates' part that does not depend on h: loads under way while h is waited for. Of a pair of cells the even one's
+// thread loads i and f of both, the other g and o.
+template <typename T, int kTiles>
+CTXFAST_DEVICE void load_gates(const KernelParams& p, const Walk& at, uint2 (&gates)[kTiles]) {
+  const Pieces<kTiles> pieces(p);
+#pragma unroll
+  for (int j = 0; j < kTiles; ++j) {
+    gates[j] = make_uint2(0, 0);
+    if (!pieces.has(j)) continue;
+    const int length = lengths_of(p)[pieces.row(j)];
+    if (at.step >= length) continue;
+    const int cell = at.block * 4 * p.row_tiles + pieces.cell(j);
+    const T* from = static_cast<const T*>(p.gates[at.direction]) +
+                    (at.base + pieces.row(j)) * p.gates_strides[at.direction][0] +
+                    at.time_of(length) * p.gates_strides[at.direction][1] + (cell & 1) * 2 * p.hidden + (cell & ~1);
+    gates[j] =
+        make_uint2(*reinterpret_cast<const uint32_t*>(from), *reinterpret_cast<const uint32_t*>(from + p.hidden));
+  }
+}
+
+// c and m, or h without projection, of the thread's pieces; m and h to shared memory: [cell / 8][tile][row][8].
+template <typename T, int kTiles, bool kProjected>
+CTXFAST_DEVICE void advance_cells(const KernelParams& p, const Walk& at, const uint2 (&gates)[kTiles],
+                                  const float (&sums)[kTiles][4], float (&c)[kTiles], float (&h)[kTiles]) {
+  const Pieces<kTiles> pieces(p);
+  const int k_groups = (kTiles == 1 ? 64 : 16) / p.row_tiles;
+  const int lane = pieces.lane;
+  const float4* partial = reinterpret_cast<const float4*>(shared_memory() + p.at.partial);
+  T* published = reinterpret_cast<T*>(shared_memory() + p.at.published);
+#pragma unroll
+  for (int j = 0; j < kTiles; ++j) {
+    if (!pieces.has(j)) continue;
+    float4 z;
+    if (kTiles > 1 && k_groups == 1) {
+      z = make_float4(sums[j][0], sums[j][1], sums[j][2], sums[j][3]);
+    } else {
+      z = make_float4(0, 0, 0, 0);
+      const float4* from = partial + (pieces.row_tile(j) * kTiles + pieces.batch_tile(j)) * 32 + lane;
+#pragma unroll 4
+      for (int k = 0; k < k_groups; ++k) {
+        const float4 part = from[k * p.row_tiles * kTiles * 32];
+        z.x += part.x, z.y += part.y, z.z += part.z, z.w += part.w;
+      }
+    }
+    // Lanes 0-15 hold i and g, the others f and o, of two rows of the batch; each takes one row.
+    const bool low = lane < 16;
+    const float other0 = shuffle_xor(low ? z.y : z.x, 16), other1 = shuffle_xor(low ? z.w : z.z, 16);
+    const bool odd = lane & 4;
+    const uint32_t lows = (gates[j].x & 0xFFFFu) | gates[j].y << 16,
+                   highs = gates[j].x >> 16 | (gates[j].y & 0xFFFF0000u);
+    const uint32_t other = shuffle_xor(odd ? lows : highs, 4);
+    const float2 given_if = unpack2<T>(odd ? other : lows), given_go = unpack2<T>(odd ? highs : other);
+    const float i = given_if.x + (low ? z.x : other0), f = given_if.y + (low ? other0 : z.y);
+    const float g = given_go.x + (low ? z.z : other1), o = given_go.y + (low ? other1 : z.w);
+    const float new_c = clipped(sigmoid_fast(i) * tanh_fast(g) + sigmoid_fast(f) * c[j], p.cell_clip);
+    float m = sigmoid_fast(o) * tanh_fast(new_c);
+    const int row = pieces.row(j), length = lengths_of(p)[row], cell = pieces.cell(j);
+    const bool active = at.step < length;
+    if (active) c[j] = new_c;
+    if (!kProjected) {
+      if (active) h[j] = clipped(m, p.proj_clip);
+      m = h[j];
+    }
+    published[(((cell >> 3) * kTiles + pieces.batch_tile(j)) * 8 + pieces.tile_row()) * 8 + (cell & 7)] =
+        from_float<T>(m);
+    if (at.base + row >= p.batch) continue;
+    const int64_t state = at.state(p, row);
+    const int of_all = at.block * 4 * p.row_tiles + cell;
+    if (p.cells != nullptr) {
+      p.cells[(state * p.steps + at.time_of(length)) * p.hidden + of_all] = active ? new_c : 0.0f;
+    }
+    if (at.last(p)) p.c_n[state * p.hidden + of_all] = c[j];
+  }
+}
+
+// Warps 8-15: what advance_cells left in shared memory, to the other blocks; without projection it is h.
+template <typename T, int kTiles, bool kProjected>
+CTXFAST_DEVICE void publish_cells(const KernelParams& p, const Walk& at) {
+  const Publisher<kTiles, kTiles == 1 || kProjected> publisher(p);
+  if (!publisher.works) return;
+  const uint4* published = reinterpret_cast<const uint4*>(shared_memory() + p.at.published);
+  const uint4 v = published[(publisher.k8 * kTiles + publisher.tile) * 8 + publisher.row];
+  const uint4 empty = make_uint4(kEmpty, kEmpty, kEmpty, kEmpty);
+  const int place = publisher.place(p, at.block);
+  if (kProjected) {
+    store_relaxed(m_slot<kTiles>(p, at, at.round) + place, filled(v));
+    if (at.round > 0) store_relaxed(m_slot<kTiles>(p, at, at.round - 1) + place, empty);
+    return;
+  }
+  const int row = 8 * publisher.tile + publisher.row, k = 8 * publisher.first_k8(p, at.block);
+  if (!at.very_last(p, 8 * kTiles)) {
+    const uint4 next = at.last(p) ? initial_h<T, uint4>(p, at, row + 8 * kTiles, k) : v;
+    store_relaxed(h_slot<kTiles>(p, at, at.round) + place, filled(next));
+  }
+  if (at.round > 0) store_relaxed(h_slot<kTiles>(p, at, at.round - 2) + place, empty);
+  if (at.base + row >= p.batch) return;
+  const int length = lengths_of(p)[row];
+  T* to = static_cast<T*>(p.output) + (at.base + row) * p.output_strides[0] + at.time_of(length) * p.output_strides[1] +
+          at.direction * p.size + k;
+  *reinterpret_cast<uint4*>(to) = at.step < length ? v : make_uint4(0, 0, 0, 0);
+  if (at.last(p)) *reinterpret_cast<uint4*>(static_cast<T*>(p.h_n) + at.state(p, row) * p.size + k) = v;
+}
+
+// Warps 0 to 2 kTiles - 1: h of the block's rows of the projection, to the other blocks and the output. `kept`: of a
+// row, past its end too.
+template <typename T, int kTiles>
+CTXFAST_DEVICE void finish_h(const KernelParams& p, const Walk& at, uint32_t& kept) {
+  const Finisher<kTiles> finisher(p, at.block);
+  if (!finisher.works) return;
+  const int lane = finisher.lane;
+  const float2* from =
+      reinterpret_cast<const float2*>(shared_memory() + p.at.sums) + finisher.warp * kWarps * 16 + (lane & 15);
+  float2 sum = make_float2(0, 0);
+#pragma unroll
+  for (int i = 0; i < kWarps / 2; ++i) {
+    const float2 part = from[((lane >> 4) * (kWarps / 2) + i) * 16];
+    sum.x += part.x, sum.y += part.y;
+  }
+  sum.x += shuffle_xor(sum.x, 16);
+  sum.y += shuffle_xor(sum.y, 16);
+  const uint32_t h = pack2<T>(clipped(sum.x, p.proj_clip), clipped(sum.y, p.proj_clip));
+  const int row = finisher.row(), length = lengths_of(p)[row], k = finisher.k(at.block);
+  if (at.step < length) kept = h;
+  if (lane >= 16) return;
+  const int word = finisher.word(at.block);
+  if (!at.very_last(p, 8 * kTiles)) {
+    const uint32_t next = at.last(p) ? initial_h<T, uint32_t>(p, at, row + 8 * kTiles, k) : kept;
+    store_relaxed(reinterpret_cast<uint32_t*>(h_slot<kTiles>(p, at, at.round)) + word, filled(next));
+  }
+  store_relaxed(reinterpret_cast<uint32_t*>(h_slot<kTiles>(p, at, at.round - 1)) + word, kEmpty);
+  if (at.base + row >= p.batch) return;
+  T* to = static_cast<T*>(p.output) + (at.base + row) * p.output_strides[0] + at.time_of(length) * p.output_strides[1] +
+          at.direction * p.size + k;
+  *reinterpret_cast<uint32_t*>(to) = at.step < length ? h : 0;
+  if (at.last(p)) *reinterpret_cast<uint32_t*>(static_cast<T*>(p.h_n) + at.state(p, row) * p.size + k) = kept;
+}
+
+// Round -1: h_0 of the first tile.
+template <typename T, int kTiles, bool kProjected>
+CTXFAST_DEVICE void publish_initial(const KernelParams& p, const Walk& at) {
+  if (kProjected) {
+    const Finisher<kTiles> finisher(p, at.block);
+    if (!finisher.works || finisher.lane >= 16) return;
+    store_relaxed(reinterpret_cast<uint32_t*>(h_slot<kTiles>(p, at, -1)) + finisher.word(at.block),
+                  filled(initial_h<T, uint32_t>(p, at, finisher.row(), finisher.k(at.block))));
+  } else {
+    const Publisher<kTiles, kTiles == 1> publisher(p);
+    if (!publisher.works) return;
+    store_relaxed(
+        h_slot<kTiles>(p, at, -1) + publisher.place(p, at.block),
+        filled(initial_h<T, uint4>(p, at, 8 * publisher.tile + publisher.row, 8 * publisher.first_k8(p, at.block))));
+  }
+}
+
+// Lengths of a tile's rows to shared memory, states to registers.
+template <typename T, int kTiles, bool kProjected>
+CTXFAST_DEVICE void begin_tile(const KernelParams& p, const Walk& at, float (&c)[kTiles], float (&h)[kTiles],
+                               uint32_t& kept) {
+  const int thread = thread_anew();
+  block_sync();
+  if (thread < 8 * kTiles) {
+    int length = 0;
+    if (at.base + thread < p.batch) {
+      length = p.steps;
+      if (p.lengths != nullptr) {
+        const int64_t given = p.lengths[at.base + thread];
+        length = given < 0 ? 0 : given > p.steps ? p.steps : static_cast<int>(given);
+      }
+    }
+    lengths_of(p)[thread] = length;
+  }
+  shared_written();  // of the weights
+  block_sync();
+  const Pieces<kTiles> pieces(p);
+#pragma unroll
+  for (int j = 0; j < kTiles; ++j) {
+    c[j] = h[j] = 0;
+    if (!pieces.has(j) || at.base + pieces.row(j) >= p.batch) continue;
+    const int cell = at.block * 4 * p.row_tiles + pieces.cell(j);
+    if (p.c_0 != nullptr) c[j] = p.c_0[at.state(p, pieces.row(j)) * p.hidden + cell];
+    if (!kProjected) {
+      const uint32_t both = initial_h<T, uint32_t>(p, at, pieces.row(j), cell & ~1);
+      h[j] = cell & 1 ? unpack2<T>(both).y : unpack2<T>(both).x;
+    }
+  }
+  kept = 0;
+  const Finisher<kTiles> finisher(p, at.block);
+  if (kProjected && finisher.works) kept = initial_h<T, uint32_t>(p, at, finisher.row(), finisher.k(at.block));
+}
+
+// 8 kTiles rows of the batch at a time. kInRegisters: the first k-steps of wgmma's weights are kept there.
+template <typename T, int kTiles, bool kProjected, bool kInRegisters>
+__global__ void __launch_bounds__(kThreads, 1) lstm_persistent_forward_kernel(const __grid_constant__ KernelParams p) {
+  Walk at = {};
+  at.direction = block_index() & (p.directions - 1), at.block = block_index() >> (p.directions - 1);
+  uint4 w[kRegisterFragments];
+  load_weights<T, kTiles, kInRegisters>(p, w, at.direction, at.block);
+  publish_initial<T, kTiles, kProjected>(p, at);
+  for (at.base = 0; at.base < p.batch; at.base += 8 * kTiles) {
+    float c[kTiles], h[kTiles];  // h: without projection
+    uint32_t kept;               // h with projection
+    begin_tile<T, kTiles, kProjected>(p, at, c, h, kept);
+    for (at.step = 0; at.step < p.steps; ++at.step, ++at.round) {
+      uint2 gates[kTiles];
+      load_gates<T, kTiles>(p, at, gates);
+      float sums[kTiles][4];
+      const uint4* before = h_slot<kTiles>(p, at, at.round - 1);
+      if constexpr (kTiles == 1) {
+        product_mma<T>(p, w, before);
+      } else {
+        product_wgmma<T, kTiles, kInRegisters>(p, w, before, sums);
+      }
+      block_sync();
+      const bool upper = thread_anew() >= kThreads / 2;
+      if (!kProjected && upper) fence();
+      advance_cells<T, kTiles, kProjected>(p, at, gates, sums, c, h);
+      block_sync();
+      if (!upper) fence();
+      publish_cells<T, kTiles, kProjected>(p, at);
+      if constexpr (kProjected) {
+        if (8 * at.block < p.size) {
+          project<T, kTiles, kInRegisters>(p, m_slot<kTiles>(p, at, at.round));
+          block_sync();
+        }
+        finish_h<T, kTiles>(p, at, kept);
+        if (upper) fence();
+      }
+    }
+  }
+}
+
+}  // namespace ctxfast::lstm_forward

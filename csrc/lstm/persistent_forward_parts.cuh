@@ -1,0 +1,341 @@
+// SPDX-License-Identifier: Apache-2.0
+// The persistent forward recurrence: parameters, exchange between blocks, products. The whole: the _impl.cuh beside it.
+#pragma once
+
+#include "base/device.cuh"
+
+namespace ctxfast::lstm_forward {
+
+constexpr int kThreads = 512, kWarps = 16;
+constexpr int kSlots = 4;
+constexpr uint32_t kEmpty = 0xFFFFFFFFu;
+// About a second: a peer answers within microseconds, or never.
+constexpr int kSpins = 1 << 21;
+// k-steps of 16 whose weights a warp (its 16 or 64 gate rows) keeps in registers: 64 of them.
+constexpr int kRegisterFragments = 16;
+constexpr int kMmaTiles = 4;  // row tiles of a warp, mma.sync
+
+// Bytes from the start of shared memory.
+struct SharedPlaces {
+  int projection, h, partial, published, sums, lengths;
+};
+
+struct KernelParams {
+  int batch, steps, hidden, size, directions;  // size: P, or H without projection
+  int row_tiles;                               // of a block: C / 4
+  int pairs;                                   // 32s of K = P
+  int cell_pairs;                              // 32s of H with a projection, else 0
+  bool shares_h;                               // published values and sums lie where h lay
+  SharedPlaces at;
+  const void* weight_hh[2];  // (4H, P)
+  int64_t hh_stride[2];      // of a row; all strides in elements
+  const void* weight_proj[2];
+  int64_t proj_stride[2];
+  const void* gates[2];         // (B, T, 4H)
+  int64_t gates_strides[2][2];  // of B and T
+  const int64_t* lengths;       // or null
+  const void* h_0;              // or null
+  const float* c_0;             // or null
+  float cell_clip, proj_clip;   // infinity: off
+  void* output;
+  int64_t output_strides[2];
+  void* h_n;
+  float* c_n;
+  float* cells;    // or null
+  uint4* h_slots;  // [directions][kSlots][pairs][kTiles][32]
+  uint4* m_slots;  // [directions][kSlots][cell_pairs][kTiles][32]
+};
+
+// The thread's index, but for the compiler a new number each time: what follows from it is computed anew where it is
+// needed (a few instructions), not kept in registers over all steps.
+CTXFAST_DEVICE int thread_anew() {
+  int thread = thread_index();
+  asm volatile("" : "+r"(thread));
+  return thread;
+}
+
+CTXFAST_DEVICE uint32_t filled(uint32_t word) { return word == kEmpty ? 0x7FFF7FFFu : word; }
+CTXFAST_DEVICE uint4 filled(uint4 v) { return make_uint4(filled(v.x), filled(v.y), filled(v.z), filled(v.w)); }
+CTXFAST_DEVICE bool is_filled(uint4 v) { return v.x != kEmpty && v.y != kEmpty && v.z != kEmpty && v.w != kEmpty; }
+
+// Waits for the first `count` of N vectors, address(i). All loads are under way before the first is looked at: one
+// after another they cost 1.7 us a step at B = 32 (H100).
+template <bool kSpeaks, int N, typename Address>
+CTXFAST_DEVICE void wait_for(uint4 (&v)[N], int count, Address address) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    v[i] = make_uint4(0, 0, 0, 0);
+    if (i < count) v[i] = load_relaxed(address(i));
+  }
+  for (int spins = 0;; ++spins) {
+    bool all = true;
+#pragma unroll
+    for (int i = 0; i < N; ++i) all = all && is_filled(v[i]);
+    if (all) return;
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      if (!is_filled(v[i])) v[i] = load_relaxed(address(i));
+    }
+    if (spins > kSpins) {
+      if constexpr (kSpeaks) {
+        trap_with(1, count);
+      } else {
+        trap_silently();
+      }
+      __builtin_unreachable();  // so that nothing is saved for after it
+    }
+  }
+}
+
+// A slot's uint4 of 8 consecutive k (k8 = k / 8) of one row of a tile. For mma: lane 4 row + k8 % 4 of a warp reads 8
+// k, word j of which is register j % 2 of k-step j / 2 of a pair; the other operand's k are permuted alike: k = 32 pair
+// + 8 (lane % 4) + 4 step + 2 register + element. For wgmma: 8 x 8 core matrices.
+template <int kTiles, bool kForMma>
+CTXFAST_DEVICE int slot_place(int k8, int tile, int row) {
+  return kForMma ? (((k8 >> 2) * kTiles + tile) * 8 + row) * 4 + (k8 & 3) : (k8 * kTiles + tile) * 8 + row;
+}
+
+// Where a warp, or a warpgroup, stands in the product: `row` of the rows' groups, K group `k` of `k_groups`.
+struct Part {
+  int row, k, k_groups;
+};
+
+template <int kTiles>
+CTXFAST_DEVICE Part part_of(int row_tiles, int warp) {
+  // The shuffle tells the compiler that a warp's lanes agree: wgmma runs on only where it is sure of that.
+  const int rows = row_tiles / 4, unit = shuffle(kTiles == 1 ? warp : warp >> 2, 0);
+  return {unit & (rows - 1), unit / rows, (kTiles == 1 ? kWarps : kWarps / 4) / rows};
+}
+
+// The weights that stay: registers `w`, and what is left in shared memory. Read where they lie, 16 bytes at a time.
+template <typename T, int kTiles, bool kInRegisters>
+CTXFAST_DEVICE void load_weights(const KernelParams& p, uint4 (&w)[kRegisterFragments], int direction, int block) {
+  const int warp = warp_index(), lane = lane_index(), q = lane >> 2, s = lane & 3;
+  uint4* shared = reinterpret_cast<uint4*>(shared_memory());
+  const Part part = part_of<kTiles>(p.row_tiles, warp);
+  // Row of a tile of 16: 4 gate + cell.
+  const auto at = [&](int tile, int row, int k) {
+    const int64_t of_all = static_cast<int64_t>(row >> 2) * p.hidden + (block * p.row_tiles + tile) * 4 + (row & 3);
+    return static_cast<const T*>(p.weight_hh[direction]) + of_all * p.hh_stride[direction] + k;
+  };
+  const auto vector = [&](int tile, int row, int k) { return *reinterpret_cast<const uint4*>(at(tile, row, k)); };
+  if constexpr (kTiles == 1) {
+    const int left = (p.pairs + part.k_groups - 1) / part.k_groups - 2;  // of the warp with most, in shared memory
+    for (int i = 2; part.k + i * part.k_groups < p.pairs; ++i) {
+      for (int t = 0; t < kMmaTiles; ++t) {
+        const int tile = part.row * kMmaTiles + t, k = 32 * (part.k + i * part.k_groups) + 8 * s;
+        const uint4 low = vector(tile, q, k), high = vector(tile, q + 8, k);
+        uint4* to = shared + ((warp * left + i - 2) * 8 + 2 * t) * 32 + lane;
+        to[0] = make_uint4(low.x, high.x, low.y, high.y);
+        to[32] = make_uint4(low.z, high.z, low.w, high.w);
+      }
+    }
+#pragma unroll
+    for (int f = 0; f < kRegisterFragments; f += 2) {
+      const int pair = part.k + (f >> 3) * part.k_groups, tile = part.row * kMmaTiles + ((f >> 1) & 3);
+      w[f] = w[f + 1] = make_uint4(0, 0, 0, 0);
+      if (pair >= p.pairs) continue;
+      const uint4 low = vector(tile, q, 32 * pair + 8 * s), high = vector(tile, q + 8, 32 * pair + 8 * s);
+      w[f] = make_uint4(low.x, high.x, low.y, high.y);
+      w[f + 1] = make_uint4(low.z, high.z, low.w, high.w);
+    }
+  } else {
+    // Core matrices [64 rows][k-step][half of it][row][8], those of the first steps left out if they are in registers.
+    // A warp copies 8 rows times 32 of K at once: whole sectors in, no bank conflicts out.
+    constexpr int kept = kInRegisters ? kRegisterFragments : 0;
+    const int steps = 2 * p.pairs - kept, pairs = p.pairs - kept / 2;
+    for (int unit = warp; unit < p.row_tiles * 2 * pairs; unit += kWarps) {
+      const int row = unit / pairs * 8 + (lane & 7), k8 = unit % pairs * 4 + (lane >> 3);
+      shared[((row >> 6) * steps + (k8 >> 1)) * 128 + (k8 & 1) * 64 + (row & 63)] =
+          vector(row >> 4, row & 15, 16 * kept + 8 * k8);
+    }
+    if constexpr (kInRegisters) {
+      const auto pair_of = [&](int row, int k) { return *reinterpret_cast<const uint32_t*>(at(warp, row, k)); };
+#pragma unroll
+      for (int f = 0; f < kept; ++f) {
+        const int k = 16 * f + 2 * s;
+        w[f] = make_uint4(pair_of(q, k), pair_of(q + 8, k), pair_of(q, k + 8), pair_of(q + 8, k + 8));
+      }
+    }
+  }
+  if (p.cell_pairs > 0 && 8 * block < p.size) {
+    uint4* to = reinterpret_cast<uint4*>(shared_memory() + p.at.projection);
+    const T* from =
+        static_cast<const T*>(p.weight_proj[direction]) + (8 * block + q) * p.proj_stride[direction] + 8 * s;
+    for (int pair = warp; pair < p.cell_pairs; pair += kWarps) {
+      to[pair * 32 + lane] = *reinterpret_cast<const uint4*>(from + 32 * pair);
+    }
+  }
+}
+
+CTXFAST_DEVICE uint32_t word(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
+
+// Four row tiles times 16 of K.
+template <typename T>
+CTXFAST_DEVICE void multiply_step(float (&sums)[kMmaTiles][4], const uint4 (&w)[kMmaTiles], uint32_t low,
+                                  uint32_t high) {
+  const uint32_t b[2] = {low, high};
+#pragma unroll
+  for (int t = 0; t < kMmaTiles; ++t) {
+    const uint32_t a[4] = {w[t].x, w[t].y, w[t].z, w[t].w};
+    mma_16x8x16<T>(sums[t], a, b);
+  }
+}
+
+// Products of mma.sync: h from its slot straight into registers; partial sums to shared memory.
+template <typename T>
+CTXFAST_DEVICE void product_mma(const KernelParams& p, const uint4 (&w)[kRegisterFragments], const uint4* h) {
+  const int thread = thread_anew(), warp = thread >> 5, lane = thread & 31;
+  const Part part = part_of<1>(p.row_tiles, warp);
+  const int count = part.k < p.pairs ? (p.pairs - part.k + part.k_groups - 1) / part.k_groups : 0;
+  const int left = (p.pairs + part.k_groups - 1) / part.k_groups - 2;
+  const uint4* shared = reinterpret_cast<const uint4*>(shared_memory()) + warp * left * 256 + lane;
+  float sums[kMmaTiles][4] = {};
+  const auto address = [&](int i) { return h + (part.k + i * part.k_groups) * 32 + lane; };
+  constexpr int kAtOnce = 4;
+  for (int first = 0; first < count; first += kAtOnce) {
+    uint4 v[kAtOnce];
+    wait_for<true>(v, count - first, [&](int i) { return address(first + i); });
+    warp_sync();
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (first + i >= count) continue;
+#pragma unroll
+      for (int step = 0; step < 2; ++step) {
+        uint4 a[kMmaTiles];
+#pragma unroll
+        for (int t = 0; t < kMmaTiles; ++t) {
+          if (i < 2 && first == 0) {
+            a[t] = w[(i & 1) * 8 + 2 * t + step];
+          } else {
+            a[t] = shared[((first + i - 2) * 8 + 2 * t + step) * 32];
+          }
+        }
+        multiply_step<T>(sums, a, word(v[i], 2 * step), word(v[i], 2 * step + 1));
+      }
+    }
+  }
+  float4* partial = reinterpret_cast<float4*>(shared_memory() + p.at.partial);
+#pragma unroll
+  for (int t = 0; t < kMmaTiles; ++t) {
+    partial[(part.k * p.row_tiles + part.row * kMmaTiles + t) * 32 + lane] =
+        make_float4(sums[t][0], sums[t][1], sums[t][2], sums[t][3]);
+  }
+}
+
+// Products of wgmma: h, or the K group's part of it, by way of shared memory. Partial sums go to shared memory if there
+// are several K groups.
+template <typename T, int kTiles, bool kInRegisters>
+CTXFAST_DEVICE void product_wgmma(const KernelParams& p, const uint4 (&w)[kRegisterFragments], const uint4* h,
+                                  float (&sums)[kTiles][4]) {
+  constexpr int kept = kInRegisters ? kRegisterFragments : 0;
+  constexpr int kAtOnce = kInRegisters ? kTiles : 8;
+  const int thread = thread_anew(), warp = thread >> 5, lane = thread & 31;
+  const Part part = part_of<kTiles>(p.row_tiles, warp);
+  const int members = kThreads / part.k_groups, member = part.row * 128 + (thread & 127);
+  const int share = p.pairs / part.k_groups, begin = share * part.k;
+  unsigned char* at_h = shared_memory() + p.at.h;
+  uint4* shared_h = reinterpret_cast<uint4*>(at_h);
+  const int vectors = share * kTiles * 32;
+  for (int first = member, pass = 0; pass == 0 || first < vectors; first += kAtOnce * members, ++pass) {
+    uint4 v[kAtOnce];
+    const int count = first < vectors ? (vectors - first + members - 1) / members : 0;
+    const uint4* from = h + begin * kTiles * 32 + first;
+    wait_for<false>(v, count, [&](int i) { return from + i * members; });
+    if (p.shares_h && pass == 0) block_sync();  // the sums of the step before have been read
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (i < count) shared_h[begin * kTiles * 32 + first + i * members] = v[i];
+    }
+  }
+  shared_written();
+  barrier_sync(1 + part.k, members);
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) sums[n][0] = sums[n][1] = sums[n][2] = sums[n][3] = 0;
+  const uint64_t b = wgmma_descriptor(at_h, kTiles * 128, 128);
+  const uint64_t a = wgmma_descriptor(shared_memory() + part.row * (2 * p.pairs - kept) * 2048, 1024, 128);
+  wgmma_fence();
+  if constexpr (kInRegisters) {
+#pragma unroll
+    for (int k = 0; k < kept; ++k) wgmma_rs<T, 8 * kTiles>(sums, w[k], b + k * (kTiles * 256 >> 4));
+  }
+  const auto pair = [&](int k) {
+#pragma unroll
+    for (int i = k; i < k + 2; ++i) {
+      wgmma_ss<T, 8 * kTiles>(sums, a + (i - kept) * (2048 >> 4), b + i * (kTiles * 256 >> 4));
+    }
+  };
+  // The sums must come from products when the loop begins, else the compiler waits for every product.
+  int k = 2 * begin + kept;
+  if constexpr (!kInRegisters) {
+    pair(k);
+    k += 2;
+  }
+  for (const int end = 2 * (begin + share); k < end; k += 2) {
+    wgmma_fence();  // else the compiler adds one before every product
+    pair(k);
+  }
+  wgmma_commit();
+  wgmma_wait<0>();
+  if (part.k_groups > 1) {
+    float4* partial = reinterpret_cast<float4*>(shared_memory() + p.at.partial);
+    const int row_tile = part.row * 4 + (warp & 3);
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+      partial[((part.k * p.row_tiles + row_tile) * kTiles + n) * 32 + lane] =
+          make_float4(sums[n][0], sums[n][1], sums[n][2], sums[n][3]);
+    }
+  }
+}
+
+// 8 rows of W_proj times all m, gathered from their slot; the warps' sums to shared memory:
+// [tile][half of the lanes][warp][16] of float2: row of the batch lane / 4, rows 2 (lane % 4) and the next of W_proj.
+template <typename T, int kTiles, bool kInRegisters>
+CTXFAST_DEVICE void project(const KernelParams& p, const uint4* m) {
+  const int thread = thread_anew(), warp = thread >> 5, lane = thread & 31;
+  constexpr int kAtOnce = kInRegisters && kTiles == 4 ? 1 : 8 / kTiles;  // pairs
+  constexpr int kHalves = kTiles == 1 ? 1 : kTiles / 2;
+  const uint4* weights = reinterpret_cast<const uint4*>(shared_memory() + p.at.projection) + lane;
+  const int count = warp < p.cell_pairs ? (p.cell_pairs - warp + kWarps - 1) / kWarps : 0;
+  float sums[kHalves][4] = {};
+  for (int first = 0; first < count; first += kAtOnce) {
+    uint4 v[kAtOnce * kTiles];
+    const uint4* from = m + (warp + first * kWarps) * kTiles * 32 + lane;
+    wait_for<kTiles == 1>(v, (count - first) * kTiles,
+                          [&](int i) { return from + ((i / kTiles) * kWarps * kTiles + i % kTiles) * 32; });
+    warp_sync();
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (first + i >= count) continue;
+      const uint4 f = weights[(warp + (first + i) * kWarps) * 32];
+#pragma unroll
+      for (int step = 0; step < 2; ++step) {
+        const uint32_t b[2] = {word(f, 2 * step), word(f, 2 * step + 1)};
+#pragma unroll
+        for (int half = 0; half < kHalves; ++half) {
+          // Two tiles of 8 batch rows are the 16 rows of the product; one leaves half of it empty.
+          const uint4& low = v[i * kTiles + 2 * half];
+          uint32_t a[4] = {word(low, 2 * step), 0, word(low, 2 * step + 1), 0};
+          if constexpr (kTiles > 1) {
+            const uint4& high = v[i * kTiles + 2 * half + 1];
+            a[1] = word(high, 2 * step);
+            a[3] = word(high, 2 * step + 1);
+          }
+          mma_16x8x16<T>(sums[half], a, b);
+        }
+      }
+    }
+  }
+  float2* to = reinterpret_cast<float2*>(shared_memory() + p.at.sums);
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+    to[((2 * n + (lane >> 4)) * kWarps + warp) * 16 + (lane & 15)] =
+        make_float2(sums[n >> 1][2 * (n & 1)], sums[n >> 1][2 * (n & 1) + 1]);
+  }
+}
+
+CTXFAST_DEVICE float clipped(float x, float bound) {  // NaN stays NaN
+  return x > bound ? bound : x < -bound ? -bound : x;
+}
+
+}  // namespace ctxfast::lstm_forward

@@ -1,0 +1,245 @@
+// SPDX-License-Identifier: Apache-2.0
+// Plan and launcher of the persistent forward recurrence. The kernel: persistent_forward.cuh.
+// Not yet run on a GPU.
+#include <algorithm>
+#include <cmath>
+
+#include "base/launch.cuh"
+#include "lstm/persistent_forward.cuh"
+#include "lstm/persistent_forward.h"
+
+namespace ctxfast {
+namespace {
+
+using namespace lstm_forward;
+
+constexpr const char* kOp = "lstm";
+constexpr int64_t kMaxBatch = 128;
+constexpr int64_t kVector = 16;  // bytes
+
+// Everything that the sizes and the rows of a tile decide; ok() if it fits.
+struct Shape {
+  int cells = 0, blocks = 0, tiles = 0;  // tiles of 8 rows at once
+  bool in_registers = false;
+  bool shares_h = false;
+  SharedPlaces at = {};
+  int64_t shared_bytes = 0;
+};
+
+Shape shape_of(int64_t hidden, int64_t size, bool projected, int cells, int tiles, bool in_registers) {
+  Shape shape;
+  shape.cells = cells, shape.tiles = tiles, shape.in_registers = in_registers;
+  shape.blocks = static_cast<int>(hidden / cells);
+  const int64_t pairs = size / 32, cell_pairs = projected ? hidden / 32 : 0;
+  const int64_t groups = (tiles == 1 ? 64 : 16) * 4 / cells;  // K groups
+  int64_t at = 0;
+  const auto place = [&](int64_t bytes) {
+    const int64_t here = at;
+    at += round_up(bytes, 128);
+    return static_cast<int>(here);
+  };
+  const int64_t published = int64_t{cells} * tiles * kVector;
+  const int64_t sums = projected ? int64_t{tiles} * kWarps * 32 * 8 : 0;
+  if (tiles == 1) {
+    place(std::max<int64_t>(0, ceil_div(pairs, groups) - 2) * kWarps * 8 * 32 * kVector);
+  } else {
+    place((2 * pairs - (in_registers ? kRegisterFragments : 0)) * (cells / 16) * 128 * kVector);
+  }
+  shape.at.projection = place(cell_pairs * 32 * kVector);
+  if (tiles == 1) {
+    // The sums of warp e's half lie where warp e writes its own partial sums, after it has read them.
+    shape.at.partial = shape.at.sums = place(int64_t{kWarps} * kMmaTiles * 32 * kVector);
+    shape.at.published = place(published);
+  } else {
+    shape.shares_h = projected;
+    shape.at.h = place(std::max(pairs * tiles * 32 * kVector, projected ? published + sums : 0));
+    shape.at.partial = place(groups > 1 ? int64_t{16} * tiles * 32 * kVector : 0);
+    shape.at.published = projected ? shape.at.h : place(published);
+    shape.at.sums = shape.at.h + static_cast<int>(published);
+  }
+  shape.at.lengths = place(int64_t{tiles} * 8 * 4);
+  shape.shared_bytes = at;
+  return shape;
+}
+
+// The first shape that fits: many rows at once before few, and cells as preferred. cells = 0: none.
+Shape choose(const LstmPersistentDevice& device, int64_t batch, int64_t hidden, int64_t size, bool projected,
+             int64_t directions) {
+  // With a projection large blocks: each then has rows of it. Without, small ones: less work between two exchanges.
+  const int preferred[2][3] = {{16, 32, 64}, {64, 32, 16}};
+  for (int tiles = batch > 16 ? 4 : batch > 8 ? 2 : 1; tiles >= 1; tiles /= 2) {
+    for (const int cells : preferred[projected]) {
+      if (hidden % cells != 0 || hidden / cells * directions > device.multiprocessors) continue;
+      if (projected && size / 8 > hidden / cells) continue;
+      if (tiles > 1 && size / 32 % (64 / cells) != 0) continue;  // K groups take equal parts
+      const bool may_keep = projected && tiles > 1 && cells == 64 && size >= 16 * kRegisterFragments;
+      for (int kept = 0; kept <= int{may_keep}; ++kept) {
+        const Shape shape = shape_of(hidden, size, projected, cells, tiles, kept != 0);
+        if (shape.shared_bytes <= device.shared_per_block) return shape;
+      }
+    }
+  }
+  return {};
+}
+
+std::string refusal_of(const LstmPersistentDevice& device, int64_t batch, int64_t hidden, int64_t size, bool projected,
+                       int64_t directions) {
+  const std::string sizes = "hidden_size " + std::to_string(hidden) + " and proj_size " + std::to_string(size);
+  if (device.major != 9) {
+    return "it needs a Hopper GPU (compute capability 9.0) and this one has " + std::to_string(device.major) + "." +
+           std::to_string(device.minor) + ".";
+  }
+  if (!device.cooperative) return "this device has no cooperative launch (all blocks resident at once).";
+  if (directions < 1 || directions > 2) return "it runs one or two directions, not " + std::to_string(directions) + ".";
+  if (batch > kMaxBatch)
+    return "it takes at most " + std::to_string(kMaxBatch) + " rows, not " + std::to_string(batch) + ".";
+  if (hidden < 32 || hidden % 32 != 0 || size < 32 || size % 32 != 0) {
+    return "it takes sizes in multiples of 32, not " + sizes + ".";
+  }
+  if (!projected && hidden != size)
+    return "without a projection h has as many values as there are cells; got " + sizes + ".";
+  if (choose(device, batch, hidden, size, projected, directions).cells == 0) {
+    return "the weights of " + sizes + " in " + std::to_string(directions) + " directions do not fit on the chip (" +
+           std::to_string(device.multiprocessors) + " multiprocessors, " + std::to_string(device.shared_per_block) +
+           " bytes of shared memory each).";
+  }
+  return "";
+}
+
+using Kernel = void (*)(KernelParams);
+
+template <typename T, int kTiles>
+Kernel kernel_of(bool projected, bool in_registers) {
+  if (!projected) return lstm_persistent_forward_kernel<T, kTiles, false, false>;
+  if constexpr (kTiles > 1) {
+    if (in_registers) return lstm_persistent_forward_kernel<T, kTiles, true, true>;
+  }
+  return lstm_persistent_forward_kernel<T, kTiles, true, false>;
+}
+
+template <typename T>
+Kernel kernel_of(const Shape& shape, bool projected) {
+  if (shape.tiles == 1) return kernel_of<T, 1>(projected, shape.in_registers);
+  if (shape.tiles == 2) return kernel_of<T, 2>(projected, shape.in_registers);
+  return kernel_of<T, 4>(projected, shape.in_registers);
+}
+
+int64_t slots_bytes(const Shape& shape, int64_t values, int64_t directions) {
+  return directions * kSlots * (values / 32) * shape.tiles * 32 * kVector;
+}
+
+Status null_argument(const std::string& name) { return invalid(kOp, name, "null", "a device address"); }
+
+bool aligned(const void* address, uintptr_t bytes) { return reinterpret_cast<uintptr_t>(address) % bytes == 0; }
+
+Status unaligned(const char* name) {
+  return invalid(kOp, name, "not aligned", "16-byte aligned, strides in multiples of 8 elements");
+}
+
+Status check(const LstmPersistentForwardParams& p, const LstmPersistentForwardPlan& plan) {
+  if (!plan.refusal.empty()) return runtime_error(kOp, "the persistent recurrence cannot run this: " + plan.refusal);
+  if (p.dtype == DType::kFloat32) return invalid(kOp, "dtype", "float32", "float16 or bfloat16");
+  if (p.batch < 1) return invalid(kOp, "batch", std::to_string(p.batch), "1 or more");
+  if (p.steps < 1) return invalid(kOp, "steps", std::to_string(p.steps), "1 or more");
+  for (int64_t r = 0; r < p.directions; ++r) {
+    if (p.gates[r] == nullptr) return null_argument("gates");
+    if (!aligned(p.gates[r], 4) || p.gates_strides[r][0] % 2 != 0 || p.gates_strides[r][1] % 2 != 0) {
+      return invalid(kOp, "gates", "not aligned", "4-byte aligned, strides in multiples of 2 elements");
+    }
+    if (p.weight_hh[r] == nullptr) return null_argument("weight_hh");
+    if (p.has_proj && p.weight_proj[r] == nullptr) return null_argument("weight_proj");
+    if (!aligned(p.weight_hh[r], 16) || p.weight_hh_stride[r] % 8 != 0) return unaligned("weight_hh");
+    if (!aligned(p.weight_proj[r], 16) || p.weight_proj_stride[r] % 8 != 0) return unaligned("weight_proj");
+  }
+  if (p.output == nullptr) return null_argument("output");
+  if (p.h_n == nullptr) return null_argument("h_n");
+  if (p.c_n == nullptr) return null_argument("c_n");
+  if (!aligned(p.output, 16) || p.output_strides[0] % 8 != 0 || p.output_strides[1] % 8 != 0)
+    return unaligned("output");
+  if (!aligned(p.h_0, 16)) return unaligned("h_0");
+  if (!aligned(p.h_n, 16)) return unaligned("h_n");
+  if (p.workspace == nullptr || p.workspace_bytes < plan.workspace_bytes || !aligned(p.workspace, 16)) {
+    return invalid(kOp, "workspace", std::to_string(p.workspace ? p.workspace_bytes : 0) + " bytes",
+                   std::to_string(plan.workspace_bytes) + " bytes, 16-byte aligned");
+  }
+  return {};
+}
+
+float bound(float clip) { return clip > 0 ? clip : INFINITY; }
+
+}  // namespace
+
+LstmPersistentForwardPlan lstm_persistent_forward_plan(const LstmPersistentDevice& device, int64_t batch,
+                                                       int64_t hidden, int64_t size, bool has_proj,
+                                                       int64_t directions) {
+  LstmPersistentForwardPlan plan;
+  plan.refusal = refusal_of(device, batch, hidden, size, has_proj, directions);
+  if (!plan.refusal.empty()) return plan;
+  const Shape shape = choose(device, batch, hidden, size, has_proj, directions);
+  plan.cells = shape.cells;
+  plan.blocks = shape.blocks;
+  plan.tile_rows = 8 * shape.tiles;
+  plan.shared_bytes = shape.shared_bytes;
+  plan.workspace_bytes = slots_bytes(shape, size, directions) + (has_proj ? slots_bytes(shape, hidden, directions) : 0);
+  return plan;
+}
+
+Status lstm_persistent_device(int device, LstmPersistentDevice* facts) {
+  DeviceFacts found;
+  CTXFAST_CUDA_CHECK(kOp, device_facts(device, &found));
+  *facts = {found.multiprocessors, found.major, found.minor, found.shared_per_block, found.cooperative};
+  return {};
+}
+
+Status lstm_persistent_forward(const LstmPersistentForwardParams& p, const LstmPersistentDevice& facts,
+                               CUstream_st* stream) {
+  const LstmPersistentForwardPlan plan =
+      lstm_persistent_forward_plan(facts, p.batch, p.hidden, p.size, p.has_proj, p.directions);
+  const Status status = check(p, plan);
+  if (!status.ok()) return status;
+  const Shape shape = choose(facts, p.batch, p.hidden, p.size, p.has_proj, p.directions);
+  const Kernel kernel =
+      p.dtype == DType::kFloat16 ? kernel_of<__half>(shape, p.has_proj) : kernel_of<__nv_bfloat16>(shape, p.has_proj);
+
+  KernelParams k = {};
+  k.batch = static_cast<int>(p.batch), k.steps = static_cast<int>(p.steps);
+  k.hidden = static_cast<int>(p.hidden), k.size = static_cast<int>(p.size);
+  k.directions = static_cast<int>(p.directions);
+  k.row_tiles = shape.cells / 4;
+  k.pairs = k.size / 32;
+  k.cell_pairs = p.has_proj ? k.hidden / 32 : 0;
+  k.shares_h = shape.shares_h;
+  k.at = shape.at;
+  for (int64_t r = 0; r < p.directions; ++r) {
+    k.weight_hh[r] = p.weight_hh[r], k.hh_stride[r] = p.weight_hh_stride[r];
+    k.weight_proj[r] = p.weight_proj[r], k.proj_stride[r] = p.weight_proj_stride[r];
+    k.gates[r] = p.gates[r];
+    for (int i = 0; i < 2; ++i) k.gates_strides[r][i] = p.gates_strides[r][i];
+  }
+  k.lengths = p.lengths, k.h_0 = p.h_0, k.c_0 = p.c_0;
+  k.cell_clip = bound(p.cell_clip), k.proj_clip = bound(p.proj_clip);
+  k.output = p.output, k.h_n = p.h_n, k.c_n = p.c_n, k.cells = p.cells;
+  for (int i = 0; i < 2; ++i) k.output_strides[i] = p.output_strides[i];
+  auto* slots = static_cast<unsigned char*>(p.workspace);
+  k.h_slots = reinterpret_cast<uint4*>(slots);
+  k.m_slots = reinterpret_cast<uint4*>(slots + slots_bytes(shape, p.size, p.directions));
+
+  LaunchConfig config;
+  const int blocks = static_cast<int>(p.directions) * shape.blocks;
+  config.grid = dim3(static_cast<unsigned>(blocks));
+  config.threads = kThreads;
+  config.shared_bytes = static_cast<size_t>(shape.shared_bytes);
+  config.cooperative = true;
+  int resident = 0;
+  CTXFAST_CUDA_CHECK(kOp, resident_blocks(kernel, config.threads, config.shared_bytes, &resident));
+  if (resident < blocks) {
+    return runtime_error(kOp, "the persistent recurrence needs " + std::to_string(blocks) +
+                                  " blocks resident at once and this device holds " + std::to_string(resident) +
+                                  ". Pass impl='cuda_step'.");
+  }
+  CTXFAST_CUDA_CHECK(kOp, clear_async(slots, 0xFF, static_cast<size_t>(plan.workspace_bytes), stream));
+  CTXFAST_CUDA_CHECK(kOp, launch(kernel, config, stream, k));
+  return {};
+}
+
+}  // namespace ctxfast

@@ -1,0 +1,363 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Other people's models made faster in place: ``swap_in`` walks a model's modules, ``restore`` undoes it.
+
+A module is swapped by giving it another class, one that keeps its attributes and changes how it is computed. So the
+module stays the very same object: its parameters, buffers, hooks, device, dtype, mode, ties and names in state_dict
+are what they were, and restoring gives it back its class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import functional
+from .._core import registry
+from ..nn.layer_norm import LayerNorm
+from ..nn.lstm import LSTM
+from . import allennlp, identity, padding_readers, transformers
+
+# In the __dict__ of a swapped module: its own class.
+_ORIGINAL = "_ctxfast_original"
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One line of the table: what a class is replaced by, and what speaks against it.
+
+    ``replacement(kind)`` is the class; ``objection(module, impl)`` a sentence, or None. ``on_request``: swapped only
+    where ``only`` names it.
+    """
+
+    replacement: Callable[[type[nn.Module]], type[nn.Module]]
+    objection: Callable[[nn.Module, str | None], str | None]
+    on_request: bool = False
+
+
+def why_not(op: str, impl: str | None, **args: Any) -> str | None:
+    """None if a compiled implementation (or the one asked for) runs such a call, else the sentence why not."""
+    spec, device = registry.OPS[op], next(registry.tensors(args)).device.type
+    with torch.no_grad():
+        rows = functional.explain(op, **args).rows
+    if impl is not None and any(name == impl for name, _, _ in rows):
+        refusals = [reason for name, verdict, reason in rows if name == impl and verdict == "no"]
+        return f"impl={impl!r} was asked for: {refusals[0]}" if refusals else None
+    compiled = [row for row in rows if row[0] != "reference" and spec.impl(row[0]).device == device]
+    if any(verdict != "no" for _, verdict, _ in compiled):
+        return None
+    reasons = "; ".join(f"{name}: {reason.rstrip('.')}" for name, _, reason in compiled)
+    return f"no compiled implementation of {op} runs it ({reasons or f'there is none for {device}'})."
+
+
+def _lstm_objection(module: nn.LSTM, impl: str | None) -> str | None:
+    reason = identity.why_not_stock(nn.LSTM, "torch")
+    if reason is not None:
+        return reason
+    tensors = dict(module.named_parameters())
+    weights = [tensor for name, tensor in tensors.items() if name.startswith("weight")]
+    if any(type(tensor) is not nn.Parameter for tensor in tensors.values()) or set(tensors) != set(
+        module._flat_weights_names
+    ):
+        return "its weights are not plain parameters (parametrised, pruned or lazy)."
+    if weights[0].is_meta:
+        return "its parameters are on the meta device; load them first."
+    args = dict(weight_ih=module.weight_ih_l0, weight_hh=module.weight_hh_l0)
+    if module.proj_size:
+        args["weight_proj"] = module.weight_hr_l0
+    return why_not("lstm", impl, input=weights[0].new_zeros(1, 1, module.input_size), **args)
+
+
+def _encoder_objection(module: nn.Module, impl: str | None) -> str | None:
+    objection = transformers.objection(module)
+    if objection is not None:
+        return objection
+    parts = transformers.parts_of(module)
+    weight = parts.query.weight
+    if any(tensor.is_meta for tensor in module.parameters()):
+        return "its parameters are on the meta device; load them first."
+    qkv = weight.new_zeros(1, 3, parts.heads, weight.shape[0] // parts.heads)
+    offsets = torch.tensor([0, 1], dtype=torch.int32, device=weight.device)
+    reason = why_not("attention", impl, qkv=qkv, cu_seqlens=offsets, max_seqlen=1)
+    return transformers.difference(module) if reason is None else reason
+
+
+def _allennlp_objection(module: nn.Module, impl: str | None) -> str | None:
+    objection = allennlp.objection(module)
+    if objection is not None or not hasattr(module, "forward_layer_0"):
+        return objection
+    cell = getattr(module.forward_layer_0, "cell", module.forward_layer_0)
+    weight, args = cell.input_linearity.weight, {}
+    if hasattr(cell, "state_projection"):
+        args["weight_proj"] = cell.state_projection.weight
+    x = weight.new_zeros(1, 1, weight.shape[1])
+    return why_not("lstm", impl, input=x, weight_ih=weight, weight_hh=cell.state_linearity.weight, **args)
+
+
+def _encoder(name: str) -> _Entry:
+    return _Entry(lambda kind: transformers.packed_class(name), _encoder_objection)
+
+
+# Full name of a class -> what becomes of its modules.
+_TABLE: dict[str, _Entry] = {
+    "torch.nn.modules.rnn.LSTM": _Entry(lambda kind: LSTM, _lstm_objection),
+    # By itself it gains nothing over torch's; it is there to choose an implementation of add_layer_norm.
+    "torch.nn.modules.normalization.LayerNorm": _Entry(
+        lambda kind: LayerNorm, lambda module, impl: None, on_request=True
+    ),
+    **{name: _encoder(name) for name in transformers.ENCODERS},
+    # AllenNLP's by their name alone, see there.
+    **{name: _Entry(allennlp.swapped_class, _allennlp_objection) for name in allennlp.KINDS},
+}
+
+
+@dataclass(frozen=True)
+class SwapReport:
+    """What ``swap_in`` did.
+
+    Attributes:
+        swapped: (path, class before, class now) of every module that is swapped, those of earlier calls too.
+        near_misses: (path, sentence) of modules left alone though their kind is in the table, and of swapped modules
+            whose calls sometimes run as before.
+        notes: (path, sentence) of what is otherwise now than it was.
+    """
+
+    swapped: tuple[tuple[str, str, str], ...]
+    near_misses: tuple[tuple[str, str], ...]
+    notes: tuple[tuple[str, str], ...] = ()
+
+    def __str__(self) -> str:
+        lines = [f"swapped {len(self.swapped)}:" if self.swapped else _NOTHING]
+        lines += [f"  {path}: {before} -> {now}" for path, before, now in self.swapped]
+        for title, entries in (("near misses", self.near_misses), ("notes", self.notes)):
+            together: dict[str, list[str]] = {}
+            for path, sentence in entries:
+                together.setdefault(sentence, []).append(path)
+            if together:
+                lines.append(f"{title}:")
+            for sentence, paths in together.items():
+                more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+                lines.append(f"  {paths[0]}{more}: {sentence}")
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+_NOTHING = (
+    "nothing to swap: no module is a torch.nn.LSTM, an encoder of Transformers or a part of AllenNLP's ELMo that "
+    "ctxfast knows and can run faster."
+)
+
+
+def _full_name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _short_names() -> dict[str, str]:
+    return {name.rpartition(".")[2]: name for name in _TABLE}
+
+
+def _wanted(only: Iterable[str | type] | str | type | None) -> frozenset[str]:
+    """Full names of the classes to swap."""
+    if only is None:
+        return frozenset(name for name, entry in _TABLE.items() if not entry.on_request)
+    asked = [only] if isinstance(only, (str, type)) else list(only)
+    short, found = _short_names(), set()
+    for item in asked:
+        name = item.__name__ if isinstance(item, type) else item
+        if name not in short:
+            raise ValueError(
+                f"ctxfast.swap_in: only holds {name!r}; expected names of classes among {', '.join(sorted(short))}."
+            )
+        found.add(short[name])
+    return frozenset(found)
+
+
+def _opaque(module: nn.Module) -> str | None:
+    """Why nothing in this module and below can be swapped; None if it can be looked into."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return "it is TorchScript, whose code is fixed: swap in the module that it was made from."
+    kind = type(module)
+    if _full_name(kind) == "torch._dynamo.eval_frame.OptimizedModule" or module._compiled_call_impl is not None:
+        return "it is compiled already, and compiled code would not follow: swap in the module, then compile it."
+    if ".quantized" in kind.__module__ and kind.__name__ in _short_names():
+        return "it is quantised, and its weights are packed for other kernels."
+    return None
+
+
+def _objection(module: nn.Module, name: str, impl: str | None) -> str | None:
+    """Why a module of a class in the table, or of a class made from one, stays as it is."""
+    kind = type(module)
+    base = kind if name in allennlp.KINDS else next(each for each in kind.__mro__ if _full_name(each) == name)
+    if base is not kind:
+        if kind.forward is not base.forward:
+            return f"{kind.__name__} is a subclass of {base.__name__} with a forward of its own."
+        return f"{kind.__name__} is a subclass of {base.__name__}, which would lose its type."
+    if "forward" in module.__dict__:
+        return "its forward was replaced on the object, as wrappers do that move weights about."
+    try:
+        return _TABLE[name].objection(module, impl)
+    except Exception as error:  # whatever somebody's parts raise when they are looked at, the model stays usable
+        return f"it is not built as {name.rpartition('.')[2]} is ({type(error).__name__}: {error})."
+
+
+def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(path, module), every module once; what is below an opaque one is left out."""
+    seen: set[nn.Module] = set()
+
+    def walk(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+        if module in seen:
+            return
+        seen.add(module)
+        yield path, module
+        if _opaque(module) is None:
+            for name, child in module.named_children():
+                yield from walk(child, f"{path}.{name}" if path else name)
+
+    return walk(model, "")
+
+
+def _above(model: nn.Module, module: nn.Module) -> tuple[nn.Module, ...]:
+    """Every module of a model that a module stands in, by whatever path."""
+    return tuple(each for each in model.modules() if each is not module and module in each.modules())
+
+
+def swap_in(
+    model: nn.Module,
+    impl: str | None = None,
+    strict: bool = False,
+    only: Iterable[str | type] | str | type | None = None,
+    *,
+    padding: str | None = None,
+) -> SwapReport:
+    """Make a model faster in place: its ``torch.nn.LSTM``, encoders of Hugging Face's BERT family, AllenNLP's ELMo.
+
+    Parameters stay the very same objects under the same names, state_dict, hooks, device, dtype, mode and tied
+    weights included; training, autocast, gradient checkpointing, copies and pickles go on. ``restore`` undoes it.
+    Swap in before compiling.
+
+    Only what is Hugging Face's own is swapped: classes and functions of every part are compared, and an encoder is run
+    both ways once on a small input. What was changed is a near miss with its reason; what changes later is noticed at
+    the next call, which then runs as before. In training, dropout draws other numbers than the original does.
+
+    An encoder drops padding on its way in and puts zeros back in its place. Under heads of Transformers and modules of
+    sentence-transformers that read a text's own tokens alone this changes nothing; calls that read more (question
+    answering, labels at padding, masked query expansion) run as before, and so does every batch with padding under a
+    class that is not known. Other calls that run as before: attention weights are asked for, padding comes first in a
+    row, masks differ by query, caches, tracing, torch.func; on a CPU and without ``impl``, batches with less than a
+    tenth of padding, which gain nothing; layers that have hooks or hold other modules than they had.
+
+    Packed copies of weights follow every change PyTorch counts, and by any road (``.data``, NumPy, another process) a
+    change of a whole row, a whole column or all of a weight; after writing single entries of a large weight such a way,
+    call ``ctxfast.forget_packed(model)``. Inference on a GPU goes through CUDA graphs;
+    ``model.encoder.cuda_graphs = False`` switches them off. Not yet run on a GPU.
+
+    Args:
+        model: any module; also one that is swapped itself.
+        impl: implementation of the ops inside, where they have it; None chooses per call.
+        strict: raise if nothing can be swapped.
+        only: names of classes, or classes, to swap and no others: "LSTM", "BertEncoder", ... "LayerNorm" is swapped
+            only where named.
+        padding: what encoders give at padding: "zero", or "keep" for Hugging Face's own values at every row (batches
+            with padding run as before). None decides for each encoder by what stands around it, as above. A second
+            call decides anew.
+
+    Returns:
+        What was swapped and what nearly was, with reasons; print it.
+
+    Raises:
+        TypeError: not a module.
+        ValueError: unknown names; or nothing to swap, if ``strict``. The model is then unchanged.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"ctxfast.swap_in: model is a {type(model).__name__}; expected a torch.nn.Module.")
+    if impl is not None and impl not in registry.IMPL_NAMES:
+        raise ValueError(
+            f"ctxfast.swap_in: impl is {impl!r}; expected None or one of {', '.join(registry.IMPL_NAMES)}."
+        )
+    if padding not in (None, *padding_readers.PADDINGS):
+        raise ValueError(f"ctxfast.swap_in: padding is {padding!r}; expected None, 'zero' or 'keep'.")
+    wanted = _wanted(only)
+    plan: list[tuple[nn.Module, type[nn.Module]]] = []
+    readers: list[tuple[nn.Module, padding_readers.Reader]] = []
+    swapped: list[tuple[str, str, str]] = []
+    misses: list[tuple[str, str]] = []
+    notes: list[tuple[str, str]] = []
+
+    def read(path: str, module: nn.Module) -> None:
+        reader = padding_readers.Reader(_above(model, module), padding)
+        readers.append((module, reader))
+        if reader.note is not None:
+            (misses if reader.is_near_miss else notes).append((path, reader.note))
+        notes.extend((path, sentence) for sentence in reader.sometimes)
+
+    for path, module in _walk(model):
+        path, kind = path or "(the model)", type(module)
+        reason = _opaque(module)
+        if reason is not None:
+            misses.append((path, reason))
+            continue
+        before = module.__dict__.get(_ORIGINAL)
+        if before is not None:
+            swapped.append((path, before.__name__, _shown(kind)))
+            if isinstance(module, transformers.PackedEncoder):
+                read(path, module)
+            continue
+        name = next((_full_name(each) for each in kind.__mro__ if _full_name(each) in wanted), None)
+        if name is None and allennlp.is_known(kind) and kind.__name__ in wanted:
+            name = kind.__name__
+        if name is None:
+            if only is None and kind.__name__ in transformers.NEAR_MISSES:
+                misses.append((path, transformers.NEAR_MISSES[kind.__name__]))
+            continue
+        reason = _objection(module, name, impl)
+        if reason is not None:
+            misses.append((path, reason))
+            continue
+        replacement = _TABLE[name].replacement(kind)
+        plan.append((module, replacement))
+        swapped.append((path, kind.__name__, _shown(replacement)))
+        if name in transformers.ENCODERS:
+            read(path, module)
+    if strict and not swapped:
+        raise ValueError(f"ctxfast.swap_in: {SwapReport((), tuple(misses))}")
+    for module, replacement in plan:
+        module.__dict__[_ORIGINAL] = type(module)
+        module.__class__ = replacement
+        if impl is not None:
+            module.__dict__["impl"] = impl
+    for module, reader in readers:
+        module.__dict__["padding"] = reader.padding
+        for each in reader.watched:
+            padding_readers.watch(each)
+    return SwapReport(tuple(swapped), tuple(misses), tuple(notes))
+
+
+def _shown(kind: type) -> str:
+    if kind in (LSTM, LayerNorm):
+        return f"ctxfast.nn.{kind.__name__}"
+    return f"{kind.__name__}, {'fused' if kind.__name__ in allennlp.KINDS else 'packed'}"
+
+
+def restore(model: nn.Module) -> tuple[str, ...]:
+    """Undo ``swap_in``: every swapped module gets its class back; objects and values are what they were.
+
+    Returns:
+        The paths restored.
+    """
+    paths = []
+    for path, module in model.named_modules():
+        padding_readers.unwatch(module)
+        original = module.__dict__.get(_ORIGINAL)
+        if original is None:
+            continue
+        for name in (*transformers.OWN_NAMES, *allennlp.OWN_NAMES):
+            module.__dict__.pop(name, None)
+        module.__class__ = original
+        if isinstance(module, nn.LSTM):
+            module._init_flat_weights()  # cuDNN wants weights side by side, which a move to a device undid meanwhile
+        paths.append(path or "(the model)")
+    return tuple(paths)

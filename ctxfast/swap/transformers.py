@@ -1,0 +1,410 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Encoders of Hugging Face's Transformers (version 5) over packed tokens, for ``ctxfast.swap_in``.
+
+The layers stay Hugging Face's modules and hold the parameters; only the encoder's ``forward`` is another one, which
+drops padding, reads the layers' parameters, and puts padding back. What it cannot do it leaves to the original.
+Transformers is imported with the first encoder that is swapped.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import partial
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import functional
+from .._core import capability, registry
+from ..nn import whole_layer
+from ..nn.graphs import PackedGraphs
+from ..ops.shared.weight_cache import WeightCache
+from ..packing import Packing
+from . import identity, padding_readers, transformers_layers
+from .transformers_layers import ENCODERS, Kind, Layer, Layers, Parts
+
+_fused = WeightCache()
+
+# Encoders that look alike and cannot be swapped.
+NEAR_MISSES = {
+    "MPNetEncoder": "it adds a relative position bias to every attention score, which ctxfast.attention does not.",
+    "DebertaV2Encoder": "its attention scores hold terms of relative positions, which ctxfast.attention does not.",
+    "DebertaEncoder": "its attention scores hold terms of relative positions, which ctxfast.attention does not.",
+    "XLMRobertaXLEncoder": "its layers normalise before they compute, not after.",
+    "RobertaPreLayerNormEncoder": "its layers normalise before they compute, not after.",
+    "AlbertTransformer": "its layers share weights in groups; use ctxfast for BERT, RoBERTa, ELECTRA or DistilBERT.",
+}
+# Major version of Transformers that tests run with.
+_TESTED = 5
+_is_warned = False
+
+
+def _version() -> str:
+    return import_module("transformers").__version__
+
+
+def _warn_of(version: str) -> None:
+    global _is_warned
+    if not _is_warned:
+        _is_warned = True
+        text = f"Transformers is {version}; ctxfast.swap_in is tested with {_TESTED}. Compare results before use."
+        warnings.warn(text, stacklevel=4)
+
+
+def objection(encoder: nn.Module) -> str | None:
+    """Why an encoder of a known class stays as it is; None if it can be swapped."""
+    version = _version()
+    major = int(version.partition(".")[0])
+    if major < _TESTED:
+        return f"Transformers is {version}; version {_TESTED} is needed."
+    if major > _TESTED:
+        _warn_of(version)
+    kind = ENCODERS[f"{type(encoder).__module__}.{type(encoder).__qualname__}"]
+    reason = identity.why_not_stock(type(encoder), "transformers")
+    if reason is not None:
+        return reason
+    if type(encoder.layer) is not nn.ModuleList:
+        return f"its layers stand in a {type(encoder.layer).__name__}, not in a torch.nn.ModuleList."
+    if len(encoder.layer) == 0:
+        return "it has no layers."
+    for layer in encoder.layer:
+        found = transformers_layers.examine(layer, kind)
+        if isinstance(found, str):
+            return found
+    return None
+
+
+def parts_of(encoder: nn.Module) -> Parts:
+    """The parts of the first layer of an encoder that nothing speaks against."""
+    return ENCODERS[f"{type(encoder).__module__}.{type(encoder).__qualname__}"].parts(encoder.layer[0])
+
+
+# How far results on a small input may lie apart, relative to the largest, where only the order of sums differs.
+_BOUNDS = {torch.float32: 2e-4, torch.float16: 3e-2, torch.bfloat16: 2e-1}
+
+
+def difference(encoder: nn.Module) -> str | None:
+    """Runs an encoder both ways on a small ragged input: None if the results are the same, else a sentence.
+
+    Classes and functions may all be Hugging Face's own and the result still be another: this sees it whatever the
+    cause. Not where hooks are in the way, which would see the input.
+    """
+    kind = ENCODERS[f"{type(encoder).__module__}.{type(encoder).__qualname__}"]
+    layers = Layers().examined(encoder.layer, kind)
+    if None in layers or torch.nn.modules.module._has_any_global_hook():
+        return None
+    parts = layers[0].parts
+    weight, function = parts.query.weight, transformers_layers.attention_function(parts.attention, kind.modeling)
+    real = torch.tensor([[True] * 5, [True] * 3 + [False] * 2], device=weight.device)
+    mask: Tensor | None = torch.zeros(2, 1, 1, 5, dtype=weight.dtype, device=weight.device)
+    mask = mask.masked_fill(~real[:, None, None], torch.finfo(weight.dtype).min)
+    if function.__name__ == "flash_attention_forward":
+        mask = real.long()
+    elif function.__name__ == "flex_attention_forward":
+        mask, real = None, torch.ones_like(real)
+    packed = packed_class(f"{kind.modeling}.{kind.name}")
+    other = packed.__new__(packed)
+    other.__dict__.update(encoder.__dict__)
+    other.__dict__.update(impl="reference", padding="zero", cuda_graphs=False)
+    with identity.undisturbed(encoder):
+        x = torch.randn(2, 5, weight.shape[1], generator=torch.Generator().manual_seed(0), device="cpu").to(weight)
+        expected = type(encoder).forward(encoder, x, mask).last_hidden_state[real].double()
+        found = packed.forward(other, x, mask).last_hidden_state[real].double()
+    apart = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+    if apart <= _BOUNDS.get(weight.dtype, 0.0):
+        return None
+    return (
+        f"on a small input its own result and the packed one are {apart:.2g} of the largest value apart: something in "
+        f"it is not Hugging Face's."
+    )
+
+
+def _rate(dropout: nn.Dropout | None) -> float:
+    return dropout.p if dropout is not None and dropout.training else 0.0
+
+
+def _qkv(parts: Parts) -> tuple[Tensor, Tensor | None]:
+    """Weight (3N, N) and bias (3N,) of one product for query, key and value."""
+    tables = [linear._parameters for linear in (parts.query, parts.key, parts.value)]
+    sources = [table["weight"] for table in tables]
+    has_bias = tables[0]["bias"] is not None
+    if has_bias:
+        sources += [table["bias"] for table in tables]
+
+    def join() -> tuple[Tensor, Tensor | None]:
+        return torch.cat(sources[:3]), torch.cat(sources[3:]) if has_bias else None
+
+    is_trained = torch.is_grad_enabled() and any([source.requires_grad for source in sources])
+    # On a GPU nothing tells the host, without waiting, that weights are still what they were.
+    is_once = ("*", "reference") in registry.requested()
+    if is_trained or is_once or sources[0].device.type != "cpu":
+        return join()
+    return _fused.get(sources, "qkv", join)
+
+
+def _linear(module: nn.Linear, x: Tensor, has_bias: bool = True) -> tuple[Tensor, Tensor | None]:
+    """A product, and the bias that is still to be added if ``has_bias`` is False."""
+    if type(module) is nn.Linear:
+        product = functional.linear_act(x, module.weight, module.bias if has_bias else None)
+        return product, None if has_bias else module.bias
+    return module(x), None
+
+
+def _query_key_value(parts: Parts, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """(T, 3, H, D), and the bias (3, H, D) that is still to be added."""
+    linears = (parts.query, parts.key, parts.value)
+    if all(type(linear) is nn.Linear for linear in linears):
+        weight, bias = _qkv(parts)
+        heads = (3, parts.heads, weight.shape[0] // (3 * parts.heads))
+        return functional.linear_act(x, weight).unflatten(-1, heads), None if bias is None else bias.view(heads)
+    products = [_linear(linear, x)[0].unflatten(-1, (parts.heads, -1)) for linear in linears]
+    return torch.stack(products, dim=1), None
+
+
+def _whole(layer: Layer) -> whole_layer.Layer | None:
+    """What one call needs to compute a layer; None where its parts must be called."""
+    parts = layer.parts
+    if not layer.is_linear or any([_rate(dropout) for dropout in parts.dropouts]):
+        return None
+    if parts.attention_norm.eps != parts.output_norm.eps:
+        return None
+    modules = (parts.project, parts.attention_norm, parts.widen, parts.narrow, parts.output_norm)
+    tables = [module._parameters for module in modules]
+    weights = (*_qkv(parts), *[table[name] for table in tables for name in ("weight", "bias")])
+    options = dict(num_heads=parts.heads, activation=layer.activation, eps=parts.output_norm.eps)
+    return whole_layer.Layer(weights, options)
+
+
+def _run_whole(
+    every: Sequence[Layer], impl: str | None, x: Tensor, cu_seqlens: Tensor, max_seqlen: int
+) -> tuple[Tensor] | None:
+    """What the last of these layers gives, by one call; None where it cannot be done so."""
+    with nullcontext() if impl is None else registry.use_impl(impl):
+        if not whole_layer.is_open(x):
+            return None
+        return whole_layer.run(x, cu_seqlens, max_seqlen, [_whole(layer) for layer in every])
+
+
+def _run_layer(layer: Layer, impl: str | None, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    """One post-LN layer over packed tokens, (T, N) -> (T, N)."""
+    whole = _run_whole([layer], impl, x, cu_seqlens, max_seqlen)
+    if whole is not None:
+        return whole[0]
+    parts = layer.parts
+    with nullcontext() if impl is None else registry.use_impl(impl):
+        qkv, bias = _query_key_value(parts, x)
+        context = functional.attention(qkv, cu_seqlens, max_seqlen, bias, dropout_p=_rate(parts.attention_dropout))
+        norm = parts.attention_norm
+        projected, bias = _linear(parts.project, context.flatten(1), has_bias=False)
+        x = functional.add_layer_norm(
+            projected, x, norm.weight, norm.bias, bias, eps=norm.eps, dropout_p=_rate(parts.project_dropout)
+        )
+        if type(parts.widen) is nn.Linear:
+            wide = functional.linear_act(x, parts.widen.weight, parts.widen.bias, activation=layer.activation)
+        else:
+            wide = parts.activation(parts.widen(x))
+        norm = parts.output_norm
+        narrow, bias = _linear(parts.narrow, wide, has_bias=False)
+        return functional.add_layer_norm(
+            narrow, x, norm.weight, norm.bias, bias, eps=norm.eps, dropout_p=_rate(parts.output_dropout)
+        )
+
+
+def _run_layers(
+    every: Sequence[Layer], impl: str | None, tokens: Sequence[Tensor], cu_seqlens: Tensor, max_seqlen: int
+) -> tuple[Tensor]:
+    """All layers over packed tokens, as CUDA graphs want it."""
+    (x,) = tokens
+    for layer in every:
+        x = _run_layer(layer, impl, x, cu_seqlens, max_seqlen)
+    return (x,)
+
+
+def real_tokens(mask: Any, batch: int, length: int) -> Tensor | None:
+    """(B, L) bool, where tokens are, from a mask as encoders get it; None if it is more than a padding mask.
+
+    Masks: (B, L), nonzero for tokens; or (B, 1, L, L), bool or additive, made from such a one. Reads the values.
+    """
+    if not isinstance(mask, Tensor):
+        return None
+    if mask.dim() == 2 and tuple(mask.shape) == (batch, length):
+        real = mask != 0
+        return real if bool(real[:, 0].all()) else None
+    if mask.dim() != 4 or mask.shape[0] not in (1, batch) or mask.shape[1] != 1 or mask.shape[3] != length:
+        return None
+    seen = mask if mask.dtype == torch.bool else mask == 0
+    row = seen[:, 0, 0]
+    # Texts begin at column 0, and every query sees the same keys.
+    good = row[:, 0].all()
+    if mask.stride(2) != 0:
+        good = good & (seen == row[:, None, None]).all()
+    if mask.dtype != torch.bool:
+        good = good & (seen | (mask <= -1e4)).all()
+    return row.expand(batch, length) if bool(good) else None
+
+
+class PackedEncoder(nn.Module):
+    """What takes the place of an encoder's class: its ``forward`` without padding. First base of a class made by
+    ``packed_class``, whose second base is the original."""
+
+    impl: str | None = None
+    padding: str = "zero"  # or "keep": batches with padding run as before
+    cuda_graphs: bool = True  # inference on a GPU goes through CUDA graphs; set it to False to switch them off
+    _kind: Kind
+    _result: type
+    _original: type
+
+    def forward(self, hidden_states: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """As the original."""
+        # Compiled, it is Hugging Face's code: where tokens are is read from a mask's values, which no graph can do.
+        if torch.compiler.is_compiling():
+            return super().forward(hidden_states, attention_mask, *args, **kwargs)
+        packing = self._packing(hidden_states, attention_mask, args, kwargs)
+        layers = self.__dict__["_modules"]["layer"]
+        if packing is None or type(layers) is not nn.ModuleList:
+            return super().forward(hidden_states, attention_mask, *args, **kwargs)
+        passed = {name: value for name, value in kwargs.items() if name not in _ENCODER_ONLY}
+        collects = _collected("hidden_states")
+        packed, padded = packing.pack(hidden_states), hidden_states
+        every = self._layers.examined(list(layers._modules.values()), self._kind)
+        if not collects and None not in every:
+            offsets, longest = packing.cu_seqlens, packing.max_seqlen
+            if self.cuda_graphs and self._graphs.can_run(packed):
+                run = partial(_run_layers, every, self.impl)
+                whole = self._graphs.run(run, self, (packed,), offsets, longest)
+            else:
+                whole = _run_whole(every, self.impl, packed, offsets, longest)
+            if whole is not None:
+                return self._result(last_hidden_state=packing.unpack(whole[0]))
+        for layer, found in zip(layers, every):
+            if found is None:
+                before = packing.unpack(packed) if padded is None else padded
+                padded = layer(before, attention_mask, **passed)
+                packed = packing.pack(padded)
+                continue
+            run = partial(_run_layer, found, self.impl)
+            if getattr(layer, "gradient_checkpointing", False) and layer.training and torch.is_grad_enabled():
+                run = partial(layer._gradient_checkpointing_func, registry.with_choice(run))
+            before, padded = padded, None
+            packed = run(packed, packing.cu_seqlens, packing.max_seqlen)
+            if collects:
+                padded = packing.unpack(packed)
+                for hook in layer._forward_hooks.values():
+                    hook(layer, (before,), padded)
+        return self._result(last_hidden_state=packing.unpack(packed) if padded is None else padded)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What torch.jit.script compiles in its place: the original over the same parts."""
+        original = self._original
+        plain = original.__new__(original)
+        plain.__dict__.update({name: value for name, value in self.__dict__.items() if name not in OWN_NAMES})
+        return plain
+
+    @property
+    def _graphs(self) -> PackedGraphs:
+        return self.__dict__.setdefault("_ctxfast_graphs", PackedGraphs())
+
+    @property
+    def _layers(self) -> Layers:
+        return self.__dict__.setdefault("_ctxfast_layers", Layers())
+
+    def _packing(self, x: Tensor, mask: Any, args: tuple, kwargs: dict[str, Any]) -> Packing | None:
+        """Where the tokens are; None if this call is one for the original."""
+        if args or any(
+            [value is not None and value is not False and name not in _HARMLESS for name, value in kwargs.items()]
+        ):
+            if not args and kwargs.get("output_attentions"):
+                _warn_of_attentions()
+            return None
+        if kwargs.get("use_cache"):
+            return None
+        if _collected("attentions"):
+            _warn_of_attentions()
+            return None
+        if torch.nn.modules.module._has_any_global_hook() or not identity.is_ordinary(x, mask):
+            return None
+        # Somebody replaced the encoder's own forward, for all encoders of its kind.
+        if self._original.forward is not _forwards[self._kind]:
+            return None
+        batch, length = x.shape[:2]
+        if mask is None:
+            return None if self._is_dense(x, batch * length) else Packing.full(batch, length, x.device)
+        if length == 0:
+            return None
+        real = real_tokens(mask, batch, length)
+        if real is None:
+            return None
+        packing = Packing.from_mask(real)
+        if not packing.is_full and (self.padding == "keep" or padding_readers.is_read_now()):
+            return None
+        return None if self._is_dense(x, packing.total) else packing
+
+    def _is_dense(self, x: Tensor, tokens: int) -> bool:
+        """Whether a batch has so little padding that the original is faster."""
+        if x.device.type != "cpu" or self.impl is not None:
+            return False
+        if x.dtype in (torch.float32, torch.bfloat16) and not torch.is_grad_enabled() and capability.is_mkl_slow():
+            return False
+        return tokens > _DENSE * x.shape[0] * x.shape[1]
+
+
+# On a CPU, both are equally fast about here: without any padding, Hugging Face's encoder takes 0.81 (MiniLM, 16 tokens)
+# to 0.95 (8 x 128) of the packed one's time in float32, 0.87 in bfloat16 (2 threads of a Xeon, 2026-11-23, layers part
+# by part). Where torch multiplies by an MKL that is slow the packed one is faster without any padding too: 1.5 times
+# in both (BERT-Base, 1 x 128, 2 threads of a Zen 4, 2026-11-28).
+_DENSE = 0.9
+
+# Arguments that change nothing in what an encoder computes. Any other that is given is one for the original.
+_HARMLESS = frozenset(
+    ("use_cache", "position_ids", "return_dict", "output_hidden_states", "num_items_in_batch", "output_router_logits")
+)
+# Arguments that an encoder does not hand on to its layers as they are.
+_ENCODER_ONLY = ("encoder_hidden_states", "encoder_attention_mask", "past_key_values", "cache", "use_cache")
+# In the __dict__ of a swapped encoder, and not in that of an original.
+OWN_NAMES = ("_ctxfast_original", "impl", "padding", "cuda_graphs", "_ctxfast_graphs", "_ctxfast_layers")
+
+
+def _warn_of_attentions() -> None:
+    warnings.warn(
+        "ctxfast.swap_in: attention weights were asked for, which packed attention never holds; such calls run Hugging "
+        "Face's encoder.",
+        stacklevel=4,
+    )
+
+
+def _collected(key: str) -> bool:
+    """Whether Transformers collects these outputs in this call."""
+    collector = import_module("transformers.utils.output_capturing")._active_collector.get()
+    return collector is not None and key in collector
+
+
+_making = threading.Lock()
+_forwards: dict[Kind, Any] = {}  # what each encoder's own forward was when its class was made
+
+
+def packed_class(full_name: str) -> type[PackedEncoder]:
+    """The class that modules of this encoder class are given. Made once, so that pickles find it."""
+    name = full_name.rpartition(".")[2]
+    with _making:
+        if name not in globals():
+            kind = ENCODERS[full_name]
+            original = getattr(import_module(kind.modeling), name)
+            outputs = import_module("transformers.modeling_outputs")
+            values = {"__module__": __name__, "_kind": kind, "_result": getattr(outputs, kind.result)}
+            values["_original"] = original
+            _forwards[kind] = original.forward
+            globals()[name] = type(name, (PackedEncoder, original), values)
+        return globals()[name]
+
+
+def __getattr__(name: str) -> Any:
+    """Classes of swapped encoders: a pickle asks for one before anything is swapped in its process."""
+    found = next((full for full in ENCODERS if full.rpartition(".")[2] == name), None)
+    if found is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return packed_class(found)

@@ -1,0 +1,425 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The layers of Hugging Face's encoders as ``ctxfast.swap_in`` sees them: where each part of one is, whether it still
+is what Hugging Face made it, and the tensors it computes with.
+
+A layer is looked at twice. Once slowly (``examine``): classes, functions, attributes and shapes of every part, with a
+sentence where something is not Hugging Face's own. And at every call quickly (``Layer.tensors``): whether the objects
+are still the ones that were examined. Whatever changed meanwhile is examined again, and what does not pass is left to
+the layer itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import torch.nn.functional as F
+from torch import nn
+
+from ..nn.graphs import is_capture
+from ..nn.layer_norm import LayerNorm
+from . import attention_interface, identity
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The modules of one layer, whatever its names for them, and what else its arithmetic needs."""
+
+    query: nn.Linear
+    key: nn.Linear
+    value: nn.Linear
+    project: nn.Linear
+    attention_norm: nn.LayerNorm
+    widen: nn.Linear
+    narrow: nn.Linear
+    output_norm: nn.LayerNorm
+    activation: nn.Module
+    attention: nn.Module  # holds heads, scaling and the config
+    heads: int
+    attention_dropout: nn.Dropout
+    project_dropout: nn.Dropout | None
+    output_dropout: nn.Dropout
+    containers: tuple[nn.Module, ...]  # the layer and the modules between it and these, which may have hooks too
+
+    @property
+    def linears(self) -> tuple[nn.Linear, ...]:
+        return self.query, self.key, self.value, self.project, self.widen, self.narrow
+
+    @property
+    def norms(self) -> tuple[nn.LayerNorm, ...]:
+        return self.attention_norm, self.output_norm
+
+    @property
+    def dropouts(self) -> tuple[nn.Dropout, ...]:
+        every = (self.attention_dropout, self.project_dropout, self.output_dropout)
+        return tuple(dropout for dropout in every if dropout is not None)
+
+    @property
+    def every(self) -> tuple[nn.Module, ...]:
+        return *self.containers, *self.linears, *self.norms, *self.dropouts, self.activation
+
+
+def _bert_parts(layer: nn.Module) -> Parts:
+    attention, own = layer.attention, layer.attention.self
+    return Parts(
+        query=own.query,
+        key=own.key,
+        value=own.value,
+        project=attention.output.dense,
+        attention_norm=attention.output.LayerNorm,
+        widen=layer.intermediate.dense,
+        narrow=layer.output.dense,
+        output_norm=layer.output.LayerNorm,
+        activation=layer.intermediate.intermediate_act_fn,
+        attention=own,
+        heads=own.num_attention_heads,
+        attention_dropout=own.dropout,
+        project_dropout=attention.output.dropout,
+        output_dropout=layer.output.dropout,
+        containers=(layer, attention, own, attention.output, layer.intermediate, layer.output),
+    )
+
+
+def _distilbert_parts(layer: nn.Module) -> Parts:
+    attention, ffn = layer.attention, layer.ffn
+    return Parts(
+        query=attention.q_lin,
+        key=attention.k_lin,
+        value=attention.v_lin,
+        project=attention.out_lin,
+        attention_norm=layer.sa_layer_norm,
+        widen=ffn.lin1,
+        narrow=ffn.lin2,
+        output_norm=layer.output_layer_norm,
+        activation=ffn.activation,
+        attention=attention,
+        heads=attention.n_heads,
+        attention_dropout=attention.dropout,
+        project_dropout=None,
+        output_dropout=ffn.dropout,
+        containers=(layer, attention, ffn),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Kind:
+    """One kind of encoder: its modeling module, names of classes, how a layer's parts are found, its result's class.
+
+    ``containers``: paths of the modules between a layer and its leaves, and the names of their classes; "" is the
+    layer.
+    """
+
+    modeling: str
+    name: str
+    containers: dict[str, str]
+    parts: Callable[[nn.Module], Parts]
+    result: str
+
+    @property
+    def layer(self) -> str:
+        return self.containers[""]
+
+
+def _bert_kind(model: str, name: str) -> Kind:
+    paths = {
+        "": "Layer", "attention": "Attention", "attention.self": "SelfAttention", "attention.output": "SelfOutput",
+        "intermediate": "Intermediate", "output": "Output",
+    }  # fmt: skip
+    return Kind(
+        f"transformers.models.{model}.modeling_{model}",
+        f"{name}Encoder",
+        {path: name + suffix for path, suffix in paths.items()},
+        _bert_parts,
+        "BaseModelOutputWithPastAndCrossAttentions",
+    )
+
+
+_EVERY = (
+    *(
+        _bert_kind(*names)
+        for names in (
+            ("bert", "Bert"),
+            ("roberta", "Roberta"),
+            ("xlm_roberta", "XLMRoberta"),
+            ("camembert", "Camembert"),
+            ("electra", "Electra"),
+            ("ernie", "Ernie"),
+        )
+    ),
+    Kind(
+        "transformers.models.distilbert.modeling_distilbert",
+        "Transformer",
+        {"": "TransformerBlock", "attention": "DistilBertSelfAttention", "ffn": "FFN"},
+        _distilbert_parts,
+        "BaseModelOutput",
+    ),
+)
+# Encoder's full name -> its kind.
+ENCODERS: dict[str, Kind] = {f"{kind.modeling}.{kind.name}": kind for kind in _EVERY}
+
+# Classes of activations (package, module, name) -> what ctxfast.linear_act calls them.
+_ACTIVATIONS = {
+    ("transformers", "transformers.activations", "GELUActivation"): "gelu",
+    ("transformers", "transformers.activations", "GELUTanh"): "gelu_tanh",
+    ("transformers", "transformers.activations", "NewGELUActivation"): "gelu_tanh",
+    ("torch", "torch.nn.modules.activation", "GELU"): "gelu",
+    ("torch", "torch.nn.modules.activation", "ReLU"): "relu",
+    ("torch", "torch.nn.modules.activation", "Tanh"): "tanh",
+}
+
+
+def activation_of(module: Any) -> str | None:
+    """The activation's name in ``ctxfast.linear_act``; None if it has none."""
+    kind = type(module)
+    for (package, place, name), activation in _ACTIVATIONS.items():
+        if kind.__name__ == name and identity.is_stock(kind, package, place, name):
+            if kind is nn.GELU:
+                return "gelu_tanh" if module.approximate == "tanh" else "gelu"
+            act = module.__dict__.get("act")  # the function that Transformers' modules of this kind call
+            own = act is None or act is F.gelu or getattr(act, "__self__", None) is module
+            tanh = getattr(act, "func", None) is F.gelu and act.keywords == {"approximate": "tanh"}
+            return activation if own or (tanh and activation == "gelu_tanh") else None
+    return None
+
+
+def _is_adapter(module: nn.Module) -> bool:
+    """Whether a module is one of peft's around a Linear: it works on rows, so packed ones will do."""
+    is_peft = any(kind.__module__.startswith("peft.tuners.") for kind in type(module).__mro__)
+    return is_peft and type(getattr(module, "base_layer", None)) is nn.Linear
+
+
+_OWN_LEAVES = (nn.Linear, nn.LayerNorm, nn.Dropout)
+
+
+def _odd_leaf(parts: Parts) -> str | None:
+    for linear in parts.linears:
+        if type(linear) is not nn.Linear and not _is_adapter(linear):
+            return f"a layer holds a {type(linear).__name__} where torch.nn.Linear was (an adapter, or quantised)."
+    for norm in parts.norms:
+        if type(norm) not in (nn.LayerNorm, LayerNorm) or norm.weight is None or norm.bias is None or norm.eps <= 0:
+            return f"a layer holds a {type(norm).__name__} where a plain torch.nn.LayerNorm was."
+    for dropout in parts.dropouts:
+        if type(dropout) is not nn.Dropout or dropout.p >= 1:
+            return f"a layer holds {dropout} where a plain torch.nn.Dropout was."
+    if activation_of(parts.activation) is None:
+        return f"its activation {type(parts.activation).__name__} is none of ctxfast.linear_act's."
+    for module in (*parts.linears, *parts.norms):
+        if not _is_adapter(module) and "weight" not in module._parameters:
+            return "a weight is no parameter of its layer (pruned, normalised or parametrised)."
+        for name in ("weight", "bias"):
+            tensor = getattr(module, name)
+            if tensor is not None and type(tensor) not in identity.PLAIN:
+                return f"a {name} is a {type(tensor).__name__}, a kind of tensor of its own (quantised or distributed)."
+    return None
+
+
+def _odd_sizes(parts: Parts) -> str | None:
+    biases = [linear.bias is None for linear in (parts.query, parts.key, parts.value)]
+    if any(biases) and not all(biases):
+        return "only some of query, key and value have a bias."
+    first = parts.query.weight
+    for module in (*parts.linears, *parts.norms):
+        if module.weight.dtype != first.dtype or module.weight.device != first.device:
+            return "the parameters of a layer differ in dtype or device."
+    own, (inner, width) = parts.attention, first.shape
+    wide = parts.widen.weight.shape[0]
+    shapes = [(inner, width)] * 3 + [(width, inner), (wide, width), (width, wide)]
+    if [tuple(linear.weight.shape) for linear in parts.linears] != shapes:
+        return "its linear layers do not fit each other as those of one encoder layer do."
+    if any(tuple(norm.weight.shape) != (width,) for norm in parts.norms):
+        return "a LayerNorm of it does not normalise over the hidden size."
+    heads, size = parts.heads, getattr(own, "attention_head_size", None)
+    if not isinstance(heads, int) or heads < 1 or size != inner / heads:
+        return f"{heads} heads of size {size} do not make up the {inner} rows of its query."
+    if getattr(own, "scaling", None) != size**-0.5:
+        return f"it scales attention scores by {getattr(own, 'scaling', None)}, not by {size**-0.5:.6g}."
+    return None
+
+
+def attention_function(own: nn.Module, modeling: str) -> Any:
+    """What a layer's attention calls now: Transformers looks it up by its config at every call."""
+    functions = import_module("transformers.modeling_utils").ALL_ATTENTION_FUNCTIONS
+    return functions.get_interface(own.config._attn_implementation, import_module(modeling).eager_attention_forward)
+
+
+_ATTENTION = ("sdpa_attention", "flash_attention", "flex_attention")
+
+
+def _odd_attention(own: nn.Module, modeling: str) -> str | None:
+    function = attention_function(own, modeling)
+    places = (modeling, *(f"transformers.integrations.{name}" for name in _ATTENTION))
+    is_ours = getattr(function, "__module__", "") == attention_interface.__name__
+    if is_ours or (
+        getattr(function, "__module__", None) in places and identity.is_written_in(function, "transformers")
+    ):
+        return None
+    return f"its attention is computed by a function of somebody's own, {own.config._attn_implementation!r}."
+
+
+def examine(layer: nn.Module, kind: Kind) -> Layer | str:
+    """The layer, if it computes what Hugging Face's own layer of this kind computes from its parameters; else why not.
+
+    Hooks are no objection here: they come and go, and are looked for at every call.
+    """
+    name = type(layer).__name__
+    for path, expected in kind.containers.items():
+        part = layer
+        for step in path.split(".") if path else ():
+            part = part._modules.get(step) if isinstance(part, nn.Module) else None
+        found = type(part)
+        if not identity.is_stock(found, "transformers", kind.modeling, expected):
+            if path == "" and found.__name__ != expected:
+                return f"a layer is a {name}, not a {expected}."
+            reason = identity.why_not_stock(found, "transformers") if issubclass(found, nn.Module) else None
+            where = f"{expected} at {path}" if path else expected
+            return f"a layer holds a {found.__name__} where {where} was{': ' + reason if reason else '.'}"
+    if getattr(layer, "is_decoder", False) or getattr(layer, "is_cross_attention", False):
+        return "it is a decoder: its attention looks back only, or across to an encoder."
+    parts = kind.parts(layer)
+    if getattr(parts.attention, "is_causal", False):
+        return "it is a decoder: its attention looks back only, or across to an encoder."
+    reason = _odd_leaf(parts) or _odd_sizes(parts) or _odd_attention(parts.attention, kind.modeling)
+    if reason is None:
+        reason = next(
+            (why for leaf in _OWN_LEAVES if (why := identity.why_not_stock(leaf, "torch")) is not None),
+            identity.torch_objection(),
+        )
+    for container in parts.containers:
+        # Not forward: that is looked for at every call, and then the layer runs itself.
+        own = (_functions(type(container)) - {"forward"}) & container.__dict__.keys()
+        if own:
+            reason = reason or f"{type(container).__name__}.{min(own)} was replaced on the object."
+    return Layer(parts, kind) if reason is None else reason
+
+
+def _functions(kind: type) -> frozenset[str]:
+    return frozenset(name for _, name, _ in identity.running(kind))
+
+
+class Layer:
+    """A layer that was examined."""
+
+    def __init__(self, parts: Parts, kind: Kind) -> None:
+        self.parts, self.kind = parts, kind
+        self.activation = activation_of(parts.activation)
+        self.is_linear = all(type(linear) is nn.Linear for linear in parts.linears)
+        every = {id(module): module for module in parts.every}
+        self._modules = [(module.__dict__, module, type(module)) for module in every.values()]
+        self._children = [
+            (module.__dict__, name, child)
+            for module in parts.containers
+            for name, child in module._modules.items()
+            if id(child) in every
+        ]
+        own = parts.attention.__dict__
+        values = [(own, name) for name in ("scaling", "attention_head_size", "num_attention_heads", "n_heads")]
+        values += [(own, "is_causal"), (parts.containers[0].__dict__, "is_decoder")]
+        values += [(parts.activation.__dict__, name) for name in ("act", "approximate")]
+        # Functions of a class that an object may hide: feed_forward_chunk and the like.
+        values += [(part.__dict__, name) for part in parts.containers for name in _functions(type(part))]
+        self._values = [(state, name, state.get(name)) for state, name in values]
+        leaves = [module for module in (*parts.linears, *parts.norms) if not _is_adapter(module)]
+        self._tensors = [
+            (table, name, None if table[name] is None else table[name].shape)
+            for table in (module._parameters for module in leaves)
+            for name in ("weight", "bias")
+            if name in table
+        ]
+
+    def is_still(self) -> bool:
+        """Whether every part is the object that it was, of the class that it was, and nobody looks at it."""
+        for state, module, kind in self._modules:
+            if (
+                module.__class__ is not kind
+                or state["_forward_pre_hooks"]
+                or state["_backward_hooks"]
+                or state["_backward_pre_hooks"]
+                or "forward" in state
+            ):
+                return False
+            hooks = state["_forward_hooks"]
+            if hooks and not all(map(is_capture, hooks.values())):
+                return False
+        for state, name, child in self._children:
+            if state["_modules"].get(name) is not child:
+                return False
+        for state, name, value in self._values:
+            if state.get(name) != value:
+                return False
+        return self._are_plain()
+
+    def _are_plain(self) -> bool:
+        """Whether all parameters are plain tensors of their shapes then, of one dtype on one device."""
+        dtype = device = None
+        for table, name, shape in self._tensors:
+            tensor = table.get(name)
+            if tensor is None:
+                if shape is not None:
+                    return False
+                continue
+            if type(tensor) not in identity.PLAIN or tensor.shape != shape:
+                return False
+            if dtype is None:
+                dtype, device = tensor.dtype, tensor.device
+            elif tensor.dtype is not dtype or tensor.device != device:
+                return False
+        return True
+
+
+class Layers:
+    """The layers of one encoder as they were examined last. Copies and pickles of it start empty."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[nn.Module, Layer]] = {}
+        self._watched = identity.Watched()
+        self._kinds: set[type] = set()
+        self._attention: tuple[tuple[Any, str, Any], ...] = ()
+
+    def __reduce__(self) -> tuple:
+        return Layers, ()
+
+    def __deepcopy__(self, memo: dict) -> Layers:
+        return Layers()
+
+    def examined(self, layers: Sequence[nn.Module], kind: Kind) -> list[Layer | None]:
+        """Each layer as it is now; None for one that must be called itself."""
+        is_crowded = len(self._known) > 2 * len(layers)  # layers that were replaced are not kept for ever
+        if is_crowded or not self._is_attention_still() or not self._watched.are_still():
+            self.__init__()
+        return [self._one(layer, kind) for layer in layers]
+
+    def _is_attention_still(self) -> bool:
+        for own, name, function in self._attention:
+            if own.config._attn_implementation != name or attention_function(own, self._modeling) is not function:
+                return False
+        return True
+
+    def _one(self, layer: nn.Module, kind: Kind) -> Layer | None:
+        known = self._known.get(id(layer))
+        if known is not None and known[0] is layer:
+            if known[1].is_still():
+                return known[1]
+            # Transformers' own hooks only collect what is asked for.
+            if any(identity.is_hooked(part, is_capture) for part in known[1].parts.every):
+                return None
+        found = examine(layer, kind) if type(layer).__name__ == kind.layer else ""
+        if isinstance(found, str):
+            self._known.pop(id(layer), None)
+            return None
+        self._remember(layer, found)
+        return found if found.is_still() else None
+
+    def _remember(self, layer: nn.Module, found: Layer) -> None:
+        self._known[id(layer)] = (layer, found)
+        self._modeling = found.kind.modeling
+        own = found.parts.attention
+        config = own.config
+        if not any(other.config is config for other, _, _ in self._attention):
+            function = attention_function(own, self._modeling)
+            self._attention += ((own, config._attn_implementation, function),)
+        for module in found.parts.every:
+            if type(module) not in self._kinds:
+                self._kinds.add(type(module))
+                self._watched.add(type(module))
