@@ -24,7 +24,7 @@ ROOMS = [
     ["functional"],
     ["nn", "packing"],
     ["models", "swap"],
-    ["corpus", "selection", "encoders", "shards", "writers", "jobs", "embed", "ray_data"],
+    ["embedding"],
     ["training"],
     ["commands"],
     ["cli"],
