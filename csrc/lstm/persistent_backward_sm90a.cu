@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Plan and launcher of the persistent backward recurrence. The kernel and its argument:
-// persistent_backward.cuh. Not yet run on a GPU.
+// persistent_backward.cuh.
 #include <algorithm>
 
 #include "base/launch.cuh"

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
 // Plan and launcher of the persistent forward recurrence. The kernel: persistent_forward.cuh.
-// Not yet run on a GPU.
 #include <algorithm>
 #include <cmath>
 

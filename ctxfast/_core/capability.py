@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What this build and this machine can do: the compiled extension, its facts, versions, devices.
+"""What this build and this machine can do: the compiled extension, its facts, devices.
 
 Importing this module loads ``ctxfast._C`` if it was built, and touches no GPU.
 """
@@ -9,10 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-import platform
-import sys
 from functools import lru_cache
-from importlib import metadata
 from types import ModuleType
 from typing import Any
 
@@ -120,53 +117,3 @@ def why_no_triton(device: torch.device) -> str | None:
         major, minor = compute_capability(device.index)
         return f"it needs a GPU of compute capability 8.0 or newer and this one has {major}.{minor}."
     return None
-
-
-def _version(distribution: str) -> str:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def facts() -> dict[str, str]:
-    """Versions, device and build of this installation, for ``show_config``, ``ctxfast info`` and benchmark files."""
-    info = build_info()
-    rows = {
-        "ctxfast": _version("ctxfast"),
-        "python": f"{platform.python_version()} ({sys.platform}, {platform.machine()})",
-        "torch": torch.__version__,
-        "triton": _version("triton") if importlib.util.find_spec("triton") else "not installed",
-        "cpu": f"{_cpu_name()}, {torch.get_num_threads()} threads",
-    }
-    if torch.cuda.is_available():
-        major, minor = torch.cuda.get_device_capability()
-        rows["gpu"] = f"{torch.cuda.get_device_name()} (sm_{major}{minor}, {torch.cuda.device_count()} visible)"
-    else:
-        rows["gpu"] = "none visible to torch"
-    if _C is None:
-        rows["extension"] = why_no_extension()
-        return rows
-    rows["extension"] = f"{info.get('version', '?')}, compiled by {info.get('compiler', '?')}"
-    rows["cpu kernels"] = f"{', '.join(info.get('cpu_isas', ()))}; this machine runs {_C.cpu_isa()}"
-    missing = why_no_cuda()
-    rows["cuda kernels"] = missing or f"CUDA {info.get('cuda_version')}: {', '.join(info.get('cuda_archs', ()))}"
-    return rows
-
-
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            for line in lines:
-                if line.startswith("model name"):
-                    return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or "unknown"
-
-
-def show_config() -> str:
-    """The rows of ``facts`` as text: what to paste into a bug report."""
-    rows = facts()
-    width = max(map(len, rows))
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())

@@ -59,37 +59,30 @@ def _run(
     )
 
 
-def _outputs(ids: Tensor, table: Tensor, weights: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor:
-    return torch_ops.allocate((ids.shape[0], sum(weight.shape[0] for weight in weights)), table, dtype)
+def _output(ids: Tensor, table: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    return torch_ops.allocate((ids.shape[0], sum(weight.shape[0] for weight in weights)), table)
+
+
+def _outputs(ids: Tensor, table: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """The output and, for each number of it, where the window begins that it comes from."""
+    y = _output(ids, table, weights)
+    return y, torch_ops.allocate(y.shape, y, torch.int32)
 
 
 def _forward(
     ids: Tensor, table: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], is_tanh: bool, is_kept: bool
 ) -> Tensor:
-    y = _outputs(ids, table, weights)
+    y = _output(ids, table, weights)
     _run(ids, table, weights, biases, is_tanh, is_kept, y, None)
     return y
-
-
-def _forward_fake(
-    ids: Tensor, table: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], is_tanh: bool, is_kept: bool
-) -> Tensor:
-    return _outputs(ids, table, weights)
 
 
 def _forward_at(
     ids: Tensor, table: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], is_tanh: bool, is_kept: bool
 ) -> tuple[Tensor, Tensor]:
-    """The output and, for each number of it, where the window begins that it comes from."""
-    y, at = _forward_at_fake(ids, table, weights, biases, is_tanh, is_kept)
+    y, at = _outputs(ids, table, weights)
     _run(ids, table, weights, biases, is_tanh, is_kept, y, at)
     return y, at
-
-
-def _forward_at_fake(
-    ids: Tensor, table: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], is_tanh: bool, is_kept: bool
-) -> tuple[Tensor, Tensor]:
-    return _outputs(ids, table, weights), _outputs(ids, table, weights, torch.int32)
 
 
 def _backward(grad: Tensor, at: Tensor, ids: Tensor, table: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
@@ -112,22 +105,9 @@ def _backward(grad: Tensor, at: Tensor, ids: Tensor, table: Tensor, weights: Seq
     return [each.to(table.dtype) for each in (grad_table, *grad_weights, *grad_biases)]
 
 
-def _backward_fake(grad: Tensor, at: Tensor, ids: Tensor, table: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
-    grad_weights = [torch_ops.allocate(weight.shape, weight) for weight in weights]
-    grad_biases = [torch_ops.allocate(weight.shape[:1], weight) for weight in weights]
-    return [torch_ops.allocate(table.shape, table), *grad_weights, *grad_biases]
-
-
-_INPUTS = "Tensor ids, Tensor table, Tensor[] weights, Tensor[] biases, bool is_tanh, bool is_kept"
-_fwd = torch_ops.define("char_cnn_cpu_fwd", f"({_INPUTS}) -> Tensor", _forward, _forward_fake, "CPU")
-_fwd_at = torch_ops.define(
-    "char_cnn_cpu_fwd_at", f"({_INPUTS}) -> (Tensor, Tensor)", _forward_at, _forward_at_fake, "CPU"
-)
-_bwd = torch_ops.define(
-    "char_cnn_cpu_bwd",
-    "(Tensor grad, Tensor at, Tensor ids, Tensor table, Tensor[] weights) -> Tensor[]",
-    _backward, _backward_fake, "CPU",
-)  # fmt: skip
+_fwd = torch_ops.define("char_cnn_cpu_fwd", _forward, _output, "CPU")
+_fwd_at = torch_ops.define("char_cnn_cpu_fwd_at", _forward_at, _outputs, "CPU")
+_bwd = torch_ops.define("char_cnn_cpu_bwd", _backward, definition.gradient_outputs, "CPU")
 
 
 class _CharCnn(torch.autograd.Function):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``char_cnn`` on CUDA: gather, convolutions, maximum and activation in one kernel. Not yet run on a GPU.
+"""``char_cnn`` on CUDA: gather, convolutions, maximum and activation in one kernel.
 
 In 16 bits on tensor cores, in float32 (and for filters too wide for them) by plain multiply-adds; sums are float32.
 The forward pass notes where each largest window was, and the way back reads those alone.
@@ -46,24 +46,19 @@ def _run(
         )  # fmt: skip
 
 
-def _outputs(ids: Tensor, table: Tensor, weights: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor:
-    return torch_ops.allocate((ids.shape[0], sum(weight.shape[0] for weight in weights)), table, dtype)
+def _outputs(ids: Tensor, table: Tensor, weights: Sequence[Tensor], has_at: bool) -> list[Tensor]:
+    """The output and, if wanted, where the window begins that each number of it comes from."""
+    shape = (ids.shape[0], sum(weight.shape[0] for weight in weights))
+    y = torch_ops.allocate(shape, table)
+    return [y, torch_ops.allocate(shape, table, torch.int32)] if has_at else [y]
 
 
 def _forward(
     ids: Tensor, table: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], is_tanh: bool, has_at: bool
 ) -> list[Tensor]:
-    """The output and, if wanted, where the window begins that each number of it comes from."""
-    outputs = _forward_fake(ids, table, weights, biases, is_tanh, has_at)
+    outputs = _outputs(ids, table, weights, has_at)
     _run(ids, table, weights, biases, is_tanh, outputs[0], outputs[1] if has_at else None)
     return outputs
-
-
-def _forward_fake(
-    ids: Tensor, table: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], is_tanh: bool, has_at: bool
-) -> list[Tensor]:
-    y = _outputs(ids, table, weights)
-    return [y, _outputs(ids, table, weights, torch.int32)] if has_at else [y]
 
 
 def _backward(grad: Tensor, at: Tensor, ids: Tensor, table: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
@@ -86,22 +81,8 @@ def _backward(grad: Tensor, at: Tensor, ids: Tensor, table: Tensor, weights: Seq
     return [each.to(table.dtype) for each in (grad_table, *grad_weights, *grad_biases)]
 
 
-def _backward_fake(grad: Tensor, at: Tensor, ids: Tensor, table: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
-    grad_weights = [torch_ops.allocate(weight.shape, table) for weight in weights]
-    grad_biases = [torch_ops.allocate(weight.shape[:1], table) for weight in weights]
-    return [torch_ops.allocate(table.shape, table), *grad_weights, *grad_biases]
-
-
-_fwd = torch_ops.define(
-    "char_cnn_cuda_fwd",
-    "(Tensor ids, Tensor table, Tensor[] weights, Tensor[] biases, bool is_tanh, bool has_at) -> Tensor[]",
-    _forward, _forward_fake, "CUDA",
-)  # fmt: skip
-_bwd = torch_ops.define(
-    "char_cnn_cuda_bwd",
-    "(Tensor grad, Tensor at, Tensor ids, Tensor table, Tensor[] weights) -> Tensor[]",
-    _backward, _backward_fake, "CUDA",
-)  # fmt: skip
+_fwd = torch_ops.define("char_cnn_cuda_fwd", _forward, _outputs, "CUDA")
+_bwd = torch_ops.define("char_cnn_cuda_bwd", _backward, definition.gradient_outputs, "CUDA")
 
 
 class _CharCnn(torch.autograd.Function):

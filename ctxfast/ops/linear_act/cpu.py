@@ -75,9 +75,13 @@ def _compiled(
     return y
 
 
+def _output(x: Tensor, weight: Tensor) -> Tensor:
+    return torch_ops.allocate((x.shape[0], weight.shape[0]), x)
+
+
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, is_int8: bool, is_kept: bool) -> Tensor:
     if x.shape[0] == 0 or weight.shape[0] == 0:
-        return _forward_fake(x, weight, bias, activation, is_int8, is_kept)
+        return _output(x, weight)
     if is_int8:
         packed, scales, sums = packed_weights.int8(weight)
         return _compiled(x, "int8", packed, scales, sums, bias, activation, weight.shape[0])
@@ -93,17 +97,7 @@ def _reordered(weight: Tensor) -> Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
 
 
-def _forward_fake(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, is_int8: bool, is_kept: bool
-) -> Tensor:
-    return torch_ops.allocate((x.shape[0], weight.shape[0]), x)
-
-
-_fwd = torch_ops.define(
-    "linear_act_cpu_fwd",
-    "(Tensor x, Tensor weight, Tensor? bias, str activation, bool is_int8, bool is_kept) -> Tensor",
-    _forward, _forward_fake, "CPU",
-)  # fmt: skip
+_fwd = torch_ops.define("linear_act_cpu_fwd", _forward, _output, "CPU")
 
 
 def _multiply_now(a: Tensor, b: Tensor) -> Tensor:
@@ -112,10 +106,11 @@ def _multiply_now(a: Tensor, b: Tensor) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
 
 
-_mm = torch_ops.define(
-    "linear_act_cpu_mm", "(Tensor a, Tensor b) -> Tensor", _multiply_now,
-    lambda a, b: torch_ops.allocate((a.shape[0], b.shape[1]), a), "CPU",
-)  # fmt: skip
+def _product_output(a: Tensor, b: Tensor) -> Tensor:
+    return torch_ops.allocate((a.shape[0], b.shape[1]), a)
+
+
+_mm = torch_ops.define("linear_act_cpu_mm", _multiply_now, _product_output, "CPU")
 
 
 def _multiply(a: Tensor, b: Tensor) -> Tensor:

@@ -87,6 +87,21 @@ def _lengths(lengths: Tensor | None) -> Tensor | None:
     return None if lengths is None else lengths.to(torch.int64).contiguous()
 
 
+def _outputs(
+    x: Sequence[Tensor], weight_hh: Sequence[Tensor], save: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """output, h_n, c_n; cells and gates (before their nonlinearity) of every step, or empty."""
+    batch, steps, _ = x[0].shape
+    directions, hidden, size = len(x), weight_hh[0].shape[0] // 4, weight_hh[0].shape[1]
+    return (
+        torch_ops.allocate((batch, steps, directions * size), x[0]),
+        torch_ops.allocate((directions, batch, size), x[0]),
+        torch_ops.allocate((directions, batch, hidden), x[0]),
+        torch_ops.allocate((directions, batch, steps, hidden) if save else (0,), x[0]),
+        torch_ops.allocate((directions, batch, steps, 4 * hidden) if save else (0,), x[0]),
+    )
+
+
 def _forward(
     x: Sequence[Tensor],  # R of (B, T, I)
     weight_ih: Sequence[Tensor],
@@ -101,9 +116,7 @@ def _forward(
     kind: str,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    outputs = _forward_fake(
-        x, weight_ih, bias, weight_hh, weight_proj, lengths, h_0, c_0, cell_clip, proj_clip, kind, save
-    )
+    outputs = _outputs(x, weight_hh, save)
     output, h_n, c_n, cells, z = outputs
     hidden, size = weight_hh[0].shape[0] // 4, weight_hh[0].shape[1]
     packed = [_pack(weight, weight_proj[r] if weight_proj else None, kind) for r, weight in enumerate(weight_hh)]
@@ -124,29 +137,18 @@ def _forward(
     return outputs
 
 
-def _forward_fake(
-    x: Sequence[Tensor],
-    weight_ih: Sequence[Tensor],
-    bias: Sequence[Tensor],
-    weight_hh: Sequence[Tensor],
-    weight_proj: Sequence[Tensor],
-    lengths: Tensor | None,
-    h_0: Tensor | None,
-    c_0: Tensor | None,
-    cell_clip: float,
-    proj_clip: float,
-    kind: str,
-    save: bool,
+def _gradients(
+    weight_hh: Sequence[Tensor], weight_proj: Sequence[Tensor], cells: Tensor, z: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Uninitialised: output, h_n, c_n; cells and gates (before their nonlinearity) of every step, or empty."""
-    batch, steps, _ = x[0].shape
-    directions, hidden, size = len(x), weight_hh[0].shape[0] // 4, weight_hh[0].shape[1]
+    """Of z and of h before its clip; what was projected, or empty; of h_0 and c_0."""
+    directions, batch, steps, hidden = cells.shape
+    size = weight_hh[0].shape[1]
     return (
-        torch_ops.allocate((batch, steps, directions * size), x[0]),
-        torch_ops.allocate((directions, batch, size), x[0]),
-        torch_ops.allocate((directions, batch, hidden), x[0]),
-        torch_ops.allocate((directions, batch, steps, hidden) if save else (0,), x[0]),
-        torch_ops.allocate((directions, batch, steps, 4 * hidden) if save else (0,), x[0]),
+        torch_ops.allocate(z.shape, z),
+        torch_ops.allocate((directions, batch, steps, size), z),
+        torch_ops.allocate(cells.shape if weight_proj else (0,), z),
+        torch_ops.allocate((directions, batch, size), z),
+        torch_ops.allocate((directions, batch, hidden), z),
     )
 
 
@@ -163,7 +165,7 @@ def _backward(
     proj_clip: float,
     kind: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    found = _backward_fake(grads, weight_hh, weight_proj, lengths, c_0, output, cells, z, cell_clip, proj_clip, kind)
+    found = _gradients(weight_hh, weight_proj, cells, z)
     grad_z, grad_hidden, m, grad_h_0, grad_c_0 = found
     directions, batch, steps, hidden = cells.shape
     size = weight_hh[0].shape[1]
@@ -187,48 +189,8 @@ def _backward(
     return found
 
 
-def _backward_fake(
-    grads: Sequence[Tensor],
-    weight_hh: Sequence[Tensor],
-    weight_proj: Sequence[Tensor],
-    lengths: Tensor | None,
-    c_0: Tensor | None,
-    output: Tensor,
-    cells: Tensor,
-    z: Tensor,
-    cell_clip: float,
-    proj_clip: float,
-    kind: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Uninitialised: gradients of z and of h before its clip; what was projected, or empty; those of h_0 and c_0."""
-    directions, batch, steps, _ = cells.shape
-    size = weight_hh[0].shape[1]
-    return (
-        torch_ops.allocate(z.shape, z),
-        torch_ops.allocate((directions, batch, steps, size), z),
-        torch_ops.allocate(cells.shape if weight_proj else (0,), z),
-        torch_ops.allocate((directions, batch, size), z),
-        torch_ops.allocate(grads[2].shape, z),
-    )
-
-
-_fwd = torch_ops.define(
-    "lstm_cpu_fwd",
-    "(Tensor[] x, Tensor[] weight_ih, Tensor[] bias, Tensor[] weight_hh, Tensor[] weight_proj, Tensor? lengths, "
-    "Tensor? h_0, Tensor? c_0, float cell_clip, float proj_clip, str kind, bool save) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _forward,
-    _forward_fake,
-    "CPU",
-)
-_bwd = torch_ops.define(
-    "lstm_cpu_bwd",
-    "(Tensor[] grads, Tensor[] weight_hh, Tensor[] weight_proj, Tensor? lengths, Tensor? c_0, Tensor output, "
-    "Tensor cells, Tensor z, float cell_clip, float proj_clip, str kind) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _backward,
-    _backward_fake,
-    "CPU",
-)
+_fwd = torch_ops.define("lstm_cpu_fwd", _forward, _outputs, "CPU")
+_bwd = torch_ops.define("lstm_cpu_bwd", _backward, _gradients, "CPU")
 
 
 def _h_before(output: Tensor, h_0: Tensor | None, lengths: Tensor | None, reverse: bool) -> Tensor:

@@ -2,7 +2,7 @@
 """``lstm`` on Hopper: all steps of both directions in one launch, the recurrent weights on chip.
 
 Weights and input gates are read where they lie; nothing is packed or kept between calls. The kernels need every block
-resident at once, so ``supports`` knows the device. Not yet run on a GPU: the kernels are run on the emulator.
+resident at once, so ``supports`` knows the device.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def _forward(
     proj_clip: float,
     save_cells: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    outputs = _forward_fake(gates, weight_hh, weight_proj, lengths, h_0, c_0, cell_clip, proj_clip, save_cells)
+    outputs = device.forward_outputs(gates, weight_hh, save_cells)
     output, h_n, c_n, cells = outputs
     batch, steps, hidden, _ = gates[0].shape
     size, facts = weight_hh[0].shape[1], _facts(_ordinal(output))
@@ -96,21 +96,7 @@ def _forward(
     return outputs
 
 
-def _forward_fake(
-    gates: Sequence[Tensor],
-    weight_hh: Sequence[Tensor],
-    weight_proj: Sequence[Tensor],
-    lengths: Tensor | None,
-    h_0: Tensor | None,
-    c_0: Tensor | None,
-    cell_clip: float,
-    proj_clip: float,
-    save_cells: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return device.forward_outputs(gates, weight_hh[0].shape[1], save_cells)
-
-
-_fwd = torch_ops.define("lstm_cuda_fwd", device.FWD_SCHEMA, _forward, _forward_fake, "CUDA")
+_fwd = torch_ops.define("lstm_cuda_fwd", _forward, device.forward_outputs, "CUDA")
 _recurrence = device.recurrence(_fwd, _bwd)
 
 
