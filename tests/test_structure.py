@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from ctxfast._core import registry
+from ctxfast.nn import graphs
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "ctxfast"
@@ -24,7 +25,7 @@ ROOMS = [
     ["functional"],
     ["nn", "packing"],
     ["models", "swap"],
-    ["corpus", "selection", "encoders", "shards", "writers", "jobs", "embed", "ray_data"],
+    ["embedding"],
     ["training"],
     ["commands"],
     ["cli"],
@@ -82,12 +83,16 @@ def test_imports_point_down(path) -> None:
 
 
 def test_core_knows_no_op() -> None:
-    names = re.compile("|".join(rf"\b{name}\b" for name in registry.OPS if name != "attention"))
+    """Neither in a name, an attribute or a keyword, nor in a string that is no documentation."""
+    ops = re.compile("|".join(rf"(?<![a-z]){name}(?![a-z])" for name in registry.OPS))
     for path in (PACKAGE / "_core").glob("*.py"):
-        code = ast.parse(path.read_text(encoding="utf-8"))
-        for node in ast.walk(code):
-            if isinstance(node, ast.Name):
-                assert not names.fullmatch(node.id), f"{path.name} names {node.id}"
+        nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+        prose = [node.value for node in nodes if isinstance(node, ast.Expr)]
+        for node in nodes:
+            for field in ("id", "attr", "arg", "name", "module", "value"):
+                text = getattr(node, field, None)
+                if isinstance(text, str) and node not in prose:
+                    assert not ops.search(text), f"{path.name} names {text}"
 
 
 @pytest.mark.parametrize("spec", list(registry.OPS.values()), ids=lambda spec: spec.name)
@@ -98,13 +103,12 @@ def test_an_op_has_everything_under_its_name(spec) -> None:
     assert spec.reference.__name__ == spec.name
     documentation = inspect.getdoc(spec.declaration)
     assert all(f"\n{part}:" in documentation for part in ("Args", "Returns", "Reference"))
-    benchmark_rows = (ROOT / "benchmarks" / "cases.py").read_text(encoding="utf-8")
-    assert f'"{spec.name}"' in benchmark_rows, "no benchmark row"
+    assert (ROOT / "benchmarks" / "ops" / f"{spec.name}.py").is_file()
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     row = next((line for line in readme.splitlines() if line.startswith(f"| `{spec.name}` |")), None)
     assert row is not None, "no README row"
+    assert row.endswith(f"| {', '.join(map(str, spec.all_impls))} |"), "README's row lists other implementations"
     for implementation in spec.impls:
-        assert re.search(rf"\b{implementation.name}\b", row), f"README's row of {spec.name} lacks {implementation.name}"
         module = folder / f"{implementation.name}.py"
         assert module.is_file()
         names = {node.name for node in ast.parse(module.read_text()).body if isinstance(node, ast.FunctionDef)}
@@ -118,6 +122,23 @@ def test_an_op_has_everything_under_its_name(spec) -> None:
             assert list(kernels.glob("test_cpu*.cpp" if on_cpu else "test_*.cu"))
 
 
+def test_what_ran_on_a_gpu_is_a_field() -> None:
+    """README shows it; no sentence beside it, which would grow old."""
+    for spec in registry.OPS.values():
+        for implementation in spec.impls:
+            is_gpu = re.fullmatch(r"[A-Z]+\d+ \d{4}-\d\d-\d\d", str(implementation.proven))
+            assert is_gpu or implementation.proven in registry.PROVEN, f"{spec.name}: {implementation.proven}"
+    said = registry.PROVEN.get(graphs.PROVEN, f"run on {graphs.PROVEN}")
+    assert f"(`ctxfast/nn/graphs.py`): {said}." in (ROOT / "README.md").read_text(encoding="utf-8")
+    prose = re.compile(r"(not|never)\s+(yet\s+)?(been\s+)?run\s+on\s+a\s+GPU", re.IGNORECASE)
+    for folder in ("ctxfast", "csrc", "docs", "examples", "benchmarks"):
+        for path in (ROOT / folder).rglob("*"):
+            if path.suffix in (".py", ".md", ".h", ".cpp", ".cu", ".cuh") and "build" not in path.parts:
+                assert not prose.search(path.read_text(encoding="utf-8")), path
+    for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"):
+        assert not prose.search((ROOT / name).read_text(encoding="utf-8")), name
+
+
 def test_implementations_do_not_import_one_another() -> None:
     for spec in registry.OPS.values():
         for implementation in spec.impls:
@@ -125,13 +146,18 @@ def test_implementations_do_not_import_one_another() -> None:
             for name in _imports(path):
                 # Parts of its own op that are no implementation may be shared or split off.
                 is_part = name[:3] == ("ctxfast", "ops", spec.name) and name[3] not in registry.IMPL_NAMES
-                assert is_part or name[:2] != ("ctxfast", "ops"), f"{path.relative_to(ROOT)} imports {'.'.join(name)}"
+                is_below = name[:2] != ("ctxfast", "ops") or name[2] == "shared"
+                assert is_part or is_below, f"{path.relative_to(ROOT)} imports {'.'.join(name)}"
 
 
 def test_references_import_only_torch() -> None:
+    """And of the package what definitions share, which imports torch alone."""
     allowed = {"torch", "math", "collections", "contextlib", "__future__", "typing"}
-    for path in (PACKAGE / "ops").glob("*/reference.py"):
-        assert {name[0] for name in _imports(path)} <= allowed, path
+    shared = PACKAGE / "ops" / "shared" / "definitions.py"
+    for path in (shared, *(PACKAGE / "ops").glob("*/reference.py")):
+        for name in _imports(path):
+            is_shared = path != shared and name[:4] == ("ctxfast", "ops", "shared", "definitions")
+            assert name[0] in allowed or is_shared, f"{path.relative_to(ROOT)} imports {'.'.join(name)}"
 
 
 def test_environment_is_read_in_core_only() -> None:

@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._core import registry
-from .._core.weight_cache import WeightCache
 from ..nn import encoder, tools
 from ..nn.layer_norm import LayerNorm
 from ..nn.watched import Snapshot
+from ..ops.shared.weight_cache import WeightCache
 from . import attention_interface, identity
 
 

@@ -12,7 +12,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..._core import cpu_rows, registry, torch_ops
+from ..._core import registry, torch_ops
+from ..shared import layer_norm_cpu
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -21,31 +22,25 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def _forward(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, x_bias: Tensor | None, eps: float
-) -> Tensor:
-    out = torch_ops.allocate(x.shape, x)
-    x, residual = _rows(x), None if residual is None else _rows(residual)
-    sources = [(rows.data_ptr(), rows.stride(0), 0, 0, False) for rows in (x, residual) if rows is not None]
-    return cpu_rows.layer_norm(x.shape[0], sources, x_bias, weight, bias, eps, out)
-
-
-def _forward_fake(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, x_bias: Tensor | None, eps: float
-) -> Tensor:
+def _output(x: Tensor) -> Tensor:
     return torch_ops.allocate(x.shape, x)
 
 
-_fwd = torch_ops.define(
-    "add_layer_norm_cpu_fwd",
-    "(Tensor x, Tensor? residual, Tensor weight, Tensor bias, Tensor? x_bias, float eps) -> Tensor",
-    _forward, _forward_fake, "CPU",
-)  # fmt: skip
+def _forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, x_bias: Tensor | None, eps: float
+) -> Tensor:
+    out = _output(x)
+    x, residual = _rows(x), None if residual is None else _rows(residual)
+    sources = [(rows.data_ptr(), rows.stride(0), 0, 0, False) for rows in (x, residual) if rows is not None]
+    return layer_norm_cpu.layer_norm(x.shape[0], sources, x_bias, weight, bias, eps, out)
+
+
+_fwd = torch_ops.define("add_layer_norm_cpu_fwd", _forward, _output, "CPU")
 
 
 def supports(args: Mapping[str, Any]) -> str | None:
     """None, or why the compiled kernel cannot run this call."""
-    return cpu_rows.why_not("x", args["x"], args["dropout_p"])
+    return layer_norm_cpu.why_not("x", args["x"], args["dropout_p"])
 
 
 def add_layer_norm(

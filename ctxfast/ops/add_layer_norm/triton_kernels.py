@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kernels of ``add_layer_norm`` in Triton: whole rows in registers. Not yet run on a GPU."""
+"""Kernels of ``add_layer_norm`` in Triton: whole rows in registers."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from ..._core.triton_rows import is_kept, load_tile, normalised_gradient, statistics, store_partial
+from ..shared.triton_rows import is_kept, load_tile, normalised_gradient, statistics, store_partial
 
 
 @triton.jit

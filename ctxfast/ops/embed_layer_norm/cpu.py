@@ -10,35 +10,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..._core import cpu_rows, registry, torch_ops
+from ..._core import registry, torch_ops
+from ..shared import layer_norm_cpu
+
+
+def _output(ids: list[Tensor], weight: Tensor) -> Tensor:
+    return torch_ops.allocate((ids[0].shape[0], weight.shape[0]), weight)
 
 
 def _forward(ids: list[Tensor], tables: list[Tensor], weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """ids (T,) and tables (V, N) of words, types, positions and, if there are any, tasks."""
-    out = _forward_fake(ids, tables, weight, bias, eps)
+    out = _output(ids, weight)
     ids = [each.contiguous() for each in ids]
     tables = [table if table.stride(1) == 1 else table.contiguous() for table in tables]
     sources = [
         (table.data_ptr(), table.stride(0), index.data_ptr(), table.shape[0], index.dtype is torch.int64)
         for index, table in zip(ids, tables)
     ]
-    return cpu_rows.layer_norm(out.shape[0], sources, None, weight, bias, eps, out)
+    return layer_norm_cpu.layer_norm(out.shape[0], sources, None, weight, bias, eps, out)
 
 
-def _forward_fake(ids: list[Tensor], tables: list[Tensor], weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    return torch_ops.allocate((ids[0].shape[0], weight.shape[0]), weight)
-
-
-_fwd = torch_ops.define(
-    "embed_layer_norm_cpu_fwd",
-    "(Tensor[] ids, Tensor[] tables, Tensor weight, Tensor bias, float eps) -> Tensor",
-    _forward, _forward_fake, "CPU",
-)  # fmt: skip
+_fwd = torch_ops.define("embed_layer_norm_cpu_fwd", _forward, _output, "CPU")
 
 
 def supports(args: Mapping[str, Any]) -> str | None:
     """None, or why the compiled kernel cannot run this call."""
-    return cpu_rows.why_not("word_embeddings", args["word_embeddings"], args["dropout_p"])
+    return layer_norm_cpu.why_not("word_embeddings", args["word_embeddings"], args["dropout_p"])
 
 
 def _operands(args: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..._core import checks, registry
-from .reference import ACTIVATIONS, linear_act as reference
+from ..shared.definitions import ACTIVATIONS
+from .reference import linear_act as reference
 
 _OP = "linear_act"
 
@@ -42,11 +43,13 @@ def _check(args: Mapping[str, Any]) -> None:
             "cpu",
             "cpu",
             note="compiled over packed weights, float32, bfloat16, int8; oneDNN for weights in training",
+            proven="cpu",
         ),
         registry.Impl(
             "triton",
             "cuda",
-            note="product by cuBLAS, bias and activation in one pass, with backward; not yet run on a GPU",
+            note="product by cuBLAS, bias and activation in one pass, with backward",
+            proven="interpreter",
         ),
     ),
 )

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kernels of ``linear_act`` in Triton: bias and activation of a product, both ways. Not yet run on a GPU."""
+"""Kernels of ``linear_act`` in Triton: bias and activation of a product, both ways."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from ..._core.triton_rows import load_tile, store_partial
+from ..shared.triton_rows import load_tile, store_partial
 
 _HALF_ROOT = tl.constexpr(0.7071067811865476)
 _GAUSS = tl.constexpr(0.3989422804014327)

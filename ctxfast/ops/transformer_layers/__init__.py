@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from ..._core import checks, registry
+from ..shared.definitions import ACTIVATIONS
 from .reference import transformer_layers as reference
 
 _OP = "transformer_layers"
-_ACTIVATIONS = ("none", "gelu", "gelu_tanh", "relu", "tanh")
-
 
 # Parts of a layer, (weight, bias) each, in the order of ``weights``.
 PARTS = ("qkv", "project", "attention_norm", "widen", "narrow", "output_norm")
@@ -62,7 +61,7 @@ def _check(args: Mapping[str, Any]) -> None:
     wide = first.shape[0] if first.dim() else None
     for i in range(0, len(weights), TENSORS):
         _check_layer(x, i // TENSORS, weights[i : i + TENSORS], wide)
-    checks.choice(_OP, "activation", args["activation"], _ACTIVATIONS)
+    checks.choice(_OP, "activation", args["activation"], ACTIVATIONS)
     checks.choice(_OP, "weight_dtype", args["weight_dtype"], (None, torch.int8))
 
 
@@ -77,7 +76,7 @@ def _check_offsets(args: Mapping[str, Any]) -> None:
     autocast="lower",
     # Roundings and sums of six products and two norms add up.
     ceiling={torch.float32: 2e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1},
-    impls=(registry.Impl("cpu", "cpu", note="one parallel region for all layers, weights packed"),),
+    impls=(registry.Impl("cpu", "cpu", note="one parallel region for all layers, weights packed", proven="cpu"),),
 )
 def transformer_layers(
     x: Tensor,

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the Triton kernels over rows share: tiles, launches, dropout from a counter, sums of columns in a fixed order.
+
+A kernel that sums over all rows runs a fixed number of programs; each adds up its rows in float32 registers and leaves
+one row of partial sums, which ``column_sums`` adds in order. No atomics: two runs are equal to the last bit.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..._core import capability, torch_ops
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+IS_INTERPRETED = capability.is_triton_interpreted()
+# The dispatch key of the operators: the interpreter computes on CPU tensors.
+DISPATCH = "CPU" if IS_INTERPRETED else "CUDA"
+
+_ROUNDS = tl.constexpr(7)
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager:
+    """Triton launches on the current device."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def block(size: int) -> int:
+    """``size`` rounded up to a power of two, what tiles are made of."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def programs(tensor: Tensor, tiles: int, per_processor: int) -> int:
+    """How many programs share ``tiles`` tiles of rows where each leaves partial sums."""
+    processors = torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 1
+    return max(1, min(tiles, processors * per_processor))
+
+
+def rows(tensor: Tensor) -> Tensor:
+    """(..., N) as (rows, N) whose elements lie side by side; rows may have any distance."""
+    flat = tensor.reshape(-1, tensor.shape[-1])
+    return flat if flat.stride(1) == 1 else flat.contiguous()
+
+
+def draw_seeds(tensor: Tensor, dropout_p: float) -> Tensor | None:
+    """Seed and offset of this call's mask, drawn on the device: a captured graph draws new ones at every replay."""
+    return torch.randint(-(2**63), 2**63 - 1, (2,), device=tensor.device) if dropout_p > 0 else None
+
+
+def dropout_numbers(dropout_p: float) -> tuple[int, float]:
+    """Threshold on 16 random bits, and one over the share it keeps."""
+    threshold = min(round(dropout_p * 65536), 65535)
+    return threshold, 65536 / (65536 - threshold)
+
+
+@triton.jit
+def is_kept(seeds, row, column, threshold):
+    """Which elements dropout keeps: 16 random bits each, kept where they reach ``threshold``.
+
+    Philox4x32 with 7 rounds, the fewest that pass BigCrush (Salmon et al. 2011). One draw serves eight neighbouring
+    columns, which lie in one thread: the compiler draws once for them.
+    """
+    seed, offset = tl.load(seeds), tl.load(seeds + 1)
+    group = (column >> 3) + row * 0
+    high = (row >> 32).to(tl.int32)
+    first, second, third, fourth = tl.philox(
+        seed, row.to(tl.int32), group.to(tl.int32), offset.to(tl.int32), high, _ROUNDS
+    )
+    low_pair = tl.where((column & 2) == 0, first, second)
+    high_pair = tl.where((column & 2) == 0, third, fourth)
+    word = tl.where((column & 4) == 0, low_pair, high_pair)
+    bits = tl.where((column & 1) == 0, word & 0xFFFF, word >> 16)
+    return bits.to(tl.int32) >= threshold
+
+
+@triton.jit
+def load_tile(base, row, stride, inside, column, BLOCK_N: tl.constexpr):
+    """Rows ``row`` of a matrix in float32, zeros where not ``inside``."""
+    return tl.load(base + row[:, None] * stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def statistics(z, inside, eps, N: tl.constexpr):
+    """(mean, 1 / deviation, normalised rows) of rows that are zero where not ``inside``; two passes in registers."""
+    # Rounded to nearest: a row of equal values must not be left with a variance, beside which eps 1e-12 is nothing.
+    mean = tl.div_rn(tl.sum(z, 1), N * 1.0)
+    centred = tl.where(inside, z - mean[:, None], 0.0)
+    variance = tl.sum(centred * centred, 1) / N
+    rstd = tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
+    return mean, rstd, centred * rstd[:, None]
+
+
+@triton.jit
+def normalised_gradient(grad, normal, rstd, N: tl.constexpr):
+    """Gradient of the rows that went into a LayerNorm; ``grad`` is that of the normalised rows."""
+    along = tl.sum(grad * normal, 1) / N
+    mean = tl.sum(grad, 1) / N
+    return (grad - normal * along[:, None] - mean[:, None]) * rstd[:, None]
+
+
+@triton.jit
+def store_partial(partial, which, program, sums, column, N: tl.constexpr):
+    """One row of partial (kinds, programs, N)."""
+    at = (which * tl.num_programs(0) + program).to(tl.int64) * N
+    tl.store(partial + at + column, sums, mask=column < N)
+
+
+@triton.jit(do_not_specialize=["programs"])
+def column_sums_kernel(
+    partial, first, second, third, programs, N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """partial (kinds, programs, N) -> first, second, third (N). Grid: (column blocks, kinds)."""
+    which = tl.program_id(1)
+    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    sums = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
+    for at in range(0, programs, BLOCK_P):
+        row = at + tl.arange(0, BLOCK_P)
+        inside = (row < programs)[:, None] & (column < N)[None, :]
+        index = (which * programs + row).to(tl.int64)[:, None] * N + column[None, :]
+        sums += tl.load(partial + index, mask=inside, other=0.0)
+    total = tl.sum(sums, 0)
+    if which == 0:
+        tl.store(first + column, total.to(first.dtype.element_ty), mask=column < N)
+    elif which == 1:
+        tl.store(second + column, total.to(second.dtype.element_ty), mask=column < N)
+    else:
+        tl.store(third + column, total.to(third.dtype.element_ty), mask=column < N)
+
+
+COLUMN_SUMS_TILE = dict(BLOCK_P=32, BLOCK_N=64, num_warps=4)
+
+
+def column_sums(partial: Tensor, sums: list[Tensor]) -> None:
+    """Add up the programs of partial (kinds, programs, N) into one tensor (N) per kind, at most three."""
+    kinds, count, size = partial.shape
+    # A kind that is not there is never stored to, but a pointer must have a type.
+    first, second, third = (*sums, *[sums[0]] * (3 - kinds))
+    grid = (triton.cdiv(size, COLUMN_SUMS_TILE["BLOCK_N"]), kinds)
+    column_sums_kernel[grid](partial, first, second, third, count, N=size, **COLUMN_SUMS_TILE)
+
+
+def allocate_partial(kinds: int, count: int, size: int, like: Tensor) -> Tensor:
+    return torch_ops.allocate((kinds, count, size), like, torch.float32)
