@@ -344,8 +344,12 @@ class BertEncoder:
             states = [torch.stack([state.float() for state in states]).mean(0)] * len(states)
         parts = (torch.cat([pooler(state, mode) for mode in selection.pooling], dim=-1) for state in states)
         result = _stacked(parts, selection)
-        for step in self._steps if selection.has_steps else ():
-            result = step(result)
+        if selection.has_steps:
+            # As rows of vectors: an activation may choose its axis by how many there are.
+            rows = result.flatten(0, 1)
+            for step in self._steps:
+                rows = step(rows)
+            result = rows.unflatten(0, result.shape[:2])
         return _scaled(result, selection)
 
     def tokens(self, item: Prepared, selection: Selection) -> list[str]:
