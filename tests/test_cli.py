@@ -175,6 +175,33 @@ def test_wrong_use(source, tiny_bert, tmp_path, capsys, words, message):
 @pytest.mark.parametrize(
     "words, message",
     [
+        ("embed {in} -m {bert} -o {in} --format jsonl", "output {in} is input {in}; expected another place."),
+        ("embed {in} -m {bert} -o {link} --format jsonl --overwrite", "output {link} is input {in}; expected"),
+        ("embed {in}.npz.partial -m {bert} -o {in}.npz --overwrite", "the work directory {in}.npz.partial is input"),
+        (
+            "embed {in} -m {bert} -o {bert}/model.safetensors --overwrite",
+            "output {bert}/model.safetensors is a file of the model, {bert}/model.safetensors; expected",
+        ),
+        ("embed {in} -m {bert} -o {bert}/vocab.txt --format npz --overwrite", "is a file of the model, {bert}/vocab"),
+    ],
+)
+def test_an_output_replaces_no_input(source, tiny_bert, tmp_path, capsys, words, message):
+    places = {"in": source, "bert": tiny_bert, "link": tmp_path / "link"}
+    (tmp_path / "link").symlink_to(source)
+    (tmp_path / "in.txt.npz.partial").write_text("a b c\n")
+    folders = (tmp_path, tiny_bert)
+    before = [{path.name: path.read_bytes() for path in folder.iterdir()} for folder in folders]
+    assert run(*words.format(**places).split()) == 2
+    error = capsys.readouterr().err
+    assert message.format(**places) in error and error.count("\n") == 1
+    assert [{path.name: path.read_bytes() for path in folder.iterdir()} for folder in folders] == before
+    with pytest.raises(ValueError, match="is input"):
+        ctxfast.Embedder(tiny_bert, device="cpu").embed_file(source, source, format="jsonl", overwrite=True)
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
         ("", "the following arguments are required: COMMAND"),
         ("embed", "the following arguments are required: INPUT, -o/--output"),
         ("embed a -o b --no-such", "unknown argument --no-such"),

@@ -84,7 +84,7 @@ def _run(args: argparse.Namespace) -> int:
     from ..embedding.job import check_target
     from ..embedding.selection import parse_layers
 
-    check_target(args.output, args.format, overwrite=args.overwrite)
+    check_target(args.input, args.output, args.format, overwrite=args.overwrite)
     if args.input != "-":
         existing(args.input, "ctxfast.embed", f"input {args.input}")
     if args.model is None and args.options_file is None and args.weight_file is None:

@@ -83,9 +83,25 @@ def check_files(args: argparse.Namespace, who: str, *names: str) -> None:
         for file in value if isinstance(value, list) else [value]:
             if file is None or Path(file).is_file():
                 continue
-            shown = name if name == "text" else "--" + name.replace("_", "-")
             found = "is a directory" if Path(file).is_dir() else "does not exist"
-            raise FileNotFoundError(f"ctxfast.{who}: {shown} {file} {found}; expected a file.")
+            raise FileNotFoundError(f"ctxfast.{who}: {_shown(name)} {file} {found}; expected a file.")
+
+
+def check_output(args: argparse.Namespace, who: str, *names: str) -> None:
+    """Refuse a directory that is, or holds, what these arguments name: a run replaces what an earlier one left there.
+
+    Raises:
+        ValueError: naming both.
+    """
+    from .._core.files import check_apart
+
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    inputs = {_shown(name): value if isinstance(value, list) else [value] for name, value in given.items()}
+    check_apart(f"ctxfast.{who}", {"-o": [args.output]}, inputs)
+
+
+def _shown(name: str) -> str:
+    return name if name == "text" else "--" + name.replace("_", "-")
 
 
 def check_model(value: str | None, who: str, option: str = "--model") -> None:

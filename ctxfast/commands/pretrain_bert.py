@@ -239,6 +239,7 @@ def _check(args: argparse.Namespace) -> None:
     who = f"ctxfast.{_WHO}"
     loop_options.check_files(args, _WHO, "text", "held_out", "config", "gazetteer", "spans")
     loop_options.check_model(args.init_from, _WHO, "--init-from")
+    loop_options.check_output(args, _WHO, "text", "held_out", "config", "gazetteer", "spans", "vocab", "init_from")
     if not 0 < args.mask_rate <= 1:
         raise ValueError(f"{who}: --mask-rate is {args.mask_rate}; expected above 0, at most 1.")
     if not 0 < args.shard_mb < math.inf:

@@ -203,7 +203,15 @@ def test_old_folders(plain: Path, tmp_path: Path, sub: str) -> None:
 
 
 # Activations that a Dense may name, all that torch has, and what else of torch.nn takes no arguments and a tensor.
-ACTIVATIONS = [*torch.nn.modules.activation.__all__, "Flatten", "Softmax2d", "Identity", "Dropout", "Upsample", "L1Loss"]
+ACTIVATIONS = [
+    *torch.nn.modules.activation.__all__,
+    "Flatten",
+    "Softmax2d",
+    "Identity",
+    "Dropout",
+    "Upsample",
+    "L1Loss",
+]
 
 
 def _called(name: str) -> str:
