@@ -138,7 +138,7 @@ def char_cnn(
 ) -> Tensor:
     """See ``ctxfast.functional.char_cnn``."""
     weights, biases, is_tanh = list(conv_weights), list(conv_biases), activation == "tanh"
-    if registry.needs_grad(dict(table=char_embeddings, weights=weights, biases=biases)):
+    if registry.needs_grad(char_embeddings, weights, biases):
         return _CharCnn.apply(char_ids, is_tanh, char_embeddings, *weights, *biases)
     return _fwd(char_ids, char_embeddings, weights, biases, is_tanh, False)[0]
 

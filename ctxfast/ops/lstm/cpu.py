@@ -329,7 +329,7 @@ def _operands(args: Mapping[str, Any]) -> tuple[list[list[Tensor]], tuple[Any, .
 def lstm(**args: Any) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """See ``ctxfast.functional.lstm``."""
     groups, (lengths, h_0, c_0, *clips, kind) = _operands(args)
-    if registry.needs_grad(args):
+    if registry.needs_grad(*args.values()):
         if groups[0][0] is groups[0][-1]:
             groups[0] = groups[0][:1]  # one argument: torch.compile takes no tensor twice
         counts = tuple(len(group) for group in groups)

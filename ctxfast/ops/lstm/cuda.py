@@ -99,18 +99,15 @@ _fwd = torch_ops.define("lstm_cuda_fwd", _forward, device.forward_outputs, "CUDA
 _recurrence = device.recurrence(_fwd, _bwd)
 
 
+@capability.constant
 def _refusal(ordinal: int, hidden: int, size: int, has_proj: bool, directions: int, backward: bool) -> str | None:
-    """None, or why the device cannot hold such a layer; a constant of a compiled graph."""
+    """None, or why the device cannot hold such a layer."""
     facts = _facts(ordinal)
     # What runs for one row runs for any number, if need be in smaller tiles.
     plan = capability.extension().lstm_persistent_forward_plan(facts, 1, hidden, size, has_proj, directions)
     if plan["refusal"]:
         return plan["refusal"]
     return cuda_backward.refusal(1, hidden, size, has_proj, directions, facts[0]) if backward else None
-
-
-# What torch.compiler.assume_constant_result does; that function itself imports the compiler and Triton.
-_refusal._dynamo_marked_constant = True
 
 
 def sizes_objection(args: Mapping[str, Any]) -> str | None:
@@ -124,7 +121,7 @@ def sizes_objection(args: Mapping[str, Any]) -> str | None:
     # Plain numbers, also where the compiler would let a size vary.
     hidden, size = index(weight_hh[0].shape[0] // 4), index(weight_hh[0].shape[1])
     has_proj = args["weight_proj"] is not None
-    return _refusal(_ordinal(x), hidden, size, has_proj, len(weight_hh), registry.needs_grad(args))
+    return _refusal(_ordinal(x), hidden, size, has_proj, len(weight_hh), registry.needs_grad(*args.values()))
 
 
 def supports(args: Mapping[str, Any]) -> str | None:

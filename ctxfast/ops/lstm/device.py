@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..._core import capability, torch_ops
+from ..._core import capability, registry, torch_ops
 from .reference import recurrence as recurrence_definition
 
 DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
@@ -200,8 +200,7 @@ def run(
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """One call of ``lstm`` by these operators."""
     gates, hh, proj, h_0, c_0, clips = flat(args, gates_of)
-    sources = [tensor for tensor in (*gates, *hh, *proj, h_0, c_0) if tensor is not None]
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in sources):
+    if registry.needs_grad(gates, hh, proj, h_0, c_0):
         output, h_n, c_n = differentiable(len(gates), args["lengths"], clips, h_0, c_0, *gates, *hh, *proj)
     else:
         output, h_n, c_n, _ = fwd(gates, hh, proj, args["lengths"], h_0, c_0, *clips, False)

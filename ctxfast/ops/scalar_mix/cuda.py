@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._core import capability, torch_ops
+from ..._core import capability, registry, torch_ops
 
 _MAX_LAYERS = 64  # the kernel takes the layers' addresses by value
 _DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
@@ -111,7 +111,7 @@ def scalar_mix(
 ) -> Tensor:
     """See ``ctxfast.functional.scalar_mix``."""
     weights = _weights(scalar_parameters, gamma)
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (weights, *tensors)):
+    if registry.needs_grad(weights, tensors):
         return _ScalarMix.apply(weights, *tensors)
     return _fwd(list(tensors), weights)
 

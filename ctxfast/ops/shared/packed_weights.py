@@ -35,13 +35,10 @@ def _most_rows(dtype: torch.dtype) -> int:
     return _ANY if dtype is torch.float32 else _FEW_ROWS.get(extension.cpu_isa(), 0)
 
 
+@capability.constant
 def most_rows(dtype: torch.dtype) -> int:
     """Rows up to which the compiled product is taken."""
     return _most_rows(dtype)
-
-
-# A constant of a compiled graph (what torch.compiler.assume_constant_result does; that imports the compiler).
-most_rows._dynamo_marked_constant = True
 
 
 def _room(size: int) -> Tensor:

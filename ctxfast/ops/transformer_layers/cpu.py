@@ -115,7 +115,7 @@ def supports(args: Mapping[str, Any]) -> str | None:
         return f"it takes float32 and bfloat16 and x is {x.dtype}."
     if x.shape[1] > 8192 or x.shape[1] // args["num_heads"] > 1024 or not 0 < wide <= 65536:
         return "it takes at most 8192 columns, heads of 1024 and 1 to 65536 columns between the last two products."
-    if args["weight_dtype"] is not None and registry.needs_grad(args):
+    if args["weight_dtype"] is not None and registry.needs_grad(*args.values()):
         return "its int8 products have no gradient."
     if capability.extension() is None:
         return capability.why_no_extension()
@@ -138,7 +138,7 @@ def transformer_layers(
 ) -> Tensor | tuple[Tensor, ...]:
     """See ``ctxfast.functional.transformer_layers``."""
     options = (num_heads, activation, eps)
-    if not registry.needs_grad(dict(x=x, weights=weights)):
+    if not registry.needs_grad(x, weights):
         forward = _forward if torch_ops.is_direct(x, cu_seqlens, *weights) else _fwd
         states = forward(x, cu_seqlens, weights, *options, weight_dtype is torch.int8, all_layers)
         return tuple(states) if all_layers else states[0]
