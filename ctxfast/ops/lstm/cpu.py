@@ -18,6 +18,7 @@ from torch import Tensor
 from ..._core import capability, registry, torch_ops
 from ..shared.definitions import rounded_rows
 from ..shared.weight_cache import WeightCache
+from . import steps
 
 _packed = WeightCache()
 # The kernel's word for how factors are held -> what the backward pass rounds to.
@@ -85,10 +86,6 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _lengths(lengths: Tensor | None) -> Tensor | None:
-    return None if lengths is None else lengths.to(torch.int64).contiguous()
-
-
 def _outputs(
     x: Sequence[Tensor], weight_hh: Sequence[Tensor], save: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -123,7 +120,7 @@ def _forward(
     hidden, size = weight_hh[0].shape[0] // 4, weight_hh[0].shape[1]
     packed = [_pack(weight, weight_proj[r] if weight_proj else None, kind) for r, weight in enumerate(weight_hh)]
     packed_input = [_pack_input(weight, kind) for weight in weight_ih]
-    x, bias, lengths = [_rows(each) for each in x], [each.float().contiguous() for each in bias], _lengths(lengths)
+    x, bias, lengths = [_rows(each) for each in x], [each.float().contiguous() for each in bias], steps.int64(lengths)
     h_0, c_0 = None if h_0 is None else h_0.contiguous(), None if c_0 is None else c_0.contiguous()
     capability.extension().lstm_forward(
         batch=x[0].shape[0], steps=x[0].shape[1], hidden=hidden, proj_size=size, has_proj=bool(weight_proj),
@@ -172,7 +169,7 @@ def _backward(
     directions, batch, steps, hidden = cells.shape
     size = weight_hh[0].shape[1]
     grad_output, grad_h_n, grad_c_n = _rows(grads[0]), grads[1].contiguous(), grads[2].contiguous()
-    lengths, c_0 = _lengths(lengths), None if c_0 is None else c_0.contiguous()
+    lengths, c_0 = steps.int64(lengths), None if c_0 is None else c_0.contiguous()
     for r in range(directions):
         # Kept until the call returns: an entry of the cache may go with its weight.
         packed = _pack(weight_hh[r], weight_proj[r] if weight_proj else None, f"{kind} back")
@@ -193,20 +190,6 @@ def _backward(
 
 _fwd = torch_ops.define("lstm_cpu_fwd", _forward, _outputs, "CPU")
 _bwd = torch_ops.define("lstm_cpu_bwd", _backward, _gradients, "CPU")
-
-
-def _h_before(output: Tensor, h_0: Tensor | None, lengths: Tensor | None, reverse: bool) -> Tensor:
-    """h before each step of (B, T, P), in the direction's own order: h_0 (B, P) or zeros, then the output's."""
-    if output.shape[1] == 0:
-        return output
-    first = torch.zeros_like(output[:, :1]) if h_0 is None else h_0[:, None]
-    if not reverse:
-        return torch.cat((first, output[:, :-1]), dim=1)
-    shifted = torch.cat((output[:, 1:], first), dim=1)
-    if lengths is None or h_0 is None:
-        return shifted  # past a row's end the output is zero, which is its first h too
-    last = torch.arange(output.shape[1], device="cpu") == lengths[:, None] - 1
-    return torch.where(last[:, :, None], first, shifted)
 
 
 class _Lstm(torch.autograd.Function):
@@ -253,7 +236,7 @@ class _Lstm(torch.autograd.Function):
                 return rows.sum(0)
             if what == 3:
                 first = None if h_0 is None else h_0[r]
-                before = _h_before(output[:, :, r * size : (r + 1) * size], first, lengths, r == 1)
+                before = steps.previous(output[:, :, r * size : (r + 1) * size], first, lengths, r == 1)
                 return rows.t() @ rounded_rows(before, rounding).flatten(0, 1)
             return grad_hidden[r].flatten(0, 1).t() @ rounded_rows(m[r], rounding).flatten(0, 1)
 

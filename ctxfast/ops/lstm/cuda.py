@@ -18,7 +18,6 @@ from torch import Tensor
 
 from ..._core import capability, registry, torch_ops
 from . import cuda_backward, device
-from .cuda_backward import _backward, _bwd
 
 _DTYPES = (torch.float16, torch.bfloat16)
 # The kernel takes more in tiles of 32, one after another; one launch a step overtakes it about here.
@@ -76,7 +75,7 @@ def _forward(
         raise RuntimeError(f"ctxfast.lstm: impl='cuda' cannot run this call: {plan['refusal']} Leave impl out.")
     gates = [_walkable(gate) for gate in gates]
     weight_hh, weight_proj = [_dense_rows(w) for w in weight_hh], [_dense_rows(w) for w in weight_proj]
-    lengths = None if lengths is None else lengths.to(torch.int64).contiguous()
+    lengths = steps.int64(lengths)
     h_0 = None if h_0 is None else _dense_rows(h_0.flatten(0, 1))
     c_0 = None if c_0 is None else c_0.contiguous()
     workspace = torch_ops.allocate((plan["workspace_bytes"],), output, torch.uint8)
@@ -96,7 +95,7 @@ def _forward(
 
 
 _fwd = torch_ops.define("lstm_cuda_fwd", _forward, device.forward_outputs, "CUDA")
-_recurrence = device.recurrence(_fwd, _bwd)
+_recurrence = device.recurrence(_fwd, cuda_backward._bwd)
 
 
 @capability.constant
@@ -137,7 +136,4 @@ def lstm(**args: Any) -> tuple[Tensor, tuple[Tensor, Tensor]]:
 
 def raw_calls(args: Mapping[str, Any]) -> list[tuple[Any, tuple]]:
     """The registered operators behind one call, with arguments for torch.library.opcheck."""
-    return device.raw_calls(_fwd, _bwd, args, _input_gates)
-
-
-__all__ = ["_backward", "lstm", "raw_calls", "sizes_objection", "supports"]
+    return device.raw_calls(_fwd, cuda_backward._bwd, args, _input_gates)

@@ -85,7 +85,7 @@ def _backward(
     z = [_by_gate(gates) for gates in z]
     output, cells = _rows(output), cells.contiguous()
     grad_output = None if grad_output is None else _rows(grad_output.to(output.dtype))
-    lengths = None if lengths is None else lengths.to(torch.int64).contiguous()
+    lengths = steps.int64(lengths)
     c_0, grad_h_n, grad_c_n = (
         None if tensor is None else tensor.float().contiguous() for tensor in (c_0, grad_h_n, grad_c_n)
     )

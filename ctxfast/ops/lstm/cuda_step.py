@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..._core import capability, torch_ops
-from . import device
+from . import device, steps
 
 
 def _fragments(matrix: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ def _forward(
     shape = _shape(gates, weight_hh, weight_proj)
     gates = [device.walkable(gate) for gate in gates]
     packed_gates, packed_proj = _pack("gates", weight_hh), _pack("proj", weight_proj)
-    lengths = None if lengths is None else lengths.to(torch.int64).contiguous()
+    lengths = steps.int64(lengths)
     h_0, c_0 = (None if state is None else state.contiguous() for state in (h_0, c_0))
     workspace = _workspace(shape, False, output)
     with torch_ops.launching(output) as stream:
@@ -115,7 +115,7 @@ def _backward(
     shape = _shape(z, weight_hh, weight_proj)
     z = [device.walkable(gates) for gates in z]
     packed_gates, packed_proj = _pack("gates_t", weight_hh), _pack("proj_t", weight_proj)
-    lengths = None if lengths is None else lengths.to(torch.int64).contiguous()
+    lengths = steps.int64(lengths)
     output, cells = output.contiguous(), cells.contiguous()
     grad_output = None if grad_output is None else grad_output.to(output.dtype).contiguous()
     c_0, grad_h_n, grad_c_n = (

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..._core import capability, registry, torch_ops
+from . import steps
 from .reference import recurrence as recurrence_definition
 
 DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
@@ -39,19 +40,6 @@ def input_gates(x: Tensor, weight_ih: Tensor, bias: Tensor | None) -> Tensor:
     """W_ih x + b of all steps: (B, T, I) -> (B, T, H, 4)."""
     # Ordered at every call: to know on the host that weights on a GPU have not changed would mean waiting for it.
     return F.linear(x, cell_major(weight_ih), None if bias is None else cell_major(bias)).unflatten(2, (-1, 4))
-
-
-def previous(states: Tensor, initial: Tensor, lengths: Tensor | None, is_reverse: bool) -> Tensor:
-    """(B, T, ...) -> the state before each step in the direction's own order; ``initial`` (B, ...) comes first."""
-    if states.shape[1] == 0:
-        return states
-    if not is_reverse:
-        return torch.cat((initial[:, None], states[:, :-1]), dim=1)
-    shifted = torch.cat((states[:, 1:], initial[:, None]), dim=1)
-    if lengths is None:
-        return shifted
-    last = torch.arange(states.shape[1], device=states.device) == lengths[:, None] - 1
-    return torch.where(last[:, :, None], initial[:, None], shifted)
 
 
 def forward_outputs(
@@ -171,8 +159,8 @@ def recurrence(fwd: Callable[..., Any], bwd: Callable[..., Any]) -> Callable[...
             size = hh[0].shape[1]
             before, z = [], []
             for r in range(directions):
-                initial = output.new_zeros(output.shape[0], size) if h_0 is None else h_0[r]
-                h = previous(output[:, :, r * size : (r + 1) * size], initial, lengths, r == 1)
+                initial = None if h_0 is None else h_0[r]
+                h = steps.previous(output[:, :, r * size : (r + 1) * size], initial, lengths, r == 1)
                 before.append(h)
                 z.append(_all_gates(gates[r], h, hh[r]))
             *of_gates, of_hidden, of_h_0, of_c_0 = bwd(
