@@ -193,10 +193,18 @@ def is_binding(path: Path) -> bool:
     return path.name.startswith("bind") or path.name == "module.cpp"
 
 
+def has_kernels(path: Path, cuda: Cuda) -> bool:
+    """Whether what a binding binds is compiled."""
+    if not path.name.startswith("bind_cuda"):
+        return True
+    return cuda.nvcc is not None and (not path.stem.endswith("_sm90a") or "90a" in cuda.archs)
+
+
 def sources(cuda: Cuda, isas: list[str]) -> list[Path]:
     """Every source of this build, in order; ``isas`` as from ``accepted_isas``."""
     left_out = tuple(set(ISA_FLAGS) - set(isas))
     chosen = [path for path in sorted(CSRC.glob("*/*.cpp")) if not path.name.endswith(left_out) and is_ours(path)]
+    chosen = [path for path in chosen if has_kernels(path, cuda)]
     if cuda.nvcc:
         for path in filter(is_ours, sorted(CSRC.glob("*/*.cu"))):
             needs = [arch for suffix, arch in ARCH_ONLY.items() if path.name.endswith(suffix)]

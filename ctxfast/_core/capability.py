@@ -26,6 +26,13 @@ else:
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 _REINSTALL = "Build it with: pip install . (a C++17 compiler is all it needs)."
+# What the extension calls dtypes.
+DTYPE_NAMES = {
+    torch.float32: "float32",
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+    torch.int8: "int8",
+}
 
 
 def constant(function: Function) -> Function:
@@ -69,13 +76,16 @@ def is_mkl_slow() -> bool:
         return False
 
 
-def why_no_cuda() -> str | None:
-    """None if CUDA kernels were compiled, else one sentence why not and the way out."""
+def why_no_cuda(arch: str | None = None) -> str | None:
+    """None if CUDA kernels were compiled, those for ``arch`` alone too; else one sentence why not and the way out."""
     if _C is None:
         return why_no_extension()
     info = build_info()
     if info.get("cuda"):
-        return None
+        if arch is None or arch in info["cuda_archs"]:
+            return None
+        listed = ", ".join(info["cuda_archs"])
+        return f"CUDA kernels were compiled for {listed}; rebuild with CTXFAST_CUDA_ARCHS holding {arch}."
     return (
         f"CUDA kernels were not compiled ({info.get('cuda_reason') or 'no reason recorded'}). "
         f"Install the CUDA toolkit and rebuild with CTXFAST_CUDA=1 pip install --force-reinstall ."

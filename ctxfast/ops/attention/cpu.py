@@ -35,7 +35,7 @@ def _arguments(
     cu_seqlens = cu_seqlens.contiguous()
     # The stride of a row that is alone may be anything.
     addresses = (
-        tokens, heads, head_dim, cu_seqlens.shape[0] - 1, qkv.dtype is torch.bfloat16, qkv.data_ptr(),
+        tokens, heads, head_dim, cu_seqlens.shape[0] - 1, capability.DTYPE_NAMES[qkv.dtype], qkv.data_ptr(),
         max(qkv.stride(0), width), 0 if bias is None else bias.data_ptr(), cu_seqlens.data_ptr(),
         cu_seqlens.dtype is torch.int64, scale, dropout_p, 0 if seeds is None else seeds.data_ptr(),
     )  # fmt: skip

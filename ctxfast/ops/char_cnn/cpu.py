@@ -40,7 +40,7 @@ def _words(ids: Tensor, table: Tensor) -> tuple[Tensor, Tensor, tuple[Any, ...]]
     """Ids and table as the kernel reads them, and its arguments of them: keep both while it runs."""
     ids = ids.contiguous()
     table = table if table.stride(1) == 1 else table.contiguous()
-    sizes = (*ids.shape, table.shape[1], table.shape[0], table.dtype is torch.bfloat16, ids.dtype is torch.int64)
+    sizes = (*ids.shape, table.shape[1], table.shape[0], capability.DTYPE_NAMES[table.dtype], ids.dtype is torch.int64)
     return ids, table, (*sizes, ids.data_ptr(), table.data_ptr(), table.stride(0))
 
 
@@ -55,7 +55,7 @@ def _run(
         for weight, panels, bias in zip(weights, packed, biases)
     ]
     capability.extension().char_cnn_forward(
-        *words, filters, is_tanh, y.data_ptr(), 0 if at is None else at.data_ptr(), torch.get_num_threads()
+        *words, torch_ops.address(at), filters, is_tanh, y.data_ptr(), torch.get_num_threads()
     )
 
 
@@ -98,7 +98,7 @@ def _backward(grad: Tensor, at: Tensor, ids: Tensor, table: Tensor, weights: Seq
         for row, grad_row, grad_bias in zip(rows, grad_rows, grad_biases)
     ]
     capability.extension().char_cnn_backward(
-        *words, filters, at.data_ptr(), grad.data_ptr(), grad_words.data_ptr(), torch.get_num_threads()
+        *words, at.data_ptr(), filters, grad.data_ptr(), grad_words.data_ptr(), torch.get_num_threads()
     )
     grad_table = torch.ops.aten.embedding_dense_backward(grad_words, ids, table.shape[0], -1, False)
     grad_weights = [grad_row.transpose(1, 2).contiguous() for grad_row in grad_rows]

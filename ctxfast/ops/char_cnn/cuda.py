@@ -18,14 +18,14 @@ from . import definition
 
 _MOST_WIDTHS = 16  # the kernel takes their addresses by value
 _SHARED_BYTES = 96 * 1024
-_DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def _words(ids: Tensor, table: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
     """Ids and table as the kernels read them, and their arguments of them."""
     ids, table = ids.contiguous(), table.contiguous()
     sizes = dict(words=ids.shape[0], characters=ids.shape[1], size=table.shape[1], vocabulary=table.shape[0])
-    kinds = dict(dtype=_DTYPES[table.dtype], is_int64=ids.dtype is torch.int64)
+    kinds = dict(dtype=capability.DTYPE_NAMES[table.dtype], is_int64=ids.dtype is torch.int64)
     return ids, table, sizes | kinds | dict(ids=ids.data_ptr(), table=table.data_ptr())
 
 
@@ -36,12 +36,13 @@ def _run(
     ids, table, words = _words(ids, table)
     weights, biases = [weight.contiguous() for weight in weights], [bias.contiguous() for bias in biases]
     filters = [
-        (weight.shape[2], weight.shape[0], weight.data_ptr(), bias.data_ptr()) for weight, bias in zip(weights, biases)
+        (weight.shape[2], weight.shape[0], weight.data_ptr(), bias.data_ptr(), 0, 0)
+        for weight, bias in zip(weights, biases)
     ]
     with torch_ops.launching(y) as stream:
         capability.extension().char_cnn_cuda_forward(
-            **words, filters=filters, is_tanh=is_tanh, y=y.data_ptr(), at=0 if at is None else at.data_ptr(),
-            stream=stream,
+            **words, widths=len(weights), columns=y.shape[1], filters=filters, at=torch_ops.address(at),
+            is_tanh=is_tanh, y=y.data_ptr(), stream=stream,
         )  # fmt: skip
 
 
@@ -68,13 +69,13 @@ def _backward(grad: Tensor, at: Tensor, ids: Tensor, table: Tensor, weights: Seq
     grad_weights = [torch_ops.allocate(weight.shape, grad) for weight in weights]
     grad_biases = [torch_ops.allocate(weight.shape[:1], grad) for weight in weights]
     filters = [
-        (weight.shape[2], weight.shape[0], weight.data_ptr(), grad_weight.data_ptr(), grad_bias.data_ptr())
+        (weight.shape[2], weight.shape[0], weight.data_ptr(), 0, grad_weight.data_ptr(), grad_bias.data_ptr())
         for weight, grad_weight, grad_bias in zip(weights, grad_weights, grad_biases)
     ]
     with torch_ops.launching(grad) as stream:
         capability.extension().char_cnn_cuda_backward(
-            **words, filters=filters, at=at.data_ptr(), grad=grad.data_ptr(), grad_words=grad_words.data_ptr(),
-            stream=stream,
+            **words, widths=len(weights), columns=at.shape[1], filters=filters, at=at.data_ptr(),
+            grad=grad.data_ptr(), grad_words=grad_words.data_ptr(), stream=stream,
         )  # fmt: skip
     grad_table = torch.ops.aten.embedding_dense_backward(grad_words, ids, table.shape[0], -1, False)
     return [each.to(table.dtype) for each in (grad_table, *grad_weights, *grad_biases)]

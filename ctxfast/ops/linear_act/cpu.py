@@ -56,17 +56,18 @@ def _product(x: Tensor, packed: Tensor, bias: Tensor | None, activation: str) ->
 
 
 def _compiled(
-    x: Tensor, held: str, packed: Tensor, scales: Tensor | None, sums: Tensor | None, bias: Tensor | None,
+    x: Tensor, weight_dtype: str, packed: Tensor, scales: Tensor | None, sums: Tensor | None, bias: Tensor | None,
     activation: str, out: int,
 ) -> Tensor:  # fmt: skip
-    """The compiled product over weights held as "int8", "bfloat16" or "float32"."""
+    """The compiled product over packed weights of "int8", "bfloat16" or "float32"."""
     x = x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
     bias = None if bias is None else bias.contiguous()
     y = torch_ops.allocate((x.shape[0], out), x)
     capability.extension().linear_act_forward(
-        x.shape[0], x.shape[1], out, held, x.dtype is torch.bfloat16, activation, x.data_ptr(), x.stride(0),
-        packed.data_ptr(), 0 if scales is None else scales.data_ptr(), 0 if sums is None else sums.data_ptr(),
-        0 if bias is None else bias.data_ptr(), y.data_ptr(), torch.get_num_threads(),
+        x.shape[0], x.shape[1], out, weight_dtype, capability.DTYPE_NAMES[x.dtype], activation, x.data_ptr(),
+        x.stride(0), packed.data_ptr(), 0 if scales is None else scales.data_ptr(),
+        0 if sums is None else sums.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr(),
+        torch.get_num_threads(),
     )  # fmt: skip
     return y
 
@@ -83,8 +84,7 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, is
         return _compiled(x, "int8", packed, scales, sums, bias, activation, weight.shape[0])
     if is_kept and x.shape[0] <= packed_weights.most_rows(x.dtype):
         packed = packed_weights.panels(weight)
-        held = "float32" if x.dtype is torch.float32 else "bfloat16"
-        return _compiled(x, held, packed, None, None, bias, activation, weight.shape[0])
+        return _compiled(x, capability.DTYPE_NAMES[x.dtype], packed, None, None, bias, activation, weight.shape[0])
     # Packed for any number of rows.
     packed = weight.contiguous() if not is_kept else packed_weights.kept(weight, "oneDNN", _reordered)
     return _product(x, packed, None if bias is None else bias.contiguous(), activation)

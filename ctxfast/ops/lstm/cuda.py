@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..._core import capability, registry, torch_ops
-from . import cuda_backward, device
+from . import cuda_autograd, cuda_backward
+from .states import as_int64
 
 _DTYPES = (torch.float16, torch.bfloat16)
 # The kernel takes more in tiles of 32, one after another; one launch a step overtakes it about here.
@@ -65,7 +66,7 @@ def _forward(
     proj_clip: float,
     save_cells: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    outputs = device.forward_outputs(gates, weight_hh, save_cells)
+    outputs = cuda_autograd.forward_outputs(gates, weight_hh, save_cells)
     output, h_n, c_n, cells = outputs
     batch, steps, hidden, _ = gates[0].shape
     size, facts = weight_hh[0].shape[1], _facts(_ordinal(output))
@@ -75,17 +76,18 @@ def _forward(
         raise RuntimeError(f"ctxfast.lstm: impl='cuda' cannot run this call: {plan['refusal']} Leave impl out.")
     gates = [_walkable(gate) for gate in gates]
     weight_hh, weight_proj = [_dense_rows(w) for w in weight_hh], [_dense_rows(w) for w in weight_proj]
-    lengths = steps.int64(lengths)
+    lengths = as_int64(lengths)
     h_0 = None if h_0 is None else _dense_rows(h_0.flatten(0, 1))
     c_0 = None if c_0 is None else c_0.contiguous()
     workspace = torch_ops.allocate((plan["workspace_bytes"],), output, torch.uint8)
     with torch_ops.launching(output) as stream:
         c.lstm_persistent_forward(
-            device=facts, batch=batch, steps=steps, hidden=hidden, size=size, dtype=device.DTYPES[output.dtype],
+            device=facts, batch=batch, steps=steps, hidden=hidden, size=size, directions=len(gates),
+            has_proj=bool(weight_proj), dtype=capability.DTYPE_NAMES[output.dtype],
             gates=[gate.data_ptr() for gate in gates], gates_strides=[gate.stride()[:2] for gate in gates],
             weight_hh=[w.data_ptr() for w in weight_hh], weight_hh_stride=[w.stride(0) for w in weight_hh],
             weight_proj=[w.data_ptr() for w in weight_proj], weight_proj_stride=[w.stride(0) for w in weight_proj],
-            lengths=device.address(lengths), h_0=device.address(h_0), c_0=device.address(c_0),
+            lengths=torch_ops.address(lengths), h_0=torch_ops.address(h_0), c_0=torch_ops.address(c_0),
             output=output.data_ptr(), output_strides=output.stride()[:2], h_n=h_n.data_ptr(), c_n=c_n.data_ptr(),
             cells=cells.data_ptr() if save_cells else 0,
             workspace=workspace.data_ptr(), workspace_bytes=workspace.numel(),
@@ -94,8 +96,8 @@ def _forward(
     return outputs
 
 
-_fwd = torch_ops.define("lstm_cuda_fwd", _forward, device.forward_outputs, "CUDA")
-_recurrence = device.recurrence(_fwd, cuda_backward._bwd)
+_fwd = torch_ops.define("lstm_cuda_fwd", _forward, cuda_autograd.forward_outputs, "CUDA")
+_recurrence = cuda_autograd.recurrence(_fwd, cuda_backward._bwd)
 
 
 @capability.constant
@@ -125,15 +127,14 @@ def sizes_objection(args: Mapping[str, Any]) -> str | None:
 
 def supports(args: Mapping[str, Any]) -> str | None:
     """None, or why the persistent kernels cannot run this call."""
-    objection = device.objection(args, _DTYPES, (9, 0))
-    return sizes_objection(args) if objection is None else objection
+    return cuda_autograd.objection(args, _DTYPES, (9, 0)) or capability.why_no_cuda("90a") or sizes_objection(args)
 
 
 def lstm(**args: Any) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """See ``ctxfast.functional.lstm``."""
-    return device.run(_fwd, _recurrence, args, _input_gates)
+    return cuda_autograd.run(_fwd, _recurrence, args, _input_gates)
 
 
 def raw_calls(args: Mapping[str, Any]) -> list[tuple[Any, tuple]]:
     """The registered operators behind one call, with arguments for torch.library.opcheck."""
-    return device.raw_calls(_fwd, cuda_backward._bwd, args, _input_gates)
+    return cuda_autograd.raw_calls(_fwd, cuda_backward._bwd, args, _input_gates)

@@ -31,7 +31,7 @@ def _packed(weights: Sequence[Tensor | None], is_int8: bool) -> tuple[array, lis
 
     def address(tensor: Tensor | None) -> int:
         held.append(tensor)
-        return 0 if tensor is None else tensor.data_ptr()
+        return torch_ops.address(tensor)
 
     for i in range(0, len(weights), 2):
         weight, bias = weights[i], _vector(weights[i + 1])
@@ -74,9 +74,10 @@ def _forward(
     table, _held = packed_weights.CACHE.get(
         sources, (_OP, is_int8, x.dtype), lambda: _packed(weights, is_int8), _is_read
     )
+    io_dtype = capability.DTYPE_NAMES[x.dtype]
     capability.extension().transformer_layers_forward(
         x.shape[0], x.shape[1], num_heads, weights[_WIDEN].shape[0], cu_seqlens.shape[0] - 1,
-        x.dtype is torch.bfloat16, is_int8, activation, eps, x.data_ptr(), cu_seqlens.data_ptr(),
+        io_dtype, "int8" if is_int8 else io_dtype, activation, eps, x.data_ptr(), cu_seqlens.data_ptr(),
         cu_seqlens.dtype is torch.int64, table.buffer_info()[0], len(weights) // TENSORS, all_layers,
         places.buffer_info()[0], torch.get_num_threads(),
     )  # fmt: skip

@@ -16,14 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..._core import capability, registry, torch_ops
-from . import steps
 from .reference import recurrence as recurrence_definition
-
-DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
-
-
-def address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+from .states import previous
 
 
 def cell_major(weight: Tensor) -> Tensor:
@@ -160,7 +154,7 @@ def recurrence(fwd: Callable[..., Any], bwd: Callable[..., Any]) -> Callable[...
             before, z = [], []
             for r in range(directions):
                 initial = None if h_0 is None else h_0[r]
-                h = steps.previous(output[:, :, r * size : (r + 1) * size], initial, lengths, r == 1)
+                h = previous(output[:, :, r * size : (r + 1) * size], initial, lengths, r == 1)
                 before.append(h)
                 z.append(_all_gates(gates[r], h, hh[r]))
             *of_gates, of_hidden, of_h_0, of_c_0 = bwd(
@@ -226,7 +220,7 @@ def objection(args: Mapping[str, Any], dtypes: Sequence[torch.dtype], capability
     if x.device.type != "cuda":
         return f"it runs on a CUDA GPU and input is on {x.device}."
     if x.dtype not in dtypes:
-        names = ", ".join(DTYPES[dtype] for dtype in dtypes)
+        names = ", ".join(capability.DTYPE_NAMES[dtype] for dtype in dtypes)
         return f"it takes {names} and input is {x.dtype}."
     if args["weight_dtype"] is not None:
         return "weight_dtype is an option of the CPU implementation; cast the module to that dtype instead."

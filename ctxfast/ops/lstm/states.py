@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 
-def int64(lengths: Tensor | None) -> Tensor | None:
+def as_int64(lengths: Tensor | None) -> Tensor | None:
     """Lengths as kernels read them."""
     return None if lengths is None else lengths.to(torch.int64).contiguous()
 
