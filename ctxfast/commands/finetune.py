@@ -329,6 +329,10 @@ def _choice(args: argparse.Namespace, train: list[Any]) -> Any:
 
 def _check_used(args: argparse.Namespace, form: str) -> None:
     """Refuse what this form of model has no use for."""
+    if form == "bert":
+        from ..models.bert.modeling import Bert
+
+        loop_options.check_impl(args, f"finetune {args.task}", Bert.ops)
     wrong = _given(args, ("lstm_hidden", "lstm_layers", "dropout") if form == "bert" else _OF_WINDOWS)
     if wrong:
         found = "all of BERT is trained" if form == "bert" else "an LSTM reads texts whole"

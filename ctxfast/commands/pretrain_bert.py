@@ -102,7 +102,10 @@ def add(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prepare the text, train, write the model."""
     if not args.prepare_only:
+        from ..models.bert.modeling import Bert
+
         loop_options.check(args, _WHO)
+        loop_options.check_impl(args, _WHO, (*Bert.ops, "linear_cross_entropy"))
     _check(args)
     from .._core.digests import digest
     from ..training.bert_corpus import BertCorpus, Recipe

@@ -47,7 +47,7 @@ def add(commands: Any) -> None:
     add("-o", "--output", metavar="FILE", help="JSON file with all figures")
     add("--plot", metavar="FILE", help="picture (.png, .svg, .pdf)")
     add("--device", default="auto", help="auto (default), cpu or cuda")
-    add("--impl", help="implementation of every op, e.g. reference")
+    add("--impl", help="implementation of every op that has it, e.g. reference")
     add("--quiet", action="store_true", help="print the table only")
     parser.set_defaults(run=run)
 

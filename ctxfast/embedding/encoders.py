@@ -63,6 +63,7 @@ class TextEncoder(Protocol):
         is_padded: whether padding costs time, so that batches are measured with it.
         device: where it runs.
         files: files the results depend on.
+        ops: names of the ops it runs, among which ``impl`` chooses; may be left out.
     """
 
     kind: str
@@ -197,6 +198,7 @@ class BertEncoder:
 
     kind = "bert"
     is_padded = False
+    ops = Bert.ops
 
     def __init__(
         self, model: Bert, tokenizer: BertTokenizer, files: Sequence[Path] = (), sentence: SentenceModel | None = None
@@ -379,6 +381,7 @@ class ElmoEncoder:
 
     kind = "elmo"
     is_padded = True
+    ops = ElmoBiLm.ops
 
     def __init__(self, model: ElmoBiLm, files: Sequence[Path] = ()) -> None:
         self.model, self.files = model.eval(), tuple(files)

@@ -289,6 +289,10 @@ def test_accumulated_batches_are_one_large_batch(files, tmp_path) -> None:
             ["classify", "-m", "bert", "--predict-only", "--test", "run/predictions-test.jsonl", "-o", "run"],
             "the output run/predictions-test.jsonl is --test run/predictions-test.jsonl",
         ),
+        (
+            ["tag", "-m", "bert", "--train", "tag.tsv", "--device", "cpu", "--impl", "cuda_step"],
+            "finetune tag: --impl is 'cuda_step', but no op has an implementation 'cuda_step' for cpu; expected ref",
+        ),
         (["classify", "-m", "bert", "--train", "one.tsv"], "labels is 'x' alone; expected two or more"),
         (["classify", "-m", "bert", "--train", "classify.tsv", "--max-length", "65"], "max_length is 65; expected 1"),
     ],
