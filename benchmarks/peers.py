@@ -121,7 +121,7 @@ def chosen_impl(case: Case, args: Mapping[str, Any]) -> str:
 def _build_compiled(case: Case, args: Mapping[str, Any]) -> Call:
     torch.compiler.reset()  # sizes seen in earlier cases would make this one compile for any size
     function = torch.compile(registry.OPS[case.op].reference)
-    plain = functional.ARGS[case.op](**args)
+    plain = registry.OPS[case.op].arguments(**args)
     return Call(lambda: flat(function(**plain)), leaves_of(case, args))
 
 

@@ -30,12 +30,12 @@ from resources import Resources, compare, format_table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ctxfast._core import triton_rows
 from ctxfast.ops.add_layer_norm import triton as add_layer_norm
 from ctxfast.ops.attention import triton_backward, triton_forward, triton_plan
 from ctxfast.ops.embed_layer_norm import triton as embed_layer_norm
 from ctxfast.ops.linear_act import triton as linear_act
 from ctxfast.ops.linear_cross_entropy import triton as linear_cross_entropy
+from ctxfast.ops.shared import triton_rows
 
 TABLE = Path(__file__).with_name("triton_resources.json")
 ARCHS = (80, 90)

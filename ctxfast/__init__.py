@@ -9,19 +9,8 @@ from typing import Any
 from . import functional
 from ._core.capability import show_config
 from ._core.registry import use_impl
-from ._core.weight_cache import forget_packed
-from .functional import (
-    add_layer_norm,
-    attention,
-    char_cnn,
-    embed_layer_norm,
-    explain,
-    linear_act,
-    linear_cross_entropy,
-    lstm,
-    scalar_mix,
-    transformer_layers,
-)
+from .functional import *  # noqa: F403
+from .ops.shared.weight_cache import forget_packed
 
 try:
     __version__ = metadata.version("ctxfast")
@@ -50,24 +39,9 @@ _LAZY = {
 }
 _LAZY_MODULES = ("nn", "models", "embed", "packing")
 
-__all__ = [
-    "add_layer_norm",
-    "attention",
-    "char_cnn",
-    "embed_layer_norm",
-    "explain",
-    "forget_packed",
-    "functional",
-    "linear_act",
-    "linear_cross_entropy",
-    "lstm",
-    "scalar_mix",
-    "transformer_layers",
-    "show_config",
-    "use_impl",
-    *_LAZY,
-    *_LAZY_MODULES,
-]
+__all__ = ["forget_packed", "functional", "show_config", "use_impl"]
+__all__ += functional.__all__
+__all__ += [*_LAZY, *_LAZY_MODULES]
 
 
 def __getattr__(name: str) -> Any:

@@ -20,7 +20,7 @@ import torch
 
 import ctxfast
 from ctxfast import _C
-from ctxfast._core.rounding import rounded_rows
+from ctxfast.ops.shared.definitions import rounded_rows
 
 ISAS = ("generic", "avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16", "amx")
 RUNNABLE = _C.cpu_isas()

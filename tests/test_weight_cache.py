@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 import ctxfast
 from ctxfast import functional
-from ctxfast._core import packed_weights, weight_cache
-from ctxfast._core.weight_cache import Seen, WeightCache, forget_packed, sample_columns
+from ctxfast.ops.shared import packed_weights, weight_cache
+from ctxfast.ops.shared.weight_cache import Seen, WeightCache, forget_packed, sample_columns
 
 
 @pytest.fixture(autouse=True)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The op table and the choice of an implementation.
 
-Every op is one ``OpSpec``: its reference (plain PyTorch, the definition), its other implementations in order of
-preference, its argument check, its autocast rule and its test cases. Parity tests, benchmarks, ``explain`` and
-``ctxfast info`` walk this table: an implementation is tested and timed by being registered here.
+Every op is declared once, by its public function under ``@op``: its reference (plain PyTorch, the definition), its
+other implementations in order of preference, its argument check, its autocast rule. Parity tests, benchmarks,
+``explain`` and ``ctxfast info`` walk the table of these: an implementation is tested and timed by standing in it.
 
 Choice of an implementation, first match wins:
 1. the argument ``impl=`` of the call,
@@ -23,17 +23,21 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import wraps
 from types import ModuleType
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-from . import capability, torch_ops
+from . import capability, fast_call, torch_ops
 
 HALF_AND_FLOAT = (torch.float32, torch.float16, torch.bfloat16)
+CEILING = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 IMPL_NAMES = ("reference", "cpu", "triton", "cuda", "cuda_step")
+
+P, R = ParamSpec("P"), TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -91,28 +95,21 @@ def no_values(args: Mapping[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class OpSpec:
-    """One op: definition, implementations (fastest first, the reference last and implied), check, autocast rule.
-
-    ``package`` is the op's package; its ``cases`` module holds ``CASES``.
-    ``check`` looks at kinds, dtypes, shapes and devices; an op that leaves values (of ids, of offsets) to
-    ``check_values`` lets a call like one before it skip the rest.
-    ``autocast``: "lower" (floating arguments go to the autocast dtype), "fp32", or "keep".
-    ``ceiling``: dtype -> largest error allowed at all, relative to the largest magnitude of the float64 result,
-    so that a bad reference cannot excuse a bad kernel.
-    """
+    """One op: see ``op``. ``package`` is the op's package; its ``cases`` module holds ``CASES``."""
 
     name: str
     package: str
-    summary: str
-    cite: str
+    declaration: Callable[..., Any]
     reference: Callable[..., Any]
     check: Callable[[Mapping[str, Any]], None]
-    check_values: Callable[[Mapping[str, Any]], None] | None = None
-    autocast: str = "keep"
-    impls: tuple[Impl, ...] = ()
-    ceiling: Mapping[torch.dtype, float] = field(
-        default_factory=lambda: {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}
-    )
+    check_values: Callable[[Mapping[str, Any]], None] | None
+    autocast: str
+    impls: tuple[Impl, ...]
+    ceiling: Mapping[torch.dtype, float]
+
+    def arguments(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """What implementations are given for these arguments of the public function."""
+        return self.declaration(*args, **kwargs)[1]
 
     @property
     def all_impls(self) -> tuple[Impl, ...]:
@@ -199,19 +196,6 @@ def _requested() -> dict[str, str]:
     if found is None:
         found = _context.requested
     return _environment if found is _context else found
-
-
-def register(spec: OpSpec) -> OpSpec:
-    """Enter an op in the table."""
-    if spec.name in OPS:
-        raise ValueError(f"ctxfast: op {spec.name!r} is registered twice.")
-    for implementation in spec.impls:
-        if implementation.name not in IMPL_NAMES:
-            raise ValueError(
-                f"ctxfast.{spec.name}: implementation name {implementation.name!r} is not one of {IMPL_NAMES}."
-            )
-    OPS[spec.name] = spec
-    return spec
 
 
 def load_implementations() -> None:
@@ -302,37 +286,6 @@ def _autocast(spec: OpSpec, args: dict[str, Any]) -> dict[str, Any]:
     return {name: _cast(value, dtype) for name, value in args.items()}
 
 
-# Functions that calls without gradients on the CPU were found to run, by op, implementation asked for and facts of the
-# arguments. Checking and choosing again takes longer than a small call's arithmetic.
-_found: dict[tuple[Any, ...], Callable[..., Any]] = {}
-_MOST_FOUND = 4096
-_SIMPLE = frozenset((type(None), int, float, bool, str, torch.dtype))
-
-
-def _facts(spec: OpSpec, args: dict[str, Any], impl: str | None) -> tuple[Any, ...]:
-    """Everything that ``check``, ``supports`` and the choice look at; () where they must look again."""
-    if spec.check_values is None or torch_ops.is_watched() or torch.is_grad_enabled():
-        return ()
-    if torch.is_autocast_enabled("cpu"):
-        return ()
-    facts: list[Any] = [spec.name, impl, requested()]
-    for value in args.values():
-        kind = type(value)
-        if kind is tuple:
-            facts.append(len(value))
-        for item in value if kind is tuple else (value,):
-            kind = type(item)
-            if kind is Tensor or kind is torch.nn.Parameter:
-                if not item.is_cpu:
-                    return ()
-                facts += (item.dtype, item.shape)
-            elif kind in _SIMPLE:
-                facts += (kind, item)  # 1, 1.0 and True are equal, and not all of them are allowed
-            else:
-                return ()
-    return tuple(facts)
-
-
 def _checked(spec: OpSpec, args: dict[str, Any], impl: str | None) -> Callable[..., Any]:
     """The function that runs a call, after all checks."""
     spec.check_all(args)
@@ -341,8 +294,8 @@ def _checked(spec: OpSpec, args: dict[str, Any], impl: str | None) -> Callable[.
 
 def _prepared(spec: OpSpec, args: dict[str, Any], impl: str | None) -> tuple[Callable[..., Any], dict[str, Any]]:
     """The function that runs a call, and its arguments, checked."""
-    facts = _facts(spec, args, impl)
-    function = _found.get(facts) if facts else None
+    facts = () if spec.check_values is None else fast_call.facts(spec.name, impl, requested, args)
+    function = fast_call.FOUND.get(facts) if facts else None
     if function is not None:
         spec.check_values(args)
         return function, args
@@ -353,20 +306,72 @@ def _prepared(spec: OpSpec, args: dict[str, Any], impl: str | None) -> tuple[Cal
     else:
         function = _checked(spec, args, impl)
     if facts:
-        if len(_found) >= _MOST_FOUND:
-            _found.clear()
-        _found[facts] = function
+        fast_call.remember(facts, function)
     return function, args
 
 
-def call(spec: OpSpec, args: dict[str, Any], impl: str | None = None) -> Any:
-    """Autocast, check, choose, run. ``args`` are the keyword arguments of the public function."""
-    function, args = _prepared(spec, args, impl)
-    return function(**args)
+def given(impl: str | None, /, **args: Any) -> Any:
+    """What a function under ``@op`` returns: the implementation asked for, and the arguments of implementations.
+
+    Typed as anything, for what the function is annotated with is its result.
+    """
+    return impl, args
+
+
+def op(
+    *,
+    reference: Callable[..., Any],
+    check: Callable[[Mapping[str, Any]], None],
+    check_values: Callable[[Mapping[str, Any]], None] | None = None,
+    autocast: str = "keep",
+    impls: tuple[Impl, ...] = (),
+    ceiling: Mapping[torch.dtype, float] = CEILING,
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Declares an op by its public function, which returns ``given(impl, name=argument, ...)``.
+
+    The function's name is the op's and its package's. What users call applies the autocast rule to these arguments,
+    checks them, chooses an implementation and runs it.
+
+    Args:
+        reference: the definition.
+        check: raises for kinds, dtypes, shapes and devices that no implementation can take.
+        check_values: the same for values (of ids, of offsets); where it is given, a call like one before it skips
+            ``check``.
+        autocast: "lower" (floating arguments go to the autocast dtype), "fp32", or "keep".
+        impls: the implementations, fastest first; the reference is the last, and implied.
+        ceiling: dtype -> largest error allowed at all, relative to the largest magnitude of the float64 result,
+            so that a bad reference cannot excuse a bad kernel.
+    """
+
+    def declare(function: Callable[P, R]) -> Callable[P, R]:
+        name = function.__name__
+        package = function.__module__
+        spec = OpSpec(name, package, function, reference, check, check_values, autocast, impls, ceiling)
+        for implementation in impls:
+            if implementation.name not in IMPL_NAMES:
+                raise ValueError(
+                    f"ctxfast.{name}: implementation name {implementation.name!r} is not one of {IMPL_NAMES}."
+                )
+        if name in OPS:
+            raise ValueError(f"ctxfast: op {name!r} is registered twice.")
+        OPS[name] = spec
+
+        @wraps(function)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            impl, gathered = function(*args, **kwargs)
+            implementation, gathered = _prepared(spec, gathered, impl)
+            return implementation(**gathered)
+
+        # A code object of its own: torch.compile counts compilations by it, and all ops would share one limit.
+        run.__code__ = run.__code__.replace(co_name=name)
+        return run
+
+    return declare
 
 
 def call_unless_reference(spec: OpSpec, args: dict[str, Any]) -> Any:
-    """As ``call``; None where the reference would run, for callers that have another way then."""
+    """Runs the op on arguments of implementations; None where the reference would run, for callers that have another
+    way then."""
     function, args = _prepared(spec, args, None)
     return None if function is spec.reference else function(**args)
 
@@ -468,7 +473,9 @@ class Explanation:
     __repr__ = __str__
 
 
-def explain_args(spec: OpSpec, args: dict[str, Any], impl: str | None = None) -> Explanation:
+def explain(spec: OpSpec, *args: Any, **kwargs: Any) -> Explanation:
+    """What ``ctxfast.explain`` says of a call of the public function."""
+    impl, args = spec.declaration(*args, **kwargs)
     args = _autocast(spec, args)
     spec.check_all(args)
     chosen = resolve(spec, args, impl).name

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import functional
 from .._core import registry, torch_ops
 
 _PARTS = ("add_layer_norm", "attention", "linear_act")
@@ -56,7 +55,7 @@ def run(
     if any([layer.options != layers[0].options for layer in layers]):
         return None
     weights = [tensor for layer in layers for tensor in layer.weights]
-    args = functional.ARGS["transformer_layers"](
+    args = registry.OPS["transformer_layers"].arguments(
         x, cu_seqlens, max_seqlen, weights, **layers[0].options, all_layers=all_layers
     )
     found = registry.call_unless_reference(registry.OPS["transformer_layers"], args)

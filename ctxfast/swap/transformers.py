@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from .. import functional
 from .._core import capability, registry
-from .._core.weight_cache import WeightCache
 from ..nn import whole_layer
 from ..nn.graphs import PackedGraphs
+from ..ops.shared.weight_cache import WeightCache
 from ..packing import Packing
 from . import identity, padding_readers, transformers_layers
 from .transformers_layers import ENCODERS, Kind, Layer, Layers, Parts

@@ -14,9 +14,9 @@ from oracles.elmo_numpy import NumpyBiLm
 from support import emulated
 
 import ctxfast
+from ctxfast._core import registry
 from ctxfast.models.elmo.modeling import Elmo, ElmoBiLm
 from ctxfast.models.elmo.tokenization import batch_to_ids
-from ctxfast.ops.lstm import SPEC
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def test_fixture_lanes_as_batch_rows(tiny: Path, impl: str | None) -> None:
 @torch.no_grad()
 def test_fixture_through_the_step_kernels(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """float16 on the emulator: the kernels a GPU would run, states carried from sentence to sentence."""
-    cuda_step = SPEC.module("cuda_step")
+    cuda_step = registry.OPS["lstm"].module("cuda_step")
     monkeypatch.setattr(cuda_step, "supports", lambda args: None)
     model = tiny_model(tiny).half()
     lanes, expected = fixture_sentences(tiny), [fixture_layers(tiny, k) for k in range(3)]

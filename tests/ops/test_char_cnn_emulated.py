@@ -10,9 +10,11 @@ import torch
 from support import emulated, parity
 from torch import Tensor
 
-from ctxfast.ops.char_cnn import SPEC, cases, cuda
+from ctxfast._core import registry
+from ctxfast.ops.char_cnn import cases, cuda
 
 pytestmark = pytest.mark.slow  # the kernels are compiled first, a minute
+SPEC = registry.OPS["char_cnn"]
 CASES = {case.id: case for case in cases.CASES if case.id != "large"}
 SEED = 3
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import ctxfast
-from ctxfast._core.packed_weights import CACHE
+from ctxfast.ops.shared.packed_weights import CACHE
 
 ROWS = (1, 2, 3, 5, 8, 15, 16, 17, 31, 33, 64, 100, 129, 257)
 

@@ -11,8 +11,8 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import ctxfast
 from ctxfast._core import capability
-from ctxfast._core.rounding import rounded_rows
 from ctxfast.ops.lstm import cpu
+from ctxfast.ops.shared.definitions import rounded_rows
 
 IMPLS = ["reference", "cpu"]
 

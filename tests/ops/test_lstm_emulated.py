@@ -12,9 +12,10 @@ from support import emulated, parity
 from torch import Tensor
 
 from ctxfast._core import registry
-from ctxfast.ops.lstm import SPEC, reference
+from ctxfast.ops.lstm import reference
 
 pytestmark = pytest.mark.slow  # the kernels are compiled first, a minute
+SPEC = registry.OPS["lstm"]
 IMPLS = [one.name for one in SPEC.impls if one.device == "cuda"]
 HALF = [torch.float16, torch.bfloat16]
 

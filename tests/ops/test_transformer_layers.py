@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import ctxfast
-from ctxfast._core.packed_weights import CACHE
 from ctxfast.models.bert.modeling import Encoder
 from ctxfast.nn import whole_layer
+from ctxfast.ops.shared.packed_weights import CACHE
 
 LENGTHS = (7, 0, 1, 33, 18)
 

@@ -52,7 +52,7 @@ def converted(kwargs: dict[str, Any], change: Callable[[Tensor], Tensor]) -> dic
 
 def arguments(op: str, kwargs: dict[str, Any]) -> dict[str, Any]:
     """What implementations are given for these keyword arguments of the public function."""
-    return functional.ARGS[op](**kwargs)
+    return registry.OPS[op].arguments(**kwargs)
 
 
 def wide(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
 from ..._core import checks, registry
 from .reference import add_layer_norm as reference
 
@@ -44,19 +46,51 @@ def _check(args: Mapping[str, Any]) -> None:
     checks.probability(_OP, "dropout_p", args["dropout_p"])
 
 
-SPEC = registry.register(
-    registry.OpSpec(
-        name=_OP,
-        package=__name__,
-        summary="LayerNorm(residual + dropout(x + bias))",
-        cite="Ba et al. 2016; Vaswani et al. 2017, section 3.1 (post-LN residual)",
-        reference=reference,
-        check=_check,
-        check_values=registry.no_values,
-        autocast="fp32",
-        impls=(
-            registry.Impl("cpu", "cpu", note="one compiled pass over the rows; torch's with a gradient"),
-            registry.Impl("triton", "cuda", note="one pass over the rows, with backward; not yet run on a GPU"),
-        ),
-    )
+@registry.op(
+    reference=reference,
+    check=_check,
+    check_values=registry.no_values,
+    autocast="fp32",
+    impls=(
+        registry.Impl("cpu", "cpu", note="one compiled pass over the rows; torch's with a gradient"),
+        registry.Impl("triton", "cuda", note="one pass over the rows, with backward; not yet run on a GPU"),
+    ),
 )
+def add_layer_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    x_bias: Tensor | None = None,
+    *,
+    eps: float = 1e-12,
+    dropout_p: float = 0.0,
+    impl: str | None = None,
+) -> Tensor:
+    """``LayerNorm(residual + dropout(x + x_bias))`` over the last dimension.
+
+    Args:
+        x: (..., N).
+        residual: (..., N); None for none.
+        weight, bias: (N,), scale and shift after normalisation.
+        x_bias: (N,), bias of the linear layer that made ``x``; None for none.
+        eps: added to the variance. BERT's 1e-12 is below half precision's resolution, so statistics are float32.
+        dropout_p: probability of dropping an element of ``x + x_bias`` in this call (0 at inference).
+        impl: name of an implementation; None chooses.
+
+    Returns:
+        The shape and dtype of ``x``.
+
+    Numerics: float32 statistics (float64 for float64); deterministic without dropout.
+    Reference: Ba et al. 2016; Vaswani et al. 2017, section 3.1.
+    """
+    return registry.given(
+        impl,
+        x=x,
+        residual=residual,
+        weight=weight,
+        bias=bias,
+        x_bias=x_bias,
+        eps=eps,
+        dropout_p=dropout_p,
+    )

@@ -12,7 +12,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..._core import cpu_rows, registry, torch_ops
+from ..._core import registry, torch_ops
+from ..shared import layer_norm_cpu
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -27,7 +28,7 @@ def _forward(
     out = torch_ops.allocate(x.shape, x)
     x, residual = _rows(x), None if residual is None else _rows(residual)
     sources = [(rows.data_ptr(), rows.stride(0), 0, 0, False) for rows in (x, residual) if rows is not None]
-    return cpu_rows.layer_norm(x.shape[0], sources, x_bias, weight, bias, eps, out)
+    return layer_norm_cpu.layer_norm(x.shape[0], sources, x_bias, weight, bias, eps, out)
 
 
 def _forward_fake(
@@ -45,7 +46,7 @@ _fwd = torch_ops.define(
 
 def supports(args: Mapping[str, Any]) -> str | None:
     """None, or why the compiled kernel cannot run this call."""
-    return cpu_rows.why_not("x", args["x"], args["dropout_p"])
+    return layer_norm_cpu.why_not("x", args["x"], args["dropout_p"])
 
 
 def add_layer_norm(

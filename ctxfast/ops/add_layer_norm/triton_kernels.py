@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..._core.triton_rows import is_kept, load_tile, normalised_gradient, statistics, store_partial
+from ..shared.triton_rows import is_kept, load_tile, normalised_gradient, statistics, store_partial
 
 
 @triton.jit

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._core import capability, philox, registry, torch_ops
+from ..._core import capability, registry, torch_ops
+from ..shared import philox
 from . import definition
 
 _MAX_HEAD_DIM = 1024  # of csrc/attention/attention.h

@@ -18,7 +18,8 @@ import torch
 import triton
 from torch import Tensor
 
-from ..._core import capability, philox, torch_ops
+from ..._core import capability, torch_ops
+from ..shared import philox
 from . import definition, triton_backward, triton_forward, triton_plan
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from torch import Tensor
 
 from ..._core import checks, registry
 from .reference import char_cnn as reference
@@ -52,26 +54,54 @@ def _check(args: Mapping[str, Any]) -> None:
     checks.choice(_OP, "activation", args["activation"], ("relu", "tanh"))
 
 
-SPEC = registry.register(
-    registry.OpSpec(
-        name=_OP,
-        package=__name__,
-        summary="character embedding, convolutions of several widths, max over positions, activation",
-        cite="Kim et al. 2016; Peters et al. 2018; AllenNLP _ElmoCharacterEncoder",
-        reference=reference,
-        check=_check,
-        autocast="lower",
-        impls=(
-            registry.Impl(
-                "cpu",
-                "cpu",
-                note="compiled: no value before the maximum in memory, padding windows computed once",
-            ),
-            registry.Impl(
-                "cuda",
-                "cuda",
-                note="gather to activation in one kernel, 16 bits on tensor cores (not yet run on a GPU)",
-            ),
+@registry.op(
+    reference=reference,
+    check=_check,
+    autocast="lower",
+    impls=(
+        registry.Impl(
+            "cpu",
+            "cpu",
+            note="compiled: no value before the maximum in memory, padding windows computed once",
         ),
-    )
+        registry.Impl(
+            "cuda",
+            "cuda",
+            note="gather to activation in one kernel, 16 bits on tensor cores (not yet run on a GPU)",
+        ),
+    ),
 )
+def char_cnn(
+    char_ids: Tensor,
+    char_embeddings: Tensor,
+    conv_weights: Sequence[Tensor],
+    conv_biases: Sequence[Tensor],
+    *,
+    activation: str = "relu",
+    impl: str | None = None,
+) -> Tensor:
+    """Word vectors from characters: embed, convolve with several widths, take the maximum over positions, activate.
+
+    Args:
+        char_ids: (W, C) int64 or int32, rows of ``char_embeddings``.
+        char_embeddings: (V, D).
+        conv_weights: one (n_i, D, w_i) per filter width; windows lie wholly inside the word, stride 1.
+        conv_biases: one (n_i,) per filter width.
+        activation: "relu" or "tanh", after the maximum.
+        impl: name of an implementation; None chooses.
+
+    Returns:
+        (W, sum of n_i), filters in the order given.
+
+    Numerics: compiled kernels sum in float32. Where windows of different characters tie for the maximum, the first
+        takes the gradient (the reference shares it out).
+    Reference: Kim et al. 2016; Peters et al. 2018; AllenNLP's _ElmoCharacterEncoder.
+    """
+    return registry.given(
+        impl,
+        char_ids=char_ids,
+        char_embeddings=char_embeddings,
+        conv_weights=tuple(conv_weights),
+        conv_biases=tuple(conv_biases),
+        activation=activation,
+    )

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..._core import capability, registry, torch_ops
-from ..._core.weight_cache import WeightCache
+from ..shared.weight_cache import WeightCache
 from . import definition
 
 _PANEL = 32  # filters side by side

@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
 from ..._core import checks, registry
 from .reference import embed_layer_norm as reference
 
@@ -63,21 +65,70 @@ def _check_ids(args: Mapping[str, Any]) -> None:
             checks.in_range(_OP, id_name, args[id_name], 0, last, hint)
 
 
-SPEC = registry.register(
-    registry.OpSpec(
-        name=_OP,
-        package=__name__,
-        summary="dropout(LayerNorm(word + position + type [+ task] embeddings))",
-        cite="Devlin et al. 2019, figure 2; Sun et al. 2020 (ERNIE 2.0, task embedding)",
-        reference=reference,
-        check=_check,
-        check_values=_check_ids,
-        autocast="keep",
-        impls=(
-            registry.Impl("cpu", "cpu", note="gather and LayerNorm in one compiled pass; torch's with a gradient"),
-            registry.Impl(
-                "triton", "cuda", note="gather, LayerNorm and dropout in one pass, with backward; not yet run on a GPU"
-            ),
+@registry.op(
+    reference=reference,
+    check=_check,
+    check_values=_check_ids,
+    autocast="keep",
+    impls=(
+        registry.Impl("cpu", "cpu", note="gather and LayerNorm in one compiled pass; torch's with a gradient"),
+        registry.Impl(
+            "triton", "cuda", note="gather, LayerNorm and dropout in one pass, with backward; not yet run on a GPU"
         ),
-    )
+    ),
 )
+def embed_layer_norm(
+    input_ids: Tensor,
+    position_ids: Tensor,
+    token_type_ids: Tensor,
+    word_embeddings: Tensor,
+    position_embeddings: Tensor,
+    token_type_embeddings: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    task_type_ids: Tensor | None = None,
+    task_type_embeddings: Tensor | None = None,
+    *,
+    eps: float = 1e-12,
+    padding_idx: int | None = None,
+    position_padding_idx: int | None = None,
+    dropout_p: float = 0.0,
+    impl: str | None = None,
+) -> Tensor:
+    """``dropout(LayerNorm(word + position + type [+ task]))`` for packed tokens.
+
+    Args:
+        input_ids, position_ids, token_type_ids: (T,) int64 or int32, rows of the three tables.
+        word_embeddings, position_embeddings, token_type_embeddings: (V, N) each.
+        weight, bias: (N,), scale and shift of the LayerNorm.
+        task_type_ids, task_type_embeddings: (T,) and (V, N), ERNIE's task embedding; both or neither.
+        eps: added to the variance.
+        padding_idx, position_padding_idx: rows of the word and position table that get no gradient; None for none.
+        dropout_p: probability of dropping an element in this call (0 at inference).
+        impl: name of an implementation; None chooses.
+
+    Returns:
+        (T, N), in the dtype of the tables.
+
+    Raises:
+        ValueError: also for ids outside their table; on a GPU ids are not read, since that would wait for the device.
+
+    Reference: Devlin et al. 2019, figure 2; Sun et al. 2020 (task embedding).
+    """
+    return registry.given(
+        impl,
+        input_ids=input_ids,
+        position_ids=position_ids,
+        token_type_ids=token_type_ids,
+        word_embeddings=word_embeddings,
+        position_embeddings=position_embeddings,
+        token_type_embeddings=token_type_embeddings,
+        weight=weight,
+        bias=bias,
+        task_type_ids=task_type_ids,
+        task_type_embeddings=task_type_embeddings,
+        eps=eps,
+        padding_idx=padding_idx,
+        position_padding_idx=position_padding_idx,
+        dropout_p=dropout_p,
+    )

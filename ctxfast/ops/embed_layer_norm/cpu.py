@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..._core import cpu_rows, registry, torch_ops
+from ..._core import registry, torch_ops
+from ..shared import layer_norm_cpu
 
 
 def _forward(ids: list[Tensor], tables: list[Tensor], weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -22,7 +23,7 @@ def _forward(ids: list[Tensor], tables: list[Tensor], weight: Tensor, bias: Tens
         (table.data_ptr(), table.stride(0), index.data_ptr(), table.shape[0], index.dtype is torch.int64)
         for index, table in zip(ids, tables)
     ]
-    return cpu_rows.layer_norm(out.shape[0], sources, None, weight, bias, eps, out)
+    return layer_norm_cpu.layer_norm(out.shape[0], sources, None, weight, bias, eps, out)
 
 
 def _forward_fake(ids: list[Tensor], tables: list[Tensor], weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -38,7 +39,7 @@ _fwd = torch_ops.define(
 
 def supports(args: Mapping[str, Any]) -> str | None:
     """None, or why the compiled kernel cannot run this call."""
-    return cpu_rows.why_not("word_embeddings", args["word_embeddings"], args["dropout_p"])
+    return layer_norm_cpu.why_not("word_embeddings", args["word_embeddings"], args["dropout_p"])
 
 
 def _operands(args: Mapping[str, Any]) -> tuple[Any, ...]:

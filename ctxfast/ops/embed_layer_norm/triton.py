@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._core import philox, registry, torch_ops, triton_rows
+from ..._core import registry, torch_ops
+from ..shared import philox, triton_rows
 from . import triton_kernels
 
 MAX_SIZE = 8192  # elements of a row; more would leave the registers

@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..._core import checks, registry
-from .reference import ACTIVATIONS, linear_act as reference
+from ..shared.definitions import ACTIVATIONS
+from .reference import linear_act as reference
 
 _OP = "linear_act"
 
@@ -31,27 +33,48 @@ def _check(args: Mapping[str, Any]) -> None:
     checks.choice(_OP, "weight_dtype", args["weight_dtype"], (None, torch.int8))
 
 
-SPEC = registry.register(
-    registry.OpSpec(
-        name=_OP,
-        package=__name__,
-        summary="activation(x W^T + b)",
-        cite="Hendrycks & Gimpel 2016 (GELU); Devlin et al. 2019 (feed-forward block)",
-        reference=reference,
-        check=_check,
-        check_values=registry.no_values,
-        autocast="lower",
-        impls=(
-            registry.Impl(
-                "cpu",
-                "cpu",
-                note="compiled over packed weights, float32, bfloat16, int8; oneDNN for weights in training",
-            ),
-            registry.Impl(
-                "triton",
-                "cuda",
-                note="product by cuBLAS, bias and activation in one pass, with backward; not yet run on a GPU",
-            ),
+@registry.op(
+    reference=reference,
+    check=_check,
+    check_values=registry.no_values,
+    autocast="lower",
+    impls=(
+        registry.Impl(
+            "cpu",
+            "cpu",
+            note="compiled over packed weights, float32, bfloat16, int8; oneDNN for weights in training",
         ),
-    )
+        registry.Impl(
+            "triton",
+            "cuda",
+            note="product by cuBLAS, bias and activation in one pass, with backward; not yet run on a GPU",
+        ),
+    ),
 )
+def linear_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str = "none",
+    weight_dtype: torch.dtype | None = None,
+    impl: str | None = None,
+) -> Tensor:
+    """``activation(x W^T + b)``.
+
+    Args:
+        x: (..., N_in).
+        weight: (N_out, N_in).
+        bias: (N_out,); None for none.
+        activation: "none", "gelu" (exact, erf), "gelu_tanh", "relu" or "tanh".
+        weight_dtype: how both factors of the product are held. None: as they are. torch.int8: each row of x and of
+            the weight in whole steps of 1/127 of its largest magnitude, products summed exactly.
+        impl: name of an implementation; None chooses.
+
+    Returns:
+        (..., N_out), in the dtype of ``x``.
+
+    Numerics: a row's result on the CPU does not depend on the other rows, to the last bit (impl cpu).
+    Reference: Hendrycks & Gimpel 2016 (both forms of GELU); Devlin et al. 2019.
+    """
+    return registry.given(impl, x=x, weight=weight, bias=bias, activation=activation, weight_dtype=weight_dtype)

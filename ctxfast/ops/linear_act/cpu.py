@@ -14,10 +14,11 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..._core import capability, packed_weights, registry, torch_ops
+from ..._core import capability, registry, torch_ops
+from ..shared import packed_weights
+from ..shared.definitions import activated
 
 # activation -> oneDNN's post-operation and its algorithm
 _POST = {
@@ -137,16 +138,6 @@ class _Linear(torch.autograd.Function):
         return of_x, of_weight, grad.sum(0) if wants_bias else None, None
 
 
-def _activated(y: Tensor, activation: str) -> Tensor:
-    if activation == "gelu":
-        return F.gelu(y)
-    if activation == "gelu_tanh":
-        return F.gelu(y, approximate="tanh")
-    if activation == "relu":
-        return F.relu(y)
-    return torch.tanh(y) if activation == "tanh" else y
-
-
 def supports(args: Mapping[str, Any]) -> str | None:
     """None, or why oneDNN's packed product cannot run this call."""
     x = args["x"]
@@ -174,7 +165,7 @@ def linear_act(
     # A packed form pays from the second call on: not for a weight in training, nor for autocast's passing copy.
     is_kept = not (torch.is_autocast_enabled("cpu") or (needs_grad and weight.requires_grad))
     if needs_grad:
-        out = _activated(_Linear.apply(rows, weight, bias, is_kept), activation)
+        out = activated(_Linear.apply(rows, weight, bias, is_kept), activation)
     else:
         forward = _forward if torch_ops.is_direct(x, weight, bias) else _fwd
         out = forward(rows, weight, bias, activation, weight_dtype is torch.int8, is_kept)

@@ -7,32 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ACTIVATIONS = ("none", "gelu", "gelu_tanh", "relu", "tanh")
-
-
-def _rounded(x: Tensor) -> Tensor:
-    """Rows in whole steps of 1/127 of their largest magnitude; the gradient passes straight through."""
-    if x.shape[-1] == 0:
-        return x
-    fixed = x.detach()
-    most = fixed.abs().amax(dim=-1, keepdim=True)
-    steps = torch.where(most > 1e-30, 127.0 / most, torch.zeros_like(most))
-    return torch.round(fixed * steps) * (most / 127.0) + (x - fixed)
+from ..shared.definitions import activated, rounded
 
 
 def linear_act(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, weight_dtype: torch.dtype | None
 ) -> Tensor:
     """See ``ctxfast.functional.linear_act``."""
-    if weight_dtype is torch.int8:
-        x, weight = _rounded(x), _rounded(weight)
-    y = F.linear(x, weight, bias)
-    if activation == "gelu":
-        return F.gelu(y)
-    if activation == "gelu_tanh":
-        return F.gelu(y, approximate="tanh")
-    if activation == "relu":
-        return F.relu(y)
-    if activation == "tanh":
-        return torch.tanh(y)
-    return y
+    x, weight = rounded(x, weight_dtype), rounded(weight, weight_dtype)
+    return activated(F.linear(x, weight, bias), activation)

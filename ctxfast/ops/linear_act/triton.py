@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..._core import registry, torch_ops, triton_rows
+from ..._core import registry, torch_ops
+from ..shared import triton_rows
 from . import triton_kernels
 
 

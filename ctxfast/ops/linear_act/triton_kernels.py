@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..._core.triton_rows import load_tile, store_partial
+from ..shared.triton_rows import load_tile, store_partial
 
 _HALF_ROOT = tl.constexpr(0.7071067811865476)
 _GAUSS = tl.constexpr(0.3989422804014327)

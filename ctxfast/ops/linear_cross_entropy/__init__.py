@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
 from ..._core import checks, registry
 from .reference import linear_cross_entropy as reference
 
@@ -40,18 +42,47 @@ def _check(args: Mapping[str, Any]) -> None:
         )
 
 
-SPEC = registry.register(
-    registry.OpSpec(
-        name=_OP,
-        package=__name__,
-        summary="cross entropy of W h + b against labels, over the labelled rows",
-        cite="Devlin et al. 2019, section 3.1 (masked LM)",
-        reference=reference,
-        check=_check,
-        autocast="lower",
-        impls=(
-            registry.Impl("cpu", "cpu", note="labelled rows only, a chunk of their logits at a time"),
-            registry.Impl("triton", "cuda", note="labelled rows only, softmax in one kernel; not yet run on a GPU"),
-        ),
-    )
+@registry.op(
+    reference=reference,
+    check=_check,
+    autocast="lower",
+    impls=(
+        registry.Impl("cpu", "cpu", note="labelled rows only, a chunk of their logits at a time"),
+        registry.Impl("triton", "cuda", note="labelled rows only, softmax in one kernel; not yet run on a GPU"),
+    ),
 )
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    impl: str | None = None,
+) -> Tensor:
+    """Cross entropy of ``W h + b`` against labels, over the rows that have one.
+
+    Args:
+        hidden: (T, N).
+        weight: (V, N).
+        labels: (T,) int64 or int32, 0..V-1, or ``ignore_index`` for a row without a label.
+        bias: (V,); None for none.
+        ignore_index: the value that marks a row without a label.
+        reduction: "mean" over labelled rows (0 when there is none), "sum", or "none" for (T,) with 0 at ignored rows.
+        impl: name of an implementation; None chooses.
+
+    Returns:
+        A scalar (float32; float64 for float64), or (T,) with "none".
+
+    Reference: Devlin et al. 2019, section 3.1.
+    """
+    return registry.given(
+        impl,
+        hidden=hidden,
+        weight=weight,
+        labels=labels,
+        bias=bias,
+        ignore_index=ignore_index,
+        reduction=reduction,
+    )

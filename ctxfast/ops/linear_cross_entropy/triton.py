@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._core import torch_ops, triton_rows
+from ..._core import torch_ops
+from ..shared import triton_rows
 from . import recorded, triton_kernels
 
 

@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..._core import checks, registry
 from .reference import lstm as reference
@@ -98,33 +99,91 @@ def _check(args: Mapping[str, Any]) -> None:
         )
 
 
-SPEC = registry.register(
-    registry.OpSpec(
-        name=_OP,
-        package=__name__,
-        summary="one LSTM layer, one or two directions, with projection, clips, lengths and states",
-        cite="Sak et al. 2014 (projection); Peters et al. 2018 (clipping); AllenNLP LstmCellWithProjection",
-        reference=reference,
-        check=_check,
-        autocast="lower",
-        impls=(
-            registry.Impl(
-                "cuda",
-                "cuda",
-                note="Hopper: all steps in one launch, weights on chip, 16 bits; not yet run on a GPU",
-            ),
-            registry.Impl(
-                "cuda_step",
-                "cuda",
-                note="any size from sm_80, one launch a step for both directions; not yet run on a GPU",
-            ),
-            registry.Impl(
-                "cpu",
-                "cpu",
-                note="C++: fp32, bf16 or int8 products; AVX2 to AVX-512 VNNI/BF16 and AMX chosen at run time",
-            ),
+def _per_direction(value: Tensor | Sequence[Tensor] | None) -> tuple[Tensor, ...] | None:
+    if value is None:
+        return None
+    return (value,) if isinstance(value, Tensor) else tuple(value)
+
+
+@registry.op(
+    reference=reference,
+    check=_check,
+    autocast="lower",
+    impls=(
+        registry.Impl(
+            "cuda",
+            "cuda",
+            note="Hopper: all steps in one launch, weights on chip, 16 bits; not yet run on a GPU",
         ),
-        # Rounding errors of a recurrence add up over the steps.
-        ceiling={torch.float32: 2e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1},
-    )
+        registry.Impl(
+            "cuda_step",
+            "cuda",
+            note="any size from sm_80, one launch a step for both directions; not yet run on a GPU",
+        ),
+        registry.Impl(
+            "cpu",
+            "cpu",
+            note="C++: fp32, bf16 or int8 products; AVX2 to AVX-512 VNNI/BF16 and AMX chosen at run time",
+        ),
+    ),
+    # Rounding errors of a recurrence add up over the steps.
+    ceiling={torch.float32: 2e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1},
 )
+def lstm(
+    input: Tensor | Sequence[Tensor],
+    weight_ih: Tensor | Sequence[Tensor],
+    weight_hh: Tensor | Sequence[Tensor],
+    bias: Tensor | Sequence[Tensor] | None = None,
+    weight_proj: Tensor | Sequence[Tensor] | None = None,
+    lengths: Tensor | None = None,
+    initial_state: tuple[Tensor, Tensor] | None = None,
+    *,
+    cell_clip: float | None = None,
+    proj_clip: float | None = None,
+    weight_dtype: torch.dtype | None = None,
+    impl: str | None = None,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """One LSTM layer in one or two directions.
+
+    ``i, f, g, o = W_ih x + W_hh h' + b``; ``c = clip(sigmoid(i) tanh(g) + sigmoid(f) c')``;
+    ``h = clip(W_proj (sigmoid(o) tanh(c)))``. The second direction runs from each row's own last step to its first.
+
+    Args:
+        input: (B, T, I), read by every direction, or a sequence of R such tensors, one per direction.
+        weight_ih: (4H, I), or a sequence of R; rows stacked in the gate order i, f, g, o (torch's).
+        weight_hh: (4H, P), or a sequence of R. P = H without a projection.
+        bias: (4H,), or a sequence of R; None for none.
+        weight_proj: (P, H), or a sequence of R; None for no projection.
+        lengths: (B,) int64 or int32, steps of each row, 0..T; None: every row has T. Must be right-padded.
+        initial_state: (h_0 (R, B, P), c_0 (R, B, H)); None for zeros.
+        cell_clip: bound on ``|c|``, applied before tanh and carried on; None for none.
+        proj_clip: bound on ``|h|`` after the projection; None for none.
+        weight_dtype: how both factors of every matrix product are held (``W_ih x``, ``W_hh h``, ``W_proj m``).
+            torch.bfloat16 rounds them to it; torch.int8 rounds each row of a weight, and each vector at each step, to
+            1/127 of its largest magnitude. Sums, gates and cells keep the input's dtype, on a CPU float32. Gradients
+            pass straight through the rounding. None keeps everything as it is.
+        impl: name of an implementation; None chooses.
+
+    Returns:
+        output (B, T, R*P), [forward | backward], zero past a row's length; and (h_n (R, B, P), c_n (R, B, H)), the
+        state at each row's own end. A row of length 0 keeps its initial state.
+
+    Numerics: float32 within 1e-5 of float64; deterministic. A clipped value passes no gradient. cpu: a row's bits
+    depend neither on the other rows nor on threads; int8 gives the same bits on every instruction set.
+    Reference: Sak et al. 2014; Peters et al. 2018; the cell of AllenNLP's LstmCellWithProjection.
+    """
+    weights = _per_direction(weight_ih)
+    inputs = _per_direction(input)
+    return registry.given(
+        impl,
+        input=inputs * len(weights) if isinstance(input, Tensor) else inputs,
+        weight_ih=weights,
+        weight_hh=_per_direction(weight_hh),
+        bias=_per_direction(bias),
+        weight_proj=_per_direction(weight_proj),
+        lengths=lengths,
+        initial_state=initial_state,
+        cell_clip=cell_clip,
+        proj_clip=proj_clip,
+        weight_dtype=weight_dtype,
+    )

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ..._core import capability, registry, torch_ops
-from ..._core.rounding import rounded_rows
-from ..._core.weight_cache import WeightCache
+from ..shared.definitions import rounded_rows
+from ..shared.weight_cache import WeightCache
 
 _packed = WeightCache()
 # The kernel's word for how factors are held -> what the backward pass rounds to.

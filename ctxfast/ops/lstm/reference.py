@@ -13,22 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-def _rounded(x: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """``x`` with its rows (last dimension) rounded to ``dtype``; the gradient passes straight through.
-
-    int8: whole steps, ties to even, of 1/127 of the row's largest magnitude.
-    """
-    if dtype is None or x.shape[-1] == 0:
-        return x
-    fixed = x.detach()
-    if dtype == torch.int8:
-        most = fixed.abs().amax(dim=-1, keepdim=True)
-        steps = torch.where(most > 1e-30, 127.0 / most, torch.zeros_like(most))
-        held = torch.round(fixed * steps) * (most / 127.0)
-    else:
-        held = fixed.to(dtype).to(x.dtype)
-    return held + (x - fixed)
+from ..shared.definitions import rounded
 
 
 # torch.jit.trace, which would record the steps of one input as the steps of every input, is handed a loop.
@@ -47,19 +32,19 @@ def recurrence(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One direction over all steps -> (B, T, P), (B, P), (B, H); written so that TorchScript can compile it, too."""
     steps = gates_in.shape[1]
-    weight_hh = _rounded(weight_hh, dtype)
+    weight_hh = rounded(weight_hh, dtype)
     if weight_proj is not None:
-        weight_proj = _rounded(weight_proj, dtype)
+        weight_proj = rounded(weight_proj, dtype)
     output = [h] * steps
     for k in range(steps):
         t = steps - 1 - k if reverse else k
-        i, f, g, o = (gates_in[:, t] + F.linear(_rounded(h, dtype), weight_hh)).chunk(4, dim=1)
+        i, f, g, o = (gates_in[:, t] + F.linear(rounded(h, dtype), weight_hh)).chunk(4, dim=1)
         c_new = torch.sigmoid(i) * torch.tanh(g) + torch.sigmoid(f) * c
         if cell_clip is not None:
             c_new = c_new.clamp(-cell_clip, cell_clip)
         h_new = torch.sigmoid(o) * torch.tanh(c_new)
         if weight_proj is not None:
-            h_new = F.linear(_rounded(h_new, dtype), weight_proj)
+            h_new = F.linear(rounded(h_new, dtype), weight_proj)
         if proj_clip is not None:
             h_new = h_new.clamp(-proj_clip, proj_clip)
         if lengths is None:
@@ -95,7 +80,7 @@ def lstm(
             h, c = initial_state[0][r], initial_state[1][r]
         # All steps at once: nothing in these products waits for h.
         gates_in = F.linear(
-            _rounded(x, weight_dtype), _rounded(weight_ih[r], weight_dtype), None if bias is None else bias[r]
+            rounded(x, weight_dtype), rounded(weight_ih[r], weight_dtype), None if bias is None else bias[r]
         )
         y, h, c = recurrence(
             gates_in, weight_hh[r], None if weight_proj is None else weight_proj[r], lengths, h, c, r == 1,

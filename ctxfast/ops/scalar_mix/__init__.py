@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..._core import checks, registry
 from .reference import scalar_mix as reference
@@ -62,21 +63,52 @@ def _check(args: Mapping[str, Any]) -> None:
     checks.positive(_OP, "eps", args["eps"])
 
 
-SPEC = registry.register(
-    registry.OpSpec(
-        name=_OP,
-        package=__name__,
-        summary="gamma * sum_k softmax(s)_k x_k, with the batch LayerNorm as an option",
-        cite="Peters et al. 2018, equation 1; AllenNLP ScalarMix",
-        reference=reference,
-        check=_check,
-        autocast="keep",
-        impls=(
-            registry.Impl(
-                "cuda",
-                "cuda",
-                note="one pass over all layers, fp32 accumulation (not yet run on a GPU)",
-            ),
+@registry.op(
+    reference=reference,
+    check=_check,
+    autocast="keep",
+    impls=(
+        registry.Impl(
+            "cuda",
+            "cuda",
+            note="one pass over all layers, fp32 accumulation (not yet run on a GPU)",
         ),
-    )
+    ),
 )
+def scalar_mix(
+    tensors: Sequence[Tensor] | Tensor,
+    scalar_parameters: Tensor,
+    gamma: Tensor,
+    mask: Tensor | None = None,
+    *,
+    do_layer_norm: bool = False,
+    eps: float = 1e-13,
+    impl: str | None = None,
+) -> Tensor:
+    """``gamma * sum_k softmax(s)_k x_k`` over a model's layers.
+
+    Args:
+        tensors: K tensors of one shape (..., N), or one tensor (K, ..., N).
+        scalar_parameters: (K,), weights before the softmax.
+        gamma: (1,), scale of the whole.
+        mask: the shape of a layer without N; True where a row is real. Needed with ``do_layer_norm``.
+        do_layer_norm: normalise every layer first, with ONE mean and variance over all unmasked elements of the whole
+            tensor and no affine part (as AllenNLP and bilm-tf do, not per token).
+        eps: added to that variance.
+        impl: name of an implementation; None chooses.
+
+    Returns:
+        (..., N), in the dtype of the layers.
+
+    Reference: Peters et al. 2018, equation 1; AllenNLP's ScalarMix.
+    """
+    layers = tensors.unbind(0) if isinstance(tensors, Tensor) else tuple(tensors)
+    return registry.given(
+        impl,
+        tensors=layers,
+        scalar_parameters=scalar_parameters,
+        gamma=gamma,
+        mask=mask,
+        do_layer_norm=do_layer_norm,
+        eps=eps,
+    )

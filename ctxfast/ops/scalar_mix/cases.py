@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..._core.registry import HALF_AND_FLOAT, Case
-from ..._core.samples import Sampler
+from ..shared.samples import Sampler
 
 
 def _case(name: str, K: int, shape: tuple[int, ...], *, norm: bool = False, stacked: bool = False) -> Case:

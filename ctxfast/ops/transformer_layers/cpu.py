@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._core import capability, packed_weights, registry, torch_ops
+from ..._core import capability, registry, torch_ops
+from ..shared import packed_weights
 from . import PARTS, TENSORS
 
 _OP = "transformer_layers"

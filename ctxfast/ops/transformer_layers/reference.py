@@ -13,33 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..shared.definitions import activated, rounded
+
 # (weight, bias)
 Pair = tuple[Tensor, "Tensor | None"]
 
 
-def _rounded(x: Tensor) -> Tensor:
-    """Rows in whole steps of 1/127 of their largest magnitude; the gradient passes straight through."""
-    fixed = x.detach()
-    most = fixed.abs().amax(dim=-1, keepdim=True)
-    steps = torch.where(most > 1e-30, 127.0 / most, torch.zeros_like(most))
-    return torch.round(fixed * steps) * (most / 127.0) + (x - fixed)
-
-
 def _product(x: Tensor, pair: Pair, weight_dtype: torch.dtype | None) -> Tensor:
     weight, bias = pair
-    if weight_dtype is torch.int8:
-        x, weight = _rounded(x), _rounded(weight)
-    return F.linear(x, weight, bias)
-
-
-def _activated(x: Tensor, activation: str) -> Tensor:
-    if activation == "gelu":
-        return F.gelu(x)
-    if activation == "gelu_tanh":
-        return F.gelu(x, approximate="tanh")
-    if activation == "relu":
-        return F.relu(x)
-    return torch.tanh(x) if activation == "tanh" else x
+    return F.linear(rounded(x, weight_dtype), rounded(weight, weight_dtype), bias)
 
 
 def _attended(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
@@ -77,7 +59,7 @@ def _layer(
     context = rows.sum(dim=1) if is_empty else _attended(rows, cu_seqlens, max_seqlen)
     projected = _product(context.flatten(1), project, weight_dtype)
     x = F.layer_norm(x + projected, size, *attention_norm, eps)
-    wide = _activated(_product(x, widen, weight_dtype), activation)
+    wide = activated(_product(x, widen, weight_dtype), activation)
     return F.layer_norm(x + _product(wide, narrow, weight_dtype), size, *output_norm, eps)
 
 

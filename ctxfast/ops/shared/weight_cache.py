@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import capability
+from ..._core import capability
 
 # Weights up to this size are compared whole.
 WHOLE = 160 << 10

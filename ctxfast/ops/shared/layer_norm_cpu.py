@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import capability
+from ..._core import capability
 
 MAX_SIZE = 8192  # elements of a row: the kernel keeps it on its stack
 

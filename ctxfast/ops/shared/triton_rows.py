@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import capability, torch_ops
+from ..._core import capability, torch_ops
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 IS_INTERPRETED = capability.is_triton_interpreted()

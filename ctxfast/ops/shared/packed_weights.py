@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import capability
+from ..._core import capability
+from .definitions import whole_steps
 from .weight_cache import WeightCache
 
 _ANY = 1 << 62
@@ -76,13 +77,11 @@ def in_panels(weight: Tensor) -> Tensor:
 
 def in_int8(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """int8 panels; what a step of each row is worth, float32; 128 times the sum of each row's steps, int32."""
-    wide = weight.float()
-    most = wide.abs().amax(dim=1)
-    steps = torch.where(most > 1e-30, 127.0 / most, torch.zeros_like(most))
-    whole = torch.round(wide * steps[:, None]).to(torch.int8)
+    whole, worth = whole_steps(weight.float())
+    whole = whole.to(torch.int8)
     padding = (0, -weight.shape[0] % 32)
     sums = 128 * whole.sum(dim=1, dtype=torch.int32)
-    return in_panels(whole), F.pad(most / 127.0, padding), F.pad(sums, padding)
+    return in_panels(whole), F.pad(worth.squeeze(1), padding), F.pad(sums, padding)
 
 
 def kept(weight: Tensor, kind: str, pack: Callable[[Tensor], Any]) -> Any:
