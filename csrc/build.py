@@ -11,7 +11,8 @@ builds the test programs and runs them, each once, as many at a time as there ar
 A source's name says how it is compiled:
 
     <op>/*.cpp             CPU
-    <op>/*_<set>.cpp       CPU, with the flags of an instruction set; run where the processor has it
+    <op>/*.isa.cpp         CPU, once for each instruction set of its line "// sets: ...", with the flags of that set and
+                           of its line "// flags: ..."; base/isa.h chooses among them when they run
     <op>/*.cu              CUDA; ``_sm90a`` at its end: for that architecture alone
     <op>/bind_*.cpp        binding: the only sources, with base/module.cpp, that know Python
     <op>/test_*.cpp, .cu   a test program, linked with the CPU's kernels or with the CUDA kernels of its folder
@@ -48,21 +49,20 @@ from pathlib import Path
 CSRC = Path(__file__).resolve().parent
 FOLDER = CSRC.parent / "build" / sysconfig.get_config_var("SOABI")
 DEFAULT_ARCHS = "80;86;89;90a"
-# Instruction sets of x86-64; a source is compiled for those that its name or the compiler does not rule out.
 AVX2 = ("-mavx2", "-mfma")
 AVX512 = (*AVX2, "-mavx512f", "-mprefer-vector-width=512")
 AVX512VNNI = (*AVX512, "-mavx512bw", "-mavx512vl", "-mavx512vnni")
 AVX512BF16 = (*AVX512VNNI, "-mavx512bf16")
+# Instruction sets: floats of a vector and flags. All but the first are x86-64's. csrc/base/isa.h lists them too.
 SETS = {
-    "avx2": AVX2,
-    "avxvnni": (*AVX2, "-mavxvnni"),
-    "avx512": AVX512,
-    "avx512vnni": AVX512VNNI,
-    "avx512bf16": AVX512BF16,
-    "amx": (*AVX512BF16, "-mamx-tile", "-mamx-int8", "-mamx-bf16"),
+    "generic": (4, ()),
+    "avx2": (8, AVX2),
+    "avxvnni": (8, (*AVX2, "-mavxvnni")),
+    "avx512": (16, AVX512),
+    "avx512vnni": (16, AVX512VNNI),
+    "avx512bf16": (16, AVX512BF16),
+    "amx": (16, (*AVX512BF16, "-mamx-tile", "-mamx-int8", "-mamx-bf16")),
 }
-# Sources named so round every operation by itself, so that all instruction sets give the same bits.
-EXACT = ("narrow_", ("-ffp-contract=off",))
 # A CUDA source whose name ends so uses instructions only this architecture has.
 ARCH_ONLY = {"_sm90a": "90a"}
 OPTIMIZED = ("-std=c++17", "-O3", "-DNDEBUG")
@@ -217,14 +217,10 @@ def sources(pattern: str) -> list[Path]:
     return [path for path in sorted(CSRC.glob(pattern)) if not is_test(path) and path.parent.name != "emulator"]
 
 
-def set_of(source: Path) -> str | None:
-    """The instruction set a CPU source is compiled for; None: any processor's."""
-    return next((name for name in SETS if source.stem.endswith(f"_{name}")), None)
-
-
-def cpu_flags(source: Path) -> tuple[str, ...]:
-    flags = SETS.get(set_of(source) or "", ())
-    return (*flags, *EXACT[1]) if source.name.startswith(EXACT[0]) else flags
+def directive(source: Path, key: str) -> list[str]:
+    """The words of a source's line ``// <key>: ...``; none without such a line."""
+    line = re.search(rf"^// {key}: (.+)$", source.read_text(encoding="utf-8"), re.MULTILINE)
+    return line[1].split() if line else []
 
 
 def arch_only(source: Path) -> str | None:
@@ -243,15 +239,14 @@ def gencode(archs: Sequence[str], source: Path) -> list[str]:
 
 
 def accepted_sets(cxx: list[str]) -> list[str]:
-    """The instruction sets whose flags this compiler takes: none on other processors than x86-64."""
+    """The instruction sets whose flags this compiler takes: the first alone on other processors than x86-64."""
 
     def takes(flags: tuple[str, ...]) -> bool:
         command = [*cxx, *flags, "-x", "c++", "-E", os.devnull]
         return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return []
-    return [name for name, flags in SETS.items() if takes(flags)]
+    is_x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return [name for name, (_, flags) in SETS.items() if not flags or (is_x86 and takes(flags))]
 
 
 # ---- what is built
@@ -273,7 +268,7 @@ class Build:
 
     def object(self, source: Path, command: Iterable[str], kind: str = "") -> str:
         """One compiled source; ``kind`` keeps the objects of one source apart."""
-        target = f"{kind}{source.parent.name}_{source.stem}.o"
+        target = f"{kind}{source.parent.name}_{source.name}.o"
         words = shlex.join([*command, f"-I{CSRC}"]).replace("$", "$$")
         self._lines[target] = f"build {target}: compile {_escaped(source)}\n  command_line = {words}"
         return target
@@ -310,13 +305,19 @@ class Build:
     # -- objects
 
     def cpu_kernels(self) -> list[str]:
-        defines = [f"-DCTXFAST_{name.upper()}=1" for name in self.sets]
-        chosen = [path for path in sources("*/*.cpp") if not knows_python(path)]
-        return [
-            self.object(path, [*self.cxx, *CXX_FLAGS, *defines, *cpu_flags(path)])
-            for path in chosen
-            if set_of(path) in (None, *self.sets)
-        ]
+        compiled = " ".join(["", *self.sets, ""])
+        command = [*self.cxx, *CXX_FLAGS, f'-DCTXFAST_COMPILED_SETS="{compiled}"']
+        objects = []
+        for path in sources("*/*.cpp"):
+            if path.name.endswith(".isa.cpp"):
+                for name in directive(path, "sets"):
+                    if name in self.sets:
+                        lanes, flags = SETS[name]
+                        kind = [f"-DCTXFAST_ISA={name}", f"-DCTXFAST_LANES={lanes}", *flags, *directive(path, "flags")]
+                        objects.append(self.object(path, [*command, *kind], f"{name}_"))
+            elif not knows_python(path):
+                objects.append(self.object(path, command))
+        return objects
 
     def cuda_kernels(self, where: str = "*") -> list[str]:
         chosen = [path for path in sources(f"{where}/*.cu") if arch_only(path) in (None, *self.cuda.archs)]
