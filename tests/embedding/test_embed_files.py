@@ -17,8 +17,8 @@ import pytest
 from support.fake_encoder import FakeEncoder, vectors
 from support.kills import Killed, run_until
 
-from ctxfast import jobs
-from ctxfast.embed import Embedder
+from ctxfast.embedding import job
+from ctxfast.embedding.embedder import Embedder
 
 LINES = [" ".join("abcdefghij"[i % 7 : i % 7 + 1 + i % 4]) for i in range(40)]
 
@@ -41,7 +41,7 @@ def embedder(**options) -> Embedder:
     return Embedder(FakeEncoder(**options), batch_tokens=8, state=state, batch_size=4)
 
 
-def embed(source: Path | str, target: Path, model: Embedder | None = None, **options) -> jobs.Report:
+def embed(source: Path | str, target: Path, model: Embedder | None = None, **options) -> job.Report:
     return (model or embedder()).embed_file(source, target, **{"window": 8, **options})
 
 
@@ -56,7 +56,7 @@ def names(folder: Path) -> list[str]:
 def test_killed_at_every_step(source, tmp_path, state, overwrite):
     """Before every operation on files, those of the removal of the work directory included."""
 
-    def run() -> jobs.Report:
+    def run() -> job.Report:
         model = embedder(carries=state == "carry", state=state)
         return embed(source, target, model, layers="all", overwrite=overwrite)
 
@@ -185,7 +185,7 @@ def test_another_model_is_refused(source, tmp_path):
 def test_another_version_is_refused(source, tmp_path, monkeypatch):
     target = tmp_path / "out.hdf5"
     leave_unfinished(source, target)
-    monkeypatch.setattr(jobs, "facts", lambda: {"ctxfast": "99", "gpu": ""})
+    monkeypatch.setattr(job, "facts", lambda: {"ctxfast": "99", "gpu": ""})
     with pytest.raises(ValueError, match="versions.ctxfast was .* and is '99' now"):
         embed(source, target)
 
@@ -398,7 +398,7 @@ def test_sentences_that_cannot_be_keys(source, tmp_path, lines, message):
 
 
 def test_equal_hashes_of_different_sentences(source, monkeypatch, tmp_path):
-    monkeypatch.setattr(jobs, "_hash", lambda sentence: 7)
+    monkeypatch.setattr(job, "_hash", lambda sentence: 7)
     source.write_text("a\nb\nc")
     embed(source, tmp_path / "out.hdf5", use_sentence_keys=True)
     source.write_text("a\nb\na")
@@ -407,7 +407,7 @@ def test_equal_hashes_of_different_sentences(source, monkeypatch, tmp_path):
 
 
 def test_too_many_sentences_for_one_string(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(jobs, "_INDEX_LIMIT", 20)
+    monkeypatch.setattr(job, "_INDEX_LIMIT", 20)
     with pytest.raises(ValueError, match="sentence_to_index would have more than .* Pass --forget-sentences"):
         embed(source, tmp_path / "out.hdf5")
     embed(source, tmp_path / "out.hdf5", forget_sentences=True)

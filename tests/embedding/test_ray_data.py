@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import ctxfast
-from ctxfast.ray_data import EmbedBatches
+from ctxfast.embedding.ray_data import EmbedBatches
 
 ray = pytest.importorskip("ray")
 TEXTS = ["The bank of the river.", "One.", "A bank lends money to people who do not need it.", "Rain fell."] * 4

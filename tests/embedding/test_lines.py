@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ctxfast import corpus
-from ctxfast.corpus import Corpus, Position
+from ctxfast._core import digests, text_files
+from ctxfast.embedding import batch_encoder, job, lines
+from ctxfast.embedding.lines import Corpus, Position
 
 
 def read(path: Path, start: Position | None = None, **options) -> tuple[list[bytes], list[int], list[Position]]:
@@ -73,7 +74,7 @@ def test_compressed(tmp_path, suffix, compress):
 
 
 def test_window_ends_by_bytes_at_a_multiple(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "_WINDOW_BYTES", 100)
+    monkeypatch.setattr(lines, "_WINDOW_BYTES", 100)
     path = tmp_path / "in.txt"
     path.write_bytes(b"0123456789\n" * 64)
     sizes = [len(window.texts) for window in Corpus(path).windows()]
@@ -87,7 +88,7 @@ def test_window_ends_by_bytes_at_a_multiple(tmp_path, monkeypatch):
 def test_blank_lines(tmp_path, blank):
     path = tmp_path / "in.txt"
     path.write_bytes(b"a\n" + blank + b"\nb\n")
-    assert corpus.is_blank(blank) and not corpus.is_blank(blank + b"a") and not corpus.is_blank("\xe9".encode() + blank)
+    assert lines.is_blank(blank) and not lines.is_blank(blank + b"a") and not lines.is_blank("\xe9".encode() + blank)
     assert len(read(path)[0]) == 3
     assert read(path, empty="skip")[:2] == ([b"a", b"b"], [0, 2])
     assert sum(window.skipped for window in Corpus(path, empty="skip").windows()) == 1
@@ -106,7 +107,7 @@ def test_errors(tmp_path, monkeypatch):
         Corpus(path, empty="drop")
     with pytest.raises(ValueError, match="window is 0"):
         Corpus(path, window=0)
-    monkeypatch.setattr(corpus, "MAX_LINE_BYTES", 20)
+    monkeypatch.setattr(text_files, "MAX_LINE_BYTES", 20)
     with pytest.raises(ValueError, match="line 2 of .* has more than 20 bytes"):
         read(path)
 
@@ -115,7 +116,7 @@ def test_errors(tmp_path, monkeypatch):
 @pytest.mark.parametrize("budget", [1, 64, 1000])
 def test_token_batches(is_padded, budget):
     lengths = np.random.default_rng(0).integers(0, 90, 300).tolist()
-    batches = corpus.token_batches(lengths, budget, is_padded=is_padded)
+    batches = batch_encoder.token_batches(lengths, budget, is_padded=is_padded)
     assert sorted(index for batch in batches for index in batch) == list(range(300))
     order = [lengths[index] for batch in batches for index in batch]
     assert order == sorted(lengths, reverse=True)
@@ -130,21 +131,21 @@ def test_token_batches(is_padded, budget):
 
 
 def test_equal_lengths_keep_their_order():
-    assert corpus.token_batches([3, 5, 3, 5, 3], 100, is_padded=False) == [[1, 3, 0, 2, 4]]
-    assert corpus.token_batches([], 100, is_padded=True) == []
-    assert corpus.fixed_batches(5, 2) == [[0, 1], [2, 3], [4]] and corpus.fixed_batches(0, 2) == []
+    assert batch_encoder.token_batches([3, 5, 3, 5, 3], 100, is_padded=False) == [[1, 3, 0, 2, 4]]
+    assert batch_encoder.token_batches([], 100, is_padded=True) == []
+    assert batch_encoder.fixed_batches(5, 2) == [[0, 1], [2, 3], [4]] and batch_encoder.fixed_batches(0, 2) == []
 
 
 def test_fingerprint_and_spool(tmp_path):
     path = tmp_path / "file"
     content = bytes(range(256)) * 2048
-    assert corpus.spool(io.BytesIO(content), path) == len(content)
+    assert job.copy_stream(io.BytesIO(content), path) == len(content)
     assert path.read_bytes() == content and list(tmp_path.iterdir()) == [path]
-    before = corpus.fingerprint(path)
-    assert before == corpus.fingerprint(path) and before["size"] == len(content)
+    before = digests.fingerprint(path)
+    assert before == digests.fingerprint(path) and before["size"] == len(content)
     other = bytearray(content)
     other[-1] ^= 1
     path.write_bytes(other)
-    after = corpus.fingerprint(path)
+    after = digests.fingerprint(path)
     assert after["ends"] != before["ends"]
-    assert corpus.digest(path) != corpus.digest(__file__)
+    assert digests.digest(path) != digests.digest(__file__)

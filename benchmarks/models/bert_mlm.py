@@ -14,29 +14,40 @@ from typing import Any
 
 import torch
 
-import ctxfast
 from ctxfast._core import registry
 from ctxfast.models.bert.heads import BertForMaskedLM
 
-from .cases import SEED, Case
-from .peers import Call, Outputs, Provider, Unavailable, require
-from .work import BERT_SIZES
+from ..cases import SEED, Case, Row, Work
+from ..inputs import RAGGED_32
+from ..provider import Call, Outputs, Provider, Unavailable, require
+from . import bert
 
+ROWS = (
+    Row("minilm step ragged 32 (fill 0.39)", dict(model="minilm", lengths=RAGGED_32)),
+    Row("bert-base step 32x128", dict(model="bert-base", lengths=(128,) * 32), cpu=(), cuda=("bfloat16",)),
+    Row("bert-base step 32x512", dict(model="bert-base", lengths=(512,) * 32), cpu=(), cuda=("bfloat16",)),
+    Row("bert-base step ragged 256", dict(model="bert-base", lengths=RAGGED_32 * 8), cpu=(), cuda=("bfloat16",)),
+)
 # Of the loss, about ln(vocabulary) at random weights: what dropout's draw may move it by.
-LOSS_BOUND = 5e-2
+BOUND = 5e-2
 
 
-def _config(model: str, dropout: float) -> ctxfast.BertConfig:
-    s = BERT_SIZES[model]
-    return ctxfast.BertConfig(
-        hidden_size=s.hidden, num_hidden_layers=s.layers, num_attention_heads=s.heads, intermediate_size=s.feed_forward,
-        hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout,
-    )  # fmt: skip
+def make(random: torch.Generator, model: str, lengths: tuple[int, ...]) -> dict[str, Any]:
+    args = bert.make(random, model, lengths)
+    ids = args["input_ids"]
+    chosen = (torch.rand(ids.shape, generator=random) < 0.15) & (ids > 0)
+    return args | dict(input_ids=torch.where(chosen, 103, ids), labels=torch.where(chosen, ids, -100))
+
+
+def work(sizes: dict[str, Any], itemsize: int, backward: bool) -> Work:
+    return bert.work(sizes, itemsize, True)
 
 
 def _ours(args: Mapping[str, Any], dropout: float) -> BertForMaskedLM:
     torch.manual_seed(SEED)
-    return BertForMaskedLM(_config(args["model"], dropout))
+    return BertForMaskedLM(
+        bert.config(args["model"], hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
+    )
 
 
 def _hugging_face(case: Case, args: Mapping[str, Any]) -> torch.nn.Module:
@@ -44,10 +55,11 @@ def _hugging_face(case: Case, args: Mapping[str, Any]) -> torch.nn.Module:
     import transformers
 
     transformers.logging.set_verbosity_error()
-    config = transformers.BertConfig.from_dict(_config(args["model"], 0.1).to_dict())
+    ours = _ours(args, 0.1)
+    config = transformers.BertConfig.from_dict(ours.config.to_dict())
     config._attn_implementation = "sdpa"
     model = transformers.BertForMaskedLM(config)
-    model.load_state_dict(_ours(args, 0.1).state_dict(), strict=True)
+    model.load_state_dict(ours.state_dict(), strict=True)
     return model
 
 
@@ -108,7 +120,7 @@ def _build_hf_compiled(mode: str | None) -> Callable[[Case, Mapping[str, Any]], 
 def oracle(case: Case, args: Mapping[str, Any]) -> Outputs:
     """The loss at the first weights: no dropout, float32, plain references."""
     model = _ours(args, 0.0).to(case.device).eval()
-    with torch.no_grad(), registry.use_impl("reference"):
+    with registry.use_impl("reference"):
         loss = model(args["input_ids"], attention_mask=args["attention_mask"], labels=args["labels"]).loss
     return (loss.reshape(1),)
 

@@ -13,8 +13,8 @@ import pytest
 from safetensors import safe_open
 from support.fake_encoder import DIM, LAYERS, FakeEncoder, vectors
 
-from ctxfast import writers
-from ctxfast.embed import Embedder
+from ctxfast.embedding import writers
+from ctxfast.embedding.embedder import Embedder
 
 LINES = ["the cat sat", "", 'a "b" \\ c', "the cat sat", "é 中文", "last one"] * 3
 SUFFIXES = ("hdf5", "safetensors", "npz", "jsonl", "parquet")

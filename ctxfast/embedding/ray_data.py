@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .embed import Embedder
+from .embedder import Embedder
 
 if TYPE_CHECKING:
     import ray.data

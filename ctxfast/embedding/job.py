@@ -17,22 +17,22 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 
-from . import corpus, writers
-from ._core.capability import facts
-from ._core.checks import shown
-from ._core.files import naming
-from .corpus import Corpus, Position, Window
+from .._core.capability import facts
+from .._core.checks import shown
+from .._core.digests import digest, fingerprint
+from .._core.files import create, naming
+from . import writers
+from .batch_encoder import BatchEncoder
 from .encoders import Prepared
-from .selection import Layers, Selection
+from .file_options import FileOptions
+from .lines import Corpus, Position, Window
+from .selection import Selection
 from .shards import Done, Shard, WorkDirectory
-
-if TYPE_CHECKING:
-    from .embed import Embedder
 
 _Path = str | os.PathLike[str]
 # tokens so far, texts so far, share of the input that is done (None where it cannot be known)
@@ -79,103 +79,76 @@ def check_target(output: _Path, format: str | None = None, *, overwrite: bool = 
 
 
 def embed_file(
-    embedder: Embedder,
+    embedder: BatchEncoder,
     input: _Path,
     output: _Path,
     *,
-    layers: Layers | None = None,
-    level: str = "token",
-    pooling: str | None = None,
-    normalize: bool | None = None,
-    prompt: str | None = None,
-    prompt_name: str | None = None,
-    words: bool = False,
-    word_pieces: str = "first",
-    format: str | None = None,
-    empty: str = "keep",
-    truncate: bool = False,
-    window: int = 4096,
-    forget_sentences: bool = False,
-    use_sentence_keys: bool = False,
-    overwrite: bool = False,
     progress: Progress | None = None,
     stdin: BinaryIO | None = None,
+    **options: Any,
 ) -> Report:
     """Embed a text file, a text a line, into a file; any length in constant memory.
 
     Args:
         input: the file (plain, .gz or .xz), or "-" for standard input, which is first copied into the work directory.
         output: the file to make. Its suffix names the format: .hdf5, .h5, .safetensors, .npz, .jsonl, .parquet.
-        layers, level, pooling, normalize, prompt, prompt_name, word_pieces: as for ``Embedder``; layers None is "top",
-            and the top four for "extract-features".
-        words: lines are words with white space between them (always so for ELMo).
-        format: in place of the suffix; "extract-features" for the JSON lines of Google's extract_features.py, where
-            "a ||| b" is a pair of texts.
-        empty: what a blank line is: "keep" a text without tokens (zeros at sentence level with ELMo; with BERT the
-            vector of the empty text), "skip" it (lines keep their numbers), or "error".
-        truncate: cut texts that are too long for the model instead of raising.
-        window: lines that are read and sorted by length together, and lost by a kill.
-        forget_sentences: HDF5: leave ``sentence_to_index`` out.
-        use_sentence_keys: HDF5: name datasets by their sentences.
-        overwrite: replace an output, and drop unfinished work that does not fit these arguments.
         progress: called now and then.
         stdin: stream that "-" stands for; None for the process's.
+        options: see ``FileOptions``.
 
     Returns:
         A ``Report``.
 
     Raises:
+        TypeError: an option that there is not.
         ValueError: a wrong option, a line that cannot be embedded (the message has its number, counted from 1), or
             unfinished work that belongs to other arguments.
         FileExistsError, FileNotFoundError: files.
         RuntimeError: another process is writing the same output.
     """
     target = Path(output)
-    chosen = check_target(target, format, overwrite=overwrite)
-    how = {"pooling": pooling, "normalize": normalize, "prompt": prompt, "prompt_name": prompt_name}
-    selection = _selection(embedder, chosen, layers, level, words, word_pieces, how)
-    if (forget_sentences or use_sentence_keys) and (chosen != "hdf5" or level != "token"):
-        option = "use_sentence_keys" if use_sentence_keys else "forget_sentences"
-        raise ValueError(f"ctxfast.embed: {option} is set; expected HDF5 at token level for it, not {chosen}, {level}.")
-    multiple = embedder.batch_size if embedder.state == "carry" else 1
-    source = None if os.fspath(input) == "-" else Corpus(input, empty=empty, window=window, multiple=multiple)
+    how = FileOptions(**options)
+    format = check_target(target, how.format, overwrite=how.overwrite)
+    how.check(format)
+    selection = how.selection(embedder, format)
+    reading = dict(empty=how.empty, window=how.window, multiple=embedder.batch_size if embedder.state == "carry" else 1)
+    source = None if os.fspath(input) == "-" else Corpus(input, **reading)
     work = WorkDirectory(target)
     try:
         notes: list[str] = []
         try:
             published = work.published()
         except ValueError:
-            if not overwrite:
+            if not how.overwrite:
                 raise
             published = None
         if source is None:
-            path = _spool(work, stdin or sys.stdin.buffer, overwrite, notes)
-            source = Corpus(path, empty=empty, window=window, multiple=multiple, name="standard input")
-            mark = {"sha256": corpus.digest(path)}
+            path = _spool(work, stdin or sys.stdin.buffer, how.overwrite, notes)
+            source = Corpus(path, **reading, name="standard input")
+            mark = {"sha256": digest(path)}
             if published is not None and path.stat().st_size == 0:  # the copy of what was read is gone already
                 mark = published[0]["input"]
         else:
-            mark = corpus.fingerprint(source.path)
-        job = _Job(embedder, selection, source, work, truncate, keeps_tokens=_needs_tokens(chosen, level))
-        manifest = job.manifest(mark, words, window)
-        has_index = chosen == "hdf5" and level == "token" and not forget_sentences and not use_sentence_keys
-        options = {"index": has_index, "keys": use_sentence_keys} if chosen == "hdf5" else {}
-        made = {**manifest, "output": {"format": chosen, **options}}
+            mark = fingerprint(source.path)
+        job = _Job(embedder, selection, source, work, how, format)
+        manifest = job.manifest(mark)
+        layout = how.layout(format)
+        made = {**manifest, "output": {"format": format, **layout}}
         if published is not None and not list(_differences(published[0], made)):
             work.remove()
             return Report(target, published[1], published[1].texts, ("The output was complete already.",))
-        if target.exists() and not overwrite:
+        if target.exists() and not how.overwrite:
             if published is not None:  # the job that was here is done with
                 work.remove()
             raise FileExistsError(f"ctxfast.embed: output {target} exists. Pass --overwrite to replace it.")
-        resumed = job.claim(manifest, overwrite)
-        if use_sentence_keys:
+        resumed = job.claim(manifest)
+        if how.use_sentence_keys:
             check_keys(source)
-        done = job.run(resumed, progress, _INDEX_LIMIT if has_index else None)
-        if "modified_ns" in mark and corpus.fingerprint(source.path) != mark:
+        done = job.run(resumed, progress, _INDEX_LIMIT if layout.get("index") else None)
+        if "modified_ns" in mark and fingerprint(source.path) != mark:
             raise ValueError(f"ctxfast.embed: {source.name} changed while it was read. Run again with --overwrite.")
         with naming(target):
-            writers.write(chosen, work.output, job.layout(done), **options)
+            writers.write(format, work.output, job.layout(done), **layout)
         work.publish(made, done)
         return Report(target, done, resumed.texts, (*notes, *_notes(done)))
     except Exception:
@@ -188,45 +161,13 @@ def embed_file(
 
 
 _INDEX_LIMIT = writers.MAX_INDEX_BYTES
-
-
-def _needs_tokens(format: str, level: str) -> bool:
-    return format == "extract-features" or (level == "token" and format in ("jsonl", "parquet"))
-
-
-def _selection(
-    embedder: Embedder,
-    format: str,
-    layers: Layers | None,
-    level: str,
-    words: bool,
-    word_pieces: str,
-    how: dict[str, Any],
-) -> Selection:
-    unit = "words" if words else "text"
-    if format == "extract-features":
-        for name, wrong in (("level", level != "token"), ("words", words), ("layers", layers == "average")):
-            if wrong:
-                raise ValueError(
-                    f"ctxfast.embed: format is 'extract-features' with {name} set; it holds single layers of the "
-                    f"tokens of plain text."
-                )
-        unit = "pairs"
-        if layers is None:
-            layers = list(range(-1, -1 - min(4, embedder.num_layers - 1), -1))
-    return embedder.select(
-        layers="top" if layers is None else layers,
-        level=level,
-        unit=unit,
-        word_pieces=word_pieces,
-        **how,
-    )
+_BLOCK_BYTES = 1 << 20
 
 
 def _digests(files: Sequence[Path]) -> dict[str, str]:
     """Digests of a model's files, by their paths inside the folder that holds them all."""
     root = os.path.commonpath([file.parent for file in files]) if files else ""
-    return {Path(os.path.relpath(file, root)).as_posix(): corpus.digest(file) for file in files}
+    return {Path(os.path.relpath(file, root)).as_posix(): digest(file) for file in files}
 
 
 def _notes(done: Done) -> Iterator[str]:
@@ -242,12 +183,12 @@ def _spool(work: WorkDirectory, stream: BinaryIO, overwrite: bool, notes: list[s
     """Standard input as a file of the work directory; what a run before put there must be the same."""
     kept, fresh = work.path / "input", work.path / "input.new"
     if not kept.is_file() or work.count() == 0:
-        corpus.spool(stream, kept)
+        copy_stream(stream, kept)
         return kept
-    if corpus.spool(stream, fresh) == 0:
+    if copy_stream(stream, fresh) == 0:
         fresh.unlink()
         notes.append("Standard input was empty; went on with what an earlier run had read.")
-    elif corpus.digest(fresh) == corpus.digest(kept):
+    elif digest(fresh) == digest(kept):
         fresh.unlink()
     elif overwrite:
         work.clear(keep=("input.new",))
@@ -259,6 +200,17 @@ def _spool(work: WorkDirectory, stream: BinaryIO, overwrite: bool, notes: list[s
             f"nothing (< /dev/null) to go on with its copy, or pass --overwrite to start anew."
         )
     return kept
+
+
+def copy_stream(stream: BinaryIO, path: Path) -> int:
+    """Write all of a stream to a file, under a temporary name first; returns its bytes."""
+    temporary = path.with_name(path.name + ".tmp")
+    size = 0
+    with naming(path), create(temporary) as file:
+        while block := stream.read(_BLOCK_BYTES):
+            size += file.write(block)
+    os.replace(temporary, path)
+    return size
 
 
 def check_keys(source: Corpus) -> None:
@@ -314,20 +266,19 @@ class _Job:
 
     def __init__(
         self,
-        embedder: Embedder,
+        embedder: BatchEncoder,
         selection: Selection,
         source: Corpus,
         work: WorkDirectory,
-        truncate: bool,
-        *,
-        keeps_tokens: bool,
+        how: FileOptions,
+        format: str,
     ) -> None:
         self.embedder, self.selection, self.source, self.work = embedder, selection, source, work
-        self.truncate, self.keeps_tokens = truncate, keeps_tokens
+        self.how, self.keeps_tokens = how, how.needs_tokens(format)
         self.shape = (selection.depth, selection.dim)
         self.shards = 0
 
-    def manifest(self, mark: dict[str, Any], words: bool, window: int) -> dict[str, Any]:
+    def manifest(self, mark: dict[str, Any]) -> dict[str, Any]:
         """What the vectors depend on."""
         embedder = self.embedder
         known = facts()
@@ -341,10 +292,10 @@ class _Job:
             "state": embedder.state if embedder.kind == "elmo" else None,
             "batch_tokens": embedder.token_budget(self.selection) if embedder.state != "carry" else None,
             "batch_size": embedder.batch_size if embedder.state == "carry" else None,
-            "window": window,
-            "empty": self.source.empty,
-            "truncate": self.truncate,
-            "words": words,
+            "window": self.how.window,
+            "empty": self.how.empty,
+            "truncate": self.how.truncate,
+            "words": self.how.words,
             "tokens_kept": self.keeps_tokens,
         }
         return {
@@ -354,9 +305,9 @@ class _Job:
             "options": options,
         }
 
-    def claim(self, manifest: dict[str, Any], overwrite: bool) -> Done:
+    def claim(self, manifest: dict[str, Any]) -> Done:
         """Take the work directory for this job: what is done already in it."""
-        work = self.work
+        work, overwrite = self.work, self.how.overwrite
         try:
             count, old = work.count(), work.manifest
             if count and old is not None:
@@ -424,7 +375,7 @@ class _Job:
             def where(index: int, numbers: Sequence[int] = window.numbers) -> str:
                 return f"line {numbers[index] + 1} of {self.source.name}"
 
-            yield window, self.embedder.prepare(texts, self.selection, where, self.truncate), replaced
+            yield window, self.embedder.prepare(texts, self.selection, where, self.how.truncate), replaced
 
     def _embed(
         self, window: Window, items: list[Prepared], replaced: int, done: Done, progress: Progress | None

@@ -16,7 +16,8 @@ from support.fake_encoder import DIM, LAYERS, FakeEncoder, vectors
 
 import ctxfast
 from ctxfast._core import registry
-from ctxfast.embed import Embedder, open_encoder
+from ctxfast.embedding.embedder import Embedder
+from ctxfast.embedding.open_model import open_encoder
 
 WORDS = [line.split() for line in ("the cat sat on the mat", "a", "", "one two three", "a a a a a a a a a a")]
 

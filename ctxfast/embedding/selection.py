@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .models.bert.sentence_modules import POOLINGS, SentenceModel
+from ..models.bert.sentence_modules import POOLINGS, SentenceModel
 
 LEVELS = ("token", "sentence")
 UNITS = ("text", "words", "pairs")

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from ctxfast.cli import main
-from ctxfast.embed import Embedder
+from ctxfast.embedding.embedder import Embedder
+from ctxfast.embedding.selection import select
 from ctxfast.models.bert.sentence_modules import POOLINGS
-from ctxfast.selection import select
 
 transformers = pytest.importorskip("transformers", reason="needs transformers, the peer")
 sentence_transformers = pytest.importorskip("sentence_transformers", reason="needs sentence-transformers, the peer")
@@ -379,12 +379,12 @@ def test_file_jobs_hold_to_the_configuration(plain: Path, tmp_path: Path, monkey
     """Pooling, weights of a Dense and prompts are part of what unfinished work belongs to."""
     from safetensors.numpy import load_file
 
-    from ctxfast import jobs
+    from ctxfast.embedding import job
 
     folder = _write_old(tmp_path / "model", plain)
     source, output = tmp_path / "in.txt", tmp_path / "out.safetensors"
     source.write_text("".join(f"{text}\n" for text in ("the bank", "a river", "money", "people")))
-    whole = jobs._Job._embed
+    whole = job._Job._embed
 
     def stops(job, *args):
         if job.shards:
@@ -394,10 +394,10 @@ def test_file_jobs_hold_to_the_configuration(plain: Path, tmp_path: Path, monkey
     def run(**options):
         return Embedder(folder, device="cpu").embed_file(source, output, level="sentence", window=2, **options)
 
-    monkeypatch.setattr(jobs._Job, "_embed", stops)
+    monkeypatch.setattr(job._Job, "_embed", stops)
     with pytest.raises(KeyboardInterrupt):
         run()
-    monkeypatch.setattr(jobs._Job, "_embed", whole)
+    monkeypatch.setattr(job._Job, "_embed", whole)
     for options, named in (
         ({"pooling": "mean"}, r"options\.(dim|pooling|has_steps) was"),
         ({"normalize": False}, "options.normalize was True"),

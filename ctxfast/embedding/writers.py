@@ -22,8 +22,8 @@ import h5py
 import numpy as np
 from h5py import h5d, h5p, h5s, h5t
 
-from ._core.files import create
-from ._core.hdf5 import new_hdf5
+from .._core.files import create
+from .._core.hdf5 import new_hdf5
 from .shards import Item, Shard
 
 FORMATS = ("hdf5", "safetensors", "npz", "jsonl", "parquet", "extract-features")

@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .models.bert.modeling import Bert
-from .models.bert.sentence_modules import SentenceModel
-from .models.bert.tokenization import BertTokenizer, Encoding
-from .models.elmo.bilm import ElmoBiLm
-from .models.elmo.tokenization import batch_to_ids
+from ..models.bert.modeling import Bert
+from ..models.bert.sentence_modules import SentenceModel
+from ..models.bert.tokenization import BertTokenizer, Encoding
+from ..models.elmo.bilm import ElmoBiLm
+from ..models.elmo.tokenization import batch_to_ids
 from .selection import Selection
 
 # How Google's feature extraction writes a pair of texts on one line.
@@ -52,7 +52,7 @@ class Prepared:
     cut: int = 0
 
 
-class Encoder(Protocol):
+class TextEncoder(Protocol):
     """What ``Embedder`` needs of a model.
 
     Attributes:
@@ -186,7 +186,7 @@ def _too_long(where: str, tokens: int, limit: int) -> ValueError:
 
 
 class BertEncoder:
-    """A BERT-family model behind the face of ``Encoder``.
+    """A BERT-family model behind the face of ``TextEncoder``.
 
     Args:
         model: in eval mode, on its device.
@@ -366,7 +366,7 @@ class BertEncoder:
 
 
 class ElmoEncoder:
-    """An ELMo language model behind the face of ``Encoder``.
+    """An ELMo language model behind the face of ``TextEncoder``.
 
     Args:
         model: in eval mode, on its device.

@@ -22,8 +22,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from ._core.files import create, locked, naming, remove
-from ._core.reading import read_json, reading
+from .._core.files import create, locked, naming, remove
+from .._core.reading import read_json, reading
 
 _WHO = "ctxfast.embed"
 _OURS = re.compile(r"\d{8}\.(values|index)|manifest\.json|finished\.json|output|input(\.new)?|lock")
