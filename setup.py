@@ -52,7 +52,7 @@ class BuildExtension(build_ext):
 def main() -> None:
     extensions = []
     if sys.platform == "linux":
-        every = [str(path.relative_to(ROOT)) for path in csrc.sources("*/*.c*")]
+        every = [str(path.relative_to(ROOT)) for path in csrc.sources("*/*.cpp") + csrc.sources("*/*.cu")]
         extensions = [Extension("ctxfast._C", sources=every)]
     else:
         print(f"ctxfast: no compiled extension on {sys.platform}: it is built on Linux only.")

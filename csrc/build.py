@@ -14,7 +14,8 @@ A source's name says how it is compiled:
     <op>/*.isa.cpp         CPU, once for each instruction set of its line "// sets: ...", with the flags of that set and
                            of its line "// flags: ..."; base/isa.h chooses among them when they run
     <op>/*.cu              CUDA; ``_sm90a`` at its end: for that architecture alone
-    <op>/bind_*.cpp        binding: the only sources, with base/module.cpp, that know Python
+    <op>/bind_*.cpp        binding: the only sources, with base/module.cpp, that know Python; bind_cuda*.cpp are
+                           compiled where the kernels that they bind are
     <op>/test_*.cpp, .cu   a test program, linked with the CPU's kernels or with the CUDA kernels of its folder
     emulator/*.cpp         CUDA kernels on the CPU, compiled as C++ against these headers
 
@@ -63,13 +64,13 @@ SETS = {
     "avx512bf16": (16, AVX512BF16),
     "amx": (16, (*AVX512BF16, "-mamx-tile", "-mamx-int8", "-mamx-bf16")),
 }
-# A CUDA source whose name ends so uses instructions only this architecture has.
+# A CUDA source whose name ends so, or the binding of one, uses instructions only this architecture has.
 ARCH_ONLY = {"_sm90a": "90a"}
 OPTIMIZED = ("-std=c++17", "-O3", "-DNDEBUG")
 CXX_FLAGS = (*OPTIMIZED, "-fPIC", "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra", "-ffp-contract=fast")
 NVCC_FLAGS = (*OPTIMIZED, "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden")
 EMULATED_FLAGS = ("-x", "c++", "-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra",
-                  "-Wno-unknown-pragmas", "-DCTXFAST_EMULATE", f"-I{CSRC / 'emulator'}")  # fmt: skip
+                  "-Wno-unknown-pragmas", "-DCTXFAST_EMULATE")  # fmt: skip
 
 
 class SettingError(Exception):
@@ -320,8 +321,11 @@ class Build:
         return objects
 
     def cuda_kernels(self, where: str = "*") -> list[str]:
-        chosen = [path for path in sources(f"{where}/*.cu") if arch_only(path) in (None, *self.cuda.archs)]
-        return [self._cuda_object(path) for path in chosen]
+        return [self._cuda_object(path) for path in self._compiled(sources(f"{where}/*.cu"))]
+
+    def _compiled(self, cuda_sources: Iterable[Path]) -> list[Path]:
+        """Those that are for an architecture of this build."""
+        return [path for path in cuda_sources if arch_only(path) in (None, *self.cuda.archs)]
 
     def _cuda_object(self, source: Path) -> str:
         return self.object(source, [*self._nvcc(), *NVCC_FLAGS, *self.cuda.flags, *gencode(self.cuda.archs, source)])
@@ -340,8 +344,10 @@ class Build:
         self.folder.mkdir(parents=True, exist_ok=True)
         write_if_changed(self.folder / "ctxfast_build_info.h", build_info_header(version, self.compiler, self.cuda))
         flags = [*CXX_FLAGS, *_python_flags(), f"-I{self.folder}"]
-        objects = [self.object(path, [*self.cxx, *flags]) for path in sources("*/*.cpp") if knows_python(path)]
-        objects += self.cpu_kernels()
+        bindings = [CSRC / "base" / "module.cpp", *sources("*/bind_cpu.cpp")]
+        if self.cuda.nvcc:
+            bindings += self._compiled(sources("*/bind_cuda*.cpp"))
+        objects = [self.object(path, [*self.cxx, *flags]) for path in bindings] + self.cpu_kernels()
         if not self.cuda.nvcc:
             command = [*self.cxx, "-shared", "-pthread", "-Wl,--exclude-libs,ALL"]
             return self.link(name, command, objects, ["-ldl"])
@@ -367,10 +373,9 @@ class Build:
     def cuda_tests(self) -> list[str]:
         command = [*self._nvcc(), "-cudart=static", *self.cuda.link_flags]
         programs = []
-        for path in sorted(CSRC.glob("*/test_*.cu")):
-            if arch_only(path) in (None, *self.cuda.archs):
-                objects = [self._cuda_object(path), *self.cuda_kernels(path.parent.name)]
-                programs.append(self.link(_program(path), command, objects))
+        for path in self._compiled(sorted(CSRC.glob("*/test_*.cu"))):
+            objects = [self._cuda_object(path), *self.cuda_kernels(path.parent.name)]
+            programs.append(self.link(_program(path), command, objects))
         return programs
 
     def emulated_tests(self) -> list[str]:
@@ -417,7 +422,6 @@ def build_info_header(version: str, compiler: str, cuda: Cuda) -> str:
             ("VERSION", quoted(version)),
             ("COMPILER", quoted(compiler)),
             ("WITH_CUDA", int(cuda.nvcc is not None)),
-            ("SM90A", int("90a" in cuda.archs)),
             ("CUDA_VERSION", quoted(cuda.version)),
             ("CUDA_ARCHS", quoted(";".join(listed))),
             ("CUDA_REASON", quoted(cuda.reason)),

@@ -7,8 +7,8 @@ from importlib import import_module, metadata
 from typing import Any
 
 from . import functional
-from ._core.capability import show_config
 from ._core.registry import use_impl
+from ._core.report import show_config
 from .functional import *  # noqa: F403
 from .ops.shared.weight_cache import forget_packed
 
@@ -19,8 +19,8 @@ except metadata.PackageNotFoundError:  # a source tree that was never installed
 
 # Loaded on first use, so that `import ctxfast` stays quick and needs no tokenizer or HDF5 library.
 _LAZY = {
-    "Embedder": "ctxfast.embed",
-    "embed_dataset": "ctxfast.ray_data",
+    "Embedder": "ctxfast.embedding.embedder",
+    "embed_dataset": "ctxfast.embedding.ray_data",
     "Elmo": "ctxfast.models.elmo.modeling",
     "ElmoEmbedder": "ctxfast.models.elmo.embedder",
     "register_attention": "ctxfast.swap.attention_interface",
@@ -37,7 +37,7 @@ _LAZY = {
     "BertForSequenceClassification": "ctxfast.models.bert.heads",
     "BertForTokenClassification": "ctxfast.models.bert.heads",
 }
-_LAZY_MODULES = ("nn", "models", "embed", "packing")
+_LAZY_MODULES = ("nn", "models", "packing")
 
 __all__ = ["forget_packed", "functional", "show_config", "use_impl"]
 __all__ += functional.__all__

@@ -16,7 +16,9 @@ from support import stopping
 from support.fake_encoder import FakeEncoder
 
 import ctxfast
-from ctxfast import cli, embed
+from ctxfast import cli
+from ctxfast.commands import bench, embed as embed_command
+from ctxfast.embedding import batch_encoder, embedder
 from ctxfast.models.bert.config import BertConfig
 from ctxfast.models.bert.modeling import Bert
 
@@ -52,7 +54,7 @@ def source(tmp_path) -> Path:
 def fake(monkeypatch) -> FakeEncoder:
     """Every model is a fake one."""
     encoder = FakeEncoder()
-    monkeypatch.setattr(embed, "open_encoder", lambda *args, **options: encoder)
+    monkeypatch.setattr(batch_encoder, "open_encoder", lambda *args, **options: encoder)
     return encoder
 
 
@@ -103,7 +105,7 @@ def test_options_arrive(source, tmp_path, monkeypatch, fake, words, expected):
         got.update(options, input=input, output=output)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(embed.Embedder, "embed_file", embed_file)
+    monkeypatch.setattr(embedder.Embedder, "embed_file", embed_file)
     assert run("embed", source, "-m", "m", "-o", tmp_path / "o.hdf5", *words) == 130
     assert {name: got[name] for name in expected} == expected
     assert (got["input"], got["output"]) == (str(source), str(tmp_path / "o.hdf5"))
@@ -116,7 +118,7 @@ def test_options_of_the_model_arrive(source, tmp_path, monkeypatch):
         got.update(options, model=model, device=device.type, dtype=dtype)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(embed, "open_encoder", open_encoder)
+    monkeypatch.setattr(batch_encoder, "open_encoder", open_encoder)
     words = "--options-file o --weight-file w --state carry --device cpu --dtype float16".split()
     assert run("embed", source, "-o", tmp_path / "o.npz", *words) == 130
     wanted = dict(model=None, device="cpu", dtype="float16", state="carry", options_file="o", weight_file="w")
@@ -219,8 +221,8 @@ def test_interrupted(source, tmp_path, fake, capsys):
 
 def test_progress_lines(capsys, monkeypatch):
     now = [1000.0]
-    monkeypatch.setattr(cli.time, "monotonic", lambda: now[0])
-    show = cli._Lines()
+    monkeypatch.setattr(embed_command.time, "monotonic", lambda: now[0])
+    show = embed_command._Lines()
     for step in range(5):
         show(50_000 + 1000 * step, 10 * step, 0.5 + 0.1 * step)
         now[0] += 10
@@ -233,7 +235,7 @@ def test_progress_lines(capsys, monkeypatch):
 
 
 def test_progress_bar(capsys):
-    bar = cli._Bar()
+    bar = embed_command._Bar()
     for step in range(5):
         bar(1000 * step, 10 * step, 0.2 * step)
     bar.close()
@@ -261,12 +263,12 @@ def test_version(capsys):
 
 def test_bench(monkeypatch, capsys, tmp_path):
     calls = []
-    monkeypatch.setattr(cli.subprocess, "call", lambda command, cwd: calls.append((command, cwd)) or 3)
+    monkeypatch.setattr(bench.subprocess, "call", lambda command, cwd: calls.append((command, cwd)) or 3)
     assert run("bench", "--set", "small", "-k", "lstm") == 3
     (command, folder), *_ = calls
     assert command[1:] == ["-m", "benchmarks", "--set", "small", "-k", "lstm"]
     assert (folder / "benchmarks").is_dir()
-    monkeypatch.setattr(cli, "__file__", str(tmp_path / "ctxfast" / "cli.py"))
+    monkeypatch.setattr(bench, "__file__", str(tmp_path / "ctxfast" / "commands" / "bench.py"))
     assert run("bench") == 2
     assert "not of an installed package" in capsys.readouterr().err
 

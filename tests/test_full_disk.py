@@ -16,7 +16,7 @@ import torch
 from support.fake_encoder import FakeEncoder
 
 from ctxfast._core.files import replacing_folder
-from ctxfast.embed import Embedder
+from ctxfast.embedding.embedder import Embedder
 from ctxfast.training.bert_corpus import _Shard
 from ctxfast.training.bert_instances import Pair
 from ctxfast.training.bilm_corpus import BiLmCorpus

@@ -66,8 +66,8 @@ Status check(const CharCnnParams& p, bool is_forward) {
     return invalid(kOp, "characters times size", std::to_string(p.characters) + " times " + std::to_string(p.size),
                    "at most " + std::to_string(kCharCnnMaxWord));
   }
-  if (p.type != DType::kFloat32 && p.type != DType::kBFloat16) {
-    return invalid(kOp, "type", "another", "float32 or bfloat16");
+  if (p.io_dtype != DType::kFloat32 && p.io_dtype != DType::kBFloat16) {
+    return invalid(kOp, "io_dtype", kDTypeNames[static_cast<int>(p.io_dtype)], "float32 or bfloat16");
   }
   if (p.threads < 1) return invalid(kOp, "threads", std::to_string(p.threads), "1 or more");
   if (p.widths < 1 || !p.filters) return invalid(kOp, "widths", std::to_string(p.widths), "1 or more, with filters");

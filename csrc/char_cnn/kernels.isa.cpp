@@ -42,7 +42,7 @@ inline Word gather(const CharCnnJob& job, int64_t word, float* to) {
   while (tail > 0 && id_at(p, first + tail - 1) == last) --tail;
   const int64_t reached = less(p.characters, tail + job.widest);
   for (int64_t i = 0; i < reached; ++i) {
-    if (p.type == DType::kBFloat16) {
+    if (p.io_dtype == DType::kBFloat16) {
       gather_row<true>(p, id_at(p, first + i), to + i * p.size);
     } else {
       gather_row<false>(p, id_at(p, first + i), to + i * p.size);
@@ -171,7 +171,7 @@ void panels_of_words(const CharCnnJob& job, int64_t from, int64_t to, int64_t fi
 }
 
 void forward(const CharCnnJob& job, int64_t from, int64_t to, int64_t first, int64_t last) {
-  const bool is_half = job.params->type == DType::kBFloat16;
+  const bool is_half = job.params->io_dtype == DType::kBFloat16;
   const auto run = job.params->at ? (is_half ? panels_of_words<true, true> : panels_of_words<false, true>)
                                   : (is_half ? panels_of_words<true, false> : panels_of_words<false, false>);
   run(job, from, to, first, last);

@@ -38,8 +38,8 @@ Status check_ids(const void* given, int64_t rows, int64_t count) {
 Status check(const LayerNormParams& p) {
   if (p.rows < 0) return invalid(kOp, "rows", std::to_string(p.rows), "0 or more");
   if (p.size < 1 || p.size > kLayerNormMaxSize) return invalid(kOp, "size", std::to_string(p.size), "1..8192");
-  if (p.type != DType::kFloat32 && p.type != DType::kBFloat16) {
-    return invalid(kOp, "type", "another", "float32 or bfloat16");
+  if (p.io_dtype != DType::kFloat32 && p.io_dtype != DType::kBFloat16) {
+    return invalid(kOp, "io_dtype", kDTypeNames[static_cast<int>(p.io_dtype)], "float32 or bfloat16");
   }
   if (p.sources < 1 || p.sources > kLayerNormSources) {
     return invalid(kOp, "sources", std::to_string(p.sources), "1..4");

@@ -60,7 +60,7 @@ void row(const LayerNormParams& p, int64_t i, float* sum) {
 void rows(const LayerNormParams& p, int64_t from, int64_t to) {
   alignas(64) float sum[kLayerNormMaxSize + kLanes];
   for (int64_t i = from; i < to; ++i) {
-    if (p.type == DType::kBFloat16) {
+    if (p.io_dtype == DType::kBFloat16) {
       row<true>(p, i, sum);
     } else {
       row<false>(p, i, sum);

@@ -43,10 +43,11 @@ Status check(const LinearActParams& p) {
   if (p.in < 1) return invalid(kOp, "in", std::to_string(p.in), "1 or more");
   if (p.out < 0) return size("out", p.out);
   if (p.threads < 1) return invalid(kOp, "threads", std::to_string(p.threads), "1 or more");
-  if (p.type != DType::kFloat32 && p.type != DType::kBFloat16)
-    return invalid(kOp, "type", "another", "float32 or bfloat16");
-  if (p.held != DType::kInt8 && p.held != p.type) return invalid(kOp, "held", "another", "int8, or the type of x");
-  if (p.held == DType::kInt8 && p.in > 65536) {
+  if (p.io_dtype != DType::kFloat32 && p.io_dtype != DType::kBFloat16)
+    return invalid(kOp, "io_dtype", kDTypeNames[static_cast<int>(p.io_dtype)], "float32 or bfloat16");
+  if (p.weight_dtype != DType::kInt8 && p.weight_dtype != p.io_dtype)
+    return invalid(kOp, "weight_dtype", kDTypeNames[static_cast<int>(p.weight_dtype)], "int8, or the io_dtype");
+  if (p.weight_dtype == DType::kInt8 && p.in > 65536) {
     return invalid(kOp, "in", std::to_string(p.in), "at most 65536, the terms an int8 sum holds");
   }
   if (p.stride_x < p.in && p.rows > 1) return invalid(kOp, "stride_x", std::to_string(p.stride_x), "at least in");
@@ -55,7 +56,7 @@ Status check(const LinearActParams& p) {
     const char* name;
     const void* address;
   } needed[] = {{"x", p.x}, {"packed", p.packed}, {"y", p.y}, {"scales", p.scales}, {"sums", p.sums}};
-  for (int i = 0; i < (p.held == DType::kInt8 ? 5 : 3); ++i) {
+  for (int i = 0; i < (p.weight_dtype == DType::kInt8 ? 5 : 3); ++i) {
     if (!needed[i].address) return invalid(kOp, needed[i].name, "null", "an address");
   }
   if (reinterpret_cast<uintptr_t>(p.packed) % 64)
@@ -85,8 +86,8 @@ int64_t linear_act_scratch_bytes(int64_t rows, int64_t in, DType held) {
 LinearActJob linear_act_job(const LinearActParams& p, char* scratch, void* barrier) {
   LinearActJob job = {};
   job.rows = p.rows, job.in = p.in, job.out = p.out;
-  job.tiles = tiles_of(p.in, p.held), job.chunk = chunk_of(p.in, p.held);
-  job.is_half = p.type == DType::kBFloat16;
+  job.tiles = tiles_of(p.in, p.weight_dtype), job.chunk = chunk_of(p.in, p.weight_dtype);
+  job.is_half = p.io_dtype == DType::kBFloat16;
   job.activation = static_cast<int>(p.activation);
   job.x = p.x, job.stride_x = p.stride_x;
   job.packed = static_cast<const uint32_t*>(p.packed);
@@ -102,11 +103,11 @@ Status linear_act_forward(const LinearActParams& p) {
   const Status checked = check(p);
   if (!checked.ok() || p.rows == 0 || p.out == 0) return checked;
   SpinBarrier barrier;
-  const int64_t bytes = linear_act_scratch_bytes(p.rows, p.in, p.held);
+  const int64_t bytes = linear_act_scratch_bytes(p.rows, p.in, p.weight_dtype);
   char* const scratch = static_cast<char*>(workspace(static_cast<size_t>(bytes)));
   if (!scratch) return runtime_error(kOp, "no memory for a workspace of " + std::to_string(bytes) + " bytes.");
-  Call call = {linear_act_kernel_for(p.held, p.isa), linear_act_job(p, scratch, &barrier)};
-  const int64_t work = p.rows * p.in * p.out / terms_of_word(p.held);
+  Call call = {linear_act_kernel_for(p.weight_dtype, p.isa), linear_act_job(p, scratch, &barrier)};
+  const int64_t work = p.rows * p.in * p.out / terms_of_word(p.weight_dtype);
   const int64_t threads = std::min(p.threads, std::max<int64_t>(1, work / kWorkOfThread));
   if (!run_parallel(threads, run, &call)) return runtime_error(kOp, "no thread could be started.");
   return {};

@@ -35,9 +35,7 @@ struct LstmJob {
   int64_t batch, steps, hidden, proj_size;
   bool has_projection, reverse;
   float cell_clip, proj_clip;  // 0: off
-  // caller's arrays of this direction: gates or, where there is a chunk, x, from which they are made
-  const float* gates;
-  int64_t gates_batch, gates_time;
+  // caller's arrays of this direction
   const float* x;
   int64_t input, x_batch, x_time;
   const void* weight_input;
@@ -62,7 +60,7 @@ struct LstmJob {
   float* partial;  // (blocks of hidden * proj panels, batch, 64); null: each thread sums its panels whole
   float* scratch;  // (threads, batch or kLstmInputRows if that is more, 64)
   // gates made from x: (gate panels, chunk_rows, 64), and those rows of x as words
-  float* chunk;       // null: from gates
+  float* chunk;
   uint32_t* x_words;  // (chunk_rows and kLstmInputRows more, ld_x_words)
   float* x_scale;
   int64_t chunk_rows, chunk_steps, ld_x_words;

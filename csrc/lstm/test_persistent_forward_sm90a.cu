@@ -47,6 +47,7 @@ void test(Report* report, const char* dtype_name, DType dtype, double eps, const
   report->that(what + " " + plan.refusal, plan.refusal.empty());
   if (!plan.refusal.empty()) return;
   LstmPersistentForwardParams p;
+  p.device = facts;
   p.batch = B, p.steps = steps, p.hidden = H, p.size = P, p.directions = R, p.has_proj = z.projected;
   p.dtype = dtype, p.cell_clip = z.cell_clip, p.proj_clip = z.proj_clip;
 
@@ -89,7 +90,7 @@ void test(Report* report, const char* dtype_name, DType dtype, double eps, const
     output.fill(0xEE), h_n.fill(0xEE), c_n.fill(0xEE);
     if (schedule != 1) cells.fill(0xEE);
     workspace.fill(0xEE);
-    const Status status = lstm_persistent_forward(p, facts, nullptr);
+    const Status status = lstm_persistent_forward(p, nullptr);
     report->that(what + " schedule " + std::to_string(schedule) + " " + status.message, status.ok());
     if (!status.ok()) return;
     must(cudaDeviceSynchronize());
@@ -157,6 +158,7 @@ void test_nan(Report* report, DType dtype, const Sizes& z) {
   const Device<float> c_n(z.B * H);
   const Device<unsigned char> workspace(plan.workspace_bytes);
   LstmPersistentForwardParams p;
+  p.device = facts;
   p.batch = z.B, p.steps = z.T, p.hidden = H, p.size = P, p.directions = 1, p.has_proj = z.projected, p.dtype = dtype;
   p.gates[0] = device_gates.data, p.gates_strides[0][0] = z.T * H * 4, p.gates_strides[0][1] = H * 4;
   p.weight_hh[0] = device_hh.data, p.weight_hh_stride[0] = P;
@@ -167,7 +169,7 @@ void test_nan(Report* report, DType dtype, const Sizes& z) {
   std::vector<float> found[2];
   for (int poisoned = 0; poisoned < 2; ++poisoned) {
     if (poisoned) must(cudaMemset(device_h_0.data, 0xFF, P * sizeof(T)));
-    const Status status = lstm_persistent_forward(p, facts, nullptr);
+    const Status status = lstm_persistent_forward(p, nullptr);
     report->that(what + " " + status.message, status.ok());
     if (!status.ok()) return;
     must(cudaDeviceSynchronize());

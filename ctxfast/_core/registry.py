@@ -35,6 +35,13 @@ from . import capability, fast_call, torch_ops
 
 HALF_AND_FLOAT = (torch.float32, torch.float16, torch.bfloat16)
 CEILING = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}
+# What an implementation has run on -> what is said of it where it stands.
+PROVEN = {
+    "cpu": "",
+    "emulator": "run on the emulator alone, on no GPU",
+    "interpreter": "run in Triton's interpreter alone, on no GPU",
+    None: "not run",
+}
 IMPL_NAMES = ("reference", "cpu", "triton", "cuda", "cuda_step")
 
 P, R = ParamSpec("P"), TypeVar("R")
@@ -69,13 +76,18 @@ class Impl:
     returns None or the sentence why not, looking at shapes, dtypes, devices and flags only; and ``raw_calls(args)``,
     which lists ``(operator, arguments)`` of the registered operators behind a call, for torch.library.opcheck. It may
     hold ``remark(args)``: what a call that it takes costs more than a like one, as a sentence, or None.
-    ``device`` is the device type it runs on.
+    ``device`` is the device type it runs on; ``proven`` says on what it has run: a key of ``PROVEN``, or a GPU and the
+    date.
     """
 
     name: str
     device: str
-    note: str = ""
+    note: str
+    proven: str | None
     bitwise_repeatable: bool = True
+
+    def __str__(self) -> str:
+        return self.name if self.device in (self.proven, "any") else f"{self.name} ({self.proven})"
 
 
 def _load(path: str) -> bool:
@@ -145,7 +157,8 @@ class OpSpec:
         if implementation.name == "reference":
             return implementation.note
         remark = getattr(self.module(implementation.name), "remark", lambda args: None)(args)
-        return implementation.note if remark is None else f"{implementation.note}; {remark}"
+        proven = PROVEN.get(implementation.proven, f"run on {implementation.proven}")
+        return "; ".join(filter(None, (implementation.note, proven, remark)))
 
     def function(self, implementation: Impl) -> Callable[..., Any]:
         """The function that runs this implementation."""
@@ -163,7 +176,7 @@ class OpSpec:
         return self.module("cases").CASES
 
 
-REFERENCE = Impl("reference", "any", note="plain PyTorch, the definition")
+REFERENCE = Impl("reference", "any", note="plain PyTorch, the definition", proven="cpu")
 
 OPS: dict[str, OpSpec] = {}
 

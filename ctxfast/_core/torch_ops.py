@@ -12,6 +12,8 @@ that are to be differentiated again (``needs_definition``, ``definition_gradient
 
 from __future__ import annotations
 
+import inspect
+import typing
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -30,7 +32,7 @@ _PLAIN = (Tensor, torch.nn.Parameter, type(None))
 
 
 def allocate(size: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """An uninitialised contiguous tensor. Launchers and fake kernels both allocate here, so they cannot drift."""
+    """An uninitialised contiguous tensor."""
     return torch.empty(tuple(size), dtype=like.dtype if dtype is None else dtype, device=like.device)
 
 
@@ -155,12 +157,34 @@ def definition_gradients(
     return [next(found) if wants else None for wants in wanted]
 
 
-def define(name: str, schema: str, kernel: Callable[..., Any], fake: Callable[..., Any], device: str) -> Any:
-    """Register ``ctxfast::<name><schema>`` for one dispatch key ("CPU" or "CUDA") and return the callable operator.
+# Annotations of kernels -> types of an operator's schema.
+_KINDS = {
+    Tensor: "Tensor", Tensor | None: "Tensor?", Sequence[Tensor]: "Tensor[]", Sequence[Tensor | None]: "Tensor?[]",
+    list[Tensor]: "Tensor[]", int: "SymInt", float: "float", bool: "bool", str: "str",
+}  # fmt: skip
+
+
+def _schema(signature: inspect.Signature) -> str:
+    """Of a kernel that changes none of its arguments. (torch.library.infer_schema reads other annotations in each
+    version of torch: those that are strings are looked up elsewhere, list[Tensor] is known or not.)"""
+    given = [f"{_KINDS[parameter.annotation]} {name}" for name, parameter in signature.parameters.items()]
+    made = signature.return_annotation
+    kinds = [_KINDS[each] for each in (typing.get_args(made) if typing.get_origin(made) is tuple else [made])]
+    return f"({', '.join(given)}) -> {kinds[0] if len(kinds) == 1 else '(' + ', '.join(kinds) + ')'}"
+
+
+def define(name: str, kernel: Callable[..., Any], outputs: Callable[..., Any], device: str) -> Any:
+    """Register ``ctxfast::<name>`` for one dispatch key ("CPU" or "CUDA") and return the callable operator.
+
+    ``outputs`` takes those of the kernel's parameters that it names and returns, uninitialised, what the kernel
+    returns: the kernel allocates by it, and compilers take the outputs' shapes from it (a fake kernel, in torch's
+    words). The schema is that of the kernel's annotations.
 
     The operator is not differentiable and says so: called with an input that requires a gradient while autograd
     records, it refuses instead of returning a result that silently breaks the chain.
     """
+    signature = inspect.signature(kernel, eval_str=True)
+    at = [list(signature.parameters).index(each) for each in inspect.signature(outputs).parameters]
 
     def run(*args: Any) -> Any:
         if torch.is_grad_enabled():
@@ -172,7 +196,7 @@ def define(name: str, schema: str, kernel: Callable[..., Any], fake: Callable[..
                 )
         return kernel(*args)
 
-    _LIBRARY.define(name + schema, tags=_TAGS)
+    _LIBRARY.define(name + _schema(signature), tags=_TAGS)
     _LIBRARY.impl(name, run, device)
-    torch.library.register_fake(f"ctxfast::{name}", fake, lib=_LIBRARY)
+    torch.library.register_fake(f"ctxfast::{name}", lambda *args: outputs(*[args[i] for i in at]), lib=_LIBRARY)
     return getattr(torch.ops.ctxfast, name).default

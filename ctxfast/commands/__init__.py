@@ -1,17 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Commands of ``ctxfast`` that train or convert: a module each, with ``add(commands)`` for its arguments.
+"""Commands of ``ctxfast``: a module each, with ``add(commands)`` for its arguments.
 
 Modules import nothing heavy at the top: every start of ``ctxfast`` imports them.
 """
 
 from types import ModuleType
 
-from . import convert, finetune, pretrain_bert, pretrain_elmo, probe
+from . import bench, convert, embed, finetune, info, pretrain_bert, pretrain_elmo, probe
 
+# In the order of the help; the first of two words is a group of ``GROUPS``.
 COMMANDS: dict[str, ModuleType] = {
-    "convert": convert,
-    "finetune": finetune,
+    "embed": embed,
     "pretrain bert": pretrain_bert,
     "pretrain elmo": pretrain_elmo,
+    "convert": convert,
+    "finetune": finetune,
     "probe": probe,
+    "info": info,
+    "bench": bench,
 }
+GROUPS = {"pretrain": "train a language model from text"}

@@ -131,7 +131,7 @@ def tokenizer_files(value: str, who: str, option: str) -> list[Path]:
 
 def digests(args: argparse.Namespace, *names: str) -> dict[str, dict[str, str]]:
     """SHA-256 of the files that arguments name. A run's settings hold them, so that it never goes on with others."""
-    from ..corpus import digest
+    from .._core.digests import digest
 
     found = {}
     for name in names:

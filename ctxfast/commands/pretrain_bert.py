@@ -104,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.prepare_only:
         loop_options.check(args, _WHO)
     _check(args)
-    from ..corpus import digest
+    from .._core.digests import digest
     from ..training.bert_corpus import BertCorpus, Recipe
     from ..training.bert_instances import PairOptions
     from ..training.bert_pretraining import BertPretraining, sized_config

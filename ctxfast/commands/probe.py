@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     train, dev = read_conll(args.train, **columns)[: args.sentences], read_conll(args.dev, **columns)
     if args.unseen == "error":
         check_tags(args.dev, dev, tag_names(train))
-    from ..embed import Embedder
+    from ..embedding.embedder import Embedder
     from ..training.tasks.predictor import write_text
 
     embedder = Embedder(args.model, device=args.device, impl=args.impl, dtype="float16")

@@ -3,7 +3,7 @@
 
 A forward pass of an encoder is about a hundred small launches; at few tokens the GPU waits for Python between them. A
 graph replays them all at once. Sizes are rounded up to buckets; the tokens that fill a bucket up form sequences of
-their own at the end, so no real token sees them. Not yet run on a GPU.
+their own at the end, so no real token sees them.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from .._core import capability, registry, torch_ops
 
 Function = Callable[[Sequence["Tensor | None"], Tensor, int], Sequence[Tensor]]
+PROVEN = None  # what graphs have been captured and replayed on: as an implementation's (``_core.registry.Impl``)
 _SEQLENS = (16, 32, 64, 128, 256, 512)
 
 

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from .._core.digests import fingerprint
 from .._core.files import clear_left, replacing, replacing_folder
-from ..corpus import fingerprint
 from ..models.bert.tokenization import BertTokenizer, Encoding
 from . import bert_instances, bert_pairs, knowledge_masking
 from .bert_instances import Document, Instance, Pair, PairOptions, Vocabulary

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._core.files import replacing
-from ..embed import Embedder
+from ..embedding.embedder import Embedder
 from ..nn import ScalarMix
 from . import metrics
 from .batches import Batches

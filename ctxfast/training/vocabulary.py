@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .._core.digests import fingerprint
 from .._core.files import replacing_folder
-from ..corpus import fingerprint
 from ..models.bert.tokenization import BertTokenizer
 from .prepared import read_note
 from .text import text_lines

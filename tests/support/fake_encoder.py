@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model without weights behind the face of ``Encoder``: the vector of a word is made of its letters.
+"""A model without weights behind the face of ``TextEncoder``: the vector of a word is made of its letters.
 
 Nothing here depends on the batch, so that what ``Embedder``, the file jobs and the writers do can be checked exactly.
 With ``carries`` a text's vectors also hold the number of texts its row of the batch has seen.
@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ctxfast.encoders import Prepared, Where
-from ctxfast.selection import Selection
+from ctxfast.embedding.encoders import Prepared, Where
+from ctxfast.embedding.selection import Selection
 
 DIM, LAYERS = 5, 3
 

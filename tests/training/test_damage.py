@@ -17,7 +17,7 @@ from support.fake_encoder import FakeEncoder
 from support.tiny_models import classified, questions, tagged
 from test_loop import Line, config
 
-from ctxfast.embed import Embedder
+from ctxfast.embedding.embedder import Embedder
 from ctxfast.training.loop import train
 from ctxfast.training.readers.conll import read_conll
 from ctxfast.training.readers.squad import read_squad

@@ -11,7 +11,7 @@ import pytest
 from support.tiny_models import tagged, tiny_bert, tiny_elmo
 
 from ctxfast.cli import main
-from ctxfast.embed import Embedder
+from ctxfast.embedding.embedder import Embedder
 from ctxfast.training import probe as probe_module
 from ctxfast.training.probe import probe
 from ctxfast.training.readers.conll import Sentence

@@ -10,7 +10,7 @@ import pytest
 import torch
 from support.tiny_models import labels_of, tiny_bert, tiny_roberta
 
-from ctxfast.embed import Embedder
+from ctxfast.embedding.embedder import Embedder
 from ctxfast.models.bert.tokenization import BertTokenizer
 from ctxfast.models.lstm_heads import LstmClassifier, LstmSpanFinder, LstmTagger
 from ctxfast.nn.crf import Crf, bio_rules

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from ctxfast import cli
-from ctxfast.corpus import MAX_LINE_BYTES, Corpus
+from ctxfast._core.text_files import MAX_LINE_BYTES
+from ctxfast.embedding.lines import Corpus
 from ctxfast.training.readers.lines import read_text
 from ctxfast.training.text import text_lines
 
@@ -151,7 +152,7 @@ def test_an_archive_that_asks_for_too_much_memory(tmp_path: Path) -> None:
 def test_a_small_file_that_unpacks_to_a_large_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
 ) -> None:
-    monkeypatch.setattr("ctxfast.corpus._SURE_BYTES", 1 << 16)
+    monkeypatch.setattr("ctxfast._core.text_files._SURE_BYTES", 1 << 16)
     (path := tmp_path / f"a.tsv{suffix}").write_bytes(PACK[suffix](b"a good film\tpositive\n" * 200_000))
     with pytest.raises(ValueError, match=rf"a.tsv{suffix}: is packed to less than a 50th: more than .* Unpack it"):
         read_text(path)
@@ -165,6 +166,6 @@ def test_what_is_read_whole_has_bounds(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(ValueError, match="a.tsv, line 2: has more than 1000 bytes; expected lines"):
         read_text(path)
     read_text(path, has_lines=False)
-    monkeypatch.setattr("ctxfast.corpus.MAX_WHOLE_BYTES", 2000)
+    monkeypatch.setattr("ctxfast._core.text_files.MAX_WHOLE_BYTES", 2000)
     with pytest.raises(ValueError, match="a.tsv: is large: more than"):
         read_text(path, has_lines=False)

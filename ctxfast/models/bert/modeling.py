@@ -249,7 +249,7 @@ class Bert(Pretrained):
     keeping its activations.
 
     On a GPU, calls without gradients go through CUDA graphs from the second call of a size on (sizes
-    are rounded up to buckets); ``cuda_graphs = False`` turns that off. Not yet run on a GPU.
+    are rounded up to buckets); ``cuda_graphs = False`` turns that off.
 
     Reference: Devlin et al. 2019; Liu et al. 2019 (RoBERTa); Sun et al. 2020 (ERNIE 2.0).
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``add_layer_norm`` in Triton: one pass over the rows, forward and backward. Not yet run on a GPU.
+"""``add_layer_norm`` in Triton: one pass over the rows, forward and backward.
 
 Kept for the backward: the inputs themselves, mean and 1 / deviation of every row in float32, and the seed of dropout,
 whose mask is drawn again. Statistics are taken in float32 in two passes over registers.
@@ -38,11 +38,18 @@ def backward_tile(size: int) -> dict[str, int]:
     return dict(BLOCK_N=block, ROWS=rows, num_warps=min(16, rows * block // 256))
 
 
+def _outputs(x: Tensor, save: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The result, and mean and 1 / deviation of every row, or empty."""
+    rows = x.numel() // x.shape[-1] if save else 0
+    mean, rstd = (torch_ops.allocate((rows,), x, torch.float32) for _ in range(2))
+    return torch_ops.allocate(x.shape, x), mean, rstd
+
+
 def _forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, x_bias: Tensor | None, eps: float,
     dropout_p: float, seeds: Tensor | None, save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    out, mean, rstd = _forward_fake(x, residual, weight, bias, x_bias, eps, dropout_p, seeds, save)
+    out, mean, rstd = _outputs(x, save)
     if x.numel() == 0:
         return out, mean, rstd
     size, x = x.shape[-1], triton_rows.rows(x)
@@ -59,21 +66,25 @@ def _forward(
     return out, mean, rstd
 
 
-def _forward_fake(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, x_bias: Tensor | None, eps: float,
-    dropout_p: float, seeds: Tensor | None, save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    rows = x.numel() // x.shape[-1] if save else 0
-    mean, rstd = (torch_ops.allocate((rows,), x, torch.float32) for _ in range(2))
-    return torch_ops.allocate(x.shape, x), mean, rstd
+def _gradients(
+    x: Tensor, weight: Tensor, x_bias: Tensor | None, seeds: Tensor | None, with_sums: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Of the sum that was normalised, of x (empty without dropout: the same), weight, bias and x_bias."""
+    size = x.shape[-1] if with_sums else 0
+    return (
+        torch_ops.allocate(x.shape, x),
+        torch_ops.allocate(x.shape if seeds is not None else (0,), x),
+        torch_ops.allocate((size,), weight),
+        torch_ops.allocate((size,), weight),
+        torch_ops.allocate((0 if x_bias is None else size,), weight),
+    )
 
 
 def _backward(
     grad: Tensor, x: Tensor, residual: Tensor | None, weight: Tensor, x_bias: Tensor | None, mean: Tensor,
     rstd: Tensor, dropout_p: float, seeds: Tensor | None, with_sums: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of the sum that was normalised, of x (empty without dropout: the same), weight, bias and x_bias."""
-    outputs = _backward_fake(grad, x, residual, weight, x_bias, mean, rstd, dropout_p, seeds, with_sums)
+    outputs = _gradients(x, weight, x_bias, seeds, with_sums)
     grad_sum, grad_x, *sums = outputs
     sums = [each for each in sums if each.numel()]
     if x.numel() == 0:
@@ -104,32 +115,8 @@ def _backward(
     return outputs
 
 
-def _backward_fake(
-    grad: Tensor, x: Tensor, residual: Tensor | None, weight: Tensor, x_bias: Tensor | None, mean: Tensor,
-    rstd: Tensor, dropout_p: float, seeds: Tensor | None, with_sums: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    size = x.shape[-1] if with_sums else 0
-    return (
-        torch_ops.allocate(x.shape, x),
-        torch_ops.allocate(x.shape if seeds is not None else (0,), x),
-        torch_ops.allocate((size,), weight),
-        torch_ops.allocate((size,), weight),
-        torch_ops.allocate((0 if x_bias is None else size,), weight),
-    )
-
-
-_fwd = torch_ops.define(
-    "add_layer_norm_triton_fwd",
-    "(Tensor x, Tensor? residual, Tensor weight, Tensor bias, Tensor? x_bias, float eps, float dropout_p, "
-    "Tensor? seeds, bool save) -> (Tensor, Tensor, Tensor)",
-    _forward, _forward_fake, triton_rows.DISPATCH,
-)  # fmt: skip
-_bwd = torch_ops.define(
-    "add_layer_norm_triton_bwd",
-    "(Tensor grad, Tensor x, Tensor? residual, Tensor weight, Tensor? x_bias, Tensor mean, Tensor rstd, "
-    "float dropout_p, Tensor? seeds, bool with_sums) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _backward, _backward_fake, triton_rows.DISPATCH,
-)  # fmt: skip
+_fwd = torch_ops.define("add_layer_norm_triton_fwd", _forward, _outputs, triton_rows.DISPATCH)
+_bwd = torch_ops.define("add_layer_norm_triton_bwd", _backward, _gradients, triton_rows.DISPATCH)
 
 
 class _AddLayerNorm(torch.autograd.Function):

@@ -36,7 +36,7 @@ def _arguments(
     cu_seqlens = cu_seqlens.contiguous()
     # The stride of a row that is alone may be anything.
     addresses = (
-        tokens, heads, head_dim, cu_seqlens.shape[0] - 1, qkv.dtype is torch.bfloat16, qkv.data_ptr(),
+        tokens, heads, head_dim, cu_seqlens.shape[0] - 1, capability.DTYPE_NAMES[qkv.dtype], qkv.data_ptr(),
         max(qkv.stride(0), width), 0 if bias is None else bias.data_ptr(), cu_seqlens.data_ptr(),
         cu_seqlens.dtype is torch.int64, scale, dropout_p, 0 if seeds is None else seeds.data_ptr(),
     )  # fmt: skip
@@ -45,6 +45,10 @@ def _arguments(
 
 def _wide(bias: Tensor | None) -> Tensor | None:
     return None if bias is None else bias.float()
+
+
+def _output(qkv: Tensor) -> Tensor:
+    return torch_ops.allocate((qkv.shape[0], qkv.shape[2], qkv.shape[3]), qkv)
 
 
 def _forward(
@@ -56,17 +60,14 @@ def _forward(
         return wide.to(qkv.dtype)
     tokens, _, heads, head_dim = qkv.shape
     addresses, _held = _arguments(qkv, cu_seqlens, bias, scale, dropout_p, seeds)
-    out = torch_ops.allocate((tokens, heads, head_dim), qkv)
+    out = _output(qkv)
     threads = torch.get_num_threads()
     capability.extension().attention_forward(*addresses, out.data_ptr(), heads * head_dim, threads)
     return out
 
 
-def _forward_fake(
-    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, bias: Tensor | None, scale: float, dropout_p: float,
-    seeds: Tensor | None,
-) -> Tensor:  # fmt: skip
-    return torch_ops.allocate((qkv.shape[0], qkv.shape[2], qkv.shape[3]), qkv)
+def _gradient(qkv: Tensor) -> Tensor:
+    return torch_ops.allocate(qkv.shape, qkv)
 
 
 def _backward(
@@ -81,25 +82,15 @@ def _backward(
     addresses, _held = _arguments(qkv, cu_seqlens, bias, scale, dropout_p, seeds)
     if grad.stride()[1:] != (head_dim, 1) or grad.stride(0) < width:
         grad = grad.contiguous()
-    out = torch_ops.allocate(qkv.shape, qkv)
+    out = _gradient(qkv)
     capability.extension().attention_backward(
         *addresses, grad.data_ptr(), max(grad.stride(0), width), out.data_ptr(), 3 * width, torch.get_num_threads()
     )
     return out
 
 
-def _backward_fake(
-    grad: Tensor, qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, bias: Tensor | None, scale: float,
-    dropout_p: float, seeds: Tensor | None,
-) -> Tensor:  # fmt: skip
-    return torch_ops.allocate(qkv.shape, qkv)
-
-
-_ARGUMENTS = (
-    "Tensor qkv, Tensor cu_seqlens, SymInt max_seqlen, Tensor? bias, float scale, float dropout_p, Tensor? seeds"
-)
-_fwd = torch_ops.define("attention_cpu_fwd", f"({_ARGUMENTS}) -> Tensor", _forward, _forward_fake, "CPU")
-_bwd = torch_ops.define("attention_cpu_bwd", f"(Tensor grad, {_ARGUMENTS}) -> Tensor", _backward, _backward_fake, "CPU")
+_fwd = torch_ops.define("attention_cpu_fwd", _forward, _output, "CPU")
+_bwd = torch_ops.define("attention_cpu_bwd", _backward, _gradient, "CPU")
 
 
 def _mask(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, dropout_p: float, seeds: Tensor | None) -> Tensor | None:

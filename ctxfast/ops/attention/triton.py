@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``attention`` in Triton: packed, forward and backward, dropout from a counter. Not yet run on a GPU.
+"""``attention`` in Triton: packed, forward and backward, dropout from a counter.
 
 The forward keeps its result and lse (H, T); the backward makes the probabilities again. Every sum has a fixed order
 and no kernel uses atomics: two runs are equal to the last bit. The tiles, and with them the last bits, depend on the
@@ -66,11 +66,18 @@ def _options(qkv: Tensor, bias: Tensor | None, seeds: Tensor | None) -> dict[str
     )  # fmt: skip
 
 
+def _outputs(qkv: Tensor, save_lse: bool) -> tuple[Tensor, Tensor]:
+    """The result, and lse in float32 or empty."""
+    tokens, _, heads, head_dim = qkv.shape
+    out = torch_ops.allocate((tokens, heads, head_dim), qkv)
+    return out, torch_ops.allocate((heads, tokens if save_lse else 0), qkv, torch.float32)
+
+
 def _forward(
     qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, bias: Tensor | None, softmax_scale: float,
     dropout_p: float, seeds: Tensor | None, save_lse: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    out, lse = _forward_fake(qkv, cu_seqlens, max_seqlen, bias, softmax_scale, dropout_p, seeds, save_lse)
+    out, lse = _outputs(qkv, save_lse)
     if _is_empty(qkv, cu_seqlens, max_seqlen):
         return out, lse
     tokens, _, heads, _ = qkv.shape
@@ -97,20 +104,15 @@ def _forward(
     return out, lse
 
 
-def _forward_fake(
-    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, bias: Tensor | None, softmax_scale: float,
-    dropout_p: float, seeds: Tensor | None, save_lse: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    tokens, _, heads, head_dim = qkv.shape
-    out = torch_ops.allocate((tokens, heads, head_dim), qkv)
-    return out, torch_ops.allocate((heads, tokens if save_lse else 0), qkv, torch.float32)
+def _gradient(qkv: Tensor) -> Tensor:
+    return torch_ops.allocate(qkv.shape, qkv)
 
 
 def _backward(
     grad: Tensor, qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, bias: Tensor | None, softmax_scale: float,
     dropout_p: float, seeds: Tensor | None, out: Tensor, lse: Tensor,
 ) -> Tensor:  # fmt: skip
-    grad_qkv = torch_ops.allocate(qkv.shape, qkv)
+    grad_qkv = _gradient(qkv)
     if _is_empty(qkv, cu_seqlens, max_seqlen):
         return grad_qkv
     tokens, _, heads, _ = qkv.shape
@@ -147,26 +149,9 @@ def _backward(
     return grad_qkv
 
 
-def _backward_fake(
-    grad: Tensor, qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, bias: Tensor | None, softmax_scale: float,
-    dropout_p: float, seeds: Tensor | None, out: Tensor, lse: Tensor,
-) -> Tensor:  # fmt: skip
-    return torch_ops.allocate(qkv.shape, qkv)
-
-
 _DEVICE = "CPU" if capability.is_triton_interpreted() else "CUDA"
-_fwd = torch_ops.define(
-    "attention_triton_fwd",
-    "(Tensor qkv, Tensor cu_seqlens, SymInt max_seqlen, Tensor? bias, float softmax_scale, float dropout_p, "
-    "Tensor? seeds, bool save_lse) -> (Tensor, Tensor)",
-    _forward, _forward_fake, _DEVICE,
-)  # fmt: skip
-_bwd = torch_ops.define(
-    "attention_triton_bwd",
-    "(Tensor grad, Tensor qkv, Tensor cu_seqlens, SymInt max_seqlen, Tensor? bias, float softmax_scale, "
-    "float dropout_p, Tensor? seeds, Tensor out, Tensor lse) -> Tensor",
-    _backward, _backward_fake, _DEVICE,
-)  # fmt: skip
+_fwd = torch_ops.define("attention_triton_fwd", _forward, _outputs, _DEVICE)
+_bwd = torch_ops.define("attention_triton_bwd", _backward, _gradient, _DEVICE)
 
 
 def _mask(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, dropout_p: float, seeds: Tensor | None) -> Tensor | None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``embed_layer_norm`` in Triton: gather, sum, LayerNorm and dropout in one pass. Not yet run on a GPU.
+"""``embed_layer_norm`` in Triton: gather, sum, LayerNorm and dropout in one pass.
 
 The backward gathers the rows again, makes the gradient of their sum once for all tables, and scatters it by torch's
 own embedding gradient: it sorts the ids and adds up equal ones in order, so it is repeatable to the last bit.
@@ -37,12 +37,19 @@ def backward_tile(size: int) -> dict[str, int]:
     return dict(BLOCK_N=block, ROWS=rows, num_warps=min(16, rows * block // 256))
 
 
+def _outputs(ids: list[Tensor], weight: Tensor, save: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The result, and mean and 1 / deviation of every row, or empty."""
+    rows = ids[0].shape[0]
+    mean, rstd = (torch_ops.allocate((rows if save else 0,), weight, torch.float32) for _ in range(2))
+    return torch_ops.allocate((rows, weight.shape[0]), weight), mean, rstd
+
+
 def _forward(
     ids: list[Tensor], tables: list[Tensor], weight: Tensor, bias: Tensor, eps: float, dropout_p: float,
     seeds: Tensor | None, save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """ids: of words, positions, types and, if there are any, tasks (T each); tables in the same order."""
-    out, mean, rstd = _forward_fake(ids, tables, weight, bias, eps, dropout_p, seeds, save)
+    out, mean, rstd = _outputs(ids, weight, save)
     if out.numel() == 0:
         return out, mean, rstd
     size = out.shape[1]
@@ -60,21 +67,17 @@ def _four(given: list[Tensor]) -> list[Tensor | None]:
     return [*(tensor.contiguous() for tensor in given), *[None] * (4 - len(given))]
 
 
-def _forward_fake(
-    ids: list[Tensor], tables: list[Tensor], weight: Tensor, bias: Tensor, eps: float, dropout_p: float,
-    seeds: Tensor | None, save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    rows = ids[0].shape[0]
-    mean, rstd = (torch_ops.allocate((rows if save else 0,), weight, torch.float32) for _ in range(2))
-    return torch_ops.allocate((rows, weight.shape[0]), weight), mean, rstd
+def _gradients(grad: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the sum of the tables' rows (T, N), of weight and of bias."""
+    of_sum, of_weight, of_bias = (torch_ops.allocate(each.shape, each) for each in (grad, weight, weight))
+    return of_sum, of_weight, of_bias
 
 
 def _backward(
     grad: Tensor, ids: list[Tensor], tables: list[Tensor], weight: Tensor, mean: Tensor, rstd: Tensor,
     dropout_p: float, seeds: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of the sum of the tables' rows (T, N), of weight and of bias."""
-    grad_sum, grad_weight, grad_bias = _backward_fake(grad, ids, tables, weight, mean, rstd, dropout_p, seeds)
+    grad_sum, grad_weight, grad_bias = _gradients(grad, weight)
     if grad.numel() == 0:
         return grad_sum, grad_weight.zero_(), grad_bias.zero_()
     grad, size = triton_rows.rows(grad), grad.shape[1]
@@ -91,29 +94,8 @@ def _backward(
     return grad_sum, grad_weight, grad_bias
 
 
-def _backward_fake(
-    grad: Tensor, ids: list[Tensor], tables: list[Tensor], weight: Tensor, mean: Tensor, rstd: Tensor,
-    dropout_p: float, seeds: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return (
-        torch_ops.allocate(grad.shape, grad),
-        torch_ops.allocate(weight.shape, weight),
-        torch_ops.allocate(weight.shape, weight),
-    )
-
-
-_fwd = torch_ops.define(
-    "embed_layer_norm_triton_fwd",
-    "(Tensor[] ids, Tensor[] tables, Tensor weight, Tensor bias, float eps, float dropout_p, Tensor? seeds, "
-    "bool save) -> (Tensor, Tensor, Tensor)",
-    _forward, _forward_fake, triton_rows.DISPATCH,
-)  # fmt: skip
-_bwd = torch_ops.define(
-    "embed_layer_norm_triton_bwd",
-    "(Tensor grad, Tensor[] ids, Tensor[] tables, Tensor weight, Tensor mean, Tensor rstd, float dropout_p, "
-    "Tensor? seeds) -> (Tensor, Tensor, Tensor)",
-    _backward, _backward_fake, triton_rows.DISPATCH,
-)  # fmt: skip
+_fwd = torch_ops.define("embed_layer_norm_triton_fwd", _forward, _outputs, triton_rows.DISPATCH)
+_bwd = torch_ops.define("embed_layer_norm_triton_bwd", _backward, _gradients, triton_rows.DISPATCH)
 
 
 class _EmbedLayerNorm(torch.autograd.Function):

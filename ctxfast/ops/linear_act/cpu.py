@@ -59,31 +59,35 @@ def _product(x: Tensor, packed: Tensor, bias: Tensor | None, activation: str) ->
 
 
 def _compiled(
-    x: Tensor, held: str, packed: Tensor, scales: Tensor | None, sums: Tensor | None, bias: Tensor | None,
+    x: Tensor, weight_dtype: str, packed: Tensor, scales: Tensor | None, sums: Tensor | None, bias: Tensor | None,
     activation: str, out: int,
 ) -> Tensor:  # fmt: skip
-    """The compiled product over weights held as "int8", "bfloat16" or "float32"."""
+    """The compiled product over packed weights of "int8", "bfloat16" or "float32"."""
     x = x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
     bias = None if bias is None else bias.contiguous()
     y = torch_ops.allocate((x.shape[0], out), x)
     capability.extension().linear_act_forward(
-        x.shape[0], x.shape[1], out, held, x.dtype is torch.bfloat16, activation, x.data_ptr(), x.stride(0),
-        packed.data_ptr(), 0 if scales is None else scales.data_ptr(), 0 if sums is None else sums.data_ptr(),
-        0 if bias is None else bias.data_ptr(), y.data_ptr(), torch.get_num_threads(),
+        x.shape[0], x.shape[1], out, weight_dtype, capability.DTYPE_NAMES[x.dtype], activation, x.data_ptr(),
+        x.stride(0), packed.data_ptr(), 0 if scales is None else scales.data_ptr(),
+        0 if sums is None else sums.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr(),
+        torch.get_num_threads(),
     )  # fmt: skip
     return y
 
 
+def _output(x: Tensor, weight: Tensor) -> Tensor:
+    return torch_ops.allocate((x.shape[0], weight.shape[0]), x)
+
+
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, is_int8: bool, is_kept: bool) -> Tensor:
     if x.shape[0] == 0 or weight.shape[0] == 0:
-        return _forward_fake(x, weight, bias, activation, is_int8, is_kept)
+        return _output(x, weight)
     if is_int8:
         packed, scales, sums = packed_weights.int8(weight)
         return _compiled(x, "int8", packed, scales, sums, bias, activation, weight.shape[0])
     if is_kept and x.shape[0] <= packed_weights.most_rows(x.dtype):
         packed = packed_weights.panels(weight)
-        held = "float32" if x.dtype is torch.float32 else "bfloat16"
-        return _compiled(x, held, packed, None, None, bias, activation, weight.shape[0])
+        return _compiled(x, capability.DTYPE_NAMES[x.dtype], packed, None, None, bias, activation, weight.shape[0])
     # Packed for any number of rows.
     packed = weight.contiguous() if not is_kept else packed_weights.kept(weight, "oneDNN", _reordered)
     return _product(x, packed, None if bias is None else bias.contiguous(), activation)
@@ -93,17 +97,7 @@ def _reordered(weight: Tensor) -> Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
 
 
-def _forward_fake(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, is_int8: bool, is_kept: bool
-) -> Tensor:
-    return torch_ops.allocate((x.shape[0], weight.shape[0]), x)
-
-
-_fwd = torch_ops.define(
-    "linear_act_cpu_fwd",
-    "(Tensor x, Tensor weight, Tensor? bias, str activation, bool is_int8, bool is_kept) -> Tensor",
-    _forward, _forward_fake, "CPU",
-)  # fmt: skip
+_fwd = torch_ops.define("linear_act_cpu_fwd", _forward, _output, "CPU")
 
 
 def _multiply_now(a: Tensor, b: Tensor) -> Tensor:
@@ -112,10 +106,11 @@ def _multiply_now(a: Tensor, b: Tensor) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
 
 
-_mm = torch_ops.define(
-    "linear_act_cpu_mm", "(Tensor a, Tensor b) -> Tensor", _multiply_now,
-    lambda a, b: torch_ops.allocate((a.shape[0], b.shape[1]), a), "CPU",
-)  # fmt: skip
+def _product_output(a: Tensor, b: Tensor) -> Tensor:
+    return torch_ops.allocate((a.shape[0], b.shape[1]), a)
+
+
+_mm = torch_ops.define("linear_act_cpu_mm", _multiply_now, _product_output, "CPU")
 
 
 def _multiply(a: Tensor, b: Tensor) -> Tensor:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``linear_cross_entropy`` on a GPU: labelled rows only, products by cuBLAS, softmax by Triton. Not yet run on a GPU.
+"""``linear_cross_entropy`` on a GPU: labelled rows only, products by cuBLAS, softmax by Triton.
 
 Each chunk of logits is read once for its losses and once to become its own gradient, in place.
 """

@@ -45,15 +45,15 @@ def _pack(weight_hh: Tensor, weight_proj: Tensor | None, kind: str) -> Tensor:
         if back:
             hh = rounded_rows(hh, _ROUNDING[held])
             proj = None if proj is None else rounded_rows(proj, _ROUNDING[held])
-        hidden, size = hh.shape[0] // 4, hh.shape[1]
-        facts = (hidden, size, hh.data_ptr(), _address(proj))
-        strides = (hh.stride(), None if proj is None else proj.stride(), torch.get_num_threads())
+        shape = (hh.shape[0] // 4, hh.shape[1], proj is not None)
+        weights = (hh.data_ptr(), hh.stride(), _address(proj), () if proj is None else proj.stride())
+        threads = torch.get_num_threads()
         if back:
-            packed = _room(c.lstm_backward_packed_bytes(hidden, size, proj is not None))
-            c.lstm_pack_backward(*facts, packed.data_ptr(), *strides)
+            packed = _room(c.lstm_backward_packed_bytes(*shape))
+            c.lstm_pack_backward(*shape, *weights, packed.data_ptr(), threads)
         else:
-            packed = _room(c.lstm_packed_bytes(hidden, size, proj is not None, kind))
-            c.lstm_pack(*facts, packed.data_ptr(), kind, *strides)
+            packed = _room(c.lstm_packed_bytes(*shape, kind))
+            c.lstm_pack(*shape, kind, *weights, packed.data_ptr(), threads)
         return packed
 
     sources = (weight_hh,) if weight_proj is None else (weight_hh, weight_proj)
@@ -66,11 +66,9 @@ def _pack_input(weight_ih: Tensor, kind: str) -> Tensor:
 
     def pack() -> Tensor:
         weight = weight_ih.detach().float()
-        hidden, size = weight.shape[0] // 4, weight.shape[1]
-        packed = _room(c.lstm_input_packed_bytes(hidden, size, kind))
-        c.lstm_pack_input(
-            hidden, size, weight.data_ptr(), packed.data_ptr(), kind, weight.stride(), torch.get_num_threads()
-        )
+        shape = (weight.shape[0] // 4, weight.shape[1], kind)
+        packed = _room(c.lstm_input_packed_bytes(*shape))
+        c.lstm_pack_input(*shape, weight.data_ptr(), weight.stride(), packed.data_ptr(), torch.get_num_threads())
         return packed
 
     return _packed.get((weight_ih,), f"input {kind}", pack)
@@ -89,6 +87,21 @@ def _lengths(lengths: Tensor | None) -> Tensor | None:
     return None if lengths is None else lengths.to(torch.int64).contiguous()
 
 
+def _outputs(
+    x: Sequence[Tensor], weight_hh: Sequence[Tensor], save: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """output, h_n, c_n; cells and gates (before their nonlinearity) of every step, or empty."""
+    batch, steps, _ = x[0].shape
+    directions, hidden, size = len(x), weight_hh[0].shape[0] // 4, weight_hh[0].shape[1]
+    return (
+        torch_ops.allocate((batch, steps, directions * size), x[0]),
+        torch_ops.allocate((directions, batch, size), x[0]),
+        torch_ops.allocate((directions, batch, hidden), x[0]),
+        torch_ops.allocate((directions, batch, steps, hidden) if save else (0,), x[0]),
+        torch_ops.allocate((directions, batch, steps, 4 * hidden) if save else (0,), x[0]),
+    )
+
+
 def _forward(
     x: Sequence[Tensor],  # R of (B, T, I)
     weight_ih: Sequence[Tensor],
@@ -103,9 +116,7 @@ def _forward(
     kind: str,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    outputs = _forward_fake(
-        x, weight_ih, bias, weight_hh, weight_proj, lengths, h_0, c_0, cell_clip, proj_clip, kind, save
-    )
+    outputs = _outputs(x, weight_hh, save)
     output, h_n, c_n, cells, z = outputs
     hidden, size = weight_hh[0].shape[0] // 4, weight_hh[0].shape[1]
     packed = [_pack(weight, weight_proj[r] if weight_proj else None, kind) for r, weight in enumerate(weight_hh)]
@@ -113,42 +124,31 @@ def _forward(
     x, bias, lengths = [_rows(each) for each in x], [each.float().contiguous() for each in bias], _lengths(lengths)
     h_0, c_0 = None if h_0 is None else h_0.contiguous(), None if c_0 is None else c_0.contiguous()
     capability.extension().lstm_forward(
-        batch=x[0].shape[0], steps=x[0].shape[1], hidden=hidden, proj_size=size, has_proj=bool(weight_proj),
-        gates=[each.data_ptr() for each in x], gates_strides=[each.stride()[:2] for each in x],
-        packed=[weights.data_ptr() for weights in packed], dtype=kind,
+        batch=x[0].shape[0], steps=x[0].shape[1], directions=len(x),
+        hidden=hidden, proj_size=size, has_projection=bool(weight_proj), weight_dtype=kind, input=x[0].shape[2],
+        x=[each.data_ptr() for each in x], x_strides=[each.stride()[:2] for each in x],
+        packed_input=[weights.data_ptr() for weights in packed_input], bias=[each.data_ptr() for each in bias],
+        packed=[weights.data_ptr() for weights in packed],
         lengths=_address(lengths), h_0=_address(h_0), c_0=_address(c_0),
         output=output.data_ptr(), output_strides=output.stride()[:2], h_n=h_n.data_ptr(), c_n=c_n.data_ptr(),
         cells=cells.data_ptr(), z=z.data_ptr(),
         cell_clip=cell_clip, proj_clip=proj_clip, threads=torch.get_num_threads(),
-        input=x[0].shape[2], packed_input=[weights.data_ptr() for weights in packed_input],
-        bias=[each.data_ptr() for each in bias] or [0] * len(x),
     )  # fmt: skip
     return outputs
 
 
-def _forward_fake(
-    x: Sequence[Tensor],
-    weight_ih: Sequence[Tensor],
-    bias: Sequence[Tensor],
-    weight_hh: Sequence[Tensor],
-    weight_proj: Sequence[Tensor],
-    lengths: Tensor | None,
-    h_0: Tensor | None,
-    c_0: Tensor | None,
-    cell_clip: float,
-    proj_clip: float,
-    kind: str,
-    save: bool,
+def _gradients(
+    weight_hh: Sequence[Tensor], weight_proj: Sequence[Tensor], cells: Tensor, z: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Uninitialised: output, h_n, c_n; cells and gates (before their nonlinearity) of every step, or empty."""
-    batch, steps, _ = x[0].shape
-    directions, hidden, size = len(x), weight_hh[0].shape[0] // 4, weight_hh[0].shape[1]
+    """Of z and of h before its clip; what was projected, or empty; of h_0 and c_0."""
+    directions, batch, steps, hidden = cells.shape
+    size = weight_hh[0].shape[1]
     return (
-        torch_ops.allocate((batch, steps, directions * size), x[0]),
-        torch_ops.allocate((directions, batch, size), x[0]),
-        torch_ops.allocate((directions, batch, hidden), x[0]),
-        torch_ops.allocate((directions, batch, steps, hidden) if save else (0,), x[0]),
-        torch_ops.allocate((directions, batch, steps, 4 * hidden) if save else (0,), x[0]),
+        torch_ops.allocate(z.shape, z),
+        torch_ops.allocate((directions, batch, steps, size), z),
+        torch_ops.allocate(cells.shape if weight_proj else (0,), z),
+        torch_ops.allocate((directions, batch, size), z),
+        torch_ops.allocate((directions, batch, hidden), z),
     )
 
 
@@ -165,7 +165,7 @@ def _backward(
     proj_clip: float,
     kind: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    found = _backward_fake(grads, weight_hh, weight_proj, lengths, c_0, output, cells, z, cell_clip, proj_clip, kind)
+    found = _gradients(weight_hh, weight_proj, cells, z)
     grad_z, grad_hidden, m, grad_h_0, grad_c_0 = found
     directions, batch, steps, hidden = cells.shape
     size = weight_hh[0].shape[1]
@@ -176,7 +176,7 @@ def _backward(
         packed = _pack(weight_hh[r], weight_proj[r] if weight_proj else None, f"{kind} back")
         columns = slice(r * size, (r + 1) * size)
         capability.extension().lstm_backward(
-            batch=batch, steps=steps, hidden=hidden, proj_size=size, has_proj=bool(weight_proj), reverse=r == 1,
+            batch=batch, steps=steps, reverse=r == 1, hidden=hidden, proj_size=size, has_projection=bool(weight_proj),
             packed=packed.data_ptr(), lengths=_address(lengths), z=z[r].data_ptr(), cells=cells[r].data_ptr(),
             c_0=0 if c_0 is None else c_0[r].data_ptr(),
             output=output[:, :, columns].data_ptr(), output_strides=output.stride()[:2],
@@ -189,48 +189,8 @@ def _backward(
     return found
 
 
-def _backward_fake(
-    grads: Sequence[Tensor],
-    weight_hh: Sequence[Tensor],
-    weight_proj: Sequence[Tensor],
-    lengths: Tensor | None,
-    c_0: Tensor | None,
-    output: Tensor,
-    cells: Tensor,
-    z: Tensor,
-    cell_clip: float,
-    proj_clip: float,
-    kind: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Uninitialised: gradients of z and of h before its clip; what was projected, or empty; those of h_0 and c_0."""
-    directions, batch, steps, _ = cells.shape
-    size = weight_hh[0].shape[1]
-    return (
-        torch_ops.allocate(z.shape, z),
-        torch_ops.allocate((directions, batch, steps, size), z),
-        torch_ops.allocate(cells.shape if weight_proj else (0,), z),
-        torch_ops.allocate((directions, batch, size), z),
-        torch_ops.allocate(grads[2].shape, z),
-    )
-
-
-_fwd = torch_ops.define(
-    "lstm_cpu_fwd",
-    "(Tensor[] x, Tensor[] weight_ih, Tensor[] bias, Tensor[] weight_hh, Tensor[] weight_proj, Tensor? lengths, "
-    "Tensor? h_0, Tensor? c_0, float cell_clip, float proj_clip, str kind, bool save) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _forward,
-    _forward_fake,
-    "CPU",
-)
-_bwd = torch_ops.define(
-    "lstm_cpu_bwd",
-    "(Tensor[] grads, Tensor[] weight_hh, Tensor[] weight_proj, Tensor? lengths, Tensor? c_0, Tensor output, "
-    "Tensor cells, Tensor z, float cell_clip, float proj_clip, str kind) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _backward,
-    _backward_fake,
-    "CPU",
-)
+_fwd = torch_ops.define("lstm_cpu_fwd", _forward, _outputs, "CPU")
+_bwd = torch_ops.define("lstm_cpu_bwd", _backward, _gradients, "CPU")
 
 
 def _h_before(output: Tensor, h_0: Tensor | None, lengths: Tensor | None, reverse: bool) -> Tensor:

@@ -2,7 +2,7 @@
 """``lstm`` on Hopper: all steps of both directions in one launch, the recurrent weights on chip.
 
 Weights and input gates are read where they lie; nothing is packed or kept between calls. The kernels need every block
-resident at once, so ``supports`` knows the device. Not yet run on a GPU: the kernels are run on the emulator.
+resident at once, so ``supports`` knows the device.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def _forward(
     proj_clip: float,
     save_cells: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    outputs = _forward_fake(gates, weight_hh, weight_proj, lengths, h_0, c_0, cell_clip, proj_clip, save_cells)
+    outputs = device.forward_outputs(gates, weight_hh, save_cells)
     output, h_n, c_n, cells = outputs
     batch, steps, hidden, _ = gates[0].shape
     size, facts = weight_hh[0].shape[1], _facts(_ordinal(output))
@@ -82,7 +82,8 @@ def _forward(
     workspace = torch_ops.allocate((plan["workspace_bytes"],), output, torch.uint8)
     with torch_ops.launching(output) as stream:
         c.lstm_persistent_forward(
-            device=facts, batch=batch, steps=steps, hidden=hidden, size=size, dtype=device.DTYPES[output.dtype],
+            device=facts, batch=batch, steps=steps, hidden=hidden, size=size, directions=len(gates),
+            has_proj=bool(weight_proj), dtype=capability.DTYPE_NAMES[output.dtype],
             gates=[gate.data_ptr() for gate in gates], gates_strides=[gate.stride()[:2] for gate in gates],
             weight_hh=[w.data_ptr() for w in weight_hh], weight_hh_stride=[w.stride(0) for w in weight_hh],
             weight_proj=[w.data_ptr() for w in weight_proj], weight_proj_stride=[w.stride(0) for w in weight_proj],
@@ -95,21 +96,7 @@ def _forward(
     return outputs
 
 
-def _forward_fake(
-    gates: Sequence[Tensor],
-    weight_hh: Sequence[Tensor],
-    weight_proj: Sequence[Tensor],
-    lengths: Tensor | None,
-    h_0: Tensor | None,
-    c_0: Tensor | None,
-    cell_clip: float,
-    proj_clip: float,
-    save_cells: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return device.forward_outputs(gates, weight_hh[0].shape[1], save_cells)
-
-
-_fwd = torch_ops.define("lstm_cuda_fwd", device.FWD_SCHEMA, _forward, _forward_fake, "CUDA")
+_fwd = torch_ops.define("lstm_cuda_fwd", _forward, device.forward_outputs, "CUDA")
 _recurrence = device.recurrence(_fwd, _bwd)
 
 
@@ -143,8 +130,7 @@ def sizes_objection(args: Mapping[str, Any]) -> str | None:
 
 def supports(args: Mapping[str, Any]) -> str | None:
     """None, or why the persistent kernels cannot run this call."""
-    objection = device.objection(args, _DTYPES, (9, 0))
-    return sizes_objection(args) if objection is None else objection
+    return device.objection(args, _DTYPES, (9, 0)) or capability.why_no_cuda("90a") or sizes_objection(args)
 
 
 def lstm(**args: Any) -> tuple[Tensor, tuple[Tensor, Tensor]]:

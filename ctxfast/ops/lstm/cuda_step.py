@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``lstm`` on any GPU from sm_80 and of any size: one fused launch a step, both directions in it.
 
-Weights stream from the L2 cache at every step. Not yet run on a GPU: the kernels are run on the emulator.
+Weights stream from the L2 cache at every step.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from torch import Tensor
 
 from ..._core import capability, torch_ops
 from . import device
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def _fragments(matrix: Tensor) -> Tensor:
@@ -55,7 +57,7 @@ def _shape(gates: Sequence[Tensor], weight_hh: Sequence[Tensor], weight_proj: Se
     batch, steps, hidden, _ = gates[0].shape
     return dict(
         batch=batch, steps=steps, hidden=hidden, size=weight_hh[0].shape[1], directions=len(gates),
-        has_proj=bool(weight_proj), dtype=device.DTYPES[gates[0].dtype],
+        has_proj=bool(weight_proj), dtype=capability.DTYPE_NAMES[gates[0].dtype],
     )  # fmt: skip
 
 
@@ -75,7 +77,7 @@ def _forward(
     proj_clip: float,
     save_cells: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    outputs = _forward_fake(gates, weight_hh, weight_proj, lengths, h_0, c_0, cell_clip, proj_clip, save_cells)
+    outputs = device.forward_outputs(gates, weight_hh, save_cells)
     output, h_n, c_n, cells = outputs
     shape = _shape(gates, weight_hh, weight_proj)
     gates = [device.walkable(gate) for gate in gates]
@@ -96,20 +98,6 @@ def _forward(
     return outputs
 
 
-def _forward_fake(
-    gates: Sequence[Tensor],
-    weight_hh: Sequence[Tensor],
-    weight_proj: Sequence[Tensor],
-    lengths: Tensor | None,
-    h_0: Tensor | None,
-    c_0: Tensor | None,
-    cell_clip: float,
-    proj_clip: float,
-    save_cells: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return device.forward_outputs(gates, weight_hh[0].shape[1], save_cells)
-
-
 def _backward(
     z: Sequence[Tensor],
     weight_hh: Sequence[Tensor],
@@ -124,7 +112,7 @@ def _backward(
     cell_clip: float,
     proj_clip: float,
 ) -> list[Tensor]:
-    results = device.backward_outputs(z, weight_hh[0].shape[1])
+    results = device.backward_outputs(z, weight_hh)
     *grad_gates, grad_hidden, grad_h_0, grad_c_0 = results
     shape = _shape(z, weight_hh, weight_proj)
     z = [device.walkable(gates) for gates in z]
@@ -151,31 +139,14 @@ def _backward(
     return results
 
 
-def _backward_fake(
-    z: Sequence[Tensor],
-    weight_hh: Sequence[Tensor],
-    weight_proj: Sequence[Tensor],
-    lengths: Tensor | None,
-    c_0: Tensor | None,
-    output: Tensor,
-    cells: Tensor,
-    grad_output: Tensor | None,
-    grad_h_n: Tensor | None,
-    grad_c_n: Tensor | None,
-    cell_clip: float,
-    proj_clip: float,
-) -> list[Tensor]:
-    return device.backward_outputs(z, weight_hh[0].shape[1])
-
-
-_fwd = torch_ops.define("lstm_cuda_step_fwd", device.FWD_SCHEMA, _forward, _forward_fake, "CUDA")
-_bwd = torch_ops.define("lstm_cuda_step_bwd", device.BWD_SCHEMA, _backward, _backward_fake, "CUDA")
+_fwd = torch_ops.define("lstm_cuda_step_fwd", _forward, device.forward_outputs, "CUDA")
+_bwd = torch_ops.define("lstm_cuda_step_bwd", _backward, device.backward_outputs, "CUDA")
 _recurrence = device.recurrence(_fwd, _bwd)
 
 
 def supports(args: Mapping[str, Any]) -> str | None:
     """None, or why the per-step kernels cannot run this call."""
-    return device.objection(args, tuple(device.DTYPES), (8, 0))
+    return device.objection(args, _DTYPES, (8, 0))
 
 
 def lstm(**args: Any) -> tuple[Tensor, tuple[Tensor, Tensor]]:

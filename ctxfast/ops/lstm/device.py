@@ -18,18 +18,6 @@ from torch import Tensor
 from ..._core import capability, torch_ops
 from .reference import recurrence as recurrence_definition
 
-DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
-
-FWD_SCHEMA = (
-    "(Tensor[] gates, Tensor[] weight_hh, Tensor[] weight_proj, Tensor? lengths, Tensor? h_0, Tensor? c_0, "
-    "float cell_clip, float proj_clip, bool save_cells) -> (Tensor, Tensor, Tensor, Tensor)"
-)
-BWD_SCHEMA = (
-    "(Tensor[] z, Tensor[] weight_hh, Tensor[] weight_proj, Tensor? lengths, Tensor? c_0, Tensor output, "
-    "Tensor cells, Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, float cell_clip, float proj_clip) "
-    "-> Tensor[]"
-)
-
 
 def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
@@ -64,10 +52,12 @@ def previous(states: Tensor, initial: Tensor, lengths: Tensor | None, is_reverse
     return torch.where(last[:, :, None], initial[:, None], shifted)
 
 
-def forward_outputs(gates: Sequence[Tensor], size: int, save_cells: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def forward_outputs(
+    gates: Sequence[Tensor], weight_hh: Sequence[Tensor], save_cells: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """output (B, T, R P), h_n (R, B, P), c_n (R, B, H) float32, cells (R, B, T, H) float32 or empty; uninitialised."""
     batch, steps, hidden, _ = gates[0].shape
-    directions, like = len(gates), gates[0]
+    directions, size, like = len(gates), weight_hh[0].shape[1], gates[0]
     cells = (directions, batch, steps, hidden) if save_cells else (0,)
     return (
         torch_ops.allocate((batch, steps, directions * size), like),
@@ -77,12 +67,16 @@ def forward_outputs(gates: Sequence[Tensor], size: int, save_cells: bool) -> tup
     )
 
 
-def backward_outputs(z: Sequence[Tensor], size: int) -> list[Tensor]:
+def backward_outputs(z: Sequence[Tensor], weight_hh: Sequence[Tensor]) -> list[Tensor]:
     """R of grad_gates (B, T, H, 4), grad_hidden (R, B, T, P), grad_h_0 and grad_c_0 in float32; uninitialised."""
+    return [*(torch_ops.allocate(gates.shape, gates) for gates in z), *state_gradients(z, weight_hh)]
+
+
+def state_gradients(z: Sequence[Tensor], weight_hh: Sequence[Tensor]) -> list[Tensor]:
+    """grad_hidden (R, B, T, P), grad_h_0 and grad_c_0 in float32; uninitialised."""
     batch, steps, hidden, _ = z[0].shape
-    directions, like = len(z), z[0]
+    directions, size, like = len(z), weight_hh[0].shape[1], z[0]
     return [
-        *(torch_ops.allocate(gates.shape, gates) for gates in z),
         torch_ops.allocate((directions, batch, steps, size), like),
         torch_ops.allocate((directions, batch, size), like, torch.float32),
         torch_ops.allocate((directions, batch, hidden), like, torch.float32),
@@ -140,7 +134,7 @@ def _definition(
 
 
 def recurrence(fwd: Callable[..., Any], bwd: Callable[..., Any]) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    """The differentiable recurrence of a pair of raw operators (``FWD_SCHEMA``, ``BWD_SCHEMA``)."""
+    """The differentiable recurrence of a pair of raw operators."""
 
     class Recurrence(torch.autograd.Function):
         """Tensors come flat: R gates, R weight_hh, R weight_proj (or none)."""
@@ -243,7 +237,7 @@ def objection(args: Mapping[str, Any], dtypes: Sequence[torch.dtype], capability
     if x.device.type != "cuda":
         return f"it runs on a CUDA GPU and input is on {x.device}."
     if x.dtype not in dtypes:
-        names = ", ".join(DTYPES[dtype] for dtype in dtypes)
+        names = ", ".join(capability.DTYPE_NAMES[dtype] for dtype in dtypes)
         return f"it takes {names} and input is {x.dtype}."
     if args["weight_dtype"] is not None:
         return "weight_dtype is an option of the CPU implementation; cast the module to that dtype instead."

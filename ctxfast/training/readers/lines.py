@@ -7,7 +7,7 @@ import json
 import os
 from pathlib import Path
 
-from ...corpus import DAMAGE, MAX_LINE_BYTES, PACKED_SUFFIXES, damage, read_whole
+from ..._core.text_files import DAMAGE, MAX_LINE_BYTES, PACKED_SUFFIXES, damage, existing, read_whole
 
 _LONGEST_REASON = 500
 
@@ -37,10 +37,7 @@ def read_text(path: str | os.PathLike[str], *, has_lines: bool = True) -> str:
         FileNotFoundError: no such file.
         ValueError: not UTF-8, not what its suffix says, too large, or empty.
     """
-    path = Path(path)
-    if not path.is_file():
-        found = "is a directory; expected a file of" if path.is_dir() else "does not exist; expected"
-        raise FileNotFoundError(f"ctxfast.readers: {path} {found} labelled data.")
+    path = existing(path, "ctxfast.readers", str(path), "a file of labelled data")
     try:
         data = read_whole(path)
     except DAMAGE as error:

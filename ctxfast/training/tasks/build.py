@@ -17,8 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from ..._core.reading import read_json, reading
-from ...embed import Embedder
-from ...encoders import ElmoEncoder
+from ...embedding.embedder import Embedder
+from ...embedding.encoders import ElmoEncoder
 from ...models.bert.config import BertConfig
 from ...models.bert.heads import (
     BertForQuestionAnswering,

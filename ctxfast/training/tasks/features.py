@@ -16,7 +16,7 @@ from tokenizers import Regex, pre_tokenizers
 from torch import Tensor
 
 from ..._core.files import replacing
-from ...embed import Embedder
+from ...embedding.embedder import Embedder
 from ...models.elmo.bilm import ElmoBiLm
 from ...models.elmo.tokenization import batch_to_ids
 from ...models.elmo.weights import save_weights

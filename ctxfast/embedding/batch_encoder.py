@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``BatchEncoder``: a model with the settings it runs with, texts in, batches of vectors out. Calls of ``Embedder`` and
+jobs over files share it."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .._core.registry import use_impl
+from ..models.bert.sentence_modules import SentenceModel
+from .encoders import Prepared, TextEncoder, Where
+from .open_model import chosen_device, open_encoder
+from .selection import Selection, select
+
+STATES = ("steady", "zero", "carry")
+DTYPES = ("float32", "float16")
+# Tokens of a batch: enough to fill the device; more only costs memory.
+_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
+# The vectors of a batch, all layers asked for, stay below this: two batches are in memory at a time.
+_BATCH_BYTES = 256 << 20
+# AllenNLP's number of sentences in a batch: with carried states results depend on it.
+_CARRY_BATCH = 64
+
+_Path = str | os.PathLike[str]
+
+
+class BatchEncoder:
+    """A model and how it is run; arguments and attributes are those of ``Embedder``."""
+
+    def __init__(
+        self,
+        model: _Path | TextEncoder | None = None,
+        *,
+        device: str | torch.device = "auto",
+        impl: str | None = None,
+        state: str = "steady",
+        dtype: str = "float32",
+        batch_tokens: int | None = None,
+        batch_size: int = _CARRY_BATCH,
+        options_file: _Path | None = None,
+        weight_file: _Path | None = None,
+    ) -> None:
+        for name, value, known in (("state", state, STATES), ("dtype", dtype, DTYPES)):
+            if value not in known:
+                raise ValueError(f"ctxfast.Embedder: {name} is {value!r}; expected one of {', '.join(known)}.")
+        for name, number in (("batch_tokens", batch_tokens), ("batch_size", batch_size)):
+            if number is not None and number < 1:
+                raise ValueError(f"ctxfast.Embedder: {name} is {number}; expected 1 or more.")
+        self.impl, self.state, self.dtype = impl, state, np.dtype("<f4" if dtype == "float32" else "<f2")
+        with self._implementation():  # an unknown name is an error now, not at the first text
+            pass
+        if isinstance(model, (str, os.PathLike)) or model is None:
+            model = open_encoder(
+                model, chosen_device(device), dtype, state=state, options_file=options_file, weight_file=weight_file
+            )
+        self.encoder: TextEncoder = model
+        self.kind, self.num_layers, self.dim = model.kind, model.num_layers, model.dim
+        self._sentence: SentenceModel = getattr(model, "sentence", None) or SentenceModel(model.dim)
+        self.sentence_dim, self.prompts = self._sentence.dim, dict(self._sentence.prompts)
+        self._has_said = False
+        if state == "carry" and self.kind != "elmo":
+            raise ValueError(f"ctxfast.Embedder: state is 'carry'; expected an ELMo model for it, not {self.kind}.")
+        self.batch_tokens = batch_tokens
+        self.batch_size = batch_size
+
+    @property
+    def device(self) -> torch.device:
+        return self.encoder.device
+
+    def reset(self) -> None:
+        """Forget carried states."""
+        self.encoder.load_state_dict({})
+
+    def _implementation(self) -> AbstractContextManager[None]:
+        return use_impl(self.impl) if self.impl is not None else nullcontext()
+
+    def select(self, **options: Any) -> Selection:
+        """A ``Selection`` checked against this model."""
+        selection = select(self.kind, self.num_layers, self._sentence, self.dim, **options)
+        left_out = self._sentence.after_pooling or (self._sentence.problem and "modules that are not known here")
+        if left_out and selection.level == "sentence" and options.get("pooling") is not None and not self._has_said:
+            self._has_said = True
+            warnings.warn(
+                f"ctxfast.Embedder: pooling is {options['pooling']!r}, so that the encoder's own vectors are pooled. "
+                f"Left out of the model's folder: {left_out}. Pass pooling=None to follow it.",
+                stacklevel=3,
+            )
+        return selection
+
+    def prepare(self, texts: Sequence[Any], selection: Selection, where: Where, truncate: bool) -> list[Prepared]:
+        return self.encoder.prepare(texts, selection, where, truncate)
+
+    def token_budget(self, selection: Selection) -> int:
+        """Most tokens of a batch."""
+        if self.batch_tokens is not None:
+            return self.batch_tokens
+        usual = _BATCH_TOKENS.get(self.device.type, _BATCH_TOKENS["cuda"])
+        return max(min(usual, _BATCH_BYTES // (4 * selection.depth * max(selection.dim, self.dim))), 1)
+
+    def _batches(self, items: Sequence[Prepared], selection: Selection) -> list[list[int]]:
+        if self.state == "carry":
+            return fixed_batches(len(items), self.batch_size)
+        lengths = [item.length for item in items]
+        return token_batches(lengths, self.token_budget(selection), is_padded=self.encoder.is_padded)
+
+    def _encode(self, items: Sequence[Prepared], selection: Selection) -> Iterator[tuple[list[int], Tensor]]:
+        for batch in self._batches(items, selection):
+            with self._implementation():
+                values = self.encoder.encode([items[index] for index in batch], selection)
+            yield batch, values.to(torch.float32 if self.dtype.itemsize == 4 else torch.float16)
+
+    def encode(self, items: Sequence[Prepared], selection: Selection) -> Iterator[tuple[list[int], np.ndarray]]:
+        """Batches of texts: their indices, and (rows, layers, dim) of all of them one after another.
+
+        While a batch is copied from a GPU the next one is computed.
+        """
+        waiting = None
+        for batch, values in self._encode(items, selection):
+            copy = _start_copy(values)
+            if waiting is not None:
+                yield waiting[0], _finish_copy(*waiting[1])
+            waiting = batch, copy
+        if waiting is not None:
+            yield waiting[0], _finish_copy(*waiting[1])
+
+
+def _start_copy(values: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    if values.device.type != "cuda":
+        return values.cpu(), None
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    host.copy_(values, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+    return host, event
+
+
+def _finish_copy(host: Tensor, event: torch.cuda.Event | None) -> np.ndarray:
+    if event is not None:
+        event.synchronize()
+    return host.numpy()
+
+
+def token_batches(lengths: Sequence[int], budget: int, *, is_padded: bool) -> list[list[int]]:
+    """Group texts into batches of similar length, the longest first.
+
+    Args:
+        lengths: tokens of each text.
+        budget: most tokens of a batch; a longer text is a batch of its own.
+        is_padded: whether padding counts: all texts of a batch cost as much as its longest.
+
+    Returns:
+        Indices into ``lengths``, every one in exactly one batch; equal lengths keep their order.
+    """
+    batches: list[list[int]] = []
+    batch: list[int] = []
+    longest = total = 0
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
+        length = lengths[index]
+        cost = (len(batch) + 1) * longest if is_padded else total + length
+        if batch and cost > budget:
+            batches.append(batch)
+            batch, total = [], 0
+        if not batch:
+            longest = length
+        batch.append(index)
+        total += length
+    if batch:
+        batches.append(batch)
+    return batches
+
+
+def fixed_batches(count: int, size: int) -> list[list[int]]:
+    """Batches of ``size`` texts in the order of the input."""
+    return [list(range(start, min(start + size, count))) for start in range(0, count, size)]

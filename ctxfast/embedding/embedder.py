@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``Embedder``: text in, arrays of contextual vectors out, for BERT-family and ELMo models alike."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from .._core.texts import as_list, described
+from .batch_encoder import BatchEncoder
+from .job import Report, embed_file
+from .selection import Layers, Selection
+
+_Path = str | os.PathLike[str]
+
+
+class Embedder(BatchEncoder):
+    """Contextual vectors of texts.
+
+    Args:
+        model: a Hugging Face directory, a Google checkpoint, the name of an installed package with a model (see
+            ``ctxfast.models.bert.weights.resolve_model``), a folder with an ELMo model's options.json and HDF5 weights,
+            or a ``TextEncoder``. None with ``options_file`` and ``weight_file``.
+        device: "auto" (a GPU if torch sees one), "cpu", "cuda", "cuda:1", ...
+        impl: implementation of every op, see ``ctxfast.use_impl``; None chooses.
+        state: for ELMo, what a text starts from: "steady" (one fixed state: results depend on the text alone), "zero",
+            or "carry" (AllenNLP's rule: row k of a batch goes on from row k of the batch before; ``reset`` forgets).
+        dtype: "float32", or "float16": vectors are float16, and on a GPU the model computes in it; on a CPU it computes
+            in float32 still.
+        batch_tokens: most tokens of a batch (padding counts for ELMo); None for 2048 on a CPU, 16384 on a GPU, or what
+            256 MiB of vectors allow.
+        batch_size: texts of a batch with state "carry", where results depend on it (64, AllenNLP's).
+        options_file, weight_file: files of an ELMo model that do not lie together.
+
+    Attributes:
+        kind: "bert" or "elmo".
+        num_layers: layers that can be chosen; 0 is the token layer (BERT: the output of the embedding block).
+        dim: size of a token's vector.
+        sentence_dim: size of a text's vector, which the model's folder may make another.
+        prompts: what the model's folder has to write before texts, by name ("query", "document", ...).
+
+    Raises:
+        FileNotFoundError: no such model.
+        ValueError: a folder that is no model, or could be two; a wrong option.
+        RuntimeError: "cuda" where torch sees no GPU.
+    """
+
+    def __repr__(self) -> str:
+        return (
+            f"Embedder({self.kind}, layers={self.num_layers}, dim={self.dim}, device={self.device}, "
+            f"impl={self.impl or 'auto'})"
+        )
+
+    def __call__(
+        self,
+        texts: Iterable[str | Sequence[str]],
+        *,
+        level: str = "token",
+        layers: Layers = "top",
+        pooling: str | None = None,
+        normalize: bool | None = None,
+        prompt: str | None = None,
+        prompt_name: str | None = None,
+        word_pieces: str = "first",
+        truncate: bool = False,
+        output: str = "numpy",
+    ) -> list[Any]:
+        """Embed texts that fit in memory; ``embed_file`` is for those that do not.
+
+        Vectors of texts (``level="sentence"``) are by default those that the model was trained with: where the folder
+        has sentence-transformers' files (modules.json and what it names), they are followed, and with
+        ``truncate=True`` the vectors are those of ``SentenceTransformer(folder).encode``.
+
+        Args:
+            texts: strings, or lists of words. A BERT model splits a string into its own tokens; ELMo at white space.
+            level: "token" for a vector a token (special tokens left out), "sentence" for one a text.
+            layers: "top", "all", "average" (their plain mean), a number or numbers: 0 is the token layer, -1 the top.
+            pooling: at sentence level, how a text's tokens, [CLS] and [SEP] included for BERT, become one vector. None:
+                as the folder says, with the Dense, LayerNorm and other modules that follow; "mean" where it says
+                nothing. "mean", "cls" (the first), "max", "mean_sqrt_len_tokens", "weightedmean" or "lasttoken": the
+                encoder's own vectors, pooled so; modules that would follow are left out, with a warning.
+            normalize: scale every vector to length 1. None: at sentence level as the folder says, else False.
+            prompt: written before every text, at sentence level; "" for none. None: the folder's default, if it has
+                one.
+            prompt_name: in place of ``prompt``, one of the folder's by its name, as "query" or "document".
+            word_pieces: for BERT and lists of words: the "first" piece of each word (a vector a word), the "mean" of
+                its pieces (a vector a word), or "all" pieces. A word without a piece has zeros.
+            truncate: cut texts that are too long instead of raising: longer than the model's positions, than the
+                tokenizer's model_max_length, or at sentence level than the folder's max_seq_length.
+            output: "numpy", or "torch" for tensors on the model's device.
+
+        Returns:
+            One array a text, in order: (layers, n, dim) or, for one layer or their average, (n, dim); at sentence level
+            (layers, dim) or (dim,).
+
+        Raises:
+            TypeError: a single string, a table, or texts that are neither strings nor lists of words; the message has
+                the number of the first wrong one.
+            ValueError: a text that is too long, a layer that the model has not, a word that is no option, files of the
+                folder that cannot be followed at sentence level (an unknown module, say).
+
+        Warns:
+            UserWarning: ``pooling`` is given, and the folder has modules that would follow it.
+        """
+        if output not in ("numpy", "torch"):
+            raise ValueError(f"ctxfast.Embedder: output is {output!r}; expected 'numpy' or 'torch'.")
+        texts, unit = _unit(texts)
+        selection = self.select(
+            layers=layers,
+            level=level,
+            pooling=pooling,
+            normalize=normalize,
+            prompt=prompt,
+            prompt_name=prompt_name,
+            unit=unit,
+            word_pieces=word_pieces,
+        )
+        items = self.prepare(texts, selection, _name_text, truncate)
+        results: list[Any] = [None] * len(items)
+        source = self.encode(items, selection) if output == "numpy" else self._encode(items, selection)
+        for batch, values in source:
+            start = 0
+            for index in batch:
+                rows = values[start : start + items[index].rows]
+                results[index] = _shaped(rows, selection)
+                start += items[index].rows
+        return results
+
+    def tokens(
+        self, texts: Iterable[str | Sequence[str]], *, word_pieces: str = "first", truncate: bool = False
+    ) -> list[list[str]]:
+        """The tokens that the rows of a call with the same arguments belong to."""
+        texts, unit = _unit(texts)
+        selection = self.select(unit=unit, word_pieces=word_pieces)
+        return [self.encoder.tokens(item, selection) for item in self.prepare(texts, selection, _name_text, truncate)]
+
+    def embed_file(self, input: _Path, output: _Path, **options: Any) -> Report:
+        """Embed a text file line by line into a file: see ``ctxfast.embedding.job.embed_file``."""
+        return embed_file(self, input, output, **options)
+
+
+def _name_text(index: int) -> str:
+    return f"text {index}"
+
+
+def _shaped(rows: Any, selection: Selection) -> Any:
+    """(rows, depth, dim) of one text as ``Embedder`` returns it; a copy, so that a batch is not kept for one text."""
+    if selection.level == "sentence":
+        rows = rows[0, 0] if selection.is_single else rows[0]
+    else:
+        rows = rows[:, 0] if selection.is_single else rows.swapaxes(0, 1)
+    return rows.clone() if isinstance(rows, Tensor) else np.array(rows, order="C")
+
+
+def _unit(texts: Iterable[Any]) -> tuple[list[Any], str]:
+    """The texts as a list, and what they are: "text" for strings, "words" for lists of words."""
+    texts = as_list(texts, "ctxfast.Embedder")
+    if all(isinstance(text, str) for text in texts):
+        return texts, "text"
+    for index, text in enumerate(texts):
+        if isinstance(text, str):
+            continue
+        if isinstance(text, bytes) or not isinstance(text, Sequence):
+            raise TypeError(
+                f"ctxfast.Embedder: text {index} is {described(text)}; expected a string or a list of words."
+            )
+        for word in text:
+            if not isinstance(word, str):
+                raise TypeError(
+                    f"ctxfast.Embedder: text {index} holds {described(word)}; expected words that are strings."
+                )
+    kinds = ["a string" if isinstance(text, str) else "a list of words" for text in texts]
+    if len(set(kinds)) > 1:
+        index = next(index for index, kind in enumerate(kinds) if kind != kinds[0])
+        raise TypeError(
+            f"ctxfast.Embedder: text {index} is {kinds[index]} where text 0 is {kinds[0]}; expected only strings, or "
+            f"only lists of words."
+        )
+    return [list(text) for text in texts], "words"

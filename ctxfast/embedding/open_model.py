@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models, BERT or ELMo, opened from their files behind the face of ``TextEncoder``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from ..models.bert.config import read_json
+from ..models.bert.modeling import Bert
+from ..models.bert.sentence_modules import read_sentence_model, transformer_folder
+from ..models.bert.tokenization import BertTokenizer
+from ..models.bert.weights import resolve_model
+from ..models.elmo.bilm import ElmoBiLm
+from .encoders import BertEncoder, ElmoEncoder, TextEncoder
+
+_MODEL_SUFFIXES = (".json", ".txt", ".safetensors", ".bin", ".model", ".pt", ".pth")
+
+_Path = str | os.PathLike[str]
+
+
+def chosen_device(name: str | torch.device) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"ctxfast.Embedder: device is {name!r}; expected 'auto', 'cpu' or 'cuda'.") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError(f"ctxfast.Embedder: device is {str(device)!r}, but torch sees no GPU. Pass device='cpu'.")
+    return device
+
+
+def open_encoder(
+    model: _Path | None,
+    device: torch.device,
+    dtype: str = "float32",
+    *,
+    state: str = "steady",
+    options_file: _Path | None = None,
+    weight_file: _Path | None = None,
+) -> TextEncoder:
+    """Open a model, BERT or ELMo, told apart by its files; see ``Embedder``."""
+    computes_in = torch.float16 if dtype == "float16" and device.type == "cuda" else torch.float32
+    if (options_file is None) != (weight_file is None):
+        given, missing = ("options_file", "weight_file") if weight_file is None else ("weight_file", "options_file")
+        raise ValueError(f"ctxfast.Embedder: {given} is given without {missing}; an ELMo model needs both.")
+    files = (Path(options_file), Path(weight_file)) if options_file is not None else None
+    if model is None and files is None:
+        raise ValueError("ctxfast.Embedder: model is None; expected a folder or a name, or an ELMo model's two files.")
+    if model is not None and files is not None:
+        raise ValueError("ctxfast.Embedder: model is given beside options_file; expected one or the other.")
+    if files is None and Path(model).expanduser().is_dir():
+        files = _elmo_files(Path(model).expanduser())
+    if files is not None:
+        bilm = ElmoBiLm.from_files(*files, state=state)
+        return ElmoEncoder(bilm.to(device, computes_in), files)
+    path = resolve_model(model)
+    given = Path(model).expanduser()
+    root = given if given.is_dir() else path if path.is_dir() else path.parent
+    folder = transformer_folder(root)
+    if path.is_dir() and folder != root:
+        path = folder
+    folder = path if path.is_dir() else path.parent
+    _refuse_adapters(folder)
+    bert = Bert.from_pretrained(path, dtype=computes_in, device=device, add_pooling_layer=False)
+    # A checkpoint of TensorFlow is several files that begin alike.
+    files = [
+        file
+        for file in sorted(folder.iterdir())
+        if file.is_file() and (file.suffix in _MODEL_SUFFIXES or file.name.startswith(path.name + "."))
+    ]
+    tokenizer = BertTokenizer.from_pretrained(path)
+    sentence = read_sentence_model(root, bert.config.hidden_size, bert.config.max_length, tokenizer.max_length)
+    if sentence.do_lower_case:
+        tokenizer.add_lower_case()
+    return BertEncoder(bert, tokenizer, [*files, *(file for file in sentence.files if file not in files)], sentence)
+
+
+def _refuse_adapters(folder: Path) -> None:
+    """Raise ValueError for a folder whose vectors are made by more than its config and weights say here."""
+    adapter = folder / "adapter_config.json"
+    if adapter.is_file():
+        raise ValueError(
+            f"ctxfast.Embedder: {adapter} makes this an adapter of another model; expected a whole model. Merge it "
+            f"first: peft's merge_and_unload(), then save_pretrained()."
+        )
+    path = folder / "config.json"
+    config = read_json(path, "ctxfast.Embedder") if path.is_file() else {}
+    if config.get("quantization_config") is not None:
+        raise ValueError(
+            f"ctxfast.Embedder: {path} has a quantization_config; expected weights that are not quantized. Save the "
+            f"model dequantized first."
+        )
+    auto_map = config.get("auto_map")
+    if isinstance(auto_map, dict) and "AutoModel" in auto_map:
+        raise ValueError(
+            f"ctxfast.Embedder: {path} names code of its own for the model, {auto_map['AutoModel']!r}; no code of a "
+            f"folder is run here. Remove auto_map from a copy of it if the model is a plain {config.get('model_type')}."
+        )
+
+
+def _elmo_files(folder: Path) -> tuple[Path, Path] | None:
+    """Options and weights of the ELMo model in a folder; None if it holds something else.
+
+    Raises:
+        ValueError: both ELMo and BERT, neither, or no telling which file.
+    """
+    names = sorted(file.name for file in folder.iterdir())
+    found = f"It holds: {', '.join(names[:20]) or 'nothing'}{' ...' if len(names) > 20 else ''}."
+    options = _the_one(names, ("options.json",), lambda name: "options" in name and name.endswith(".json"))
+    tables = [name for name in names if name.endswith((".hdf5", ".h5"))]
+    weights = _the_one(tables, ("weights.hdf5",), lambda name: "weights" in name) or _the_one(
+        tables, (), lambda _: True
+    )
+    is_elmo = options is not None and bool(tables)
+    is_bert = any(name in names for name in ("config.json", "bert_config.json", "modules.json", "0_Transformer"))
+    if is_elmo and is_bert:
+        raise ValueError(
+            f"ctxfast.Embedder: {folder} could be a BERT or an ELMo model; expected one of them. {found} Pass "
+            f"options_file and weight_file for ELMo."
+        )
+    if is_bert:
+        return None
+    if is_elmo and weights is not None:
+        return folder / options, folder / weights
+    if is_elmo:
+        raise ValueError(
+            f"ctxfast.Embedder: {folder} has several HDF5 files ({', '.join(tables)}); expected one that is named "
+            f"*weights*. Pass options_file and weight_file."
+        )
+    raise ValueError(
+        f"ctxfast.Embedder: {folder} is no model: expected config.json (BERT) or options.json with HDF5 weights (ELMo)."
+        f" {found}"
+    )
+
+
+def _the_one(names: Sequence[str], best: Sequence[str], fits: Callable[[str], bool]) -> str | None:
+    for name in best:
+        if name in names:
+            return name
+    found = [name for name in names if fits(name)]
+    return found[0] if len(found) == 1 else None
