@@ -305,8 +305,8 @@ def _checked(spec: OpSpec, args: dict[str, Any], impl: str | None) -> Callable[.
     return spec.function(resolve(spec, args, impl))
 
 
-def _prepared(spec: OpSpec, args: dict[str, Any], impl: str | None) -> tuple[Callable[..., Any], dict[str, Any]]:
-    """The function that runs a call, and its arguments, checked."""
+def prepared(spec: OpSpec, args: dict[str, Any], impl: str | None = None) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """All of a call but the call: the function that runs it, and its arguments, checked, as autocast wants them."""
     facts = () if spec.check_values is None else fast_call.facts(spec.name, impl, requested, args)
     function = fast_call.FOUND.get(facts) if facts else None
     if function is not None:
@@ -372,7 +372,7 @@ def op(
         @wraps(function)
         def run(*args: Any, **kwargs: Any) -> Any:
             impl, gathered = function(*args, **kwargs)
-            implementation, gathered = _prepared(spec, gathered, impl)
+            implementation, gathered = prepared(spec, gathered, impl)
             return implementation(**gathered)
 
         # A code object of its own: torch.compile counts compilations by it, and all ops would share one limit.
@@ -380,13 +380,6 @@ def op(
         return run
 
     return declare
-
-
-def call_unless_reference(spec: OpSpec, args: dict[str, Any]) -> Any:
-    """Runs the op on arguments of implementations; None where the reference would run, for callers that have another
-    way then."""
-    function, args = _prepared(spec, args, None)
-    return None if function is spec.reference else function(**args)
 
 
 def _request(ops: dict[str, str]) -> dict[str, str]:
