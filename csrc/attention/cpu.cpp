@@ -165,8 +165,8 @@ Status attention_backward(const AttentionParams& p) {
   if (!wanted.ok()) return wanted;
   const int64_t bytes =
       attention_scratch_bytes(longest, p.head_dim) + draws_bytes(longest) + backward_bytes(longest, p.head_dim);
-  const AttentionKernel kernel = p.io_dtype == DType::kBFloat16 ? best_attention_backward_bfloat16(p.isa)
-                                                                 : best_attention_backward_float32(p.isa);
+  const AttentionKernel kernel =
+      p.io_dtype == DType::kBFloat16 ? best_attention_backward_bfloat16(p.isa) : best_attention_backward_float32(p.isa);
   return run_kernel(kernel, p, longest, round_up(bytes, 64), 5);
 }
 
