@@ -120,6 +120,15 @@ def test_arch_flags(build_script: ModuleType) -> None:
     ]
 
 
+def test_every_kernel_source_names_its_instruction_sets(build_script: ModuleType) -> None:
+    kernels = build_script.sources("*/*.isa.cpp")
+    assert kernels
+    for path in kernels:
+        sets = build_script.directive(path, "sets")
+        assert sets[:1] == ["generic"] and set(sets) <= set(build_script.SETS), path
+    assert tuple(build_script.SETS) == ISAS
+
+
 def test_build_needs_no_torch() -> None:
     for script in (ROOT / "setup.py", CSRC / "build.py"):
         assert not re.search(r"^\s*(import|from) torch", script.read_text(), re.MULTILINE)
