@@ -48,7 +48,6 @@ from functools import cached_property
 from pathlib import Path
 
 CSRC = Path(__file__).resolve().parent
-FOLDER = CSRC.parent / "build" / sysconfig.get_config_var("SOABI")
 DEFAULT_ARCHS = "80;86;89;90a"
 AVX2 = ("-mavx2", "-mfma")
 AVX512 = (*AVX2, "-mavx512f", "-mprefer-vector-width=512")
@@ -254,13 +253,15 @@ def accepted_sets(cxx: list[str]) -> list[str]:
 
 
 class Build:
-    """build.ninja under ``folder``: the extension and the test programs share its objects.
+    """The file build.ninja of ``folder``: the extension and the test programs share its objects.
 
-    ``target`` methods write down how a thing is built and return its path, relative to ``folder``; ``run`` builds.
+    Every method but ``run`` writes down how something is built and returns its path (or paths) relative to ``folder``;
+    ``run`` builds.
     """
 
-    def __init__(self, environ: Mapping[str, str], folder: Path = FOLDER) -> None:
-        self.folder = folder
+    folder = CSRC.parent / "build" / sysconfig.get_config_var("SOABI")
+
+    def __init__(self, environ: Mapping[str, str]) -> None:
         self.environ = environ
         self.cuda = find_cuda(environ)
         self.cxx = find_cxx(environ)
@@ -274,11 +275,9 @@ class Build:
         self._lines[target] = f"build {target}: compile {_escaped(source)}\n  command_line = {words}"
         return target
 
-    def link(self, target: str, command: Iterable[str], objects: Iterable[str], libraries: Iterable[str] = ()) -> str:
-        words = [shlex.join(each).replace("$", "$$") for each in (command, libraries)]
-        self._lines[target] = (
-            f"build {_escaped(target)}: link {' '.join(objects)}\n  command_line = {words[0]}\n  libraries = {words[1]}"
-        )
+    def link(self, target: str, command: Iterable[str], objects: Iterable[str]) -> str:
+        words = shlex.join(command).replace("$", "$$")
+        self._lines[target] = f"build {_escaped(target)}: link {' '.join(objects)}\n  command_line = {words}"
         return target
 
     def run(self, targets: Sequence[str]) -> bool:
@@ -286,7 +285,7 @@ class Build:
         rules = (
             "ninja_required_version = 1.5\n"
             "rule compile\n  command = $command_line -MD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc\n"
-            "rule link\n  command = $command_line $in -o $out $libraries\n"
+            "rule link\n  command = $command_line $in -o $out -ldl -lpthread -lrt\n"
         )
         self.folder.mkdir(parents=True, exist_ok=True)
         jobs = ["-j", self.environ["MAX_JOBS"]] if self.environ.get("MAX_JOBS") else []
@@ -350,10 +349,10 @@ class Build:
         objects = [self.object(path, [*self.cxx, *flags]) for path in bindings] + self.cpu_kernels()
         if not self.cuda.nvcc:
             command = [*self.cxx, "-shared", "-pthread", "-Wl,--exclude-libs,ALL"]
-            return self.link(name, command, objects, ["-ldl"])
+            return self.link(name, command, objects)
         # nvcc knows where its static runtime lies; the result needs no CUDA library to load.
         command = [*self._nvcc(), "-shared", "-cudart=static", "-Xlinker=--exclude-libs,ALL", *self.cuda.link_flags]
-        return self.link(name, command, objects + self.cuda_kernels(), ["-ldl", "-lpthread", "-lrt"])
+        return self.link(name, command, objects + self.cuda_kernels())
 
     def emulated_extension(self, name: str) -> str:
         """The shared library ``name``: the CUDA kernels and their bindings, on the emulator."""
@@ -367,7 +366,7 @@ class Build:
         programs = []
         for path in sorted(CSRC.glob("*/test_*.cpp")):
             objects = [self.object(path, [*self.cxx, *CXX_FLAGS]), *kernels]
-            programs.append(self.link(_program(path), [*self.cxx, "-pthread"], objects, ["-ldl"]))
+            programs.append(self.link(_program(path), [*self.cxx, "-pthread"], objects))
         return programs
 
     def cuda_tests(self) -> list[str]:

@@ -12,7 +12,7 @@ namespace {
 
 // Rounded to T, `offset` elements past an aligned address; `seen` becomes what T holds.
 template <typename T>
-T* to_device(const std::vector<float>& values, int64_t offset, std::vector<float>* seen = nullptr) {
+T* at_offset(const std::vector<float>& values, int64_t offset, std::vector<float>* seen = nullptr) {
   std::vector<float> all(offset, 0.0f);
   all.insert(all.end(), values.begin(), values.end());
   T* const device = to_device(rounded<T>(&all)) + offset;
@@ -34,16 +34,16 @@ void test(Report* report, const char* name, DType dtype, double eps, int64_t K, 
   forward.numel = backward.numel = n;
   forward.dtype = backward.dtype = dtype;
   for (int64_t k = 0; k < K; ++k) {
-    forward.inputs[k] = backward.inputs[k] = to_device<T>(random.fill(n, 1.0f), offset, &x[k]);
-    if (k != 1) backward.grad_inputs[k] = to_device<T>(nothing, offset);
+    forward.inputs[k] = backward.inputs[k] = at_offset<T>(random.fill(n, 1.0f), offset, &x[k]);
+    if (k != 1) backward.grad_inputs[k] = at_offset<T>(nothing, offset);
   }
-  forward.weights = backward.weights = to_device<float>(weights, 0);
-  T* output = to_device<T>(nothing, offset);
+  forward.weights = backward.weights = to_device(weights);
+  T* output = at_offset<T>(nothing, offset);
   forward.output = output;
-  backward.grad_output = to_device<T>(random.fill(n, 1.0f), offset, &grad);
-  backward.grad_weights = to_device<float>(std::vector<float>(K, NAN), 0);
+  backward.grad_output = at_offset<T>(random.fill(n, 1.0f), offset, &grad);
+  backward.grad_weights = to_device(std::vector<float>(K, NAN));
   backward.workspace_bytes = scalar_mix_workspace_bytes(K, n);
-  backward.workspace = to_device<float>(std::vector<float>(backward.workspace_bytes / 4, NAN), 0);
+  backward.workspace = to_device(std::vector<float>(backward.workspace_bytes / 4, NAN));
 
   const Status f = scalar_mix_forward(forward, nullptr), b = scalar_mix_backward(backward, nullptr);
   report->that(what + " " + f.message + b.message, f.ok() && b.ok());
