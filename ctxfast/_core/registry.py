@@ -90,15 +90,12 @@ class Impl:
         return self.name if self.device in (self.proven, "any") else f"{self.name} ({self.proven})"
 
 
+@capability.constant  # to trace the import torch.compile would refuse
 def _load(path: str) -> bool:
-    """Import a module. torch.compile runs this while it traces, where it would refuse the import itself."""
+    """Import a module."""
     if path not in sys.modules:
         importlib.import_module(path)
     return True
-
-
-# What torch.compiler.assume_constant_result sets; calling that would import all of torch.compile, and Triton with it.
-_load._dynamo_marked_constant = True
 
 
 def no_values(args: Mapping[str, Any]) -> None:
@@ -230,13 +227,14 @@ def tensors(args: Mapping[str, Any]) -> Iterator[Tensor]:
                     yield item
 
 
-def needs_grad(args: Mapping[str, Any]) -> bool:
-    """Whether autograd would record this call."""
+def needs_grad(*values: Any) -> bool:
+    """Whether autograd would record a call of these arguments."""
     if not torch.is_grad_enabled():
         return False
-    for value in tensors(args):
-        if value.requires_grad:
-            return True
+    for value in values:
+        for each in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(each, Tensor) and each.requires_grad:
+                return True
     return False
 
 
