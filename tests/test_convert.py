@@ -49,7 +49,7 @@ def test_google_checkpoint(tmp_path, capsys) -> None:
 
 
 def test_a_fine_tuned_model_stays_one(tmp_path) -> None:
-    from training.tiny_models import tiny_bert
+    from support.tiny_models import tiny_bert
 
     from ctxfast.training.tasks.build import build, load
 

@@ -81,8 +81,8 @@ class BatchEncoder:
             raise ValueError(f"ctxfast.Embedder: state is {state!r}; expected an ELMo model for it, not {self.kind}.")
         if batch_size is not None and state != "carry":
             raise ValueError(
-                f"ctxfast.Embedder: batch_size is {batch_size}; expected it with state 'carry' alone. Elsewhere a batch "
-                f"has as many texts as batch_tokens allows."
+                f"ctxfast.Embedder: batch_size is {batch_size}; expected it with state 'carry' alone. Elsewhere a "
+                f"batch has as many texts as batch_tokens allows."
             )
         if batch_tokens is not None and state == "carry":
             raise ValueError(

@@ -112,7 +112,8 @@ def embed_file(
     Raises:
         TypeError: an option that there is not.
         ValueError: an output that is the input or a file of the model, a wrong option or one that does not apply, a
-            line that cannot be embedded (the message has its number, counted from 1), or unfinished work that belongs to other arguments.
+            line that cannot be embedded (the message has its number, counted from 1), or unfinished work that belongs
+            to other arguments.
         FileExistsError, FileNotFoundError: files.
         RuntimeError: another process is writing the same output.
     """
