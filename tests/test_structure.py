@@ -190,7 +190,8 @@ def test_files_are_short() -> None:
     long = {}
     for pattern in (
         "ctxfast/**/*.py",
-        "csrc/**/*.c*",
+        "csrc/**/*.cpp",
+        "csrc/**/*.cu*",
         "csrc/**/*.h",
         "tests/**/*.py",
         "benchmarks/**/*.py",
