@@ -204,16 +204,39 @@ def test_every_road_to_a_row(make, road) -> None:
 @pytest.mark.parametrize("rows, columns", [(1, 9), (9, 1), (1, 1), (3, 1000), (1000, 3), (96, 200), (37, 96), (48, 48)])
 def test_samples_leave_no_row_and_no_column_out(rows: int, columns: int) -> None:
     sampled = sample_columns(rows, columns, 4)
-    assert sampled.shape[0] == rows and sampled.shape[1] == -(-columns // rows)
+    assert sampled.shape == (rows, max(-(-columns // rows), min(4, columns)))
+    assert torch.equal(sampled - sampled[:, :1], torch.arange(sampled.shape[1]).expand(rows, -1))
     assert sampled.unique().tolist() == list(range(columns))
     turn = -(-columns // sampled.shape[1])  # every so many rows in a row see all columns
     assert all(len(sampled[row : row + turn].unique()) == columns for row in range(rows - turn + 1))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+def test_rows_written_after_columns_and_columns_after_rows(monkeypatch, dtype: torch.dtype, layout: str) -> None:
+    """Where a row and a column cross the value is there already; every other entry is new."""
+    monkeypatch.undo()
+    x, weight = torch.randn(3, 384).to(dtype), torch.randn(384, 384).to(dtype)
+    weight = nn.Parameter(weight if layout == "contiguous" else weight.t())
+    with torch.no_grad():
+        for at in range(0, 384, 5):
+            column, row = (slice(None), at), (at,)
+            for first, second in ((column, row), (row, column)):
+                before = weight.detach().clone()
+                functional.linear_act(x, weight, impl="cpu")
+                for place in (first, second):
+                    weight.data[place] = 0
+                    found = functional.linear_act(x, weight, impl="cpu")
+                    forget_packed(weight)
+                    assert torch.equal(found, functional.linear_act(x, weight, impl="cpu")), (first, second)
+                weight.copy_(before)
+
+
 @pytest.mark.parametrize("rows, columns", [(768, 3072), (3072, 768), (1152, 384)])
 def test_samples_of_large_weights_are_few(monkeypatch, rows: int, columns: int) -> None:
     monkeypatch.undo()
-    assert sample_columns(rows, columns, 4).numel() == max(rows, columns)
+    assert sample_columns(rows, columns, 4).numel() == 4 * rows
+    assert sample_columns(rows, columns, 2).numel() == 8 * rows
     assert sample_columns(96, 200, 4).shape == (96, 200)  # 75 KiB: whole
 
 
@@ -310,7 +333,7 @@ def test_passing_tensors_over_one_memory() -> None:
 def _hidden_entry(module: nn.Module) -> Tensor:
     """Writes one entry that is in no sample; the result that follows from it."""
     weight = module.weight
-    column = (sample_columns(*weight.shape, 4)[3, 0] + 1) % weight.shape[1]
+    column = (sample_columns(*weight.shape, 4)[3, -1] + 1) % weight.shape[1]
     before = module().clone()
     weight.data[3, column] += 4
     expected = copy.deepcopy(module)()
@@ -335,7 +358,7 @@ def test_forget_packed_reaches_copies_of_copies() -> None:
     weight = module.encoder.layer[1].attention.self.key.weight
     with torch.no_grad():
         before = module().clone()
-        column = (sample_columns(*weight.shape, 4)[3, 0] + 1) % weight.shape[1]
+        column = (sample_columns(*weight.shape, 4)[3, -1] + 1) % weight.shape[1]
         weight.data[3, column] += 9
         assert torch.equal(module(), before)
         forget_packed(module)

@@ -262,8 +262,8 @@ def swap_in(
     tenth of padding, which gain nothing; layers that have hooks or hold other modules than they had.
 
     Packed copies of weights follow every change PyTorch counts, and by any road (``.data``, NumPy, another process) a
-    change of a whole row, a whole column or all of a weight; after writing single entries of a large weight such a way,
-    call ``ctxfast.forget_packed(model)``. Inference on a GPU goes through CUDA graphs;
+    change of every entry of a row, of a column or of all of a weight; after writing to parts of a large weight such a
+    way, call ``ctxfast.forget_packed(model)``. Inference on a GPU goes through CUDA graphs;
     ``model.encoder.cuda_graphs = False`` switches them off.
 
     Args:
