@@ -90,15 +90,12 @@ class Impl:
         return self.name if self.device in (self.proven, "any") else f"{self.name} ({self.proven})"
 
 
+@capability.constant  # to trace the import torch.compile would refuse
 def _load(path: str) -> bool:
-    """Import a module. torch.compile runs this while it traces, where it would refuse the import itself."""
+    """Import a module."""
     if path not in sys.modules:
         importlib.import_module(path)
     return True
-
-
-# What torch.compiler.assume_constant_result sets; calling that would import all of torch.compile, and Triton with it.
-_load._dynamo_marked_constant = True
 
 
 def no_values(args: Mapping[str, Any]) -> None:
@@ -230,13 +227,14 @@ def tensors(args: Mapping[str, Any]) -> Iterator[Tensor]:
                     yield item
 
 
-def needs_grad(args: Mapping[str, Any]) -> bool:
-    """Whether autograd would record this call."""
+def needs_grad(*values: Any) -> bool:
+    """Whether autograd would record a call of these arguments."""
     if not torch.is_grad_enabled():
         return False
-    for value in tensors(args):
-        if value.requires_grad:
-            return True
+    for value in values:
+        for each in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(each, Tensor) and each.requires_grad:
+                return True
     return False
 
 
@@ -305,8 +303,8 @@ def _checked(spec: OpSpec, args: dict[str, Any], impl: str | None) -> Callable[.
     return spec.function(resolve(spec, args, impl))
 
 
-def _prepared(spec: OpSpec, args: dict[str, Any], impl: str | None) -> tuple[Callable[..., Any], dict[str, Any]]:
-    """The function that runs a call, and its arguments, checked."""
+def prepared(spec: OpSpec, args: dict[str, Any], impl: str | None = None) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """All of a call but the call: the function that runs it, and its arguments, checked, as autocast wants them."""
     facts = () if spec.check_values is None else fast_call.facts(spec.name, impl, requested, args)
     function = fast_call.FOUND.get(facts) if facts else None
     if function is not None:
@@ -372,7 +370,7 @@ def op(
         @wraps(function)
         def run(*args: Any, **kwargs: Any) -> Any:
             impl, gathered = function(*args, **kwargs)
-            implementation, gathered = _prepared(spec, gathered, impl)
+            implementation, gathered = prepared(spec, gathered, impl)
             return implementation(**gathered)
 
         # A code object of its own: torch.compile counts compilations by it, and all ops would share one limit.
@@ -380,13 +378,6 @@ def op(
         return run
 
     return declare
-
-
-def call_unless_reference(spec: OpSpec, args: dict[str, Any]) -> Any:
-    """Runs the op on arguments of implementations; None where the reference would run, for callers that have another
-    way then."""
-    function, args = _prepared(spec, args, None)
-    return None if function is spec.reference else function(**args)
 
 
 def _request(ops: dict[str, str]) -> dict[str, str]:

@@ -36,6 +36,11 @@ def allocate(size: Sequence[int], like: Tensor, dtype: torch.dtype | None = None
     return torch.empty(tuple(size), dtype=like.dtype if dtype is None else dtype, device=like.device)
 
 
+def address(tensor: Tensor | None) -> int:
+    """Where a tensor's first element lies; 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
 def without_autocast(device: str) -> AbstractContextManager:
     """Autocast off for a device type, also for one that has none (meta)."""
     return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
@@ -59,7 +64,7 @@ def launching(tensor: Tensor) -> Iterator[int]:
         yield torch.cuda.current_stream().cuda_stream
 
 
-def is_watched() -> bool:
+def must_dispatch() -> bool:
     """Whether something must see the registered operators of a call: a compiler, a tracer, a dispatch mode, a
     transform or a profiler. Where nothing does, and no input is a tensor subclass, a kernel may be called directly."""
     return (
@@ -72,8 +77,8 @@ def is_watched() -> bool:
 
 
 def is_direct(*inputs: Tensor | None) -> bool:
-    """Whether a kernel may be called on these CPU tensors without going through its operator: see ``is_watched``."""
-    if is_watched() or not all([type(each) in _PLAIN for each in inputs]):
+    """Whether a kernel may be called on these CPU tensors without going through its operator: see ``must_dispatch``."""
+    if must_dispatch() or not all([type(each) in _PLAIN for each in inputs]):
         return False
     # A view of an imaginary part may hold its values with the other sign; the operator's dispatch puts that right.
     return not any([type(each) is Tensor and each.is_neg() for each in inputs])

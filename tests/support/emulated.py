@@ -95,7 +95,7 @@ class Instead:
 
 @contextmanager
 def kernels(monkeypatch: pytest.MonkeyPatch, implementation: ModuleType, seed: int = 0) -> Iterator[None]:
-    """Inside, the implementation's registered operators run on CPU tensors, by the emulator.
+    """Inside, the registered operators of an implementation and of its parts run on CPU tensors, by the emulator.
 
     ``seed``: of the order in which threads run and stores arrive; 0 for the plain order.
     """
@@ -104,9 +104,11 @@ def kernels(monkeypatch: pytest.MonkeyPatch, implementation: ModuleType, seed: i
     both = Instead(emulator)
     monkeypatch.setattr(capability, "extension", lambda: both)
     library = torch.library.Library("ctxfast", "IMPL")
-    for name, kernel in (("_fwd", "_forward"), ("_bwd", "_backward")):
-        operator: Any = getattr(implementation, name)
-        library.impl(operator._schema.name.split("::")[1], getattr(implementation, kernel), "CPU")
+    parts = [each for each in vars(implementation).values() if isinstance(each, ModuleType)]
+    for module in (implementation, *(part for part in parts if part.__package__ == implementation.__package__)):
+        for name, kernel in (("_fwd", "_forward"), ("_bwd", "_backward")):
+            if hasattr(module, name):
+                library.impl(getattr(module, name)._schema.name.split("::")[1], getattr(module, kernel), "CPU")
     try:
         yield
     finally:
