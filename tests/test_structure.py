@@ -29,6 +29,7 @@ ROOMS = [
     ["training"],
     ["commands"],
     ["cli"],
+    ["__main__"],
 ]
 LEVEL = {name: level for level, names in enumerate(ROOMS) for name in names}
 # Ops whose folder of csrc has another name, and implementations that are no kernels but calls of torch's.

@@ -52,10 +52,10 @@ def forget_packed(*of: nn.Module | Tensor) -> None:
     """Forgets the packed copies of weights on the CPU; the next call packs them again.
 
     Needed only after writing to a part of a large weight behind PyTorch's back, as through ``.data`` or a NumPy view.
-    Every other change is noticed: whatever PyTorch counts, and by any road a change of every entry of a row, of a column
-    or of all of a weight, or of anything in a weight of at most 160 KiB. A row that is written where some entries have
-    the new value already is noticed unless 16 bytes of it that lie side by side all have it; a column, unless it has it
-    in all the rows where it is among those. Safe to call from any thread.
+    Every other change is noticed: whatever PyTorch counts, and by any road a change of every entry of a row, of a
+    column or of all of a weight, or of anything in a weight of at most 160 KiB. A row that is written where some
+    entries have the new value already is noticed unless 16 bytes of it that lie side by side all have it; a column,
+    unless it has it in all the rows where it is among those. Safe to call from any thread.
 
     Args:
         of: modules, whose parameters are meant, and weights. Nothing: all weights there are.
