@@ -160,8 +160,8 @@ def check(args: argparse.Namespace, who: str) -> None:
     if not 0 <= args.warmup < math.inf:
         raise ValueError(f"ctxfast.{who}: --warmup is {args.warmup}; expected steps, 0 or more, or a share below 1.")
     from .._core.registry import use_impl
-    from ..training.loop import board_writer, check_amp
-    from ..training.parallel import device_of
+    from ..training.loop.parallel import device_of
+    from ..training.loop.train import board_writer, check_amp
 
     with use_impl(args.impl):  # refuses a name that no op knows
         pass
@@ -177,7 +177,7 @@ def check(args: argparse.Namespace, who: str) -> None:
 
 def config(args: argparse.Namespace, steps: int, **more: Any) -> Any:
     """The ``LoopConfig`` that the arguments ask for; ``steps`` as --epochs and the data give it, or --steps."""
-    from ..training.loop import LoopConfig
+    from ..training.loop.train import LoopConfig
 
     warmup = round(args.warmup * steps) if 0 < args.warmup < 1 else round(args.warmup)
     return LoopConfig(
@@ -237,7 +237,7 @@ def run(
     args: argparse.Namespace, name: str, task: Any, loop: Any, settings: dict[str, Any], notes: Sequence[str] = ()
 ) -> Any:
     """Train as the arguments say, print the end, return the loop's report; ``notes`` go to its log."""
-    from ..training.loop import train
+    from ..training.loop.train import train
 
     show = None if args.quiet else Show(name)
     try:
