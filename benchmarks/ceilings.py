@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from .work import Work
+from .cases import Work
 
 _REPEATS = 5
 _READ_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ctxfast._core import registry
 
-from .cases import Case
-from .peers import Call, Outputs, Provider, oracle
-from .peers_training import LOSS_BOUND
+from .cases import Case, module
+from .peers import oracle
+from .provider import Call, Outputs, Provider
 
 # Error allowed relative to the largest magnitude of the right result. Ops: their own ceilings in the table. Models:
 # a dozen layers add up, and peers round at other places. In bfloat16 the worst element of BERT-Base's pooler is off by
@@ -67,10 +67,11 @@ class Gate:
 
     def bound(self, provider: Provider) -> float:
         dtype = self._dtype(provider)
-        if self._case.op == "bert_mlm":
-            return LOSS_BOUND
         if not self._case.is_model:
             return registry.OPS[self._case.op].ceiling[dtype]
+        own = getattr(module(self._case.op), "BOUND", None)
+        if own is not None:
+            return own
         return _INT8_BOUND[self._args["model"]][0] if dtype is torch.int8 else _MODEL_BOUND[dtype]
 
     def judge(self, provider: Provider, outputs: Outputs, grads: dict[str, Outputs]) -> Verdict:

@@ -24,7 +24,8 @@ import torch
 from .cases import Case
 from .ceilings import floor_seconds
 from .gate import Gate, ParityError, Verdict, results, runner
-from .peers import NotInstalled, Provider, Unavailable, chosen_impl
+from .peers import chosen_impl
+from .provider import NotInstalled, Provider, Unavailable
 
 MIN_ROUNDS, MAX_ROUNDS = 3, 200
 # A timed sample lasts at least this long, so that the clock and its call cost nothing.

@@ -1,15 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who is compared: every implementation in ctxfast's op table, plain PyTorch, torch's own modules, other libraries.
-
-A provider turns a case into a ``Call``, or raises ``Unavailable`` with the sentence that its row then shows: a peer
-that is not installed or cannot run a case never vanishes from the table.
-"""
+"""Who is compared, and what they must return: every implementation in the op table, then the peers of a case's file."""
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,77 +13,8 @@ from torch import Tensor
 from ctxfast import functional
 from ctxfast._core import registry
 
-from .cases import Case
-
-Outputs = tuple[Tensor, ...]
-Leaves = dict[str, tuple[Tensor, ...]]
-
-
-class Unavailable(Exception):
-    """A provider does not run a case; the text is one sentence for its row."""
-
-
-class NotInstalled(Unavailable):
-    """The library behind a provider is not there."""
-
-
-@dataclass(frozen=True)
-class Call:
-    """One provider's way to run one case.
-
-    Args:
-        forward: runs the case and returns its outputs in the provider's own layout.
-        leaves: argument name -> the tensors that its gradient is taken of (forward+backward cases).
-        to_case: outputs in the provider's layout -> outputs as ctxfast's function returns them; not timed.
-        to_own: gradients of the outputs as ctxfast has them -> in the provider's layout; not timed.
-        leaf_to_case: (argument name, gradient) -> the gradient in the layout of that argument; not timed.
-    """
-
-    forward: Callable[[], Outputs]
-    leaves: Leaves | None = None
-    to_case: Callable[[Outputs], Outputs] = lambda outputs: outputs
-    to_own: Callable[[Outputs], Outputs] = lambda grads: grads
-    leaf_to_case: Callable[[str, Tensor], Tensor] = lambda name, grad: grad
-
-
-@dataclass(frozen=True)
-class Provider:
-    """A row of the comparison: its name, what builds its call, and what a reader must know.
-
-    ``ours``: an implementation of ctxfast. ``note`` stands beside the row. ``dtype`` is set where a peer computes in
-    another dtype than the case; parity is then judged by that dtype's bound. ``device``: the only kind it exists for.
-    """
-
-    name: str
-    build: Callable[[Case, Mapping[str, Any]], Call]
-    note: str = ""
-    ours: bool = False
-    dtype: torch.dtype | None = None
-    device: str | None = None
-
-
-def require(module: str, distribution: str | None = None) -> None:
-    """Raise ``NotInstalled`` unless ``module`` can be imported."""
-    if importlib.util.find_spec(module) is None:
-        raise NotInstalled(f"not installed (pip install {distribution or module})")
-
-
-def leaves_of(case: Case, args: Mapping[str, Any]) -> Leaves:
-    """The tensors of ``args`` that the case takes gradients of, by argument name."""
-    found = {}
-    for name in case.grads:
-        value = args[name]
-        if value is not None:
-            found[name] = (value,) if isinstance(value, Tensor) else tuple(value)
-    return found
-
-
-def flat(value: Any) -> Outputs:
-    """The tensors of a (nested) result, in order."""
-    if isinstance(value, Tensor):
-        return (value,)
-    return tuple(tensor for item in value for tensor in flat(item))
-
+from .cases import Case, module
+from .provider import Call, Outputs, Provider, Unavailable, flat, leaves_of
 
 # ctxfast itself
 
@@ -142,18 +68,14 @@ def providers(case: Case, *, compile: bool = False) -> list[Provider]:
     Args:
         compile: run the torch.compile peers too; without it their rows say how to get them.
     """
-    from . import peers_models, peers_ops, peers_training
-
-    if case.op == "bert_mlm":
-        ours, peers, compiled = peers_training.OURS, peers_training.PEERS, peers_training.COMPILED
-    elif case.is_model:
-        ours, peers, compiled = peers_models.OURS[case.op], peers_models.PEERS[case.op], peers_models.COMPILED[case.op]
+    file = module(case.op)
+    if case.is_model:
+        ours, compiled = file.OURS, file.COMPILED
     else:
-        ours, peers = _op_providers(case.op), peers_ops.PEERS[case.op]
-        compiled = (Provider("torch.compile of the reference", _build_compiled),)
+        ours, compiled = _op_providers(case.op), (Provider("torch.compile of the reference", _build_compiled),)
     if not compile:
         compiled = [replace(provider, build=_not_compiled) for provider in compiled]
-    fitting = [provider for provider in peers if _fits(case, provider)]
+    fitting = [provider for provider in file.PEERS if _fits(case, provider)]
     return [*ours, *fitting, *compiled]
 
 
@@ -175,10 +97,7 @@ def oracle(case: Case, args: Mapping[str, Any]) -> tuple[Outputs, dict[str, Outp
     unrounded result. A model: ctxfast's model on references, in float32.
     """
     if case.is_model:
-        from . import peers_models, peers_training
-
-        source = peers_training if case.op == "bert_mlm" else peers_models
-        return source.oracle(case, args), {}, None
+        return _model_outputs(case, args), {}, None
     wide = {name: _wide(value) for name, value in args.items()}
     wide.pop("weight_dtype", None)
     function = getattr(functional, case.op)
@@ -192,6 +111,20 @@ def oracle(case: Case, args: Mapping[str, Any]) -> tuple[Outputs, dict[str, Outp
     grads = iter(torch.autograd.grad(outputs, [leaf for tensors in leaves.values() for leaf in tensors], starts))
     by_name = {name: tuple(next(grads) for _ in tensors) for name, tensors in leaves.items()}
     return tuple(out.detach() for out in outputs), by_name, tuple(start.to(case.dtype) for start in starts)
+
+
+_latest: dict[str, Outputs] = {}
+
+
+def _model_outputs(case: Case, args: Mapping[str, Any]) -> Outputs:
+    """The result of the latest workload is kept: its cases differ in dtype only."""
+    plain = replace(case, dtype_name="float32")
+    if plain.id not in _latest:
+        with torch.no_grad():
+            found = module(case.op).oracle(plain, {name: args[name] for name in args if name != "weight_dtype"})
+        _latest.clear()
+        _latest[plain.id] = tuple(output.float() for output in found)
+    return _latest[plain.id]
 
 
 def _wide(value: Any) -> Any:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ctxfast._core import capability
+from ctxfast._core import report
 from ctxfast._core.files import replacing
 
 from .measure import ResultRow, Settings
@@ -37,7 +37,7 @@ def machine(device: str, threads: int) -> str:
     """A short name of what was measured on: the GPU, or the CPU and its threads."""
     if device == "cuda":
         return slug(torch.cuda.get_device_name())
-    return f"{slug(capability.facts()['cpu'].rpartition(', ')[0])}-{threads}t"
+    return f"{slug(report.facts()['cpu'].rpartition(', ')[0])}-{threads}t"
 
 
 def _git(*command: str) -> str | None:
@@ -79,7 +79,7 @@ def describe(device: str, settings: Settings, threads_line: str, command: Sequen
         "commit": head,
         "dirty": dirty,
         "command": " ".join(("python -m benchmarks", *command)),
-        "facts": capability.facts(),
+        "facts": report.facts(),
         "instruction_sets": _instruction_sets(),
         "settings": {
             "seconds_per_case": settings.seconds,

@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.cases import Case
 from benchmarks.gate import Gate, results, runner
-from benchmarks.peers import Provider, Unavailable
+from benchmarks.provider import Provider, Unavailable
 
 
 class _Latest:

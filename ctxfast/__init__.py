@@ -7,8 +7,8 @@ from importlib import import_module, metadata
 from typing import Any
 
 from . import functional
-from ._core.capability import show_config
 from ._core.registry import use_impl
+from ._core.report import show_config
 from .functional import *  # noqa: F403
 from .ops.shared.weight_cache import forget_packed
 

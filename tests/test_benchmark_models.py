@@ -8,10 +8,11 @@ import importlib.util
 import pytest
 import torch
 
-from benchmarks import gate, measure, peers, peers_models
+from benchmarks import gate, measure, peers
 from benchmarks.cases import Case
 from benchmarks.measure import Settings
-from benchmarks.peers import Provider
+from benchmarks.models import bert
+from benchmarks.provider import Provider
 
 INT8 = Case("bert", "tiny", dict(model="minilm", lengths=(16, 5)), "float32+int8", False, "cpu", "small")
 
@@ -20,10 +21,10 @@ def _int8_model(change):
     """ctxfast's MiniLM in int8 after ``change`` of the model or of the call's arguments."""
 
     def build(case, args):
-        model, args = peers_models._ours_bert(case, args), dict(args)
+        model, args = bert._ours(case, args), dict(args)
         with torch.no_grad():
             change(model, args)
-        return peers_models._bert_call(model, args)
+        return bert._call(model, args)
 
     return Provider("int8", build, ours=True)
 
@@ -108,6 +109,12 @@ def test_a_peer_that_is_not_installed_keeps_its_row(monkeypatch):
         ("CTranslate2", "CTranslate2, int8"), "not installed (pip install ctranslate2)"
     )
     assert {each.status for each in found.values()} == {"not installed"}
+
+
+def test_a_training_step_passes_its_gate():
+    case = Case("bert_mlm", "tiny", dict(model="minilm", lengths=(9, 5)), "float32", False, "cpu", "small")
+    found = _measured(case, ("ctxfast", "Hugging Face, eager"))
+    assert {each.status for each in found.values()} == {"ok"} and len(found) == 3
 
 
 def test_peers_of_a_gpu_are_in_the_table():

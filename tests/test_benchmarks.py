@@ -3,33 +3,22 @@
 
 from __future__ import annotations
 
-import dataclasses
+import ast
 import json
 import os
 import time
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
 
 import pytest
 import torch
+from support.benchmark_rows import QUICK, row, tiny
 
-from benchmarks import __main__ as command, cases, ceilings, gate, measure, peers, peers_ops, report, results
-from benchmarks.cases import Case
-from benchmarks.measure import ResultRow, Settings
-from benchmarks.peers import Call, NotInstalled, Provider, Unavailable
+from benchmarks import __main__ as command, cases, ceilings, gate, measure, peers, results
+from benchmarks.measure import Settings
+from benchmarks.provider import Call, NotInstalled, Provider, Unavailable, leaves_of
 from ctxfast._core import registry
-
-TINY = {
-    "lstm": dict(B=3, T=4, R=2, I=5, H=6, P=4, clip=3.0),
-    "attention": dict(lengths=(4, 1, 3), H=2, D=8),
-    "add_layer_norm": dict(T=4, N=8),
-    "linear_act": dict(T=4, N=8, M=6, activation="gelu"),
-    "embed_layer_norm": dict(T=4, N=8, V=11),
-    "char_cnn": dict(W=3),
-    "scalar_mix": dict(K=3, B=2, T=3, N=4),
-    "transformer_layers": dict(lengths=(4, 1, 3), N=8, H=2, M=12, K=2),
-    "linear_cross_entropy": dict(T=6, labelled=2, N=8, V=11),
-}
-QUICK = Settings(seconds=0.0)
 
 
 @pytest.fixture(autouse=True)
@@ -38,27 +27,6 @@ def _the_command_holds_its_process_to_some_cores() -> Iterator[None]:
     yield
     torch.set_num_threads(threads)
     os.sched_setaffinity(0, cores)
-
-
-def tiny(op: str, *, backward: bool = False, dtype: str = "float32", **sizes) -> Case:
-    return Case(op, "tiny", {**TINY[op], **sizes}, dtype, backward, "cpu", "small")
-
-
-def row(
-    provider: str, ms: float | None, *, ours=False, chosen=False, case="op/w/float32/forward/cpu", **more
-) -> ResultRow:
-    op, workload, dtype, pass_name, device = case.split("/")
-    known = dict(median_ms=ms, p20_ms=ms, p80_ms=ms, error=0.0)
-    return ResultRow(case, op, workload, dtype, pass_name, device, provider, ours, chosen, **{**known, **more})
-
-
-def document(rows, **more) -> dict:
-    settings = dict(threads="2 threads", load_before=0.0, others_kept_busy=0.25)
-    facts = dict(cpu="A CPU, 2 threads", gpu="none", torch="2", python="3")
-    return dict(
-        schema=1, machine="a-cpu-2t", device="cpu", date="2026-01-02T03:04:05Z", commit="abc", dirty=False,
-        command="python -m benchmarks", facts=facts, instruction_sets=[], settings=settings, rows=list(rows),
-    ) | more  # fmt: skip
 
 
 def statuses(found) -> dict[str, str]:
@@ -71,11 +39,31 @@ def statuses(found) -> dict[str, str]:
 @pytest.mark.parametrize("op", sorted(registry.OPS))
 def test_every_op_has_a_small_row_peers_and_declared_work(op):
     selected = cases.select("cpu", "small", [op])
-    assert selected, f"add a small row for {op} to benchmarks/cases.py"
+    assert selected, f"add a small row to benchmarks/ops/{op}.py"
     assert cases.select("cuda", "full", [op])
-    assert peers_ops.PEERS[op]
+    assert cases.module(op).PEERS
     for case in selected:
         assert case.work.flops or case.work.bytes
+
+
+def test_every_file_of_an_op_is_that_of_an_op_in_the_table():
+    folder = Path(cases.__file__).parent / "ops"
+    assert {path.stem for path in folder.glob("[!_]*.py")} == set(registry.OPS)
+
+
+def test_modules_import_in_one_direction():
+    root = Path(cases.__file__).parent
+    found: dict[str, set[str]] = {}
+    for path in root.rglob("*.py"):
+        parts = path.relative_to(root).with_suffix("").parts
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                base = (*parts[: len(parts) - node.level], *(node.module or "").split("."))
+                names = [".".join(filter(None, (*base, alias.name))) for alias in node.names]
+                names.append(".".join(filter(None, base)))
+                found.setdefault(".".join(parts), set()).update(names)
+    TopologicalSorter(found).prepare()  # raises CycleError
+    assert {"cases", "provider"} <= found["ops.lstm"]
 
 
 def test_ids_are_unique_and_full_holds_small():
@@ -140,7 +128,10 @@ _SPECIAL = [
     tiny("linear_act", activation="none"),
 ]
 _PEER_CASES = [
-    tiny(op, backward=back) for op in sorted(TINY) for back in (False, True) if not back or op in cases.GRADS
+    tiny(op, backward=back)
+    for op in sorted(registry.OPS)
+    for back in (False, True)
+    if not back or hasattr(cases.module(op), "GRADS")
 ]
 
 
@@ -226,7 +217,7 @@ def test_a_wrong_gradient_is_seen():
                 + 0 * residual,
             )
 
-        return Call(forward, peers.leaves_of(case, args))
+        return Call(forward, leaves_of(case, args))
 
     (found,) = measure.measure(tiny("add_layer_norm", backward=True), [Provider("no residual gradient", build)], QUICK)
     assert found.status == "wrong" and "gradient of residual" in found.note
@@ -351,123 +342,6 @@ def test_others_do_not_count_this_process(monkeypatch):
     others = results.Others()
     clock[0] = 20.0
     assert others.cores() == 1.0
-
-
-# files
-
-
-@pytest.mark.parametrize(
-    "name, expected",
-    [
-        ("Intel(R) Xeon(R) Processor", "intel-xeon"),
-        ("NVIDIA H100 80GB HBM3", "nvidia-h100-80gb-hbm3"),
-        ("AMD EPYC 7B13 64-Core Processor", "amd-epyc-7b13-64"),
-        ("Intel(R) Core(TM) i7-8700 CPU @ 3.20GHz", "intel-i7-8700"),
-        ("", "unknown"),
-    ],
-)
-def test_slug(name, expected):
-    assert results.slug(name) == expected
-
-
-def test_result_files_come_back_and_are_complete(tmp_path):
-    case = tiny("scalar_mix")
-    found = measure.measure(case, peers.providers(case), QUICK)
-    description = results.describe("cpu", QUICK, "2 threads", ["--op", "scalar_mix"])
-    path = results.place(str(tmp_path / "new"), description)
-    results.save(path, description, found)
-    loaded = results.load(path)
-    assert path.name == f"{description['machine']}-{description['date'][:10]}-{description['commit']}.json"
-    assert [each.provider for each in loaded["rows"]] == [each.provider for each in found]
-    assert loaded["rows"][1].median_ms == pytest.approx(found[1].median_ms, rel=1e-4)
-    assert loaded["facts"]["torch"] == torch.__version__ and loaded["dirty"] in (True, False, None)
-    assert list(path.parent.iterdir()) == [path]  # no temporary file stays
-    assert results.place(str(tmp_path / "new"), description).stem == path.stem + "-2"
-    with pytest.raises(FileExistsError, match="--overwrite"):
-        results.place(str(path), description)
-    assert results.place(str(path), description, overwrite=True) == path
-
-
-@pytest.mark.parametrize("content, words", [("{", "is not JSON"), ("[]", "schema None"), ('{"schema": 9}', "schema 9")])
-def test_what_is_no_result_file_is_refused(tmp_path, content, words):
-    path = tmp_path / "x.json"
-    with pytest.raises(FileNotFoundError, match="there is no result file"):
-        results.load(path)
-    path.write_text(content)
-    with pytest.raises(ValueError, match=words):
-        results.load(path)
-    path.write_text(json.dumps({"schema": 1, "rows": [{"nonsense": 1}]}))
-    with pytest.raises(ValueError, match="cannot read"):
-        results.load(path)
-
-
-# pages
-
-
-@pytest.fixture
-def pages():
-    lost = "op/lost/float32/forward/cpu"
-    return document(
-        [
-            row("ctxfast cpu", 2.0, ours=True, chosen=True),
-            row("ctxfast reference", 6.0, ours=True),
-            row("ctxfast triton", 3.0, ours=True),
-            row("peer", 4.0),
-            row("gone", None, status="not installed", note="not installed (pip install gone)"),
-            row("ctxfast reference", 4.0, ours=True, chosen=True, case=lost),
-            row("quick peer", 1.0, case=lost),
-            row("bad peer", None, status="wrong", note="output 0 is off", case=lost),
-        ]
-    )
-
-
-def test_summaries(pages):
-    won, lost = report.summarise(pages["rows"])
-    assert won.ours.provider == "ctxfast cpu" and won.best.provider == "peer"
-    assert [each.provider for each in won.peers] == ["peer", "ctxfast reference"]
-    assert [each.provider for each in won.siblings] == ["ctxfast triton"]
-    assert won.ratio(won.best) == 2.0
-    assert lost.ratio(lost.best) == 0.25 and not lost.siblings
-
-
-def test_the_page_shows_losses_and_who_is_missing(pages):
-    text = report.markdown(pages, "plot.png")
-    assert "| op: w | float32 | cpu | 2 |" in text and "| peer | 2x | ctxfast reference 3x |" in text
-    assert "| quick peer | **0.25x** |" in text
-    assert "ctxfast triton, 1.5x" in text
-    assert "- gone: not installed (pip install gone) (1 case of op)" in text
-    assert "- bad peer: WRONG: output 0 is off" in text
-    assert "(plot.png)" in text and "other programs kept 0.25 cores busy" in text
-
-
-def test_the_page_of_a_case_without_our_time():
-    rows = [row("ctxfast cpu", None, ours=True, chosen=True, status="wrong", note="output 0 is off"), row("peer", 4.0)]
-    assert "no time: wrong, output 0 is off" in report.markdown(document(rows))
-
-
-def test_page_and_plot_are_written_beside_the_file(pages, tmp_path):
-    pytest.importorskip("matplotlib", reason="needs matplotlib, for the plot")
-    page, picture = report.write(pages, tmp_path / "a.json")
-    assert page.name == "a.md" and "(a.png)" in page.read_text()
-    assert picture.read_bytes().startswith(b"\x89PNG")
-    (only,) = report.write(document([row("peer", None, status="cannot run")]), tmp_path / "b.json")
-    assert only.name == "b.md"
-
-
-def test_compare():
-    old = document([row("a", 4.0), row("b", 4.0), row("c", 4.0), row("gone", 1.0), row("never", None)])
-    new = document([row("a", 2.0), row("b", 8.0), row("c", 4.1), row("new", 1.0), row("never", None)], commit="def")
-    lines = {line.rsplit(": ")[-1]: line for line in report.compare(old, new).splitlines() if ": " in line}
-    assert "2.00x  faster" in lines["a"] and "0.50x  slower" in lines["b"] and "same" in lines["c"]
-    assert "only new" in lines["new"] and "only old" in lines["gone"] and "never" not in lines
-    assert "different machines" in report.compare(old, document([], machine="other"))
-
-
-def test_noise_is_no_change():
-    old = row("a", 4.0, p20_ms=3.0, p80_ms=5.0)
-    new = row("a", 2.0, p20_ms=1.0, p80_ms=3.5)
-    assert report.verdict(old, new) == "same"
-    assert report.verdict(old, dataclasses.replace(new, p80_ms=2.9)) == "faster"
 
 
 # the command

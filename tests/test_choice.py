@@ -156,7 +156,22 @@ def test_show_config_names_everything() -> None:
     text = ctxfast.show_config()
     for word in ("ctxfast", "torch", torch.__version__, "triton", "gpu", "extension", "cpu kernels", "cuda kernels"):
         assert word in text
+    for spec in registry.OPS.values():
+        assert any(
+            line.split() == [spec.name, *", ".join(map(str, spec.all_impls)).split()] for line in text.splitlines()
+        )
     assert capability.extension() is not None
+
+
+def test_what_an_implementation_has_run_on_is_said() -> None:
+    proven = {None: "a (None)", "emulator": "a (emulator)", "H200 2026-12-02": "a (H200 2026-12-02)"}
+    for value, shown in proven.items():
+        assert str(registry.Impl("a", "cuda", "note", value)) == shown
+    assert str(registry.Impl("a", "cpu", "note", "cpu")) == "a"
+    spec = registry.OPS["lstm"]
+    args = spec.arguments(**spec.cases()[0].make("cpu", torch.float32, 0))
+    assert spec.note(spec.impl("cuda"), args).endswith("; run on the emulator alone, on no GPU")
+    assert spec.note(spec.impl("cpu"), args) == spec.impl("cpu").note
 
 
 def test_a_call_like_one_before_is_still_checked() -> None:

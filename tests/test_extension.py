@@ -34,6 +34,25 @@ def _address(array: np.ndarray | None) -> int:
     return 0 if array is None else array.ctypes.data
 
 
+def _pack(weight_hh: np.ndarray, weight_proj: np.ndarray | None, dtype: str) -> np.ndarray:
+    shape = (weight_hh.shape[0] // 4, weight_hh.shape[1], weight_proj is not None, dtype)
+    packed = np.empty(_C.lstm_packed_bytes(*shape), np.uint8)
+    weights = (each for weight in (weight_hh, weight_proj) for each in (_address(weight), _strides(weight)))
+    _C.lstm_pack(*shape, *weights, _address(packed))
+    return packed
+
+
+def _pack_input(weight_ih: np.ndarray, dtype: str) -> np.ndarray:
+    shape = (weight_ih.shape[0] // 4, weight_ih.shape[1], dtype)
+    packed = np.empty(_C.lstm_input_packed_bytes(*shape), np.uint8)
+    _C.lstm_pack_input(*shape, _address(weight_ih), _strides(weight_ih), _address(packed))
+    return packed
+
+
+def _strides(array: np.ndarray | None) -> tuple[int, ...]:
+    return () if array is None else tuple(stride // array.itemsize for stride in array.strides)
+
+
 @dataclass
 class Problem:
     """Random arguments of one call, for the kernel and a float64 loop; proj_size None: no projection."""
@@ -55,7 +74,10 @@ class Problem:
 
         both = range(self.directions)
         gate_count = 4 * self.hidden
-        self.gates = [normal(self.batch, self.steps, gate_count, scale=2) for _ in both]
+        self.input = int(rng.integers(1, 80))
+        self.x = [normal(self.batch, self.steps, self.input) for _ in both]
+        self.weight_ih = [normal(gate_count, self.input, scale=2 * self.input**-0.5) for _ in both]
+        self.bias = [normal(gate_count) for _ in both]
         self.weight_hh = [normal(gate_count, self.size, scale=(self.size + 1) ** -0.5) for _ in both]
         self.weight_proj = None
         if self.proj_size is not None:
@@ -74,22 +96,12 @@ class Problem:
     ) -> dict[str, np.ndarray]:
         """The kernel's results for these rows of the batch (None: all); outputs begin as NaN."""
         pick = list(range(self.batch)) if rows is None else rows
-        count, projected = len(pick), self.weight_proj is not None
-        gates = [np.ascontiguousarray(gate[pick]) for gate in self.gates]
+        count, projected, both = len(pick), self.weight_proj is not None, range(self.directions)
+        x = [np.ascontiguousarray(each[pick]) for each in self.x]
         h_0, c_0 = np.ascontiguousarray(self.h_0[:, pick]), np.ascontiguousarray(self.c_0[:, pick])
         lengths = self.lengths[pick].astype(np.int64)
-        packed = []
-        for r in range(self.directions):
-            packed.append(np.empty(_C.lstm_packed_bytes(self.hidden, self.size, projected, dtype), np.uint8))
-            proj = self.weight_proj[r] if projected else None
-            _C.lstm_pack(
-                self.hidden,
-                self.size,
-                _address(self.weight_hh[r]),
-                _address(proj),
-                _address(packed[r]),
-                dtype,
-            )
+        packed = [_pack(self.weight_hh[r], self.weight_proj[r] if projected else None, dtype) for r in both]
+        packed_input = [_pack_input(weight, dtype) for weight in self.weight_ih]
         width = self.directions * self.size
         out = {
             "output": np.full((count, self.steps, width), np.nan, np.float32),
@@ -100,13 +112,17 @@ class Problem:
         arguments = dict(
             batch=count,
             steps=self.steps,
+            directions=self.directions,
             hidden=self.hidden,
             proj_size=self.size,
-            has_proj=projected,
-            gates=[_address(gate) for gate in gates],
-            gates_strides=[(self.steps * 4 * self.hidden, 4 * self.hidden)] * self.directions,
+            has_projection=projected,
+            weight_dtype=dtype,
+            input=self.input,
+            x=[_address(each) for each in x],
+            x_strides=[(self.steps * self.input, self.input)] * self.directions,
+            packed_input=[_address(buffer) for buffer in packed_input],
+            bias=[_address(bias) for bias in self.bias],
             packed=[_address(buffer) for buffer in packed],
-            dtype=dtype,
             lengths=_address(lengths),
             h_0=_address(h_0),
             c_0=_address(c_0),
@@ -137,13 +153,13 @@ class Problem:
         cells = np.zeros((self.directions, self.batch, self.steps, self.hidden))
         h_n, c_n = self.h_0.astype(np.float64), self.c_0.astype(np.float64)
         for r in range(self.directions):
-            hh = held(self.weight_hh[r])
+            x, ih, hh = held(self.x[r]), held(self.weight_ih[r]), held(self.weight_hh[r])
             proj = None if self.weight_proj is None else held(self.weight_proj[r])
             for b in range(self.batch):
                 h, c = h_n[r, b], c_n[r, b]
                 times = range(self.lengths[b])
                 for t in times if r == 0 else reversed(times):
-                    i, f, g, o = np.split(self.gates[r][b, t] + hh @ held(h), 4)
+                    i, f, g, o = np.split(ih @ x[b, t] + self.bias[r] + hh @ held(h), 4)
                     c = clip(_sigmoid(i) * np.tanh(g) + _sigmoid(f) * c, self.clips[0])
                     m = _sigmoid(o) * np.tanh(c)
                     h = clip(m if proj is None else proj @ held(m), self.clips[1])
@@ -215,7 +231,8 @@ def test_lstm_gate_functions_are_exact_to_float32(isa: str) -> None:
     problem.lengths[:] = 1
     problem.c_0[:] = 0
     for i, g in ((x, x[::-1]), (x[::-1], x), (np.full_like(x, 0.5), x)):
-        problem.gates[0][0, 0] = np.concatenate([i, x, g, x])
+        problem.x[0][:] = 0
+        problem.bias[0] = np.concatenate([i, x, g, x])
         c = problem.run(isa=isa)["c_n"][0, 0]
         exact = np.tanh(g.astype(np.float64)) / (1 + np.exp(-i.astype(np.float64)))
         np.testing.assert_allclose(c, exact, rtol=4e-7, atol=1e-37)
@@ -229,7 +246,8 @@ def test_lstm_saturates_and_lets_nan_through(isa: str) -> None:
     big, inf, nan = 1e30, np.inf, np.nan
     i, f = [big, -inf, inf, -big, nan], [-big, inf, -inf, -big, 0]
     g, o = [inf, big, -inf, big, 1], [inf, inf, big, -inf, 1]
-    problem.gates[0][0, 0] = np.concatenate([i, f, g, o])
+    problem.x[0][:] = 0
+    problem.bias[0] = np.array([i, f, g, o], np.float32).ravel()
     problem.c_0[0, 0] = [1, 0.5, 1, 1, 1]
     out = problem.run(isa=isa)
     np.testing.assert_allclose(out["c_n"][0, 0], [1, 0.5, -1, 0, nan], atol=1e-7)
@@ -239,12 +257,14 @@ def test_lstm_saturates_and_lets_nan_through(isa: str) -> None:
 def test_lstm_errs_as_little_as_torch() -> None:
     problem = Problem(6, 24, 256, 64, 1, seed=9)
     problem.lengths[:] = problem.steps
-    layer = torch.nn.LSTM(4 * 256, 256, proj_size=64, batch_first=True, bias=False).requires_grad_(False)
-    layer.weight_ih_l0.copy_(torch.eye(4 * 256))
+    layer = torch.nn.LSTM(problem.input, 256, proj_size=64, batch_first=True).requires_grad_(False)
+    layer.weight_ih_l0.copy_(torch.from_numpy(problem.weight_ih[0]))
+    layer.bias_ih_l0.copy_(torch.from_numpy(problem.bias[0]))
+    layer.bias_hh_l0.zero_()
     layer.weight_hh_l0.copy_(torch.from_numpy(problem.weight_hh[0]))
     layer.weight_hr_l0.copy_(torch.from_numpy(problem.weight_proj[0]))
     state = torch.from_numpy(problem.h_0), torch.from_numpy(problem.c_0)
-    theirs = layer(torch.from_numpy(problem.gates[0]), state)[0].numpy()
+    theirs = layer(torch.from_numpy(problem.x[0]), state)[0].numpy()
     exact = problem.expected("float32")["output"]
     ours = problem.run()["output"]
     # Both are random walks of roundings: within the factor 2 that holds for every kernel, and
@@ -258,14 +278,15 @@ def test_lstm_strides_and_absent_arguments() -> None:
     problem.lengths[:] = problem.steps
     problem.h_0[:], problem.c_0[:] = 0, 0
     plain = problem.run()
-    # Time-major gates and output with gaps, no lengths, no initial state, cells not wanted.
-    gates = [np.full((4, 5, 90), np.nan, np.float32) for _ in range(2)]
+    # Time-major x and output with gaps, no lengths, no initial state, cells not wanted.
+    width = problem.input + 10
+    x = [np.full((4, 5, width), np.nan, np.float32) for _ in range(2)]
     for r in range(2):
-        gates[r][:, :3, :80] = problem.gates[r].transpose(1, 0, 2)
+        x[r][:, :3, : problem.input] = problem.x[r].transpose(1, 0, 2)
     output = np.full((4, 7, 16), 7.0, np.float32)
     other = problem.run(
-        gates=[_address(gate) for gate in gates],
-        gates_strides=[(90, 450)] * 2,
+        x=[_address(each) for each in x],
+        x_strides=[(width, 5 * width)] * 2,
         output=_address(output),
         output_strides=(16, 112),
         lengths=0,
@@ -285,12 +306,8 @@ def test_lstm_pack_takes_strides_and_rounds_to_nearest_even() -> None:
     weight_hh = rng.standard_normal((4 * hidden, size)).astype(np.float32)
     weight_proj = rng.standard_normal((size, hidden)).astype(np.float32)
     for dtype in ("float32", "bfloat16"):
-        bytes_needed = _C.lstm_packed_bytes(hidden, size, True, dtype)
-        a, b = np.empty(bytes_needed, np.uint8), np.empty(bytes_needed, np.uint8)
-        _C.lstm_pack(hidden, size, _address(weight_hh), _address(weight_proj), _address(a), dtype)
-        hh_t, proj_t = np.ascontiguousarray(weight_hh.T), np.ascontiguousarray(weight_proj.T)
-        strides = dict(weight_hh_strides=(1, 4 * hidden), weight_proj_strides=(1, size))
-        _C.lstm_pack(hidden, size, _address(hh_t), _address(proj_t), _address(b), dtype, **strides)
+        a = _pack(weight_hh, weight_proj, dtype)
+        b = _pack(np.asfortranarray(weight_hh), np.asfortranarray(weight_proj), dtype)
         np.testing.assert_array_equal(a, b)
     bits = np.unique(a.view(np.uint16))
     rounded = torch.from_numpy(np.concatenate([weight_hh.ravel(), weight_proj.ravel()])).bfloat16()
@@ -298,11 +315,11 @@ def test_lstm_pack_takes_strides_and_rounds_to_nearest_even() -> None:
 
 
 def test_lstm_pack_takes_null_for_what_is_empty_only() -> None:
-    _C.lstm_pack(0, 5, 0, 0, 0)  # no cells: torch gives an empty tensor the address 0
+    _C.lstm_pack(0, 5, True, "float32", 0, (5, 1), 0, (0, 1), 0)  # no cells: torch gives an empty tensor the address 0
     with pytest.raises(ValueError, match="weight_proj is null; expected the address of 40 elements"):
-        _C.lstm_pack(8, 5, 4, 0, 4)
+        _C.lstm_pack(8, 5, True, "float32", 4, (5, 1), 0, (8, 1), 4)
     with pytest.raises(ValueError, match="weight_hh is null; expected the address of 256 elements"):
-        _C.lstm_pack(8, 8, 0, 0, 4)
+        _C.lstm_pack(8, 8, False, "float32", 0, (8, 1), 0, (), 4)
 
 
 @pytest.mark.parametrize(
@@ -311,25 +328,68 @@ def test_lstm_pack_takes_null_for_what_is_empty_only() -> None:
         ({"batch": -1}, "batch is -1; expected 0 or more"),
         ({"steps": -2}, "steps is -2; expected 0 or more"),
         ({"hidden": -1}, "hidden is -1; expected 0 or more"),
-        ({"has_proj": False}, "proj_size is 3; expected hidden = 8, as there is no projection"),
-        ({"dtype": "float16"}, "dtype is 'float16'; expected 'float32', 'bfloat16' or 'int8'"),
-        ({"gates": [0]}, "gates[0] is null; expected the address of 192 elements"),
+        ({"has_projection": False}, "proj_size is 3; expected hidden = 8, as there is no projection"),
+        ({"weight_dtype": "float16"}, "weight_dtype is float16; expected float32, bfloat16 or int8"),
+        ({"input": -1}, "input is -1; expected 0 or more"),
+        ({"input": 32, "x": [0]}, "x[0] is null; expected the address of 192 elements"),
+        ({"x": []}, "x[0] is null"),
+        ({"packed_input": [0]}, "packed_input[0] is null"),
         ({"packed": [0]}, "packed[0] is null"),
         ({"packed": [2]}, "expected 4-byte alignment"),
-        ({"gates": []}, "expected one per direction, 1 or 2"),
+        ({"directions": 3}, "directions is 3; expected 1 or 2"),
         ({"output": 0}, "output is null; expected the address of 18 elements"),
         ({"h_n": 0}, "h_n is null"),
         ({"c_n": 0}, "c_n is null"),
         ({"threads": 0}, "threads is 0; expected 1 or more"),
         ({"cell_clip": -1.0}, "cell_clip is -1.000000; expected above 0, or 0 for none"),
         ({"proj_clip": float("nan")}, "proj_clip is nan"),
-        ({"isa": "sse9"}, "isa is 'sse9'; expected 'auto', 'generic'"),
     ],
 )
 def test_lstm_bad_arguments(changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         Problem(2, 3, 8, 3, 1).run(**changes)
     assert str(error.value).startswith("ctxfast.lstm: ")
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"isa": "sse9"}, ValueError, "isa is 'sse9'; expected 'auto', 'generic'"),
+        ({"weight_dtype": "half"}, ValueError, "weight_dtype is 'half'; expected one of 'float32', 'float16'"),
+        ({"packed": [4, 4, 4]}, ValueError, "packed is [4, 4, 4]; expected at most 2 entries"),
+        ({"batch": "2"}, TypeError, "batch is '2'; expected an integer of 64 bits"),
+        ({"batch": 2**63}, TypeError, "batch is 9223372036854775808; expected an integer of 64 bits"),
+        ({"has_projection": 1}, TypeError, "has_projection is 1; expected a bool"),
+        ({"cell_clip": "off"}, TypeError, "cell_clip is 'off'; expected a number"),
+        ({"output": -1}, TypeError, "output is -1; expected an address"),
+        ({"h_0": None}, TypeError, "h_0 is None; expected an address"),
+        ({"isa": 1}, TypeError, "isa is 1; expected a string"),
+        ({"x": 4}, TypeError, "x is 4; expected a sequence"),
+        ({"gates": [4]}, TypeError, "has no argument gates"),
+    ],
+)
+def test_what_does_not_fit_the_table(changes: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=rf"^ctxfast._C.lstm_forward:? {re.escape(message)}"):
+        Problem(2, 3, 8, 3, 1).run(**changes)
+
+
+def test_arguments_by_position_and_by_name() -> None:
+    shape = dict(hidden=8, proj_size=5, has_projection=True, weight_dtype="float32")
+    wanted = _C.lstm_packed_bytes(**shape)
+    assert (
+        wanted
+        == _C.lstm_packed_bytes(*shape.values())
+        == _C.lstm_packed_bytes(8, 5, weight_dtype="float32", has_projection=True)
+    )
+    for given, named, message in (
+        ((8, 5, True), {}, "lacks weight_dtype"),
+        ((), {}, "lacks hidden, proj_size, has_projection, weight_dtype"),
+        ((8, 5), {"hidden": 8, "has_projection": True}, "got hidden twice"),
+        ((8, 5, True, "float32", 1), {}, "takes at most 4 arguments, not 5"),
+        ((8, 5, True), {"dtype": "float32"}, "has no argument dtype"),
+    ):
+        with pytest.raises(TypeError, match=f"^ctxfast._C.lstm_packed_bytes {message}$"):
+            _C.lstm_packed_bytes(*given, **named)
 
 
 def test_lstm_bad_lengths() -> None:
@@ -342,19 +402,23 @@ def test_lstm_bad_lengths() -> None:
 
 def test_scalar_mix_checks_before_it_launches() -> None:
     if not _C.build_info()["cuda"]:
-        with pytest.raises(RuntimeError, match="this build has no CUDA kernels"):
-            _C.scalar_mix_forward([1], 1, 1, 1, "float32", 0)
+        with pytest.raises(AttributeError, match="has no scalar_mix_forward: CUDA kernels were not compiled"):
+            _C.scalar_mix_forward(1, 1, "float32", [1], 1, 1, 0)
         return
     with pytest.raises(ValueError, match="the number of inputs is 65; expected 1..64"):
-        _C.scalar_mix_forward([1] * 65, 1, 1, 1, "float32", 0)
+        _C.scalar_mix_forward(65, 1, "float32", [1], 1, 1, 0)
+    with pytest.raises(ValueError, match="expected at most 64 entries"):
+        _C.scalar_mix_forward(64, 1, "float32", [1] * 65, 1, 1, 0)
+    with pytest.raises(ValueError, match=r"inputs\[1\] is null"):
+        _C.scalar_mix_forward(2, 1, "float32", [1], 1, 1, 0)
     with pytest.raises(ValueError, match="numel is -1; expected 0 or more"):
-        _C.scalar_mix_forward([1], 1, 1, -1, "float32", 0)
-    with pytest.raises(ValueError, match="dtype is 'int8'"):
-        _C.scalar_mix_forward([1], 1, 1, 1, "int8", 0)
+        _C.scalar_mix_forward(1, -1, "float32", [1], 1, 1, 0)
+    with pytest.raises(ValueError, match="dtype is int8"):
+        _C.scalar_mix_forward(1, 1, "int8", [1], 1, 1, 0)
     with pytest.raises(ValueError, match="workspace is 0 bytes; expected 8 bytes"):
-        _C.scalar_mix_backward(16, [16, 16], 16, [], 16, 0, 0, 5, "float32", 0)
+        _C.scalar_mix_backward(2, 5, "float32", 16, [16, 16], 16, [], 16, 0, 0, 0)
     assert _C.scalar_mix_workspace_bytes(2, 0) == 0
-    _C.scalar_mix_forward([0], 0, 0, 0, "float32", 0)  # nothing to do is no error, GPU or not
+    _C.scalar_mix_forward(1, 0, "float32", [0], 0, 0, 0)  # nothing to do is no error, GPU or not
 
 
 def test_one_openmp_runtime() -> None:

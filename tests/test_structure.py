@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from ctxfast._core import registry
+from ctxfast.nn import graphs
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "ctxfast"
@@ -121,13 +122,12 @@ def test_an_op_has_everything_under_its_name(spec) -> None:
     assert spec.reference.__name__ == spec.name
     documentation = inspect.getdoc(spec.declaration)
     assert all(f"\n{part}:" in documentation for part in ("Args", "Returns", "Reference"))
-    benchmark_rows = (ROOT / "benchmarks" / "cases.py").read_text(encoding="utf-8")
-    assert f'"{spec.name}"' in benchmark_rows, "no benchmark row"
+    assert (ROOT / "benchmarks" / "ops" / f"{spec.name}.py").is_file()
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     row = next((line for line in readme.splitlines() if line.startswith(f"| `{spec.name}` |")), None)
     assert row is not None, "no README row"
+    assert row.endswith(f"| {', '.join(map(str, spec.all_impls))} |"), "README's row lists other implementations"
     for implementation in spec.impls:
-        assert re.search(rf"\b{implementation.name}\b", row), f"README's row of {spec.name} lacks {implementation.name}"
         module = folder / f"{implementation.name}.py"
         assert module.is_file()
         names = {node.name for node in ast.parse(module.read_text()).body if isinstance(node, ast.FunctionDef)}
@@ -139,6 +139,23 @@ def test_an_op_has_everything_under_its_name(spec) -> None:
             assert list(kernels.glob("cpu*.cpp" if on_cpu else "*.cu"))
             assert list(kernels.glob("bind_cpu.cpp" if on_cpu else "bind_cuda*.cpp"))
             assert list(kernels.glob("test_cpu*.cpp" if on_cpu else "test_*.cu"))
+
+
+def test_what_ran_on_a_gpu_is_a_field() -> None:
+    """README shows it; no sentence beside it, which would grow old."""
+    for spec in registry.OPS.values():
+        for implementation in spec.impls:
+            is_gpu = re.fullmatch(r"[A-Z]+\d+ \d{4}-\d\d-\d\d", str(implementation.proven))
+            assert is_gpu or implementation.proven in registry.PROVEN, f"{spec.name}: {implementation.proven}"
+    said = registry.PROVEN.get(graphs.PROVEN, f"run on {graphs.PROVEN}")
+    assert f"(`ctxfast/nn/graphs.py`): {said}." in (ROOT / "README.md").read_text(encoding="utf-8")
+    prose = re.compile(r"(not|never)\s+(yet\s+)?(been\s+)?run\s+on\s+a\s+GPU", re.IGNORECASE)
+    for folder in ("ctxfast", "csrc", "docs", "examples", "benchmarks"):
+        for path in (ROOT / folder).rglob("*"):
+            if path.suffix in (".py", ".md", ".h", ".cpp", ".cu", ".cuh") and "build" not in path.parts:
+                assert not prose.search(path.read_text(encoding="utf-8")), path
+    for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"):
+        assert not prose.search((ROOT / name).read_text(encoding="utf-8")), name
 
 
 def test_implementations_do_not_import_one_another() -> None:
@@ -194,7 +211,8 @@ def test_files_are_short() -> None:
     long = {}
     for pattern in (
         "ctxfast/**/*.py",
-        "csrc/**/*.c*",
+        "csrc/**/*.cpp",
+        "csrc/**/*.cu*",
         "csrc/**/*.h",
         "tests/**/*.py",
         "benchmarks/**/*.py",

@@ -22,9 +22,16 @@ namespace ctxfast {
 
 constexpr int64_t kAttentionMaxHeadDim = 1024;
 
+struct AttentionGradients {
+  const void* y = nullptr;  // of y, given: (tokens, heads, head_dim), tokens stride_y apart
+  int64_t stride_y = 0;
+  void* qkv = nullptr;  // of qkv, written, tokens stride_qkv apart; the bias's is its sum over tokens
+  int64_t stride_qkv = 0;
+};
+
 struct AttentionParams {
   int64_t tokens = 0, heads = 0, head_dim = 0, sequences = 0;
-  DType type = DType::kFloat32;      // qkv, bias and y: float32 or bfloat16
+  DType io_dtype = DType::kFloat32;  // qkv, bias and y: float32 or bfloat16
   const void* qkv = nullptr;         // (tokens, 3, heads, head_dim), tokens stride_qkv apart
   int64_t stride_qkv = 0;            // elements
   const void* bias = nullptr;        // (3, heads, head_dim), added to every token's row; may be null
@@ -33,21 +40,14 @@ struct AttentionParams {
   float scale = 1;
   float dropout_p = 0;             // 0 <= dropout_p < 1
   const int64_t* seeds = nullptr;  // 2; may be null where dropout_p is 0
-  void* y = nullptr;               // (tokens, heads, head_dim), tokens stride_y apart; may not overlap an input
+  void* y = nullptr;               // forward: (tokens, heads, head_dim), tokens stride_y apart; overlaps no input
   int64_t stride_y = 0;            // elements
+  AttentionGradients gradients;    // backward
   int64_t threads = 1;
-  Isa isa = Isa::kGeneric;
-};
-
-struct AttentionGradients {
-  const void* y = nullptr;  // the gradient of y, given
-  int64_t stride_y = 0;
-  void* qkv = nullptr;  // of qkv, written; the bias's is its sum over tokens
-  int64_t stride_qkv = 0;
+  Isa isa = best_isa();
 };
 
 Status attention_forward(const AttentionParams& params);
-// Of the forward with the same params; params.y is not looked at.
-Status attention_backward(const AttentionParams& params, const AttentionGradients& gradients);
+Status attention_backward(const AttentionParams& params);
 
 }  // namespace ctxfast

@@ -63,8 +63,8 @@ Status check(const AttentionParams& p, int64_t* longest) {
   if (p.head_dim < 0 || p.head_dim > kAttentionMaxHeadDim) {
     return invalid(kOp, "head_dim", std::to_string(p.head_dim), "0.." + std::to_string(kAttentionMaxHeadDim));
   }
-  if (p.type != DType::kFloat32 && p.type != DType::kBFloat16) {
-    return invalid(kOp, "type", "another", "float32 or bfloat16");
+  if (p.io_dtype != DType::kFloat32 && p.io_dtype != DType::kBFloat16) {
+    return invalid(kOp, "io_dtype", kDTypeNames[static_cast<int>(p.io_dtype)], "float32 or bfloat16");
   }
   if (!(p.dropout_p >= 0 && p.dropout_p < 1)) {
     return invalid(kOp, "dropout_p", std::to_string(p.dropout_p), "0 or more, below 1");
@@ -98,21 +98,9 @@ int64_t backward_bytes(int64_t longest, int64_t head_dim) {
   return 4 * (3 * keys * size + 3 * rows * size + rows * (keys + kAttentionPad));
 }
 
-AttentionKernel backward_kernel_for(DType type, Isa isa) {
-  const bool is_half = type == DType::kBFloat16;
-#if CTXFAST_AVX512
-  if (isa >= Isa::kAvx512) return is_half ? attention_backward_bfloat16_avx512 : attention_backward_float32_avx512;
-#endif
-#if CTXFAST_AVX2
-  if (isa >= Isa::kAvx2) return is_half ? attention_backward_bfloat16_avx2 : attention_backward_float32_avx2;
-#endif
-  (void)isa;
-  return is_half ? attention_backward_bfloat16_generic : attention_backward_float32_generic;
-}
-
 // `products`: of the size of scores, each D multiply-adds an element.
-Status run_kernel(AttentionKernel kernel, const AttentionParams& p, const AttentionGradients& gradients,
-                  int64_t longest, int64_t bytes_of_thread, int products) {
+Status run_kernel(AttentionKernel kernel, const AttentionParams& p, int64_t longest, int64_t bytes_of_thread,
+                  int products) {
   Call call = {kernel, {}};
   AttentionJob& job = call.job;
   job.heads = p.heads, job.head_dim = p.head_dim, job.sequences = p.sequences;
@@ -122,7 +110,7 @@ Status run_kernel(AttentionKernel kernel, const AttentionParams& p, const Attent
   job.y = p.y, job.stride_y = p.stride_y;
   job.threshold = static_cast<int32_t>(std::min(std::lround(p.dropout_p * 65536.0), 65535L));
   job.seeds = job.threshold > 0 ? p.seeds : nullptr;
-  job.gradients = gradients;
+  job.gradients = p.gradients;
   job.scratch_bytes = bytes_of_thread;
   // Multiply-adds, in floating point: they may pass 2^63.
   const double work =
@@ -145,19 +133,7 @@ Status attention_check_offsets(const char* op, const void* cu_seqlens, bool is_i
 }
 
 AttentionKernel attention_kernel_for(DType type, Isa isa) {
-  const bool is_half = type == DType::kBFloat16;
-  AttentionKernel best = is_half ? attention_bfloat16_generic : attention_float32_generic;
-#if CTXFAST_AVX2
-  if (isa >= Isa::kAvx2) best = is_half ? attention_bfloat16_avx2 : attention_float32_avx2;
-#endif
-#if CTXFAST_AVX512
-  if (isa >= Isa::kAvx512) best = is_half ? attention_bfloat16_avx512 : attention_float32_avx512;
-#endif
-#if CTXFAST_AVX512BF16
-  if (isa >= Isa::kAvx512Bf16 && is_half) best = attention_bfloat16_avx512bf16;
-#endif
-  (void)isa;
-  return best;
+  return type == DType::kBFloat16 ? best_attention_bfloat16(isa) : best_attention_float32(isa);
 }
 
 int64_t attention_scratch_bytes(int64_t longest, int64_t head_dim) {
@@ -175,21 +151,23 @@ Status attention_forward(const AttentionParams& p) {
   if (!rows.ok()) return rows;
   const int64_t draws = p.dropout_p > 0 ? draws_bytes(longest) : 0;
   const int64_t bytes = round_up(attention_scratch_bytes(longest, p.head_dim) + draws, 64);
-  return run_kernel(attention_kernel_for(p.type, p.isa), p, {}, longest, bytes, 2);
+  return run_kernel(attention_kernel_for(p.io_dtype, p.isa), p, longest, bytes, 2);
 }
 
-Status attention_backward(const AttentionParams& p, const AttentionGradients& gradients) {
+Status attention_backward(const AttentionParams& p) {
   int64_t longest = 0;
   const Status checked = check(p, &longest);
   if (!checked.ok() || is_empty(p)) return checked;
   const int64_t width = p.heads * p.head_dim;
-  const Status given = check_rows("gradients.y", gradients.y, gradients.stride_y, width);
+  const Status given = check_rows("gradients.y", p.gradients.y, p.gradients.stride_y, width);
   if (!given.ok()) return given;
-  const Status wanted = check_rows("gradients.qkv", gradients.qkv, gradients.stride_qkv, 3 * width);
+  const Status wanted = check_rows("gradients.qkv", p.gradients.qkv, p.gradients.stride_qkv, 3 * width);
   if (!wanted.ok()) return wanted;
   const int64_t bytes =
       attention_scratch_bytes(longest, p.head_dim) + draws_bytes(longest) + backward_bytes(longest, p.head_dim);
-  return run_kernel(backward_kernel_for(p.type, p.isa), p, gradients, longest, round_up(bytes, 64), 5);
+  const AttentionKernel kernel =
+      p.io_dtype == DType::kBFloat16 ? best_attention_backward_bfloat16(p.isa) : best_attention_backward_float32(p.isa);
+  return run_kernel(kernel, p, longest, round_up(bytes, 64), 5);
 }
 
 }  // namespace ctxfast

@@ -109,7 +109,7 @@ struct Problem {
   AttentionParams params(Isa isa, int64_t threads) const {
     AttentionParams p;
     p.tokens = tokens(), p.heads = heads, p.head_dim = size, p.sequences = static_cast<int64_t>(lengths.size());
-    p.type = type, p.stride_qkv = stride_qkv, p.cu_seqlens = offsets.data(), p.is_int64 = true;
+    p.io_dtype = type, p.stride_qkv = stride_qkv, p.cu_seqlens = offsets.data(), p.is_int64 = true;
     p.scale = scale, p.stride_y = stride_y, p.threads = threads, p.isa = isa;
     return p;
   }
@@ -167,12 +167,11 @@ struct Problem {
     std::vector<float> spread(p.tokens * stride_y, kGuard);
     for (int64_t i = 0; i < p.tokens * width; ++i) spread[i / width * stride_y + i % width] = grad[i];
     const std::vector<uint16_t> spread_half = halves(spread);
-    AttentionGradients gradients;
-    gradients.y = is_half ? static_cast<const void*>(spread_half.data()) : spread.data();
-    gradients.stride_y = stride_y, gradients.stride_qkv = stride_qkv;
+    p.gradients.y = is_half ? static_cast<const void*>(spread_half.data()) : spread.data();
+    p.gradients.stride_y = stride_y, p.gradients.stride_qkv = stride_qkv;
     return written(p.tokens, 3 * width, stride_qkv, report, [&](void* d_qkv) {
-      gradients.qkv = d_qkv;
-      return attention_backward(p, gradients);
+      p.gradients.qkv = d_qkv;
+      return attention_backward(p);
     });
   }
 };
@@ -340,7 +339,7 @@ void check_refusals(Report* report) {
   refused("heads", [](AttentionParams* p) { p->heads = -1; });
   refused("head_dim", [](AttentionParams* p) { p->head_dim = 1025, p->stride_qkv = p->stride_y = 10000; });
   refused("threads", [](AttentionParams* p) { p->threads = 0; });
-  refused("type", [](AttentionParams* p) { p->type = DType::kFloat16; });
+  refused("io_dtype", [](AttentionParams* p) { p->io_dtype = DType::kFloat16; });
   refused("stride_qkv", [](AttentionParams* p) { p->stride_qkv = 23; });
   refused("stride of y", [](AttentionParams* p) { p->stride_y = 7; });
   refused("dropout_p", [](AttentionParams* p) { p->dropout_p = 1; });
@@ -355,9 +354,9 @@ void check_refusals(Report* report) {
     float grad[40] = {}, grad_qkv[120];
     AttentionParams p = problem.params(Isa::kGeneric, 1);
     p.qkv = problem.qkv.data();
-    AttentionGradients gradients = {grad, 8, grad_qkv, 24};
-    change(&gradients);
-    const Status status = attention_backward(p, gradients);
+    p.gradients = {grad, 8, grad_qkv, 24};
+    change(&p.gradients);
+    const Status status = attention_backward(p);
     report->that(word, !status.ok() && status.message.find(word) != std::string::npos);
   };
   refused_back("stride of gradients.y", [](AttentionGradients* g) { g->stride_y = 7; });

@@ -10,11 +10,13 @@
 //                                                    see samples.h. Keeps the GIL, so that nobody frees what it reads
 //   extremes(integers, count, is_int64) -> (least, most)    of one or more int64 or int32; address
 //
-// Ops: see bind*.cpp in each op's folder.
+// Ops: what their bind_*.cpp say.
+#include <pybind11/stl.h>
+
 #include <algorithm>
 #include <utility>
 
-#include "base/bindings.h"
+#include "base/bind.h"
 #include "base/isa.h"
 #include "base/samples.h"
 #include "ctxfast_build_info.h"
@@ -50,6 +52,12 @@ std::pair<int64_t, int64_t> extremes(const Integer* integers, int64_t count) {
   return {least, most};
 }
 
+[[noreturn]] void lacks(const std::string& name) {
+  throw py::attribute_error("ctxfast._C has no " + name + ": " +
+                            (CTXFAST_WITH_CUDA ? "CUDA kernels were compiled for " CTXFAST_CUDA_ARCHS "."
+                                               : "CUDA kernels were not compiled (" CTXFAST_CUDA_REASON ")."));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -62,21 +70,12 @@ PYBIND11_MODULE(_C, m) {
     return names;
   });
   m.def("same_samples", [](std::uintptr_t samples, int64_t count, int64_t threads) {
-    return ctxfast::same_samples(pointer<const ctxfast::Samples>(samples), count, threads);
+    return ctxfast::same_samples(reinterpret_cast<const ctxfast::Samples*>(samples), count, threads);
   });
   m.def("extremes", [](std::uintptr_t integers, int64_t count, bool is_int64) {
-    return is_int64 ? extremes(pointer<const int64_t>(integers), count)
-                    : extremes(pointer<const int32_t>(integers), count);
+    return is_int64 ? extremes(reinterpret_cast<const int64_t*>(integers), count)
+                    : extremes(reinterpret_cast<const int32_t*>(integers), count);
   });
-  bind_attention(m);
-  bind_char_cnn(m);
-  bind_char_cnn_cuda(m);
-  bind_layer_norm(m);
-  bind_linear_act(m);
-  bind_lstm(m);
-  bind_lstm_persistent(m);
-  bind_lstm_step(m);
-  bind_lstm_persistent_backward(m);
-  bind_scalar_mix(m);
-  bind_transformer_layers(m);
+  m.def("__getattr__", &lacks);  // asked for what is not there
+  for (const auto define : ctxfast::bind::Op::all()) define(m);
 }

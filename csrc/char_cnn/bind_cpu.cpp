@@ -1,95 +1,50 @@
 // SPDX-License-Identifier: Apache-2.0
-// ctxfast._C.char_cnn_*: words to vectors on the CPU (csrc/char_cnn/char_cnn.h).
-//
-// Addresses are integers, 0 where a pointer may be null; strides in elements. ValueError for bad arguments,
-// RuntimeError when threads are not to be had. is_half: table, biases and y are bfloat16, else float32.
-//
-//   char_cnn_forward(words, characters, size, vocabulary, is_half, is_int64, ids, table, stride_table, filters,
-//   is_tanh,
-//                    y, at, threads, isa="auto")
-//       filters: one (width, filters, packed, bias) per width
-//   char_cnn_backward(words, characters, size, vocabulary, is_half, is_int64, ids, table, stride_table, filters, at,
-//                     grad, grad_words, threads, isa="auto")
-//       filters: one (width, filters, rows, grad_rows, grad_bias) per width
-#include <tuple>
-#include <vector>
-
-#include "base/bindings.h"
+#include "base/bind.h"
 #include "char_cnn/char_cnn.h"
 
-namespace py = pybind11;
-using Address = std::uintptr_t;
-using Filters = std::vector<ctxfast::CharCnnFilters>;
-
+namespace ctxfast {
 namespace {
 
-ctxfast::CharCnnParams params_of(int64_t words, int64_t characters, int64_t size, int64_t vocabulary, bool is_half,
-                                 bool is_int64, Address ids, Address table, int64_t stride_table,
-                                 const Filters& filters, int64_t threads, const std::string& isa) {
-  ctxfast::CharCnnParams params;
-  params.words = words, params.characters = characters, params.size = size, params.vocabulary = vocabulary;
-  params.type = is_half ? ctxfast::DType::kBFloat16 : ctxfast::DType::kFloat32;
-  params.is_int64 = is_int64;
-  params.ids = pointer<const void>(ids);
-  params.table = pointer<const void>(table), params.stride_table = stride_table;
-  params.widths = static_cast<int64_t>(filters.size()), params.filters = filters.data();
-  params.threads = threads;
-  params.isa = isa_named("char_cnn", isa);
-  return params;
+using bind::field, bind::option;
+using P = CharCnnParams;
+using F = CharCnnFilters;
+
+// A sequence of these members of the filters of each width, kept until the thread's next call.
+template <auto... kMembers>
+void set_filters(bind::Arguments<P>& to, PyObject* from) {
+  thread_local std::vector<F> filters;
+  const pybind11::object list = bind::entries(from);
+  filters.assign(PySequence_Fast_GET_SIZE(list.ptr()), F());
+  PyObject** item = PySequence_Fast_ITEMS(list.ptr());
+  for (F& one : filters) bind::set_all(*item++, one.*kMembers...);
+  to.widths = static_cast<int64_t>(filters.size()), to.filters = filters.data();
 }
 
-void run(ctxfast::Status (*function)(const ctxfast::CharCnnParams&), const ctxfast::CharCnnParams& params) {
-  ctxfast::Status status;
-  {
-    py::gil_scoped_release release;
-    status = function(params);
-  }
-  throw_unless_ok(status);
-}
-
-void forward(int64_t words, int64_t characters, int64_t size, int64_t vocabulary, bool is_half, bool is_int64,
-             Address ids, Address table, int64_t stride_table,
-             const std::vector<std::tuple<int64_t, int64_t, Address, Address>>& given, bool is_tanh, Address y,
-             Address at, int64_t threads, const std::string& isa) {
-  Filters filters;
-  for (const auto& [width, count, packed, bias] : given) {
-    ctxfast::CharCnnFilters& one = filters.emplace_back();
-    one.width = width, one.filters = count;
-    one.packed = pointer<const float>(packed), one.bias = pointer<const void>(bias);
-  }
-  ctxfast::CharCnnParams params = params_of(words, characters, size, vocabulary, is_half, is_int64, ids, table,
-                                            stride_table, filters, threads, isa);
-  params.is_tanh = is_tanh;
-  params.y = pointer<void>(y), params.at = pointer<int32_t>(at);
-  run(ctxfast::char_cnn_forward, params);
-}
-
-void backward(int64_t words, int64_t characters, int64_t size, int64_t vocabulary, bool is_half, bool is_int64,
-              Address ids, Address table, int64_t stride_table,
-              const std::vector<std::tuple<int64_t, int64_t, Address, Address, Address>>& given, Address at,
-              Address grad, Address grad_words, int64_t threads, const std::string& isa) {
-  Filters filters;
-  for (const auto& [width, count, rows, grad_rows, grad_bias] : given) {
-    ctxfast::CharCnnFilters& one = filters.emplace_back();
-    one.width = width, one.filters = count;
-    one.rows = pointer<const float>(rows);
-    one.grad_rows = pointer<float>(grad_rows), one.grad_bias = pointer<float>(grad_bias);
-  }
-  ctxfast::CharCnnParams params = params_of(words, characters, size, vocabulary, is_half, is_int64, ids, table,
-                                            stride_table, filters, threads, isa);
-  params.at = pointer<int32_t>(at), params.grad = pointer<const float>(grad);
-  params.grad_words = pointer<float>(grad_words);
-  run(ctxfast::char_cnn_backward, params);
-}
+const bind::Op op([](pybind11::module_& m) {
+  const bind::Fields<P> shared = {field<&P::words>("words"),
+                                  field<&P::characters>("characters"),
+                                  field<&P::size>("size"),
+                                  field<&P::vocabulary>("vocabulary"),
+                                  field<&P::io_dtype>("io_dtype"),
+                                  field<&P::is_int64>("is_int64"),
+                                  field<&P::ids>("ids"),
+                                  field<&P::table>("table"),
+                                  field<&P::stride_table>("stride_table"),
+                                  field<&P::at>("at")};
+  const bind::Fields<P> options = {option<&P::threads>("threads"), option<&P::isa>("isa")};
+  bind::def(m, "char_cnn_forward", &char_cnn_forward,
+            bind::join<P>({shared,
+                           {{"filters", &set_filters<&F::width, &F::filters, &F::packed, &F::bias>},
+                            field<&P::is_tanh>("is_tanh"),
+                            field<&P::y>("y")},
+                           options}));
+  bind::def(m, "char_cnn_backward", &char_cnn_backward,
+            bind::join<P>({shared,
+                           {{"filters", &set_filters<&F::width, &F::filters, &F::rows, &F::grad_rows, &F::grad_bias>},
+                            field<&P::grad>("grad"),
+                            field<&P::grad_words>("grad_words")},
+                           options}));
+});
 
 }  // namespace
-
-void bind_char_cnn(py::module_& m) {
-  using py::arg;
-  m.def("char_cnn_forward", &forward, arg("words"), arg("characters"), arg("size"), arg("vocabulary"), arg("is_half"),
-        arg("is_int64"), arg("ids"), arg("table"), arg("stride_table"), arg("filters"), arg("is_tanh"), arg("y"),
-        arg("at"), arg("threads") = 1, arg("isa") = "auto");
-  m.def("char_cnn_backward", &backward, arg("words"), arg("characters"), arg("size"), arg("vocabulary"), arg("is_half"),
-        arg("is_int64"), arg("ids"), arg("table"), arg("stride_table"), arg("filters"), arg("at"), arg("grad"),
-        arg("grad_words"), arg("threads") = 1, arg("isa") = "auto");
-}
+}  // namespace ctxfast

@@ -33,10 +33,10 @@ struct CharCnnFilters {
 
 struct CharCnnParams {
   int64_t words = 0, characters = 0, size = 0, vocabulary = 0;
-  DType type = DType::kFloat32;  // table, biases and y: float32 or bfloat16
-  bool is_int64 = true;          // ids; else int32
-  const void* ids = nullptr;     // (words, characters), rows of the table
-  const void* table = nullptr;   // (vocabulary, size), rows stride_table apart
+  DType io_dtype = DType::kFloat32;  // table, biases and y: float32 or bfloat16
+  bool is_int64 = true;              // ids; else int32
+  const void* ids = nullptr;         // (words, characters), rows of the table
+  const void* table = nullptr;       // (vocabulary, size), rows stride_table apart
   int64_t stride_table = 0;
   int64_t widths = 0;
   const CharCnnFilters* filters = nullptr;  // (widths)
@@ -47,7 +47,7 @@ struct CharCnnParams {
   const float* grad = nullptr;  // backward: (words, filters of all widths), before activation
   float* grad_words = nullptr;  // backward: (words, characters, size)
   int64_t threads = 1;
-  Isa isa = Isa::kGeneric;
+  Isa isa = best_isa();
 };
 
 // An id outside the table is refused before anything is written.

@@ -15,17 +15,6 @@ constexpr int64_t kWorkOfThread = 1 << 18;  // multiply-adds that are worth a th
 constexpr int64_t kUsualWindows = 10;       // distinct windows of a word of text
 constexpr int64_t kWordsOfPart = 4;         // fewer would leave some threads half as much again as others
 
-CharCnnKernels kernels_for(Isa isa) {
-#if CTXFAST_AVX512
-  if (isa >= Isa::kAvx512) return char_cnn_avx512;
-#endif
-#if CTXFAST_AVX2
-  if (isa >= Isa::kAvx2) return char_cnn_avx2;
-#endif
-  (void)isa;
-  return char_cnn_generic;
-}
-
 struct Call {
   CharCnnKernels kernels;
   CharCnnJob job = {};
@@ -77,8 +66,8 @@ Status check(const CharCnnParams& p, bool is_forward) {
     return invalid(kOp, "characters times size", std::to_string(p.characters) + " times " + std::to_string(p.size),
                    "at most " + std::to_string(kCharCnnMaxWord));
   }
-  if (p.type != DType::kFloat32 && p.type != DType::kBFloat16) {
-    return invalid(kOp, "type", "another", "float32 or bfloat16");
+  if (p.io_dtype != DType::kFloat32 && p.io_dtype != DType::kBFloat16) {
+    return invalid(kOp, "io_dtype", kDTypeNames[static_cast<int>(p.io_dtype)], "float32 or bfloat16");
   }
   if (p.threads < 1) return invalid(kOp, "threads", std::to_string(p.threads), "1 or more");
   if (p.widths < 1 || !p.filters) return invalid(kOp, "widths", std::to_string(p.widths), "1 or more, with filters");
@@ -106,7 +95,7 @@ Status check(const CharCnnParams& p, bool is_forward) {
 }
 
 Status start(const CharCnnParams& p, void (*body)(void*, int, int)) {
-  Call call = {kernels_for(p.isa), {}, {}, {0}};
+  Call call = {best_char_cnn(p.isa), {}, {}, {0}};
   CharCnnJob& job = call.job;
   job.params = &p;
   for (int64_t i = 0; i < p.widths; ++i) {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// char_cnn, backward. Not yet run on a GPU: right on the emulator, compiled and its resources checked.
+// char_cnn, backward.
 //
 // A filter's gradient at a word reaches one window only, the largest. One kernel adds up each word's gradient, one each
 // filter's; both in a fixed order, without atomics.

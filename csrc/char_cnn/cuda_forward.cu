@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// char_cnn, forward. Not yet run on a GPU: right on the emulator, compiled and its resources checked.
+// char_cnn, forward.
 //
 // Two kernels. 16-bit words on tensor cores: a warp keeps 32 filters as fragments in registers and the words pass by; a
 // block's eight warps read the same words from shared memory, where a window's fragment is just rows of the word. All

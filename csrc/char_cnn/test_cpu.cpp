@@ -230,7 +230,7 @@ void check_refusals(Report* report) {
   refused("characters", [](P p, F) { p->characters = 0; });
   refused("at most 16384", [](P p, F) { p->characters = 4097; });
   refused("size", [](P p, F) { p->size = 0; });
-  refused("type", [](P p, F) { p->type = DType::kFloat16; });
+  refused("io_dtype", [](P p, F) { p->io_dtype = DType::kFloat16; });
   refused("threads", [](P p, F) { p->threads = 0; });
   refused("widths", [](P p, F) { p->widths = 0; });
   refused("width", [](P, F f) { f->width = 9; });

@@ -3,14 +3,10 @@
 // emulator.
 //
 //   set_schedule(seed)    see emulator.h
-#include "base/bindings.h"
+#include "base/bind.h"
 #include "emulator/emulator.h"
 
 PYBIND11_MODULE(ctxfast_emulated, m) {
   m.def("set_schedule", &ctxfast::emulator::set_schedule);
-  bind_char_cnn_cuda(m);
-  bind_lstm_persistent(m);
-  bind_lstm_step(m);
-  bind_lstm_persistent_backward(m);
-  bind_scalar_mix(m);
+  for (const auto define : ctxfast::bind::Op::all()) define(m);
 }

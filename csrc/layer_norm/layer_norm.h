@@ -26,8 +26,8 @@ struct LayerNormSource {
 
 struct LayerNormParams {
   int64_t rows = 0, size = 0;
-  DType type = DType::kFloat32;  // everything but ids: float32 or bfloat16
-  int64_t sources = 0;           // 1..4
+  DType io_dtype = DType::kFloat32;  // everything but ids: float32 or bfloat16
+  int64_t sources = 0;               // 1..4
   LayerNormSource source[kLayerNormSources];
   const void* shift = nullptr;   // (size), may be null
   const void* weight = nullptr;  // (size)
@@ -35,7 +35,7 @@ struct LayerNormParams {
   float eps = 0;
   void* y = nullptr;  // (rows, size)
   int64_t threads = 1;
-  Isa isa = Isa::kGeneric;
+  Isa isa = best_isa();
 };
 
 // An id outside its source is refused before anything is written.

@@ -69,7 +69,7 @@ void check_refusals(Report* report) {
   refused("size", [](LayerNormParams* p) { p->size = 8193; });
   refused("sources", [](LayerNormParams* p) { p->sources = 5; });
   refused("source", [](LayerNormParams* p) { p->source[0].rows = nullptr; });
-  refused("type", [](LayerNormParams* p) { p->type = DType::kFloat16; });
+  refused("io_dtype", [](LayerNormParams* p) { p->io_dtype = DType::kFloat16; });
   refused("threads", [](LayerNormParams* p) { p->threads = 0; });
   refused("weight", [](LayerNormParams* p) { p->weight = nullptr; });
   refused("y", [](LayerNormParams* p) { p->y = nullptr; });

@@ -25,17 +25,6 @@ int64_t chunk_of(int64_t in, DType held) {
   return std::min(std::max<int64_t>(fit, kLinearActRows), kLinearActMostRows);
 }
 
-LinearActKernel float32_kernel_for(Isa isa) {
-#if CTXFAST_AVX512
-  if (isa >= Isa::kAvx512) return linear_act_float32_avx512;
-#endif
-#if CTXFAST_AVX2
-  if (isa >= Isa::kAvx2) return linear_act_float32_avx2;
-#endif
-  (void)isa;
-  return linear_act_float32_generic;
-}
-
 struct Call {
   LinearActKernel kernel;
   LinearActJob job;
@@ -54,10 +43,11 @@ Status check(const LinearActParams& p) {
   if (p.in < 1) return invalid(kOp, "in", std::to_string(p.in), "1 or more");
   if (p.out < 0) return size("out", p.out);
   if (p.threads < 1) return invalid(kOp, "threads", std::to_string(p.threads), "1 or more");
-  if (p.type != DType::kFloat32 && p.type != DType::kBFloat16)
-    return invalid(kOp, "type", "another", "float32 or bfloat16");
-  if (p.held != DType::kInt8 && p.held != p.type) return invalid(kOp, "held", "another", "int8, or the type of x");
-  if (p.held == DType::kInt8 && p.in > 65536) {
+  if (p.io_dtype != DType::kFloat32 && p.io_dtype != DType::kBFloat16)
+    return invalid(kOp, "io_dtype", kDTypeNames[static_cast<int>(p.io_dtype)], "float32 or bfloat16");
+  if (p.weight_dtype != DType::kInt8 && p.weight_dtype != p.io_dtype)
+    return invalid(kOp, "weight_dtype", kDTypeNames[static_cast<int>(p.weight_dtype)], "int8, or the io_dtype");
+  if (p.weight_dtype == DType::kInt8 && p.in > 65536) {
     return invalid(kOp, "in", std::to_string(p.in), "at most 65536, the terms an int8 sum holds");
   }
   if (p.stride_x < p.in && p.rows > 1) return invalid(kOp, "stride_x", std::to_string(p.stride_x), "at least in");
@@ -66,7 +56,7 @@ Status check(const LinearActParams& p) {
     const char* name;
     const void* address;
   } needed[] = {{"x", p.x}, {"packed", p.packed}, {"y", p.y}, {"scales", p.scales}, {"sums", p.sums}};
-  for (int i = 0; i < (p.held == DType::kInt8 ? 5 : 3); ++i) {
+  for (int i = 0; i < (p.weight_dtype == DType::kInt8 ? 5 : 3); ++i) {
     if (!needed[i].address) return invalid(kOp, needed[i].name, "null", "an address");
   }
   if (reinterpret_cast<uintptr_t>(p.packed) % 64)
@@ -77,28 +67,8 @@ Status check(const LinearActParams& p) {
 }  // namespace
 
 LinearActKernel linear_act_kernel_for(DType held, Isa isa) {
-  if (held == DType::kFloat32) return float32_kernel_for(isa);
-  const bool is_int8 = held == DType::kInt8;
-  LinearActKernel best = is_int8 ? linear_act_int8_generic : linear_act_bfloat16_generic;
-#if CTXFAST_AVX2
-  if (isa >= Isa::kAvx2) best = is_int8 ? linear_act_int8_avx2 : linear_act_bfloat16_avx2;
-#endif
-#if CTXFAST_AVXVNNI
-  if (isa == Isa::kAvxVnni && is_int8) best = linear_act_int8_avxvnni;
-#endif
-#if CTXFAST_AVX512
-  if (isa >= Isa::kAvx512) best = is_int8 ? linear_act_int8_avx512 : linear_act_bfloat16_avx512;
-#endif
-#if CTXFAST_AVX512VNNI
-  if (isa >= Isa::kAvx512Vnni && is_int8) best = linear_act_int8_avx512vnni;
-#endif
-#if CTXFAST_AVX512BF16
-  if (isa >= Isa::kAvx512Bf16 && !is_int8) best = linear_act_bfloat16_avx512bf16;
-#endif
-#if CTXFAST_AMX
-  if (isa >= Isa::kAmx) best = is_int8 ? linear_act_int8_amx : linear_act_bfloat16_amx;
-#endif
-  return best;
+  if (held == DType::kInt8) return best_linear_act_int8(isa);
+  return held == DType::kBFloat16 ? best_linear_act_bfloat16(isa) : best_linear_act_float32(isa);
 }
 
 void linear_act_barrier(void* barrier, int count) { static_cast<SpinBarrier*>(barrier)->wait(count); }
@@ -116,8 +86,8 @@ int64_t linear_act_scratch_bytes(int64_t rows, int64_t in, DType held) {
 LinearActJob linear_act_job(const LinearActParams& p, char* scratch, void* barrier) {
   LinearActJob job = {};
   job.rows = p.rows, job.in = p.in, job.out = p.out;
-  job.tiles = tiles_of(p.in, p.held), job.chunk = chunk_of(p.in, p.held);
-  job.is_half = p.type == DType::kBFloat16;
+  job.tiles = tiles_of(p.in, p.weight_dtype), job.chunk = chunk_of(p.in, p.weight_dtype);
+  job.is_half = p.io_dtype == DType::kBFloat16;
   job.activation = static_cast<int>(p.activation);
   job.x = p.x, job.stride_x = p.stride_x;
   job.packed = static_cast<const uint32_t*>(p.packed);
@@ -133,11 +103,11 @@ Status linear_act_forward(const LinearActParams& p) {
   const Status checked = check(p);
   if (!checked.ok() || p.rows == 0 || p.out == 0) return checked;
   SpinBarrier barrier;
-  const int64_t bytes = linear_act_scratch_bytes(p.rows, p.in, p.held);
+  const int64_t bytes = linear_act_scratch_bytes(p.rows, p.in, p.weight_dtype);
   char* const scratch = static_cast<char*>(workspace(static_cast<size_t>(bytes)));
   if (!scratch) return runtime_error(kOp, "no memory for a workspace of " + std::to_string(bytes) + " bytes.");
-  Call call = {linear_act_kernel_for(p.held, p.isa), linear_act_job(p, scratch, &barrier)};
-  const int64_t work = p.rows * p.in * p.out / terms_of_word(p.held);
+  Call call = {linear_act_kernel_for(p.weight_dtype, p.isa), linear_act_job(p, scratch, &barrier)};
+  const int64_t work = p.rows * p.in * p.out / terms_of_word(p.weight_dtype);
   const int64_t threads = std::min(p.threads, std::max<int64_t>(1, work / kWorkOfThread));
   if (!run_parallel(threads, run, &call)) return runtime_error(kOp, "no thread could be started.");
   return {};

@@ -22,11 +22,12 @@ constexpr int kLinearActPanel = 32;
 constexpr int kLinearActTileWords = 16;
 
 enum class Activation { kNone, kGelu, kGeluTanh, kRelu, kTanh };
+constexpr const char* kActivationNames[] = {"none", "gelu", "gelu_tanh", "relu", "tanh"};
 
 struct LinearActParams {
   int64_t rows = 0, in = 0, out = 0;
-  DType held = DType::kInt8;     // the weights: int8, or what x is
-  DType type = DType::kFloat32;  // x, bias and y: float32 or bfloat16
+  DType weight_dtype = DType::kInt8;  // int8, or what x is
+  DType io_dtype = DType::kFloat32;   // x, bias and y: float32 or bfloat16
   Activation activation = Activation::kNone;
   const void* x = nullptr;        // (rows, in), rows stride_x apart
   int64_t stride_x = 0;           // elements
@@ -36,10 +37,10 @@ struct LinearActParams {
   const void* bias = nullptr;     // (out), may be null
   void* y = nullptr;              // (rows, out)
   int64_t threads = 1;
-  Isa isa = Isa::kGeneric;
+  Isa isa = best_isa();
 };
 
-int64_t linear_act_packed_bytes(int64_t in, int64_t out, DType held);
+int64_t linear_act_packed_bytes(int64_t in, int64_t out, DType weight_dtype);
 Status linear_act_forward(const LinearActParams& params);
 
 }  // namespace ctxfast

@@ -99,7 +99,7 @@ struct Problem {
 
   LinearActParams params(Activation activation, Isa isa, int64_t threads) const {
     LinearActParams p;
-    p.rows = rows, p.in = in, p.out = out, p.held = held, p.type = type, p.activation = activation;
+    p.rows = rows, p.in = in, p.out = out, p.weight_dtype = held, p.io_dtype = type, p.activation = activation;
     const bool is_half = type == DType::kBFloat16;
     p.x = is_half ? static_cast<const void*>(x_half.data()) : x.data();
     p.bias = is_half ? static_cast<const void*>(bias_half.data()) : bias.data();
@@ -168,8 +168,8 @@ void check_refusals(Report* report) {
   refused("in", [](LinearActParams* p) { p->in = 0; });
   refused("65536", [](LinearActParams* p) { p->in = p->stride_x = 65537; });
   refused("threads", [](LinearActParams* p) { p->threads = 0; });
-  refused("held", [](LinearActParams* p) { p->held = DType::kBFloat16; });
-  refused("type", [](LinearActParams* p) { p->type = DType::kFloat16; });
+  refused("weight_dtype", [](LinearActParams* p) { p->weight_dtype = DType::kBFloat16; });
+  refused("io_dtype", [](LinearActParams* p) { p->io_dtype = DType::kFloat16; });
   refused("stride_x", [](LinearActParams* p) { p->stride_x = 7; });
   refused("packed", [](LinearActParams* p) { p->packed = nullptr; });
   refused("scales", [](LinearActParams* p) { p->scales = nullptr; });

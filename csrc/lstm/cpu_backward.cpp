@@ -11,7 +11,8 @@ namespace {
 Status check(const LstmBackwardParams& p) {
   const int64_t H = p.shape.hidden, P = p.shape.proj_size, B = p.batch, T = p.steps;
   CTXFAST_RETURN_IF_ERROR(check_shape(p.shape));
-  if (p.shape.dtype != DType::kFloat32) return invalid(kOp, "dtype", "not float32", "float32 in the backward pass");
+  if (p.shape.weight_dtype != DType::kFloat32)
+    return invalid(kOp, "weight_dtype", "not float32", "float32 in the backward pass");
   if (B < 0) return invalid(kOp, "batch", std::to_string(B), "0 or more");
   if (T < 0) return invalid(kOp, "steps", std::to_string(T), "0 or more");
   if (p.threads < 1) return invalid(kOp, "threads", std::to_string(p.threads), "1 or more");

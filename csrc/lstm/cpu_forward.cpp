@@ -10,45 +10,9 @@ namespace ctxfast {
 
 void lstm_barrier(void* barrier, int count) { static_cast<SpinBarrier*>(barrier)->wait(count); }
 
-// The best kernels that `isa` includes.
 const LstmKernels& kernels_for(DType dtype, Isa isa) {
-  if (dtype == DType::kFloat32) {
-#if CTXFAST_AVX512
-    if (isa >= Isa::kAvx512) return lstm_float32_avx512;
-#endif
-#if CTXFAST_AVX2
-    if (isa >= Isa::kAvx2) return lstm_float32_avx2;
-#endif
-    return lstm_float32_generic;
-  }
-  if (dtype == DType::kBFloat16) {
-#if CTXFAST_AMX
-    if (isa >= Isa::kAmx) return lstm_bfloat16_amx;
-#endif
-#if CTXFAST_AVX512BF16
-    if (isa >= Isa::kAvx512Bf16) return lstm_bfloat16_avx512bf16;
-#endif
-#if CTXFAST_AVX512
-    if (isa >= Isa::kAvx512) return lstm_bfloat16_avx512;
-#endif
-#if CTXFAST_AVX2
-    if (isa >= Isa::kAvx2) return lstm_bfloat16_avx2;
-#endif
-    return lstm_bfloat16_generic;
-  }
-#if CTXFAST_AMX
-  if (isa >= Isa::kAmx) return lstm_int8_amx;
-#endif
-#if CTXFAST_AVX512VNNI
-  if (isa >= Isa::kAvx512Vnni) return lstm_int8_avx512vnni;
-#endif
-#if CTXFAST_AVXVNNI
-  if (isa == Isa::kAvxVnni) return lstm_int8_avxvnni;
-#endif
-#if CTXFAST_AVX2
-  if (isa >= Isa::kAvx2) return lstm_int8_avx2;
-#endif
-  return lstm_int8_generic;
+  if (dtype == DType::kInt8) return best_lstm_int8(isa);
+  return dtype == DType::kBFloat16 ? best_lstm_bfloat16(isa) : best_lstm_float32(isa);
 }
 
 // Below this many multiply-adds a thread and step, meeting at a barrier costs more than the work it saves.
@@ -80,18 +44,14 @@ Status check(const LstmParams& p) {
   if (p.threads < 1) return invalid(kOp, "threads", std::to_string(p.threads), "1 or more");
   if (!(p.cell_clip >= 0)) return invalid(kOp, "cell_clip", std::to_string(p.cell_clip), "above 0, or 0 for none");
   if (!(p.proj_clip >= 0)) return invalid(kOp, "proj_clip", std::to_string(p.proj_clip), "above 0, or 0 for none");
+  const LstmInputShape input = {H, p.input, p.shape.weight_dtype};
+  CTXFAST_RETURN_IF_ERROR(check_input_shape(input));
   const int64_t weights = gate_words(p.shape) + proj_words(p.shape);
   for (int64_t r = 0; r < R; ++r) {
     const std::string entry = "[" + std::to_string(r) + "]";
-    if (!p.from_x) {
-      CTXFAST_RETURN_IF_ERROR(check_pointer(("gates" + entry).c_str(), p.gates[r], B * T * 4 * H));
-    } else {
-      const LstmInputShape shape = {H, p.input, p.shape.dtype};
-      CTXFAST_RETURN_IF_ERROR(check_input_shape(shape));
-      CTXFAST_RETURN_IF_ERROR(check_pointer(("x" + entry).c_str(), p.x[r], B * T * p.input));
-      CTXFAST_RETURN_IF_ERROR(
-          check_pointer(("packed_input" + entry).c_str(), p.packed_input[r], lstm_input_packed_bytes(shape)));
-    }
+    CTXFAST_RETURN_IF_ERROR(check_pointer(("x" + entry).c_str(), p.x[r], B * T * p.input));
+    CTXFAST_RETURN_IF_ERROR(
+        check_pointer(("packed_input" + entry).c_str(), p.packed_input[r], lstm_input_packed_bytes(input)));
     CTXFAST_RETURN_IF_ERROR(check_pointer(("packed" + entry).c_str(), p.packed[r], weights));
     if (reinterpret_cast<uintptr_t>(p.packed[r]) % 4 != 0) {
       return invalid(kOp, "packed" + entry, "at an address that is no multiple of 4", "4-byte alignment");
@@ -106,7 +66,7 @@ Status check(const LstmParams& p) {
 // The part of a job that lies in the workspace; used by one direction after the other.
 Status fill_workspace(const LstmParams& p, int64_t threads, bool split, Workspace* memory, LstmJob* job) {
   const int64_t H = p.shape.hidden, P = p.shape.proj_size;
-  const DType dtype = p.shape.dtype;
+  const DType dtype = p.shape.weight_dtype;
   const bool projection = p.shape.has_projection, narrow = dtype != DType::kFloat32;
   const int64_t B = round_up(p.batch, kLstmTileRows);
   job->ld_batch = B;
@@ -124,12 +84,11 @@ Status fill_workspace(const LstmParams& p, int64_t threads, bool split, Workspac
   const size_t h_words = memory->reserve(narrow ? B * job->ld_h_words : 0);
   const size_t m_words = memory->reserve(narrow && projection ? B * job->ld_m_words : 0);
   const size_t h_scale = memory->reserve(B), m_scale = memory->reserve(B);
-  const bool chunks = p.from_x;
   job->chunk_steps = std::clamp<int64_t>(kLstmChunkRows / p.batch, 1, std::max<int64_t>(p.steps, 1));
   job->chunk_rows = job->chunk_steps * p.batch;
   job->ld_x_words = column_words(dtype, p.input) + 16;
-  const size_t chunk = memory->reserve(chunks ? ceil_div(H, kLstmPanelCells) * job->chunk_rows * kLstmPanel : 0);
-  const size_t x_words = memory->reserve(chunks ? (job->chunk_rows + kLstmInputRows) * job->ld_x_words : 0);
+  const size_t chunk = memory->reserve(ceil_div(H, kLstmPanelCells) * job->chunk_rows * kLstmPanel);
+  const size_t x_words = memory->reserve((job->chunk_rows + kLstmInputRows) * job->ld_x_words);
   const size_t x_scale = memory->reserve(job->chunk_rows);
   const Status status = memory->allocate();
   if (!status.ok()) return status;
@@ -142,7 +101,7 @@ Status fill_workspace(const LstmParams& p, int64_t threads, bool split, Workspac
   job->m_words = memory->words(narrow ? m_words : m);
   job->h_scale = memory->floats(h_scale);
   job->m_scale = memory->floats(m_scale);
-  job->chunk = chunks ? memory->floats(chunk) : nullptr;
+  job->chunk = memory->floats(chunk);
   job->x_words = memory->words(x_words);
   job->x_scale = memory->floats(x_scale);
   return {};
@@ -179,7 +138,7 @@ Status lstm_forward(const LstmParams& p) {
   SpinBarrier barrier;
   ForwardCall call;
   call.directions = p.directions;
-  call.run = kernels_for(p.shape.dtype, p.isa).forward;
+  call.run = kernels_for(p.shape.weight_dtype, p.isa).forward;
   for (int64_t r = 0; r < p.directions; ++r) {
     LstmJob& job = call.jobs[r];
     job = shared;
@@ -187,8 +146,6 @@ Status lstm_forward(const LstmParams& p) {
     job.has_projection = p.shape.has_projection;
     job.reverse = r == 1;
     job.cell_clip = p.cell_clip, job.proj_clip = p.proj_clip;
-    job.gates = p.gates[r];
-    job.gates_batch = p.gates_strides[r][0], job.gates_time = p.gates_strides[r][1];
     job.input = p.input;
     job.x = p.x[r], job.x_batch = p.x_strides[r][0], job.x_time = p.x_strides[r][1];
     job.weight_input = p.packed_input[r], job.bias = p.bias[r];

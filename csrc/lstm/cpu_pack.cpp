@@ -15,7 +15,7 @@ namespace {
 
 // `terms`: of the longest sum.
 Status check_dtype(DType dtype, int64_t terms) {
-  if (dtype == DType::kFloat16) return invalid(kOp, "dtype", "float16", "float32, bfloat16 or int8");
+  if (dtype == DType::kFloat16) return invalid(kOp, "weight_dtype", "float16", "float32, bfloat16 or int8");
   // 255 * 127 * terms must stay below 2^31.
   if (dtype == DType::kInt8 && terms > 65536) {
     return invalid(kOp, "hidden or input size", std::to_string(terms),
@@ -33,13 +33,13 @@ Status check_shape(const LstmShape& shape) {
     return invalid(kOp, "proj_size", std::to_string(shape.proj_size),
                    "hidden = " + std::to_string(shape.hidden) + ", as there is no projection");
   }
-  return check_dtype(shape.dtype, std::max(shape.hidden, shape.proj_size));
+  return check_dtype(shape.weight_dtype, std::max(shape.hidden, shape.proj_size));
 }
 
 Status check_input_shape(const LstmInputShape& shape) {
   if (shape.hidden < 0) return invalid(kOp, "hidden", std::to_string(shape.hidden), "0 or more");
   if (shape.input < 0) return invalid(kOp, "input", std::to_string(shape.input), "0 or more");
-  return check_dtype(shape.dtype, shape.input);
+  return check_dtype(shape.weight_dtype, shape.input);
 }
 
 Status check_pointer(const char* name, const void* address, int64_t elements) {
@@ -72,11 +72,12 @@ int64_t panel_words(DType dtype, int64_t size) {
 int64_t block_words(DType dtype) { return dtype == DType::kFloat32 ? kLstmBlock : kLstmNarrowBlock; }
 
 int64_t gate_words(const LstmShape& shape) {
-  return ceil_div(shape.hidden, kLstmPanelCells) * panel_words(shape.dtype, shape.proj_size);
+  return ceil_div(shape.hidden, kLstmPanelCells) * panel_words(shape.weight_dtype, shape.proj_size);
 }
 
 int64_t proj_words(const LstmShape& shape) {
-  return shape.has_projection ? ceil_div(shape.proj_size, kLstmPanel) * panel_words(shape.dtype, shape.hidden) : 0;
+  return shape.has_projection ? ceil_div(shape.proj_size, kLstmPanel) * panel_words(shape.weight_dtype, shape.hidden)
+                              : 0;
 }
 
 namespace {
@@ -211,12 +212,12 @@ Status lstm_pack(const LstmPackParams& p) {
                        4 * H,
                        H,
                        P,
-                       p.shape.dtype,
+                       p.shape.weight_dtype,
                        static_cast<uint32_t*>(p.packed)};
   CTXFAST_RETURN_IF_ERROR(pack_all(hh, p.threads));
   if (!p.shape.has_projection) return {};
   return pack_all(
-      {p.weight_proj, {p.weight_proj_strides[0], p.weight_proj_strides[1]}, P, 0, H, p.shape.dtype, hh.end()},
+      {p.weight_proj, {p.weight_proj_strides[0], p.weight_proj_strides[1]}, P, 0, H, p.shape.weight_dtype, hh.end()},
       p.threads);
 }
 
@@ -248,7 +249,7 @@ Status lstm_pack_backward(const LstmPackParams& p) {
 
 int64_t lstm_input_packed_bytes(const LstmInputShape& shape) {
   if (shape.hidden < 0 || shape.input < 0) return 0;
-  return 4 * ceil_div(shape.hidden, kLstmPanelCells) * panel_words(shape.dtype, shape.input);
+  return 4 * ceil_div(shape.hidden, kLstmPanelCells) * panel_words(shape.weight_dtype, shape.input);
 }
 
 Status lstm_pack_input(const LstmPackInputParams& p) {
@@ -263,7 +264,7 @@ Status lstm_pack_input(const LstmPackInputParams& p) {
                    4 * H,
                    H,
                    I,
-                   p.shape.dtype,
+                   p.shape.weight_dtype,
                    static_cast<uint32_t*>(p.packed)},
                   p.threads);
 }

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "base/isa.h"
+
 namespace ctxfast {
 
 // Packed weights lie in panels of 64 output columns: for the gates 16 cells x (i, f, g, o), for the projection 64
@@ -33,9 +35,7 @@ struct LstmJob {
   int64_t batch, steps, hidden, proj_size;
   bool has_projection, reverse;
   float cell_clip, proj_clip;  // 0: off
-  // caller's arrays of this direction: gates or, where there is a chunk, x, from which they are made
-  const float* gates;
-  int64_t gates_batch, gates_time;
+  // caller's arrays of this direction
   const float* x;
   int64_t input, x_batch, x_time;
   const void* weight_input;
@@ -60,7 +60,7 @@ struct LstmJob {
   float* partial;  // (blocks of hidden * proj panels, batch, 64); null: each thread sums its panels whole
   float* scratch;  // (threads, batch or kLstmInputRows if that is more, 64)
   // gates made from x: (gate panels, chunk_rows, 64), and those rows of x as words
-  float* chunk;       // null: from gates
+  float* chunk;
   uint32_t* x_words;  // (chunk_rows and kLstmInputRows more, ld_x_words)
   float* x_scale;
   int64_t chunk_rows, chunk_steps, ld_x_words;
@@ -120,9 +120,8 @@ struct LstmKernels {
 // All threads meet here; cpu_forward.cpp defines it.
 void lstm_barrier(void* barrier, int count);
 
-extern const LstmKernels lstm_float32_generic, lstm_float32_avx2, lstm_float32_avx512;
-extern const LstmKernels lstm_bfloat16_generic, lstm_bfloat16_avx2, lstm_bfloat16_avx512, lstm_bfloat16_avx512bf16;
-extern const LstmKernels lstm_bfloat16_amx;
-extern const LstmKernels lstm_int8_generic, lstm_int8_avx2, lstm_int8_avxvnni, lstm_int8_avx512vnni, lstm_int8_amx;
+CTXFAST_DECLARE_KERNELS(LstmKernels, lstm_float32)
+CTXFAST_DECLARE_KERNELS(LstmKernels, lstm_bfloat16)
+CTXFAST_DECLARE_KERNELS(LstmKernels, lstm_int8)
 
 }  // namespace ctxfast

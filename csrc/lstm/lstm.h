@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // lstm on the CPU: one layer, one or two directions.
 //
-// Per row b and step, with z (4H) = gates[b, t] + W_hh h and gates = W_ih x + b, order i, f, g, o:
+// Per row b and step, with z (4H) = W_ih x + b + W_hh h, in the order i, f, g, o:
 //   c = clip(sigmoid(i) tanh(g) + sigmoid(f) c, cell_clip)
 //   m = sigmoid(o) tanh(c)
 //   h = clip(W_proj m, proj_clip)     (h = clip(m, proj_clip) without projection; then P = H)
 //
-// dtype says how both factors of every matrix product are held; all else is float32:
+// weight_dtype says how both factors of every matrix product are held; all else is float32:
 //   kFloat32   as they are
 //   kBFloat16  weights and vectors rounded to bfloat16 (nearest, ties to even), products summed in float32
 //   kInt8      weights rounded to 127 steps of their row's largest magnitude, vectors to 127 steps of the vector's
@@ -32,7 +32,7 @@ struct LstmShape {
   int64_t hidden = 0;     // H
   int64_t proj_size = 0;  // P
   bool has_projection = false;
-  DType dtype = DType::kFloat32;  // kFloat32, kBFloat16 or kInt8
+  DType weight_dtype = DType::kFloat32;  // kFloat32, kBFloat16 or kInt8
 };
 
 struct LstmPackParams {
@@ -47,18 +47,13 @@ struct LstmPackParams {
 
 struct LstmParams {
   LstmShape shape;
-  int64_t batch = 0;       // B
-  int64_t steps = 0;       // T
-  int64_t directions = 1;  // R; direction 1 runs from each row's own last step to its first
-
-  // Either gates or, with from_x, x and what turns it into gates a piece at a time: no array of all gates then.
-  bool from_x = false;
-  const float* gates[kLstmMaxDirections] = {};        // (B, T, 4H), last dimension contiguous
-  int64_t gates_strides[kLstmMaxDirections][2] = {};  // of B and T
+  int64_t batch = 0;                                  // B
+  int64_t steps = 0;                                  // T
+  int64_t directions = 1;                             // R; direction 1 runs from each row's own last step to its first
   int64_t input = 0;                                  // I
   const float* x[kLstmMaxDirections] = {};            // (B, T, I), last dimension contiguous
   int64_t x_strides[kLstmMaxDirections][2] = {};      // of B and T
-  const void* packed_input[kLstmMaxDirections] = {};  // from lstm_pack_input with the same H, I and dtype
+  const void* packed_input[kLstmMaxDirections] = {};  // from lstm_pack_input with the same H, I and weight_dtype
   const float* bias[kLstmMaxDirections] = {};         // (4H); null: none
   const void* packed[kLstmMaxDirections] = {};        // from lstm_pack with the same shape
   const int64_t* lengths = nullptr;                   // (B), 0..T; null: T everywhere
@@ -76,13 +71,13 @@ struct LstmParams {
   float* z = nullptr;              // (R, B, T, 4H) contiguous: z of every step; null: not wanted
 
   int64_t threads = 1;  // at most so many; fewer where there is little to do
-  Isa isa = Isa::kGeneric;
+  Isa isa = best_isa();
 };
 
 struct LstmInputShape {
   int64_t hidden = 0;  // H
   int64_t input = 0;   // I
-  DType dtype = DType::kFloat32;
+  DType weight_dtype = DType::kFloat32;
 };
 
 struct LstmPackInputParams {
@@ -96,7 +91,7 @@ struct LstmPackInputParams {
 // Bytes of one direction's packed weights; negative sizes count as 0 (lstm_pack reports them).
 int64_t lstm_packed_bytes(const LstmShape& shape);
 
-// Brings one direction's weights into the order the kernels read them in, rounded as the dtype says.
+// Brings one direction's weights into the order the kernels read them in, rounded as weight_dtype says.
 Status lstm_pack(const LstmPackParams& params);
 
 int64_t lstm_input_packed_bytes(const LstmInputShape& shape);
@@ -108,7 +103,7 @@ Status lstm_forward(const LstmParams& params);
 // over all steps (of the weights, of x) is left to the caller, who finds its factors in grad_z, grad_hidden and m.
 // A clipped value, |c| or |h| at its bound, passes no gradient.
 struct LstmBackwardParams {
-  LstmShape shape;  // dtype kFloat32
+  LstmShape shape;  // weight_dtype kFloat32
   int64_t batch = 0;
   int64_t steps = 0;
   bool reverse = false;
@@ -132,7 +127,7 @@ struct LstmBackwardParams {
   float* grad_h_0 = nullptr;     // (B, P) contiguous
   float* grad_c_0 = nullptr;     // (B, H) contiguous
   int64_t threads = 1;
-  Isa isa = Isa::kGeneric;
+  Isa isa = best_isa();
 };
 
 int64_t lstm_backward_packed_bytes(const LstmShape& shape);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The recurrence of `lstm` backwards, all steps in one cooperative launch. Not yet run on a GPU: run on the emulator.
+// The recurrence of `lstm` backwards, all steps in one cooperative launch.
 //
 // Who owns what. A direction has `blocks` blocks of 256 threads, one per multiprocessor, arranged as row groups x K
 // groups. A block owns cells (64 with a projection, 16 without): it keeps their dc and forms their dz. Block (r, k)

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Plan and launcher of the persistent backward recurrence. The kernel and its argument:
-// persistent_backward.cuh. Not yet run on a GPU.
+// persistent_backward.cuh.
 #include <algorithm>
 
 #include "base/launch.cuh"
@@ -106,7 +106,9 @@ Status null_argument(const std::string& name) { return invalid(kOp, name, "null"
 
 Status check(const LstmPersistentBackwardParams& p, const LstmPersistentBackwardPlan& plan) {
   if (!plan.refusal.empty()) return runtime_error(kOp, "the persistent backward pass cannot run this: " + plan.refusal);
-  if (p.dtype == DType::kFloat32) return invalid(kOp, "dtype", "float32", "float16 or bfloat16");
+  if (p.dtype != DType::kFloat16 && p.dtype != DType::kBFloat16) {
+    return invalid(kOp, "dtype", kDTypeNames[static_cast<int>(p.dtype)], "float16 or bfloat16");
+  }
   if (p.batch < 0) return invalid(kOp, "batch", std::to_string(p.batch), "0 or more");
   if (p.steps < 0) return invalid(kOp, "steps", std::to_string(p.steps), "0 or more");
   if (p.batch == 0) return {};

@@ -35,6 +35,7 @@ LstmPersistentForwardPlan lstm_persistent_forward_plan(const LstmPersistentDevic
 Status lstm_persistent_device(int device, LstmPersistentDevice* facts);
 
 struct LstmPersistentForwardParams {
+  LstmPersistentDevice device;  // the current one
   int64_t batch = 0, steps = 0, hidden = 0, size = 0, directions = 0;
   bool has_proj = false;
   DType dtype = DType::kFloat16;     // or kBFloat16: of gates, weights, h_0, output and h_n
@@ -60,8 +61,7 @@ struct LstmPersistentForwardParams {
   int64_t workspace_bytes = 0;
 };
 
-// batch and steps at least 1. `facts`: of the current device.
-Status lstm_persistent_forward(const LstmPersistentForwardParams& params, const LstmPersistentDevice& facts,
-                               CUstream_st* stream);
+// batch and steps at least 1.
+Status lstm_persistent_forward(const LstmPersistentForwardParams& params, CUstream_st* stream);
 
 }  // namespace ctxfast

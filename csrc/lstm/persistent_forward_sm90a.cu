@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
 // Plan and launcher of the persistent forward recurrence. The kernel: persistent_forward.cuh.
-// Not yet run on a GPU.
 #include <algorithm>
 #include <cmath>
 
@@ -138,7 +137,9 @@ Status unaligned(const char* name) {
 
 Status check(const LstmPersistentForwardParams& p, const LstmPersistentForwardPlan& plan) {
   if (!plan.refusal.empty()) return runtime_error(kOp, "the persistent recurrence cannot run this: " + plan.refusal);
-  if (p.dtype == DType::kFloat32) return invalid(kOp, "dtype", "float32", "float16 or bfloat16");
+  if (p.dtype != DType::kFloat16 && p.dtype != DType::kBFloat16) {
+    return invalid(kOp, "dtype", kDTypeNames[static_cast<int>(p.dtype)], "float16 or bfloat16");
+  }
   if (p.batch < 1) return invalid(kOp, "batch", std::to_string(p.batch), "1 or more");
   if (p.steps < 1) return invalid(kOp, "steps", std::to_string(p.steps), "1 or more");
   for (int64_t r = 0; r < p.directions; ++r) {
@@ -191,13 +192,12 @@ Status lstm_persistent_device(int device, LstmPersistentDevice* facts) {
   return {};
 }
 
-Status lstm_persistent_forward(const LstmPersistentForwardParams& p, const LstmPersistentDevice& facts,
-                               CUstream_st* stream) {
+Status lstm_persistent_forward(const LstmPersistentForwardParams& p, CUstream_st* stream) {
   const LstmPersistentForwardPlan plan =
-      lstm_persistent_forward_plan(facts, p.batch, p.hidden, p.size, p.has_proj, p.directions);
+      lstm_persistent_forward_plan(p.device, p.batch, p.hidden, p.size, p.has_proj, p.directions);
   const Status status = check(p, plan);
   if (!status.ok()) return status;
-  const Shape shape = choose(facts, p.batch, p.hidden, p.size, p.has_proj, p.directions);
+  const Shape shape = choose(p.device, p.batch, p.hidden, p.size, p.has_proj, p.directions);
   const Kernel kernel =
       p.dtype == DType::kFloat16 ? kernel_of<__half>(shape, p.has_proj) : kernel_of<__nv_bfloat16>(shape, p.has_proj);
 

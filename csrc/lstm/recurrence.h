@@ -48,7 +48,7 @@ void begin(const LstmJob& job, int index, int count) {
     clear(job.h_words, job.ld_batch * job.ld_h_words);
     if (job.has_projection) clear(job.m_words, job.ld_batch * job.ld_m_words);
   }
-  if (job.chunk) clear(job.x_words, (job.chunk_rows + kLstmInputRows) * job.ld_x_words);
+  clear(job.x_words, (job.chunk_rows + kLstmInputRows) * job.ld_x_words);
 }
 
 // h_n and c_n: the state each row stopped with.
@@ -96,44 +96,28 @@ void fill_chunk(const LstmJob& job, int64_t rows, int64_t panel, float* z) {
   }
 }
 
-// Where W_ih x + b of a row's cells lies: in the caller's array, or in the chunk, whose row `at` belongs to it.
-struct InputGates {
-  const float* from;
-  int64_t per_gate;
-  InputGates(const LstmJob& job, int64_t panel, int64_t i, int64_t s, int64_t at) {
-    if (!job.chunk) {
-      from = job.gates + job.row[i] * job.gates_batch + time_of(job, i, s) * job.gates_time + panel * kCells;
-      per_gate = job.hidden;
-    } else {
-      from = job.chunk + (panel * job.chunk_rows + at + i) * kPanel;
-      per_gate = kCells;
-    }
-  }
-};
-
 // One step of 16 cells for the first `rows` rows: gates, then c, then m or, without projection, the next h. Row `at` of
-// the chunk, if there is one, is the step's first; `after` is the panel whose turn comes next.
+// the chunk is the step's first; `after` is the panel whose turn comes next.
 template <class Kind>
 void step_cells(const LstmJob& job, int64_t s, int64_t rows, int64_t panel, int64_t at, int64_t after, float* z) {
   const int64_t cell = panel * kCells, there = less(kCells, job.hidden - cell);
   const int64_t old = two_buffers<Kind>(job) ? s & 1 : 0, next = two_buffers<Kind>(job) ? 1 - old : 0;
   const uint32_t* weights = static_cast<const uint32_t*>(job.weight_gates);
   const uint32_t* weight = weights + panel * panel_size<Kind>(job.proj_size);
+  const float* const chunk = job.chunk + (panel * job.chunk_rows + at) * kPanel;
   for (int64_t i = 0; i < rows; ++i) {  // on their way while the product runs
-    const InputGates gates(job, panel, i, s, at);
-    for (int gate = 0; gate < 4; ++gate) __builtin_prefetch(gates.from + gate * gates.per_gate);
+    for (int gate = 0; gate < 4; ++gate) __builtin_prefetch(chunk + i * kPanel + gate * kCells);
   }
   panel_product<Kind>(rows, job.h_words + old * job.ld_batch * job.ld_h, job.ld_h_words, weight, job.proj_size, 0,
                       blocks_of<Kind>(job.proj_size), weights + after * panel_size<Kind>(job.proj_size), z);
   for (int64_t i = 0; i < rows; ++i) {
     const int64_t row = job.row[i], t = time_of(job, i, s);
-    const InputGates gates(job, panel, i, s, at);
     const float scale = Kind::kScaled ? job.h_scale[i] : 1.0f;
     float* state = job.c + (panel * job.ld_batch + i) * kCells;
     for (int64_t j = 0; j < there; j += kLanes) {
       Vec gate[4];
       for (int g = 0; g < 4; ++g) {
-        gate[g] = load_some(gates.from + g * gates.per_gate + j, there - j) +
+        gate[g] = load_some(chunk + i * kPanel + g * kCells + j, there - j) +
                   Kind::value(z + i * kPanel + g * kCells + j, weight + g * kCells + j, scale);
       }
       for (int g = 0; job.z && g < 4; ++g) {
@@ -243,7 +227,7 @@ void forward(const LstmJob& job, int index, int count) {
   int64_t rows = job.batch, at = 0;
   for (int64_t s = 0; s < steps; ++s) {
     while (job.length[rows - 1] <= s) --rows;
-    if (job.chunk && s % job.chunk_steps == 0) {
+    if (s % job.chunk_steps == 0) {
       // The chunk before was read by this thread alone.
       const int64_t chunk = prepare_chunk<Kind>(job, s, rows, index, count);
       lstm_barrier(job.barrier, count);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The recurrence of lstm on any GPU from sm_80, any size: one launch a step for both directions (two with a
-// projection), forward and backward. Not yet run on a GPU: run on the emulator.
+// projection), forward and backward.
 //
 // B batch, T steps, H cells, P size of h (= H without projection), R directions. Per row b and step t < lengths[b],
 // with z = gates[b, t] + W_hh h in the order i, f, g, o:

@@ -33,7 +33,7 @@ struct Layers {
       *scratch;  // (tokens, 3 hidden), (tokens, hidden); the rest for rows of a pass
   SpinBarrier barrier;
 
-  int64_t bytes(int64_t rows) const { return rows * p.hidden * size_of(p.type); }
+  int64_t bytes(int64_t rows) const { return rows * p.hidden * size_of(p.io_dtype); }
   // Where a layer's rows go. If only the last layer's are wanted, y and `spare` take turns, and the last gets y.
   char* output(int64_t layer) const {
     if (p.all_layers) return static_cast<char*>(p.y[layer]);
@@ -44,7 +44,7 @@ struct Layers {
                 int64_t in, void* to, int64_t out, int64_t rows, int index, int count) {
     LinearActParams call;
     call.rows = rows, call.in = in, call.out = out;
-    call.held = p.held, call.type = p.type, call.activation = activation;
+    call.weight_dtype = p.weight_dtype, call.io_dtype = p.io_dtype, call.activation = activation;
     call.x = from, call.stride_x = in;
     call.packed = weights.packed, call.scales = weights.scales, call.sums = weights.sums, call.bias = bias;
     call.y = to;
@@ -56,7 +56,7 @@ struct Layers {
   void normalise(const void* shift, const void* residual, const TransformerNorm& weights, void* to, int64_t rows,
                  int index, int count) {
     LayerNormParams call;
-    call.rows = rows, call.size = p.hidden, call.type = p.type;
+    call.rows = rows, call.size = p.hidden, call.io_dtype = p.io_dtype;
     call.sources = 2;
     call.source[0].rows = projected, call.source[0].stride = p.hidden;
     call.source[1].rows = residual, call.source[1].stride = p.hidden;
@@ -120,7 +120,7 @@ Status check(const TransformerLayersParams& p, int64_t* longest) {
                {"sequences", p.sequences, 0, int64_t{1} << 40},
                {"hidden", p.hidden, 1, kLayerNormMaxSize},
                {"heads", p.heads, 1, p.hidden},
-               {"intermediate", p.intermediate, 1, p.held == DType::kInt8 ? 65536 : int64_t{1} << 30},
+               {"intermediate", p.intermediate, 1, p.weight_dtype == DType::kInt8 ? 65536 : int64_t{1} << 30},
                {"count", p.count, 1, int64_t{1} << 20},
                {"threads", p.threads, 1, int64_t{1} << 20}};
   for (const auto& size : sizes) {
@@ -134,10 +134,11 @@ Status check(const TransformerLayersParams& p, int64_t* longest) {
     return invalid(kOp, "hidden / heads", std::to_string(p.hidden / p.heads),
                    "at most " + std::to_string(kAttentionMaxHeadDim));
   }
-  if (p.type != DType::kFloat32 && p.type != DType::kBFloat16) {
-    return invalid(kOp, "type", "another", "float32 or bfloat16");
+  if (p.io_dtype != DType::kFloat32 && p.io_dtype != DType::kBFloat16) {
+    return invalid(kOp, "io_dtype", kDTypeNames[static_cast<int>(p.io_dtype)], "float32 or bfloat16");
   }
-  if (p.held != DType::kInt8 && p.held != p.type) return invalid(kOp, "held", "another", "int8, or the type of x");
+  if (p.weight_dtype != DType::kInt8 && p.weight_dtype != p.io_dtype)
+    return invalid(kOp, "weight_dtype", kDTypeNames[static_cast<int>(p.weight_dtype)], "int8, or the io_dtype");
   if (!p.cu_seqlens) return invalid(kOp, "cu_seqlens", "null", "an address");
   const Status rises = attention_check_offsets(kOp, p.cu_seqlens, p.is_int64, p.sequences, p.tokens, longest);
   if (!rises.ok() || p.tokens == 0) return rises;
@@ -152,7 +153,7 @@ Status check(const TransformerLayersParams& p, int64_t* longest) {
     if (!p.y[i]) return invalid(kOp, "y", "null for a layer", "an address");
   }
   for (int64_t i = 0; i < p.count; ++i) {
-    const Status found = check(p.layers[i], p.held == DType::kInt8);
+    const Status found = check(p.layers[i], p.weight_dtype == DType::kInt8);
     if (!found.ok()) return found;
   }
   return {};
@@ -164,13 +165,14 @@ Status transformer_layers_forward(const TransformerLayersParams& p) {
   int64_t longest = 0;
   const Status checked = check(p, &longest);
   if (!checked.ok() || p.tokens == 0) return checked;
-  const int64_t size = size_of(p.type), pass = std::min(kPass, p.tokens);
+  const int64_t size = size_of(p.io_dtype), pass = std::min(kPass, p.tokens);
   const int64_t head_dim = p.hidden / p.heads;
   // A layer's products are one size of work: all threads, or few for a few tokens.
-  const int64_t work = p.tokens * p.hidden * (4 * p.hidden + 2 * p.intermediate) / (p.held == DType::kInt8 ? 4 : 1);
+  const int64_t work =
+      p.tokens * p.hidden * (4 * p.hidden + 2 * p.intermediate) / (p.weight_dtype == DType::kInt8 ? 4 : 1);
   const int64_t threads = std::min(p.threads, std::max<int64_t>(1, work / kWorkOfThread));
-  const int64_t of_products = std::max(linear_act_scratch_bytes(p.tokens, p.hidden, p.held),
-                                       linear_act_scratch_bytes(pass, p.intermediate, p.held));
+  const int64_t of_products = std::max(linear_act_scratch_bytes(p.tokens, p.hidden, p.weight_dtype),
+                                       linear_act_scratch_bytes(pass, p.intermediate, p.weight_dtype));
   const int64_t of_thread = attention_scratch_bytes(longest, head_dim);
   const bool has_spare = p.count > 1 && !p.all_layers;
   const int64_t parts[] = {p.tokens * 3 * p.hidden * size, has_spare ? p.tokens * p.hidden * size : 0,
@@ -181,9 +183,9 @@ Status transformer_layers_forward(const TransformerLayersParams& p) {
   char* memory = static_cast<char*>(workspace(static_cast<size_t>(bytes)));
   if (!memory) return runtime_error(kOp, "no memory for a workspace of " + std::to_string(bytes) + " bytes.");
   Layers layers{p,
-                linear_act_kernel_for(p.held, p.isa),
-                attention_kernel_for(p.type, p.isa),
-                layer_norm_kernel_for(p.isa),
+                linear_act_kernel_for(p.weight_dtype, p.isa),
+                attention_kernel_for(p.io_dtype, p.isa),
+                best_layer_norm(p.isa),
                 {},
                 {},
                 {},

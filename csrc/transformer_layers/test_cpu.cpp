@@ -130,7 +130,7 @@ struct Problem {
     TransformerLayersParams p;
     p.tokens = tokens, p.hidden = hidden, p.heads = heads, p.intermediate = wide;
     p.sequences = static_cast<int64_t>(offsets.size()) - 1;
-    p.type = type, p.held = held, p.eps = 1e-12f;
+    p.io_dtype = type, p.weight_dtype = held, p.eps = 1e-12f;
     p.x = x.memory, p.cu_seqlens = offsets.data();
     p.layers = packed.data(), p.count = static_cast<int64_t>(packed.size());
     p.y = y;
@@ -142,7 +142,7 @@ struct Problem {
                   Report* report) const {
     Values to(type, tokens * w.out);
     LinearActParams p;
-    p.rows = tokens, p.in = w.in, p.out = w.out, p.held = held, p.type = type, p.activation = activation;
+    p.rows = tokens, p.in = w.in, p.out = w.out, p.weight_dtype = held, p.io_dtype = type, p.activation = activation;
     p.x = from.memory, p.stride_x = w.in, p.packed = w.packed.memory, p.scales = w.scales.data();
     p.sums = w.sums.data(), p.bias = adds && has_bias ? w.bias.memory : nullptr, p.y = to.memory, p.isa = isa;
     report->that("linear_act", linear_act_forward(p).ok());
@@ -153,7 +153,7 @@ struct Problem {
                    Report* report) const {
     Values to(type, tokens * hidden);
     LayerNormParams p;
-    p.rows = tokens, p.size = hidden, p.type = type, p.sources = 2;
+    p.rows = tokens, p.size = hidden, p.io_dtype = type, p.sources = 2;
     p.source[0] = {rows.memory, hidden}, p.source[1] = {residual.memory, hidden};
     p.shift = has_bias ? w.bias.memory : nullptr, p.weight = norm[0].memory, p.bias = norm[1].memory;
     p.eps = 1e-12f, p.y = to.memory, p.isa = isa;
@@ -167,7 +167,7 @@ struct Problem {
     AttentionParams p;
     p.tokens = tokens, p.heads = heads, p.head_dim = hidden / heads;
     p.sequences = static_cast<int64_t>(offsets.size()) - 1;
-    p.type = type, p.qkv = rows.memory, p.stride_qkv = 3 * hidden, p.cu_seqlens = offsets.data();
+    p.io_dtype = type, p.qkv = rows.memory, p.stride_qkv = 3 * hidden, p.cu_seqlens = offsets.data();
     p.scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(p.head_dim)));
     p.y = context.memory, p.stride_y = hidden, p.isa = isa;
     report->that("attention", attention_forward(p).ok());
@@ -225,8 +225,8 @@ void check_refusals(Report* report) {
   refused("heads", [](P* p) { p->heads = 3; });
   refused("intermediate", [](P* p) { p->intermediate = 0; });
   refused("threads", [](P* p) { p->threads = 0; });
-  refused("type", [](P* p) { p->type = DType::kFloat16; });
-  refused("held", [](P* p) { p->held = DType::kBFloat16; });
+  refused("io_dtype", [](P* p) { p->io_dtype = DType::kFloat16; });
+  refused("weight_dtype", [](P* p) { p->weight_dtype = DType::kBFloat16; });
   refused("cu_seqlens", [](P* p) { p->cu_seqlens = nullptr; });
   refused("cu_seqlens[2]", [&](P* p) { p->cu_seqlens = falls; });
   refused("the end of cu_seqlens", [&](P* p) { p->cu_seqlens = ends; });

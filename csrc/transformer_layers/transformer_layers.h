@@ -42,8 +42,8 @@ static_assert(sizeof(TransformerLayer) == 20 * sizeof(void*), "no padding");
 
 struct TransformerLayersParams {
   int64_t tokens = 0, hidden = 0, heads = 0, intermediate = 0, sequences = 0;
-  DType type = DType::kFloat32;  // all but packed weights: float32 or bfloat16
-  DType held = DType::kFloat32;  // packed weights: int8, or what x is
+  DType io_dtype = DType::kFloat32;      // all but packed weights: float32 or bfloat16
+  DType weight_dtype = DType::kFloat32;  // packed weights: int8, or what x is
   Activation activation = Activation::kGelu;
   float eps = 0;
   const void* x = nullptr;           // (tokens, hidden)
@@ -54,7 +54,7 @@ struct TransformerLayersParams {
   bool all_layers = false;   // every layer's rows are wanted; else the last layer's
   void* const* y = nullptr;  // (tokens, hidden) for each layer that is wanted
   int64_t threads = 1;
-  Isa isa = Isa::kGeneric;
+  Isa isa = best_isa();
 };
 
 Status transformer_layers_forward(const TransformerLayersParams& params);

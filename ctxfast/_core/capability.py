@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What this build and this machine can do: the compiled extension, its facts, versions, devices.
+"""What this build and this machine can do: the compiled extension, its facts, devices.
 
 Importing this module loads ``ctxfast._C`` if it was built, and touches no GPU.
 """
@@ -9,12 +9,10 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-import platform
-import sys
+from collections.abc import Callable
 from functools import lru_cache
-from importlib import metadata
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -26,7 +24,24 @@ except ImportError as error:
 else:
     _IMPORT_ERROR = ""
 
+Function = TypeVar("Function", bound=Callable[..., Any])
 _REINSTALL = "Build it with: pip install . (a C++17 compiler is all it needs)."
+# What the extension calls dtypes.
+DTYPE_NAMES = {
+    torch.float32: "float32",
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+    torch.int8: "int8",
+}
+
+
+def constant(function: Function) -> Function:
+    """Marks a function that torch.compile runs while it traces, and whose result is a constant of the graph.
+
+    As torch.compiler.assume_constant_result does; calling that would import all of torch.compile, and Triton with it.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def extension() -> ModuleType | None:
@@ -61,13 +76,16 @@ def is_mkl_slow() -> bool:
         return False
 
 
-def why_no_cuda() -> str | None:
-    """None if CUDA kernels were compiled, else one sentence why not and the way out."""
+def why_no_cuda(arch: str | None = None) -> str | None:
+    """None if CUDA kernels were compiled, those for ``arch`` alone too; else one sentence why not and the way out."""
     if _C is None:
         return why_no_extension()
     info = build_info()
     if info.get("cuda"):
-        return None
+        if arch is None or arch in info["cuda_archs"]:
+            return None
+        listed = ", ".join(info["cuda_archs"])
+        return f"CUDA kernels were compiled for {listed}; rebuild with CTXFAST_CUDA_ARCHS holding {arch}."
     return (
         f"CUDA kernels were not compiled ({info.get('cuda_reason') or 'no reason recorded'}). "
         f"Install the CUDA toolkit and rebuild with CTXFAST_CUDA=1 pip install --force-reinstall ."
@@ -89,13 +107,10 @@ def allows_tf32() -> bool:
     return matmul.allow_tf32 if precision == "none" else precision == "tf32"
 
 
+@constant
 def compute_capability(index: int | None) -> tuple[int, int]:
-    """Compute capability of a GPU, None for the current one; a constant to torch.compile."""
+    """Compute capability of a GPU, None for the current one."""
     return torch.cuda.get_device_capability(index)
-
-
-# As torch.compiler.assume_constant_result does; calling that would import all of torch.compile.
-compute_capability._dynamo_marked_constant = True
 
 
 def why_no_triton(device: torch.device) -> str | None:
@@ -108,53 +123,3 @@ def why_no_triton(device: torch.device) -> str | None:
         major, minor = compute_capability(device.index)
         return f"it needs a GPU of compute capability 8.0 or newer and this one has {major}.{minor}."
     return None
-
-
-def _version(distribution: str) -> str:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def facts() -> dict[str, str]:
-    """Versions, device and build of this installation, for ``show_config``, ``ctxfast info`` and benchmark files."""
-    info = build_info()
-    rows = {
-        "ctxfast": _version("ctxfast"),
-        "python": f"{platform.python_version()} ({sys.platform}, {platform.machine()})",
-        "torch": torch.__version__,
-        "triton": _version("triton") if importlib.util.find_spec("triton") else "not installed",
-        "cpu": f"{_cpu_name()}, {torch.get_num_threads()} threads",
-    }
-    if torch.cuda.is_available():
-        major, minor = torch.cuda.get_device_capability()
-        rows["gpu"] = f"{torch.cuda.get_device_name()} (sm_{major}{minor}, {torch.cuda.device_count()} visible)"
-    else:
-        rows["gpu"] = "none visible to torch"
-    if _C is None:
-        rows["extension"] = why_no_extension()
-        return rows
-    rows["extension"] = f"{info.get('version', '?')}, compiled by {info.get('compiler', '?')}"
-    rows["cpu kernels"] = f"{', '.join(info.get('cpu_isas', ()))}; this machine runs {_C.cpu_isa()}"
-    missing = why_no_cuda()
-    rows["cuda kernels"] = missing or f"CUDA {info.get('cuda_version')}: {', '.join(info.get('cuda_archs', ()))}"
-    return rows
-
-
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            for line in lines:
-                if line.startswith("model name"):
-                    return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or "unknown"
-
-
-def show_config() -> str:
-    """The rows of ``facts`` as text: what to paste into a bug report."""
-    rows = facts()
-    width = max(map(len, rows))
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())

@@ -24,7 +24,7 @@ def facts(
     op: str, impl: str | None, requested: Callable[[], tuple[Any, ...]], args: Mapping[str, Any]
 ) -> tuple[Any, ...]:
     """Everything that the choice and the checks, but those of values, look at; () where they must look again."""
-    if torch_ops.is_watched() or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+    if torch_ops.must_dispatch() or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         return ()
     found: list[Any] = [op, impl, requested()]
     return tuple(found) if _describe(args.values(), found) else ()

@@ -35,6 +35,13 @@ from . import capability, fast_call, torch_ops
 
 HALF_AND_FLOAT = (torch.float32, torch.float16, torch.bfloat16)
 CEILING = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}
+# What an implementation has run on -> what is said of it where it stands.
+PROVEN = {
+    "cpu": "",
+    "emulator": "run on the emulator alone, on no GPU",
+    "interpreter": "run in Triton's interpreter alone, on no GPU",
+    None: "not run",
+}
 IMPL_NAMES = ("reference", "cpu", "triton", "cuda", "cuda_step")
 
 P, R = ParamSpec("P"), TypeVar("R")
@@ -69,24 +76,26 @@ class Impl:
     returns None or the sentence why not, looking at shapes, dtypes, devices and flags only; and ``raw_calls(args)``,
     which lists ``(operator, arguments)`` of the registered operators behind a call, for torch.library.opcheck. It may
     hold ``remark(args)``: what a call that it takes costs more than a like one, as a sentence, or None.
-    ``device`` is the device type it runs on.
+    ``device`` is the device type it runs on; ``proven`` says on what it has run: a key of ``PROVEN``, or a GPU and the
+    date.
     """
 
     name: str
     device: str
-    note: str = ""
+    note: str
+    proven: str | None
     bitwise_repeatable: bool = True
 
+    def __str__(self) -> str:
+        return self.name if self.device in (self.proven, "any") else f"{self.name} ({self.proven})"
 
+
+@capability.constant  # to trace the import torch.compile would refuse
 def _load(path: str) -> bool:
-    """Import a module. torch.compile runs this while it traces, where it would refuse the import itself."""
+    """Import a module."""
     if path not in sys.modules:
         importlib.import_module(path)
     return True
-
-
-# What torch.compiler.assume_constant_result sets; calling that would import all of torch.compile, and Triton with it.
-_load._dynamo_marked_constant = True
 
 
 def no_values(args: Mapping[str, Any]) -> None:
@@ -145,7 +154,8 @@ class OpSpec:
         if implementation.name == "reference":
             return implementation.note
         remark = getattr(self.module(implementation.name), "remark", lambda args: None)(args)
-        return implementation.note if remark is None else f"{implementation.note}; {remark}"
+        proven = PROVEN.get(implementation.proven, f"run on {implementation.proven}")
+        return "; ".join(filter(None, (implementation.note, proven, remark)))
 
     def function(self, implementation: Impl) -> Callable[..., Any]:
         """The function that runs this implementation."""
@@ -163,7 +173,7 @@ class OpSpec:
         return self.module("cases").CASES
 
 
-REFERENCE = Impl("reference", "any", note="plain PyTorch, the definition")
+REFERENCE = Impl("reference", "any", note="plain PyTorch, the definition", proven="cpu")
 
 OPS: dict[str, OpSpec] = {}
 
@@ -217,13 +227,14 @@ def tensors(args: Mapping[str, Any]) -> Iterator[Tensor]:
                     yield item
 
 
-def needs_grad(args: Mapping[str, Any]) -> bool:
-    """Whether autograd would record this call."""
+def needs_grad(*values: Any) -> bool:
+    """Whether autograd would record a call of these arguments."""
     if not torch.is_grad_enabled():
         return False
-    for value in tensors(args):
-        if value.requires_grad:
-            return True
+    for value in values:
+        for each in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(each, Tensor) and each.requires_grad:
+                return True
     return False
 
 
@@ -292,8 +303,8 @@ def _checked(spec: OpSpec, args: dict[str, Any], impl: str | None) -> Callable[.
     return spec.function(resolve(spec, args, impl))
 
 
-def _prepared(spec: OpSpec, args: dict[str, Any], impl: str | None) -> tuple[Callable[..., Any], dict[str, Any]]:
-    """The function that runs a call, and its arguments, checked."""
+def prepared(spec: OpSpec, args: dict[str, Any], impl: str | None = None) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """All of a call but the call: the function that runs it, and its arguments, checked, as autocast wants them."""
     facts = () if spec.check_values is None else fast_call.facts(spec.name, impl, requested, args)
     function = fast_call.FOUND.get(facts) if facts else None
     if function is not None:
@@ -359,7 +370,7 @@ def op(
         @wraps(function)
         def run(*args: Any, **kwargs: Any) -> Any:
             impl, gathered = function(*args, **kwargs)
-            implementation, gathered = _prepared(spec, gathered, impl)
+            implementation, gathered = prepared(spec, gathered, impl)
             return implementation(**gathered)
 
         # A code object of its own: torch.compile counts compilations by it, and all ops would share one limit.
@@ -367,13 +378,6 @@ def op(
         return run
 
     return declare
-
-
-def call_unless_reference(spec: OpSpec, args: dict[str, Any]) -> Any:
-    """Runs the op on arguments of implementations; None where the reference would run, for callers that have another
-    way then."""
-    function, args = _prepared(spec, args, None)
-    return None if function is spec.reference else function(**args)
 
 
 def _request(ops: dict[str, str]) -> dict[str, str]:

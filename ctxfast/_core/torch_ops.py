@@ -12,6 +12,8 @@ that are to be differentiated again (``needs_definition``, ``definition_gradient
 
 from __future__ import annotations
 
+import inspect
+import typing
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -30,8 +32,13 @@ _PLAIN = (Tensor, torch.nn.Parameter, type(None))
 
 
 def allocate(size: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """An uninitialised contiguous tensor. Launchers and fake kernels both allocate here, so they cannot drift."""
+    """An uninitialised contiguous tensor."""
     return torch.empty(tuple(size), dtype=like.dtype if dtype is None else dtype, device=like.device)
+
+
+def address(tensor: Tensor | None) -> int:
+    """Where a tensor's first element lies; 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def without_autocast(device: str) -> AbstractContextManager:
@@ -57,7 +64,7 @@ def launching(tensor: Tensor) -> Iterator[int]:
         yield torch.cuda.current_stream().cuda_stream
 
 
-def is_watched() -> bool:
+def must_dispatch() -> bool:
     """Whether something must see the registered operators of a call: a compiler, a tracer, a dispatch mode, a
     transform or a profiler. Where nothing does, and no input is a tensor subclass, a kernel may be called directly."""
     return (
@@ -70,8 +77,8 @@ def is_watched() -> bool:
 
 
 def is_direct(*inputs: Tensor | None) -> bool:
-    """Whether a kernel may be called on these CPU tensors without going through its operator: see ``is_watched``."""
-    if is_watched() or not all([type(each) in _PLAIN for each in inputs]):
+    """Whether a kernel may be called on these CPU tensors without going through its operator: see ``must_dispatch``."""
+    if must_dispatch() or not all([type(each) in _PLAIN for each in inputs]):
         return False
     # A view of an imaginary part may hold its values with the other sign; the operator's dispatch puts that right.
     return not any([type(each) is Tensor and each.is_neg() for each in inputs])
@@ -155,12 +162,34 @@ def definition_gradients(
     return [next(found) if wants else None for wants in wanted]
 
 
-def define(name: str, schema: str, kernel: Callable[..., Any], fake: Callable[..., Any], device: str) -> Any:
-    """Register ``ctxfast::<name><schema>`` for one dispatch key ("CPU" or "CUDA") and return the callable operator.
+# Annotations of kernels -> types of an operator's schema.
+_KINDS = {
+    Tensor: "Tensor", Tensor | None: "Tensor?", Sequence[Tensor]: "Tensor[]", Sequence[Tensor | None]: "Tensor?[]",
+    list[Tensor]: "Tensor[]", int: "SymInt", float: "float", bool: "bool", str: "str",
+}  # fmt: skip
+
+
+def _schema(signature: inspect.Signature) -> str:
+    """Of a kernel that changes none of its arguments. (torch.library.infer_schema reads other annotations in each
+    version of torch: those that are strings are looked up elsewhere, list[Tensor] is known or not.)"""
+    given = [f"{_KINDS[parameter.annotation]} {name}" for name, parameter in signature.parameters.items()]
+    made = signature.return_annotation
+    kinds = [_KINDS[each] for each in (typing.get_args(made) if typing.get_origin(made) is tuple else [made])]
+    return f"({', '.join(given)}) -> {kinds[0] if len(kinds) == 1 else '(' + ', '.join(kinds) + ')'}"
+
+
+def define(name: str, kernel: Callable[..., Any], outputs: Callable[..., Any], device: str) -> Any:
+    """Register ``ctxfast::<name>`` for one dispatch key ("CPU" or "CUDA") and return the callable operator.
+
+    ``outputs`` takes those of the kernel's parameters that it names and returns, uninitialised, what the kernel
+    returns: the kernel allocates by it, and compilers take the outputs' shapes from it (a fake kernel, in torch's
+    words). The schema is that of the kernel's annotations.
 
     The operator is not differentiable and says so: called with an input that requires a gradient while autograd
     records, it refuses instead of returning a result that silently breaks the chain.
     """
+    signature = inspect.signature(kernel, eval_str=True)
+    at = [list(signature.parameters).index(each) for each in inspect.signature(outputs).parameters]
 
     def run(*args: Any) -> Any:
         if torch.is_grad_enabled():
@@ -172,7 +201,7 @@ def define(name: str, schema: str, kernel: Callable[..., Any], fake: Callable[..
                 )
         return kernel(*args)
 
-    _LIBRARY.define(name + schema, tags=_TAGS)
+    _LIBRARY.define(name + _schema(signature), tags=_TAGS)
     _LIBRARY.impl(name, run, device)
-    torch.library.register_fake(f"ctxfast::{name}", fake, lib=_LIBRARY)
+    torch.library.register_fake(f"ctxfast::{name}", lambda *args: outputs(*[args[i] for i in at]), lib=_LIBRARY)
     return getattr(torch.ops.ctxfast, name).default

@@ -16,8 +16,8 @@ def add(commands: Any) -> None:
 def _run(args: argparse.Namespace) -> int:
     import torch
 
-    from .._core.capability import show_config
     from .._core.registry import OPS
+    from .._core.report import show_config
     from ..functional import explain
 
     print(show_config())

@@ -22,10 +22,10 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
-from .._core.capability import facts
 from .._core.checks import shown
 from .._core.digests import digest, fingerprint
 from .._core.files import create, naming
+from .._core.report import facts
 from . import writers
 from .batch_encoder import BatchEncoder
 from .encoders import Prepared

@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import functional
 from .._core import torch_ops
-from . import tools
+from . import encoder, tools
 from .all_rows import AllRows
 
 _PARTS = ("query", "key", "value")
@@ -77,19 +76,16 @@ class SelfAttention(tools.Unscripted):
 
         With ``rows``, x holds every row of a padded batch, and each looks at the real tokens of its text.
         """
-        heads = (3, self.num_heads, self.head_dim)
-        dropout_p = self.dropout if self.training else 0.0
-        # A GPU adds the bias as it loads rows for attention; on a CPU the product's epilogue adds it for nothing.
-        is_early = x.device.type == "cpu" or rows is not None
-        weight, bias = self.qkv_weight, self.qkv_bias
+        return encoder.self_attention(
+            x, *self.qkv(), self.num_heads, cu_seqlens, max_seqlen, rows,
+            dropout_p=self.dropout if self.training else 0.0, weight_dtype=self.weight_dtype, impl=self.impl,
+        )  # fmt: skip
+
+    def qkv(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the product."""
         if torch_ops.is_traced() and torch.onnx.is_in_onnx_export():
-            weight, bias = weight.data, bias.data  # constants there: the state_dict has no such names
-        qkv = functional.linear_act(x, weight, bias if is_early else None, weight_dtype=self.weight_dtype)
-        qkv = qkv.unflatten(-1, heads)
-        if rows is not None:
-            return rows.attend(qkv, blank_is_zero=True, dropout_p=dropout_p, impl=self.impl).flatten(1)
-        bias = None if is_early else bias.view(heads)
-        return functional.attention(qkv, cu_seqlens, max_seqlen, bias, dropout_p=dropout_p, impl=self.impl).flatten(1)
+            return self.qkv_weight.data, self.qkv_bias.data  # constants there: the state_dict has no such names
+        return self.qkv_weight, self.qkv_bias
 
     def extra_repr(self) -> str:
         return f"{self.hidden_size}, num_heads={self.num_heads}, dropout={self.dropout}, impl={self.impl or 'auto'}"

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,24 @@ from torch import Tensor, nn
 
 from .. import functional
 from . import tools
+
+
+def encode_words(
+    words: Tensor,
+    characters: Tensor,
+    convolutions: Sequence[nn.Conv1d],
+    highways: Callable[[Tensor], Tensor] | None,
+    projection: nn.Module | None,
+    *,
+    activation: str,
+    impl: str | None,
+) -> Tensor:
+    """ELMo's token encoder: ``CharCnn``, highways, a linear layer; the last two where there are any. Words as rows of
+    character ids (W, C) -> (W, P)."""
+    weights, biases = zip(*[(convolution.weight, convolution.bias) for convolution in convolutions])
+    vectors = functional.char_cnn(words, characters, weights, biases, activation=activation, impl=impl)
+    vectors = vectors if highways is None else highways(vectors)
+    return vectors if projection is None else tools.linear(vectors, projection, impl=impl)
 
 
 class CharCnn(tools.Unscripted):

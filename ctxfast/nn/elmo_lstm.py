@@ -3,6 +3,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,6 +15,77 @@ from .. import functional
 from . import tools
 
 State = tuple[Tensor, Tensor]
+Sides = tuple[Tensor, Tensor]  # what each direction reads
+# (sides, lengths, initial state) -> (B, T, 2P) and the final state
+Layer = Callable[[Sides, "Tensor | None", "State | None"], tuple[Tensor, State]]
+
+
+def run_layer(
+    cells: tuple[nn.Module, nn.Module],
+    inputs: Tensor | Sides,
+    lengths: Tensor | None,
+    state: State | None,
+    **options: Any,
+) -> tuple[Tensor, State]:
+    """``functional.lstm`` of the two cells of a layer, under AllenNLP's names: ``input_linearity``, ``state_linearity``
+    and, where they have one, ``state_projection``."""
+    is_projected = getattr(cells[0], "state_projection", None) is not None
+    return functional.lstm(
+        inputs,
+        [cell.input_linearity.weight for cell in cells],
+        [cell.state_linearity.weight for cell in cells],
+        [_bias(cell) for cell in cells],
+        [cell.state_projection.weight for cell in cells] if is_projected else None,
+        lengths,
+        state,
+        **options,
+    )
+
+
+def _bias(cell: nn.Module) -> Tensor:
+    own, other = cell.state_linearity.bias, cell.input_linearity.bias
+    return own if other is None else own + other
+
+
+def run_layers(
+    layers: Iterable[Layer],
+    inputs: Tensor | Sides,
+    lengths: Tensor | None,
+    initial_state: State | None,
+    *,
+    use_skip_connections: bool = True,
+    input_dropout: float = 0.0,
+) -> tuple[list[Tensor], State]:
+    """Layers of two directions, each of which reads its own output of the layer below.
+
+    Args:
+        layers: see ``Layer``.
+        inputs, lengths, initial_state: as for ``ElmoLstm.forward``; a pair of inputs gives each direction its own.
+        use_skip_connections: add a layer's input to its output, from the second layer on.
+        input_dropout: probability of dropping an element of a layer's input, before it goes into the layer and around
+            it (bilm-tf's).
+
+    Returns:
+        L tensors (B, T, 2P), and the state as ``ElmoLstm.forward`` gives it.
+    """
+    sides = inputs if isinstance(inputs, tuple) else (inputs, inputs)
+    outputs: list[Tensor] = []
+    h_n, c_n = [], []
+    for k, layer in enumerate(layers):
+        below = outputs[-1] if outputs else None
+        if input_dropout > 0:
+            sides = tuple(F.dropout(side, input_dropout) for side in sides)
+            below = torch.cat(sides, dim=2)
+        before = None if initial_state is None else (initial_state[0][k], initial_state[1][k])
+        output, (h, c) = layer(sides, lengths, before)
+        if k > 0 and use_skip_connections:
+            output = output + below
+        outputs.append(output)
+        h_n.append(h)
+        c_n.append(c)
+        # One matrix product over all rows wants them side by side; a strided view makes one per text.
+        sides = tuple(side.contiguous() for side in output.chunk(2, dim=2))
+    return outputs, (torch.stack(h_n), torch.stack(c_n))
 
 
 class _Cell(nn.Module):
@@ -129,7 +204,7 @@ class ElmoLstm(tools.Unscripted):
 
     def layers(
         self,
-        inputs: Tensor | tuple[Tensor, Tensor],
+        inputs: Tensor | Sides,
         lengths: Tensor | None = None,
         initial_state: State | None = None,
         *,
@@ -145,25 +220,11 @@ class ElmoLstm(tools.Unscripted):
         sides = inputs if isinstance(inputs, tuple) else (inputs, inputs)
         self.check_cells()
         self._check_state(sides[0], initial_state)
-        outputs: list[Tensor] = []
-        h_n, c_n = [], []
-        for layer in range(self.num_layers):
-            below = outputs[-1] if outputs else None
-            if self.training and input_dropout > 0:
-                sides = tuple(F.dropout(side, input_dropout) for side in sides)
-                below = torch.cat(sides, dim=2)
-            before = None
-            if initial_state is not None:
-                before = (initial_state[0][layer], initial_state[1][layer])
-            output, (h, c) = self._layer(layer, sides, lengths, before)
-            if layer > 0 and self.use_skip_connections:
-                output = output + below
-            outputs.append(output)
-            h_n.append(h)
-            c_n.append(c)
-            # One matrix product over all rows wants them side by side; a strided view makes one per text.
-            sides = tuple(side.contiguous() for side in output.split(self.hidden_size, dim=2))
-        return outputs, (torch.stack(h_n), torch.stack(c_n))
+        layers = [partial(self._layer, self._cells(layer)) for layer in range(self.num_layers)]
+        return run_layers(
+            layers, sides, lengths, initial_state, use_skip_connections=self.use_skip_connections,
+            input_dropout=input_dropout if self.training else 0.0,
+        )  # fmt: skip
 
     def _check_state(self, inputs: Tensor, state: State | None) -> None:
         if state is None:
@@ -185,36 +246,17 @@ class ElmoLstm(tools.Unscripted):
                     tools.readable(self, f"{path}.{name}", linear, nn.Linear, way)
 
     def _layer(
-        self,
-        layer: int,
-        sides: tuple[Tensor, Tensor],
-        lengths: Tensor | None,
-        initial_state: State | None,
+        self, cells: tuple[_Cell, _Cell], sides: Sides, lengths: Tensor | None, initial_state: State | None
     ) -> tuple[Tensor, State]:
-        cells = self._cells(layer)
-        projections = [cell.state_projection.weight for cell in cells] if self.has_projection else None
         if self.training and self.recurrent_dropout_probability > 0:
             return self._layer_with_dropout(cells, sides, lengths, initial_state)
-        return functional.lstm(
-            sides,
-            [cell.input_linearity.weight for cell in cells],
-            [cell.state_linearity.weight for cell in cells],
-            [cell.state_linearity.bias for cell in cells],
-            projections,
-            lengths,
-            initial_state,
-            cell_clip=self.cell_clip,
-            proj_clip=self.proj_clip,
-            weight_dtype=self.weight_dtype,
-            impl=self.impl,
-        )
+        return run_layer(
+            cells, sides, lengths, initial_state, cell_clip=self.cell_clip, proj_clip=self.proj_clip,
+            weight_dtype=self.weight_dtype, impl=self.impl,
+        )  # fmt: skip
 
     def _layer_with_dropout(
-        self,
-        cells: tuple[_Cell, _Cell],
-        sides: tuple[Tensor, Tensor],
-        lengths: Tensor | None,
-        initial_state: State | None,
+        self, cells: tuple[_Cell, _Cell], sides: Sides, lengths: Tensor | None, initial_state: State | None
     ) -> tuple[Tensor, State]:
         if self.weight_dtype is not None:
             raise ValueError(

@@ -3,7 +3,7 @@
 
 A forward pass of an encoder is about a hundred small launches; at few tokens the GPU waits for Python between them. A
 graph replays them all at once. Sizes are rounded up to buckets; the tokens that fill a bucket up form sequences of
-their own at the end, so no real token sees them. Not yet run on a GPU.
+their own at the end, so no real token sees them.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from .._core import capability, registry, torch_ops
+from .watched import IsHarmless, is_watched
 
 Function = Callable[[Sequence["Tensor | None"], Tensor, int], Sequence[Tensor]]
+PROVEN = None  # what graphs have been captured and replayed on: as an implementation's (``_core.registry.Impl``)
 _SEQLENS = (16, 32, 64, 128, 256, 512)
 
 
@@ -44,21 +46,16 @@ def sequence_bucket(sequences: int) -> int:
     return 1 << max(sequences - 1, 0).bit_length()
 
 
-def is_capture(hook: Callable) -> bool:
-    """Whether a forward hook is Transformers' own, which collects hidden states and attention weights."""
-    return getattr(hook, "__module__", "").startswith("transformers.utils.output_capturing")
-
-
-def signature(module: nn.Module) -> tuple | None:
+def signature(module: nn.Module, is_harmless: IsHarmless | None = None) -> tuple | None:
     """What a graph of ``module`` was made from: where each parameter and buffer lies, and ``impl`` attributes.
 
-    None where a graph would not do what the module does: parts in training mode, and forward hooks (Transformers' own,
-    which collect outputs when they are asked for, do nothing else).
+    None where a graph would not do what the module does: parts in training mode, and parts that are watched (hooks that
+    ``is_harmless`` tells do not count).
     """
     found: list[Any] = []
 
     def walk(part: nn.Module) -> bool:
-        if part.training or part._forward_pre_hooks or not all(map(is_capture, part._forward_hooks.values())):
+        if part.training or is_watched(part, is_harmless):
             return False
         found.append(part.__dict__.get("impl"))
         for own in (part._parameters, part._buffers):
@@ -106,6 +103,7 @@ class PackedGraphs:
         max_graphs: buckets kept; the one not used for longest goes first. All share one pool of memory, as large as
             the largest of them needs.
         capture: makes a replay of a run in a pool; for tests.
+        is_harmless: tells forward hooks that need no call in a replay.
 
     A graph reads parameters where they lie, so weights changed in place (a training step, a merged LoRA) are seen.
     Weights that moved, modules put in or taken out, hooks and ``impl`` attributes are looked for while the GPU works
@@ -118,9 +116,10 @@ class PackedGraphs:
         max_tokens: int = 16384,
         max_graphs: int = 64,
         capture: Callable[[Callable[[], Sequence[Tensor]], Any], Any] = Replay,
+        is_harmless: IsHarmless | None = None,
     ) -> None:
         self.max_tokens, self.max_graphs = max_tokens, max_graphs
-        self._capture = capture
+        self._capture, self._is_harmless = capture, is_harmless
         self._buckets: OrderedDict[tuple, _Bucket | None] = OrderedDict()  # None: seen once
         self._signature: tuple | None = None
         self._held: list[Tensor] = []  # what the graphs read stays allocated
@@ -129,7 +128,7 @@ class PackedGraphs:
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple:
-        return PackedGraphs, (self.max_tokens, self.max_graphs, self._capture)
+        return PackedGraphs, (self.max_tokens, self.max_graphs, self._capture, self._is_harmless)
 
     def __len__(self) -> int:
         """Graphs built and kept."""
@@ -195,7 +194,7 @@ class PackedGraphs:
             if bucket is not None:
                 self._buckets.move_to_end(key)
                 outputs = self._replay(bucket, tokens, cu_seqlens, total, filled, seqlen)
-            now = signature(module)
+            now = signature(module, self._is_harmless)
             if now is not None and now == self._signature:
                 if bucket is not None:
                     return outputs

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from .. import functional
+from .watched import is_watched
 
 
 def name_of(module: nn.Module) -> str:
@@ -23,8 +24,7 @@ def name_of(module: nn.Module) -> str:
 def is_plain(linear: nn.Module) -> bool:
     """Whether a linear layer's parameters are all of it: nobody put another module in its place (a quantised layer, an
     adapter) or wants to see its calls. What is not plain is called."""
-    is_called = linear._forward_hooks or linear._forward_pre_hooks or "forward" in linear.__dict__
-    return _is_own(linear, nn.Linear) and not is_called
+    return _is_own(linear, nn.Linear) and not is_watched(linear)
 
 
 def _is_own(module: nn.Module, kind: type[nn.Module]) -> bool:
@@ -55,7 +55,11 @@ def linear(x: Tensor, layer: nn.Module, activation: str = "none", **options: Any
     """``functional.linear_act`` of a linear layer's parameters; a layer that is not plain is called."""
     if is_plain(layer):
         return functional.linear_act(x, layer.weight, layer.bias, activation=activation, **options)
-    y = layer(x)
+    return activated(layer(x), activation)
+
+
+def activated(y: Tensor, activation: str) -> Tensor:
+    """An activation of ``functional.linear_act`` in torch's own operations."""
     if activation in ("gelu", "gelu_tanh"):
         return F.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none")
     return {"none": lambda y: y, "relu": torch.relu, "tanh": torch.tanh}[activation](y)

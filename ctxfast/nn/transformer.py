@@ -3,12 +3,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from itertools import chain
+from operator import getitem
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import tools, whole_layer
+from . import encoder, tools, watched
 from .all_rows import AllRows
 from .attention import SelfAttention
 from .feed_forward import Intermediate, ProjectAddLayerNorm
@@ -92,64 +96,112 @@ class TransformerLayer(tools.Unscripted):
     def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, rows: AllRows | None = None) -> Tensor:
         """x (T, N) packed tokens, cu_seqlens (S + 1,) int32, max_seqlen (the longest sequence, or
         more) -> (T, N). With ``rows``, x holds every row of a padded batch."""
-        if rows is None and whole_layer.is_open(x):
-            states = whole_layer.run(x, cu_seqlens, max_seqlen, [self.whole()])
-            if states is not None:
-                return states[0]
+        weights = None if watched.is_all_watched() else self.weights()
+        if weights is not None:
+            return encoder.run([weights], x, cu_seqlens, max_seqlen, rows=rows)[0]
         x = self.attention(x, cu_seqlens, max_seqlen, rows)
         return self.output(self.intermediate(x), x)
 
-    def whole(self) -> whole_layer.Layer | None:
-        """What one call needs to compute this layer, as it is now; None where its parts must be called."""
-        # By their tables: through attributes it takes ten times as long, and all of a short text's layer some 100 us.
-        modules = self._modules
-        attention, widen, narrow = modules["attention"], modules["intermediate"], modules["output"]
-        own, project = attention._modules["self"], attention._modules["output"]
-        parts = (
-            attention, own, project, project._modules["dense"], project._modules["LayerNorm"], widen,
-            widen._modules["dense"], narrow, narrow._modules["dense"], narrow._modules["LayerNorm"],
-        )  # fmt: skip
-        # Somebody may have put another module in place of one.
-        if tuple(map(type, parts)) != _KINDS or any(map(whole_layer.is_watched, parts)):
+    def parts(self) -> tuple[nn.Module, ...] | None:
+        """The modules inside, in the order of ``_KINDS``; None where one is another, or somebody watches one."""
+        # By their tables: through attributes it takes ten times as long.
+        try:
+            modules = self._modules
+            attention, widen, narrow = modules["attention"], modules["intermediate"], modules["output"]
+            own, project = attention._modules["self"], attention._modules["output"]
+            found = (
+                own, project, project._modules["dense"], project._modules["LayerNorm"], widen, widen._modules["dense"],
+                narrow, narrow._modules["dense"], narrow._modules["LayerNorm"], attention,
+            )  # fmt: skip
+        except (AttributeError, KeyError):  # None, or something else, stands in a part's place
             return None
-        _, _, _, project_dense, first_norm, _, widen_dense, _, narrow_dense, last_norm = parts
-        choosing = (own, project, widen, narrow)
-        if any([part.impl is not None for part in (*choosing, first_norm, last_norm)]):
+        return None if tuple(map(type, found)) != _KINDS or any(map(watched.is_watched, found)) else found
+
+    def weights(self) -> encoder.LayerWeights | None:
+        """What this layer computes with, as it is now; None where its parts must be called: somebody has changed or
+        watches one, or they were asked for what ``LayerOptions`` do not say."""
+        parts = self.parts()
+        if parts is None:
             return None
-        if first_norm.eps != last_norm.eps or any([part.weight_dtype is not own.weight_dtype for part in choosing]):
+        own, project, _, norm, widen, _, narrow, _, last_norm, _ = parts
+        if any([part.impl is not None for part in (own, project, norm, widen, narrow, last_norm)]):
             return None
-        if self.training and (own.dropout or first_norm.dropout or last_norm.dropout):
+        if any([part.weight_dtype is not own.weight_dtype for part in (project, widen, narrow)]):
             return None
-        qkv = own._parameters
-        weights = (
-            qkv["qkv_weight"], qkv["qkv_bias"], *_pair(project_dense), *_pair(first_norm), *_pair(widen_dense),
-            *_pair(narrow_dense), *_pair(last_norm),
-        )  # fmt: skip
-        options = dict(
-            num_heads=own.num_heads, activation=widen.activation, eps=first_norm.eps, weight_dtype=own.weight_dtype
+        dropout_p = tuple([part.dropout if part.training else 0.0 for part in (own, norm, last_norm)])
+        options = encoder.LayerOptions(
+            own.num_heads, widen.activation, (norm.eps, last_norm.eps), own.weight_dtype, dropout_p
         )
-        return whole_layer.Layer(weights, options)
-
-
-def run_whole(
-    layers: Iterable[nn.Module], x: Tensor, cu_seqlens: Tensor, max_seqlen: int, *, all_layers: bool = False
-) -> tuple[Tensor, ...] | None:
-    """What the last of some layers gives, or every one, by one call; None where they must be called one by one."""
-    if not whole_layer.is_open(x):
-        return None
-    found = []
-    for layer in layers:
-        if type(layer) is not TransformerLayer or whole_layer.is_watched(layer):
+        try:
+            tensors = [table[name] for table, name in _places(parts)]
+        except KeyError:  # some are no parameters now: others compute them, or hold them in parts
             return None
-        found.append(layer.whole())
-    return whole_layer.run(x, cu_seqlens, max_seqlen, found, all_layers=all_layers)
+        return encoder.LayerWeights((*own.qkv(), *tensors[2:]), options)
 
 
-# Of the parts that ``TransformerLayer.whole`` lists.
-_KINDS = (AttentionBlock, SelfAttention, ProjectAddLayerNorm, nn.Linear, AddLayerNorm, Intermediate, nn.Linear,
-          ProjectAddLayerNorm, nn.Linear, AddLayerNorm)  # fmt: skip
+# Of ``TransformerLayer.parts``.
+_KINDS = (SelfAttention, ProjectAddLayerNorm, nn.Linear, AddLayerNorm, Intermediate, nn.Linear, ProjectAddLayerNorm,
+          nn.Linear, AddLayerNorm, AttentionBlock)  # fmt: skip
+# What ``TransformerLayer.weights`` looks at, in each part.
+_SETTINGS = (
+    ("num_heads", "dropout", "training", "weight_dtype", "impl"), ("weight_dtype", "impl"), (),
+    ("eps", "dropout", "training", "impl"), ("activation", "weight_dtype", "impl"), (), ("weight_dtype", "impl"), (),
+    ("eps", "dropout", "training", "impl"), (),
+)  # fmt: skip
 
 
-def _pair(module: nn.Module) -> tuple[Tensor, Tensor | None]:
-    parameters = module._parameters
-    return parameters["weight"], parameters["bias"]
+def _places(parts: Sequence[nn.Module]) -> list[tuple[dict[str, Any], str]]:
+    """Table and name of the 12 tensors of a layer, from its ``parts``."""
+    own, _, project, norm, _, widen, _, narrow, last_norm, _ = (part._parameters for part in parts)
+    pairs = [(table, name) for table in (project, norm, widen, narrow, last_norm) for name in ("weight", "bias")]
+    return [(own, "qkv_weight"), (own, "qkv_bias"), *pairs]
+
+
+def _described(layer: nn.Module) -> encoder.LayerWeights | nn.Module:
+    """What a layer computes with; the layer itself where it has to be called."""
+    if type(layer) is not TransformerLayer or watched.is_watched(layer):
+        return layer
+    return layer.weights() or layer
+
+
+class Described:
+    """The layers of an encoder for ``encoder.run``, looked at again only where something in them has changed since the
+    last call. Copies and pickles start empty."""
+
+    def __init__(self) -> None:
+        self._seen: _Seen | None = None
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return Described, ()
+
+    def __call__(self, layers: Iterable[nn.Module]) -> list[encoder.LayerWeights | nn.Module]:
+        """What each layer computes with; the layer itself where it has to be called."""
+        layers = list(layers)
+        if watched.is_all_watched():
+            return layers
+        if torch.compiler.is_compiling():
+            return list(map(_described, layers))
+        seen = self._seen
+        if seen is not None and seen.layers == layers and seen.snapshot.is_still():
+            with suppress(KeyError):  # a tensor that is no parameter any more
+                return seen.weights()
+        found = list(map(_described, layers))
+        is_stock = all([type(each) is encoder.LayerWeights for each in found])
+        self._seen = _Seen(layers, [each.options for each in found]) if is_stock else None
+        return found
+
+
+class _Seen:
+    """Layers all of which could be described."""
+
+    def __init__(self, layers: list[TransformerLayer], options: list[encoder.LayerOptions]) -> None:
+        self.layers, self._options = layers, options
+        parts = [layer.parts() for layer in layers]
+        settings = [(part.__dict__, name) for own in parts for part, names in zip(own, _SETTINGS) for name in names]
+        self.snapshot = watched.Snapshot([*layers, *chain.from_iterable(parts)], settings)
+        self._places = list(zip(*[place for own in parts for place in _places(own)]))
+
+    def weights(self) -> list[encoder.LayerWeights]:
+        """What each computes with now."""
+        tensors = iter(map(getitem, *self._places))
+        return list(map(encoder.LayerWeights, zip(*[tensors] * 12), self._options))

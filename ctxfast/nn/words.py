@@ -3,8 +3,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+from .._core import checks
+
+Encode = Callable[[Tensor], Tensor]  # words as rows of character ids (W, C) -> (W, P)
 
 
 def _multipliers(count: int) -> list[int]:
@@ -58,3 +64,31 @@ def add_sentence_marks(tokens: Tensor, mask: Tensor, begin: Tensor, end: Tensor)
     longer = torch.where((position == 0)[:, :, None], begin, longer)
     longer = torch.where((position == lengths + 1)[:, :, None], end, longer)
     return longer, position < lengths + 2
+
+
+def encode_unique(rows: Tensor, encode: Encode) -> Tensor:
+    """``encode`` of words as rows of character ids, (N, C) -> (N, P), every distinct row computed once.
+
+    How many there are is known only after reading them, so a graph that is being traced or captured computes all.
+    """
+    is_captured = rows.is_cuda and torch.cuda.is_current_stream_capturing()
+    if torch.compiler.is_compiling() or is_captured or rows.shape[0] == 0 or not checks.has_values(rows):
+        return encode(rows)
+    distinct, inverse = unique_rows(rows)
+    return encode(distinct)[inverse]
+
+
+def encode_sentences(ids: Tensor, mask: Tensor, begin: Tensor, end: Tensor, encode: Encode) -> dict[str, Tensor]:
+    """``encode`` of the words of sentences, with marks around them.
+
+    Args:
+        ids: (B, T, C) character ids, right-padded.
+        mask: (B, T) bool, True at words.
+        begin, end: (C,), the words put before and after every sentence.
+
+    Returns:
+        ``token_embedding`` (B, T + 2, P) and ``mask`` (B, T + 2) bool. Vectors past a sentence's end are those of an
+        all-zero row, not zeros.
+    """
+    marked, mask = add_sentence_marks(ids, mask, begin, end)
+    return {"mask": mask, "token_embedding": encode_unique(marked.flatten(0, 1), encode).unflatten(0, mask.shape)}

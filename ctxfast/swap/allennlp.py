@@ -10,15 +10,18 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from .. import functional
+from ..nn.char_cnn import encode_words
+from ..nn.elmo_lstm import run_layer, run_layers
 from ..nn.highway import highways
-from ..nn.words import add_sentence_marks, unique_rows
+from ..nn.watched import is_watched
+from ..nn.words import encode_sentences
 from . import identity
 
 
@@ -38,10 +41,10 @@ class _Swapped:
             return True
         state = self.__dict__.get(_STATE)
         if state is None or not state.inside.is_still():
-            if state is not None and state.inside.is_hooked:
+            if state is not None and state.inside.is_watched:
                 return False
             state = self.__dict__[_STATE] = State(self)
-        return state.is_same and not state.inside.is_hooked and identity.is_ordinary(*inputs)
+        return state.is_same and not state.inside.is_watched and identity.is_ordinary(*inputs)
 
     def __prepare_scriptable__(self) -> nn.Module:
         """What torch.jit.script compiles in its place: the original over the same parts."""
@@ -85,32 +88,15 @@ class SwappedElmoLstm(_Swapped):
         first = self.forward_layer_0
         if not self._runs(inputs, mask) or (self.training and first.recurrent_dropout_probability > 0):
             return super().forward(inputs, mask)
-        batch, lengths = inputs.shape[0], mask.long().sum(1)
-        states = self._started(batch)
-        outputs: list[Tensor] = []
-        h_n, c_n = [], []
-        sides = (inputs, inputs)
-        for layer in range(self.num_layers):
-            cells = _cells(self, layer)
-            output, (h, c) = functional.lstm(
-                sides,
-                [cell.input_linearity.weight for cell in cells],
-                [cell.state_linearity.weight for cell in cells],
-                [cell.state_linearity.bias for cell in cells],
-                [cell.state_projection.weight for cell in cells],
-                lengths,
-                None if states is None else (states[0][layer], states[1][layer]),
-                cell_clip=first.memory_cell_clip_value or None,
-                proj_clip=first.state_projection_clip_value or None,
-                impl=self.impl,
-            )
-            if layer > 0:
-                output = output + outputs[-1]
-            outputs.append(output)
-            h_n.append(h)
-            c_n.append(c)
-            sides = tuple(side.contiguous() for side in output.chunk(2, dim=2))
-        self._keep(batch, torch.stack(h_n), torch.stack(c_n))
+        options = dict(
+            cell_clip=first.memory_cell_clip_value or None,
+            proj_clip=first.state_projection_clip_value or None,
+            impl=self.impl,
+        )
+        layers = [partial(run_layer, _cells(self, layer), **options) for layer in range(self.num_layers)]
+        batch = inputs.shape[0]
+        outputs, (h, c) = run_layers(layers, inputs, mask.long().sum(1), self._started(batch))
+        self._keep(batch, h, c)
         return torch.stack(outputs)
 
     def _started(self, batch: int) -> tuple[Tensor, Tensor] | None:
@@ -140,26 +126,19 @@ class SwappedElmoCharacterEncoder(_Swapped):
         """(B, T, 50) -> ``token_embedding`` (B, T + 2, P) and ``mask`` (B, T + 2) bool, as the original."""
         if not self._runs(inputs):
             return super().forward(inputs)
-        mask = (inputs > 0).any(dim=-1)
-        begin, end = (
-            marks.to(inputs) for marks in (self._beginning_of_sentence_characters, self._end_of_sentence_characters)
-        )
-        marked, mask = add_sentence_marks(inputs, mask, begin, end)
-        rows = marked.flatten(0, 1)
-        words, inverse = (rows, None) if torch.compiler.is_compiling() else unique_rows(rows)
-        convolutions = [getattr(self, f"char_conv_{i}") for i in range(len(self._convolutions))]
-        vectors = functional.char_cnn(
+        marks = (self._beginning_of_sentence_characters, self._end_of_sentence_characters)
+        return encode_sentences(inputs, (inputs > 0).any(dim=-1), *(row.to(inputs) for row in marks), self._encode)
+
+    def _encode(self, words: Tensor) -> Tensor:
+        return encode_words(
             words,
             self._char_embedding_weights,
-            [convolution.weight for convolution in convolutions],
-            [convolution.bias for convolution in convolutions],
+            [getattr(self, f"char_conv_{i}") for i in range(len(self._convolutions))],
+            partial(highways, layers=self._highways._layers, impl=self.impl),
+            self._projection,
             activation=self._options["char_cnn"]["activation"],
             impl=self.impl,
         )
-        vectors = highways(vectors, self._highways._layers, self.impl)
-        vectors = functional.linear_act(vectors, self._projection.weight, self._projection.bias, impl=self.impl)
-        vectors = vectors if inverse is None else vectors[inverse]
-        return {"mask": mask, "token_embedding": vectors.unflatten(0, mask.shape)}
 
 
 class SwappedStackedBidirectionalLstm(_Swapped):
@@ -175,26 +154,14 @@ class SwappedStackedBidirectionalLstm(_Swapped):
         x, lengths = pad_packed_sequence(inputs, batch_first=True)
         h_n, c_n = [], []
         for layer in range(self.num_layers):
-            cells = [getattr(side, "cell", side) for side in _cells(self, layer)]
-            x, (h, c) = functional.lstm(
-                x,
-                [cell.input_linearity.weight for cell in cells],
-                [cell.state_linearity.weight for cell in cells],
-                [_bias(cell) for cell in cells],
-                lengths=lengths.to(x.device),
-                impl=self.impl,
-            )
+            cells = tuple(getattr(side, "cell", side) for side in _cells(self, layer))
+            x, (h, c) = run_layer(cells, x, lengths.to(x.device), None, impl=self.impl)
             if layer < self.num_layers - 1:
                 x = self.layer_dropout(x)
             h_n.append(h)
             c_n.append(c)
         packed = pack_padded_sequence(x, lengths, batch_first=True)
         return packed, (torch.cat(h_n), torch.cat(c_n))
-
-
-def _bias(cell: nn.Module) -> Tensor:
-    own, other = cell.state_linearity.bias, cell.input_linearity.bias
-    return own if other is None else own + other
 
 
 def _generator() -> torch.Generator:
@@ -291,7 +258,7 @@ def objection(module: nn.Module, kind: type | None = None) -> str | None:
         if reason is not None:
             return reason
         # Hooks inside would see this input; such modules run as before anyway while they have them.
-        if any(identity.is_hooked(part) for part in module.modules() if part is not module):
+        if any(is_watched(part) for part in module.modules() if part is not module):
             return None
         with _undisturbed(module):
             inputs = KINDS[name][1](module)

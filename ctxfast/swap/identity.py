@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .._core import torch_ops
+from ..nn.watched import Snapshot
 
 
 @lru_cache
@@ -126,53 +127,34 @@ def is_ordinary(*inputs: Any) -> bool:
     return torch._C._get_tracing_state() is None and not torch_ops.is_transformed()
 
 
-def is_hooked(module: nn.Module, is_harmless: Callable[[Any], bool] = lambda hook: False) -> bool:
-    """Whether somebody wants to see a module's inputs or outputs, or gave it another ``forward``.
-
-    ``is_harmless`` tells forward hooks that do not count.
-    """
-    state = module.__dict__
-    return bool(
-        not all(map(is_harmless, state["_forward_hooks"].values()))
-        or state["_forward_pre_hooks"]
-        or state["_backward_hooks"]
-        or state["_backward_pre_hooks"]
-        or "forward" in state
-    )
-
-
 class Inside:
     """What stands inside a module: objects, classes, functions, settings and kinds of parameters."""
 
     def __init__(self, module: nn.Module) -> None:
-        self._parts = [(part, part.__dict__, type(part), dict(part._modules)) for part in module.modules()]
-        self._settings = [
-            (state, name, value)
-            for _, state, _, _ in self._parts
-            for name, value in state.items()
+        parts = list(module.modules())
+        settings = [
+            (part.__dict__, name)
+            for part in parts
+            for name, value in part.__dict__.items()
             if isinstance(value, (int, float, str)) and name != "training"
         ]
+        self._parts, self._below = Snapshot(parts, settings), Snapshot(parts[1:])
         self._watched = Watched()
-        for kind in {kind for _, _, kind, _ in self._parts}:
+        for kind in set(map(type, parts)):
             self._watched.add(kind)
 
     @property
-    def is_hooked(self) -> bool:
-        """Whether somebody looks at a part inside; the module itself may have hooks, which run around it."""
-        return any([is_hooked(part) for part, _, _, _ in self._parts[1:]])
+    def is_watched(self) -> bool:
+        """Whether somebody watches a part inside; the module itself may have hooks, which run around it."""
+        return self._below.is_watched()
 
     def is_still(self) -> bool:
         """Whether all is as it was."""
-        for part, state, kind, children in self._parts:
-            if part.__class__ is not kind or state["_modules"] != children:
-                return False
-            for tensor in state["_parameters"].values():
+        for part in self._parts.modules:
+            for tensor in part._parameters.values():
                 if tensor is not None and type(tensor) not in PLAIN:
                     return False
-        for state, name, value in self._settings:
-            if state.get(name) != value:
-                return False
-        return self._watched.are_still()
+        return self._parts.is_same() and self._watched.are_still()
 
 
 @contextlib.contextmanager

@@ -253,7 +253,7 @@ def swap_in(
     Packed copies of weights follow every change PyTorch counts, and by any road (``.data``, NumPy, another process) a
     change of a whole row, a whole column or all of a weight; after writing single entries of a large weight such a way,
     call ``ctxfast.forget_packed(model)``. Inference on a GPU goes through CUDA graphs;
-    ``model.encoder.cuda_graphs = False`` switches them off. Not yet run on a GPU.
+    ``model.encoder.cuda_graphs = False`` switches them off.
 
     Args:
         model: any module; also one that is swapped itself.

@@ -10,25 +10,22 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from importlib import import_module
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import functional
 from .._core import capability, registry
-from ..nn import whole_layer
+from ..nn import encoder
 from ..nn.graphs import PackedGraphs
-from ..ops.shared.weight_cache import WeightCache
 from ..packing import Packing
 from . import identity, padding_readers, transformers_layers
 from .transformers_layers import ENCODERS, Kind, Layer, Layers, Parts
-
-_fused = WeightCache()
 
 # Encoders that look alike and cannot be swapped.
 NEAR_MISSES = {
@@ -124,105 +121,26 @@ def difference(encoder: nn.Module) -> str | None:
     )
 
 
-def _rate(dropout: nn.Dropout | None) -> float:
-    return dropout.p if dropout is not None and dropout.training else 0.0
-
-
-def _qkv(parts: Parts) -> tuple[Tensor, Tensor | None]:
-    """Weight (3N, N) and bias (3N,) of one product for query, key and value."""
-    tables = [linear._parameters for linear in (parts.query, parts.key, parts.value)]
-    sources = [table["weight"] for table in tables]
-    has_bias = tables[0]["bias"] is not None
-    if has_bias:
-        sources += [table["bias"] for table in tables]
-
-    def join() -> tuple[Tensor, Tensor | None]:
-        return torch.cat(sources[:3]), torch.cat(sources[3:]) if has_bias else None
-
-    is_trained = torch.is_grad_enabled() and any([source.requires_grad for source in sources])
-    # On a GPU nothing tells the host, without waiting, that weights are still what they were.
-    is_once = ("*", "reference") in registry.requested()
-    if is_trained or is_once or sources[0].device.type != "cpu":
-        return join()
-    return _fused.get(sources, "qkv", join)
-
-
-def _linear(module: nn.Linear, x: Tensor, has_bias: bool = True) -> tuple[Tensor, Tensor | None]:
-    """A product, and the bias that is still to be added if ``has_bias`` is False."""
-    if type(module) is nn.Linear:
-        product = functional.linear_act(x, module.weight, module.bias if has_bias else None)
-        return product, None if has_bias else module.bias
-    return module(x), None
-
-
-def _query_key_value(parts: Parts, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """(T, 3, H, D), and the bias (3, H, D) that is still to be added."""
-    linears = (parts.query, parts.key, parts.value)
-    if all(type(linear) is nn.Linear for linear in linears):
-        weight, bias = _qkv(parts)
-        heads = (3, parts.heads, weight.shape[0] // (3 * parts.heads))
-        return functional.linear_act(x, weight).unflatten(-1, heads), None if bias is None else bias.view(heads)
-    products = [_linear(linear, x)[0].unflatten(-1, (parts.heads, -1)) for linear in linears]
-    return torch.stack(products, dim=1), None
-
-
-def _whole(layer: Layer) -> whole_layer.Layer | None:
-    """What one call needs to compute a layer; None where its parts must be called."""
-    parts = layer.parts
-    if not layer.is_linear or any([_rate(dropout) for dropout in parts.dropouts]):
-        return None
-    if parts.attention_norm.eps != parts.output_norm.eps:
-        return None
-    modules = (parts.project, parts.attention_norm, parts.widen, parts.narrow, parts.output_norm)
-    tables = [module._parameters for module in modules]
-    weights = (*_qkv(parts), *[table[name] for table in tables for name in ("weight", "bias")])
-    options = dict(num_heads=parts.heads, activation=layer.activation, eps=parts.output_norm.eps)
-    return whole_layer.Layer(weights, options)
-
-
-def _run_whole(
-    every: Sequence[Layer], impl: str | None, x: Tensor, cu_seqlens: Tensor, max_seqlen: int
-) -> tuple[Tensor] | None:
-    """What the last of these layers gives, by one call; None where it cannot be done so."""
-    with nullcontext() if impl is None else registry.use_impl(impl):
-        if not whole_layer.is_open(x):
-            return None
-        return whole_layer.run(x, cu_seqlens, max_seqlen, [_whole(layer) for layer in every])
-
-
-def _run_layer(layer: Layer, impl: str | None, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-    """One post-LN layer over packed tokens, (T, N) -> (T, N)."""
-    whole = _run_whole([layer], impl, x, cu_seqlens, max_seqlen)
-    if whole is not None:
-        return whole[0]
-    parts = layer.parts
-    with nullcontext() if impl is None else registry.use_impl(impl):
-        qkv, bias = _query_key_value(parts, x)
-        context = functional.attention(qkv, cu_seqlens, max_seqlen, bias, dropout_p=_rate(parts.attention_dropout))
-        norm = parts.attention_norm
-        projected, bias = _linear(parts.project, context.flatten(1), has_bias=False)
-        x = functional.add_layer_norm(
-            projected, x, norm.weight, norm.bias, bias, eps=norm.eps, dropout_p=_rate(parts.project_dropout)
-        )
-        if type(parts.widen) is nn.Linear:
-            wide = functional.linear_act(x, parts.widen.weight, parts.widen.bias, activation=layer.activation)
-        else:
-            wide = parts.activation(parts.widen(x))
-        norm = parts.output_norm
-        narrow, bias = _linear(parts.narrow, wide, has_bias=False)
-        return functional.add_layer_norm(
-            narrow, x, norm.weight, norm.bias, bias, eps=norm.eps, dropout_p=_rate(parts.output_dropout)
-        )
-
-
-def _run_layers(
-    every: Sequence[Layer], impl: str | None, tokens: Sequence[Tensor], cu_seqlens: Tensor, max_seqlen: int
-) -> tuple[Tensor]:
-    """All layers over packed tokens, as CUDA graphs want it."""
+def _run(
+    layers: Sequence[Layer],
+    impl: str | None,
+    tokens: Sequence[Tensor],
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    all_layers: bool = False,
+    recompute: Callable[..., Tensor] | None = None,
+) -> list[Tensor]:
+    """``nn.encoder.run`` over layers that were examined."""
     (x,) = tokens
-    for layer in every:
-        x = _run_layer(layer, impl, x, cu_seqlens, max_seqlen)
-    return (x,)
+    with nullcontext() if impl is None else registry.use_impl(impl):
+        described = layers if recompute is not None else [layer.weights() for layer in layers]
+        return encoder.run(described, x, cu_seqlens, max_seqlen, all_layers=all_layers, recompute=recompute)
+
+
+def _recompute(layer: nn.Module) -> Callable[..., Tensor] | None:
+    """What calls a layer once more in the backward pass; None where its activations are kept."""
+    is_on = getattr(layer, "gradient_checkpointing", False) and layer.training and torch.is_grad_enabled()
+    return layer._gradient_checkpointing_func if is_on else None
 
 
 def real_tokens(mask: Any, batch: int, length: int) -> Tensor | None:
@@ -268,34 +186,31 @@ class PackedEncoder(nn.Module):
         layers = self.__dict__["_modules"]["layer"]
         if packing is None or type(layers) is not nn.ModuleList:
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
-        passed = {name: value for name, value in kwargs.items() if name not in _ENCODER_ONLY}
         collects = _collected("hidden_states")
         packed, padded = packing.pack(hidden_states), hidden_states
-        every = self._layers.examined(list(layers._modules.values()), self._kind)
-        if not collects and None not in every:
-            offsets, longest = packing.cu_seqlens, packing.max_seqlen
-            if self.cuda_graphs and self._graphs.can_run(packed):
-                run = partial(_run_layers, every, self.impl)
-                whole = self._graphs.run(run, self, (packed,), offsets, longest)
-            else:
-                whole = _run_whole(every, self.impl, packed, offsets, longest)
-            if whole is not None:
-                return self._result(last_hidden_state=packing.unpack(whole[0]))
-        for layer, found in zip(layers, every):
-            if found is None:
-                before = packing.unpack(packed) if padded is None else padded
-                padded = layer(before, attention_mask, **passed)
+        layers = list(layers._modules.values())
+        every = self._layers.examined(layers, self._kind)
+        offsets, longest = packing.cu_seqlens, packing.max_seqlen
+        if not collects and None not in every and not any(map(_recompute, layers)):
+            graphs = self._graphs if self.cuda_graphs else None
+            (packed,) = encoder.encode(partial(_run, every, self.impl), self, graphs, (packed,), offsets, longest)
+            return self._result(last_hidden_state=packing.unpack(packed))
+        passed = {name: value for name, value in kwargs.items() if name not in _ENCODER_ONLY}
+        pairs = groupby(zip(layers, every), key=lambda pair: (pair[1] is not None, _recompute(pair[0])))
+        for (is_packed, recompute), group in pairs:
+            if not is_packed:
+                for layer, _ in group:
+                    padded = layer(packing.unpack(packed) if padded is None else padded, attention_mask, **passed)
                 packed = packing.pack(padded)
                 continue
-            run = partial(_run_layer, found, self.impl)
-            if getattr(layer, "gradient_checkpointing", False) and layer.training and torch.is_grad_enabled():
-                run = partial(layer._gradient_checkpointing_func, registry.with_choice(run))
-            before, padded = padded, None
-            packed = run(packed, packing.cu_seqlens, packing.max_seqlen)
-            if collects:
-                padded = packing.unpack(packed)
+            modules, found = zip(*group)
+            states = _run(found, self.impl, (packed,), offsets, longest, collects, recompute)
+            packed, before, padded = states[-1], padded, None
+            for layer, state in zip(modules, states[1:]):  # none where no states are collected
+                padded = packing.unpack(state)
                 for hook in layer._forward_hooks.values():
                     hook(layer, (before,), padded)
+                before = padded
         return self._result(last_hidden_state=packing.unpack(packed) if padded is None else padded)
 
     def __prepare_scriptable__(self) -> nn.Module:
@@ -307,11 +222,15 @@ class PackedEncoder(nn.Module):
 
     @property
     def _graphs(self) -> PackedGraphs:
-        return self.__dict__.setdefault("_ctxfast_graphs", PackedGraphs())
+        if "_ctxfast_graphs" not in self.__dict__:
+            self.__dict__["_ctxfast_graphs"] = PackedGraphs(is_harmless=transformers_layers.is_capture)
+        return self.__dict__["_ctxfast_graphs"]
 
     @property
     def _layers(self) -> Layers:
-        return self.__dict__.setdefault("_ctxfast_layers", Layers())
+        if "_ctxfast_layers" not in self.__dict__:
+            self.__dict__["_ctxfast_layers"] = Layers()
+        return self.__dict__["_ctxfast_layers"]
 
     def _packing(self, x: Tensor, mask: Any, args: tuple, kwargs: dict[str, Any]) -> Packing | None:
         """Where the tokens are; None if this call is one for the original."""

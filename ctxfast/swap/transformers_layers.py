@@ -15,11 +15,15 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
+import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-from ..nn.graphs import is_capture
+from .._core import registry
+from ..nn import encoder, tools
 from ..nn.layer_norm import LayerNorm
+from ..nn.watched import Snapshot
+from ..ops.shared.weight_cache import WeightCache
 from . import attention_interface, identity
 
 
@@ -238,6 +242,12 @@ def _odd_sizes(parts: Parts) -> str | None:
     return None
 
 
+def is_capture(hook: Callable) -> bool:
+    """Whether a forward hook is Transformers' own, which collects hidden states and attention weights when they are
+    asked for, and does nothing else."""
+    return getattr(hook, "__module__", "").startswith("transformers.utils.output_capturing")
+
+
 def attention_function(own: nn.Module, modeling: str) -> Any:
     """What a layer's attention calls now: Transformers looks it up by its config at every call."""
     functions = import_module("transformers.modeling_utils").ALL_ATTENTION_FUNCTIONS
@@ -298,28 +308,23 @@ def _functions(kind: type) -> frozenset[str]:
     return frozenset(name for _, name, _ in identity.running(kind))
 
 
+_fused = WeightCache()
+
+
 class Layer:
-    """A layer that was examined."""
+    """A layer that was examined. Called, it runs over packed tokens, (T, N) -> (T, N)."""
 
     def __init__(self, parts: Parts, kind: Kind) -> None:
         self.parts, self.kind = parts, kind
-        self.activation = activation_of(parts.activation)
-        self.is_linear = all(type(linear) is nn.Linear for linear in parts.linears)
+        self._activation = activation_of(parts.activation)
         every = {id(module): module for module in parts.every}
-        self._modules = [(module.__dict__, module, type(module)) for module in every.values()]
-        self._children = [
-            (module.__dict__, name, child)
-            for module in parts.containers
-            for name, child in module._modules.items()
-            if id(child) in every
-        ]
         own = parts.attention.__dict__
-        values = [(own, name) for name in ("scaling", "attention_head_size", "num_attention_heads", "n_heads")]
-        values += [(own, "is_causal"), (parts.containers[0].__dict__, "is_decoder")]
-        values += [(parts.activation.__dict__, name) for name in ("act", "approximate")]
+        settings = [(own, name) for name in ("scaling", "attention_head_size", "num_attention_heads", "n_heads")]
+        settings += [(own, "is_causal"), (parts.containers[0].__dict__, "is_decoder")]
+        settings += [(parts.activation.__dict__, name) for name in ("act", "approximate")]
         # Functions of a class that an object may hide: feed_forward_chunk and the like.
-        values += [(part.__dict__, name) for part in parts.containers for name in _functions(type(part))]
-        self._values = [(state, name, state.get(name)) for state, name in values]
+        settings += [(part.__dict__, name) for part in parts.containers for name in _functions(type(part))]
+        self.modules = Snapshot(list(every.values()), settings, is_capture)
         leaves = [module for module in (*parts.linears, *parts.norms) if not _is_adapter(module)]
         self._tensors = [
             (table, name, None if table[name] is None else table[name].shape)
@@ -330,25 +335,7 @@ class Layer:
 
     def is_still(self) -> bool:
         """Whether every part is the object that it was, of the class that it was, and nobody looks at it."""
-        for state, module, kind in self._modules:
-            if (
-                module.__class__ is not kind
-                or state["_forward_pre_hooks"]
-                or state["_backward_hooks"]
-                or state["_backward_pre_hooks"]
-                or "forward" in state
-            ):
-                return False
-            hooks = state["_forward_hooks"]
-            if hooks and not all(map(is_capture, hooks.values())):
-                return False
-        for state, name, child in self._children:
-            if state["_modules"].get(name) is not child:
-                return False
-        for state, name, value in self._values:
-            if state.get(name) != value:
-                return False
-        return self._are_plain()
+        return self.modules.is_still() and self._are_plain()
 
     def _are_plain(self) -> bool:
         """Whether all parameters are plain tensors of their shapes then, of one dtype on one device."""
@@ -366,6 +353,50 @@ class Layer:
             elif tensor.dtype is not dtype or tensor.device != device:
                 return False
         return True
+
+    def __call__(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, rows: None = None) -> Tensor:
+        return encoder.run([self.weights()], x, cu_seqlens, max_seqlen)[0]
+
+    def weights(self) -> encoder.LayerWeights:
+        """What the layer computes with now."""
+        parts = self.parts
+        tensors: list[encoder.Weight | None] = [*self._qkv()]
+        for module in (parts.project, parts.attention_norm, parts.widen, parts.narrow, parts.output_norm):
+            table = module._parameters
+            tensors += (module, None) if _is_adapter(module) else (table["weight"], table["bias"])
+        options = encoder.LayerOptions(
+            parts.heads,
+            self._activation,
+            (parts.attention_norm.eps, parts.output_norm.eps),
+            dropout_p=tuple(map(_rate, (parts.attention_dropout, parts.project_dropout, parts.output_dropout))),
+            by_ops=any([not isinstance(weight, Tensor) for weight in tensors[::2]]),
+        )
+        return encoder.LayerWeights(tuple(tensors), options)
+
+    def _qkv(self) -> tuple[encoder.Weight, Tensor | None]:
+        """Weight (3N, N) and bias (3N,) of one product for query, key and value."""
+        linears = (self.parts.query, self.parts.key, self.parts.value)
+        if any([type(linear) is not nn.Linear for linear in linears]):
+            return lambda x: torch.cat([tools.linear(x, linear) for linear in linears], dim=-1), None
+        tables = [linear._parameters for linear in linears]
+        sources = [table["weight"] for table in tables]
+        has_bias = tables[0]["bias"] is not None
+        if has_bias:
+            sources += [table["bias"] for table in tables]
+
+        def join() -> tuple[Tensor, Tensor | None]:
+            return torch.cat(sources[:3]), torch.cat(sources[3:]) if has_bias else None
+
+        is_trained = torch.is_grad_enabled() and any([source.requires_grad for source in sources])
+        # On a GPU nothing tells the host, without waiting, that weights are still what they were.
+        is_once = ("*", "reference") in registry.requested()
+        if is_trained or is_once or sources[0].device.type != "cpu":
+            return join()
+        return _fused.get(sources, "qkv", join)
+
+
+def _rate(dropout: nn.Dropout | None) -> float:
+    return dropout.p if dropout is not None and dropout.training else 0.0
 
 
 class Layers:
@@ -401,8 +432,7 @@ class Layers:
         if known is not None and known[0] is layer:
             if known[1].is_still():
                 return known[1]
-            # Transformers' own hooks only collect what is asked for.
-            if any(identity.is_hooked(part, is_capture) for part in known[1].parts.every):
+            if known[1].modules.is_watched():
                 return None
         found = examine(layer, kind) if type(layer).__name__ == kind.layer else ""
         if isinstance(found, str):

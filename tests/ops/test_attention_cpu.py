@@ -71,7 +71,7 @@ def _forward_and_back(kwargs: dict, isa: str, dropout_p: float = 0.0) -> tuple[T
     grad, seeds = qkv[:, 0].contiguous(), torch.tensor([-5, 7])
     out, grad_qkv = torch.full_like(grad, torch.nan), torch.full_like(qkv, torch.nan)
     common = (
-        tokens, heads, D, len(offsets) - 1, qkv.dtype is torch.bfloat16, qkv.data_ptr(), qkv.stride(0),
+        tokens, heads, D, len(offsets) - 1, capability.DTYPE_NAMES[qkv.dtype], qkv.data_ptr(), qkv.stride(0),
         bias.data_ptr(), offsets.data_ptr(), False, D**-0.5, dropout_p, seeds.data_ptr(),
     )  # fmt: skip
     extension = capability.extension()

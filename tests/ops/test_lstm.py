@@ -178,9 +178,9 @@ def test_every_instruction_set_of_this_machine(kind, batch, size) -> None:
         z = torch.full((batch, 2, 4 * hidden), torch.nan)
         output, h_n, c_n = torch.empty(batch, 2, 20), torch.empty(1, batch, 20), torch.empty(1, batch, hidden)
         c.lstm_forward(
-            batch, 2, hidden, 20, True, [x.data_ptr()], [x.stride()[:2]], [packed.data_ptr()], kind, 0, 0, 0,
-            output.data_ptr(), output.stride()[:2], h_n.data_ptr(), c_n.data_ptr(), z=z.data_ptr(), isa=isa,
-            input=size, packed_input=[packed_ih.data_ptr()], bias=[bias.data_ptr()],
+            batch, 2, 1, hidden, 20, True, kind, size, [x.data_ptr()], [x.stride()[:2]], [packed_ih.data_ptr()],
+            [bias.data_ptr()], [packed.data_ptr()], 0, 0, 0, output.data_ptr(), output.stride()[:2], h_n.data_ptr(),
+            c_n.data_ptr(), z=z.data_ptr(), isa=isa,
         )  # fmt: skip
         found[isa] = (z, output, c_n)
     exact = {"float32": (), "bfloat16": set(found) - {"amx"}, "int8": set(found)}[kind]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import ctxfast
 from ctxfast.models.bert.modeling import Encoder
-from ctxfast.nn import whole_layer
+from ctxfast.nn import encoder as nn_encoder
 from ctxfast.ops.shared.packed_weights import CACHE
 
 LENGTHS = (7, 0, 1, 33, 18)
@@ -32,14 +32,14 @@ def _tokens(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, int]:
 def calls(monkeypatch) -> Iterator[list[int]]:
     """One entry for every time that layers were asked to be computed in one call: how many were."""
     seen: list[int] = []
-    run = whole_layer.run
+    one_call = nn_encoder.one_call
 
-    def spy(x, cu_seqlens, max_seqlen, layers, **options):
-        states = run(x, cu_seqlens, max_seqlen, layers, **options)
+    def spy(layers, *args):
+        states = one_call(layers, *args)
         seen.append(0 if states is None else len(layers))
         return states
 
-    monkeypatch.setattr(whole_layer, "run", spy)
+    monkeypatch.setattr(nn_encoder, "one_call", spy)
     yield seen
 
 

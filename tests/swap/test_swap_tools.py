@@ -171,7 +171,7 @@ def test_patched_torch_modules_are_near_misses(monkeypatch) -> None:
 def _in_another_process(stream: io.BytesIO) -> None:
     script = (
         "import pickle, sys, torch; sys.path.insert(0, 'tests'); model = pickle.load(sys.stdin.buffer);"
-        "from hf_models import IDS, MASK; import ctxfast; torch.set_grad_enabled(False);"
+        "from support.hf_models import IDS, MASK; import ctxfast; torch.set_grad_enabled(False);"
         "out = model['query'](IDS, attention_mask=MASK).last_hidden_state;"
         "assert not out[MASK == 0].any() and len(ctxfast.restore(model)) == 2"
     )

@@ -14,7 +14,7 @@ import torch
 from support.hf_models import IDS, MASK, tiny_model
 
 import ctxfast
-from ctxfast.swap import transformers as swap_transformers
+from ctxfast.nn import encoder as nn_encoder
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
@@ -52,8 +52,8 @@ def test_lora(kind, first, monkeypatch) -> None:
     else:
         model = _lora(model)
         assert ctxfast.swap_in(model).swapped
-    calls, run = [], swap_transformers._run_layer
-    monkeypatch.setattr(swap_transformers, "_run_layer", lambda *args: calls.append(1) or run(*args))
+    calls, run = [], nn_encoder.by_ops
+    monkeypatch.setattr(nn_encoder, "by_ops", lambda *args: calls.append(1) or run(*args))
     found, own = _run(model)
     assert len(calls) == 2, "layers with adapters run packed, too"
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

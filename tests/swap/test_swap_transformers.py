@@ -14,7 +14,7 @@ from support.hf_models import IDS, MASK, tiny_model as _model
 from torch import Tensor, nn
 
 import ctxfast
-from ctxfast.nn import whole_layer
+from ctxfast.nn import encoder as nn_encoder
 from ctxfast.swap import transformers as swap_transformers
 
 transformers = pytest.importorskip("transformers")
@@ -213,8 +213,8 @@ def test_gradient_checkpointing_recomputes_layers(kind, monkeypatch) -> None:
     model = _model(kind).train()
     expected = _gradients(model, "Model")
     ctxfast.swap_in(model)
-    calls, run = [], swap_transformers._run_layer
-    monkeypatch.setattr(swap_transformers, "_run_layer", lambda *args: calls.append(1) or run(*args))
+    calls, run = [], nn_encoder.by_ops
+    monkeypatch.setattr(nn_encoder, "by_ops", lambda *args: calls.append(1) or run(*args))
     for is_on, count in ((False, 2), (True, 4)):
         if is_on:
             model.gradient_checkpointing_enable()
@@ -263,16 +263,14 @@ def test_weights_changed_afterwards_are_used() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_all_layers_are_one_call_with_the_same_bits(kind, monkeypatch) -> None:
-    calls, run = [], whole_layer.run
-    monkeypatch.setattr(
-        whole_layer, "run", lambda *args, **options: calls.append(len(args[3])) or run(*args, **options)
-    )
+    calls, run = [], nn_encoder.one_call
+    monkeypatch.setattr(nn_encoder, "one_call", lambda layers, *args: calls.append(len(layers)) or run(layers, *args))
     model = _model(kind)
     ctxfast.swap_in(model)
     found = model(IDS, attention_mask=MASK).last_hidden_state
     assert calls == [2]
-    layers = model(IDS, attention_mask=MASK, output_hidden_states=True)  # looks between the layers
-    assert calls == [2, 1, 1]
+    layers = model(IDS, attention_mask=MASK, output_hidden_states=True)
+    assert calls == [2, 2]
     assert torch.equal(found, layers.last_hidden_state) and torch.equal(found, layers.hidden_states[-1])
 
 

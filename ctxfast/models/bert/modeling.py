@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -18,12 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..._core import checks, registry
-from ...nn import AddLayerNorm, Embeddings, SelfAttention, TransformerLayer, tools
+from ..._core import checks
+from ...nn import AddLayerNorm, Embeddings, SelfAttention, TransformerLayer, encoder, tools
 from ...nn.all_rows import AllRows
 from ...nn.embeddings import roberta_position_ids
 from ...nn.graphs import PackedGraphs
-from ...nn.transformer import run_whole
+from ...nn.transformer import Described
 from ...packing import Packing
 from .config import BertConfig
 from .weights import Checkpoint, load_checkpoint, save_checkpoint
@@ -186,6 +187,7 @@ class Encoder(nn.Module):
             for _ in range(config.num_hidden_layers)
         )
         self.gradient_checkpointing = False
+        self._described = Described()
 
     def forward(
         self,
@@ -199,19 +201,13 @@ class Encoder(nn.Module):
 
         With ``rows``, x holds every row of a padded batch.
         """
-        if rows is None:
-            whole = run_whole(self.layer, x, cu_seqlens, max_seqlen, all_layers=output_hidden_states)
-            if whole is not None:
-                return [x, *whole] if output_hidden_states else list(whole)
-        states = [x]
-        recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
-        for layer in self.layer:
-            if recompute:
-                x = checkpoint(registry.with_choice(layer), x, cu_seqlens, max_seqlen, rows, use_reentrant=False)
-            else:
-                x = layer(x, cu_seqlens, max_seqlen, rows)
-            states.append(x)
-        return states if output_hidden_states else states[-1:]
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            layers, recompute = list(self.layer), partial(checkpoint, use_reentrant=False)
+        else:
+            layers, recompute = self._described(self.layer), None
+        return encoder.run(
+            layers, x, cu_seqlens, max_seqlen, all_layers=output_hidden_states, rows=rows, recompute=recompute
+        )
 
 
 class Pooler(nn.Module):
@@ -249,7 +245,7 @@ class Bert(Pretrained):
     keeping its activations.
 
     On a GPU, calls without gradients go through CUDA graphs from the second call of a size on (sizes
-    are rounded up to buckets); ``cuda_graphs = False`` turns that off. Not yet run on a GPU.
+    are rounded up to buckets); ``cuda_graphs = False`` turns that off.
 
     Reference: Devlin et al. 2019; Liu et al. 2019 (RoBERTa); Sun et al. 2020 (ERNIE 2.0).
     """
@@ -415,12 +411,10 @@ class Bert(Pretrained):
         def encode(tokens: Sequence[Tensor | None], cu_seqlens: Tensor, max_seqlen: int) -> list[Tensor]:
             return self.encoder(self.embeddings(*tokens), cu_seqlens, max_seqlen, output_hidden_states, rows)
 
-        if self.cuda_graphs and rows is None and self._graphs.can_run(tokens[0]):
-            states = self._graphs.run(
-                encode, self, tokens, packing.cu_seqlens, packing.max_seqlen, (output_hidden_states,)
-            )
-        else:
-            states = encode(tokens, packing.cu_seqlens, packing.max_seqlen)
+        graphs = self._graphs if self.cuda_graphs and rows is None else None
+        states = encoder.encode(
+            encode, self, graphs, tokens, packing.cu_seqlens, packing.max_seqlen, (output_hidden_states,)
+        )
         last = states[-1]
         packed_states = tuple(states) if output_hidden_states else None
         hidden_states = None

@@ -6,15 +6,17 @@ Every distinct word of a batch is computed once. Sentence marks are put in place
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
 from ... import functional
 from ..._core import checks
 from ...nn import tools
-from ...nn.char_cnn import CharCnn
+from ...nn.char_cnn import CharCnn, encode_words
 from ...nn.highway import Highway
-from ...nn.words import add_sentence_marks, unique_rows
+from ...nn.words import encode_sentences, encode_unique
 from .config import ElmoConfig
 from .tokenization import BEGIN_SENTENCE, END_SENTENCE, ElmoCharacterMapper
 
@@ -82,7 +84,7 @@ class ElmoCharacterEncoder(CharCnn):
                 products may differ in the last bits.
         """
         is_free = not batch_invariant or words.device.type != "cpu" or torch.compiler.is_compiling()
-        if is_free or self._is_row_wise(words):
+        if is_free or words.shape[0] == 0 or not checks.has_values(words) or self._is_row_wise(words):
             return self._encode(words)
         count = words.shape[0]
         filled = torch.cat([words, words.new_zeros(-count % _FIXED_ROWS, words.shape[1])])
@@ -107,23 +109,14 @@ class ElmoCharacterEncoder(CharCnn):
         )
 
     def _encode(self, words: Tensor) -> Tensor:
-        vectors = self.features(words)
-        if self._highways is not None:
-            vectors = self._highways(vectors)
-        if self._projection is not None:
-            vectors = tools.linear(vectors, self._projection, impl=self.impl)
-        return vectors
+        return encode_words(
+            words, self._char_embedding_weights, self.convolutions(), self._highways, self._projection,
+            activation=self.activation, impl=self.impl,
+        )  # fmt: skip
 
     def encode_unique(self, rows: Tensor, *, batch_invariant: bool = False) -> Tensor:
-        """(N, C) -> (N, P), every distinct row computed once.
-
-        How many there are is known only after reading them, so a graph that is being traced or captured computes all.
-        """
-        is_captured = rows.is_cuda and torch.cuda.is_current_stream_capturing()
-        if torch.compiler.is_compiling() or is_captured or rows.shape[0] == 0 or not checks.has_values(rows):
-            return self.encode(rows)
-        distinct, inverse = unique_rows(rows)
-        return self.encode(distinct, batch_invariant=batch_invariant)[inverse]
+        """(N, C) -> (N, P), every distinct row computed once: see ``nn.words.encode_unique``."""
+        return encode_unique(rows, partial(self.encode, batch_invariant=batch_invariant))
 
     def mark_vectors(self, *, batch_invariant: bool = False) -> Tensor:
         """Vectors of <S> and </S>, (2, P)."""
@@ -136,7 +129,5 @@ class ElmoCharacterEncoder(CharCnn):
         """
         mask = (inputs > 0).any(dim=-1)
         check_right_padded(mask, "inputs")
-        begin, end = self._marks.to(inputs.dtype)
-        marked, mask = add_sentence_marks(inputs, mask, begin, end)
-        vectors = self.encode_unique(marked.flatten(0, 1), batch_invariant=batch_invariant)
-        return {"token_embedding": vectors.unflatten(0, mask.shape), "mask": mask}
+        encode = partial(self.encode, batch_invariant=batch_invariant)
+        return encode_sentences(inputs, mask, *self._marks.to(inputs.dtype), encode)

@@ -52,8 +52,8 @@ def _check(args: Mapping[str, Any]) -> None:
     check_values=registry.no_values,
     autocast="fp32",
     impls=(
-        registry.Impl("cpu", "cpu", note="one compiled pass over the rows; torch's with a gradient"),
-        registry.Impl("triton", "cuda", note="one pass over the rows, with backward; not yet run on a GPU"),
+        registry.Impl("cpu", "cpu", note="one compiled pass over the rows; torch's with a gradient", proven="cpu"),
+        registry.Impl("triton", "cuda", note="one pass over the rows, with backward", proven="interpreter"),
     ),
 )
 def add_layer_norm(

@@ -22,26 +22,20 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
+def _output(x: Tensor) -> Tensor:
+    return torch_ops.allocate(x.shape, x)
+
+
 def _forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, x_bias: Tensor | None, eps: float
 ) -> Tensor:
-    out = torch_ops.allocate(x.shape, x)
+    out = _output(x)
     x, residual = _rows(x), None if residual is None else _rows(residual)
     sources = [(rows.data_ptr(), rows.stride(0), 0, 0, False) for rows in (x, residual) if rows is not None]
     return layer_norm_cpu.layer_norm(x.shape[0], sources, x_bias, weight, bias, eps, out)
 
 
-def _forward_fake(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, x_bias: Tensor | None, eps: float
-) -> Tensor:
-    return torch_ops.allocate(x.shape, x)
-
-
-_fwd = torch_ops.define(
-    "add_layer_norm_cpu_fwd",
-    "(Tensor x, Tensor? residual, Tensor weight, Tensor bias, Tensor? x_bias, float eps) -> Tensor",
-    _forward, _forward_fake, "CPU",
-)  # fmt: skip
+_fwd = torch_ops.define("add_layer_norm_cpu_fwd", _forward, _output, "CPU")
 
 
 def supports(args: Mapping[str, Any]) -> str | None:
@@ -59,7 +53,7 @@ def add_layer_norm(
     dropout_p: float,
 ) -> Tensor:
     """See ``ctxfast.functional.add_layer_norm``."""
-    if registry.needs_grad(dict(x=x, residual=residual, weight=weight, bias=bias, x_bias=x_bias)):
+    if registry.needs_grad(x, residual, weight, bias, x_bias):
         # torch keeps each row's statistics for the way back.
         x = x if x_bias is None else x + x_bias
         x = x if residual is None else residual + x

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kernels of ``add_layer_norm`` in Triton: whole rows in registers. Not yet run on a GPU."""
+"""Kernels of ``add_layer_norm`` in Triton: whole rows in registers."""
 
 from __future__ import annotations
 

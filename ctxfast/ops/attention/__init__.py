@@ -45,12 +45,8 @@ def _check_offsets(args: Mapping[str, Any]) -> None:
     check_values=_check_offsets,
     autocast="lower",
     impls=(
-        registry.Impl(
-            "cpu",
-            "cpu",
-            note="compiled kernels over packed rows, split over threads by cost",
-        ),
-        registry.Impl("triton", "cuda", note="one pass over packed rows, with backward; not yet run on a GPU"),
+        registry.Impl("cpu", "cpu", note="compiled kernels over packed rows, split over threads by cost", proven="cpu"),
+        registry.Impl("triton", "cuda", note="one pass over packed rows, with backward", proven="interpreter"),
     ),
 )
 def attention(

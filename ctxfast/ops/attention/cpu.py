@@ -8,7 +8,6 @@ threads, nor, without dropout, on what it is batched with.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,7 +35,7 @@ def _arguments(
     cu_seqlens = cu_seqlens.contiguous()
     # The stride of a row that is alone may be anything.
     addresses = (
-        tokens, heads, head_dim, cu_seqlens.shape[0] - 1, qkv.dtype is torch.bfloat16, qkv.data_ptr(),
+        tokens, heads, head_dim, cu_seqlens.shape[0] - 1, capability.DTYPE_NAMES[qkv.dtype], qkv.data_ptr(),
         max(qkv.stride(0), width), 0 if bias is None else bias.data_ptr(), cu_seqlens.data_ptr(),
         cu_seqlens.dtype is torch.int64, scale, dropout_p, 0 if seeds is None else seeds.data_ptr(),
     )  # fmt: skip
@@ -45,6 +44,10 @@ def _arguments(
 
 def _wide(bias: Tensor | None) -> Tensor | None:
     return None if bias is None else bias.float()
+
+
+def _output(qkv: Tensor) -> Tensor:
+    return torch_ops.allocate((qkv.shape[0], qkv.shape[2], qkv.shape[3]), qkv)
 
 
 def _forward(
@@ -56,17 +59,14 @@ def _forward(
         return wide.to(qkv.dtype)
     tokens, _, heads, head_dim = qkv.shape
     addresses, _held = _arguments(qkv, cu_seqlens, bias, scale, dropout_p, seeds)
-    out = torch_ops.allocate((tokens, heads, head_dim), qkv)
+    out = _output(qkv)
     threads = torch.get_num_threads()
     capability.extension().attention_forward(*addresses, out.data_ptr(), heads * head_dim, threads)
     return out
 
 
-def _forward_fake(
-    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, bias: Tensor | None, scale: float, dropout_p: float,
-    seeds: Tensor | None,
-) -> Tensor:  # fmt: skip
-    return torch_ops.allocate((qkv.shape[0], qkv.shape[2], qkv.shape[3]), qkv)
+def _gradient(qkv: Tensor) -> Tensor:
+    return torch_ops.allocate(qkv.shape, qkv)
 
 
 def _backward(
@@ -81,25 +81,15 @@ def _backward(
     addresses, _held = _arguments(qkv, cu_seqlens, bias, scale, dropout_p, seeds)
     if grad.stride()[1:] != (head_dim, 1) or grad.stride(0) < width:
         grad = grad.contiguous()
-    out = torch_ops.allocate(qkv.shape, qkv)
+    out = _gradient(qkv)
     capability.extension().attention_backward(
         *addresses, grad.data_ptr(), max(grad.stride(0), width), out.data_ptr(), 3 * width, torch.get_num_threads()
     )
     return out
 
 
-def _backward_fake(
-    grad: Tensor, qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, bias: Tensor | None, scale: float,
-    dropout_p: float, seeds: Tensor | None,
-) -> Tensor:  # fmt: skip
-    return torch_ops.allocate(qkv.shape, qkv)
-
-
-_ARGUMENTS = (
-    "Tensor qkv, Tensor cu_seqlens, SymInt max_seqlen, Tensor? bias, float scale, float dropout_p, Tensor? seeds"
-)
-_fwd = torch_ops.define("attention_cpu_fwd", f"({_ARGUMENTS}) -> Tensor", _forward, _forward_fake, "CPU")
-_bwd = torch_ops.define("attention_cpu_bwd", f"(Tensor grad, {_ARGUMENTS}) -> Tensor", _backward, _backward_fake, "CPU")
+_fwd = torch_ops.define("attention_cpu_fwd", _forward, _output, "CPU")
+_bwd = torch_ops.define("attention_cpu_bwd", _backward, _gradient, "CPU")
 
 
 def _mask(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, dropout_p: float, seeds: Tensor | None) -> Tensor | None:
@@ -149,15 +139,6 @@ def supports(args: Mapping[str, Any]) -> str | None:
     return None if capability.extension() is not None else capability.why_no_extension()
 
 
-def _scale(qkv: Tensor, softmax_scale: float | None) -> float:
-    return 1.0 / math.sqrt(qkv.shape[3]) if softmax_scale is None else softmax_scale
-
-
-def _seeds(dropout_p: float) -> Tensor | None:
-    """Seed and offset of this call's mask, from torch's generator."""
-    return torch.randint(-(2**63), 2**63 - 1, (2,), device="cpu") if dropout_p > 0 else None
-
-
 def attention(
     qkv: Tensor,
     cu_seqlens: Tensor,
@@ -167,8 +148,8 @@ def attention(
     dropout_p: float,
 ) -> Tensor:
     """See ``ctxfast.functional.attention``."""
-    scale, seeds = _scale(qkv, softmax_scale), _seeds(dropout_p)
-    if registry.needs_grad(dict(qkv=qkv, bias=bias)):
+    scale, seeds = definition.scale(qkv, softmax_scale), philox.draw_seeds(qkv, dropout_p)
+    if registry.needs_grad(qkv, bias):
         return _Attention.apply(qkv, bias, cu_seqlens, max_seqlen, scale, dropout_p, seeds)
     forward = _forward if torch_ops.is_direct(qkv, cu_seqlens, bias) else _fwd
     return forward(qkv, cu_seqlens, max_seqlen, bias, scale, dropout_p, seeds)
@@ -177,6 +158,6 @@ def attention(
 def raw_calls(args: Mapping[str, Any]) -> list[tuple[Any, tuple]]:
     """The registered operators behind one call, with arguments for torch.library.opcheck."""
     qkv, dropout_p = args["qkv"], args["dropout_p"]
-    rest = (args["cu_seqlens"], args["max_seqlen"], args["bias"], _scale(qkv, args["softmax_scale"]), dropout_p)
-    grad = torch.randn(qkv.shape[0], qkv.shape[2], qkv.shape[3]).to(qkv.dtype)
-    return [(_fwd, (qkv, *rest, _seeds(dropout_p))), (_bwd, (grad, qkv, *rest, _seeds(dropout_p)))]
+    scale, seeds = definition.scale(qkv, args["softmax_scale"]), philox.draw_seeds(qkv, dropout_p)
+    given = (qkv, args["cu_seqlens"], args["max_seqlen"], args["bias"], scale, dropout_p, seeds)
+    return [(_fwd, given), (_bwd, (torch.randn(qkv.shape[0], *qkv.shape[2:]).to(qkv.dtype), *given))]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Backward kernels of ``attention`` in Triton, without atomics. Not yet run on a GPU.
+"""Backward kernels of ``attention`` in Triton, without atomics.
 
 With P the softmax, M the dropout mask over its share kept (ones without), dO the gradient and O the result:
 dV = (P M)^T dO, dP = M (dO V^T), delta = rowsum(dO O) = rowsum(P dP), dS = P (dP - delta), dQ = dS K, dK = dS^T Q.

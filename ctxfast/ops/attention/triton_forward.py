@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Forward kernels of ``attention`` in Triton. Not yet run on a GPU.
+"""Forward kernels of ``attention`` in Triton.
 
 Only the query gets its bias on load. Softmax does not see the key's (it moves all scores of a query alike), and the
 value's is added to the finished row, so keys and values stream through asynchronous copies untouched.

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..shared.triton_rows import block
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -109,16 +111,11 @@ _TF32 = _FLOAT32 | {
 }
 
 
-def block_d(head_dim: int) -> int:
-    """head_dim rounded up to what a product takes; masks hide the rest."""
-    return max(16, 1 << (head_dim - 1).bit_length())
-
-
 def plans(head_dim: int, kind: str, major: int) -> tuple[Plan, ...]:
     """All plans for heads of this size, a kind of product ("half", "float32", "tf32") and compute capability."""
     half = _HOPPER if major == 9 else _OTHERS
     table = {"half": half, "float32": _FLOAT32, "tf32": _TF32}[kind]
-    return table[max(32, block_d(head_dim))]
+    return table[max(32, block(head_dim))]
 
 
 def choose(head_dim: int, kind: str, major: int, max_seqlen: int, mean: float) -> Plan:

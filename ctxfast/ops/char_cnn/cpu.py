@@ -40,7 +40,7 @@ def _words(ids: Tensor, table: Tensor) -> tuple[Tensor, Tensor, tuple[Any, ...]]
     """Ids and table as the kernel reads them, and its arguments of them: keep both while it runs."""
     ids = ids.contiguous()
     table = table if table.stride(1) == 1 else table.contiguous()
-    sizes = (*ids.shape, table.shape[1], table.shape[0], table.dtype is torch.bfloat16, ids.dtype is torch.int64)
+    sizes = (*ids.shape, table.shape[1], table.shape[0], capability.DTYPE_NAMES[table.dtype], ids.dtype is torch.int64)
     return ids, table, (*sizes, ids.data_ptr(), table.data_ptr(), table.stride(0))
 
 
@@ -55,41 +55,34 @@ def _run(
         for weight, panels, bias in zip(weights, packed, biases)
     ]
     capability.extension().char_cnn_forward(
-        *words, filters, is_tanh, y.data_ptr(), 0 if at is None else at.data_ptr(), torch.get_num_threads()
+        *words, torch_ops.address(at), filters, is_tanh, y.data_ptr(), torch.get_num_threads()
     )
 
 
-def _outputs(ids: Tensor, table: Tensor, weights: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor:
-    return torch_ops.allocate((ids.shape[0], sum(weight.shape[0] for weight in weights)), table, dtype)
+def _output(ids: Tensor, table: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    return torch_ops.allocate((ids.shape[0], sum(weight.shape[0] for weight in weights)), table)
+
+
+def _outputs(ids: Tensor, table: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """The output and, for each number of it, where the window begins that it comes from."""
+    y = _output(ids, table, weights)
+    return y, torch_ops.allocate(y.shape, y, torch.int32)
 
 
 def _forward(
     ids: Tensor, table: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], is_tanh: bool, is_kept: bool
 ) -> Tensor:
-    y = _outputs(ids, table, weights)
+    y = _output(ids, table, weights)
     _run(ids, table, weights, biases, is_tanh, is_kept, y, None)
     return y
-
-
-def _forward_fake(
-    ids: Tensor, table: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], is_tanh: bool, is_kept: bool
-) -> Tensor:
-    return _outputs(ids, table, weights)
 
 
 def _forward_at(
     ids: Tensor, table: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], is_tanh: bool, is_kept: bool
 ) -> tuple[Tensor, Tensor]:
-    """The output and, for each number of it, where the window begins that it comes from."""
-    y, at = _forward_at_fake(ids, table, weights, biases, is_tanh, is_kept)
+    y, at = _outputs(ids, table, weights)
     _run(ids, table, weights, biases, is_tanh, is_kept, y, at)
     return y, at
-
-
-def _forward_at_fake(
-    ids: Tensor, table: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], is_tanh: bool, is_kept: bool
-) -> tuple[Tensor, Tensor]:
-    return _outputs(ids, table, weights), _outputs(ids, table, weights, torch.int32)
 
 
 def _backward(grad: Tensor, at: Tensor, ids: Tensor, table: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
@@ -105,29 +98,16 @@ def _backward(grad: Tensor, at: Tensor, ids: Tensor, table: Tensor, weights: Seq
         for row, grad_row, grad_bias in zip(rows, grad_rows, grad_biases)
     ]
     capability.extension().char_cnn_backward(
-        *words, filters, at.data_ptr(), grad.data_ptr(), grad_words.data_ptr(), torch.get_num_threads()
+        *words, at.data_ptr(), filters, grad.data_ptr(), grad_words.data_ptr(), torch.get_num_threads()
     )
     grad_table = torch.ops.aten.embedding_dense_backward(grad_words, ids, table.shape[0], -1, False)
     grad_weights = [grad_row.transpose(1, 2).contiguous() for grad_row in grad_rows]
     return [each.to(table.dtype) for each in (grad_table, *grad_weights, *grad_biases)]
 
 
-def _backward_fake(grad: Tensor, at: Tensor, ids: Tensor, table: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
-    grad_weights = [torch_ops.allocate(weight.shape, weight) for weight in weights]
-    grad_biases = [torch_ops.allocate(weight.shape[:1], weight) for weight in weights]
-    return [torch_ops.allocate(table.shape, table), *grad_weights, *grad_biases]
-
-
-_INPUTS = "Tensor ids, Tensor table, Tensor[] weights, Tensor[] biases, bool is_tanh, bool is_kept"
-_fwd = torch_ops.define("char_cnn_cpu_fwd", f"({_INPUTS}) -> Tensor", _forward, _forward_fake, "CPU")
-_fwd_at = torch_ops.define(
-    "char_cnn_cpu_fwd_at", f"({_INPUTS}) -> (Tensor, Tensor)", _forward_at, _forward_at_fake, "CPU"
-)
-_bwd = torch_ops.define(
-    "char_cnn_cpu_bwd",
-    "(Tensor grad, Tensor at, Tensor ids, Tensor table, Tensor[] weights) -> Tensor[]",
-    _backward, _backward_fake, "CPU",
-)  # fmt: skip
+_fwd = torch_ops.define("char_cnn_cpu_fwd", _forward, _output, "CPU")
+_fwd_at = torch_ops.define("char_cnn_cpu_fwd_at", _forward_at, _outputs, "CPU")
+_bwd = torch_ops.define("char_cnn_cpu_bwd", _backward, definition.gradient_outputs, "CPU")
 
 
 class _CharCnn(torch.autograd.Function):
@@ -177,9 +157,9 @@ def char_cnn(
     """See ``ctxfast.functional.char_cnn``."""
     weights, biases, is_tanh = list(conv_weights), list(conv_biases), activation == "tanh"
     # A packed form pays from the second call on: not for weights in training, nor for autocast's passing copies.
-    in_training = torch.is_grad_enabled() and any([weight.requires_grad for weight in weights])
+    in_training = registry.needs_grad(weights)
     is_kept = not (in_training or torch.is_autocast_enabled("cpu"))
-    if registry.needs_grad(dict(table=char_embeddings, weights=weights, biases=biases)):
+    if registry.needs_grad(char_embeddings, weights, biases):
         return _CharCnn.apply(char_ids, is_tanh, is_kept, char_embeddings, *weights, *biases)
     forward = _forward if torch_ops.is_direct(char_ids, char_embeddings, *weights, *biases) else _fwd
     return forward(char_ids, char_embeddings, weights, biases, is_tanh, is_kept)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``char_cnn`` on CUDA: gather, convolutions, maximum and activation in one kernel. Not yet run on a GPU.
+"""``char_cnn`` on CUDA: gather, convolutions, maximum and activation in one kernel.
 
 In 16 bits on tensor cores, in float32 (and for filters too wide for them) by plain multiply-adds; sums are float32.
 The forward pass notes where each largest window was, and the way back reads those alone.
@@ -18,14 +18,14 @@ from . import definition
 
 _MOST_WIDTHS = 16  # the kernel takes their addresses by value
 _SHARED_BYTES = 96 * 1024
-_DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def _words(ids: Tensor, table: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
     """Ids and table as the kernels read them, and their arguments of them."""
     ids, table = ids.contiguous(), table.contiguous()
     sizes = dict(words=ids.shape[0], characters=ids.shape[1], size=table.shape[1], vocabulary=table.shape[0])
-    kinds = dict(dtype=_DTYPES[table.dtype], is_int64=ids.dtype is torch.int64)
+    kinds = dict(dtype=capability.DTYPE_NAMES[table.dtype], is_int64=ids.dtype is torch.int64)
     return ids, table, sizes | kinds | dict(ids=ids.data_ptr(), table=table.data_ptr())
 
 
@@ -36,33 +36,29 @@ def _run(
     ids, table, words = _words(ids, table)
     weights, biases = [weight.contiguous() for weight in weights], [bias.contiguous() for bias in biases]
     filters = [
-        (weight.shape[2], weight.shape[0], weight.data_ptr(), bias.data_ptr()) for weight, bias in zip(weights, biases)
+        (weight.shape[2], weight.shape[0], weight.data_ptr(), bias.data_ptr(), 0, 0)
+        for weight, bias in zip(weights, biases)
     ]
     with torch_ops.launching(y) as stream:
         capability.extension().char_cnn_cuda_forward(
-            **words, filters=filters, is_tanh=is_tanh, y=y.data_ptr(), at=0 if at is None else at.data_ptr(),
-            stream=stream,
+            **words, widths=len(weights), columns=y.shape[1], filters=filters, at=torch_ops.address(at),
+            is_tanh=is_tanh, y=y.data_ptr(), stream=stream,
         )  # fmt: skip
 
 
-def _outputs(ids: Tensor, table: Tensor, weights: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor:
-    return torch_ops.allocate((ids.shape[0], sum(weight.shape[0] for weight in weights)), table, dtype)
+def _outputs(ids: Tensor, table: Tensor, weights: Sequence[Tensor], has_at: bool) -> list[Tensor]:
+    """The output and, if wanted, where the window begins that each number of it comes from."""
+    shape = (ids.shape[0], sum(weight.shape[0] for weight in weights))
+    y = torch_ops.allocate(shape, table)
+    return [y, torch_ops.allocate(shape, table, torch.int32)] if has_at else [y]
 
 
 def _forward(
     ids: Tensor, table: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], is_tanh: bool, has_at: bool
 ) -> list[Tensor]:
-    """The output and, if wanted, where the window begins that each number of it comes from."""
-    outputs = _forward_fake(ids, table, weights, biases, is_tanh, has_at)
+    outputs = _outputs(ids, table, weights, has_at)
     _run(ids, table, weights, biases, is_tanh, outputs[0], outputs[1] if has_at else None)
     return outputs
-
-
-def _forward_fake(
-    ids: Tensor, table: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], is_tanh: bool, has_at: bool
-) -> list[Tensor]:
-    y = _outputs(ids, table, weights)
-    return [y, _outputs(ids, table, weights, torch.int32)] if has_at else [y]
 
 
 def _backward(grad: Tensor, at: Tensor, ids: Tensor, table: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
@@ -73,34 +69,20 @@ def _backward(grad: Tensor, at: Tensor, ids: Tensor, table: Tensor, weights: Seq
     grad_weights = [torch_ops.allocate(weight.shape, grad) for weight in weights]
     grad_biases = [torch_ops.allocate(weight.shape[:1], grad) for weight in weights]
     filters = [
-        (weight.shape[2], weight.shape[0], weight.data_ptr(), grad_weight.data_ptr(), grad_bias.data_ptr())
+        (weight.shape[2], weight.shape[0], weight.data_ptr(), 0, grad_weight.data_ptr(), grad_bias.data_ptr())
         for weight, grad_weight, grad_bias in zip(weights, grad_weights, grad_biases)
     ]
     with torch_ops.launching(grad) as stream:
         capability.extension().char_cnn_cuda_backward(
-            **words, filters=filters, at=at.data_ptr(), grad=grad.data_ptr(), grad_words=grad_words.data_ptr(),
-            stream=stream,
+            **words, widths=len(weights), columns=at.shape[1], filters=filters, at=at.data_ptr(),
+            grad=grad.data_ptr(), grad_words=grad_words.data_ptr(), stream=stream,
         )  # fmt: skip
     grad_table = torch.ops.aten.embedding_dense_backward(grad_words, ids, table.shape[0], -1, False)
     return [each.to(table.dtype) for each in (grad_table, *grad_weights, *grad_biases)]
 
 
-def _backward_fake(grad: Tensor, at: Tensor, ids: Tensor, table: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
-    grad_weights = [torch_ops.allocate(weight.shape, table) for weight in weights]
-    grad_biases = [torch_ops.allocate(weight.shape[:1], table) for weight in weights]
-    return [torch_ops.allocate(table.shape, table), *grad_weights, *grad_biases]
-
-
-_fwd = torch_ops.define(
-    "char_cnn_cuda_fwd",
-    "(Tensor ids, Tensor table, Tensor[] weights, Tensor[] biases, bool is_tanh, bool has_at) -> Tensor[]",
-    _forward, _forward_fake, "CUDA",
-)  # fmt: skip
-_bwd = torch_ops.define(
-    "char_cnn_cuda_bwd",
-    "(Tensor grad, Tensor at, Tensor ids, Tensor table, Tensor[] weights) -> Tensor[]",
-    _backward, _backward_fake, "CUDA",
-)  # fmt: skip
+_fwd = torch_ops.define("char_cnn_cuda_fwd", _forward, _outputs, "CUDA")
+_bwd = torch_ops.define("char_cnn_cuda_bwd", _backward, definition.gradient_outputs, "CUDA")
 
 
 class _CharCnn(torch.autograd.Function):
@@ -157,7 +139,7 @@ def char_cnn(
 ) -> Tensor:
     """See ``ctxfast.functional.char_cnn``."""
     weights, biases, is_tanh = list(conv_weights), list(conv_biases), activation == "tanh"
-    if registry.needs_grad(dict(table=char_embeddings, weights=weights, biases=biases)):
+    if registry.needs_grad(char_embeddings, weights, biases):
         return _CharCnn.apply(char_ids, is_tanh, char_embeddings, *weights, *biases)
     return _fwd(char_ids, char_embeddings, weights, biases, is_tanh, False)[0]
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gradients of the definition of ``char_cnn``, for a backward that is itself differentiated."""
+"""What the backwards of ``char_cnn`` share: their outputs, and the definition's gradients where they are
+differentiated themselves."""
 
 from __future__ import annotations
 
@@ -8,6 +9,13 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ..._core import registry, torch_ops
+
+
+def gradient_outputs(table: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+    """Of the table, of every weight, then of every bias; uninitialised."""
+    of_weights = [torch_ops.allocate(weight.shape, table) for weight in weights]
+    of_biases = [torch_ops.allocate(weight.shape[:1], table) for weight in weights]
+    return [torch_ops.allocate(table.shape, table), *of_weights, *of_biases]
 
 
 def gradients(

@@ -14,9 +14,13 @@ from ..._core import registry, torch_ops
 from ..shared import layer_norm_cpu
 
 
+def _output(ids: list[Tensor], weight: Tensor) -> Tensor:
+    return torch_ops.allocate((ids[0].shape[0], weight.shape[0]), weight)
+
+
 def _forward(ids: list[Tensor], tables: list[Tensor], weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """ids (T,) and tables (V, N) of words, types, positions and, if there are any, tasks."""
-    out = _forward_fake(ids, tables, weight, bias, eps)
+    out = _output(ids, weight)
     ids = [each.contiguous() for each in ids]
     tables = [table if table.stride(1) == 1 else table.contiguous() for table in tables]
     sources = [
@@ -26,15 +30,7 @@ def _forward(ids: list[Tensor], tables: list[Tensor], weight: Tensor, bias: Tens
     return layer_norm_cpu.layer_norm(out.shape[0], sources, None, weight, bias, eps, out)
 
 
-def _forward_fake(ids: list[Tensor], tables: list[Tensor], weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    return torch_ops.allocate((ids[0].shape[0], weight.shape[0]), weight)
-
-
-_fwd = torch_ops.define(
-    "embed_layer_norm_cpu_fwd",
-    "(Tensor[] ids, Tensor[] tables, Tensor weight, Tensor bias, float eps) -> Tensor",
-    _forward, _forward_fake, "CPU",
-)  # fmt: skip
+_fwd = torch_ops.define("embed_layer_norm_cpu_fwd", _forward, _output, "CPU")
 
 
 def supports(args: Mapping[str, Any]) -> str | None:
@@ -54,7 +50,7 @@ def _operands(args: Mapping[str, Any]) -> tuple[Any, ...]:
 def embed_layer_norm(**args: Any) -> Tensor:
     """See ``ctxfast.functional.embed_layer_norm``."""
     ids, tables, weight, bias, eps = _operands(args)
-    if registry.needs_grad(args):
+    if registry.needs_grad(*args.values()):
         paddings = (args["padding_idx"], None, args["position_padding_idx"], None)
         x = sum(F.embedding(*each) for each in zip(ids, tables, paddings))
         return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)

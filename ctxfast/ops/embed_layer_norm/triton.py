@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``embed_layer_norm`` in Triton: gather, sum, LayerNorm and dropout in one pass. Not yet run on a GPU.
+"""``embed_layer_norm`` in Triton: gather, sum, LayerNorm and dropout in one pass.
 
 The backward gathers the rows again, makes the gradient of their sum once for all tables, and scatters it by torch's
 own embedding gradient: it sorts the ids and adds up equal ones in order, so it is repeatable to the last bit.
@@ -17,24 +17,12 @@ from ..._core import registry, torch_ops
 from ..shared import philox, triton_rows
 from . import triton_kernels
 
-MAX_SIZE = 8192  # elements of a row; more would leave the registers
 
-
-def forward_tile(size: int) -> dict[str, int]:
-    """One row a warp as long as it fits there: no warp then waits for another."""
-    block = triton_rows.block(size)
-    if triton_rows.IS_INTERPRETED:
-        return dict(BLOCK_N=block, ROWS=16, num_warps=1)
-    return dict(BLOCK_N=block, ROWS=1, num_warps=max(1, block // 1024))
-
-
-def backward_tile(size: int) -> dict[str, int]:
-    """Eight elements a thread (sixteen in the longest rows): two sums of columns stay in registers beside them."""
-    block = triton_rows.block(size)
-    if triton_rows.IS_INTERPRETED:
-        return dict(BLOCK_N=block, ROWS=16, num_warps=1)
-    rows = max(1, 1024 // block)
-    return dict(BLOCK_N=block, ROWS=rows, num_warps=min(16, rows * block // 256))
+def _outputs(ids: list[Tensor], weight: Tensor, save: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The result, and mean and 1 / deviation of every row, or empty."""
+    rows = ids[0].shape[0]
+    mean, rstd = (torch_ops.allocate((rows if save else 0,), weight, torch.float32) for _ in range(2))
+    return torch_ops.allocate((rows, weight.shape[0]), weight), mean, rstd
 
 
 def _forward(
@@ -42,15 +30,15 @@ def _forward(
     seeds: Tensor | None, save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """ids: of words, positions, types and, if there are any, tasks (T each); tables in the same order."""
-    out, mean, rstd = _forward_fake(ids, tables, weight, bias, eps, dropout_p, seeds, save)
+    out, mean, rstd = _outputs(ids, weight, save)
     if out.numel() == 0:
         return out, mean, rstd
     size = out.shape[1]
-    tile = forward_tile(size)
+    tile = triton_rows.forward_tile(size)
     with triton_rows.on_device(out):
         triton_kernels.forward[(-(-out.shape[0] // tile["ROWS"]),)](
             *_four(ids), *_four(tables), weight.contiguous(), bias.contiguous(), out, mean, rstd, seeds,
-            out.shape[0], eps, *triton_rows.dropout_numbers(dropout_p),
+            out.shape[0], eps, *philox.numbers(dropout_p),
             N=size, HAS_TASK=len(ids) == 4, DROPOUT=seeds is not None, SAVE=save, **tile,
         )  # fmt: skip
     return out, mean, rstd
@@ -60,60 +48,35 @@ def _four(given: list[Tensor]) -> list[Tensor | None]:
     return [*(tensor.contiguous() for tensor in given), *[None] * (4 - len(given))]
 
 
-def _forward_fake(
-    ids: list[Tensor], tables: list[Tensor], weight: Tensor, bias: Tensor, eps: float, dropout_p: float,
-    seeds: Tensor | None, save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    rows = ids[0].shape[0]
-    mean, rstd = (torch_ops.allocate((rows if save else 0,), weight, torch.float32) for _ in range(2))
-    return torch_ops.allocate((rows, weight.shape[0]), weight), mean, rstd
+def _gradients(grad: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the sum of the tables' rows (T, N), of weight and of bias."""
+    of_sum, of_weight, of_bias = (torch_ops.allocate(each.shape, each) for each in (grad, weight, weight))
+    return of_sum, of_weight, of_bias
 
 
 def _backward(
     grad: Tensor, ids: list[Tensor], tables: list[Tensor], weight: Tensor, mean: Tensor, rstd: Tensor,
     dropout_p: float, seeds: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of the sum of the tables' rows (T, N), of weight and of bias."""
-    grad_sum, grad_weight, grad_bias = _backward_fake(grad, ids, tables, weight, mean, rstd, dropout_p, seeds)
+    grad_sum, grad_weight, grad_bias = _gradients(grad, weight)
     if grad.numel() == 0:
         return grad_sum, grad_weight.zero_(), grad_bias.zero_()
     grad, size = triton_rows.rows(grad), grad.shape[1]
-    tile = backward_tile(size)
+    tile = triton_rows.backward_tile(size)
     count = triton_rows.programs(grad, -(-grad.shape[0] // tile["ROWS"]), max(1, 16 // tile["num_warps"]))
     partial = triton_rows.allocate_partial(2, count, size, grad)
     with triton_rows.on_device(grad):
         triton_kernels.backward[(count,)](
             grad, *_four(ids), *_four(tables), weight.contiguous(), mean, rstd, seeds, grad_sum, partial,
-            grad.shape[0], grad.stride(0), *triton_rows.dropout_numbers(dropout_p),
+            grad.shape[0], grad.stride(0), *philox.numbers(dropout_p),
             N=size, HAS_TASK=len(ids) == 4, DROPOUT=seeds is not None, **tile,
         )  # fmt: skip
         triton_rows.column_sums(partial, [grad_weight, grad_bias])
     return grad_sum, grad_weight, grad_bias
 
 
-def _backward_fake(
-    grad: Tensor, ids: list[Tensor], tables: list[Tensor], weight: Tensor, mean: Tensor, rstd: Tensor,
-    dropout_p: float, seeds: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return (
-        torch_ops.allocate(grad.shape, grad),
-        torch_ops.allocate(weight.shape, weight),
-        torch_ops.allocate(weight.shape, weight),
-    )
-
-
-_fwd = torch_ops.define(
-    "embed_layer_norm_triton_fwd",
-    "(Tensor[] ids, Tensor[] tables, Tensor weight, Tensor bias, float eps, float dropout_p, Tensor? seeds, "
-    "bool save) -> (Tensor, Tensor, Tensor)",
-    _forward, _forward_fake, triton_rows.DISPATCH,
-)  # fmt: skip
-_bwd = torch_ops.define(
-    "embed_layer_norm_triton_bwd",
-    "(Tensor grad, Tensor[] ids, Tensor[] tables, Tensor weight, Tensor mean, Tensor rstd, float dropout_p, "
-    "Tensor? seeds) -> (Tensor, Tensor, Tensor)",
-    _backward, _backward_fake, triton_rows.DISPATCH,
-)  # fmt: skip
+_fwd = torch_ops.define("embed_layer_norm_triton_fwd", _forward, _outputs, triton_rows.DISPATCH)
+_bwd = torch_ops.define("embed_layer_norm_triton_bwd", _backward, _gradients, triton_rows.DISPATCH)
 
 
 class _EmbedLayerNorm(torch.autograd.Function):
@@ -160,12 +123,7 @@ class _EmbedLayerNorm(torch.autograd.Function):
 
 def supports(args: Mapping[str, Any]) -> str | None:
     """None, or why the Triton kernels cannot run this call."""
-    table = args["word_embeddings"]
-    if table.dtype not in triton_rows.DTYPES:
-        return f"it takes float32, float16 and bfloat16 and word_embeddings is {table.dtype}."
-    if table.shape[1] > MAX_SIZE:
-        return f"it takes rows of at most {MAX_SIZE} elements and word_embeddings has {table.shape[1]}."
-    return None
+    return triton_rows.why_no_row("word_embeddings", args["word_embeddings"])
 
 
 def _row(index: int | None, table: Tensor) -> int:
@@ -195,8 +153,8 @@ def embed_layer_norm(
     if task_type_ids is not None:
         ids.append(task_type_ids)
         tables.append(task_type_embeddings)
-    seeds = triton_rows.draw_seeds(weight, dropout_p)
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*tables, weight, bias)):
+    seeds = philox.draw_seeds(weight, dropout_p)
+    if registry.needs_grad(tables, weight, bias):
         paddings = (_row(padding_idx, word_embeddings), _row(position_padding_idx, position_embeddings))
         return _EmbedLayerNorm.apply(eps, paddings, dropout_p, seeds, weight, bias, len(ids), *ids, *tables)
     return _fwd(ids, tables, weight, bias, eps, dropout_p, seeds, False)[0]
@@ -209,7 +167,7 @@ def raw_calls(args: Mapping[str, Any]) -> list[tuple[Any, tuple]]:
     pairs = [(args[index], args[table]) for index, table in names if args[index] is not None]
     ids, tables = [index for index, _ in pairs], [table for _, table in pairs]
     weight, dropout_p = args["weight"], args["dropout_p"]
-    seeds = triton_rows.draw_seeds(weight, dropout_p)
+    seeds = philox.draw_seeds(weight, dropout_p)
     forward = (ids, tables, weight, args["bias"], args["eps"], dropout_p, seeds, True)
     out, mean, rstd = _fwd(*forward)
     return [

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kernels of ``embed_layer_norm`` in Triton: table rows gathered, summed and normalised in registers.
-
-Not yet run on a GPU.
-"""
+"""Kernels of ``embed_layer_norm`` in Triton: table rows gathered, summed and normalised in registers."""
 
 from __future__ import annotations
 

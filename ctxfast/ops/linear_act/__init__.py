@@ -43,11 +43,13 @@ def _check(args: Mapping[str, Any]) -> None:
             "cpu",
             "cpu",
             note="compiled over packed weights, float32, bfloat16, int8; oneDNN for weights in training",
+            proven="cpu",
         ),
         registry.Impl(
             "triton",
             "cuda",
-            note="product by cuBLAS, bias and activation in one pass, with backward; not yet run on a GPU",
+            note="product by cuBLAS, bias and activation in one pass, with backward",
+            proven="interpreter",
         ),
     ),
 )

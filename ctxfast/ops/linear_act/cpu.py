@@ -43,12 +43,9 @@ def _tried(dtype: torch.dtype) -> str | None:
     return None if torch.equal(found, x) else f"oneDNN's packed product of {dtype} is wrong here."
 
 
+@capability.constant
 def _why_not(dtype: torch.dtype) -> str | None:
     return _tried(dtype)
-
-
-# A constant of a compiled graph (what torch.compiler.assume_constant_result does; that imports the compiler).
-_why_not._dynamo_marked_constant = True
 
 
 def _product(x: Tensor, packed: Tensor, bias: Tensor | None, activation: str) -> Tensor:
@@ -59,31 +56,35 @@ def _product(x: Tensor, packed: Tensor, bias: Tensor | None, activation: str) ->
 
 
 def _compiled(
-    x: Tensor, held: str, packed: Tensor, scales: Tensor | None, sums: Tensor | None, bias: Tensor | None,
+    x: Tensor, weight_dtype: str, packed: Tensor, scales: Tensor | None, sums: Tensor | None, bias: Tensor | None,
     activation: str, out: int,
 ) -> Tensor:  # fmt: skip
-    """The compiled product over weights held as "int8", "bfloat16" or "float32"."""
+    """The compiled product over packed weights of "int8", "bfloat16" or "float32"."""
     x = x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
     bias = None if bias is None else bias.contiguous()
     y = torch_ops.allocate((x.shape[0], out), x)
     capability.extension().linear_act_forward(
-        x.shape[0], x.shape[1], out, held, x.dtype is torch.bfloat16, activation, x.data_ptr(), x.stride(0),
-        packed.data_ptr(), 0 if scales is None else scales.data_ptr(), 0 if sums is None else sums.data_ptr(),
-        0 if bias is None else bias.data_ptr(), y.data_ptr(), torch.get_num_threads(),
+        x.shape[0], x.shape[1], out, weight_dtype, capability.DTYPE_NAMES[x.dtype], activation, x.data_ptr(),
+        x.stride(0), packed.data_ptr(), 0 if scales is None else scales.data_ptr(),
+        0 if sums is None else sums.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr(),
+        torch.get_num_threads(),
     )  # fmt: skip
     return y
 
 
+def _output(x: Tensor, weight: Tensor) -> Tensor:
+    return torch_ops.allocate((x.shape[0], weight.shape[0]), x)
+
+
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, is_int8: bool, is_kept: bool) -> Tensor:
     if x.shape[0] == 0 or weight.shape[0] == 0:
-        return _forward_fake(x, weight, bias, activation, is_int8, is_kept)
+        return _output(x, weight)
     if is_int8:
         packed, scales, sums = packed_weights.int8(weight)
         return _compiled(x, "int8", packed, scales, sums, bias, activation, weight.shape[0])
     if is_kept and x.shape[0] <= packed_weights.most_rows(x.dtype):
         packed = packed_weights.panels(weight)
-        held = "float32" if x.dtype is torch.float32 else "bfloat16"
-        return _compiled(x, held, packed, None, None, bias, activation, weight.shape[0])
+        return _compiled(x, capability.DTYPE_NAMES[x.dtype], packed, None, None, bias, activation, weight.shape[0])
     # Packed for any number of rows.
     packed = weight.contiguous() if not is_kept else packed_weights.kept(weight, "oneDNN", _reordered)
     return _product(x, packed, None if bias is None else bias.contiguous(), activation)
@@ -93,17 +94,7 @@ def _reordered(weight: Tensor) -> Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
 
 
-def _forward_fake(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, is_int8: bool, is_kept: bool
-) -> Tensor:
-    return torch_ops.allocate((x.shape[0], weight.shape[0]), x)
-
-
-_fwd = torch_ops.define(
-    "linear_act_cpu_fwd",
-    "(Tensor x, Tensor weight, Tensor? bias, str activation, bool is_int8, bool is_kept) -> Tensor",
-    _forward, _forward_fake, "CPU",
-)  # fmt: skip
+_fwd = torch_ops.define("linear_act_cpu_fwd", _forward, _output, "CPU")
 
 
 def _multiply_now(a: Tensor, b: Tensor) -> Tensor:
@@ -112,10 +103,11 @@ def _multiply_now(a: Tensor, b: Tensor) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
 
 
-_mm = torch_ops.define(
-    "linear_act_cpu_mm", "(Tensor a, Tensor b) -> Tensor", _multiply_now,
-    lambda a, b: torch_ops.allocate((a.shape[0], b.shape[1]), a), "CPU",
-)  # fmt: skip
+def _product_output(a: Tensor, b: Tensor) -> Tensor:
+    return torch_ops.allocate((a.shape[0], b.shape[1]), a)
+
+
+_mm = torch_ops.define("linear_act_cpu_mm", _multiply_now, _product_output, "CPU")
 
 
 def _multiply(a: Tensor, b: Tensor) -> Tensor:
@@ -139,7 +131,7 @@ class _Linear(torch.autograd.Function):
 
 
 def supports(args: Mapping[str, Any]) -> str | None:
-    """None, or why oneDNN's packed product cannot run this call."""
+    """None, or why products over packed weights cannot run this call."""
     x = args["x"]
     if x.device.type != "cpu":
         return f"it runs on the CPU and x is on {x.device}."
@@ -147,7 +139,7 @@ def supports(args: Mapping[str, Any]) -> str | None:
         return f"it takes float32 and bfloat16 and x is {x.dtype}."
     if x.shape[-1] == 0:
         return "there is nothing to multiply in rows without columns."
-    if args["weight_dtype"] is not None and registry.needs_grad(args):
+    if args["weight_dtype"] is not None and registry.needs_grad(*args.values()):
         return "its int8 product has no gradient."
     if args["weight_dtype"] is None:
         return _why_not(x.dtype)
@@ -161,7 +153,7 @@ def linear_act(
 ) -> Tensor:
     """See ``ctxfast.functional.linear_act``."""
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    needs_grad = registry.needs_grad(dict(x=x, weight=weight, bias=bias))
+    needs_grad = registry.needs_grad(x, weight, bias)
     # A packed form pays from the second call on: not for a weight in training, nor for autocast's passing copy.
     is_kept = not (torch.is_autocast_enabled("cpu") or (needs_grad and weight.requires_grad))
     if needs_grad:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``linear_act`` on a GPU: the product by cuBLAS, bias and activation in one Triton pass. Not yet run on a GPU.
+"""``linear_act`` on a GPU: the product by cuBLAS, bias and activation in one Triton pass.
 
 Of the layer's own values only the product is kept for the backward, which takes the activation's slope from it and adds
 up the bias gradient in the same pass. A linear layer that reads the result (the feed-forward block's second) keeps that
@@ -30,8 +30,12 @@ def tile(size: int) -> dict[str, int]:
     return dict(BLOCK_N=block, ROWS=max(1, 2048 // block), num_warps=8)
 
 
+def _output(product: Tensor) -> Tensor:
+    return torch_ops.allocate(product.shape, product)
+
+
 def _forward(product: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    out = _forward_fake(product, bias, activation)
+    out = _output(product)
     if product.numel() == 0:
         return out
     flat, chosen = product.reshape(-1, product.shape[-1]).contiguous(), tile(product.shape[-1])
@@ -44,15 +48,16 @@ def _forward(product: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     return out
 
 
-def _forward_fake(product: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    return torch_ops.allocate(product.shape, product)
+def _gradients(product: Tensor, with_bias: bool) -> tuple[Tensor, Tensor]:
+    """Of the product, and of the bias (empty if not wanted)."""
+    size = product.shape[-1] if with_bias else 0
+    return torch_ops.allocate(product.shape, product), torch_ops.allocate((size,), product)
 
 
 def _backward(
     grad: Tensor, product: Tensor, bias: Tensor | None, activation: str, with_bias: bool
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the product and of the bias (empty if not wanted)."""
-    grad_product, grad_bias = _backward_fake(grad, product, bias, activation, with_bias)
+    grad_product, grad_bias = _gradients(product, with_bias)
     if product.numel() == 0:
         return grad_product, grad_bias.zero_()
     size, chosen = product.shape[-1], tile(product.shape[-1])
@@ -70,27 +75,8 @@ def _backward(
     return grad_product, grad_bias
 
 
-def _backward_fake(
-    grad: Tensor, product: Tensor, bias: Tensor | None, activation: str, with_bias: bool
-) -> tuple[Tensor, Tensor]:
-    size = product.shape[-1] if with_bias else 0
-    return torch_ops.allocate(product.shape, product), torch_ops.allocate((size,), product)
-
-
-_fwd = torch_ops.define(
-    "linear_act_triton_fwd",
-    "(Tensor product, Tensor? bias, str activation) -> Tensor",
-    _forward,
-    _forward_fake,
-    triton_rows.DISPATCH,
-)
-_bwd = torch_ops.define(
-    "linear_act_triton_bwd",
-    "(Tensor grad, Tensor product, Tensor? bias, str activation, bool with_bias) -> (Tensor, Tensor)",
-    _backward,
-    _backward_fake,
-    triton_rows.DISPATCH,
-)
+_fwd = torch_ops.define("linear_act_triton_fwd", _forward, _output, triton_rows.DISPATCH)
+_bwd = torch_ops.define("linear_act_triton_bwd", _backward, _gradients, triton_rows.DISPATCH)
 
 
 class _LinearAct(torch.autograd.Function):
@@ -163,7 +149,7 @@ def _source(args: Mapping[str, Any]) -> tuple[Any, ...] | None:
     """
     x = args["x"]
     note = x.__dict__.get(_NOTE)
-    if note is None or note[0] != x._version or not registry.needs_grad(args):
+    if note is None or note[0] != x._version or not registry.needs_grad(*args.values()):
         return None
     return note[1:]
 
@@ -173,9 +159,9 @@ _NOTE = "_ctxfast_activation_of"
 
 def supports(args: Mapping[str, Any]) -> str | None:
     """None, or why the Triton kernels cannot run this call."""
-    x = args["x"]
-    if x.dtype not in triton_rows.DTYPES:
-        return f"it takes float32, float16 and bfloat16 and x is {x.dtype}."
+    objection = triton_rows.why_not("x", args["x"])
+    if objection is not None:
+        return objection
     if args["weight_dtype"] is not None:
         return "int8 products run on the CPU."
     if args["activation"] == "none" and (torch.compiler.is_compiling() or _source(args) is None):
@@ -189,7 +175,7 @@ def linear_act(
     """See ``ctxfast.functional.linear_act``."""
     if activation == "none":
         return _LinearOfActivation.apply(x, weight, bias, *_source(dict(x=x, weight=weight, bias=bias)))
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in (x, weight, bias)):
+    if registry.needs_grad(x, weight, bias):
         kept = None if torch.compiler.is_compiling() else []
         out = _LinearAct.apply(x, weight, bias, activation, kept)
         if kept:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kernels of ``linear_act`` in Triton: bias and activation of a product, both ways. Not yet run on a GPU."""
+"""Kernels of ``linear_act`` in Triton: bias and activation of a product, both ways."""
 
 from __future__ import annotations
 

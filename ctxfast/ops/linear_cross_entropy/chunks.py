@@ -58,11 +58,15 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: int) -> I
         yield part, piece, logits
 
 
+def losses_output(hidden: Tensor, labels: Tensor) -> Tensor:
+    return torch_ops.allocate(labels.shape, hidden, torch.float32)
+
+
 def losses(
     softmax: Softmax, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, ignore_index: int
 ) -> Tensor:
     """Loss of every row (T), float32, zero where there is no label."""
-    out = losses_fake(hidden, weight, labels, bias, ignore_index).zero_()
+    out = losses_output(hidden, labels).zero_()
     index = labelled(labels, ignore_index)
     chosen, chosen_labels = (hidden, labels) if index is None else (hidden[index], labels[index])
     found = torch_ops.allocate(chosen_labels.shape, out)
@@ -71,8 +75,15 @@ def losses(
     return found if index is None else out.index_copy_(0, index, found)
 
 
-def losses_fake(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, ignore_index: int) -> Tensor:
-    return torch_ops.allocate(labels.shape, hidden, torch.float32)
+def gradients_outputs(
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, with_weight: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        torch_ops.allocate(labels.shape, hidden, torch.float32),
+        torch_ops.allocate(hidden.shape, hidden),
+        torch_ops.allocate(weight.shape if with_weight else (0,), weight),
+        torch_ops.allocate((0,) if bias is None or not with_weight else bias.shape, weight),
+    )
 
 
 def gradients(
@@ -83,7 +94,7 @@ def gradients(
 
     The last two are empty where not wanted.
     """
-    outputs = gradients_fake(hidden, weight, labels, bias, ignore_index, scale, with_weight)
+    outputs = gradients_outputs(hidden, weight, labels, bias, with_weight)
     out, grad_hidden, grad_weight, grad_bias = outputs
     index = labelled(labels, ignore_index)
     if index is not None:
@@ -113,15 +124,3 @@ def gradients(
         out.zero_().index_copy_(0, index, found)
         grad_hidden.zero_().index_copy_(0, index, rows)
     return outputs
-
-
-def gradients_fake(
-    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, ignore_index: int, scale: Tensor,
-    with_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return (
-        torch_ops.allocate(labels.shape, hidden, torch.float32),
-        torch_ops.allocate(hidden.shape, hidden),
-        torch_ops.allocate(weight.shape if with_weight else (0,), weight),
-        torch_ops.allocate((0,) if bias is None or not with_weight else bias.shape, weight),
-    )

@@ -9,6 +9,7 @@ with the gradient, and float16, where the scale of the loss that keeps small gra
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,15 +23,9 @@ class Operators:
     """The two operators of an implementation, ``<name>_fwd`` (losses) and ``<name>_bwd`` (losses and gradients)."""
 
     def __init__(self, name: str, softmax: chunks.Softmax, key: str) -> None:
-        common = "Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, int ignore_index"
-        self.losses = torch_ops.define(
-            f"{name}_fwd", f"({common}) -> Tensor",
-            lambda *args: chunks.losses(softmax, *args), chunks.losses_fake, key,
-        )  # fmt: skip
-        self.gradients = torch_ops.define(
-            f"{name}_bwd", f"({common}, Tensor scale, bool with_weight) -> (Tensor, Tensor, Tensor, Tensor)",
-            lambda *args: chunks.gradients(softmax, *args), chunks.gradients_fake, key,
-        )  # fmt: skip
+        losses, gradients = (partial(kernel, softmax) for kernel in (chunks.losses, chunks.gradients))
+        self.losses = torch_ops.define(f"{name}_fwd", losses, chunks.losses_output, key)
+        self.gradients = torch_ops.define(f"{name}_bwd", gradients, chunks.gradients_outputs, key)
 
 
 def _shares(labels: Tensor, ignore_index: int, reduction: str) -> Tensor:
@@ -111,9 +106,7 @@ def call(
     reduction: str,
 ) -> Tensor:
     """The loss, differentiable."""
-    if torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias)
-    ):
+    if registry.needs_grad(hidden, weight, bias):
         with_weight = weight.requires_grad or (bias is not None and bias.requires_grad)
         in_backward = reduction == "none" or hidden.dtype == torch.float16
         function = _InBackward if in_backward else _InForward

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``linear_cross_entropy`` on a GPU: labelled rows only, products by cuBLAS, softmax by Triton. Not yet run on a GPU.
+"""``linear_cross_entropy`` on a GPU: labelled rows only, products by cuBLAS, softmax by Triton.
 
 Each chunk of logits is read once for its losses and once to become its own gradient, in place.
 """
@@ -40,10 +40,7 @@ _operators = recorded.Operators("linear_cross_entropy_triton", _softmax, triton_
 
 def supports(args: Mapping[str, Any]) -> str | None:
     """None, or why the Triton kernel cannot run this call."""
-    hidden = args["hidden"]
-    if hidden.dtype not in triton_rows.DTYPES:
-        return f"it takes float32, float16 and bfloat16 and hidden is {hidden.dtype}."
-    return None
+    return triton_rows.why_not("hidden", args["hidden"])
 
 
 def linear_cross_entropy(

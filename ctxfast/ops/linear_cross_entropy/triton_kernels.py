@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kernel of ``linear_cross_entropy`` in Triton: rows of logits to losses and gradient. Not yet run on a GPU."""
+"""Kernel of ``linear_cross_entropy`` in Triton: rows of logits to losses and gradient."""
 
 from __future__ import annotations
 

@@ -111,19 +111,16 @@ def _per_direction(value: Tensor | Sequence[Tensor] | None) -> tuple[Tensor, ...
     autocast="lower",
     impls=(
         registry.Impl(
-            "cuda",
-            "cuda",
-            note="Hopper: all steps in one launch, weights on chip, 16 bits; not yet run on a GPU",
+            "cuda", "cuda", note="Hopper: all steps in one launch, weights on chip, 16 bits", proven="emulator"
         ),
         registry.Impl(
-            "cuda_step",
-            "cuda",
-            note="any size from sm_80, one launch a step for both directions; not yet run on a GPU",
+            "cuda_step", "cuda", note="any size from sm_80, one launch a step for both directions", proven="emulator"
         ),
         registry.Impl(
             "cpu",
             "cpu",
             note="C++: fp32, bf16 or int8 products; AVX2 to AVX-512 VNNI/BF16 and AMX chosen at run time",
+            proven="cpu",
         ),
     ),
     # Rounding errors of a recurrence add up over the steps.

@@ -16,19 +16,14 @@ import torch
 from torch import Tensor
 
 from ..._core import capability, registry, torch_ops
+from ..shared import packed_weights
 from ..shared.definitions import rounded_rows
 from ..shared.weight_cache import WeightCache
+from .states import as_int64, previous
 
 _packed = WeightCache()
 # The kernel's word for how factors are held -> what the backward pass rounds to.
 _ROUNDING = {"float32": None, "bfloat16": torch.bfloat16, "int8": torch.int8}
-
-
-def _room(size: int) -> Tensor:
-    """``size`` bytes that begin on a cache line."""
-    memory = torch.empty(size + 64, dtype=torch.uint8, device="cpu")
-    start = -memory.data_ptr() % 64
-    return memory[start : start + size]
 
 
 def _pack(weight_hh: Tensor, weight_proj: Tensor | None, kind: str) -> Tensor:
@@ -45,15 +40,15 @@ def _pack(weight_hh: Tensor, weight_proj: Tensor | None, kind: str) -> Tensor:
         if back:
             hh = rounded_rows(hh, _ROUNDING[held])
             proj = None if proj is None else rounded_rows(proj, _ROUNDING[held])
-        hidden, size = hh.shape[0] // 4, hh.shape[1]
-        facts = (hidden, size, hh.data_ptr(), _address(proj))
-        strides = (hh.stride(), None if proj is None else proj.stride(), torch.get_num_threads())
+        shape = (hh.shape[0] // 4, hh.shape[1], proj is not None)
+        weights = (hh.data_ptr(), hh.stride(), torch_ops.address(proj), () if proj is None else proj.stride())
+        threads = torch.get_num_threads()
         if back:
-            packed = _room(c.lstm_backward_packed_bytes(hidden, size, proj is not None))
-            c.lstm_pack_backward(*facts, packed.data_ptr(), *strides)
+            packed = packed_weights.on_cache_line(c.lstm_backward_packed_bytes(*shape))
+            c.lstm_pack_backward(*shape, *weights, packed.data_ptr(), threads)
         else:
-            packed = _room(c.lstm_packed_bytes(hidden, size, proj is not None, kind))
-            c.lstm_pack(*facts, packed.data_ptr(), kind, *strides)
+            packed = packed_weights.on_cache_line(c.lstm_packed_bytes(*shape, kind))
+            c.lstm_pack(*shape, kind, *weights, packed.data_ptr(), threads)
         return packed
 
     sources = (weight_hh,) if weight_proj is None else (weight_hh, weight_proj)
@@ -66,18 +61,12 @@ def _pack_input(weight_ih: Tensor, kind: str) -> Tensor:
 
     def pack() -> Tensor:
         weight = weight_ih.detach().float()
-        hidden, size = weight.shape[0] // 4, weight.shape[1]
-        packed = _room(c.lstm_input_packed_bytes(hidden, size, kind))
-        c.lstm_pack_input(
-            hidden, size, weight.data_ptr(), packed.data_ptr(), kind, weight.stride(), torch.get_num_threads()
-        )
+        shape = (weight.shape[0] // 4, weight.shape[1], kind)
+        packed = packed_weights.on_cache_line(c.lstm_input_packed_bytes(*shape))
+        c.lstm_pack_input(*shape, weight.data_ptr(), weight.stride(), packed.data_ptr(), torch.get_num_threads())
         return packed
 
     return _packed.get((weight_ih,), f"input {kind}", pack)
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -85,8 +74,19 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _lengths(lengths: Tensor | None) -> Tensor | None:
-    return None if lengths is None else lengths.to(torch.int64).contiguous()
+def _outputs(
+    x: Sequence[Tensor], weight_hh: Sequence[Tensor], save: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """output, h_n, c_n; cells and gates (before their nonlinearity) of every step, or empty."""
+    batch, steps, _ = x[0].shape
+    directions, hidden, size = len(x), weight_hh[0].shape[0] // 4, weight_hh[0].shape[1]
+    return (
+        torch_ops.allocate((batch, steps, directions * size), x[0]),
+        torch_ops.allocate((directions, batch, size), x[0]),
+        torch_ops.allocate((directions, batch, hidden), x[0]),
+        torch_ops.allocate((directions, batch, steps, hidden) if save else (0,), x[0]),
+        torch_ops.allocate((directions, batch, steps, 4 * hidden) if save else (0,), x[0]),
+    )
 
 
 def _forward(
@@ -103,52 +103,39 @@ def _forward(
     kind: str,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    outputs = _forward_fake(
-        x, weight_ih, bias, weight_hh, weight_proj, lengths, h_0, c_0, cell_clip, proj_clip, kind, save
-    )
+    outputs = _outputs(x, weight_hh, save)
     output, h_n, c_n, cells, z = outputs
     hidden, size = weight_hh[0].shape[0] // 4, weight_hh[0].shape[1]
     packed = [_pack(weight, weight_proj[r] if weight_proj else None, kind) for r, weight in enumerate(weight_hh)]
     packed_input = [_pack_input(weight, kind) for weight in weight_ih]
-    x, bias, lengths = [_rows(each) for each in x], [each.float().contiguous() for each in bias], _lengths(lengths)
+    x, bias, lengths = [_rows(each) for each in x], [each.float().contiguous() for each in bias], as_int64(lengths)
     h_0, c_0 = None if h_0 is None else h_0.contiguous(), None if c_0 is None else c_0.contiguous()
     capability.extension().lstm_forward(
-        batch=x[0].shape[0], steps=x[0].shape[1], hidden=hidden, proj_size=size, has_proj=bool(weight_proj),
-        gates=[each.data_ptr() for each in x], gates_strides=[each.stride()[:2] for each in x],
-        packed=[weights.data_ptr() for weights in packed], dtype=kind,
-        lengths=_address(lengths), h_0=_address(h_0), c_0=_address(c_0),
+        batch=x[0].shape[0], steps=x[0].shape[1], directions=len(x),
+        hidden=hidden, proj_size=size, has_projection=bool(weight_proj), weight_dtype=kind, input=x[0].shape[2],
+        x=[each.data_ptr() for each in x], x_strides=[each.stride()[:2] for each in x],
+        packed_input=[weights.data_ptr() for weights in packed_input], bias=[each.data_ptr() for each in bias],
+        packed=[weights.data_ptr() for weights in packed],
+        lengths=torch_ops.address(lengths), h_0=torch_ops.address(h_0), c_0=torch_ops.address(c_0),
         output=output.data_ptr(), output_strides=output.stride()[:2], h_n=h_n.data_ptr(), c_n=c_n.data_ptr(),
         cells=cells.data_ptr(), z=z.data_ptr(),
         cell_clip=cell_clip, proj_clip=proj_clip, threads=torch.get_num_threads(),
-        input=x[0].shape[2], packed_input=[weights.data_ptr() for weights in packed_input],
-        bias=[each.data_ptr() for each in bias] or [0] * len(x),
     )  # fmt: skip
     return outputs
 
 
-def _forward_fake(
-    x: Sequence[Tensor],
-    weight_ih: Sequence[Tensor],
-    bias: Sequence[Tensor],
-    weight_hh: Sequence[Tensor],
-    weight_proj: Sequence[Tensor],
-    lengths: Tensor | None,
-    h_0: Tensor | None,
-    c_0: Tensor | None,
-    cell_clip: float,
-    proj_clip: float,
-    kind: str,
-    save: bool,
+def _gradients(
+    weight_hh: Sequence[Tensor], weight_proj: Sequence[Tensor], cells: Tensor, z: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Uninitialised: output, h_n, c_n; cells and gates (before their nonlinearity) of every step, or empty."""
-    batch, steps, _ = x[0].shape
-    directions, hidden, size = len(x), weight_hh[0].shape[0] // 4, weight_hh[0].shape[1]
+    """Of z and of h before its clip; what was projected, or empty; of h_0 and c_0."""
+    directions, batch, steps, hidden = cells.shape
+    size = weight_hh[0].shape[1]
     return (
-        torch_ops.allocate((batch, steps, directions * size), x[0]),
-        torch_ops.allocate((directions, batch, size), x[0]),
-        torch_ops.allocate((directions, batch, hidden), x[0]),
-        torch_ops.allocate((directions, batch, steps, hidden) if save else (0,), x[0]),
-        torch_ops.allocate((directions, batch, steps, 4 * hidden) if save else (0,), x[0]),
+        torch_ops.allocate(z.shape, z),
+        torch_ops.allocate((directions, batch, steps, size), z),
+        torch_ops.allocate(cells.shape if weight_proj else (0,), z),
+        torch_ops.allocate((directions, batch, size), z),
+        torch_ops.allocate((directions, batch, hidden), z),
     )
 
 
@@ -165,19 +152,19 @@ def _backward(
     proj_clip: float,
     kind: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    found = _backward_fake(grads, weight_hh, weight_proj, lengths, c_0, output, cells, z, cell_clip, proj_clip, kind)
+    found = _gradients(weight_hh, weight_proj, cells, z)
     grad_z, grad_hidden, m, grad_h_0, grad_c_0 = found
     directions, batch, steps, hidden = cells.shape
     size = weight_hh[0].shape[1]
     grad_output, grad_h_n, grad_c_n = _rows(grads[0]), grads[1].contiguous(), grads[2].contiguous()
-    lengths, c_0 = _lengths(lengths), None if c_0 is None else c_0.contiguous()
+    lengths, c_0 = as_int64(lengths), None if c_0 is None else c_0.contiguous()
     for r in range(directions):
         # Kept until the call returns: an entry of the cache may go with its weight.
         packed = _pack(weight_hh[r], weight_proj[r] if weight_proj else None, f"{kind} back")
         columns = slice(r * size, (r + 1) * size)
         capability.extension().lstm_backward(
-            batch=batch, steps=steps, hidden=hidden, proj_size=size, has_proj=bool(weight_proj), reverse=r == 1,
-            packed=packed.data_ptr(), lengths=_address(lengths), z=z[r].data_ptr(), cells=cells[r].data_ptr(),
+            batch=batch, steps=steps, reverse=r == 1, hidden=hidden, proj_size=size, has_projection=bool(weight_proj),
+            packed=packed.data_ptr(), lengths=torch_ops.address(lengths), z=z[r].data_ptr(), cells=cells[r].data_ptr(),
             c_0=0 if c_0 is None else c_0[r].data_ptr(),
             output=output[:, :, columns].data_ptr(), output_strides=output.stride()[:2],
             grad_output=grad_output[:, :, columns].data_ptr(), grad_output_strides=grad_output.stride()[:2],
@@ -189,62 +176,8 @@ def _backward(
     return found
 
 
-def _backward_fake(
-    grads: Sequence[Tensor],
-    weight_hh: Sequence[Tensor],
-    weight_proj: Sequence[Tensor],
-    lengths: Tensor | None,
-    c_0: Tensor | None,
-    output: Tensor,
-    cells: Tensor,
-    z: Tensor,
-    cell_clip: float,
-    proj_clip: float,
-    kind: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Uninitialised: gradients of z and of h before its clip; what was projected, or empty; those of h_0 and c_0."""
-    directions, batch, steps, _ = cells.shape
-    size = weight_hh[0].shape[1]
-    return (
-        torch_ops.allocate(z.shape, z),
-        torch_ops.allocate((directions, batch, steps, size), z),
-        torch_ops.allocate(cells.shape if weight_proj else (0,), z),
-        torch_ops.allocate((directions, batch, size), z),
-        torch_ops.allocate(grads[2].shape, z),
-    )
-
-
-_fwd = torch_ops.define(
-    "lstm_cpu_fwd",
-    "(Tensor[] x, Tensor[] weight_ih, Tensor[] bias, Tensor[] weight_hh, Tensor[] weight_proj, Tensor? lengths, "
-    "Tensor? h_0, Tensor? c_0, float cell_clip, float proj_clip, str kind, bool save) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _forward,
-    _forward_fake,
-    "CPU",
-)
-_bwd = torch_ops.define(
-    "lstm_cpu_bwd",
-    "(Tensor[] grads, Tensor[] weight_hh, Tensor[] weight_proj, Tensor? lengths, Tensor? c_0, Tensor output, "
-    "Tensor cells, Tensor z, float cell_clip, float proj_clip, str kind) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _backward,
-    _backward_fake,
-    "CPU",
-)
-
-
-def _h_before(output: Tensor, h_0: Tensor | None, lengths: Tensor | None, reverse: bool) -> Tensor:
-    """h before each step of (B, T, P), in the direction's own order: h_0 (B, P) or zeros, then the output's."""
-    if output.shape[1] == 0:
-        return output
-    first = torch.zeros_like(output[:, :1]) if h_0 is None else h_0[:, None]
-    if not reverse:
-        return torch.cat((first, output[:, :-1]), dim=1)
-    shifted = torch.cat((output[:, 1:], first), dim=1)
-    if lengths is None or h_0 is None:
-        return shifted  # past a row's end the output is zero, which is its first h too
-    last = torch.arange(output.shape[1], device="cpu") == lengths[:, None] - 1
-    return torch.where(last[:, :, None], first, shifted)
+_fwd = torch_ops.define("lstm_cpu_fwd", _forward, _outputs, "CPU")
+_bwd = torch_ops.define("lstm_cpu_bwd", _backward, _gradients, "CPU")
 
 
 class _Lstm(torch.autograd.Function):
@@ -291,7 +224,7 @@ class _Lstm(torch.autograd.Function):
                 return rows.sum(0)
             if what == 3:
                 first = None if h_0 is None else h_0[r]
-                before = _h_before(output[:, :, r * size : (r + 1) * size], first, lengths, r == 1)
+                before = previous(output[:, :, r * size : (r + 1) * size], first, lengths, r == 1)
                 return rows.t() @ rounded_rows(before, rounding).flatten(0, 1)
             return grad_hidden[r].flatten(0, 1).t() @ rounded_rows(m[r], rounding).flatten(0, 1)
 
@@ -367,7 +300,7 @@ def _operands(args: Mapping[str, Any]) -> tuple[list[list[Tensor]], tuple[Any, .
 def lstm(**args: Any) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """See ``ctxfast.functional.lstm``."""
     groups, (lengths, h_0, c_0, *clips, kind) = _operands(args)
-    if registry.needs_grad(args):
+    if registry.needs_grad(*args.values()):
         if groups[0][0] is groups[0][-1]:
             groups[0] = groups[0][:1]  # one argument: torch.compile takes no tensor twice
         counts = tuple(len(group) for group in groups)

@@ -3,8 +3,7 @@
 
 Gradients of the gates, of h (before its clip) at every step and of the initial state, zeros past a row's length; the
 weights' gradients are products over all steps of what this returns. Weights are read where they lie, gates and their
-gradients lie gate by gate as a product with the weights makes them: nothing is packed. Not yet run on a GPU: the
-kernel is run on the emulator.
+gradients lie gate by gate as a product with the weights makes them: nothing is packed.
 """
 
 from __future__ import annotations
@@ -16,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ..._core import capability, torch_ops
-from . import device
+from . import cuda_autograd
+from .states import as_int64
 
 
 def plan(batch: int, hidden: int, size: int, has_proj: bool, directions: int) -> dict[str, Any]:
@@ -54,16 +54,11 @@ def _by_gate(gates: Tensor) -> Tensor:
     return gates.transpose(2, 3).contiguous().transpose(2, 3)
 
 
-def _outputs(z: Sequence[Tensor], size: int) -> list[Tensor]:
-    """As ``device.backward_outputs``, but grad_gates lie gate by gate; uninitialised."""
+def _outputs(z: Sequence[Tensor], weight_hh: Sequence[Tensor]) -> list[Tensor]:
+    """As ``cuda_autograd.backward_outputs``, but grad_gates lie gate by gate; uninitialised."""
     batch, steps, hidden, _ = z[0].shape
     by_gate = [torch_ops.allocate((batch, steps, 4, hidden), gates).transpose(2, 3) for gates in z]
-    return [
-        *by_gate,
-        torch_ops.allocate((len(z), batch, steps, size), z[0]),
-        torch_ops.allocate((len(z), batch, size), z[0], torch.float32),
-        torch_ops.allocate((len(z), batch, hidden), z[0], torch.float32),
-    ]
+    return [*by_gate, *cuda_autograd.state_gradients(z, weight_hh)]
 
 
 def _backward(
@@ -80,7 +75,7 @@ def _backward(
     cell_clip: float,  # 0: off
     proj_clip: float,
 ) -> list[Tensor]:
-    results = _outputs(z, weight_hh[0].shape[1])
+    results = _outputs(z, weight_hh)
     *grad_gates, grad_hidden, grad_h_0, grad_c_0 = results
     batch, steps, hidden, _ = z[0].shape
     size = weight_hh[0].shape[1]
@@ -91,20 +86,22 @@ def _backward(
     z = [_by_gate(gates) for gates in z]
     output, cells = _rows(output), cells.contiguous()
     grad_output = None if grad_output is None else _rows(grad_output.to(output.dtype))
-    lengths = None if lengths is None else lengths.to(torch.int64).contiguous()
+    lengths = as_int64(lengths)
     c_0, grad_h_n, grad_c_n = (
         None if tensor is None else tensor.float().contiguous() for tensor in (c_0, grad_h_n, grad_c_n)
     )
     workspace = torch_ops.allocate((found["workspace_bytes"],), output, torch.uint8)
     with torch_ops.launching(output) as stream:
         capability.extension().lstm_persistent_backward(
-            batch=batch, steps=steps, hidden=hidden, size=size, dtype=device.DTYPES[output.dtype],
+            batch=batch, steps=steps, hidden=hidden, size=size, directions=len(z),
+            has_proj=bool(weight_proj), dtype=capability.DTYPE_NAMES[output.dtype],
             weight_hh=[w.data_ptr() for w in weight_hh], weight_proj=[w.data_ptr() for w in weight_proj],
             z=[gates.data_ptr() for gates in z], z_strides=[gates.stride()[:2] for gates in z],
-            cells=cells.data_ptr(), c_0=device.address(c_0),
-            output=output.data_ptr(), output_strides=output.stride()[:2], grad_output=device.address(grad_output),
+            cells=cells.data_ptr(), c_0=torch_ops.address(c_0),
+            output=output.data_ptr(), output_strides=output.stride()[:2], grad_output=torch_ops.address(grad_output),
             grad_output_strides=(0, 0) if grad_output is None else grad_output.stride()[:2],
-            grad_h_n=device.address(grad_h_n), grad_c_n=device.address(grad_c_n), lengths=device.address(lengths),
+            grad_h_n=torch_ops.address(grad_h_n), grad_c_n=torch_ops.address(grad_c_n),
+            lengths=torch_ops.address(lengths),
             grad_gates=[grad.data_ptr() for grad in grad_gates], grad_hidden=grad_hidden.data_ptr(),
             grad_h_0=grad_h_0.data_ptr(), grad_c_0=grad_c_0.data_ptr(),
             workspace=workspace.data_ptr(), workspace_bytes=workspace.numel(),
@@ -113,21 +110,4 @@ def _backward(
     return results
 
 
-def _backward_fake(
-    z: Sequence[Tensor],
-    weight_hh: Sequence[Tensor],
-    weight_proj: Sequence[Tensor],
-    lengths: Tensor | None,
-    c_0: Tensor | None,
-    output: Tensor,
-    cells: Tensor,
-    grad_output: Tensor | None,
-    grad_h_n: Tensor | None,
-    grad_c_n: Tensor | None,
-    cell_clip: float,
-    proj_clip: float,
-) -> list[Tensor]:
-    return _outputs(z, weight_hh[0].shape[1])
-
-
-_bwd = torch_ops.define("lstm_cuda_bwd", device.BWD_SCHEMA, _backward, _backward_fake, "CUDA")
+_bwd = torch_ops.define("lstm_cuda_bwd", _backward, _outputs, "CUDA")

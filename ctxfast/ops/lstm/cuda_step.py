@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``lstm`` on any GPU from sm_80 and of any size: one fused launch a step, both directions in it.
 
-Weights stream from the L2 cache at every step. Not yet run on a GPU: the kernels are run on the emulator.
+Weights stream from the L2 cache at every step.
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..._core import capability, torch_ops
-from . import device
+from . import cuda_autograd
+from .states import as_int64
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def _fragments(matrix: Tensor) -> Tensor:
@@ -41,13 +44,13 @@ def _gate_tiles(weight_hh: Tensor) -> Tensor:
 _ORDERS = {
     "gates": _gate_tiles,
     "proj": lambda weight: weight,
-    "gates_t": lambda weight: device.cell_major(weight).t(),
+    "gates_t": lambda weight: cuda_autograd.cell_major(weight).t(),
     "proj_t": lambda weight: weight.t(),
 }
 
 
 def _pack(kind: str, weights: Sequence[Tensor]) -> list[Tensor]:
-    # At every call, some tens of microseconds for ELMo's layer: see device.input_gates.
+    # At every call, some tens of microseconds for ELMo's layer: see cuda_autograd.input_gates.
     return [_fragments(_ORDERS[kind](weight)) for weight in weights]
 
 
@@ -55,7 +58,7 @@ def _shape(gates: Sequence[Tensor], weight_hh: Sequence[Tensor], weight_proj: Se
     batch, steps, hidden, _ = gates[0].shape
     return dict(
         batch=batch, steps=steps, hidden=hidden, size=weight_hh[0].shape[1], directions=len(gates),
-        has_proj=bool(weight_proj), dtype=device.DTYPES[gates[0].dtype],
+        has_proj=bool(weight_proj), dtype=capability.DTYPE_NAMES[gates[0].dtype],
     )  # fmt: skip
 
 
@@ -75,12 +78,12 @@ def _forward(
     proj_clip: float,
     save_cells: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    outputs = _forward_fake(gates, weight_hh, weight_proj, lengths, h_0, c_0, cell_clip, proj_clip, save_cells)
+    outputs = cuda_autograd.forward_outputs(gates, weight_hh, save_cells)
     output, h_n, c_n, cells = outputs
     shape = _shape(gates, weight_hh, weight_proj)
-    gates = [device.walkable(gate) for gate in gates]
+    gates = [cuda_autograd.walkable(gate) for gate in gates]
     packed_gates, packed_proj = _pack("gates", weight_hh), _pack("proj", weight_proj)
-    lengths = None if lengths is None else lengths.to(torch.int64).contiguous()
+    lengths = as_int64(lengths)
     h_0, c_0 = (None if state is None else state.contiguous() for state in (h_0, c_0))
     workspace = _workspace(shape, False, output)
     with torch_ops.launching(output) as stream:
@@ -88,26 +91,12 @@ def _forward(
             **shape, gates=[gate.data_ptr() for gate in gates], gates_strides=[gate.stride()[:2] for gate in gates],
             packed_gates=[weights.data_ptr() for weights in packed_gates],
             packed_proj=[weights.data_ptr() for weights in packed_proj],
-            lengths=device.address(lengths), h_0=device.address(h_0), c_0=device.address(c_0),
+            lengths=torch_ops.address(lengths), h_0=torch_ops.address(h_0), c_0=torch_ops.address(c_0),
             cell_clip=cell_clip, proj_clip=proj_clip, output=output.data_ptr(), h_n=h_n.data_ptr(),
             c_n=c_n.data_ptr(), cells=cells.data_ptr() if save_cells else 0,
             workspace=workspace.data_ptr(), workspace_bytes=workspace.numel(), stream=stream,
         )  # fmt: skip
     return outputs
-
-
-def _forward_fake(
-    gates: Sequence[Tensor],
-    weight_hh: Sequence[Tensor],
-    weight_proj: Sequence[Tensor],
-    lengths: Tensor | None,
-    h_0: Tensor | None,
-    c_0: Tensor | None,
-    cell_clip: float,
-    proj_clip: float,
-    save_cells: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return device.forward_outputs(gates, weight_hh[0].shape[1], save_cells)
 
 
 def _backward(
@@ -124,12 +113,12 @@ def _backward(
     cell_clip: float,
     proj_clip: float,
 ) -> list[Tensor]:
-    results = device.backward_outputs(z, weight_hh[0].shape[1])
+    results = cuda_autograd.backward_outputs(z, weight_hh)
     *grad_gates, grad_hidden, grad_h_0, grad_c_0 = results
     shape = _shape(z, weight_hh, weight_proj)
-    z = [device.walkable(gates) for gates in z]
+    z = [cuda_autograd.walkable(gates) for gates in z]
     packed_gates, packed_proj = _pack("gates_t", weight_hh), _pack("proj_t", weight_proj)
-    lengths = None if lengths is None else lengths.to(torch.int64).contiguous()
+    lengths = as_int64(lengths)
     output, cells = output.contiguous(), cells.contiguous()
     grad_output = None if grad_output is None else grad_output.to(output.dtype).contiguous()
     c_0, grad_h_n, grad_c_n = (
@@ -141,9 +130,9 @@ def _backward(
             **shape, z=[gates.data_ptr() for gates in z], z_strides=[gates.stride()[:2] for gates in z],
             packed_gates_t=[weights.data_ptr() for weights in packed_gates],
             packed_proj_t=[weights.data_ptr() for weights in packed_proj],
-            lengths=device.address(lengths), c_0=device.address(c_0), cells=cells.data_ptr(),
-            output=output.data_ptr(), grad_output=device.address(grad_output), grad_h_n=device.address(grad_h_n),
-            grad_c_n=device.address(grad_c_n), cell_clip=cell_clip, proj_clip=proj_clip,
+            lengths=torch_ops.address(lengths), c_0=torch_ops.address(c_0), cells=cells.data_ptr(),
+            output=output.data_ptr(), grad_output=torch_ops.address(grad_output), grad_h_n=torch_ops.address(grad_h_n),
+            grad_c_n=torch_ops.address(grad_c_n), cell_clip=cell_clip, proj_clip=proj_clip,
             grad_gates=[grad.data_ptr() for grad in grad_gates], grad_hidden=grad_hidden.data_ptr(),
             grad_h_0=grad_h_0.data_ptr(), grad_c_0=grad_c_0.data_ptr(),
             workspace=workspace.data_ptr(), workspace_bytes=workspace.numel(), stream=stream,
@@ -151,38 +140,21 @@ def _backward(
     return results
 
 
-def _backward_fake(
-    z: Sequence[Tensor],
-    weight_hh: Sequence[Tensor],
-    weight_proj: Sequence[Tensor],
-    lengths: Tensor | None,
-    c_0: Tensor | None,
-    output: Tensor,
-    cells: Tensor,
-    grad_output: Tensor | None,
-    grad_h_n: Tensor | None,
-    grad_c_n: Tensor | None,
-    cell_clip: float,
-    proj_clip: float,
-) -> list[Tensor]:
-    return device.backward_outputs(z, weight_hh[0].shape[1])
-
-
-_fwd = torch_ops.define("lstm_cuda_step_fwd", device.FWD_SCHEMA, _forward, _forward_fake, "CUDA")
-_bwd = torch_ops.define("lstm_cuda_step_bwd", device.BWD_SCHEMA, _backward, _backward_fake, "CUDA")
-_recurrence = device.recurrence(_fwd, _bwd)
+_fwd = torch_ops.define("lstm_cuda_step_fwd", _forward, cuda_autograd.forward_outputs, "CUDA")
+_bwd = torch_ops.define("lstm_cuda_step_bwd", _backward, cuda_autograd.backward_outputs, "CUDA")
+_recurrence = cuda_autograd.recurrence(_fwd, _bwd)
 
 
 def supports(args: Mapping[str, Any]) -> str | None:
     """None, or why the per-step kernels cannot run this call."""
-    return device.objection(args, tuple(device.DTYPES), (8, 0))
+    return cuda_autograd.objection(args, _DTYPES, (8, 0))
 
 
 def lstm(**args: Any) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """See ``ctxfast.functional.lstm``."""
-    return device.run(_fwd, _recurrence, args)
+    return cuda_autograd.run(_fwd, _recurrence, args)
 
 
 def raw_calls(args: Mapping[str, Any]) -> list[tuple[Any, tuple]]:
     """The registered operators behind one call, with arguments for torch.library.opcheck."""
-    return device.raw_calls(_fwd, _bwd, args)
+    return cuda_autograd.raw_calls(_fwd, _bwd, args)

@@ -67,13 +67,7 @@ def _check(args: Mapping[str, Any]) -> None:
     reference=reference,
     check=_check,
     autocast="keep",
-    impls=(
-        registry.Impl(
-            "cuda",
-            "cuda",
-            note="one pass over all layers, fp32 accumulation (not yet run on a GPU)",
-        ),
-    ),
+    impls=(registry.Impl("cuda", "cuda", note="one pass over all layers, fp32 accumulation", proven="emulator"),),
 )
 def scalar_mix(
     tensors: Sequence[Tensor] | Tensor,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``scalar_mix`` on CUDA: one pass over all layers, fp32 accumulation. Not yet run on a GPU.
+"""``scalar_mix`` on CUDA: one pass over all layers, fp32 accumulation.
 
 The K weights (gamma times the softmax) are made by torch outside, so autograd carries their gradient on from the one
 the kernel returns.
@@ -13,69 +13,51 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._core import capability, torch_ops
+from ..._core import capability, registry, torch_ops
 
 _MAX_LAYERS = 64  # the kernel takes the layers' addresses by value
-_DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def _stream(tensor: Tensor) -> int:
-    return torch.cuda.current_stream(tensor.device).cuda_stream
+def _output(layers: Sequence[Tensor]) -> Tensor:
+    return torch_ops.allocate(layers[0].shape, layers[0])
 
 
 def _forward(layers: Sequence[Tensor], weights: Tensor) -> Tensor:
-    output = _forward_fake(layers, weights)
+    output = _output(layers)
     layers = [layer.contiguous() for layer in layers]
-    with torch.cuda.device(output.device):
+    with torch_ops.launching(output) as stream:
         capability.extension().scalar_mix_forward(
+            num_inputs=len(layers), numel=output.numel(), dtype=capability.DTYPE_NAMES[output.dtype],
             inputs=[layer.data_ptr() for layer in layers], weights=weights.data_ptr(), output=output.data_ptr(),
-            numel=output.numel(), dtype=_DTYPES[output.dtype], stream=_stream(output),
+            stream=stream,
         )  # fmt: skip
     return output
 
 
-def _forward_fake(layers: Sequence[Tensor], weights: Tensor) -> Tensor:
-    return torch_ops.allocate(layers[0].shape, layers[0])
+def _gradients(layers: Sequence[Tensor], weights: Tensor) -> list[Tensor]:
+    """Of every layer, then of the weights."""
+    return [torch_ops.allocate(each.shape, each) for each in (*layers, weights)]
 
 
 def _backward(grad: Tensor, layers: Sequence[Tensor], weights: Tensor) -> list[Tensor]:
-    """Gradients of every layer, then of the weights."""
-    *grad_layers, grad_weights = _backward_fake(grad, layers, weights)
+    *grad_layers, grad_weights = _gradients(layers, weights)
     grad, layers = grad.contiguous(), [layer.contiguous() for layer in layers]
     c = capability.extension()
     size = c.scalar_mix_workspace_bytes(len(layers), grad.numel())
     workspace = torch_ops.allocate((size,), grad, torch.uint8)
-    with torch.cuda.device(grad.device):
+    with torch_ops.launching(grad) as stream:
         c.scalar_mix_backward(
+            num_inputs=len(layers), numel=grad.numel(), dtype=capability.DTYPE_NAMES[grad.dtype],
             grad_output=grad.data_ptr(), inputs=[layer.data_ptr() for layer in layers], weights=weights.data_ptr(),
             grad_inputs=[layer.data_ptr() for layer in grad_layers], grad_weights=grad_weights.data_ptr(),
-            workspace=workspace.data_ptr(), workspace_bytes=size,
-            numel=grad.numel(), dtype=_DTYPES[grad.dtype], stream=_stream(grad),
+            workspace=workspace.data_ptr(), workspace_bytes=size, stream=stream,
         )  # fmt: skip
     return [*grad_layers, grad_weights]
 
 
-def _backward_fake(grad: Tensor, layers: Sequence[Tensor], weights: Tensor) -> list[Tensor]:
-    return [
-        *(torch_ops.allocate(layer.shape, layer) for layer in layers),
-        torch_ops.allocate(weights.shape, weights),
-    ]
-
-
-_fwd = torch_ops.define(
-    "scalar_mix_cuda_fwd",
-    "(Tensor[] layers, Tensor weights) -> Tensor",
-    _forward,
-    _forward_fake,
-    "CUDA",
-)
-_bwd = torch_ops.define(
-    "scalar_mix_cuda_bwd",
-    "(Tensor grad, Tensor[] layers, Tensor weights) -> Tensor[]",
-    _backward,
-    _backward_fake,
-    "CUDA",
-)
+_fwd = torch_ops.define("scalar_mix_cuda_fwd", _forward, _output, "CUDA")
+_bwd = torch_ops.define("scalar_mix_cuda_bwd", _backward, _gradients, "CUDA")
 
 
 class _ScalarMix(torch.autograd.Function):
@@ -126,7 +108,7 @@ def scalar_mix(
 ) -> Tensor:
     """See ``ctxfast.functional.scalar_mix``."""
     weights = _weights(scalar_parameters, gamma)
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (weights, *tensors)):
+    if registry.needs_grad(weights, tensors):
         return _ScalarMix.apply(weights, *tensors)
     return _fwd(list(tensors), weights)
 

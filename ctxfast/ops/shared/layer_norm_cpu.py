@@ -12,7 +12,7 @@ from ..._core import capability
 
 MAX_SIZE = 8192  # elements of a row: the kernel keeps it on its stack
 
-Source = tuple[int, int, int, int, bool]  # see csrc/layer_norm/bind_cpu.cpp
+Source = tuple[int, int, int, int, bool]  # LayerNormSource of csrc/layer_norm/layer_norm.h
 
 
 def why_not(name: str, rows: Tensor, dropout_p: float) -> str | None:
@@ -35,7 +35,8 @@ def layer_norm(
     weight, bias = weight.contiguous(), bias.contiguous()
     shift = None if shift is None else shift.contiguous()
     capability.extension().layer_norm_forward(
-        rows, out.shape[-1], out.dtype is torch.bfloat16, sources, 0 if shift is None else shift.data_ptr(),
+        rows, out.shape[-1], capability.DTYPE_NAMES[out.dtype], len(sources), sources,
+        0 if shift is None else shift.data_ptr(),
         weight.data_ptr(), bias.data_ptr(), eps, out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return out

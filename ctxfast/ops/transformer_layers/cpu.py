@@ -31,7 +31,7 @@ def _packed(weights: Sequence[Tensor | None], is_int8: bool) -> tuple[array, lis
 
     def address(tensor: Tensor | None) -> int:
         held.append(tensor)
-        return 0 if tensor is None else tensor.data_ptr()
+        return torch_ops.address(tensor)
 
     for i in range(0, len(weights), 2):
         weight, bias = weights[i], _vector(weights[i + 1])
@@ -58,11 +58,15 @@ def _vector(tensor: Tensor | None) -> Tensor | None:
     return tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
+def _outputs(x: Tensor, weights: Sequence[Tensor | None], all_layers: bool) -> list[Tensor]:
+    return [torch_ops.allocate(x.shape, x) for _ in range(len(weights) // TENSORS if all_layers else 1)]
+
+
 def _forward(
     x: Tensor, cu_seqlens: Tensor, weights: Sequence[Tensor | None], num_heads: int, activation: str, eps: float,
     is_int8: bool, all_layers: bool,
 ) -> list[Tensor]:  # fmt: skip
-    outputs = _forward_fake(x, cu_seqlens, weights, num_heads, activation, eps, is_int8, all_layers)
+    outputs = _outputs(x, weights, all_layers)
     x, cu_seqlens = x.contiguous(), cu_seqlens.contiguous()
     # Biases that are missing need no place in the key: what is there stands between matrices, LayerNorms have both.
     sources, places = [tensor for tensor in weights if tensor is not None], array("q", [y.data_ptr() for y in outputs])
@@ -70,28 +74,17 @@ def _forward(
     table, _held = packed_weights.CACHE.get(
         sources, (_OP, is_int8, x.dtype), lambda: _packed(weights, is_int8), _is_read
     )
+    io_dtype = capability.DTYPE_NAMES[x.dtype]
     capability.extension().transformer_layers_forward(
         x.shape[0], x.shape[1], num_heads, weights[_WIDEN].shape[0], cu_seqlens.shape[0] - 1,
-        x.dtype is torch.bfloat16, is_int8, activation, eps, x.data_ptr(), cu_seqlens.data_ptr(),
+        io_dtype, "int8" if is_int8 else io_dtype, activation, eps, x.data_ptr(), cu_seqlens.data_ptr(),
         cu_seqlens.dtype is torch.int64, table.buffer_info()[0], len(weights) // TENSORS, all_layers,
         places.buffer_info()[0], torch.get_num_threads(),
     )  # fmt: skip
     return outputs
 
 
-def _forward_fake(
-    x: Tensor, cu_seqlens: Tensor, weights: Sequence[Tensor | None], num_heads: int, activation: str, eps: float,
-    is_int8: bool, all_layers: bool,
-) -> list[Tensor]:  # fmt: skip
-    return [torch_ops.allocate(x.shape, x) for _ in range(len(weights) // TENSORS if all_layers else 1)]
-
-
-_fwd = torch_ops.define(
-    "transformer_layers_cpu_fwd",
-    "(Tensor x, Tensor cu_seqlens, Tensor?[] weights, int num_heads, str activation, float eps, bool is_int8, "
-    "bool all_layers) -> Tensor[]",
-    _forward, _forward_fake, "CPU",
-)  # fmt: skip
+_fwd = torch_ops.define("transformer_layers_cpu_fwd", _forward, _outputs, "CPU")
 
 
 class _Layer(torch.autograd.Function):
@@ -123,7 +116,7 @@ def supports(args: Mapping[str, Any]) -> str | None:
         return f"it takes float32 and bfloat16 and x is {x.dtype}."
     if x.shape[1] > 8192 or x.shape[1] // args["num_heads"] > 1024 or not 0 < wide <= 65536:
         return "it takes at most 8192 columns, heads of 1024 and 1 to 65536 columns between the last two products."
-    if args["weight_dtype"] is not None and registry.needs_grad(args):
+    if args["weight_dtype"] is not None and registry.needs_grad(*args.values()):
         return "its int8 products have no gradient."
     if capability.extension() is None:
         return capability.why_no_extension()
@@ -146,7 +139,7 @@ def transformer_layers(
 ) -> Tensor | tuple[Tensor, ...]:
     """See ``ctxfast.functional.transformer_layers``."""
     options = (num_heads, activation, eps)
-    if not registry.needs_grad(dict(x=x, weights=weights)):
+    if not registry.needs_grad(x, weights):
         forward = _forward if torch_ops.is_direct(x, cu_seqlens, *weights) else _fwd
         states = forward(x, cu_seqlens, weights, *options, weight_dtype is torch.int8, all_layers)
         return tuple(states) if all_layers else states[0]

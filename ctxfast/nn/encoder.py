@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How layers of an encoder are run. It is decided here alone: by a CUDA graph, by one call, op by op, or once more in
+the backward pass.
+
+Modules, ctxfast's and those of other packages that are swapped, describe what their layers compute with
+(``LayerWeights``). A layer that cannot be described, since a part of it was replaced, is watched or was asked to take
+an implementation of its own, is called.
+
+One call (``functional.transformer_layers``) is faster on a CPU, where calls of a short text's ops take longer than
+their arithmetic. Op by op it is on a GPU (CUDA graphs make calls free), with gradients (one call would compute layers
+again in the backward pass), under autocast, and where an op of a layer was asked for by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import functional
+from .._core import registry
+from . import tools
+from .all_rows import AllRows
+from .graphs import PackedGraphs
+
+_OPS = ("add_layer_norm", "attention", "linear_act")
+
+Layer = Callable[..., Tensor]  # (x, cu_seqlens, max_seqlen, rows) -> x
+Weight = Callable[[Tensor], Tensor] | Tensor
+
+
+class LayerOptions(NamedTuple):
+    """What a post-LN layer computes with besides its weights.
+
+    Attributes:
+        num_heads, activation, weight_dtype: as in ``functional.transformer_layers``.
+        eps: of both LayerNorms.
+        dropout_p: probabilities of dropping an attention weight, and an element before each residual.
+        by_ops: whether one call cannot compute it: something is called in the place of a product (an adapter, say).
+    """
+
+    num_heads: int
+    activation: str
+    eps: tuple[float, float]
+    weight_dtype: torch.dtype | None = None
+    dropout_p: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    by_ops: bool = False
+
+
+class LayerWeights(NamedTuple):
+    """What a post-LN layer computes with.
+
+    Attributes:
+        tensors: weight and bias of qkv, project, the attention's LayerNorm, widen, narrow and the output's LayerNorm,
+            as ``functional.transformer_layers`` takes them. What is called in the place of a product stands where its
+            weight would, and adds its bias itself.
+        options: the rest.
+    """
+
+    tensors: tuple[Weight | None, ...]
+    options: LayerOptions
+
+
+def encode(
+    function: Callable[[Sequence[Tensor | None], Tensor, int], Sequence[Tensor]],
+    module: nn.Module,
+    graphs: PackedGraphs | None,
+    tokens: Sequence[Tensor | None],
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    flags: tuple[Any, ...] = (),
+) -> Sequence[Tensor]:
+    """``function(tokens, cu_seqlens, max_seqlen)``, which runs ``module``, by a CUDA graph where one can be: see
+    ``PackedGraphs.run``. ``graphs`` None: by none."""
+    if graphs is not None and graphs.can_run(tokens[0]):
+        return graphs.run(function, module, tokens, cu_seqlens, max_seqlen, flags)
+    return function(tokens, cu_seqlens, max_seqlen)
+
+
+def run(
+    layers: Sequence[LayerWeights | Layer],
+    x: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    all_layers: bool = False,
+    rows: AllRows | None = None,
+    recompute: Callable[..., Tensor] | None = None,
+) -> list[Tensor]:
+    """Layers one after another, (T, N) -> the input and what every layer gives, or the last alone, (T, N) each.
+
+    Args:
+        layers: what each computes with, or the layer itself, where it is to be called.
+        x, cu_seqlens, max_seqlen: packed tokens.
+        all_layers: whether all are wanted.
+        rows: x holds every row of a padded batch.
+        recompute: ``recompute(layer, x, cu_seqlens, max_seqlen, rows)`` calls a layer, and once more in the backward
+            pass in place of keeping what is inside.
+    """
+    states = [x]
+    for options, group in _groups(layers, rows is None and recompute is None and _is_open(x)):
+        found = None if options is None else one_call(group, options, states[-1], cu_seqlens, max_seqlen, all_layers)
+        if found is None:
+            found = _one_by_one(group, states[-1], cu_seqlens, max_seqlen, rows, recompute)
+        states += found
+    return states if all_layers else states[-1:]
+
+
+def _is_open(x: Tensor) -> bool:
+    """Whether one call could compute layers over these tokens, as far as the layers themselves allow it."""
+    if not x.is_cpu or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        return False
+    return not any(op in _OPS or (op == "*" and name != "cpu") for op, name in registry.requested())
+
+
+def _groups(
+    layers: Sequence[LayerWeights | Layer], is_open: bool
+) -> list[tuple[LayerOptions | None, list[LayerWeights | Layer]]]:
+    """Neighbours that one call could compute together, with their options; None for those that none could."""
+    groups: list[tuple[LayerOptions | None, list[LayerWeights | Layer]]] = []
+    for layer in layers:
+        options = layer.options if is_open and type(layer) is LayerWeights else None
+        if options is not None and (options.by_ops or any(options.dropout_p) or options.eps[0] != options.eps[1]):
+            options = None
+        if groups and groups[-1][0] == options:
+            groups[-1][1].append(layer)
+        else:
+            groups.append((options, [layer]))
+    return groups
+
+
+def one_call(
+    layers: Sequence[LayerWeights],
+    options: LayerOptions,
+    x: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    all_layers: bool,
+) -> Sequence[Tensor] | None:
+    """What layers of these options give, or the last alone; None where only the definition would take such a call."""
+    spec = registry.OPS["transformer_layers"]
+    args = spec.arguments(
+        x, cu_seqlens, max_seqlen, [tensor for layer in layers for tensor in layer.tensors],
+        num_heads=options.num_heads, activation=options.activation, eps=options.eps[0],
+        weight_dtype=options.weight_dtype, all_layers=all_layers,
+    )  # fmt: skip
+    function, args = registry.prepared(spec, args)
+    if function is spec.reference:
+        return None
+    states = function(**args)
+    return states if all_layers else (states,)
+
+
+def _one_by_one(
+    layers: Sequence[LayerWeights | Layer],
+    x: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    rows: AllRows | None,
+    recompute: Callable[..., Tensor] | None,
+) -> list[Tensor]:
+    states = []
+    for layer in layers:
+        step = partial(by_ops, layer) if type(layer) is LayerWeights else layer
+        if recompute is not None:
+            step = partial(recompute, registry.with_choice(step))
+        x = step(x, cu_seqlens, max_seqlen, rows)
+        states.append(x)
+    return states
+
+
+def by_ops(layer: LayerWeights, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, rows: AllRows | None = None) -> Tensor:
+    """A layer as calls of its ops, (T, N) -> (T, N). With ``rows``, x holds every row of a padded batch."""
+    qkv, qkv_bias, project, project_bias, *norm, widen, widen_bias, narrow, narrow_bias, scale, shift = layer.tensors
+    heads, activation, (eps, last_eps), dtype, (attention_p, dropout_p, last_p), _ = layer.options
+    context = self_attention(
+        x, qkv, qkv_bias, heads, cu_seqlens, max_seqlen, rows, dropout_p=attention_p, weight_dtype=dtype
+    )
+    projected = _product(context, project, weight_dtype=dtype)
+    x = functional.add_layer_norm(projected, x, *norm, project_bias, eps=eps, dropout_p=dropout_p)
+    wide = _product(x, widen, widen_bias, activation=activation, weight_dtype=dtype)
+    narrowed = _product(wide, narrow, weight_dtype=dtype)
+    return functional.add_layer_norm(narrowed, x, scale, shift, narrow_bias, eps=last_eps, dropout_p=last_p)
+
+
+def self_attention(
+    x: Tensor,
+    weight: Weight,
+    bias: Tensor | None,
+    num_heads: int,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    rows: AllRows | None,
+    *,
+    dropout_p: float,
+    weight_dtype: torch.dtype | None,
+    impl: str | None = None,
+) -> Tensor:
+    """One product for query, key and value, then attention, (T, N) -> (T, N), heads side by side. ``impl``: of
+    attention."""
+    heads = (3, num_heads, -1)
+    # A GPU adds the bias as it loads rows for attention; on a CPU the product's epilogue adds it for nothing.
+    is_early = x.device.type == "cpu" or rows is not None
+    qkv = _product(x, weight, bias if is_early else None, weight_dtype=weight_dtype).unflatten(-1, heads)
+    if rows is not None:
+        return rows.attend(qkv, blank_is_zero=True, dropout_p=dropout_p, impl=impl).flatten(1)
+    bias = None if is_early or bias is None else bias.unflatten(0, heads)
+    return functional.attention(qkv, cu_seqlens, max_seqlen, bias, dropout_p=dropout_p, impl=impl).flatten(1)
+
+
+def _product(x: Tensor, weight: Weight, bias: Tensor | None = None, activation: str = "none", **options: Any) -> Tensor:
+    if isinstance(weight, Tensor):
+        return functional.linear_act(x, weight, bias, activation=activation, **options)
+    return tools.activated(weight(x), activation)

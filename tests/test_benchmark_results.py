@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmark suite's result files, pages, plots and comparisons."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from support.benchmark_rows import QUICK, document, row, tiny
+
+from benchmarks import measure, peers, report, results
+
+# files
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("Intel(R) Xeon(R) Processor", "intel-xeon"),
+        ("NVIDIA H100 80GB HBM3", "nvidia-h100-80gb-hbm3"),
+        ("AMD EPYC 7B13 64-Core Processor", "amd-epyc-7b13-64"),
+        ("Intel(R) Core(TM) i7-8700 CPU @ 3.20GHz", "intel-i7-8700"),
+        ("", "unknown"),
+    ],
+)
+def test_slug(name, expected):
+    assert results.slug(name) == expected
+
+
+def test_result_files_come_back_and_are_complete(tmp_path):
+    case = tiny("scalar_mix")
+    found = measure.measure(case, peers.providers(case), QUICK)
+    description = results.describe("cpu", QUICK, "2 threads", ["--op", "scalar_mix"])
+    path = results.place(str(tmp_path / "new"), description)
+    results.save(path, description, found)
+    loaded = results.load(path)
+    assert path.name == f"{description['machine']}-{description['date'][:10]}-{description['commit']}.json"
+    assert [each.provider for each in loaded["rows"]] == [each.provider for each in found]
+    assert loaded["rows"][1].median_ms == pytest.approx(found[1].median_ms, rel=1e-4)
+    assert loaded["facts"]["torch"] == torch.__version__ and loaded["dirty"] in (True, False, None)
+    assert list(path.parent.iterdir()) == [path]  # no temporary file stays
+    assert results.place(str(tmp_path / "new"), description).stem == path.stem + "-2"
+    with pytest.raises(FileExistsError, match="--overwrite"):
+        results.place(str(path), description)
+    assert results.place(str(path), description, overwrite=True) == path
+
+
+@pytest.mark.parametrize("content, words", [("{", "is not JSON"), ("[]", "schema None"), ('{"schema": 9}', "schema 9")])
+def test_what_is_no_result_file_is_refused(tmp_path, content, words):
+    path = tmp_path / "x.json"
+    with pytest.raises(FileNotFoundError, match="there is no result file"):
+        results.load(path)
+    path.write_text(content)
+    with pytest.raises(ValueError, match=words):
+        results.load(path)
+    path.write_text(json.dumps({"schema": 1, "rows": [{"nonsense": 1}]}))
+    with pytest.raises(ValueError, match="cannot read"):
+        results.load(path)
+
+
+# pages
+
+
+@pytest.fixture
+def pages():
+    lost = "op/lost/float32/forward/cpu"
+    return document(
+        [
+            row("ctxfast cpu", 2.0, ours=True, chosen=True),
+            row("ctxfast reference", 6.0, ours=True),
+            row("ctxfast triton", 3.0, ours=True),
+            row("peer", 4.0),
+            row("gone", None, status="not installed", note="not installed (pip install gone)"),
+            row("ctxfast reference", 4.0, ours=True, chosen=True, case=lost),
+            row("quick peer", 1.0, case=lost),
+            row("bad peer", None, status="wrong", note="output 0 is off", case=lost),
+        ]
+    )
+
+
+def test_summaries(pages):
+    won, lost = report.summarise(pages["rows"])
+    assert won.ours.provider == "ctxfast cpu" and won.best.provider == "peer"
+    assert [each.provider for each in won.peers] == ["peer", "ctxfast reference"]
+    assert [each.provider for each in won.siblings] == ["ctxfast triton"]
+    assert won.ratio(won.best) == 2.0
+    assert lost.ratio(lost.best) == 0.25 and not lost.siblings
+
+
+def test_the_page_shows_losses_and_who_is_missing(pages):
+    text = report.markdown(pages, "plot.png")
+    assert "| op: w | float32 | cpu | 2 |" in text and "| peer | 2x | ctxfast reference 3x |" in text
+    assert "| quick peer | **0.25x** |" in text
+    assert "ctxfast triton, 1.5x" in text
+    assert "- gone: not installed (pip install gone) (1 case of op)" in text
+    assert "- bad peer: WRONG: output 0 is off" in text
+    assert "(plot.png)" in text and "other programs kept 0.25 cores busy" in text
+
+
+def test_the_page_of_a_case_without_our_time():
+    rows = [row("ctxfast cpu", None, ours=True, chosen=True, status="wrong", note="output 0 is off"), row("peer", 4.0)]
+    assert "no time: wrong, output 0 is off" in report.markdown(document(rows))
+
+
+def test_page_and_plot_are_written_beside_the_file(pages, tmp_path):
+    pytest.importorskip("matplotlib", reason="needs matplotlib, for the plot")
+    page, picture = report.write(pages, tmp_path / "a.json")
+    assert page.name == "a.md" and "(a.png)" in page.read_text()
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    (only,) = report.write(document([row("peer", None, status="cannot run")]), tmp_path / "b.json")
+    assert only.name == "b.md"
+
+
+def test_compare():
+    old = document([row("a", 4.0), row("b", 4.0), row("c", 4.0), row("gone", 1.0), row("never", None)])
+    new = document([row("a", 2.0), row("b", 8.0), row("c", 4.1), row("new", 1.0), row("never", None)], commit="def")
+    lines = {line.rsplit(": ")[-1]: line for line in report.compare(old, new).splitlines() if ": " in line}
+    assert "2.00x  faster" in lines["a"] and "0.50x  slower" in lines["b"] and "same" in lines["c"]
+    assert "only new" in lines["new"] and "only old" in lines["gone"] and "never" not in lines
+    assert "different machines" in report.compare(old, document([], machine="other"))
+
+
+def test_noise_is_no_change():
+    old = row("a", 4.0, p20_ms=3.0, p80_ms=5.0)
+    new = row("a", 2.0, p20_ms=1.0, p80_ms=3.5)
+    assert report.verdict(old, new) == "same"
+    assert report.verdict(old, dataclasses.replace(new, p80_ms=2.9)) == "faster"
