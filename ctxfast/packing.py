@@ -110,10 +110,7 @@ class Packing:
 
     @classmethod
     def from_lengths(
-        cls,
-        lengths: Tensor | Sequence[int],
-        seqlen: int | None = None,
-        device: torch.device | str | None = None,
+        cls, lengths: Tensor | Sequence[int], seqlen: int | None = None, device: torch.device | str | None = None
     ) -> Packing:
         """Packing of right-padded texts; waits for a GPU once if ``lengths`` lies there, else not at all.
 
@@ -150,14 +147,7 @@ class Packing:
         # Each text moves on by the padding of all texts before it.
         shift = torch.arange(len(host_lengths), device="cpu") * seqlen - cu_seqlens[:-1]
         indices = torch.arange(sum(host_lengths), device="cpu") + shift.repeat_interleave(per_row)
-        return cls(
-            indices.to(device),
-            cu_seqlens.to(device),
-            longest,
-            len(host_lengths),
-            seqlen,
-            host_lengths,
-        )
+        return cls(indices.to(device), cu_seqlens.to(device), longest, len(host_lengths), seqlen, host_lengths)
 
     @classmethod
     def full(cls, batch_size: int, seqlen: int, device: torch.device | str | None = None) -> Packing:

@@ -51,10 +51,7 @@ def add(parser: argparse.ArgumentParser, **defaults: Any) -> None:
     add("--optimizer", default=own["optimizer"], help="adamw, bert_adam, lamb or adagrad (%(default)s)")
     add("--weight-decay", type=float, default=own["weight_decay"], help="(%(default)s)")
     add(
-        "--max-grad-norm",
-        type=float,
-        default=own["max_grad_norm"],
-        help="clip gradients to it; 0: never (%(default)s)",
+        "--max-grad-norm", type=float, default=own["max_grad_norm"], help="clip gradients to it; 0: never (%(default)s)"
     )
     add("--amp", default="no", help="no, bf16 or fp16: compute in half precision (%(default)s)")
     add("--seed", type=int, default=0, help="of data order, dropout and new weights (%(default)s)")

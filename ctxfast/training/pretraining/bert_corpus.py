@@ -316,11 +316,7 @@ class BertCorpus:
 
     @classmethod
     def _write_shards(
-        cls,
-        make: _ShardMaker,
-        documents: Iterator[list[str]],
-        workers: int,
-        say: Callable[[str], None] | None,
+        cls, make: _ShardMaker, documents: Iterator[list[str]], workers: int, say: Callable[[str], None] | None
     ) -> int:
         count = 0
 
