@@ -102,6 +102,8 @@ def run(task: TaskCommand, args: argparse.Namespace) -> int:
     is_done = args.predict_only or args.evaluate_only
     loop_options.check_files(args, who, "train", "dev", "test")
     loop_options.check_model(args.model, who)
+    if not is_done:
+        loop_options.check_output(args, who, "model", "train", "dev", "test")
     if is_done and (args.test is None or args.train is not None or args.dev is not None):
         raise ValueError(
             f"ctxfast.{who}: --predict-only and --evaluate-only take --test alone; expected it and no other data."
@@ -128,17 +130,6 @@ def _given(args: argparse.Namespace, names: Iterable[str]) -> list[str]:
 
 def _option(name: str) -> str:
     return "--" + name.replace("_", "-")
-
-
-def _check_used(args: argparse.Namespace, form: str) -> None:
-    """Refuse what this form of model has no use for."""
-    wrong = _given(args, ("lstm_hidden", "lstm_layers", "dropout") if form == "bert" else _OF_WINDOWS)
-    if wrong:
-        found = "all of BERT is trained" if form == "bert" else "an LSTM reads texts whole"
-        raise ValueError(
-            f"ctxfast.finetune: {_option(wrong[0])} is given, but {found}; expected it only "
-            f"{'with --features, or ELMo' if form == 'bert' else 'without --features, and for BERT'}."
-        )
 
 
 class _FineTune:
@@ -177,6 +168,21 @@ class _FineTune:
             kinds = many([repr(label) for label in dict.fromkeys(new)])
             self._note(f"{path}: {len(new):,} labels that training lacks, {kinds}; they count as wrong")
 
+    def _check_used(self, form: str) -> None:
+        """Refuse what this form of model has no use for."""
+        args = self.args
+        if form == "bert":
+            from ...models.bert.modeling import Bert
+
+            loop_options.check_impl(args, f"finetune {self.task.name}", Bert.ops)
+        wrong = _given(args, ("lstm_hidden", "lstm_layers", "dropout") if form == "bert" else _OF_WINDOWS)
+        if wrong:
+            found = "all of BERT is trained" if form == "bert" else "an LSTM reads texts whole"
+            raise ValueError(
+                f"ctxfast.finetune: {_option(wrong[0])} is given, but {found}; expected it only "
+                f"{'with --features, or ELMo' if form == 'bert' else 'without --features, and for BERT'}."
+            )
+
     def _choice(self, train: list[Any]) -> Any:
         from ...training.tasks.build import Choice
 
@@ -208,7 +214,7 @@ class _FineTune:
         group = join(args.parallel, args.device)
         torch.manual_seed(args.seed)
         predictor = build(task.name, args.model, labels, choice, device=group.device)
-        _check_used(args, predictor.form)
+        self._check_used(predictor.form)
         chosen = self._fit(predictor, data, choice, group)
         if group.is_first:
             self._judge_all(chosen, {name: data[name] for name in ("dev", "test") if name in data}, group.device)
@@ -265,6 +271,10 @@ class _FineTune:
         for name, examples in data.items():
             self._judge(predictor, name, examples, directory)
 
+    def _judged(self, name: str, directory: Path) -> tuple[Path, Path]:
+        """Files of predictions and of figures."""
+        return directory / f"predictions-{name}.{self.task.suffix}", directory / f"scores-{name}.json"
+
     def _judge(self, predictor: Any, name: str, examples: list[Any], directory: Path) -> None:
         """Predict, write predictions and figures, print the figures."""
         import json
@@ -275,24 +285,27 @@ class _FineTune:
         predictions = predictor.predict(examples)
         for what, count in predictor.lost.items():
             self._say(f"{name}: {count:,} {what}")
-        file = directory / f"predictions-{name}.{self.task.suffix}"
-        written = predictor.write_predictions(file, examples, predictions)
+        predicted, judged = self._judged(name, directory)
+        written = predictor.write_predictions(predicted, examples, predictions)
         if self.args.predict_only:
             self._say(f"{len(examples):,} examples: {written[0]}")
             return
         figures = predictor.scores(examples, predictions)
-        write_text(directory / f"scores-{name}.json", json.dumps(figures, indent=1) + "\n")
+        write_text(judged, json.dumps(figures, indent=1) + "\n")
         shown = ", ".join(f"{key} {value:.4f}" for key, value in figures.items())
         if not self.args.quiet:
             print(f"{name}: {shown}")
 
     def predict_only(self) -> int:
+        from ..._core.files import check_apart
         from ...training.loop.parallel import join
         from ...training.tasks.build import load
         from ...training.tasks.metrics import check_libraries
         from ...training.tasks.predictor import SETTINGS_FILE
 
         args, task = self.args, self.task
+        made = self._judged("test", Path(args.output))
+        check_apart(f"ctxfast.finetune {task.name}", {"the output": made}, {"--test": [args.test]})
         is_ours = (Path(args.model) / SETTINGS_FILE).is_file()
         # A model of Hugging Face's does not say how a predicate is marked.
         wrong = _given(args, (*_MADE_WITH, "regression", *(["predicate"] if is_ours else [])))
@@ -305,7 +318,7 @@ class _FineTune:
         if not is_ours:
             changes |= task.foreign_changes(args)
         predictor = load(args.model, task=task.name, device=join("no", args.device).device, changes=changes)
-        _check_used(args, predictor.form)
+        self._check_used(predictor.form)
         task.follow(args, predictor)
         if args.evaluate_only:
             check_libraries(task.name, is_spans=predictor.is_spans)
