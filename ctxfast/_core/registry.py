@@ -36,7 +36,7 @@ from . import capability, fast_call, torch_ops
 HALF_AND_FLOAT = (torch.float32, torch.float16, torch.bfloat16)
 CEILING = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 # What an implementation has run on -> what is said of it where it stands.
-PROVEN = {
+PROVEN: dict[str | None, str] = {
     "cpu": "",
     "emulator": "run on the emulator alone, on no GPU",
     "interpreter": "run in Triton's interpreter alone, on no GPU",
@@ -89,7 +89,7 @@ class Impl:
         return self.name if self.device in (self.proven, "any") else f"{self.name} ({self.proven})"
 
 
-@capability.constant  # to trace the import torch.compile would refuse
+@capability.constant  # torch.compile would refuse to trace the import
 def _load(path: str) -> bool:
     """Import a module."""
     if path not in sys.modules:
