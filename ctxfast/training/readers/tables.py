@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..._core.checks import shown
-from .lines import data_suffix, fail, parse_json, read_text
+from .files import data_suffix, fail, parse_json, read_text
 from .notes import Say, first_row_note, label_notes, many, tell
 
 Column = str | int
