@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The result files that are committed: those that later ones replace, and README's table of figures."""
+"""The result files that are committed: what later ones replace, README's table of figures and the list of all."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ _README = (
     ("BERT-Base, 32 texts of 7 to 121 tokens", f"bert/bert-base {_RAGGED}/float32/forward/cpu", _HUGGING_FACE),
     ("the same in int8", f"bert/bert-base {_RAGGED}/float32+int8/forward/cpu", "Hugging Face, dynamic int8"),
     ("BERT-Base, one text of 128 tokens", "bert/bert-base 1x128/float32/forward/cpu", _HUGGING_FACE),
+    ("BERT-Base, one text of 16 tokens", "bert/bert-base 1x16/float32/forward/cpu", _HUGGING_FACE),
     ("MiniLM-L6, 32 texts in bfloat16", f"bert/minilm {_RAGGED}/bfloat16/forward/cpu", _HUGGING_FACE),
     ("ELMo, one sentence of 20 words", "elmo/original 1x20 words/float32/forward/cpu", _PLAIN),
     ("ELMo, 32 such, bfloat16 products", "elmo/original 32x20 words/float32+bf16/forward/cpu", f"{_PLAIN}, bfloat16"),
@@ -93,16 +94,58 @@ def prune(folder: Path = results.FOLDER) -> list[str]:
     return lines
 
 
-def figures(folder: Path = results.FOLDER) -> str:
-    """README's table, with the sentence that says where it comes from."""
-    group = _of_readme(_documents(folder))
-    first = group[0]
-    summaries = {s.case: s for document in group for s in report.summarise(document["rows"])}
-    names = sorted(path.stem for path, document in _documents(folder).items() if document in group)
-    pages = " and ".join(f"[page](benchmarks/results/{name}.md)" for name in names)
+def _newest(folder: Path) -> list[tuple[Path, Document, report.Summary]]:
+    """Every case of every machine where it was measured last, sorted by machine and case."""
+    found: dict[tuple[str, str], tuple[Path, Document, report.Summary]] = {}
+    for path, document in _documents(folder).items():
+        for s in report.summarise(document["rows"]):
+            if s.ours is not None and s.best is not None:
+                found.setdefault((document["machine"], s.case), (path, document, s))
+    return [found[key] for key in sorted(found)]
+
+
+def index(folder: Path = results.FOLDER) -> str:
+    """The page of the folder: the newest figure of every machine and case."""
+    newest = _newest(folder)
     lines = [
-        f"{first['facts']['cpu']}; {first['date'][:10]}, commit {first['commit']}; float32 unless said. Ratio: the "
-        f"peer's time over ctxfast's, all measured in turn. Every row and peer: {pages}.",
+        "# The newest figures",
+        "",
+        "Written by `python -m benchmarks --readme`: every case of every machine, where it was measured last. Ratio: "
+        "the fastest peer's time over ctxfast's, measured in turn in one run; **bold** where the peer is faster. All "
+        "peers and what the machine did meanwhile: the page behind the date.",
+    ]
+    for machine in sorted({document["machine"] for _, document, _ in newest}):
+        group = [(path, document, s) for path, document, s in newest if document["machine"] == machine]
+        lost = sum(s.ratio(s.best) < 1 for _, _, s in group)
+        lines += [
+            "",
+            f"## {machine}: {len(group)} cases, a peer is faster in {lost}",
+            "",
+            "| case | dtype, pass | ctxfast | fastest peer | ratio | measured |",
+            "|---|---|---:|---|---:|---|",
+        ]
+        for path, document, s in group:
+            ratio = f"{s.ratio(s.best):.2f}x"
+            ratio = f"**{ratio}**" if s.ratio(s.best) < 1 else ratio
+            page = f"[{document['date'][:10]}]({path.stem}.md)"
+            time = results.number(s.ours.median_ms)
+            lines.append(f"| {s.title} | {s.detail} | {time} ms | {s.best.provider} | {ratio} | {page} |")
+    return "\n".join(lines) + "\n"
+
+
+def figures(folder: Path = results.FOLDER) -> str:
+    """README's table, with the sentences that say where it comes from and how many cases are lost."""
+    documents = _documents(folder)
+    group = _of_readme(documents)
+    first = group[0]
+    of_machine = [s for _, document, s in _newest(folder) if document["machine"] == first["machine"]]
+    lost = sum(s.ratio(s.best) < 1 for s in of_machine)
+    summaries = {s.case: s for document in group for s in report.summarise(document["rows"])}
+    names = sorted(path.stem for path, document in documents.items() if document in group)
+    pages = ", ".join(f"[{number}](benchmarks/results/{name}.md)" for number, name in enumerate(names, 1))
+    lines = [
+        f"{first['facts']['cpu']}, {first['date'][:10]}, commit {first['commit']}; float32 unless said. Ratio: the "
+        f"peer's time over ctxfast's, measured in turn. All rows and peers of this run: {pages}.",
         "",
         "| case | ctxfast | fastest peer | ratio | as most run it | ratio |",
         "|---|---:|---|---:|---|---:|",
@@ -113,13 +156,15 @@ def figures(folder: Path = results.FOLDER) -> str:
         shown = (peers[0], next(row for row in peers if row.provider == usual))
         cells = [cell for row in shown for cell in (row.provider, f"{s.ratio(row):.2f}x")]
         lines.append(f"| {words} | {results.number(s.ours.median_ms)} ms | {' | '.join(cells)} |")
+    newest = "[newest figures](benchmarks/results/README.md)"
+    lines += ["", f"In the {newest} of this machine a peer is faster in {lost} of {len(of_machine)} cases."]
     return "\n".join(lines) + "\n"
 
 
-def with_figures(readme: str) -> str:
+def with_figures(readme: str, folder: Path = results.FOLDER) -> str:
     """README with its table rendered anew."""
     before, _, rest = readme.partition(_BEGIN)
     _, end, after = rest.partition(_END)
     if not end:
         raise ValueError(f"benchmarks: README lacks the lines {_BEGIN.strip()!r} and {_END.strip()!r}.")
-    return before + _BEGIN + figures() + _END + after
+    return before + _BEGIN + figures(folder) + _END + after

@@ -114,8 +114,9 @@ def _machine_lines(document: dict[str, Any]) -> list[str]:
         f"- commit {document['commit']}{dirty}; {versions}; `{document['command']}`",
         f"- {settings['threads']}; {load}; everybody passed parity before being timed; rounds in turn, medians",
     ]
-    if document.get("taken_out"):
-        lines.append(f"- {document['taken_out']} cases are left out here: later runs have measured them again")
+    if taken_out := document.get("taken_out"):
+        what = "1 case is" if taken_out == 1 else f"{taken_out} cases are"
+        lines.append(f"- {what} left out here: measured again in later runs")
     if document["device"] == "cuda":
         lines.append("- CUDA events; ops with a flushed L2 cache, models warm")
     return lines
