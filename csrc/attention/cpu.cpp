@@ -4,6 +4,7 @@
 
 #include "attention/attention.h"
 #include "attention/kernels.h"
+#include "base/checks.h"
 #include "base/parallel.h"
 #include "base/workspace.h"
 
@@ -43,44 +44,22 @@ Status check_offsets(const char* op, const void* given, int64_t sequences, int64
   return {};
 }
 
-struct Size {
-  const char* name;
-  int64_t value, least;
-};
-
 // What forward and backward have in common.
 Status check(const AttentionParams& p, int64_t* longest) {
-  const Size sizes[] = {{"tokens", p.tokens, 0},
-                        {"sequences", p.sequences, 0},
-                        {"heads", p.heads, 0},
-                        {"threads", p.threads, 1},
-                        {"stride_qkv", p.stride_qkv, 3 * p.heads * p.head_dim}};
-  for (const auto& size : sizes) {
-    if (size.value < size.least) {
-      return invalid(kOp, size.name, std::to_string(size.value), std::to_string(size.least) + " or more");
-    }
-  }
-  if (p.head_dim < 0 || p.head_dim > kAttentionMaxHeadDim) {
-    return invalid(kOp, "head_dim", std::to_string(p.head_dim), "0.." + std::to_string(kAttentionMaxHeadDim));
-  }
-  if (p.io_dtype != DType::kFloat32 && p.io_dtype != DType::kBFloat16) {
-    return invalid(kOp, "io_dtype", kDTypeNames[static_cast<int>(p.io_dtype)], "float32 or bfloat16");
-  }
+  CTXFAST_RETURN_IF_ERROR(check_sizes(kOp, {{"tokens", p.tokens},
+                                            {"sequences", p.sequences},
+                                            {"heads", p.heads},
+                                            {"threads", p.threads, 1},
+                                            {"head_dim", p.head_dim, 0, kAttentionMaxHeadDim},
+                                            {"stride_qkv", p.stride_qkv, 3 * p.heads * p.head_dim}}));
+  CTXFAST_RETURN_IF_ERROR(check_dtype(kOp, "io_dtype", p.io_dtype, {DType::kFloat32, DType::kBFloat16}));
   if (!(p.dropout_p >= 0 && p.dropout_p < 1)) {
     return invalid(kOp, "dropout_p", std::to_string(p.dropout_p), "0 or more, below 1");
   }
-  if (p.dropout_p > 0 && !p.seeds) return invalid(kOp, "seeds", "null", "an address where there is dropout");
-  if (!p.cu_seqlens) return invalid(kOp, "cu_seqlens", "null", "an address");
+  CTXFAST_RETURN_IF_ERROR(check_addresses(kOp, {{"seeds", p.seeds, p.dropout_p > 0}, {"cu_seqlens", p.cu_seqlens}}));
   const Status rises = attention_check_offsets(kOp, p.cu_seqlens, p.is_int64, p.sequences, p.tokens, longest);
   if (!rises.ok() || p.tokens * p.heads * p.head_dim == 0) return rises;
-  if (!p.qkv) return invalid(kOp, "qkv", "null", "an address");
-  return {};
-}
-
-Status check_rows(const char* name, const void* rows, int64_t stride, int64_t least) {
-  if (!rows) return invalid(kOp, name, "null", "an address");
-  if (stride >= least) return {};
-  return invalid(kOp, std::string("stride of ") + name, std::to_string(stride), std::to_string(least) + " or more");
+  return check_addresses(kOp, {{"qkv", p.qkv}});
 }
 
 bool is_empty(const AttentionParams& p) { return p.tokens * p.heads * p.head_dim == 0; }
@@ -96,18 +75,6 @@ int64_t backward_bytes(int64_t longest, int64_t head_dim) {
   const int64_t keys = round_up(longest, kAttentionPad), size = round_up(head_dim, kAttentionPad);
   const int64_t rows = std::min(kAttentionRows, longest);
   return 4 * (3 * keys * size + 3 * rows * size + rows * (keys + kAttentionPad));
-}
-
-AttentionKernel backward_kernel_for(DType type, Isa isa) {
-  const bool is_half = type == DType::kBFloat16;
-#if CTXFAST_AVX512
-  if (isa >= Isa::kAvx512) return is_half ? attention_backward_bfloat16_avx512 : attention_backward_float32_avx512;
-#endif
-#if CTXFAST_AVX2
-  if (isa >= Isa::kAvx2) return is_half ? attention_backward_bfloat16_avx2 : attention_backward_float32_avx2;
-#endif
-  (void)isa;
-  return is_half ? attention_backward_bfloat16_generic : attention_backward_float32_generic;
 }
 
 // `products`: of the size of scores, each D multiply-adds an element.
@@ -145,19 +112,7 @@ Status attention_check_offsets(const char* op, const void* cu_seqlens, bool is_i
 }
 
 AttentionKernel attention_kernel_for(DType type, Isa isa) {
-  const bool is_half = type == DType::kBFloat16;
-  AttentionKernel best = is_half ? attention_bfloat16_generic : attention_float32_generic;
-#if CTXFAST_AVX2
-  if (isa >= Isa::kAvx2) best = is_half ? attention_bfloat16_avx2 : attention_float32_avx2;
-#endif
-#if CTXFAST_AVX512
-  if (isa >= Isa::kAvx512) best = is_half ? attention_bfloat16_avx512 : attention_float32_avx512;
-#endif
-#if CTXFAST_AVX512BF16
-  if (isa >= Isa::kAvx512Bf16 && is_half) best = attention_bfloat16_avx512bf16;
-#endif
-  (void)isa;
-  return best;
+  return type == DType::kBFloat16 ? best_attention_bfloat16(isa) : best_attention_float32(isa);
 }
 
 int64_t attention_scratch_bytes(int64_t longest, int64_t head_dim) {
@@ -171,8 +126,8 @@ Status attention_forward(const AttentionParams& p) {
   int64_t longest = 0;
   const Status checked = check(p, &longest);
   if (!checked.ok() || is_empty(p)) return checked;
-  const Status rows = check_rows("y", p.y, p.stride_y, p.heads * p.head_dim);
-  if (!rows.ok()) return rows;
+  CTXFAST_RETURN_IF_ERROR(check_addresses(kOp, {{"y", p.y}}));
+  CTXFAST_RETURN_IF_ERROR(check_sizes(kOp, {{"stride_y", p.stride_y, p.heads * p.head_dim}}));
   const int64_t draws = p.dropout_p > 0 ? draws_bytes(longest) : 0;
   const int64_t bytes = round_up(attention_scratch_bytes(longest, p.head_dim) + draws, 64);
   return run_kernel(attention_kernel_for(p.io_dtype, p.isa), p, longest, bytes, 2);
@@ -183,13 +138,15 @@ Status attention_backward(const AttentionParams& p) {
   const Status checked = check(p, &longest);
   if (!checked.ok() || is_empty(p)) return checked;
   const int64_t width = p.heads * p.head_dim;
-  const Status given = check_rows("gradients.y", p.gradients.y, p.gradients.stride_y, width);
-  if (!given.ok()) return given;
-  const Status wanted = check_rows("gradients.qkv", p.gradients.qkv, p.gradients.stride_qkv, 3 * width);
-  if (!wanted.ok()) return wanted;
+  const AttentionGradients& g = p.gradients;
+  CTXFAST_RETURN_IF_ERROR(check_addresses(kOp, {{"gradients.y", g.y}, {"gradients.qkv", g.qkv}}));
+  CTXFAST_RETURN_IF_ERROR(
+      check_sizes(kOp, {{"gradients.stride_y", g.stride_y, width}, {"gradients.stride_qkv", g.stride_qkv, 3 * width}}));
   const int64_t bytes =
       attention_scratch_bytes(longest, p.head_dim) + draws_bytes(longest) + backward_bytes(longest, p.head_dim);
-  return run_kernel(backward_kernel_for(p.io_dtype, p.isa), p, longest, round_up(bytes, 64), 5);
+  const AttentionKernel kernel =
+      p.io_dtype == DType::kBFloat16 ? best_attention_backward_bfloat16(p.isa) : best_attention_backward_float32(p.isa);
+  return run_kernel(kernel, p, longest, round_up(bytes, 64), 5);
 }
 
 }  // namespace ctxfast

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
 
+#include "base/checks.h"
 #include "base/parallel.h"
 #include "base/workspace.h"
 #include "linear_act/kernels.h"
@@ -25,17 +26,6 @@ int64_t chunk_of(int64_t in, DType held) {
   return std::min(std::max<int64_t>(fit, kLinearActRows), kLinearActMostRows);
 }
 
-LinearActKernel float32_kernel_for(Isa isa) {
-#if CTXFAST_AVX512
-  if (isa >= Isa::kAvx512) return linear_act_float32_avx512;
-#endif
-#if CTXFAST_AVX2
-  if (isa >= Isa::kAvx2) return linear_act_float32_avx2;
-#endif
-  (void)isa;
-  return linear_act_float32_generic;
-}
-
 struct Call {
   LinearActKernel kernel;
   LinearActJob job;
@@ -47,59 +37,28 @@ void run(void* context, int index, int count) {
 }
 
 Status check(const LinearActParams& p) {
-  const auto size = [](const char* name, int64_t value) {
-    return invalid(kOp, name, std::to_string(value), "0 or more");
-  };
-  if (p.rows < 0) return size("rows", p.rows);
-  if (p.in < 1) return invalid(kOp, "in", std::to_string(p.in), "1 or more");
-  if (p.out < 0) return size("out", p.out);
-  if (p.threads < 1) return invalid(kOp, "threads", std::to_string(p.threads), "1 or more");
-  if (p.io_dtype != DType::kFloat32 && p.io_dtype != DType::kBFloat16)
-    return invalid(kOp, "io_dtype", kDTypeNames[static_cast<int>(p.io_dtype)], "float32 or bfloat16");
-  if (p.weight_dtype != DType::kInt8 && p.weight_dtype != p.io_dtype)
-    return invalid(kOp, "weight_dtype", kDTypeNames[static_cast<int>(p.weight_dtype)], "int8, or the io_dtype");
-  if (p.weight_dtype == DType::kInt8 && p.in > 65536) {
+  const bool is_int8 = p.weight_dtype == DType::kInt8;
+  CTXFAST_RETURN_IF_ERROR(
+      check_sizes(kOp, {{"rows", p.rows}, {"in", p.in, 1}, {"out", p.out}, {"threads", p.threads, 1}}));
+  CTXFAST_RETURN_IF_ERROR(check_dtype(kOp, "io_dtype", p.io_dtype, {DType::kFloat32, DType::kBFloat16}));
+  CTXFAST_RETURN_IF_ERROR(check_dtype(kOp, "weight_dtype", p.weight_dtype, {DType::kInt8, p.io_dtype}));
+  if (is_int8 && p.in > 65536) {
     return invalid(kOp, "in", std::to_string(p.in), "at most 65536, the terms an int8 sum holds");
   }
-  if (p.stride_x < p.in && p.rows > 1) return invalid(kOp, "stride_x", std::to_string(p.stride_x), "at least in");
+  if (p.rows > 1) CTXFAST_RETURN_IF_ERROR(check_sizes(kOp, {{"stride_x", p.stride_x, p.in}}));
   if (p.rows == 0 || p.out == 0) return {};
-  const struct {
-    const char* name;
-    const void* address;
-  } needed[] = {{"x", p.x}, {"packed", p.packed}, {"y", p.y}, {"scales", p.scales}, {"sums", p.sums}};
-  for (int i = 0; i < (p.weight_dtype == DType::kInt8 ? 5 : 3); ++i) {
-    if (!needed[i].address) return invalid(kOp, needed[i].name, "null", "an address");
-  }
-  if (reinterpret_cast<uintptr_t>(p.packed) % 64)
-    return invalid(kOp, "packed", "not on a cache line", "64 bytes alignment");
-  return {};
+  return check_addresses(kOp, {{"x", p.x},
+                               {"packed", p.packed, true, 64},
+                               {"y", p.y},
+                               {"scales", p.scales, is_int8},
+                               {"sums", p.sums, is_int8}});
 }
 
 }  // namespace
 
 LinearActKernel linear_act_kernel_for(DType held, Isa isa) {
-  if (held == DType::kFloat32) return float32_kernel_for(isa);
-  const bool is_int8 = held == DType::kInt8;
-  LinearActKernel best = is_int8 ? linear_act_int8_generic : linear_act_bfloat16_generic;
-#if CTXFAST_AVX2
-  if (isa >= Isa::kAvx2) best = is_int8 ? linear_act_int8_avx2 : linear_act_bfloat16_avx2;
-#endif
-#if CTXFAST_AVXVNNI
-  if (isa == Isa::kAvxVnni && is_int8) best = linear_act_int8_avxvnni;
-#endif
-#if CTXFAST_AVX512
-  if (isa >= Isa::kAvx512) best = is_int8 ? linear_act_int8_avx512 : linear_act_bfloat16_avx512;
-#endif
-#if CTXFAST_AVX512VNNI
-  if (isa >= Isa::kAvx512Vnni && is_int8) best = linear_act_int8_avx512vnni;
-#endif
-#if CTXFAST_AVX512BF16
-  if (isa >= Isa::kAvx512Bf16 && !is_int8) best = linear_act_bfloat16_avx512bf16;
-#endif
-#if CTXFAST_AMX
-  if (isa >= Isa::kAmx) best = is_int8 ? linear_act_int8_amx : linear_act_bfloat16_amx;
-#endif
-  return best;
+  if (held == DType::kInt8) return best_linear_act_int8(isa);
+  return held == DType::kBFloat16 ? best_linear_act_bfloat16(isa) : best_linear_act_float32(isa);
 }
 
 void linear_act_barrier(void* barrier, int count) { static_cast<SpinBarrier*>(barrier)->wait(count); }
