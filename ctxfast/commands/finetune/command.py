@@ -112,6 +112,8 @@ def run(task: TaskCommand, args: argparse.Namespace) -> int:
         raise ValueError(
             f"ctxfast.{who}: --train is missing; expected examples, or --predict-only with a finished model."
         )
+    if is_done:
+        loop_options.check_untrained(args, who)
     if args.epochs is None and args.steps is None:
         args.epochs = 3.0
     loop_options.check(args, who)
