@@ -25,8 +25,8 @@ void run(void* context, int index, int count) {
 }
 
 template <class Offset>
-Status check_offsets(const char* op, const void* given, int64_t sequences, int64_t tokens, int64_t* longest) {
-  const Offset* const offsets = static_cast<const Offset*>(given);
+Status check_offsets(const char* op, const void* cu_seqlens, int64_t sequences, int64_t tokens, int64_t* longest) {
+  const Offset* const offsets = static_cast<const Offset*>(cu_seqlens);
   *longest = 0;
   for (int64_t i = 0; i < sequences; ++i) {
     if (offsets[i + 1] < offsets[i]) {
@@ -132,8 +132,8 @@ Status attention_check_offsets(const char* op, const void* cu_seqlens, bool is_i
   return check_these(op, cu_seqlens, sequences, tokens, longest);
 }
 
-AttentionKernel attention_kernel_for(DType type, Isa isa) {
-  return type == DType::kBFloat16 ? best_attention_bfloat16(isa) : best_attention_float32(isa);
+AttentionKernel attention_kernel_for(DType io_dtype, Isa isa) {
+  return io_dtype == DType::kBFloat16 ? best_attention_bfloat16(isa) : best_attention_float32(isa);
 }
 
 int64_t attention_scratch_bytes(int64_t longest, int64_t head_dim) {
@@ -159,10 +159,10 @@ Status attention_backward(const AttentionParams& p) {
   const Status checked = check(p, &longest);
   if (!checked.ok() || is_empty(p)) return checked;
   const int64_t width = p.heads * p.head_dim;
-  const Status given = check_rows("gradients.y", p.gradients.y, p.gradients.stride_y, width);
-  if (!given.ok()) return given;
-  const Status wanted = check_rows("gradients.qkv", p.gradients.qkv, p.gradients.stride_qkv, 3 * width);
-  if (!wanted.ok()) return wanted;
+  const Status y = check_rows("gradients.y", p.gradients.y, p.gradients.stride_y, width);
+  if (!y.ok()) return y;
+  const Status qkv = check_rows("gradients.qkv", p.gradients.qkv, p.gradients.stride_qkv, 3 * width);
+  if (!qkv.ok()) return qkv;
   const int64_t bytes =
       attention_scratch_bytes(longest, p.head_dim) + draws_bytes(longest) + backward_bytes(longest, p.head_dim);
   const AttentionKernel kernel =

@@ -33,7 +33,7 @@ struct AttentionJob {
 typedef void (*AttentionKernel)(const AttentionJob& job, int index, int count);
 
 // The best kernel that `isa` includes, for float32 or bfloat16.
-AttentionKernel attention_kernel_for(DType type, Isa isa);
+AttentionKernel attention_kernel_for(DType io_dtype, Isa isa);
 
 // Bytes of one thread of a forward without dropout, a multiple of a cache line; `longest`: tokens of the longest
 // sequence.

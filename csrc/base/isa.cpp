@@ -93,14 +93,14 @@ std::vector<Isa> compiled_isas() {
 }
 
 const std::vector<Isa>& runnable_isas() {
-  static const std::vector<Isa> found = [] {
+  static const std::vector<Isa> runnable = [] {
     std::vector<Isa> isas;
     for (const Isa isa : compiled_isas()) {
       if (runs(isa)) isas.push_back(isa);
     }
     return isas;
   }();
-  return found;
+  return runnable;
 }
 
 Isa best_isa() { return runnable_isas().back(); }

@@ -24,12 +24,12 @@ Word load(const void* from) {
 }
 
 template <class Word>
-Word difference(const char* from, int64_t stride, int64_t count, const char* kept) {
-  Word found = 0;
-  for (int64_t i = 0; i < count; ++i, from += stride, kept += sizeof(Word)) {
-    found = static_cast<Word>(found | (load<Word>(from) ^ load<Word>(kept)));
+Word difference(const char* from, int64_t stride, int64_t count, const char* saved) {
+  Word bits = 0;
+  for (int64_t i = 0; i < count; ++i, from += stride, saved += sizeof(Word)) {
+    bits = static_cast<Word>(bits | (load<Word>(from) ^ load<Word>(saved)));
   }
-  return found;
+  return bits;
 }
 
 // Where the samples of a row begin, and of those after it.
@@ -55,15 +55,15 @@ class Places {
   const char* row_;
 };
 
-// Whether any of rows from..to-1 differs(samples, kept).
+// Whether any of rows from..to-1 differs(samples, saved).
 template <class Differs>
 bool any(const Samples& s, int64_t from, int64_t to, const Differs& differs) {
   const int64_t bytes = s.width * s.size;
-  const char* kept = static_cast<const char*>(s.kept) + from * bytes;
+  const char* saved = static_cast<const char*>(s.saved) + from * bytes;
   Places places(s, from);
-  uint64_t found = 0;
-  for (int64_t row = from; row < to; ++row, kept += bytes) found |= differs(places.next(), kept);
-  return found != 0;
+  uint64_t bits = 0;
+  for (int64_t row = from; row < to; ++row, saved += bytes) bits |= differs(places.next(), saved);
+  return bits != 0;
 }
 
 template <class Word>

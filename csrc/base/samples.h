@@ -9,12 +9,12 @@
 
 namespace ctxfast {
 
-// A matrix at `memory`, strides in bytes; elements of `size` bytes (1, 2, 4 or 8); 1 <= width <= columns. At `kept`,
+// A matrix at `memory`, strides in bytes; elements of `size` bytes (1, 2, 4 or 8); 1 <= width <= columns. At `saved`,
 // (rows, width), contiguous: what its samples were. Eight 64-bit words: callers may keep it as a row of integers.
 struct Samples {
   const void* memory;
   int64_t rows, row_stride, columns, column_stride, size, width;
-  const void* kept;
+  const void* saved;
 };
 static_assert(sizeof(Samples) == 8 * 8, "no padding");
 

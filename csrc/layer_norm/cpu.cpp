@@ -24,8 +24,8 @@ void run(void* context, int index, int count) {
 }
 
 template <class Id>
-Status check_ids(const void* given, int64_t rows, int64_t count) {
-  const Id* const ids = static_cast<const Id*>(given);
+Status check_ids(const void* addresses, int64_t rows, int64_t count) {
+  const Id* const ids = static_cast<const Id*>(addresses);
   for (int64_t i = 0; i < rows; ++i) {
     if (ids[i] < 0 || ids[i] >= count) {
       return invalid(kOp, "an id", std::to_string(ids[i]),
@@ -51,8 +51,8 @@ Status check(const LayerNormParams& p) {
     if (!source.rows) return invalid(kOp, "source", "null", "an address");
     if (!source.ids) continue;
     const auto check_these = source.is_int64 ? check_ids<int64_t> : check_ids<int32_t>;
-    const Status found = check_these(source.ids, p.rows, source.count);
-    if (!found.ok()) return found;
+    const Status status = check_these(source.ids, p.rows, source.count);
+    if (!status.ok()) return status;
   }
   if (!p.weight || !p.bias) return invalid(kOp, p.weight ? "bias" : "weight", "null", "an address");
   if (!p.y) return invalid(kOp, "y", "null", "an address");

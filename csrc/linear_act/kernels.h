@@ -18,7 +18,7 @@ constexpr int kLinearActTileRows = 16;
 
 struct LinearActJob {
   int64_t rows, in, out, tiles, chunk;  // tiles: of 16 words along the input; chunk: rows at a time
-  bool is_half;                         // x, bias and y are bfloat16
+  bool is_bf16;                         // x, bias and y are bfloat16
   int activation;                       // as enum Activation
   const void* x;
   int64_t stride_x;
@@ -37,10 +37,10 @@ struct LinearActJob {
 typedef void (*LinearActKernel)(const LinearActJob& job, int index, int count);
 
 // The best kernel that `isa` includes.
-LinearActKernel linear_act_kernel_for(DType held, Isa isa);
+LinearActKernel linear_act_kernel_for(DType weight_dtype, Isa isa);
 
 // Bytes of one call's workspace, for all threads.
-int64_t linear_act_scratch_bytes(int64_t rows, int64_t in, DType held);
+int64_t linear_act_scratch_bytes(int64_t rows, int64_t in, DType weight_dtype);
 // `scratch`: that many, on a cache line; `barrier`: a SpinBarrier of the threads that run the job.
 LinearActJob linear_act_job(const LinearActParams& params, char* scratch, void* barrier);
 

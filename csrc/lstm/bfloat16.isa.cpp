@@ -43,8 +43,8 @@ struct Bfloat16 {
       const WordVec bits = (WordVec)load_some(x + k, size - k);
       const WordVec nearest = bits + 0x7fffu + ((bits >> 16) & 1u);
       const WordVec rounded = (IntVec)(bits & 0x7fffffffu) > 0x7f800000 ? bits | 0x400000u : nearest;
-      const HalfVec halves = __builtin_convertvector(rounded >> 16, HalfVec);
-      __builtin_memcpy(to + 2 * k, &halves, sizeof halves);
+      const ShortVec shorts = __builtin_convertvector(rounded >> 16, ShortVec);
+      __builtin_memcpy(to + 2 * k, &shorts, sizeof shorts);
     }
   }
 };

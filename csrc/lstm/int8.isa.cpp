@@ -40,8 +40,8 @@ struct Int8 : Int8Dot {
     char* to = reinterpret_cast<char*>(words);
     for (int64_t k = 0; k < size; k += kLanes) {
       const Vec values = step.there ? load_some(x + k, size - k) * all(step.steps) : Vec{};
-      const IntVec whole = (IntVec)(values + all(kRounding)) - (IntVec)all(kRounding) + 128;
-      const ByteVec bytes = __builtin_convertvector((WordVec)whole, ByteVec);
+      const IntVec quantized = (IntVec)(values + all(kRounding)) - (IntVec)all(kRounding) + 128;
+      const ByteVec bytes = __builtin_convertvector((WordVec)quantized, ByteVec);
       __builtin_memcpy(to + k, &bytes, sizeof bytes);
     }
   }

@@ -73,7 +73,7 @@ struct LstmJob {
   void* barrier;
 };
 
-// The way back of one direction, float32: from each row's last step to its first.
+// The backward of one direction, float32: from each row's last step to its first.
 struct LstmBackwardJob {
   int64_t batch, steps, hidden, proj_size;
   bool has_projection, reverse;

@@ -99,7 +99,7 @@ Status lstm_pack_input(const LstmPackInputParams& params);
 
 Status lstm_forward(const LstmParams& params);
 
-// The way back of one direction, in float32: gradients of z at every step and of the initial state. What is a product
+// The backward of one direction, in float32: gradients of z at every step and of the initial state. What is a product
 // over all steps (of the weights, of x) is left to the caller, who finds its factors in grad_z, grad_hidden and m.
 // A clipped value, |c| or |h| at its bound, passes no gradient.
 struct LstmBackwardParams {

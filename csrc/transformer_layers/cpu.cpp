@@ -20,7 +20,7 @@ constexpr int64_t kWorkOfThread = 1 << 18;
 // pass they come from memory every time (BERT-Base in float32: 21 MB, and 6 % of the time at 192).
 constexpr int64_t kPass = 4 * kLinearActMostRows;
 
-int64_t size_of(DType type) { return type == DType::kFloat32 ? 4 : 2; }
+int64_t size_of(DType io_dtype) { return io_dtype == DType::kFloat32 ? 4 : 2; }
 
 // What one call is made of; addresses of parts of the workspace.
 struct Layers {
@@ -153,8 +153,8 @@ Status check(const TransformerLayersParams& p, int64_t* longest) {
     if (!p.y[i]) return invalid(kOp, "y", "null for a layer", "an address");
   }
   for (int64_t i = 0; i < p.count; ++i) {
-    const Status found = check(p.layers[i], p.weight_dtype == DType::kInt8);
-    if (!found.ok()) return found;
+    const Status status = check(p.layers[i], p.weight_dtype == DType::kInt8);
+    if (!status.ok()) return status;
   }
   return {};
 }
