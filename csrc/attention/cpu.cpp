@@ -11,7 +11,7 @@ namespace ctxfast {
 namespace {
 
 constexpr const char* kOp = "attention";
-// Multiply-adds that are worth a thread: some 3 us.
+// Multiply-adds that justify a thread: some 3 us.
 constexpr int64_t kWorkOfThread = 1 << 18;
 
 struct Call {

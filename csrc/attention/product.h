@@ -13,8 +13,8 @@ constexpr int kVectors = kLanes == 16 ? 4 : 2;
 constexpr int rows_of(int vectors) {
   return kLanes == 16 ? vectors == 4 ? 6 : vectors == 3 ? 8 : 12 : kLanes == 8 ? vectors == 2 ? 6 : 10 : 4;
 }
-// Words of a sum that stay in the nearest caches while rows pass over them. Each block is summed by itself, which also
-// keeps long sums exact.
+// Words of a sum that stay in the nearest caches while rows stream over them. Each block has a sum of its own, which
+// also makes long sums more accurate.
 constexpr int64_t kBlock = 128;
 
 struct Float32 {
@@ -67,8 +67,8 @@ void tile_rows(int64_t rows, const uint32_t* x, int64_t ld_x, const uint32_t* w,
   tile<Kind, kTransposed, kRows, kColumns>(x, ld_x, w, words, begin, z, ld_z);
 }
 
-// Rows of memory that are asked for ahead of their use, some with every tile of a product: the way from memory takes
-// longer than copying, and is hidden behind the arithmetic.
+// Rows prefetched ahead of their use, some with every tile of a product: memory latency, longer than the copy itself,
+// hides behind the arithmetic.
 struct Ahead {
   static constexpr int kParts = 4;
   const char* part[kParts];

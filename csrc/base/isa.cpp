@@ -35,7 +35,7 @@ bool tiles_granted() {
 #endif
 }
 
-// The newest instructions are asked for here: older compilers' __builtin_cpu_supports does not know their names.
+// The newest instructions are looked up here: older compilers' __builtin_cpu_supports does not know their names.
 bool runs(Isa isa) {
   // These builtins ask the operating system too whether it saves the wide registers.
   __builtin_cpu_init();

@@ -41,7 +41,7 @@ struct OpenMp {
 std::atomic<bool> is_forked{false};
 [[maybe_unused]] const int watches_forks = pthread_atfork(nullptr, nullptr, [] { is_forked.store(true); });
 
-// The core this thread runs on; -1 where nobody tells.
+// The core this thread runs on; -1 if unknown.
 int this_core() {
 #if defined(__linux__)
   return sched_getcpu();

@@ -11,9 +11,9 @@
 namespace ctxfast {
 namespace {
 
-// Rows that are asked for at a time.
+// Rows prefetched at a time.
 constexpr int64_t kAhead = 32;
-// Rows that are worth a thread: some 5 us.
+// Rows that justify a thread: some 5 us.
 constexpr int64_t kRowsOfThread = 1024;
 
 template <class Word>
@@ -119,7 +119,7 @@ void run(void* context, int index, int count) {
   for (int64_t i = 0; i < call.count; ++i) {
     const Samples& s = call.samples[i];
     const int64_t begin = std::max(from - first, int64_t{0}), end = std::min(to - first, s.rows);
-    // Rows are far apart, and each is a wait for memory: all of a few are asked for, then those before are compared.
+    // Rows are far apart and each misses the cache: a few are prefetched while those before are compared.
     if (begin < end) fetch(s, begin, std::min(begin + kAhead, end));
     for (int64_t row = begin; row < end; row += kAhead) {
       const int64_t next = std::min(row + kAhead, end);

@@ -40,7 +40,7 @@ inline float to_float(uint16_t bf16) {
   return value;
 }
 
-// Whether the sizes that a sanitizer can follow are asked for.
+// Whether small sizes are wanted, for a run under a sanitizer.
 inline bool is_small() { return std::getenv("CTXFAST_SMALL") != nullptr; }
 
 // Counts checks and failures; a NaN anywhere fails.

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Words through filters and back.
+// Words through filters, forward and backward.
 // sets: generic avx2 avx512
 #include "char_cnn/kernels.h"
 
@@ -11,7 +11,7 @@ namespace {
 constexpr int kVectors = 2;                   // vectors of filters side by side
 constexpr int kRows = kLanes == 16 ? 12 : 6;  // windows side by side: their sums fit in registers
 constexpr int64_t kColumns = kVectors * kLanes;
-constexpr int64_t kMostWords = 16;  // a thread gathers before it goes over the filters
+constexpr int64_t kMostWords = 16;  // a thread gathers before it applies the filters
 constexpr int64_t kElmoSize = 16;   // of ELMo's characters: known when compiling, addresses cost nothing
 
 // A word as its characters' vectors. From `tail` on, all its characters are the same.

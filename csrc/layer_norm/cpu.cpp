@@ -10,7 +10,7 @@ namespace ctxfast {
 namespace {
 
 constexpr const char* kOp = "layer_norm";
-constexpr int64_t kWorkOfThread = 1 << 14;  // elements that are worth a thread: some 5 us
+constexpr int64_t kWorkOfThread = 1 << 14;  // elements that justify a thread: some 5 us
 
 struct Call {
   LayerNormKernel kernel;

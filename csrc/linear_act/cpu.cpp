@@ -10,10 +10,10 @@ namespace ctxfast {
 namespace {
 
 constexpr const char* kOp = "linear_act";
-// Multiply-adds that are worth a thread: some 3 us.
+// Multiply-adds that justify a thread: some 3 us.
 constexpr int64_t kWorkOfThread = 1 << 18;
 constexpr int64_t kLine = 64;  // bytes of a tile's row: a cache line
-// Rows of x that stay near while the panels pass over them.
+// Bytes of the rows of x that stay in cache while the panels stream over them.
 constexpr int64_t kChunkBytes = 4 << 20;
 
 int64_t terms_of_word(DType weight_dtype) {

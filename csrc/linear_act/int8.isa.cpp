@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The int8 product, over x held as tiles: exact sums, and every operation on float32 rounded by itself, so that all
+// The int8 product, over x held as tiles: exact sums, and every float32 operation rounded on its own, so that all
 // instruction sets give the same bits.
 // sets: generic avx2 avxvnni avx512 avx512vnni amx
 // flags: -ffp-contract=off

@@ -13,7 +13,7 @@ namespace ctxfast {
 constexpr int kLinearActRows = 48;
 // Rows of a chunk at most.
 constexpr int64_t kLinearActMostRows = 4 * kLinearActRows;
-// Rows of x held as tiles, [group of rows][tile][row][16 words]: whole cache lines, at distances known beforehand.
+// Rows of x stored as tiles, [group of rows][tile][row][16 words]: whole cache lines at compile-time distances.
 constexpr int kLinearActTileRows = 16;
 
 struct LinearActJob {
@@ -33,7 +33,7 @@ struct LinearActJob {
   void* barrier;
 };
 
-// Thread `index` of `count` does its share; all of them meet on the way at the job's barrier, not at the end.
+// Thread `index` of `count` does its share; the threads meet at the job's barrier on the way, not at the end.
 typedef void (*LinearActKernel)(const LinearActJob& job, int index, int count);
 
 // The best kernel that `isa` includes.

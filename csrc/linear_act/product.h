@@ -15,7 +15,7 @@ constexpr int kPanelTile = kWidth * kTileWords;  // words of a panel's tile
 constexpr int kTileRows = kLinearActTileRows;
 constexpr int kTile = kTileRows * kTileWords;  // words of a tile of x
 
-// Tiles of a panel that stay in L1 while the rows pass over them: 24 KB. 8 tiles, a power of two of bytes, take 15 %
+// Tiles of a panel that stay in L1 while the rows stream over them: 24 KB. 8 tiles, a power of two of bytes, take 15 %
 // longer (Zen 4, 2026-11): their lines meet those of the sums in the same sets.
 constexpr int64_t kBlock = 12;
 
@@ -101,7 +101,7 @@ void finish(const LinearActJob& job, int64_t row, int64_t rows, int64_t panel, c
 }
 
 // Calls block(first row of the chunk, rows, panel) for this thread's part of a chunk. A thread keeps a panel while it
-// goes over the rows; where panels are few for the threads, rows are dealt out too.
+// streams the rows over it; where there are few panels for the threads, rows are divided too.
 template <class Block>
 inline void for_blocks(const LinearActJob& job, int64_t rows, int index, int count, const Block& block) {
   const int64_t panels = ceil_div(job.out, kWidth), groups = ceil_div(rows, kLinearActRows);
@@ -142,7 +142,7 @@ void forward(const LinearActJob& job, int index, int count) {
   Product::leave();
 }
 
-// What the products take from memory next: asked for little by little, so that it comes while they work.
+// What the products read next: prefetched a little at a time, so that it arrives while they work.
 struct Ahead {
   const uint32_t* from;  // null: nothing
   int64_t lines;         // with each tile
@@ -178,9 +178,9 @@ inline void vector_product(const uint32_t* x, const uint32_t* w, int64_t tiles, 
   }
 }
 
-// A product on vectors. A block of a panel's tiles stays in L1 while strips of rows pass over it, the last strip as low
-// as its rows allow. Sums are added up block by block, which keeps more of their digits than one long sum; a row's are
-// the same whatever its strip.
+// A product on vectors. A block of a panel's tiles stays in L1 while strips of rows stream over it, the last strip as
+// low as its rows allow. Sums are added up block by block, which keeps more of their digits than one long sum; a row's
+// are the same whatever its strip.
 template <class Base>
 struct Vectors : Base {
   template <int kRows>

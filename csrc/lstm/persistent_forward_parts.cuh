@@ -58,7 +58,7 @@ CTXFAST_DEVICE uint32_t filled(uint32_t word) { return word == kEmpty ? 0x7FFF7F
 CTXFAST_DEVICE uint4 filled(uint4 v) { return make_uint4(filled(v.x), filled(v.y), filled(v.z), filled(v.w)); }
 CTXFAST_DEVICE bool is_filled(uint4 v) { return v.x != kEmpty && v.y != kEmpty && v.z != kEmpty && v.w != kEmpty; }
 
-// Waits for the first `count` of N vectors, address(i). All loads are under way before the first is looked at: one
+// Waits for the first `count` of N vectors, address(i). All loads are issued before the first is used: one
 // after another they cost 1.7 us a step at B = 32 (H100).
 template <bool kSpeaks, int N, typename Address>
 CTXFAST_DEVICE void wait_for(uint4 (&v)[N], int count, Address address) {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The recurrence with its input product, written once for every kind of product (product.h).
+// The recurrence and its input product, for every kind of product (product.h).
 #pragma once
 
 #include "lstm/product.h"
@@ -105,7 +105,7 @@ void step_cells(const LstmJob& job, int64_t s, int64_t rows, int64_t panel, int6
   const uint32_t* weights = static_cast<const uint32_t*>(job.weight_gates);
   const uint32_t* weight = weights + panel * panel_size<Kind>(job.proj_size);
   const float* const chunk = job.chunk + (panel * job.chunk_rows + at) * kPanel;
-  for (int64_t i = 0; i < rows; ++i) {  // on their way while the product runs
+  for (int64_t i = 0; i < rows; ++i) {  // prefetched while the product runs
     for (int gate = 0; gate < 4; ++gate) __builtin_prefetch(chunk + i * kPanel + gate * kCells);
   }
   panel_product<Kind>(rows, job.h_words + old * job.ld_batch * job.ld_h, job.ld_h_words, weight, job.proj_size, 0,
