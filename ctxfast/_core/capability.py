@@ -27,12 +27,7 @@ else:
 Function = TypeVar("Function", bound=Callable[..., Any])
 _REINSTALL = "Build it with: pip install . (a C++17 compiler is all it needs)."
 # What the extension calls dtypes.
-DTYPE_NAMES = {
-    torch.float32: "float32",
-    torch.float16: "float16",
-    torch.bfloat16: "bfloat16",
-    torch.int8: "int8",
-}
+DTYPE_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16", torch.int8: "int8"}
 
 
 def constant(function: Function) -> Function:

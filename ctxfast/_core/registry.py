@@ -84,7 +84,6 @@ class Impl:
     device: str
     note: str
     proven: str | None
-    bitwise_repeatable: bool = True
 
     def __str__(self) -> str:
         return self.name if self.device in (self.proven, "any") else f"{self.name} ({self.proven})"

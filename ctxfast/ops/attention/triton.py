@@ -200,12 +200,7 @@ def remark(args: Mapping[str, Any]) -> str | None:
 
 
 def attention(
-    qkv: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    bias: Tensor | None,
-    softmax_scale: float | None,
-    dropout_p: float,
+    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, bias: Tensor | None, softmax_scale: float | None, dropout_p: float
 ) -> Tensor:
     """See ``ctxfast.functional.attention``."""
     scale, seeds = definition.scale(qkv, softmax_scale), philox.draw_seeds(qkv, dropout_p)

@@ -75,10 +75,7 @@ _HOPPER = {
 }
 # The same dtypes everywhere else (mma.sync): operands lie in registers too, so tiles are smaller.
 _OTHERS = {
-    32: (
-        *_HOPPER[32][:3],
-        Plan(0, Tile(64, 64, 4, 2), query=Tile(64, 64, 4, 2), key=Tile(64, 64, 4, 2)),
-    ),
+    32: (*_HOPPER[32][:3], Plan(0, Tile(64, 64, 4, 2), query=Tile(64, 64, 4, 2), key=Tile(64, 64, 4, 2))),
     64: (
         *_HOPPER[64][:2],
         Plan(64, Tile(64, 64, 4), query=Tile(64, 32, 4, 2), key=Tile(32, 64, 4, 2)),
@@ -106,9 +103,7 @@ _FLOAT32 = {
     128: (Plan(0, Tile(32, 32, 8), query=Tile(16, 16, 8), key=Tile(16, 16, 8)),),
 }
 # float32 with its products rounded to TensorFloat-32 (torch.backends.cuda.matmul.allow_tf32).
-_TF32 = _FLOAT32 | {
-    64: (*_FLOAT32[64][:-1], Plan(0, Tile(32, 32, 4), query=Tile(32, 32, 4), key=Tile(32, 32, 4))),
-}
+_TF32 = _FLOAT32 | {64: (*_FLOAT32[64][:-1], Plan(0, Tile(32, 32, 4), query=Tile(32, 32, 4), key=Tile(32, 32, 4)))}
 
 
 def plans(head_dim: int, kind: str, major: int) -> tuple[Plan, ...]:

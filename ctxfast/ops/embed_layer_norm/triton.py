@@ -170,7 +170,4 @@ def raw_calls(args: Mapping[str, Any]) -> list[tuple[Any, tuple]]:
     seeds = philox.draw_seeds(weight, dropout_p)
     forward = (ids, tables, weight, args["bias"], args["eps"], dropout_p, seeds, True)
     out, mean, rstd = _fwd(*forward)
-    return [
-        (_fwd, forward),
-        (_bwd, (torch.randn_like(out), ids, tables, weight, mean, rstd, dropout_p, seeds)),
-    ]
+    return [(_fwd, forward), (_bwd, (torch.randn_like(out), ids, tables, weight, mean, rstd, dropout_p, seeds))]

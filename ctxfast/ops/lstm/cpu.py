@@ -318,7 +318,4 @@ def raw_calls(args: Mapping[str, Any]) -> list[tuple[Any, tuple]]:
     output, h_n, c_n, cells, z = _fwd(*groups, *rest, True)
     grads = [torch.randn_like(output), torch.randn_like(h_n), torch.randn_like(c_n)]
     lengths, _, c_0, *how = rest
-    return [
-        (_fwd, (*groups, *rest, False)),
-        (_bwd, (grads, *groups[3:], lengths, c_0, output, cells, z, *how)),
-    ]
+    return [(_fwd, (*groups, *rest, False)), (_bwd, (grads, *groups[3:], lengths, c_0, output, cells, z, *how))]

@@ -165,10 +165,7 @@ def recurrence(fwd: Callable[..., Any], bwd: Callable[..., Any]) -> Callable[...
             for r in range(len(proj)):
                 m = (torch.sigmoid(z[r][..., 3].float()) * torch.tanh(cells[r])).to(output.dtype)
                 of_proj.append(of_hidden[r].flatten(0, 1).t() @ m.flatten(0, 1))
-            states = (
-                None if h_0 is None else of_h_0.to(h_0.dtype),
-                None if c_0 is None else of_c_0,
-            )
+            states = (None if h_0 is None else of_h_0.to(h_0.dtype), None if c_0 is None else of_c_0)
             return (None, None, None, *states, *of_gates, *of_hh, *of_proj)
 
     return Recurrence.apply
