@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Words through filters, forward and backward.
+//
 // sets: generic avx2 avx512
 #include "char_cnn/kernels.h"
 

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Rows from..to of a LayerNorm.
+//
 // sets: generic avx2 avx512
 #include "layer_norm/kernels.h"
 

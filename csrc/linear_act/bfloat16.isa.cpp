@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The bfloat16 product, over x held as tiles.
+//
 // sets: generic avx2 avx512 avx512bf16 amx
 // flags: -ffp-contract=off
 #include "linear_act/product.h"

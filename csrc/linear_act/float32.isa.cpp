@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The float32 product, over x held as tiles.
+//
 // sets: generic avx2 avx512
 #include "linear_act/product.h"
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The int8 product, over x held as tiles: exact sums, and every float32 operation rounded on its own, so that all
 // instruction sets give the same bits.
+//
 // sets: generic avx2 avxvnni avx512 avx512vnni amx
 // flags: -ffp-contract=off
 #include "base/int8.h"

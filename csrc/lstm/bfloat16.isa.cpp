@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // The bfloat16 product: every operation is rounded on its own and sums have a fixed order (odd products, then even
-// ones, as vdpbf16ps adds them), so that all instruction sets give the same bits. sets: generic avx2 avx512 avx512bf16
-// amx flags: -ffp-contract=off
+// ones, as vdpbf16ps adds them), so that all instruction sets give the same bits.
+//
+// sets: generic avx2 avx512 avx512bf16 amx
+// flags: -ffp-contract=off
 #include "base/typed_vector.h"
 #include "lstm/recurrence.h"
 #include "lstm/tiles.h"

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The int8 product: exact sums, and every float32 operation rounded on its own, so that all instruction sets give the
 // same bits. AVX-512F alone has no wide byte arithmetic: such machines take AVX2's kernel.
+//
 // sets: generic avx2 avxvnni avx512vnni amx
 // flags: -ffp-contract=off
 #include "base/int8.h"
