@@ -124,6 +124,8 @@ def test_every_kernel_source_names_its_instruction_sets(build_script: ModuleType
     assert tuple(build_script.SETS) == ISAS
     kernels = build_script.sources("*/*.isa.cpp")
     assert kernels and all(build_script.sets_of(path)[0] == "generic" for path in kernels)
+    exact = [path for path in kernels if path.name.startswith(("bfloat16.", "int8."))]  # the same bits on every set
+    assert exact and all(build_script.directive(path, "flags") == ["-ffp-contract=off"] for path in exact)
     for text in ("// sets: avx2\n", "// sets: generic avx3\n", "// a sentence. sets: generic\n"):
         (tmp_path / "kernels.isa.cpp").write_text(text)
         with pytest.raises(build_script.SettingError, match="kernels.isa.cpp says sets"):
