@@ -251,6 +251,7 @@ class Bert(Pretrained):
     """
 
     _file_prefix = "bert."
+    ops = ("embed_layer_norm", *TransformerLayer.ops)
 
     def __init__(self, config: BertConfig, add_pooling_layer: bool = True, padding: str = "zero") -> None:
         super().__init__(config)

@@ -2,7 +2,7 @@
 """``char_cnn`` on CUDA: gather, convolutions, maximum and activation in one kernel.
 
 In 16 bits on tensor cores, in float32 (and for filters too wide for them) by plain multiply-adds; sums are float32.
-The forward pass notes where each largest window was, and the way back reads those alone.
+The forward pass notes where each largest window was, and the backward pass reads those alone.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 
 Products run as ``weight_dtype`` says; bfloat16 inputs mean bfloat16 products, float16 inputs float32 ones. Gates and
 states are float32 inside. Weights are packed once per parameter and found again by later calls. When a gradient is
-needed the kernel also stores gates and cells of every step. The way back through the recurrence is compiled too, in
+needed the kernel also stores gates and cells of every step. The recurrence's backward is compiled too, in
 float32; gradients of the weights and of the input are products over all steps after it.
 """
 
@@ -29,21 +29,21 @@ _ROUNDING = {"float32": None, "bfloat16": torch.bfloat16, "int8": torch.int8}
 def _pack(weight_hh: Tensor, weight_proj: Tensor | None, kind: str) -> Tensor:
     """The kernel's layout of one direction's recurrent and projection weights, from the cache if they are known.
 
-    ``kind``: how factors are held, with " back" for the backward pass, which reads them transposed, as float32.
+    ``kind``: how factors are held, with " backward" for that pass, which reads them transposed, as float32.
     """
     c = capability.extension()
-    held, _, back = kind.partition(" ")
+    weight_dtype, _, is_backward = kind.partition(" ")
 
     def pack() -> Tensor:
         hh = weight_hh.detach().float()
         proj = None if weight_proj is None else weight_proj.detach().float()
-        if back:
-            hh = rounded_rows(hh, _ROUNDING[held])
-            proj = None if proj is None else rounded_rows(proj, _ROUNDING[held])
+        if is_backward:
+            hh = rounded_rows(hh, _ROUNDING[weight_dtype])
+            proj = None if proj is None else rounded_rows(proj, _ROUNDING[weight_dtype])
         shape = (hh.shape[0] // 4, hh.shape[1], proj is not None)
         weights = (hh.data_ptr(), hh.stride(), torch_ops.address(proj), () if proj is None else proj.stride())
         threads = torch.get_num_threads()
-        if back:
+        if is_backward:
             packed = packed_weights.on_cache_line(c.lstm_backward_packed_bytes(*shape))
             c.lstm_pack_backward(*shape, *weights, packed.data_ptr(), threads)
         else:
@@ -160,7 +160,7 @@ def _backward(
     lengths, c_0 = as_int64(lengths), None if c_0 is None else c_0.contiguous()
     for r in range(directions):
         # Kept until the call returns: an entry of the cache may go with its weight.
-        packed = _pack(weight_hh[r], weight_proj[r] if weight_proj else None, f"{kind} back")
+        packed = _pack(weight_hh[r], weight_proj[r] if weight_proj else None, f"{kind} backward")
         columns = slice(r * size, (r + 1) * size)
         capability.extension().lstm_backward(
             batch=batch, steps=steps, reverse=r == 1, hidden=hidden, proj_size=size, has_projection=bool(weight_proj),

@@ -26,7 +26,7 @@ def cell_major(weight: Tensor) -> Tensor:
 
 
 def gate_major(weight: Tensor) -> Tensor:
-    """The way back."""
+    """The inverse of ``cell_major``."""
     return weight.unflatten(0, (-1, 4)).transpose(0, 1).flatten(0, 1)
 
 

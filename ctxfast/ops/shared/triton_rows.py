@@ -56,8 +56,8 @@ def forward_tile(size: int) -> dict[str, int]:
 
 
 def backward_tile(size: int) -> dict[str, int]:
-    """Of a LayerNorm: eight elements a thread (sixteen in the longest rows), for sums of columns stay in registers
-    beside them, three for rows of at most ``SUMMED_SIZE`` and two for others."""
+    """Of a LayerNorm: eight elements a thread, sixteen in the longest rows. Sums of columns stay in registers beside
+    them: three for rows of at most ``SUMMED_SIZE``, else two."""
     if IS_INTERPRETED:
         return dict(BLOCK_N=block(size), ROWS=16, num_warps=1)
     rows = max(1, 1024 // block(size))
