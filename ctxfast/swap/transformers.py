@@ -133,7 +133,8 @@ def _run(
     """``nn.encoder.run`` over layers that were examined."""
     (x,) = tokens
     with nullcontext() if impl is None else registry.use_impl(impl):
-        described = layers if recompute is not None else [layer.weights() for layer in layers]
+        # One at a time: where query, key and value are joined anew, all layers' would be there at once.
+        described = layers if recompute is not None else (layer.weights() for layer in layers)
         return encoder.run(described, x, cu_seqlens, max_seqlen, all_layers=all_layers, recompute=recompute)
 
 

@@ -354,6 +354,8 @@ class Layer:
         self.snapshot = Snapshot(every.values(), settings, is_capture)
         tables = [module._parameters for module in (*parts.linears, *parts.norms) if not _is_adapter(module)]
         self._adapters = frozenset(filter(_is_adapter, parts.linears))
+        inner, width = parts.query.weight.shape
+        self._runs_by_ops = bool(self._adapters) or inner != width
         self.places = [(table, name) for table in tables for name in ("weight", "bias") if name in table]
         self.is_still = Seen([self]).is_still
 
@@ -372,7 +374,7 @@ class Layer:
             self._activation,
             (parts.attention_norm.eps, parts.output_norm.eps),
             dropout_p=tuple(map(_rate, (parts.attention_dropout, parts.project_dropout, parts.output_dropout))),
-            by_ops=bool(self._adapters),
+            by_ops=self._runs_by_ops,
         )
         return encoder.LayerWeights(tuple(tensors), options)
 
