@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from .. import loop_options
-from .classify import Classify, Pair
-from .span import Span
-from .tag import Tag
+from .classify import ClassifyCommand, PairCommand
+from .span import SpanCommand
+from .tag import TagCommand
 from .task import TaskCommand
 
-TASKS: tuple[TaskCommand, ...] = (Classify(), Pair(), Tag(), Span())
+TASKS: tuple[TaskCommand, ...] = (ClassifyCommand(), PairCommand(), TagCommand(), SpanCommand())
 
 _HELP = """\
 Fine-tune a BERT or ELMo model, or train an LSTM over its frozen layers, and predict.
