@@ -54,9 +54,12 @@ csrc-test: $(VENV)/.packages  ## kernels against plain loops, no Python; CUDA on
 sanitize:        ## CUDA test programs under compute-sanitizer: memcheck and racecheck (needs a GPU)
 	$(PYTHON) csrc/build.py sanitize
 
-lint: $(VENV)/.built  ## ruff and clang-format
+# basedpyright is pyright with node in its wheel: PyPI's pyright downloads node. 200 MB, so make test does without.
+lint: $(VENV)/.built  ## ruff, types and clang-format
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PIP) basedpyright==1.40.2
+	$(PY) -m basedpyright --pythonpath $(PY)
 	$(VENV)/bin/clang-format --dry-run --Werror $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
 
 format: $(VENV)/.built  ## rewrite the tree in house style

@@ -4,13 +4,34 @@
 from __future__ import annotations
 
 from importlib import import_module, metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import functional
 from ._core.registry import use_impl
 from ._core.report import show_config
 from .functional import *  # noqa: F403
 from .ops.shared.weight_cache import forget_packed
+
+if TYPE_CHECKING:  # what is loaded on first use below
+    from . import models as models, nn as nn, packing as packing
+    from .embedding.embedder import Embedder as Embedder
+    from .embedding.ray_data import embed_dataset as embed_dataset
+    from .models.bert.config import BertConfig as BertConfig
+    from .models.bert.heads import (
+        BertForMaskedLM as BertForMaskedLM,
+        BertForNextSentencePrediction as BertForNextSentencePrediction,
+        BertForPreTraining as BertForPreTraining,
+        BertForQuestionAnswering as BertForQuestionAnswering,
+        BertForSequenceClassification as BertForSequenceClassification,
+        BertForTokenClassification as BertForTokenClassification,
+    )
+    from .models.bert.modeling import Bert as Bert
+    from .models.bert.tokenization import BertTokenizer as BertTokenizer
+    from .models.elmo.embedder import ElmoEmbedder as ElmoEmbedder
+    from .models.elmo.modeling import Elmo as Elmo
+    from .models.elmo.tokenization import batch_to_ids as batch_to_ids
+    from .swap.attention_interface import register_attention as register_attention
+    from .swap.in_place import restore as restore, swap_in as swap_in
 
 try:
     __version__ = metadata.version("ctxfast")

@@ -80,7 +80,8 @@ class Packing:
             )
         batch_size, seqlen = attention_mask.shape
         is_real = attention_mask if is_bool else attention_mask != 0
-        if torch.jit.is_tracing() or _is_exporting():
+        # Named so in torch's documentation, but not in a list of public names.
+        if torch.jit.is_tracing() or _is_exporting():  # pyright: ignore[reportPrivateImportUsage]
             return cls._traced(is_real, batch_size, seqlen)
         per_row = is_real.sum(dim=1)
         if is_bool:

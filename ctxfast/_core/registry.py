@@ -44,7 +44,8 @@ PROVEN: dict[str | None, str] = {
 }
 IMPL_NAMES = ("reference", "cpu", "triton", "cuda", "cuda_step")
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")  # a line each: type checkers know them by nothing else
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)

@@ -75,21 +75,27 @@ class TextEncoder(Protocol):
 
     def read_lines(self, lines: Sequence[bytes], selection: Selection) -> tuple[list[Any], int]:
         """Lines of a file as ``prepare`` takes them, and how many bytes of them were no UTF-8 and were replaced."""
+        ...
 
     def prepare(self, texts: Sequence[Any], selection: Selection, where: Where, truncate: bool) -> list[Prepared]:
         """Tokenise texts; ``where(i)`` names text i in an error."""
+        ...
 
     def encode(self, batch: Sequence[Prepared], selection: Selection) -> Tensor:
         """(rows of the whole batch, layers, dim), floating point, on ``device``, still being computed perhaps."""
+        ...
 
     def tokens(self, item: Prepared, selection: Selection) -> list[str]:
         """The tokens of a text, one for each of its rows at token level."""
+        ...
 
     def state_dict(self) -> dict[str, Tensor]:
         """What is carried from batch to batch; {} where nothing is."""
+        ...
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Go on from a ``state_dict``; {} starts anew."""
+        ...
 
 
 def assemble(states: Sequence[Tensor], index: Tensor | None, lengths: Tensor | None, selection: Selection) -> Tensor:
@@ -123,7 +129,8 @@ def _stacked(parts: Iterable[Tensor], selection: Selection) -> Tensor:
     """(S, N) of every layer to (S, layers, N), or their mean to (S, 1, N)."""
     if not selection.is_average:
         return torch.stack(list(parts), 1)
-    total, count = 0.0, 0
+    total: Any = 0.0
+    count = 0
     for part in parts:  # one at a time: all layers of a batch are large
         total, count = part + total, count + 1
     return (total / count)[:, None]

@@ -124,7 +124,9 @@ def embed_file(
     format = check_target(input, target, how.format, overwrite=how.overwrite, files=embedder.encoder.files)
     how.check(format)
     selection = how.selection(embedder, format)
-    reading = dict(empty=how.empty, window=how.window, multiple=embedder.batch_size if embedder.state == "carry" else 1)
+    reading: dict[str, Any] = dict(
+        empty=how.empty, window=how.window, multiple=embedder.batch_size if embedder.state == "carry" else 1
+    )
     source = None if os.fspath(input) == "-" else Corpus(input, **reading)
     work = WorkDirectory(target)
     try:

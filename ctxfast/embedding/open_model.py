@@ -48,16 +48,22 @@ def open_encoder(
     if (options_file is None) != (weight_file is None):
         given, missing = ("options_file", "weight_file") if weight_file is None else ("weight_file", "options_file")
         raise ValueError(f"ctxfast.Embedder: {given} is given without {missing}; an ELMo model needs both.")
-    files = (Path(options_file), Path(weight_file)) if options_file is not None else None
-    if model is None and files is None:
+    if options_file is not None and weight_file is not None:
+        if model is not None:
+            raise ValueError("ctxfast.Embedder: model is given beside options_file; expected one or the other.")
+        files = (Path(options_file), Path(weight_file))
+    elif model is None:
         raise ValueError("ctxfast.Embedder: model is None; expected a folder or a name, or an ELMo model's two files.")
-    if model is not None and files is not None:
-        raise ValueError("ctxfast.Embedder: model is given beside options_file; expected one or the other.")
-    if files is None and Path(model).expanduser().is_dir():
-        files = _elmo_files(Path(model).expanduser())
-    if files is not None:
-        bilm = ElmoBiLm.from_files(*files, state=state)
-        return ElmoEncoder(bilm.to(device, computes_in), files)
+    else:
+        folder = Path(model).expanduser()
+        files = _elmo_files(folder) if folder.is_dir() else None
+        if files is None:
+            return _open_bert(model, device, computes_in)
+    bilm = ElmoBiLm.from_files(*files, state=state)
+    return ElmoEncoder(bilm.to(device, computes_in), files)
+
+
+def _open_bert(model: _Path, device: torch.device, dtype: torch.dtype) -> BertEncoder:
     path = resolve_model(model)
     given = Path(model).expanduser()
     root = given if given.is_dir() else path if path.is_dir() else path.parent
@@ -66,7 +72,7 @@ def open_encoder(
         path = folder
     folder = path if path.is_dir() else path.parent
     _refuse_adapters(folder)
-    bert = Bert.from_pretrained(path, dtype=computes_in, device=device, add_pooling_layer=False)
+    bert = Bert.from_pretrained(path, dtype=dtype, device=device, add_pooling_layer=False)
     # A checkpoint of TensorFlow is several files that begin alike.
     files = [
         file
@@ -116,18 +122,17 @@ def _elmo_files(folder: Path) -> tuple[Path, Path] | None:
     weights = _the_one(tables, ("weights.hdf5",), lambda name: "weights" in name) or _the_one(
         tables, (), lambda _: True
     )
-    is_elmo = options is not None and bool(tables)
     is_bert = any(name in names for name in ("config.json", "bert_config.json", "modules.json", "0_Transformer"))
-    if is_elmo and is_bert:
+    if options is not None and tables and is_bert:
         raise ValueError(
             f"ctxfast.Embedder: {folder} could be a BERT or an ELMo model; expected one of them. {found} Pass "
             f"options_file and weight_file for ELMo."
         )
     if is_bert:
         return None
-    if is_elmo and weights is not None:
+    if options is not None and weights is not None:
         return folder / options, folder / weights
-    if is_elmo:
+    if options is not None and tables:
         raise ValueError(
             f"ctxfast.Embedder: {folder} has several HDF5 files ({', '.join(tables)}); expected one that is named "
             f"*weights*. Pass options_file and weight_file."

@@ -111,7 +111,7 @@ class ShardWriter:
 
     def put(self, indices: Sequence[int], values: np.ndarray) -> None:
         """The vectors of these texts, one text after another."""
-        data = memoryview(np.ascontiguousarray(values, dtype=self._dtype)).cast("B") if values.size else b""
+        data = np.ascontiguousarray(values, dtype=self._dtype).data.cast("B") if values.size else b""
         handle, offsets, place = self._file.fileno(), self._offsets, 0
         with naming(self._path):
             for index in indices:
@@ -166,8 +166,8 @@ class Shard:
         with self.open_values() as file:
             for i, (number, rows) in enumerate(zip(self.numbers.tolist(), self.rows.tolist())):
                 values = np.frombuffer(file.read(rows * self.row_bytes), self._dtype).reshape(rows, *self._shape)
-                parts = (data[at[i] : at[i + 1]] for data, at in zip((texts, tokens), bounds))
-                yield Item(number, *parts, values)
+                text, own_tokens = (data[at[i] : at[i + 1]] for data, at in zip((texts, tokens), bounds))
+                yield Item(number, text, own_tokens, values)
 
 
 def _damaged(path: Path, what: object) -> str:
@@ -337,7 +337,10 @@ class WorkDirectory:
         state: Mapping[str, np.ndarray],
     ) -> None:
         """Write the index of a shard whose values are in place."""
-        arrays = {"numbers": np.asarray(numbers, dtype=np.int64), "rows": np.asarray(rows, dtype=np.int64)}
+        arrays: dict[str, Any] = {
+            "numbers": np.asarray(numbers, dtype=np.int64),
+            "rows": np.asarray(rows, dtype=np.int64),
+        }
         arrays["texts"], arrays["texts_offsets"] = _joined(texts)
         arrays["tokens"], arrays["tokens_offsets"] = _joined(tokens or [b""] * len(texts))
         arrays["done"] = np.frombuffer(json.dumps(asdict(done)).encode(), dtype=np.uint8)

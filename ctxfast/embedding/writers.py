@@ -16,11 +16,11 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import h5py
 import numpy as np
-from h5py import h5d, h5p, h5s, h5t
+from h5py import h5d, h5p, h5s, h5t  # pyright: ignore[reportAttributeAccessIssue]  # compiled, without stubs
 
 from .._core.files import create
 from .._core.hdf5 import new_hdf5
@@ -94,14 +94,14 @@ def format_of(target: Path, name: str | None = None) -> str:
     found = _SUFFIXES.get(target.suffix.lower())
     if name is not None and name not in FORMATS:
         raise ValueError(f"ctxfast.embed: format is {name!r}; expected one of {', '.join(FORMATS)}.")
-    if name is None and found is None:
+    chosen = name or found
+    if chosen is None:
         raise ValueError(
             f"ctxfast.embed: output {target} ends in {target.suffix!r}; expected {', '.join(_SUFFIXES)}, or a format "
             f"by name (--format)."
         )
     if name not in (None, found) and found is not None and (name, found) != ("extract-features", "jsonl"):
         raise ValueError(f"ctxfast.embed: format is {name!r}, but output {target} ends as {found} does.")
-    chosen = name or found
     if chosen == "parquet" and importlib.util.find_spec("pyarrow") is None:
         raise RuntimeError(
             "ctxfast.embed: Parquet needs pyarrow, which is not installed. Run: pip install 'ctxfast[parquet]'"
@@ -200,11 +200,11 @@ def _write_arrays_hdf5(file: h5py.File, layout: Layout, check: Callable[[], None
 # Flat arrays: safetensors and npz
 
 
-def _arrays(layout: Layout) -> dict[str, tuple[np.dtype, tuple[int, ...], Callable[[BinaryIO], None]]]:
+def _arrays(layout: Layout) -> dict[str, tuple[np.dtype, tuple[int, ...], Callable[[IO[bytes]], None]]]:
     """Name -> dtype, shape, and what writes the numbers."""
     integers = np.dtype("<i8")
 
-    def offsets(out: BinaryIO) -> None:
+    def offsets(out: IO[bytes]) -> None:
         total = 0
         out.write(np.zeros(1, integers).tobytes())
         for shard in layout.shards():
@@ -212,11 +212,11 @@ def _arrays(layout: Layout) -> dict[str, tuple[np.dtype, tuple[int, ...], Callab
             out.write(ends.astype(integers).tobytes())
             total += int(shard.rows.sum())
 
-    def lines(out: BinaryIO) -> None:
+    def lines(out: IO[bytes]) -> None:
         for shard in layout.shards():
             out.write(shard.numbers.astype(integers).tobytes())
 
-    def embeddings(out: BinaryIO) -> None:
+    def embeddings(out: IO[bytes]) -> None:
         for shard in layout.shards():
             with shard.open_values() as values:
                 shutil.copyfileobj(values, out, _COPY_BYTES)

@@ -85,7 +85,8 @@ class CharCnn(tools.Unscripted):
                 convolution.weight.uniform_(-0.05, 0.05)
             else:
                 convolution.weight.normal_(0, convolution.weight[0].numel() ** -0.5)
-            convolution.bias.zero_()
+            if convolution.bias is not None:
+                convolution.bias.zero_()
 
     def _arguments(self, char_ids: Tensor) -> dict[str, Any]:
         """Those of ``functional.char_cnn``."""

@@ -49,6 +49,9 @@ class Crf(nn.Module):
         self.start = nn.Parameter(torch.zeros(num_tags))
         self.end = nn.Parameter(torch.zeros(num_tags))
         follows, begins = rules or (torch.ones(num_tags, num_tags).bool(), torch.ones(num_tags).bool())
+        # Not annotated in the class, where torch.jit.script would read it.
+        self._follows: Tensor
+        self._begins: Tensor
         self.register_buffer("_follows", torch.where(follows, 0.0, _FORBIDDEN), persistent=False)
         self.register_buffer("_begins", torch.where(begins, 0.0, _FORBIDDEN), persistent=False)
 

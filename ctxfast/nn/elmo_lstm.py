@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +20,16 @@ Sides = tuple[Tensor, Tensor]  # what each direction reads
 Layer = Callable[[Sides, "Tensor | None", "State | None"], tuple[Tensor, State]]
 
 
+class Cell(Protocol):
+    """One direction of one layer, under AllenNLP's names."""
+
+    input_linearity: nn.Linear
+    state_linearity: nn.Linear
+    state_projection: Any  # a linear layer, None, or not there
+
+
 def run_layer(
-    cells: tuple[nn.Module, nn.Module],
+    cells: tuple[Cell, Cell],
     inputs: Tensor | Sides,
     lengths: Tensor | None,
     state: State | None,
@@ -42,7 +50,7 @@ def run_layer(
     )
 
 
-def _bias(cell: nn.Module) -> Tensor:
+def _bias(cell: Cell) -> Tensor:
     own, other = cell.state_linearity.bias, cell.input_linearity.bias
     return own if other is None else own + other
 
@@ -68,23 +76,24 @@ def run_layers(
     Returns:
         L tensors (B, T, 2P), and the state as ``ElmoLstm.forward`` gives it.
     """
-    sides = inputs if isinstance(inputs, tuple) else (inputs, inputs)
+    sides: Sides = inputs if isinstance(inputs, tuple) else (inputs, inputs)
     outputs: list[Tensor] = []
     h_n, c_n = [], []
     for k, layer in enumerate(layers):
         below = outputs[-1] if outputs else None
         if input_dropout > 0:
-            sides = tuple(F.dropout(side, input_dropout) for side in sides)
-            below = torch.cat(sides, dim=2)
+            sides = (F.dropout(sides[0], input_dropout), F.dropout(sides[1], input_dropout))
+            below = None if below is None else torch.cat(sides, dim=2)
         before = None if initial_state is None else (initial_state[0][k], initial_state[1][k])
         output, (h, c) = layer(sides, lengths, before)
-        if k > 0 and use_skip_connections:
+        if below is not None and use_skip_connections:
             output = output + below
         outputs.append(output)
         h_n.append(h)
         c_n.append(c)
         # One matrix product over all rows wants them side by side; a strided view makes one per text.
-        sides = tuple(side.contiguous() for side in output.chunk(2, dim=2))
+        forward, backward = output.chunk(2, dim=2)
+        sides = (forward.contiguous(), backward.contiguous())
     return outputs, (torch.stack(h_n), torch.stack(c_n))
 
 
@@ -240,7 +249,8 @@ class ElmoLstm(tools.Unscripted):
     def check_cells(self) -> None:
         """Raise RuntimeError if a linear layer of a cell was replaced, by a quantised one, say."""
         way = " For products in 8 bits set weight_dtype=torch.int8 instead of quantising."
-        for path, cell in self._modules.items():
+        cells: dict[str, Any] = self._modules
+        for path, cell in cells.items():
             for name, linear in cell._modules.items():
                 if linear is not None:
                     tools.readable(self, f"{path}.{name}", linear, nn.Linear, way)

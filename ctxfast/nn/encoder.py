@@ -30,6 +30,10 @@ _OPS = ("add_layer_norm", "attention", "linear_act")
 
 Layer = Callable[..., Tensor]  # (x, cu_seqlens, max_seqlen, rows) -> x
 Weight = Callable[[Tensor], Tensor] | Tensor
+Tensors = tuple[
+    Weight, "Tensor | None", Weight, "Tensor | None", Tensor, Tensor,
+    Weight, "Tensor | None", Weight, "Tensor | None", Tensor, Tensor,
+]  # fmt: skip
 
 
 class LayerOptions(NamedTuple):
@@ -60,7 +64,7 @@ class LayerWeights(NamedTuple):
         options: the rest.
     """
 
-    tensors: tuple[Weight | None, ...]
+    tensors: Tensors
     options: LayerOptions
 
 
@@ -75,7 +79,8 @@ def encode(
 ) -> Sequence[Tensor]:
     """``function(tokens, cu_seqlens, max_seqlen)``, which runs ``module``, by a CUDA graph where one can be: see
     ``PackedGraphs.run``. ``graphs`` None: by none."""
-    if graphs is not None and graphs.can_run(tokens[0]):
+    lead = tokens[0]
+    if graphs is not None and lead is not None and graphs.can_run(lead):
         return graphs.run(function, module, tokens, cu_seqlens, max_seqlen, flags)
     return function(tokens, cu_seqlens, max_seqlen)
 
@@ -121,9 +126,10 @@ def _is_open(x: Tensor) -> bool:
 
 def _groups(
     layers: Iterable[LayerWeights | Layer],
-) -> list[tuple[LayerOptions | None, list[LayerWeights | Layer]]]:
-    """Neighbours that one call could compute together, with their options; None for those that none could."""
-    groups: list[tuple[LayerOptions | None, list[LayerWeights | Layer]]] = []
+) -> list[tuple[LayerOptions | None, list[Any]]]:
+    """Neighbours that one call could compute together, which are ``LayerWeights``, with their options; None for those
+    that none could."""
+    groups: list[tuple[LayerOptions | None, list[Any]]] = []
     for layer in layers:
         options = layer.options if type(layer) is LayerWeights else None
         if options is not None and (options.by_ops or any(options.dropout_p) or options.eps[0] != options.eps[1]):
@@ -169,7 +175,7 @@ def _one_by_one(
     """What each layer gives, or the last alone."""
     states = []
     for layer in layers:
-        step = partial(by_ops, layer) if type(layer) is LayerWeights else layer
+        step: Layer = partial(by_ops, layer) if isinstance(layer, LayerWeights) else layer
         if recompute is not None:
             step = partial(recompute, registry.with_choice(step))
         x = step(x, cu_seqlens, max_seqlen, rows)
@@ -180,16 +186,19 @@ def _one_by_one(
 
 def by_ops(layer: LayerWeights, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, rows: AllRows | None = None) -> Tensor:
     """A layer as calls of its ops, (T, N) -> (T, N). With ``rows``, x holds every row of a padded batch."""
-    qkv, qkv_bias, project, project_bias, *norm, widen, widen_bias, narrow, narrow_bias, scale, shift = layer.tensors
+    (
+        qkv, qkv_bias, project, project_bias, scale, shift,
+        widen, widen_bias, narrow, narrow_bias, last_scale, last_shift,
+    ) = layer.tensors  # fmt: skip
     heads, activation, (eps, last_eps), dtype, (attention_p, dropout_p, last_p), _ = layer.options
     context = self_attention(
         x, qkv, qkv_bias, heads, cu_seqlens, max_seqlen, rows, dropout_p=attention_p, weight_dtype=dtype
     )
     projected = _product(context, project, weight_dtype=dtype)
-    x = functional.add_layer_norm(projected, x, *norm, project_bias, eps=eps, dropout_p=dropout_p)
+    x = functional.add_layer_norm(projected, x, scale, shift, project_bias, eps=eps, dropout_p=dropout_p)
     wide = _product(x, widen, widen_bias, activation=activation, weight_dtype=dtype)
     narrowed = _product(wide, narrow, weight_dtype=dtype)
-    return functional.add_layer_norm(narrowed, x, scale, shift, narrow_bias, eps=last_eps, dropout_p=last_p)
+    return functional.add_layer_norm(narrowed, x, last_scale, last_shift, narrow_bias, eps=last_eps, dropout_p=last_p)
 
 
 def self_attention(

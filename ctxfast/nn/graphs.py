@@ -251,7 +251,7 @@ class PackedGraphs:
         if stream is not None and self._last is not None:
             stream.wait_event(self._last)
         for static, given in zip(bucket.tokens, tokens):
-            if static is not None:
+            if static is not None and given is not None:
                 static[:total].copy_(given)
         given = cu_seqlens.shape[0]
         bucket.cu_seqlens[:given].copy_(cu_seqlens)

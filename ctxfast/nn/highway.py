@@ -32,7 +32,7 @@ def _sigmoid(x: Tensor) -> Tensor:
     return found.view(x.shape)
 
 
-def highways(x: Tensor, layers: Iterable[nn.Linear], impl: str | None = None) -> Tensor:
+def highways(x: Tensor, layers: Iterable[nn.Module], impl: str | None = None) -> Tensor:
     """What ``Highway`` computes, over its layers, (..., N) -> (..., N)."""
     for layer in layers:
         both = tools.linear(x, layer, impl=impl)
@@ -67,12 +67,11 @@ class Highway(tools.Unscripted):
     ) -> None:
         super().__init__()
         self.input_dim, self.impl = input_dim, impl
-        self._layers = nn.ModuleList(
-            nn.Linear(input_dim, 2 * input_dim, device=device, dtype=dtype) for _ in range(num_layers)
-        )
+        layers = [nn.Linear(input_dim, 2 * input_dim, device=device, dtype=dtype) for _ in range(num_layers)]
         with torch.no_grad():
-            for layer in self._layers:
+            for layer in layers:
                 layer.bias[input_dim:].fill_(1)
+        self._layers = nn.ModuleList(layers)
 
     @tools.one_call
     def forward(self, inputs: Tensor) -> Tensor:

@@ -82,9 +82,10 @@ class LSTM(nn.RNNBase):
     weight_dtype: torch.dtype | None = None
     impl: str | None = None
 
-    get_expected_cell_size = nn.LSTM.get_expected_cell_size
-    check_forward_args = nn.LSTM.check_forward_args
-    permute_hidden = nn.LSTM.permute_hidden
+    # Any: torch annotates them for one tensor in RNNBase and for a pair in LSTM.
+    get_expected_cell_size: Any = nn.LSTM.get_expected_cell_size
+    check_forward_args: Any = nn.LSTM.check_forward_args
+    permute_hidden: Any = nn.LSTM.permute_hidden
 
     def __init__(
         self,
@@ -251,7 +252,7 @@ class LSTM(nn.RNNBase):
             c_n.append(c)
         return x, (torch.cat(h_n), torch.cat(c_n))
 
-    def _weights(self, layer: int) -> tuple[Any, ...]:
+    def _weights(self, layer: int) -> tuple[list[Tensor], list[Tensor], list[Tensor] | None, list[Tensor] | None]:
         """weight_ih, weight_hh, bias and weight_proj of a layer, a list of one per direction or None each."""
         names = [f"l{layer}{side}" for side in ("", "_reverse")[: 2 if self.bidirectional else 1]]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeGuard, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,10 @@ from torch import Tensor, fx, nn
 from .. import functional
 from .watched import is_watched
 
+M = TypeVar("M", bound=nn.Module)
+P = ParamSpec("P")
+R = TypeVar("R")
+
 
 def name_of(module: nn.Module) -> str:
     """A module's class as errors name it."""
@@ -21,17 +25,17 @@ def name_of(module: nn.Module) -> str:
     return f"ctxfast.nn.{kind.__name__}" if kind.__module__.startswith("ctxfast.nn.") else f"ctxfast.{kind.__name__}"
 
 
-def is_plain(linear: nn.Module) -> bool:
+def is_plain(linear: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether a linear layer's parameters are all of it: nobody put another module in its place (a quantised layer, an
     adapter) or wants to see its calls. What is not plain is called."""
     return _is_own(linear, nn.Linear) and not is_watched(linear)
 
 
-def _is_own(module: nn.Module, kind: type[nn.Module]) -> bool:
+def _is_own(module: nn.Module, kind: type[M]) -> TypeGuard[M]:
     return isinstance(module, kind) and type(module).forward is kind.forward
 
 
-def readable(owner: nn.Module, name: str, module: nn.Module, kind: type[nn.Module], way: str = "") -> nn.Module:
+def readable(owner: nn.Module, name: str, module: nn.Module, kind: type[M], way: str = "") -> M:
     """``module``, a part of ``owner`` that is never called: its parameters are read.
 
     Weights that torch.nn.utils.prune or weight_norm compute before each call are computed now.
@@ -76,23 +80,23 @@ class Unscripted(nn.Module):
         )
 
 
-def one_call(forward: Callable[..., Any]) -> Callable[..., Any]:
+def one_call(forward: Callable[Concatenate[M, P], R]) -> Callable[Concatenate[M, P], R]:
     """A module's ``forward`` that torch.fx, where it traces symbolically, records as one call of the module, as it does
     with torch's own modules."""
 
-    @functools.wraps(forward)
-    def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def run(self: M, *args: P.args, **kwargs: P.kwargs) -> R:
         for each in (*args, *kwargs.values()):
             if isinstance(each, fx.Proxy):
-                return _recorded(self, each.tracer, args, kwargs)
+                return _recorded(self, cast("fx.Tracer", each.tracer), args, kwargs)
         return forward(self, *args, **kwargs)
 
     # A code object of its own: torch.compile counts compilations by it, and all modules would share one limit.
     run.__code__ = run.__code__.replace(co_name=forward.__name__)
-    return run
+    return functools.wraps(forward)(run)
 
 
-def _recorded(module: nn.Module, tracer: fx.Tracer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Proxy:
+def _recorded(module: nn.Module, tracer: fx.Tracer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The proxy that stands for the result."""
     if module is tracer.root:
         raise TypeError(
             f"{name_of(module)}: torch.fx was asked to trace it; expected a model that holds it, in which it is one "

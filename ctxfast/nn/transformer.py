@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from itertools import chain
 from operator import getitem
-from typing import Any
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -104,11 +104,11 @@ class TransformerLayer(tools.Unscripted):
         x = self.attention(x, cu_seqlens, max_seqlen, rows)
         return self.output(self.intermediate(x), x)
 
-    def parts(self) -> tuple[nn.Module, ...] | None:
+    def parts(self) -> Parts | None:
         """The modules inside, in the order of ``_KINDS``; None where one is another, or somebody watches one."""
         # By their tables: through attributes it takes ten times as long.
         try:
-            modules = self._modules
+            modules: dict[str, Any] = self._modules
             attention, widen, narrow = modules["attention"], modules["intermediate"], modules["output"]
             own, project = attention._modules["self"], attention._modules["output"]
             found = (
@@ -130,9 +130,9 @@ class TransformerLayer(tools.Unscripted):
             return None
         if any([part.weight_dtype is not own.weight_dtype for part in (project, widen, narrow)]):
             return None
-        dropout_p = tuple([part.dropout if part.training else 0.0 for part in (own, norm, last_norm)])
+        p, norm_p, last_p = [part.dropout if part.training else 0.0 for part in (own, norm, last_norm)]
         options = encoder.LayerOptions(
-            own.num_heads, widen.activation, (norm.eps, last_norm.eps), own.weight_dtype, dropout_p
+            own.num_heads, widen.activation, (norm.eps, last_norm.eps), own.weight_dtype, (p, norm_p, last_p)
         )
         try:
             tensors = [table[name] for table, name in _places(parts)]
@@ -142,8 +142,11 @@ class TransformerLayer(tools.Unscripted):
 
 
 # Of ``TransformerLayer.parts``.
-_KINDS = (SelfAttention, ProjectAddLayerNorm, nn.Linear, AddLayerNorm, Intermediate, nn.Linear, ProjectAddLayerNorm,
-          nn.Linear, AddLayerNorm, AttentionBlock)  # fmt: skip
+Parts = tuple[
+    SelfAttention, ProjectAddLayerNorm, nn.Linear, AddLayerNorm, Intermediate, nn.Linear, ProjectAddLayerNorm,
+    nn.Linear, AddLayerNorm, AttentionBlock,
+]  # fmt: skip
+_KINDS = get_args(Parts)
 # What ``TransformerLayer.weights`` looks at, in each part.
 _SETTINGS = (
     ("num_heads", "dropout", "training", "weight_dtype", "impl"), ("weight_dtype", "impl"), (),
@@ -152,7 +155,7 @@ _SETTINGS = (
 )  # fmt: skip
 
 
-def _places(parts: Sequence[nn.Module]) -> list[tuple[dict[str, Any], str]]:
+def _places(parts: Parts) -> list[tuple[dict[str, Any], str]]:
     """Table and name of the 12 tensors of a layer, from its ``parts``."""
     own, _, project, norm, _, widen, _, narrow, last_norm, _ = (part._parameters for part in parts)
     pairs = [(table, name) for table in (project, norm, widen, narrow, last_norm) for name in ("weight", "bias")]
@@ -176,7 +179,7 @@ class Described:
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return Described, ()
 
-    def __call__(self, layers: Iterable[nn.Module]) -> list[encoder.LayerWeights | nn.Module]:
+    def __call__(self, layers: Iterable[nn.Module]) -> Sequence[encoder.LayerWeights | nn.Module]:
         """What each layer computes with; the layer itself where it has to be called."""
         layers = list(layers)
         if watched.is_all_watched():
@@ -188,8 +191,9 @@ class Described:
             with suppress(KeyError):  # a tensor that is no parameter any more
                 return seen.weights()
         found = list(map(_described, layers))
-        is_stock = all([type(each) is encoder.LayerWeights for each in found])
-        self._seen = _Seen(layers, [each.options for each in found]) if is_stock else None
+        options = [each.options for each in found if type(each) is encoder.LayerWeights]
+        is_stock = len(options) == len(found)
+        self._seen = _Seen(cast("list[TransformerLayer]", layers), options) if is_stock else None
         return found
 
 
@@ -198,7 +202,7 @@ class _Seen:
 
     def __init__(self, layers: list[TransformerLayer], options: list[encoder.LayerOptions]) -> None:
         self.layers, self._options = layers, options
-        parts = [layer.parts() for layer in layers]
+        parts = cast("list[Parts]", [layer.parts() for layer in layers])
         settings = [(part.__dict__, name) for own in parts for part, names in zip(own, _SETTINGS) for name in names]
         self.snapshot = watched.Snapshot([*layers, *chain.from_iterable(parts)], settings)
         self._places = list(zip(*[place for own in parts for place in _places(own)]))

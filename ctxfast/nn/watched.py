@@ -42,7 +42,9 @@ def is_watched(module: nn.Module, is_harmless: IsHarmless | None = None) -> bool
 
 def is_all_watched() -> bool:
     """Whether somebody looks at every module there is: global hooks, torch.jit.trace, torch.onnx.export."""
-    return torch.nn.modules.module._has_any_global_hook() or torch_ops.is_traced()
+    if torch.nn.modules.module._has_any_global_hook():
+        return True
+    return torch_ops.is_traced()
 
 
 class Snapshot:
