@@ -121,15 +121,26 @@ def _groups(
 ) -> list[tuple[LayerOptions | None, list[LayerWeights | Layer]]]:
     """Neighbours that one call could compute together, with their options; None for those that none could."""
     groups: list[tuple[LayerOptions | None, list[LayerWeights | Layer]]] = []
+    last: tuple[LayerOptions, int] | None = None
     for layer in layers:
-        options = layer.options if is_open and type(layer) is LayerWeights else None
-        if options is not None and (options.by_ops or any(options.dropout_p) or options.eps[0] != options.eps[1]):
-            options = None
-        if groups and groups[-1][0] == options:
+        kind = _one_calls_kind(layer) if is_open and type(layer) is LayerWeights else None
+        if groups and last == kind:
             groups[-1][1].append(layer)
         else:
-            groups.append((options, [layer]))
+            groups.append((None if kind is None else kind[0], [layer]))
+        last = kind
     return groups
+
+
+def _one_calls_kind(layer: LayerWeights) -> tuple[LayerOptions, int] | None:
+    """What layers of one call have in common, options and the feed-forward block's width; None for a layer that no
+    call computes."""
+    options = layer.options
+    if options.by_ops or any(options.dropout_p) or options.eps[0] != options.eps[1]:
+        return None
+    qkv, widen = layer.tensors[0], layer.tensors[6]
+    # Heads that were pruned make up less than the hidden size.
+    return (options, widen.size(0)) if qkv.size(0) == 3 * qkv.size(1) else None
 
 
 def one_call(

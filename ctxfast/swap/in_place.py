@@ -82,7 +82,7 @@ def _encoder_objection(module: nn.Module, impl: str | None) -> str | None:
     qkv = weight.new_zeros(1, 3, parts.heads, weight.shape[0] // parts.heads)
     offsets = torch.tensor([0, 1], dtype=torch.int32, device=weight.device)
     reason = why_not("attention", impl, qkv=qkv, cu_seqlens=offsets, max_seqlen=1)
-    return transformers.difference(module) if reason is None else reason
+    return transformers.difference(module, impl) if reason is None else reason
 
 
 def _allennlp_objection(module: nn.Module, impl: str | None) -> str | None:

@@ -214,6 +214,8 @@ def _odd_leaf(parts: Parts) -> str | None:
             return "a weight is no parameter of its layer (pruned, normalised or parametrised)."
         for name in ("weight", "bias"):
             tensor = getattr(module, name)
+            if tensor is not None and tensor.layout is not torch.strided:
+                return f"a {name} is a tensor of layout {tensor.layout}."
             if tensor is not None and type(tensor) not in identity.PLAIN:
                 return f"a {name} is a {type(tensor).__name__}, a kind of tensor of its own (quantised or distributed)."
     return None
@@ -232,7 +234,7 @@ def _odd_sizes(parts: Parts) -> str | None:
     shapes = [(inner, width)] * 3 + [(width, inner), (wide, width), (width, wide)]
     if [tuple(linear.weight.shape) for linear in parts.linears] != shapes:
         return "its linear layers do not fit each other as those of one encoder layer do."
-    if any(tuple(norm.weight.shape) != (width,) for norm in parts.norms):
+    if any(tuple(norm.weight.shape) != (width,) or norm.normalized_shape != (width,) for norm in parts.norms):
         return "a LayerNorm of it does not normalise over the hidden size."
     heads, size = parts.heads, getattr(own, "attention_head_size", None)
     if not isinstance(heads, int) or heads < 1 or size != inner / heads:
@@ -250,8 +252,8 @@ def is_capture(hook: Callable) -> bool:
 
 def attention_function(own: nn.Module, modeling: str) -> Any:
     """What a layer's attention calls now: Transformers looks it up by its config at every call."""
-    functions = import_module("transformers.modeling_utils").ALL_ATTENTION_FUNCTIONS
-    return functions.get_interface(own.config._attn_implementation, import_module(modeling).eager_attention_forward)
+    names = import_module(modeling)
+    return names.ALL_ATTENTION_FUNCTIONS.get_interface(own.config._attn_implementation, names.eager_attention_forward)
 
 
 _ATTENTION = ("sdpa_attention", "flash_attention", "flex_attention")
@@ -322,6 +324,8 @@ class Layer:
         settings = [(own, name) for name in ("scaling", "attention_head_size", "num_attention_heads", "n_heads")]
         settings += [(own, "is_causal"), (parts.containers[0].__dict__, "is_decoder")]
         settings += [(parts.activation.__dict__, name) for name in ("act", "approximate")]
+        settings += [(norm.__dict__, name) for norm in parts.norms for name in ("eps", "normalized_shape")]
+        settings += [(dropout.__dict__, "p") for dropout in parts.dropouts]
         # Functions of a class that an object may hide: feed_forward_chunk and the like.
         settings += [(part.__dict__, name) for part in parts.containers for name in _functions(type(part))]
         self.modules = Snapshot(list(every.values()), settings, is_capture)
@@ -352,6 +356,8 @@ class Layer:
                 dtype, device = tensor.dtype, tensor.device
             elif tensor.dtype is not dtype or tensor.device != device:
                 return False
+            if tensor.layout is not torch.strided:
+                return False
         return True
 
     def __call__(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, rows: None = None) -> Tensor:
@@ -368,7 +374,12 @@ class Layer:
             parts.heads,
             self._activation,
             (parts.attention_norm.eps, parts.output_norm.eps),
-            dropout_p=tuple(map(_rate, (parts.attention_dropout, parts.project_dropout, parts.output_dropout))),
+            # The attention hands on its own mode, not its dropout's.
+            dropout_p=(
+                parts.attention_dropout.p if parts.attention.training else 0.0,
+                _rate(parts.project_dropout),
+                _rate(parts.output_dropout),
+            ),
             by_ops=any([not isinstance(weight, Tensor) for weight in tensors[::2]]),
         )
         return encoder.LayerWeights(tuple(tensors), options)
@@ -406,7 +417,8 @@ class Layers:
         self._known: dict[int, tuple[nn.Module, Layer]] = {}
         self._watched = identity.Watched()
         self._kinds: set[type] = set()
-        self._attention: tuple[tuple[Any, str, Any], ...] = ()
+        self._configs: list[tuple[dict[str, Any], Any]] = []  # each attention's attributes, and its config
+        self._functions: list[tuple[nn.Module, str, Any]] = []  # for each config: what its attention calls
 
     def __reduce__(self) -> tuple:
         return Layers, ()
@@ -421,8 +433,15 @@ class Layers:
             self.__init__()
         return [self._one(layer, kind) for layer in layers]
 
+    def attention(self) -> Any | None:
+        """The attention function of all layers that were examined; None if they differ in it."""
+        function = self._functions[0][2]
+        return function if all([other is function for _, _, other in self._functions]) else None
+
     def _is_attention_still(self) -> bool:
-        for own, name, function in self._attention:
+        if not all([own.get("config") is config for own, config in self._configs]):
+            return False
+        for own, name, function in self._functions:
             if own.config._attn_implementation != name or attention_function(own, self._modeling) is not function:
                 return False
         return True
@@ -446,9 +465,12 @@ class Layers:
         self._modeling = found.kind.modeling
         own = found.parts.attention
         config = own.config
-        if not any(other.config is config for other, _, _ in self._attention):
+        if not any(other is config for _, other in self._configs):
             function = attention_function(own, self._modeling)
-            self._attention += ((own, config._attn_implementation, function),)
+            self._functions.append((own, config._attn_implementation, function))
+            self._watched.add_names_of(function)
+        if not any(attributes is own.__dict__ for attributes, _ in self._configs):
+            self._configs.append((own.__dict__, config))
         for module in found.parts.every:
             if type(module) not in self._kinds:
                 self._kinds.add(type(module))
