@@ -4,7 +4,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
-SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
+SOURCES := setup.py pyproject.toml csrc/build.py $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
 PYTEST_ARGS ?=
 RESULTS ?= benchmarks/results
 PARTS ?= build csrc test bench
@@ -38,7 +38,7 @@ demo: build      ## real text to ELMo and BERT embeddings, with parity and speed
 test: build      ## every kind of test this machine can run, about 6 minutes on two idle cores
 	@echo "make test: CPU kernels in C++, the Python tests that are not slow, every row of the benchmarks once."
 	@echo "About 6 minutes on two idle cores, longer on busy ones. make test-all runs the rest too, about 13 minutes."
-	$(MAKE) -j $(JOBS) -C csrc/tests cpu
+	MAX_JOBS=$(JOBS) $(PY) csrc/build.py test --cpu
 	$(PYTEST) tests -m "not slow" $(PYTEST_ARGS)
 	$(PYTEST) benchmarks --dist load --benchmark-disable $(PYTEST_ARGS)
 
@@ -48,11 +48,11 @@ test-all: build  ## every test this machine can run, about 13 minutes on two idl
 	$(PYTEST) tests $(PYTEST_ARGS)
 	$(PYTEST) benchmarks --dist load --benchmark-disable $(PYTEST_ARGS)
 
-csrc-test:       ## kernels against plain loops, no Python; CUDA ones on the emulator where nvcc is
-	$(MAKE) -j $(JOBS) -C csrc/tests
+csrc-test: $(VENV)/.packages  ## kernels against plain loops, no Python; CUDA ones on the emulator too
+	MAX_JOBS=$(JOBS) $(PY) csrc/build.py test
 
 sanitize:        ## CUDA test programs under compute-sanitizer: memcheck and racecheck (needs a GPU)
-	$(MAKE) -C csrc/tests sanitize
+	$(PYTHON) csrc/build.py sanitize
 
 lint: $(VENV)/.built  ## ruff and clang-format
 	$(PY) -m ruff check .
@@ -76,10 +76,10 @@ bench: build     ## the benchmark suite; result files and report under benchmark
 # PARTS selects; PARTS="sanitize" runs the programs under compute-sanitizer (minutes).
 gpu:             ## build, GPU tests and GPU benchmarks with the Python and torch that are installed
 	$(if $(filter build,$(PARTS)),$(PYTHON) setup.py build_ext --inplace)
-	$(if $(filter csrc,$(PARTS)),$(MAKE) csrc-test)
+	$(if $(filter csrc,$(PARTS)),$(PYTHON) csrc/build.py test)
 	$(if $(filter sanitize,$(PARTS)),$(MAKE) sanitize)
 	$(if $(filter test,$(PARTS)),$(PYTHON) -m pytest tests -m gpu -q --continue-on-collection-errors $(PYTEST_ARGS))
 	$(if $(filter bench,$(PARTS)),$(PYTHON) -m benchmarks --device cuda --set small --json $(RESULTS))
 
 clean:           ## remove the virtual environment and build products
-	rm -rf $(VENV) build *.egg-info ctxfast/_C*.so csrc/tests/build
+	rm -rf $(VENV) build *.egg-info ctxfast/_C*.so

@@ -12,13 +12,16 @@ import argparse
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import build
 
 CSRC = Path(__file__).resolve().parent
 TABLE = CSRC / "resources.json"
@@ -96,23 +99,8 @@ def format_table(measured: Mapping[str, Resources], columns: Sequence[str] = COL
 def measure(nvcc: str, source: Path, arch: str) -> dict[str, Resources]:
     """Resources of one source for one architecture, keyed ``arch file kernel``."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [
-            nvcc,
-            "-std=c++17",
-            "-O3",
-            "-DNDEBUG",
-            "-DCTXFAST_SM90A=1",
-            f"-I{CSRC}",
-            "-cubin",
-        ]
-        command += [
-            f"-arch={arch}",
-            "-Xptxas",
-            "-v",
-            str(source),
-            "-o",
-            str(Path(folder) / "kernel.cubin"),
-        ]
+        command = [nvcc, *build.OPTIMIZED, f"-I{CSRC}", "-cubin", f"-arch={arch}", "-Xptxas", "-v"]
+        command += [str(source), "-o", str(Path(folder) / "kernel.cubin")]
         answer = subprocess.run(command, capture_output=True, text=True, check=False)
     if answer.returncode != 0:
         raise SystemExit(f"resources: {source.name} does not compile for {arch}:\n{answer.stderr}")
@@ -123,51 +111,41 @@ def measure(nvcc: str, source: Path, arch: str) -> dict[str, Resources]:
     return {f"{arch} {source.relative_to(CSRC)} {names[name]}": row for name, row in kernels.items()}
 
 
-def find_nvcc() -> str:
-    home = os.environ.get("CUDA_HOME")
-    nvcc = shutil.which("nvcc", path=os.path.join(home, "bin")) if home else shutil.which("nvcc")
-    if nvcc is None:
-        where = f"{home}/bin (CUDA_HOME)" if home else "PATH"
-        raise SystemExit(f"resources: no nvcc in {where}. Install the CUDA toolkit, or set CUDA_HOME to it.")
-    return nvcc
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--update", action="store_true", help="rewrite resources.json")
     options = parser.parse_args()
-    nvcc = find_nvcc()
-    version_text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
-    version = found[1] if (found := re.search(r"release (\d+\.\d+)", version_text)) else "unknown"
-
+    cuda = build.find_cuda(os.environ)
+    if cuda.nvcc is None:
+        raise SystemExit(f"resources: {cuda.reason}. Install the CUDA toolkit, or set CUDA_HOME to it.")
     jobs = [
         (source, arch)
-        for source in sorted(CSRC.glob("*/*.cu"))
-        if not source.name.startswith("test_")
+        for source in build.sources("*/*.cu")
         for arch in ARCHS
-        if arch == "sm_90a" or not source.name.endswith("_sm90a.cu")
+        if build.arch_only(source) in (None, arch.removeprefix("sm_"))
     ]
     measured: dict[str, Resources] = {}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for rows in pool.map(lambda job: measure(nvcc, *job), jobs):
+        for rows in pool.map(lambda job: measure(cuda.nvcc, *job), jobs):
             measured.update(rows)
     print(format_table(measured))
 
     if options.update:
         temporary = TABLE.with_name(TABLE.name + ".tmp")
-        text = json.dumps({"nvcc": version, "kernels": measured}, indent=1, sort_keys=True)
+        text = json.dumps({"nvcc": cuda.version, "kernels": measured}, indent=1, sort_keys=True)
         # One kernel a line: a diff then shows which kernel changed.
         text = re.sub(r"\{\s+([^{}]+?)\s+\}", lambda row: "{" + re.sub(r"\s+", " ", row[1]) + "}", text)
         temporary.write_text(text + "\n", encoding="utf-8")
         os.replace(temporary, TABLE)
-        print(f"wrote {TABLE.name}: {len(measured)} kernels, nvcc {version}")
+        print(f"wrote {TABLE.name}: {len(measured)} kernels, nvcc {cuda.version}")
         return
     known = json.loads(TABLE.read_text(encoding="utf-8"))
     problems = compare(known["kernels"], measured)
     for kernel, problem in problems:
         print(f"FAIL  {kernel}: {problem}", file=sys.stderr)
     if problems:
-        hint = "" if known["nvcc"] == version else f" (the table is of nvcc {known['nvcc']}, this is {version})"
+        is_other = known["nvcc"] != cuda.version
+        hint = f" (the table is of nvcc {known['nvcc']}, this is {cuda.version})" if is_other else ""
         raise SystemExit(f"resources: {len(problems)} problems{hint}. If meant: csrc/resources.py --update.")
     print(f"resources: {len(measured)} kernels as in the table, no spills")
 

@@ -71,7 +71,7 @@ def launches(dtype: str, arch: int) -> Iterator[Launch]:
         for plan in triton_plan.plans(head_dim, kind, arch // 10):
             for dropout in (True, False):
                 shared = dict(
-                    D=head_dim, BLOCK_D=triton_plan.block_d(head_dim), HAS_BIAS=True, DROPOUT=dropout,
+                    D=head_dim, BLOCK_D=triton_rows.block(head_dim), HAS_BIAS=True, DROPOUT=dropout,
                     PRECISION="tf32" if kind == "tf32" else "ieee", stride_d=1, grad_stride_d=1,
                 )  # fmt: skip
                 where = f"D={head_dim} {'dropout' if dropout else 'plain'} up to {plan.longest or 'any'}"
@@ -115,10 +115,10 @@ def row_launches() -> Iterator[Launch]:
                     f"{name} forward {where}",
                     op.triton_kernels.forward,
                     shared | dict(SAVE=True),
-                    op.forward_tile(size),
+                    triton_rows.forward_tile(size),
                 )
                 backward = shared | (dict(SUMS=True, SUM_X=size <= 4096) if op is add_layer_norm else {})
-                yield f"{name} backward {where}", op.triton_kernels.backward, backward, op.backward_tile(size)
+                yield f"{name} backward {where}", op.triton_kernels.backward, backward, triton_rows.backward_tile(size)
     for activation in ("gelu", "gelu_tanh", "relu", "tanh"):
         shared, kernels = dict(N=3072, ACTIVATION=activation, HAS_BIAS=True), linear_act.triton_kernels
         yield f"linear_act forward {activation}", kernels.forward, shared, linear_act.tile(3072)

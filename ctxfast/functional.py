@@ -40,6 +40,9 @@ __all__ = [
     "transformer_layers",
 ]
 
+registry.load_implementations()
+registry.read_environment()
+
 
 def explain(op: str, *args: Any, **kwargs: Any) -> registry.Explanation:
     """Which implementation of ``op`` would run this call, and why the others would not; nothing is run.

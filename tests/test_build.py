@@ -31,7 +31,7 @@ def _load(path: Path) -> ModuleType:
 
 @pytest.fixture(scope="module")
 def build_script() -> ModuleType:
-    return _load(ROOT / "setup.py")
+    return _load(CSRC / "build.py")
 
 
 @pytest.fixture(scope="module")
@@ -112,14 +112,26 @@ def test_wrong_setting_stops_the_build(tmp_path: Path) -> None:
 
 
 def test_arch_flags(build_script: ModuleType) -> None:
-    flags = build_script.gencode(("80", "90a"), "scalar_mix.cu")
+    flags = build_script.gencode(("80", "90a"), CSRC / "scalar_mix" / "cuda.cu")
     assert flags[-1] == "-gencode=arch=compute_90,code=compute_90"  # PTX for GPUs to come
     assert "-gencode=arch=compute_90a,code=sm_90a" in flags
-    assert build_script.gencode(("80", "90a"), "lstm_sm90a.cu") == ["-gencode=arch=compute_90a,code=sm_90a"]
+    assert build_script.gencode(("80", "90a"), CSRC / "lstm" / "step_sm90a.cu") == [
+        "-gencode=arch=compute_90a,code=sm_90a"
+    ]
+
+
+def test_every_kernel_source_names_its_instruction_sets(build_script: ModuleType) -> None:
+    kernels = build_script.sources("*/*.isa.cpp")
+    assert kernels
+    for path in kernels:
+        sets = build_script.directive(path, "sets")
+        assert sets[:1] == ["generic"] and set(sets) <= set(build_script.SETS), path
+    assert tuple(build_script.SETS) == ISAS
 
 
 def test_build_needs_no_torch() -> None:
-    assert not re.search(r"^\s*(import|from) torch", (ROOT / "setup.py").read_text(), re.MULTILINE)
+    for script in (ROOT / "setup.py", CSRC / "build.py"):
+        assert not re.search(r"^\s*(import|from) torch", script.read_text(), re.MULTILINE)
     requires = re.search(r"^requires = (\[.*\])", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     assert requires and "torch" not in requires[1]
 

@@ -60,6 +60,27 @@ def test_a_name_for_all_binds_only_ops_that_have_it(qkv) -> None:
         assert ctxfast.explain(without.name, **without.cases()[0].make("cpu", torch.float32, 0)).used == "reference"
 
 
+@pytest.mark.parametrize(
+    ("name", "device", "ops", "reason"),
+    [
+        (None, "cpu", ("attention",), None),
+        ("reference", "cpu", ("attention",), None),
+        ("cpu", "cpu", ("attention",), None),
+        ("cpu", "cpu", None, None),
+        ("cuda", "cuda", ("attention", "lstm"), None),
+        ("triton", "cuda", ("attention",), None),
+        ("cuda", "cpu", None, "no op has an implementation 'cuda' for cpu; expected reference, cpu, or None"),
+        ("cuda_step", "cuda", ("attention",), "none of the ops of this model (attention) has an implementation 'cuda_"),
+        ("cpu", "cuda", None, "no op has an implementation 'cpu' for cuda; expected reference, triton, cuda"),
+        ("triton", "cpu", None, "no op has an implementation 'triton' for cpu"),
+    ],
+)
+def test_a_name_that_would_change_nothing_on_a_device(monkeypatch, name, device, ops, reason) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    found = registry.why_no_impl(name, torch.device(device), ops)
+    assert found is None if reason is None else found.startswith(reason)
+
+
 def test_use_impl_ends_with_its_block_even_after_an_error(qkv) -> None:
     with pytest.raises(KeyError):
         with ctxfast.use_impl("reference"):

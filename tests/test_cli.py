@@ -151,6 +151,14 @@ def test_elmo_as_allennlp_had_it(tmp_path, shared_data):
         ("embed {in} -m {here} -o {in}.npz", "is no model: expected config.json (BERT)"),
         ("embed {in} -o {in}.npz", "ctxfast.embed: -m (--model) is missing; expected a model's folder"),
         ("embed {in} -m {bert} -o {in}.npz --state carry", "state is 'carry'; expected an ELMo model"),
+        ("embed {in} -m {bert} -o {in}.npz --state zero", "state is 'zero'; expected an ELMo model for it, not bert"),
+        ("embed {in} -m {bert} -o {in}.npz --batch-size 7", "batch_size is 7; expected it with state 'carry' alone"),
+        (
+            "embed {in} -m {bert} -o {in}.npz --pooling max",
+            "pooling is 'max' at token level; expected level 'sentence'",
+        ),
+        ("embed {in} -m {bert} -o {in}.npz --word-pieces mean", "(words=True, --tokens for a file)"),
+        ("embed {in} -m {bert} -o {in}.npz --device cpu --impl cuda_step", "impl is 'cuda_step', but none of the ops"),
         ("embed {in} -m {bert} -o {in}.npz --level word", "level is 'word'"),
         ("embed {in} -m {bert} -o {in}.npz --empty drop", "empty is 'drop'"),
         ("embed {in} -m {bert} -o {in}.npz --impl fast", "impl is 'fast'"),
@@ -175,10 +183,38 @@ def test_wrong_use(source, tiny_bert, tmp_path, capsys, words, message):
 @pytest.mark.parametrize(
     "words, message",
     [
+        ("embed {in} -m {bert} -o {in} --format jsonl", "output {in} is input {in}; expected another place."),
+        ("embed {in} -m {bert} -o {link} --format jsonl --overwrite", "output {link} is input {in}; expected"),
+        ("embed {in}.npz.partial -m {bert} -o {in}.npz --overwrite", "the work directory {in}.npz.partial is input"),
+        (
+            "embed {in} -m {bert} -o {bert}/model.safetensors --overwrite",
+            "output {bert}/model.safetensors is a file of the model, {bert}/model.safetensors; expected",
+        ),
+        ("embed {in} -m {bert} -o {bert}/vocab.txt --format npz --overwrite", "is a file of the model, {bert}/vocab"),
+    ],
+)
+def test_an_output_replaces_no_input(source, tiny_bert, tmp_path, capsys, words, message):
+    places = {"in": source, "bert": tiny_bert, "link": tmp_path / "link"}
+    (tmp_path / "link").symlink_to(source)
+    (tmp_path / "in.txt.npz.partial").write_text("a b c\n")
+    folders = (tmp_path, tiny_bert)
+    before = [{path.name: path.read_bytes() for path in folder.iterdir()} for folder in folders]
+    assert run(*words.format(**places).split()) == 2
+    error = capsys.readouterr().err
+    assert message.format(**places) in error and error.count("\n") == 1
+    assert [{path.name: path.read_bytes() for path in folder.iterdir()} for folder in folders] == before
+    with pytest.raises(ValueError, match="is input"):
+        ctxfast.Embedder(tiny_bert, device="cpu").embed_file(source, source, format="jsonl", overwrite=True)
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
         ("", "the following arguments are required: COMMAND"),
         ("embed", "the following arguments are required: INPUT, -o/--output"),
         ("embed a -o b --no-such", "unknown argument --no-such"),
         ("embed a -o b --all --top", "not allowed with argument"),
+        ("embed a -o b --skip-empty --empty keep", "not allowed with argument"),
         ("embed a -o b --window many", "argument --window: invalid int value"),
         ("embed a -o b --over", "unknown argument --over"),
         ("train", "invalid choice"),

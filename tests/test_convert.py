@@ -49,7 +49,7 @@ def test_google_checkpoint(tmp_path, capsys) -> None:
 
 
 def test_a_fine_tuned_model_stays_one(tmp_path) -> None:
-    from training.tiny_models import tiny_bert
+    from support.tiny_models import tiny_bert
 
     from ctxfast.training.tasks.build import build, load
 
@@ -141,10 +141,19 @@ def test_errors_leave_nothing(elmo, tmp_path, capsys) -> None:
     (tmp_path / "bad.th").write_bytes(b"no state dict")
     shutil.copy(elmo / "elmo_weights.hdf5", elmo / "other_weights.hdf5")
     bad = ["--options-file", elmo / "options.json"]
+    there = ["--options-file", tmp_path / "there" / "options.json"]
+    (elmo / "part").mkdir()
     for words, message in (
         (["nowhere", tmp_path / "new"], "is no model on this machine"),
         ([elmo, tmp_path / "there"], "exists. Pass --overwrite"),
-        ([elmo, elmo, "--overwrite"], "is SRC itself"),
+        ([elmo, elmo, "--overwrite"], "DST .* is SRC .*; expected another place"),
+        ([elmo, elmo.parent, "--overwrite"], "DST .* holds SRC .*elmo; expected another place"),
+        ([elmo / "elmo_weights.hdf5", elmo, "--overwrite"], "holds SRC .*elmo_weights.hdf5; expected"),
+        (
+            [elmo / "elmo_weights.hdf5", tmp_path / "there", *there, "--overwrite"],
+            "holds --options-file .*options.json",
+        ),
+        ([elmo, elmo / "part", "--overwrite"], "DST .*part is a part of SRC"),
         ([elmo, tmp_path / "new"], "elmo_weights.hdf5, other_weights.hdf5; expected one"),
         ([elmo / "elmo_weights.hdf5", tmp_path / "new", "--dtype", "float16"], "--dtype is given for an ELMo model"),
         ([tmp_path / "bad.th", tmp_path / "new", *bad], "bad.th is damaged, cut short or no PyTorch weight file"),

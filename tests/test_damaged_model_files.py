@@ -141,7 +141,7 @@ def vocabulary(folder: Path) -> None:
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> Path:
     from models.test_bert_tf_checkpoint import write_google_folder
-    from training.tiny_models import tiny_bert, tiny_elmo
+    from support.tiny_models import tiny_bert, tiny_elmo
 
     root = tmp_path_factory.mktemp("models")
     tiny_bert(root / "bert", layers=1)

@@ -33,6 +33,41 @@ def make_folder(path: Path, text: str) -> None:
         (temporary / text).write_text(text)
 
 
+@pytest.mark.parametrize(
+    ("output", "input", "found"),
+    [
+        ("a/in", "a/in", "is"),
+        ("a/../a/in", "a/in", "is"),
+        ("a/in", "link", "is"),
+        ("link", "a/in", "is"),
+        ("hard", "a/in", "is"),
+        ("folder/in", "a/in", "is"),
+        ("a", "a/in", "holds"),
+        (".", "a/in", "holds"),
+        ("folder", "a/in", "holds"),
+        ("a", "a/none/model.ckpt", "holds"),
+        ("none", "none", "is"),
+        ("a/out", "a/in", None),
+        ("a/in.2", "a/in", None),
+        ("a/in", "a", None),
+    ],
+)
+def test_what_would_destroy_an_input_is_refused(tmp_path, monkeypatch, output, input, found):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "in").write_text("x")
+    (tmp_path / "link").symlink_to("a/in")
+    (tmp_path / "folder").symlink_to("a")
+    (tmp_path / "hard").hardlink_to("a/in")
+    read = {"nothing": [], "the input": ["/elsewhere", input]}
+    if found is None:
+        files.check_apart("ctxfast.x", {"-o": [output]}, read)
+        return
+    with pytest.raises(ValueError) as error:
+        files.check_apart("ctxfast.x", {"-o": [output]}, read)
+    assert str(error.value) == f"ctxfast.x: -o {output} {found} the input {input}; expected another place."
+
+
 @pytest.mark.parametrize("make", [make_file, make_folder])
 @pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
 def test_rights_are_those_of_the_umask(tmp_path, make, mask):

@@ -98,18 +98,6 @@ int64_t backward_bytes(int64_t longest, int64_t head_dim) {
   return 4 * (3 * keys * size + 3 * rows * size + rows * (keys + kAttentionPad));
 }
 
-AttentionKernel backward_kernel_for(DType type, Isa isa) {
-  const bool is_half = type == DType::kBFloat16;
-#if CTXFAST_AVX512
-  if (isa >= Isa::kAvx512) return is_half ? attention_backward_bfloat16_avx512 : attention_backward_float32_avx512;
-#endif
-#if CTXFAST_AVX2
-  if (isa >= Isa::kAvx2) return is_half ? attention_backward_bfloat16_avx2 : attention_backward_float32_avx2;
-#endif
-  (void)isa;
-  return is_half ? attention_backward_bfloat16_generic : attention_backward_float32_generic;
-}
-
 // `products`: of the size of scores, each D multiply-adds an element.
 Status run_kernel(AttentionKernel kernel, const AttentionParams& p, int64_t longest, int64_t bytes_of_thread,
                   int products) {
@@ -145,19 +133,7 @@ Status attention_check_offsets(const char* op, const void* cu_seqlens, bool is_i
 }
 
 AttentionKernel attention_kernel_for(DType type, Isa isa) {
-  const bool is_half = type == DType::kBFloat16;
-  AttentionKernel best = is_half ? attention_bfloat16_generic : attention_float32_generic;
-#if CTXFAST_AVX2
-  if (isa >= Isa::kAvx2) best = is_half ? attention_bfloat16_avx2 : attention_float32_avx2;
-#endif
-#if CTXFAST_AVX512
-  if (isa >= Isa::kAvx512) best = is_half ? attention_bfloat16_avx512 : attention_float32_avx512;
-#endif
-#if CTXFAST_AVX512BF16
-  if (isa >= Isa::kAvx512Bf16 && is_half) best = attention_bfloat16_avx512bf16;
-#endif
-  (void)isa;
-  return best;
+  return type == DType::kBFloat16 ? best_attention_bfloat16(isa) : best_attention_float32(isa);
 }
 
 int64_t attention_scratch_bytes(int64_t longest, int64_t head_dim) {
@@ -189,7 +165,9 @@ Status attention_backward(const AttentionParams& p) {
   if (!wanted.ok()) return wanted;
   const int64_t bytes =
       attention_scratch_bytes(longest, p.head_dim) + draws_bytes(longest) + backward_bytes(longest, p.head_dim);
-  return run_kernel(backward_kernel_for(p.io_dtype, p.isa), p, longest, round_up(bytes, 64), 5);
+  const AttentionKernel kernel =
+      p.io_dtype == DType::kBFloat16 ? best_attention_backward_bfloat16(p.isa) : best_attention_backward_float32(p.isa);
+  return run_kernel(kernel, p, longest, round_up(bytes, 64), 5);
 }
 
 }  // namespace ctxfast

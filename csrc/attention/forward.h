@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// attention on vector registers, forward; see product.h for what the including file sets.
+// attention on vector registers, forward.
 //
 // Per (sequence, head) keys are turned so that a row holds one term of many keys, and values copied together; then for
 // some query rows at a time: scores, softmax, context.

@@ -43,14 +43,10 @@ int64_t attention_scratch_bytes(int64_t longest, int64_t head_dim);
 Status attention_check_offsets(const char* op, const void* cu_seqlens, bool is_int64, int64_t sequences, int64_t tokens,
                                int64_t* longest);
 
-extern const AttentionKernel attention_float32_generic, attention_float32_avx2, attention_float32_avx512;
-extern const AttentionKernel attention_bfloat16_generic, attention_bfloat16_avx2, attention_bfloat16_avx512,
-    attention_bfloat16_avx512bf16;
-
-extern const AttentionKernel attention_backward_float32_generic, attention_backward_float32_avx2,
-    attention_backward_float32_avx512;
-extern const AttentionKernel attention_backward_bfloat16_generic, attention_backward_bfloat16_avx2,
-    attention_backward_bfloat16_avx512;
+CTXFAST_DECLARE_KERNELS(AttentionKernel, attention_float32)
+CTXFAST_DECLARE_KERNELS(AttentionKernel, attention_bfloat16)
+CTXFAST_DECLARE_KERNELS(AttentionKernel, attention_backward_float32)
+CTXFAST_DECLARE_KERNELS(AttentionKernel, attention_backward_bfloat16)
 
 // Query rows of an item of work at most.
 constexpr int64_t kAttentionRows = 48;

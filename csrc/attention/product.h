@@ -1,9 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Products of attention. The including file sets CTXFAST_LANES and, for bfloat16 instructions it wants,
-//   CTXFAST_DOT_BF16(sum, x, w)   Vec: sum + both products
-//
-// All are one function, of words broadcast from rows and vectors of words: a word is a float, or two bfloat16 terms of
-// a sum, the first in the low half. As in base/vector.h everything is in an unnamed namespace.
+// Products of attention. All are one function, of words broadcast from rows and vectors of words: a word is a float, or
+// two bfloat16 terms of a sum, the first in the low half. As in base/vector.h everything is in an unnamed namespace.
 #pragma once
 
 #include "attention/vector.h"

@@ -1,11 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 // int8 products on vectors, the same bits on every instruction set: four products of unsigned x and signed w to a word.
-// The including file has included vector.h and sets CTXFAST_DOT_INT8 where there is one instruction for it.
 #pragma once
 
 #include "base/vector.h"
 #if defined(__AVX2__)
 #include <immintrin.h>
+#endif
+
+// sum + four products of unsigned x and signed w, where there is one instruction for it.
+#if defined(__AVX512VNNI__) && CTXFAST_LANES == 16
+#define CTXFAST_DOT_INT8(sum, x, w) (WordVec) _mm512_dpbusd_epi32((__m512i)(sum), (__m512i)(x), (__m512i)(w))
+#elif defined(__AVXVNNI__) && CTXFAST_LANES == 8
+#define CTXFAST_DOT_INT8(sum, x, w) (WordVec) _mm256_dpbusd_avx_epi32((__m256i)(sum), (__m256i)(x), (__m256i)(w))
 #endif
 
 namespace ctxfast {

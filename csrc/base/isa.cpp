@@ -72,47 +72,24 @@ bool runs(Isa isa) { return isa == Isa::kGeneric; }
 }  // namespace
 
 const char* isa_name(Isa isa) {
-  switch (isa) {
-    case Isa::kAmx:
-      return "amx";
-    case Isa::kAvx512Bf16:
-      return "avx512bf16";
-    case Isa::kAvx512Vnni:
-      return "avx512vnni";
-    case Isa::kAvx512:
-      return "avx512";
-    case Isa::kAvxVnni:
-      return "avxvnni";
-    case Isa::kAvx2:
-      return "avx2";
-    default:
-      return "generic";
-  }
+#define CTXFAST_NAME(isa_, set, ...) \
+  if (isa == Isa::isa_) return #set;
+  CTXFAST_SETS(CTXFAST_NAME, )
+#undef CTXFAST_NAME
+  return "";
 }
 
-// The build defines CTXFAST_<SET> for every set whose sources it compiles.
+bool includes(Isa isa, Isa part) { return isa == part || (isa > part && part != Isa::kAvxVnni); }
+
+// The build defines CTXFAST_COMPILED_SETS: the names of what it compiles, each between spaces.
 std::vector<Isa> compiled_isas() {
-  return {
-      Isa::kGeneric,
-#if CTXFAST_AVX2
-      Isa::kAvx2,
-#endif
-#if CTXFAST_AVXVNNI
-      Isa::kAvxVnni,
-#endif
-#if CTXFAST_AVX512
-      Isa::kAvx512,
-#endif
-#if CTXFAST_AVX512VNNI
-      Isa::kAvx512Vnni,
-#endif
-#if CTXFAST_AVX512BF16
-      Isa::kAvx512Bf16,
-#endif
-#if CTXFAST_AMX
-      Isa::kAmx,
-#endif
-  };
+  const std::string compiled = CTXFAST_COMPILED_SETS;
+  std::vector<Isa> isas;
+#define CTXFAST_ADD(isa, set, ...) \
+  if (compiled.find(" " #set " ") != std::string::npos) isas.push_back(Isa::isa);
+  CTXFAST_SETS(CTXFAST_ADD, )
+#undef CTXFAST_ADD
+  return isas;
 }
 
 const std::vector<Isa>& runnable_isas() {

@@ -1,18 +1,39 @@
 // SPDX-License-Identifier: Apache-2.0
-// Instruction sets the CPU kernels are compiled for, and which of them this machine runs.
+// Instruction sets: which the CPU kernels are compiled for, which this machine runs, and the choice among kernels.
+//
+// A source *.isa.cpp is compiled once for each set that its line "// sets:" lists, with the flags of csrc/build.py,
+// CTXFAST_ISA=<set> and CTXFAST_LANES=<floats of a vector>. It exports one constant for each:
+//
+//   CTXFAST_KERNELS(LayerNormKernel, layer_norm) = &rows;            // in layer_norm/kernels.isa.cpp
+//   CTXFAST_DECLARE_KERNELS(LayerNormKernel, layer_norm)             // in layer_norm/kernels.h
+//   best_layer_norm(isa)                                             // the best one that `isa` includes
 #pragma once
 
 #include <string>
 #include <vector>
 
+// X(enumerator, set, ...) for every instruction set, in rising order of preference.
+#define CTXFAST_SETS(X, ...)              \
+  X(kGeneric, generic, __VA_ARGS__)       \
+  X(kAvx2, avx2, __VA_ARGS__)             \
+  X(kAvxVnni, avxvnni, __VA_ARGS__)       \
+  X(kAvx512, avx512, __VA_ARGS__)         \
+  X(kAvx512Vnni, avx512vnni, __VA_ARGS__) \
+  X(kAvx512Bf16, avx512bf16, __VA_ARGS__) \
+  X(kAmx, amx, __VA_ARGS__)
+
 namespace ctxfast {
 
-// In rising order of preference. Not every machine that runs one runs all before it: kAvxVnni is AVX2 with 256-bit
-// integer dot products and knows no AVX-512. kAvx512Bf16 includes kAvx512Vnni, kAmx (int8 and bfloat16 tiles) both.
-enum class Isa { kGeneric, kAvx2, kAvxVnni, kAvx512, kAvx512Vnni, kAvx512Bf16, kAmx };
+#define CTXFAST_ENUMERATOR(isa, set, ...) isa,
+enum class Isa { CTXFAST_SETS(CTXFAST_ENUMERATOR, ) };
+#undef CTXFAST_ENUMERATOR
 
-// "generic", "avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16", "amx".
+// The name of the set: "generic", "avx2", ...
 const char* isa_name(Isa isa);
+
+// Whether a machine that runs `isa` runs `part`. Every set includes those before it but one: kAvxVnni, 256-bit integer
+// dot products beside AVX2, is part of no other.
+bool includes(Isa isa, Isa part);
 
 // What this build contains, in the enumeration's order.
 std::vector<Isa> compiled_isas();
@@ -28,3 +49,20 @@ Isa best_isa();
 bool find_isa(const std::string& name, Isa* isa);
 
 }  // namespace ctxfast
+
+#define CTXFAST_JOIN_(name, set) name##_##set
+#define CTXFAST_JOIN(name, set) CTXFAST_JOIN_(name, set)
+#define CTXFAST_KERNELS(Type, name) extern const Type CTXFAST_JOIN(name, CTXFAST_ISA)
+
+// Weak: the address of what is not compiled is null. Static: a shared inline function could be picked by the linker
+// from a source compiled for a machine that is not there.
+#define CTXFAST_DECLARE_KERNELS(Type, name)                  \
+  CTXFAST_SETS(CTXFAST_DECLARE_ONE, Type, name)              \
+  [[maybe_unused]] static const Type& best_##name(Isa isa) { \
+    const Type* best = nullptr;                              \
+    CTXFAST_SETS(CTXFAST_TAKE_ONE, Type, name)               \
+    return *best;                                            \
+  }
+#define CTXFAST_DECLARE_ONE(isa_, set, Type, name) extern const Type name##_##set __attribute__((weak));
+#define CTXFAST_TAKE_ONE(isa_, set, Type, name) \
+  if (&name##_##set && includes(isa, Isa::isa_)) best = &name##_##set;

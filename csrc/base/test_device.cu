@@ -1,22 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 // The instructions of csrc/base/device.cuh against plain loops. On a GPU it checks the hardware's register layouts, on
 // the emulator that it agrees with them, and that it notices what a kernel does wrong.
-#include <cuda_runtime_api.h>
 
 #include <cstdlib>
 #include <cstring>
 
 #include "base/device.cuh"
 #include "base/launch.cuh"
-#include "base/testing.h"
+#include "base/testing.cuh"
 
 using namespace ctxfast;
 
-#ifdef CTXFAST_EMULATE
-constexpr const char* kProgram = "test_device, emulated";
-#else
-constexpr const char* kProgram = "test_device";
-#endif
+constexpr const char* kProgram = CTXFAST_PROGRAM("test_device");
 
 namespace {
 
@@ -131,43 +126,22 @@ __global__ void __launch_bounds__(32) lanes_kernel(const __grid_constant__ LaneP
   p.out[64 + lane] = shuffle_down(static_cast<float>(lane), 8);
 }
 
-void must(cudaError_t error) {
-  if (error == cudaSuccess) return;
-  std::printf("FAIL %s: %s\n", kProgram, cudaGetErrorString(error));
-  std::exit(1);
-}
-
-template <typename V>
-V* device_array(size_t count, int byte) {
-  void* memory = nullptr;
-  must(cudaMalloc(&memory, count * sizeof(V)));
-  must(cudaMemset(memory, byte, count * sizeof(V)));
-  return static_cast<V*>(memory);
-}
-
-template <typename V>
-std::vector<V> to_host(const V* device, size_t count) {
-  std::vector<V> host(count);
-  must(cudaMemcpy(host.data(), device, count * sizeof(V), cudaMemcpyDeviceToHost));
-  return host;
-}
-
 template <typename T>
 void products(Report* report, const char* name, bool warpgroups) {
   Random random(7);
   std::vector<T> a(64 * 16), b(8 * 16);
   for (T& value : a) value = T(random.uniform(1));
   for (T& value : b) value = T(random.uniform(1));
-  auto* device_a = device_array<unsigned char>(2048, 0);
-  auto* device_b = device_array<unsigned char>(256, 0);
+  auto* device_a = device_bytes<unsigned char>(2048, 0);
+  auto* device_b = device_bytes<unsigned char>(256, 0);
   must(cudaMemcpy(device_a, a.data(), 2048, cudaMemcpyHostToDevice));
   must(cudaMemcpy(device_b, b.data(), 256, cudaMemcpyHostToDevice));
   ProductParams params{device_a,
                        device_b,
-                       device_array<float>(512, 0xff),
-                       device_array<float>(512, 0xff),
-                       device_array<float>(512, 0xff),
-                       device_array<float>(512, 0xff),
+                       device_bytes<float>(512, 0xff),
+                       device_bytes<float>(512, 0xff),
+                       device_bytes<float>(512, 0xff),
+                       device_bytes<float>(512, 0xff),
                        warpgroups};
   must(launch(product_kernel<T>, LaunchConfig{dim3(1), kThreads, 4608}, nullptr, params));
   must(cudaDeviceSynchronize());
@@ -188,7 +162,7 @@ void products(Report* report, const char* name, bool warpgroups) {
 
 void ring(Report* report, int blocks) {
   const int rounds = 3;
-  RingParams params{device_array<uint4>(blocks, 0xff), device_array<uint32_t>(blocks, 0), rounds};
+  RingParams params{device_bytes<uint4>(blocks, 0xff), device_bytes<uint32_t>(blocks, 0), rounds};
   must(launch(ring_kernel, LaunchConfig{dim3(blocks), kThreads, 0, true}, nullptr, params));
   must(cudaDeviceSynchronize());
   const uint32_t each = blocks * (blocks - 1) / 2;
@@ -197,7 +171,7 @@ void ring(Report* report, int blocks) {
 }
 
 void lanes(Report* report) {
-  LaneParams params{device_array<float>(96, 0xff)};
+  LaneParams params{device_bytes<float>(96, 0xff)};
   must(launch(lanes_kernel, LaunchConfig{dim3(1), 32}, nullptr, params));
   must(cudaDeviceSynchronize());
   std::vector<double> want(96);
@@ -248,11 +222,7 @@ void notices(Report* report) {
 
 int main() {
   Report report;
-  int devices = 0;
-  if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
-    std::printf("%s: not run, no GPU\n", kProgram);
-    return 0;
-  }
+  if (!has_gpu(kProgram)) return 0;
   DeviceFacts facts;
   must(device_facts(0, &facts));
   const bool warpgroups = facts.major == 9;

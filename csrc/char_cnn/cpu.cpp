@@ -15,17 +15,6 @@ constexpr int64_t kWorkOfThread = 1 << 18;  // multiply-adds that are worth a th
 constexpr int64_t kUsualWindows = 10;       // distinct windows of a word of text
 constexpr int64_t kWordsOfPart = 4;         // fewer would leave some threads half as much again as others
 
-CharCnnKernels kernels_for(Isa isa) {
-#if CTXFAST_AVX512
-  if (isa >= Isa::kAvx512) return char_cnn_avx512;
-#endif
-#if CTXFAST_AVX2
-  if (isa >= Isa::kAvx2) return char_cnn_avx2;
-#endif
-  (void)isa;
-  return char_cnn_generic;
-}
-
 struct Call {
   CharCnnKernels kernels;
   CharCnnJob job = {};
@@ -106,7 +95,7 @@ Status check(const CharCnnParams& p, bool is_forward) {
 }
 
 Status start(const CharCnnParams& p, void (*body)(void*, int, int)) {
-  Call call = {kernels_for(p.isa), {}, {}, {0}};
+  Call call = {best_char_cnn(p.isa), {}, {}, {0}};
   CharCnnJob& job = call.job;
   job.params = &p;
   for (int64_t i = 0; i < p.widths; ++i) {

@@ -29,6 +29,6 @@ struct CharCnnKernels {
   void (*backward_filters)(const CharCnnJob& job, int64_t from, int64_t to);
 };
 
-extern const CharCnnKernels char_cnn_generic, char_cnn_avx2, char_cnn_avx512;
+CTXFAST_DECLARE_KERNELS(CharCnnKernels, char_cnn)
 
 }  // namespace ctxfast

@@ -1,64 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
 // char_cnn on CUDA against plain loops over all windows in double: both kernels, every dtype, words of every length;
 // and back.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime_api.h>
 
 #include <algorithm>
 #include <limits>
 
-#include "base/testing.h"
+#include "base/testing.cuh"
 #include "char_cnn/cuda.h"
-#ifdef CTXFAST_EMULATE
-#include "emulator/emulator.h"
-#endif
 
 using namespace ctxfast;
 
-#ifdef CTXFAST_EMULATE
-constexpr const char* kProgram = "test_char_cnn_cuda, emulated";
-#else
-constexpr const char* kProgram = "test_char_cnn_cuda";
-#endif
+constexpr const char* kProgram = CTXFAST_PROGRAM("test_char_cnn_cuda");
 
 namespace {
 
 constexpr int kVocabulary = 11;
-
-void must(cudaError_t error) {
-  if (error == cudaSuccess) return;
-  std::printf("FAIL CUDA says: %s\n", cudaGetErrorString(error));
-  std::exit(1);
-}
-
-float as_float(float value) { return value; }
-float as_float(__half value) { return __half2float(value); }
-float as_float(__nv_bfloat16 value) { return __bfloat162float(value); }
-
-// On the device until the program ends.
-template <typename T>
-T* to_device(const std::vector<T>& host) {
-  void* memory = nullptr;
-  must(cudaMalloc(&memory, (host.size() + 1) * sizeof(T)));
-  must(cudaMemcpy(memory, host.data(), host.size() * sizeof(T), cudaMemcpyHostToDevice));
-  return static_cast<T*>(memory);
-}
-
-// Rounded as the device gets them; `values` becomes what it got.
-template <typename T>
-T* rounded_to_device(std::vector<float>* values) {
-  std::vector<T> host;
-  for (float& value : *values) host.push_back(T(value)), value = as_float(host.back());
-  return to_device(host);
-}
-
-template <typename T>
-std::vector<T> to_host(const T* device, size_t n) {
-  std::vector<T> host(n);
-  must(cudaMemcpy(host.data(), device, n * sizeof(T), cudaMemcpyDeviceToHost));
-  return host;
-}
 
 struct Width {
   int width, filters;
@@ -85,12 +41,12 @@ struct Problem {
     p.words = words, p.characters = characters, p.size = size, p.vocabulary = kVocabulary, p.dtype = dtype;
     p.is_int64 = size % 2 == 0, p.is_tanh = is_tanh;
     p.ids = p.is_int64 ? static_cast<void*>(to_device(ids)) : to_device(std::vector<int32_t>(ids.begin(), ids.end()));
-    p.table = rounded_to_device<T>(&table);
+    p.table = to_device(rounded<T>(&table));
     std::vector<std::vector<float>> biases;
     for (const Width& w : widths) {
       weights.push_back(random.fill(int64_t{w.filters} * size * w.width, 1.0f));
       biases.push_back(random.fill(w.filters, 1.0f));
-      p.filters[p.widths++] = {rounded_to_device<T>(&weights.back()), rounded_to_device<T>(&biases.back()), w.width,
+      p.filters[p.widths++] = {to_device(rounded<T>(&weights.back())), to_device(rounded<T>(&biases.back())), w.width,
                                w.filters};
       p.columns += w.filters;
     }
@@ -128,8 +84,7 @@ struct Problem {
     const Status status = char_cnn_cuda_forward(p, nullptr);
     report->that(status.message, status.ok());
     must(cudaDeviceSynchronize());
-    std::vector<float> found;
-    for (const T value : to_host(y, n + 8)) found.push_back(as_float(value));
+    std::vector<float> found = as_floats(to_host(y, n + 8));
     report->that("guard", std::all_of(found.begin() + n, found.end(), [](float value) { return value == -7.0f; }));
     found.resize(n);
     if (with_at) {
@@ -263,14 +218,8 @@ void check_refusals(Report* report) {
 }  // namespace
 
 int main() {
-  int devices = 0;
-  if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
-    std::printf("%s: not run, no GPU\n", kProgram);
-    return 0;
-  }
-#ifdef CTXFAST_EMULATE
-  emulator::set_schedule(1);
-#endif
+  if (!has_gpu(kProgram)) return 0;
+  set_schedule(1);
   Report report;
   every_dtype(&report, 14, 12, 16, {{1, 32}, {2, 32}, {3, 64}, {7, 33}}, false);
   every_dtype(&report, 9, 7, 5, {{2, 17}, {7, 70}, {4, 1}}, true);

@@ -61,21 +61,10 @@ Status check(const LayerNormParams& p) {
 
 }  // namespace
 
-LayerNormKernel layer_norm_kernel_for(Isa isa) {
-#if CTXFAST_AVX512
-  if (isa >= Isa::kAvx512) return layer_norm_avx512;
-#endif
-#if CTXFAST_AVX2
-  if (isa >= Isa::kAvx2) return layer_norm_avx2;
-#endif
-  (void)isa;
-  return layer_norm_generic;
-}
-
 Status layer_norm_forward(const LayerNormParams& params) {
   const Status checked = check(params);
   if (!checked.ok() || params.rows == 0) return checked;
-  Call call = {layer_norm_kernel_for(params.isa), params};
+  Call call = {best_layer_norm(params.isa), params};
   const int64_t worth = std::max<int64_t>(1, params.rows * params.size / kWorkOfThread);
   if (run_parallel(std::min({params.threads, worth, params.rows}), run, &call)) return {};
   return runtime_error(kOp, "no thread could be started.");

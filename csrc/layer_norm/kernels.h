@@ -8,9 +8,6 @@ namespace ctxfast {
 
 typedef void (*LayerNormKernel)(const LayerNormParams& params, int64_t from, int64_t to);
 
-// The best kernel that `isa` includes.
-LayerNormKernel layer_norm_kernel_for(Isa isa);
-
-extern const LayerNormKernel layer_norm_generic, layer_norm_avx2, layer_norm_avx512;
+CTXFAST_DECLARE_KERNELS(LayerNormKernel, layer_norm)
 
 }  // namespace ctxfast

@@ -25,17 +25,6 @@ int64_t chunk_of(int64_t in, DType held) {
   return std::min(std::max<int64_t>(fit, kLinearActRows), kLinearActMostRows);
 }
 
-LinearActKernel float32_kernel_for(Isa isa) {
-#if CTXFAST_AVX512
-  if (isa >= Isa::kAvx512) return linear_act_float32_avx512;
-#endif
-#if CTXFAST_AVX2
-  if (isa >= Isa::kAvx2) return linear_act_float32_avx2;
-#endif
-  (void)isa;
-  return linear_act_float32_generic;
-}
-
 struct Call {
   LinearActKernel kernel;
   LinearActJob job;
@@ -78,28 +67,8 @@ Status check(const LinearActParams& p) {
 }  // namespace
 
 LinearActKernel linear_act_kernel_for(DType held, Isa isa) {
-  if (held == DType::kFloat32) return float32_kernel_for(isa);
-  const bool is_int8 = held == DType::kInt8;
-  LinearActKernel best = is_int8 ? linear_act_int8_generic : linear_act_bfloat16_generic;
-#if CTXFAST_AVX2
-  if (isa >= Isa::kAvx2) best = is_int8 ? linear_act_int8_avx2 : linear_act_bfloat16_avx2;
-#endif
-#if CTXFAST_AVXVNNI
-  if (isa == Isa::kAvxVnni && is_int8) best = linear_act_int8_avxvnni;
-#endif
-#if CTXFAST_AVX512
-  if (isa >= Isa::kAvx512) best = is_int8 ? linear_act_int8_avx512 : linear_act_bfloat16_avx512;
-#endif
-#if CTXFAST_AVX512VNNI
-  if (isa >= Isa::kAvx512Vnni && is_int8) best = linear_act_int8_avx512vnni;
-#endif
-#if CTXFAST_AVX512BF16
-  if (isa >= Isa::kAvx512Bf16 && !is_int8) best = linear_act_bfloat16_avx512bf16;
-#endif
-#if CTXFAST_AMX
-  if (isa >= Isa::kAmx) best = is_int8 ? linear_act_int8_amx : linear_act_bfloat16_amx;
-#endif
-  return best;
+  if (held == DType::kInt8) return best_linear_act_int8(isa);
+  return held == DType::kBFloat16 ? best_linear_act_bfloat16(isa) : best_linear_act_float32(isa);
 }
 
 void linear_act_barrier(void* barrier, int count) { static_cast<SpinBarrier*>(barrier)->wait(count); }

@@ -47,10 +47,8 @@ LinearActJob linear_act_job(const LinearActParams& params, char* scratch, void* 
 // All threads meet here; cpu.cpp defines it.
 void linear_act_barrier(void* barrier, int count);
 
-extern const LinearActKernel linear_act_float32_generic, linear_act_float32_avx2, linear_act_float32_avx512;
-extern const LinearActKernel linear_act_bfloat16_generic, linear_act_bfloat16_avx2, linear_act_bfloat16_avx512,
-    linear_act_bfloat16_avx512bf16, linear_act_bfloat16_amx;
-extern const LinearActKernel linear_act_int8_generic, linear_act_int8_avx2, linear_act_int8_avxvnni,
-    linear_act_int8_avx512, linear_act_int8_avx512vnni, linear_act_int8_amx;
+CTXFAST_DECLARE_KERNELS(LinearActKernel, linear_act_float32)
+CTXFAST_DECLARE_KERNELS(LinearActKernel, linear_act_bfloat16)
+CTXFAST_DECLARE_KERNELS(LinearActKernel, linear_act_int8)
 
 }  // namespace ctxfast

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What all kernels of linear_act share: who does what, bias and activation. The including file sets CTXFAST_LANES.
+// What all kernels of linear_act share: who does what, bias and activation.
 #pragma once
 
 #include "base/typed_vector.h"

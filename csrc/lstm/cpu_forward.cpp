@@ -10,45 +10,9 @@ namespace ctxfast {
 
 void lstm_barrier(void* barrier, int count) { static_cast<SpinBarrier*>(barrier)->wait(count); }
 
-// The best kernels that `isa` includes.
 const LstmKernels& kernels_for(DType dtype, Isa isa) {
-  if (dtype == DType::kFloat32) {
-#if CTXFAST_AVX512
-    if (isa >= Isa::kAvx512) return lstm_float32_avx512;
-#endif
-#if CTXFAST_AVX2
-    if (isa >= Isa::kAvx2) return lstm_float32_avx2;
-#endif
-    return lstm_float32_generic;
-  }
-  if (dtype == DType::kBFloat16) {
-#if CTXFAST_AMX
-    if (isa >= Isa::kAmx) return lstm_bfloat16_amx;
-#endif
-#if CTXFAST_AVX512BF16
-    if (isa >= Isa::kAvx512Bf16) return lstm_bfloat16_avx512bf16;
-#endif
-#if CTXFAST_AVX512
-    if (isa >= Isa::kAvx512) return lstm_bfloat16_avx512;
-#endif
-#if CTXFAST_AVX2
-    if (isa >= Isa::kAvx2) return lstm_bfloat16_avx2;
-#endif
-    return lstm_bfloat16_generic;
-  }
-#if CTXFAST_AMX
-  if (isa >= Isa::kAmx) return lstm_int8_amx;
-#endif
-#if CTXFAST_AVX512VNNI
-  if (isa >= Isa::kAvx512Vnni) return lstm_int8_avx512vnni;
-#endif
-#if CTXFAST_AVXVNNI
-  if (isa == Isa::kAvxVnni) return lstm_int8_avxvnni;
-#endif
-#if CTXFAST_AVX2
-  if (isa >= Isa::kAvx2) return lstm_int8_avx2;
-#endif
-  return lstm_int8_generic;
+  if (dtype == DType::kInt8) return best_lstm_int8(isa);
+  return dtype == DType::kBFloat16 ? best_lstm_bfloat16(isa) : best_lstm_float32(isa);
 }
 
 // Below this many multiply-adds a thread and step, meeting at a barrier costs more than the work it saves.

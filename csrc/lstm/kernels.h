@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "base/isa.h"
+
 namespace ctxfast {
 
 // Packed weights lie in panels of 64 output columns: for the gates 16 cells x (i, f, g, o), for the projection 64
@@ -118,9 +120,8 @@ struct LstmKernels {
 // All threads meet here; cpu_forward.cpp defines it.
 void lstm_barrier(void* barrier, int count);
 
-extern const LstmKernels lstm_float32_generic, lstm_float32_avx2, lstm_float32_avx512;
-extern const LstmKernels lstm_bfloat16_generic, lstm_bfloat16_avx2, lstm_bfloat16_avx512, lstm_bfloat16_avx512bf16;
-extern const LstmKernels lstm_bfloat16_amx;
-extern const LstmKernels lstm_int8_generic, lstm_int8_avx2, lstm_int8_avxvnni, lstm_int8_avx512vnni, lstm_int8_amx;
+CTXFAST_DECLARE_KERNELS(LstmKernels, lstm_float32)
+CTXFAST_DECLARE_KERNELS(LstmKernels, lstm_bfloat16)
+CTXFAST_DECLARE_KERNELS(LstmKernels, lstm_int8)
 
 }  // namespace ctxfast

@@ -20,6 +20,8 @@ namespace {
 constexpr int kCells = kLstmPanelCells;
 constexpr int kPanel = kLstmPanel;
 
+inline int64_t padded_words(int64_t words) { return (words + kLstmTileWords - 1) / kLstmTileWords * kLstmTileWords; }
+
 template <class Kind>
 int64_t panel_size(int64_t size) {
   return Kind::kHeader + Kind::words(size) * kPanel;

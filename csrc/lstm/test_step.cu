@@ -1,55 +1,27 @@
 // SPDX-License-Identifier: Apache-2.0
 // lstm step by step, forward and backward, against a plain loop in double: sizes that fit no tile, lengths, states,
 // clips. Gradients in float32 are held to the loop's; those of 16 bits to be finite and the same twice.
-#include <cuda_runtime_api.h>
 
 #include <algorithm>
 #include <cstring>
 
 #include "base/device.cuh"
-#include "base/testing.h"
+#include "base/testing.cuh"
 #include "lstm/step.h"
-#ifdef CTXFAST_EMULATE
-#include "emulator/emulator.h"
-#endif
 
 using namespace ctxfast;
 
-#ifdef CTXFAST_EMULATE
-constexpr const char* kProgram = "test_lstm_step, emulated";
-#else
-constexpr const char* kProgram = "test_lstm_step";
-#endif
+constexpr const char* kProgram = CTXFAST_PROGRAM("test_lstm_step");
 
 namespace {
 
-void must(cudaError_t error) {
-  if (error == cudaSuccess) return;
-  std::printf("FAIL %s: %s\n", kProgram, cudaGetErrorString(error));
-  std::exit(1);
-}
-
-template <typename V>
-V* device_array(const std::vector<V>& values) {
-  void* memory = nullptr;
-  must(cudaMalloc(&memory, values.size() * sizeof(V) + 16));
-  must(cudaMemcpy(memory, values.data(), values.size() * sizeof(V), cudaMemcpyHostToDevice));
-  return static_cast<V*>(memory);
-}
 template <typename V>
 V* device_garbage(size_t count) {
-  void* memory = nullptr;
-  must(cudaMalloc(&memory, count * sizeof(V) + 16));
-  must(cudaMemset(memory, 0xff, count * sizeof(V)));
-  return static_cast<V*>(memory);
+  return device_bytes<V>(count, 0xff);
 }
 template <typename V>
-std::vector<float> to_host(const V* device, size_t count) {
-  std::vector<V> host(count);
-  must(cudaMemcpy(static_cast<void*>(host.data()), device, count * sizeof(V), cudaMemcpyDeviceToHost));
-  std::vector<float> values;
-  for (const V value : host) values.push_back(to_float(value));
-  return values;
+std::vector<float> floats(const V* device, size_t count) {
+  return as_floats(to_host(device, count));
 }
 
 struct Sizes {
@@ -148,9 +120,9 @@ void test(Report* report, const char* name, DType dtype, const Sizes& s, double 
   LstmStepBackwardParams b;
   f.shape = b.shape = {B, T_, H, P, R, projected, dtype};
   f.cell_clip = b.cell_clip = f.proj_clip = b.proj_clip = s.clip;
-  f.lengths = b.lengths = device_array(lengths);
-  f.h_0 = device_array(narrow(h_0));
-  f.c_0 = b.c_0 = device_array(single(c_0));
+  f.lengths = b.lengths = to_device(lengths);
+  f.h_0 = to_device(narrow(h_0));
+  f.c_0 = b.c_0 = to_device(single(c_0));
   T* output = device_garbage<T>(size_t(B) * T_ * R * P);
   T* h_n = device_garbage<T>(size_t(R) * B * P);
   f.output = output;
@@ -161,9 +133,9 @@ void test(Report* report, const char* name, DType dtype, const Sizes& s, double 
   f.workspace = device_garbage<unsigned char>(f.workspace_bytes);
   b.cells = f.cells;
   b.output = output;
-  b.grad_output = device_array(narrow(grad_output));
-  b.grad_h_n = device_array(single(grad_h_n));
-  b.grad_c_n = device_array(single(grad_c_n));
+  b.grad_output = to_device(narrow(grad_output));
+  b.grad_h_n = to_device(single(grad_h_n));
+  b.grad_c_n = to_device(single(grad_c_n));
   b.grad_hidden = device_garbage<T>(size_t(R) * B * T_ * P);
   b.grad_h_0 = device_garbage<float>(size_t(R) * B * P);
   b.grad_c_0 = device_garbage<float>(size_t(R) * B * H);
@@ -177,12 +149,12 @@ void test(Report* report, const char* name, DType dtype, const Sizes& s, double 
     const auto gates = draw(size_t(B) * T_ * H * 4, 1);
     const Matrix hh{4 * H, P, draw(size_t(4) * H * P, 2 / std::sqrt(float(P)))};
     const Matrix proj{P, H, projected ? draw(size_t(P) * H, 3 / std::sqrt(float(H))) : std::vector<double>()};
-    f.gates[r] = device_array(narrow(gates));
-    f.packed_gates[r] = device_array(pack<T>(gate_tiles(hh)));
-    b.packed_gates_t[r] = device_array(pack<T>(transposed(hh, true)));
+    f.gates[r] = to_device(narrow(gates));
+    f.packed_gates[r] = to_device(pack<T>(gate_tiles(hh)));
+    b.packed_gates_t[r] = to_device(pack<T>(transposed(hh, true)));
     if (projected) {
-      f.packed_proj[r] = device_array(pack<T>(proj));
-      b.packed_proj_t[r] = device_array(pack<T>(transposed(proj, false)));
+      f.packed_proj[r] = to_device(pack<T>(proj));
+      b.packed_proj_t[r] = to_device(pack<T>(transposed(proj, false)));
     }
     f.gates_strides[r][0] = b.z_strides[r][0] = int64_t{T_} * H * 4;
     f.gates_strides[r][1] = b.z_strides[r][1] = H * 4;
@@ -255,24 +227,24 @@ void test(Report* report, const char* name, DType dtype, const Sizes& s, double 
       std::copy(dh.begin(), dh.end(), want_dh.begin() + (size_t(r) * B + row) * P);
       std::copy(dc.begin(), dc.end(), want_dc.begin() + (size_t(r) * B + row) * H);
     }
-    b.z[r] = device_array(narrow(z_all));
+    b.z[r] = to_device(narrow(z_all));
   }
 
   const Status forward = lstm_step_forward(f, nullptr);
   report->that(what + " " + forward.message, forward.ok());
   must(cudaDeviceSynchronize());
-  report->near(what + " output", to_host(output, want.size()), want, eps);
-  report->near(what + " h_n", to_host(h_n, want_h.size()), want_h, eps);
-  report->near(what + " c_n", to_host(f.c_n, want_c.size()), want_c, eps * 2);
+  report->near(what + " output", floats(output, want.size()), want, eps);
+  report->near(what + " h_n", floats(h_n, want_h.size()), want_h, eps);
+  report->near(what + " c_n", floats(f.c_n, want_c.size()), want_c, eps * 2);
 
   std::vector<std::vector<float>> twice[2];
   for (auto& found : twice) {
     const Status backward = lstm_step_backward(b, nullptr);
     report->that(what + " " + backward.message, backward.ok());
     must(cudaDeviceSynchronize());
-    for (int r = 0; r < R; ++r) found.push_back(to_host(static_cast<const T*>(b.grad_gates[r]), want_dz[r].size()));
-    found.push_back(to_host(b.grad_h_0, want_dh.size()));
-    found.push_back(to_host(b.grad_c_0, want_dc.size()));
+    for (int r = 0; r < R; ++r) found.push_back(floats(static_cast<const T*>(b.grad_gates[r]), want_dz[r].size()));
+    found.push_back(floats(b.grad_h_0, want_dh.size()));
+    found.push_back(floats(b.grad_c_0, want_dc.size()));
   }
   for (size_t i = 0; i < twice[0].size(); ++i) {
     report->that(what + " same bits " + std::to_string(i), twice[0][i] == twice[1][i]);
@@ -286,14 +258,8 @@ void test(Report* report, const char* name, DType dtype, const Sizes& s, double 
 }  // namespace
 
 int main() {
-  int devices = 0;
-  if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
-    std::printf("%s: not run, no GPU\n", kProgram);
-    return 0;
-  }
-#ifdef CTXFAST_EMULATE
-  emulator::set_schedule(3);
-#endif
+  if (!has_gpu(kProgram)) return 0;
+  set_schedule(3);
   Report report;
   std::vector<Sizes> sizes = {{1, 1, 4, 4, 1, 0}, {3, 3, 7, 7, 2, 0}, {9, 2, 13, 5, 2, 0.4f}, {2, 4, 40, 24, 1, 0}};
   if (!is_small()) {

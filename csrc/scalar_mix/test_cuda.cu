@@ -1,58 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0
 // scalar_mix on CUDA against a plain loop in double: every dtype, aligned or not, sizes around its tiles.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime_api.h>
 
-#include "base/testing.h"
+#include "base/testing.cuh"
 #include "scalar_mix/scalar_mix.h"
-#ifdef CTXFAST_EMULATE
-#include "emulator/emulator.h"
-#endif
 
 using namespace ctxfast;
 
-#ifdef CTXFAST_EMULATE
-constexpr const char* kProgram = "test_scalar_mix, emulated";
-#else
-constexpr const char* kProgram = "test_scalar_mix";
-#endif
+constexpr const char* kProgram = CTXFAST_PROGRAM("test_scalar_mix");
 
 namespace {
 
-void must(cudaError_t error) {
-  if (error == cudaSuccess) return;
-  std::printf("FAIL CUDA says: %s\n", cudaGetErrorString(error));
-  std::exit(1);
-}
-
-float as_float(float value) { return value; }
-float as_float(__half value) { return __half2float(value); }
-float as_float(__nv_bfloat16 value) { return __bfloat162float(value); }
-
-// n elements on the device, `offset` elements past an aligned address; freed when the program ends.
+// Rounded to T, `offset` elements past an aligned address; `seen` becomes what T holds.
 template <typename T>
-T* to_device(const std::vector<float>& values, int64_t offset, std::vector<float>* seen) {
-  std::vector<T> host;
-  for (const float value : values) host.push_back(T(value));
-  if (seen) {
-    seen->clear();
-    for (const T value : host) seen->push_back(as_float(value));
-  }
-  void* memory = nullptr;
-  must(cudaMalloc(&memory, (values.size() + offset + 1) * sizeof(T)));
-  T* const device = static_cast<T*>(memory);
-  must(cudaMemcpy(device + offset, host.data(), host.size() * sizeof(T), cudaMemcpyHostToDevice));
-  return device + offset;
-}
-
-template <typename T>
-std::vector<float> to_host(const T* device, int64_t n) {
-  std::vector<T> host(n);
-  must(cudaMemcpy(host.data(), device, n * sizeof(T), cudaMemcpyDeviceToHost));
-  std::vector<float> values;
-  for (const T value : host) values.push_back(as_float(value));
-  return values;
+T* at_offset(const std::vector<float>& values, int64_t offset, std::vector<float>* seen = nullptr) {
+  std::vector<float> all(offset, 0.0f);
+  all.insert(all.end(), values.begin(), values.end());
+  T* const device = to_device(rounded<T>(&all)) + offset;
+  if (seen) seen->assign(all.begin() + offset, all.end());
+  return device;
 }
 
 template <typename T>
@@ -69,16 +34,16 @@ void test(Report* report, const char* name, DType dtype, double eps, int64_t K, 
   forward.numel = backward.numel = n;
   forward.dtype = backward.dtype = dtype;
   for (int64_t k = 0; k < K; ++k) {
-    forward.inputs[k] = backward.inputs[k] = to_device<T>(random.fill(n, 1.0f), offset, &x[k]);
-    if (k != 1) backward.grad_inputs[k] = to_device<T>(nothing, offset, nullptr);
+    forward.inputs[k] = backward.inputs[k] = at_offset<T>(random.fill(n, 1.0f), offset, &x[k]);
+    if (k != 1) backward.grad_inputs[k] = at_offset<T>(nothing, offset);
   }
-  forward.weights = backward.weights = to_device<float>(weights, 0, nullptr);
-  T* output = to_device<T>(nothing, offset, nullptr);
+  forward.weights = backward.weights = to_device(weights);
+  T* output = at_offset<T>(nothing, offset);
   forward.output = output;
-  backward.grad_output = to_device<T>(random.fill(n, 1.0f), offset, &grad);
-  backward.grad_weights = to_device<float>(std::vector<float>(K, NAN), 0, nullptr);
+  backward.grad_output = at_offset<T>(random.fill(n, 1.0f), offset, &grad);
+  backward.grad_weights = to_device(std::vector<float>(K, NAN));
   backward.workspace_bytes = scalar_mix_workspace_bytes(K, n);
-  backward.workspace = to_device<float>(std::vector<float>(backward.workspace_bytes / 4, NAN), 0, nullptr);
+  backward.workspace = to_device(std::vector<float>(backward.workspace_bytes / 4, NAN));
 
   const Status f = scalar_mix_forward(forward, nullptr), b = scalar_mix_backward(backward, nullptr);
   report->that(what + " " + f.message + b.message, f.ok() && b.ok());
@@ -91,25 +56,22 @@ void test(Report* report, const char* name, DType dtype, double eps, int64_t K, 
       grad_weights[k] += double(grad[i]) * x[k][i];
       grad_input[i] = double(weights[k]) * grad[i];
     }
-    if (k != 1) report->near(what + " dx", to_host(static_cast<T*>(backward.grad_inputs[k]), n), grad_input, eps);
+    if (k != 1)
+      report->near(what + " dx", as_floats(to_host(static_cast<T*>(backward.grad_inputs[k]), n)), grad_input, eps);
   }
-  report->near(what + " y", to_host(output, n), y, eps * K);
-  const std::vector<float> once = to_host(backward.grad_weights, K);
+  report->near(what + " y", as_floats(to_host(output, n)), y, eps * K);
+  const std::vector<float> once = as_floats(to_host(backward.grad_weights, K));
   report->near(what + " dw", once, grad_weights, 1e-6 * (1 + n));
   must(cudaMemset(backward.grad_weights, 0xff, K * 4));
   report->that(what + " again", scalar_mix_backward(backward, nullptr).ok());
   must(cudaDeviceSynchronize());
-  report->that(what + " same bits", once == to_host(backward.grad_weights, K));
+  report->that(what + " same bits", once == as_floats(to_host(backward.grad_weights, K)));
 }
 
 }  // namespace
 
 int main() {
-  int devices = 0;
-  if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
-    std::printf("%s: not run, no GPU\n", kProgram);
-    return 0;
-  }
+  if (!has_gpu(kProgram)) return 0;
   int64_t large = is_small() ? 4099 : 100003;
 #ifdef CTXFAST_EMULATE
   emulator::set_schedule(1);

@@ -185,7 +185,7 @@ Status transformer_layers_forward(const TransformerLayersParams& p) {
   Layers layers{p,
                 linear_act_kernel_for(p.weight_dtype, p.isa),
                 attention_kernel_for(p.io_dtype, p.isa),
-                layer_norm_kernel_for(p.isa),
+                best_layer_norm(p.isa),
                 {},
                 {},
                 {},

@@ -9,9 +9,10 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+from collections.abc import Callable
 from functools import lru_cache
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -23,16 +24,19 @@ except ImportError as error:
 else:
     _IMPORT_ERROR = ""
 
+Function = TypeVar("Function", bound=Callable[..., Any])
 _REINSTALL = "Build it with: pip install . (a C++17 compiler is all it needs)."
-
-
 # What the extension calls dtypes.
-DTYPE_NAMES = {
-    torch.float32: "float32",
-    torch.float16: "float16",
-    torch.bfloat16: "bfloat16",
-    torch.int8: "int8",
-}
+DTYPE_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16", torch.int8: "int8"}
+
+
+def constant(function: Function) -> Function:
+    """Marks a function that torch.compile runs while it traces, and whose result is a constant of the graph.
+
+    As torch.compiler.assume_constant_result does; calling that would import all of torch.compile, and Triton with it.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def extension() -> ModuleType | None:
@@ -98,13 +102,10 @@ def allows_tf32() -> bool:
     return matmul.allow_tf32 if precision == "none" else precision == "tf32"
 
 
+@constant
 def compute_capability(index: int | None) -> tuple[int, int]:
-    """Compute capability of a GPU, None for the current one; a constant to torch.compile."""
+    """Compute capability of a GPU, None for the current one."""
     return torch.cuda.get_device_capability(index)
-
-
-# As torch.compiler.assume_constant_result does; calling that would import all of torch.compile.
-compute_capability._dynamo_marked_constant = True
 
 
 def why_no_triton(device: torch.device) -> str | None:

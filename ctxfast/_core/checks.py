@@ -34,8 +34,12 @@ def tensor(op: str, name: str, value: Any) -> Tensor:
     return value
 
 
-def shape(op: str, name: str, value: Tensor, expected: Sequence[int | None], legend: str) -> None:
-    """Raise ValueError unless ``value`` has the shape ``expected`` (None: any size); ``legend`` names the sizes."""
+def shape(op: str, name: str, value: Any, expected: Sequence[int | None], legend: str) -> Tensor:
+    """Return ``value`` if it is a tensor (else TypeError) of the shape ``expected`` (else ValueError; None: any size).
+
+    ``legend`` names the sizes.
+    """
+    value = tensor(op, name, value)
     ok = value.dim() == len(expected)
     if ok:
         for have, want in zip(value.shape, expected):
@@ -45,32 +49,30 @@ def shape(op: str, name: str, value: Tensor, expected: Sequence[int | None], leg
         sizes = ", ".join("any" if want is None else str(int(want)) for want in expected)
         comma = "," if len(expected) == 1 else ""
         raise ValueError(f"ctxfast.{op}: {name} has shape {tuple(value.shape)}; expected {legend} = ({sizes}{comma}).")
+    return value
 
 
-def floating(op: str, name: str, value: Tensor) -> None:
-    """Raise TypeError unless ``value`` is float64, float32, float16 or bfloat16."""
-    if value.dtype not in FLOATING:
+def floating(op: str, name: str, value: Any) -> Tensor:
+    """Return ``value`` if it is a float64, float32, float16 or bfloat16 tensor, else raise TypeError."""
+    if tensor(op, name, value).dtype not in FLOATING:
         raise TypeError(
             f"ctxfast.{op}: {name} has dtype {value.dtype}; expected float32, float16, bfloat16 or float64. "
             f"Convert it with .float()."
         )
+    return value
 
 
-def integer(op: str, name: str, value: Tensor) -> None:
-    """Raise TypeError unless ``value`` is int64 or int32."""
-    if value.dtype not in INTEGER:
+def integer(op: str, name: str, value: Any) -> Tensor:
+    """Return ``value`` if it is an int64 or int32 tensor, else raise TypeError."""
+    if tensor(op, name, value).dtype not in INTEGER:
         raise TypeError(
             f"ctxfast.{op}: {name} has dtype {value.dtype}; expected int64 or int32. Convert it with .long()."
         )
+    return value
 
 
 def same(
-    op: str,
-    lead: str,
-    leader: Tensor,
-    others: Iterable[tuple[str, Tensor | None]],
-    *,
-    dtype: bool = True,
+    op: str, lead: str, leader: Tensor, others: Iterable[tuple[str, Tensor | None]], *, dtype: bool = True
 ) -> None:
     """Raise unless every tensor lies on ``leader``'s device (ValueError) and, if asked, has its dtype (TypeError)."""
     for name, value in others:
@@ -156,7 +158,7 @@ def in_range(op: str, name: str, value: Tensor, low: int, high: int, hint: str =
 
 def packed(op: str, rows_name: str, rows: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> None:
     """Raise TypeError or ValueError unless these could say where sequences lie in ``rows``; see ``offsets``."""
-    integer(op, "cu_seqlens", tensor(op, "cu_seqlens", cu_seqlens))
+    integer(op, "cu_seqlens", cu_seqlens)
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
         raise ValueError(f"ctxfast.{op}: cu_seqlens has shape {tuple(cu_seqlens.shape)}; expected (sequences + 1,).")
     same(op, rows_name, rows, [("cu_seqlens", cu_seqlens)], dtype=False)

@@ -15,11 +15,12 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+_Path = str | os.PathLike[str]
 _WORKPLACE = re.compile(r"\.(.+)\.ctxfast")
 # What a disk says that is full or broken; libraries often report what followed from it instead.
 _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
@@ -91,6 +92,32 @@ def remove(path: Path) -> None:
             shutil.rmtree(path)
         else:
             os.unlink(path)
+
+
+def check_apart(who: str, outputs: Mapping[str, Iterable[_Path]], inputs: Mapping[str, Iterable[_Path]]) -> None:
+    """Refuse what would destroy an input: an output that is one, by whatever name, or a folder that holds one.
+
+    Args:
+        who: begins the message.
+        outputs, inputs: by what the message calls them. They need not exist.
+
+    Raises:
+        ValueError: naming both.
+    """
+    for name, output in _each(outputs):
+        made = Path(output).expanduser().resolve()
+        for kind, file in _each(inputs):
+            read = Path(file).expanduser().resolve()
+            is_same = made == read or (made.exists() and read.exists() and made.samefile(read))
+            if is_same or read.is_relative_to(made):
+                found = "is" if is_same else "holds"
+                raise ValueError(f"{who}: {name} {output} {found} {kind} {file}; expected another place.")
+
+
+def _each(named: Mapping[str, Iterable[_Path]]) -> Iterator[tuple[str, _Path]]:
+    for name, files in named.items():
+        for file in files:
+            yield name, file
 
 
 @contextmanager

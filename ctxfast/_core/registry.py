@@ -20,7 +20,7 @@ import importlib
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ from . import capability, fast_call, torch_ops
 HALF_AND_FLOAT = (torch.float32, torch.float16, torch.bfloat16)
 CEILING = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 # What an implementation has run on -> what is said of it where it stands.
-PROVEN = {
+PROVEN: dict[str | None, str] = {
     "cpu": "",
     "emulator": "run on the emulator alone, on no GPU",
     "interpreter": "run in Triton's interpreter alone, on no GPU",
@@ -84,21 +84,17 @@ class Impl:
     device: str
     note: str
     proven: str | None
-    bitwise_repeatable: bool = True
 
     def __str__(self) -> str:
         return self.name if self.device in (self.proven, "any") else f"{self.name} ({self.proven})"
 
 
+@capability.constant  # torch.compile would refuse to trace the import
 def _load(path: str) -> bool:
-    """Import a module. torch.compile runs this while it traces, where it would refuse the import itself."""
+    """Import a module."""
     if path not in sys.modules:
         importlib.import_module(path)
     return True
-
-
-# What torch.compiler.assume_constant_result sets; calling that would import all of torch.compile, and Triton with it.
-_load._dynamo_marked_constant = True
 
 
 def no_values(args: Mapping[str, Any]) -> None:
@@ -211,6 +207,29 @@ def _requested() -> dict[str, str]:
     return _environment if found is _context else found
 
 
+def why_no_impl(name: str | None, device: torch.device, ops: Iterable[str] | None = None) -> str | None:
+    """None if an implementation of that name of one of these ops may run on a device, else one sentence: asking for it
+    would change nothing there. Ops of another name run as if nothing were asked.
+
+    Args:
+        name: of an implementation; None for no choice.
+        ops: what a model runs; None for all there are.
+    """
+    specs = list(OPS.values()) if ops is None else [OPS[op] for op in ops]
+    found = {candidate.name for spec in specs for candidate in spec.all_impls if _is_of(candidate, device)}
+    if name is None or name in found:
+        return None
+    known = ", ".join(each for each in IMPL_NAMES if each in found)
+    which = "no op" if ops is None else f"none of the ops of this model ({', '.join(spec.name for spec in specs)})"
+    return f"{which} has an implementation {name!r} for {device.type}; expected {known}, or None to choose."
+
+
+def _is_of(candidate: Impl, device: torch.device) -> bool:
+    if candidate.name == "triton" and device.type == "cpu":
+        return capability.is_triton_interpreted()
+    return candidate.device in ("any", device.type)
+
+
 def load_implementations() -> None:
     """Import every implementation but Triton's (a kernel language is imported on first use only)."""
     for spec in OPS.values():
@@ -230,13 +249,14 @@ def tensors(args: Mapping[str, Any]) -> Iterator[Tensor]:
                     yield item
 
 
-def needs_grad(args: Mapping[str, Any]) -> bool:
-    """Whether autograd would record this call."""
+def needs_grad(*values: Any) -> bool:
+    """Whether autograd would record a call of these arguments."""
     if not torch.is_grad_enabled():
         return False
-    for value in tensors(args):
-        if value.requires_grad:
-            return True
+    for value in values:
+        for each in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(each, Tensor) and each.requires_grad:
+                return True
     return False
 
 

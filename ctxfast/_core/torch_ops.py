@@ -36,6 +36,11 @@ def allocate(size: Sequence[int], like: Tensor, dtype: torch.dtype | None = None
     return torch.empty(tuple(size), dtype=like.dtype if dtype is None else dtype, device=like.device)
 
 
+def address(tensor: Tensor | None) -> int:
+    """Where a tensor's first element lies; 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
 def without_autocast(device: str) -> AbstractContextManager:
     """Autocast off for a device type, also for one that has none (meta)."""
     return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()

@@ -50,20 +50,22 @@ def add(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Convert ``args.source``; returns the exit code."""
     source, target = Path(args.source), Path(args.target)
+    from .._core.files import check_apart, replacing_folder
+
+    read = {"SRC": [source], "--options-file": [] if args.options_file is None else [args.options_file]}
+    check_apart(_WHO, {"DST": [target]}, read)
+    if target.exists() and target.resolve().is_relative_to(source.resolve()):
+        raise ValueError(f"{_WHO}: DST {target} is a part of SRC {source}; expected another place.")
     if target.exists() and not args.overwrite:
         raise FileExistsError(f"{_WHO}: {target} exists. Pass --overwrite to replace it.")
     if target.exists() and not target.is_dir():
         raise ValueError(f"{_WHO}: {target} is a file; expected a folder to make.")
-    if source.exists() and target.exists() and source.resolve() == target.resolve():
-        raise ValueError(f"{_WHO}: {target} is SRC itself; expected another folder.")
     if args.dtype is not None and args.dtype not in _DTYPES:
         raise ValueError(f"{_WHO}: dtype is {args.dtype!r}; expected one of {', '.join(_DTYPES)}.")
     is_elmo = args.options_file is not None or source.suffix in _ELMO_SUFFIXES or (source / "options.json").is_file()
     for name in ("dtype", "gelu") if is_elmo else ():
         if getattr(args, name) is not None:
             raise ValueError(f"{_WHO}: --{name} is given for an ELMo model; expected it for BERT only.")
-    from .._core.files import replacing_folder
-
     target.parent.mkdir(parents=True, exist_ok=True)
     with replacing_folder(target) as folder:
         what = _elmo(source, folder, args.options_file) if is_elmo else _bert(args, folder)

@@ -57,19 +57,22 @@ def add(commands: Any) -> None:
     add("--prompt", help="sentence level: write this before every line; '' for none")
     add("--prompt-name", metavar="NAME", help="sentence level: a prompt of the model's folder, as query or document")
     add("--tokens", dest="words", action="store_true", help="lines are words with spaces between (always so for ELMo)")
-    add("--word-pieces", default="first", help="with --tokens: first piece of a word (default), mean, or all")
-    add("--empty", default="keep", help="blank lines: keep as texts without tokens (default), skip, or error")
-    add("--skip-empty", dest="empty", action="store_const", const="skip", help="--empty skip")
+    add("--word-pieces", help="BERT, with --tokens: first piece of a word (default), mean, or all")
+    blank = parser.add_mutually_exclusive_group()
+    blank.add_argument(
+        "--empty", default="keep", help="blank lines: keep as texts without tokens (default), skip, or error"
+    )
+    blank.add_argument("--skip-empty", dest="empty", action="store_const", const="skip", help="--empty skip")
     add("--truncate", action="store_true", help="cut lines that are too long for the model")
     add("--options-file", help="ELMo: options.json, where it lies apart")
     add("--weight-file", help="ELMo: HDF5 weights, where they lie apart")
-    add("--state", default="steady", help="ELMo: steady (default), zero, or carry (AllenNLP's, order matters)")
-    add("--batch-size", type=int, default=64, metavar="N", help="ELMo, --state carry: lines of a batch (default: 64)")
-    add("--batch-tokens", type=int, metavar="N", help="tokens of a batch (default: 2048 on a CPU, 16384 on a GPU)")
+    add("--state", help="ELMo: steady (default), zero, or carry (AllenNLP's, order matters)")
+    add("--batch-size", type=int, metavar="N", help="ELMo, --state carry: lines of a batch (default: 64)")
+    add("--batch-tokens", type=int, metavar="N", help="else tokens of a batch (default: 2048 on a CPU, 16384 on a GPU)")
     add("--window", type=int, default=4096, metavar="N", help="lines sorted by length together (default: 4096)")
     add("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
     add("--dtype", default="float32", help="float32 (default) or float16; on a GPU the model computes in it, too")
-    add("--impl", help="implementation of every op, e.g. reference")
+    add("--impl", help="implementation of every op that has it, e.g. reference")
     add("--forget-sentences", action="store_true", help="HDF5: no sentence_to_index")
     add("--use-sentence-keys", action="store_true", help="HDF5: name datasets by their sentences")
     add("--overwrite", action="store_true", help="replace OUT, and unfinished work of other arguments")
@@ -84,7 +87,7 @@ def _run(args: argparse.Namespace) -> int:
     from ..embedding.job import check_target
     from ..embedding.selection import parse_layers
 
-    check_target(args.output, args.format, overwrite=args.overwrite)
+    check_target(args.input, args.output, args.format, overwrite=args.overwrite)
     if args.input != "-":
         existing(args.input, "ctxfast.embed", f"input {args.input}")
     if args.model is None and args.options_file is None and args.weight_file is None:

@@ -199,6 +199,8 @@ def run(args: argparse.Namespace) -> int:
     is_done = args.predict_only or args.evaluate_only
     loop_options.check_files(args, who.removeprefix("ctxfast."), "train", "dev", "test")
     loop_options.check_model(args.model, who.removeprefix("ctxfast."))
+    if not is_done:
+        loop_options.check_output(args, f"finetune {args.task}", "model", "train", "dev", "test")
     if is_done and (args.test is None or args.train is not None or args.dev is not None):
         raise ValueError(f"{who}: --predict-only and --evaluate-only take --test alone; expected it and no other data.")
     if not is_done and args.train is None:
@@ -327,6 +329,10 @@ def _choice(args: argparse.Namespace, train: list[Any]) -> Any:
 
 def _check_used(args: argparse.Namespace, form: str) -> None:
     """Refuse what this form of model has no use for."""
+    if form == "bert":
+        from ..models.bert.modeling import Bert
+
+        loop_options.check_impl(args, f"finetune {args.task}", Bert.ops)
     wrong = _given(args, ("lstm_hidden", "lstm_layers", "dropout") if form == "bert" else _OF_WINDOWS)
     if wrong:
         found = "all of BERT is trained" if form == "bert" else "an LSTM reads texts whole"
@@ -412,6 +418,12 @@ def _train(args: argparse.Namespace) -> int:
     return 0
 
 
+def _judgement(args: argparse.Namespace, name: str, directory: Path) -> tuple[Path, Path]:
+    """Files of predictions and of figures."""
+    suffix = {"tag": "tsv", "span": "json"}.get(args.task, "jsonl")
+    return directory / f"predictions-{name}.{suffix}", directory / f"scores-{name}.json"
+
+
 def _judge(args: argparse.Namespace, predictor: Any, name: str, examples: list[Any], directory: Path) -> None:
     """Predict, write predictions and figures, print the figures."""
     import json
@@ -422,23 +434,26 @@ def _judge(args: argparse.Namespace, predictor: Any, name: str, examples: list[A
     predictions = predictor.predict(examples)
     for what, count in predictor.lost.items():
         _say(args, f"{name}: {count:,} {what}")
-    suffix = {"tag": "tsv", "span": "json"}.get(args.task, "jsonl")
-    written = predictor.write_predictions(directory / f"predictions-{name}.{suffix}", examples, predictions)
+    predicted, judged = _judgement(args, name, directory)
+    written = predictor.write_predictions(predicted, examples, predictions)
     if args.predict_only:
         _say(args, f"{len(examples):,} examples: {written[0]}")
         return
     figures = predictor.scores(examples, predictions)
-    write_text(directory / f"scores-{name}.json", json.dumps(figures, indent=1) + "\n")
+    write_text(judged, json.dumps(figures, indent=1) + "\n")
     shown = ", ".join(f"{key} {value:.4f}" for key, value in figures.items())
     if not args.quiet:
         print(f"{name}: {shown}")
 
 
 def _predict_only(args: argparse.Namespace) -> int:
+    from .._core.files import check_apart
     from ..training.parallel import join
     from ..training.tasks.build import load
     from ..training.tasks.predictor import SETTINGS_FILE
 
+    made = _judgement(args, "test", Path(args.output))
+    check_apart(f"ctxfast.finetune {args.task}", {"the output": made}, {"--test": [args.test]})
     is_ours = (Path(args.model) / SETTINGS_FILE).is_file()
     # A model of Hugging Face's does not say how a predicate is marked.
     wrong = _given(args, (*_MADE_WITH, "regression", *(["predicate"] if is_ours else [])))

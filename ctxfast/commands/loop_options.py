@@ -7,7 +7,7 @@ import argparse
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,7 @@ def add(parser: argparse.ArgumentParser, **defaults: Any) -> None:
     add("--keep", type=int, metavar="N", default=2, help="checkpoints kept (%(default)s)")
     add("--parallel", default="auto", help="auto (DDP under torchrun), no, ddp or fsdp2")
     add("--device", default="auto", help="auto (default), cpu or cuda")
-    add("--impl", help="implementation of every op, e.g. reference")
+    add("--impl", help="implementation of every op that has it, e.g. reference")
     add("--tensorboard", action="store_true", help="write DIR/tensorboard too")
     add("--overwrite", action="store_true", help="start anew where DIR holds a run; else the run goes on")
     add("--quiet", action="store_true", help="print nothing but errors")
@@ -83,9 +83,25 @@ def check_files(args: argparse.Namespace, who: str, *names: str) -> None:
         for file in value if isinstance(value, list) else [value]:
             if file is None or Path(file).is_file():
                 continue
-            shown = name if name == "text" else "--" + name.replace("_", "-")
             found = "is a directory" if Path(file).is_dir() else "does not exist"
-            raise FileNotFoundError(f"ctxfast.{who}: {shown} {file} {found}; expected a file.")
+            raise FileNotFoundError(f"ctxfast.{who}: {_shown(name)} {file} {found}; expected a file.")
+
+
+def check_output(args: argparse.Namespace, who: str, *names: str) -> None:
+    """Refuse a directory that is, or holds, what these arguments name: a run replaces what an earlier one left there.
+
+    Raises:
+        ValueError: naming both.
+    """
+    from .._core.files import check_apart
+
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    inputs = {_shown(name): value if isinstance(value, list) else [value] for name, value in given.items()}
+    check_apart(f"ctxfast.{who}", {"-o": [args.output]}, inputs)
+
+
+def _shown(name: str) -> str:
+    return name if name == "text" else "--" + name.replace("_", "-")
 
 
 def check_model(value: str | None, who: str, option: str = "--model") -> None:
@@ -145,6 +161,7 @@ def check(args: argparse.Namespace, who: str) -> None:
     """Refuse what can be seen before any data is read.
 
     Raises:
+        RuntimeError: see ``check_impl``.
         ValueError: both or neither of --epochs and --steps where there is no default; a value that the loop refuses.
     """
     if args.epochs is not None and args.steps is not None:
@@ -166,6 +183,7 @@ def check(args: argparse.Namespace, who: str) -> None:
     with use_impl(args.impl):  # refuses a name that no op knows
         pass
     check_amp(args.amp, device_of(args.device))
+    check_impl(args, who)
     # How many steps epochs have is not known yet; it bounds the warm-up only. A learning rate may be the model's.
     rate = args.learning_rate
     args.learning_rate = 1.0 if rate is None else rate
@@ -173,6 +191,23 @@ def check(args: argparse.Namespace, who: str) -> None:
     args.learning_rate = rate
     if Path(args.output).exists() and not Path(args.output).is_dir():
         raise ValueError(f"ctxfast.{who}: -o {args.output} is a file; expected a directory to work in.")
+
+
+def check_impl(args: argparse.Namespace, who: str, ops: Collection[str] | None = None) -> None:
+    """Refuse an --impl that would change nothing.
+
+    Args:
+        ops: what the model runs; None where that is not known.
+
+    Raises:
+        RuntimeError: none of these ops has it on the device.
+    """
+    from .._core.registry import why_no_impl
+    from ..training.parallel import device_of
+
+    reason = why_no_impl(args.impl, device_of(args.device), ops)
+    if reason is not None:
+        raise RuntimeError(f"ctxfast.{who}: --impl is {args.impl!r}, but {reason}")
 
 
 def config(args: argparse.Namespace, steps: int, **more: Any) -> Any:

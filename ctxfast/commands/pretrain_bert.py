@@ -102,7 +102,10 @@ def add(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prepare the text, train, write the model."""
     if not args.prepare_only:
+        from ..models.bert.modeling import Bert
+
         loop_options.check(args, _WHO)
+        loop_options.check_impl(args, _WHO, (*Bert.ops, "linear_cross_entropy"))
     _check(args)
     from .._core.digests import digest
     from ..training.bert_corpus import BertCorpus, Recipe
@@ -239,6 +242,7 @@ def _check(args: argparse.Namespace) -> None:
     who = f"ctxfast.{_WHO}"
     loop_options.check_files(args, _WHO, "text", "held_out", "config", "gazetteer", "spans")
     loop_options.check_model(args.init_from, _WHO, "--init-from")
+    loop_options.check_output(args, _WHO, "text", "held_out", "config", "gazetteer", "spans", "vocab", "init_from")
     if not 0 < args.mask_rate <= 1:
         raise ValueError(f"{who}: --mask-rate is {args.mask_rate}; expected above 0, at most 1.")
     if not 0 < args.shard_mb < math.inf:

@@ -62,6 +62,7 @@ def run(args: argparse.Namespace) -> int:
     """Prepare the text, train, write the model."""
     loop_options.check(args, _WHO)
     loop_options.check_files(args, _WHO, "text", "held_out", "options", "vocab")
+    loop_options.check_output(args, _WHO, "text", "held_out", "options", "vocab", "init_from")
     _check(args)
     if args.init_from is not None and not (Path(args.init_from) / "options.json").is_file():
         raise FileNotFoundError(

@@ -47,7 +47,7 @@ def add(commands: Any) -> None:
     add("-o", "--output", metavar="FILE", help="JSON file with all figures")
     add("--plot", metavar="FILE", help="picture (.png, .svg, .pdf)")
     add("--device", default="auto", help="auto (default), cpu or cuda")
-    add("--impl", help="implementation of every op, e.g. reference")
+    add("--impl", help="implementation of every op that has it, e.g. reference")
     add("--quiet", action="store_true", help="print the table only")
     parser.set_defaults(run=run)
 
@@ -69,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"{_WHO}: --unseen is {args.unseen!r}; expected 'error' or 'keep'.")
     if args.plot is not None and Path(args.plot).suffix not in _PICTURES:
         raise ValueError(f"{_WHO}: --plot is {args.plot!r}; expected a name that ends with {', '.join(_PICTURES)}.")
+    from .._core.files import check_apart
     from ..training.metrics import check_libraries
     from ..training.probe import figure_class, probe
     from ..training.readers.conll import read_conll
@@ -89,6 +90,10 @@ def run(args: argparse.Namespace) -> int:
     from ..training.tasks.predictor import write_text
 
     embedder = Embedder(args.model, device=args.device, impl=args.impl, dtype="float16")
+    made = {f"--{name}": [getattr(args, name)] for name in ("output", "plot") if getattr(args, name) is not None}
+    check_apart(
+        _WHO, made, {"--train": [args.train], "--dev": [args.dev], "a file of the model,": embedder.encoder.files}
+    )
     report = probe(
         embedder,
         train,

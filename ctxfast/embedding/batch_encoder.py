@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._core.registry import use_impl
+from .._core.registry import use_impl, why_no_impl
+from .._core.texts import described
 from ..models.bert.sentence_modules import SentenceModel
 from .encoders import Prepared, TextEncoder, Where
 from .open_model import chosen_device, open_encoder
@@ -41,35 +42,58 @@ class BatchEncoder:
         *,
         device: str | torch.device = "auto",
         impl: str | None = None,
-        state: str = "steady",
+        state: str | None = None,
         dtype: str = "float32",
         batch_tokens: int | None = None,
-        batch_size: int = _CARRY_BATCH,
+        batch_size: int | None = None,
         options_file: _Path | None = None,
         weight_file: _Path | None = None,
     ) -> None:
-        for name, value, known in (("state", state, STATES), ("dtype", dtype, DTYPES)):
+        for name, value, known in (("state", state, (None, *STATES)), ("dtype", dtype, DTYPES)):
             if value not in known:
-                raise ValueError(f"ctxfast.Embedder: {name} is {value!r}; expected one of {', '.join(known)}.")
+                raise ValueError(
+                    f"ctxfast.Embedder: {name} is {value!r}; expected one of {', '.join(map(str, known))}."
+                )
         for name, number in (("batch_tokens", batch_tokens), ("batch_size", batch_size)):
             if number is not None and number < 1:
                 raise ValueError(f"ctxfast.Embedder: {name} is {number}; expected 1 or more.")
-        self.impl, self.state, self.dtype = impl, state, np.dtype("<f4" if dtype == "float32" else "<f2")
+        self.impl, self.dtype = impl, np.dtype("<f4" if dtype == "float32" else "<f2")
+        self.state = state or "steady"
         with self._implementation():  # an unknown name is an error now, not at the first text
             pass
         if isinstance(model, (str, os.PathLike)) or model is None:
             model = open_encoder(
-                model, chosen_device(device), dtype, state=state, options_file=options_file, weight_file=weight_file
+                model,
+                chosen_device(device),
+                dtype,
+                state=self.state,
+                options_file=options_file,
+                weight_file=weight_file,
             )
+        else:
+            _check_encoder(model, device, options_file, weight_file)
         self.encoder: TextEncoder = model
         self.kind, self.num_layers, self.dim = model.kind, model.num_layers, model.dim
         self._sentence: SentenceModel = getattr(model, "sentence", None) or SentenceModel(model.dim)
         self.sentence_dim, self.prompts = self._sentence.dim, dict(self._sentence.prompts)
         self._has_said = False
-        if state == "carry" and self.kind != "elmo":
-            raise ValueError(f"ctxfast.Embedder: state is 'carry'; expected an ELMo model for it, not {self.kind}.")
+        if state is not None and self.kind != "elmo":
+            raise ValueError(f"ctxfast.Embedder: state is {state!r}; expected an ELMo model for it, not {self.kind}.")
+        if batch_size is not None and state != "carry":
+            raise ValueError(
+                f"ctxfast.Embedder: batch_size is {batch_size}; expected it with state 'carry' alone. Elsewhere a "
+                f"batch has as many texts as batch_tokens allows."
+            )
+        if batch_tokens is not None and state == "carry":
+            raise ValueError(
+                f"ctxfast.Embedder: batch_tokens is {batch_tokens}; expected batch_size with state 'carry', where "
+                f"results depend on the number of texts in a batch."
+            )
+        reason = why_no_impl(impl, model.device, getattr(model, "ops", None))
+        if reason is not None:
+            raise RuntimeError(f"ctxfast.Embedder: impl is {impl!r}, but {reason}")
         self.batch_tokens = batch_tokens
-        self.batch_size = batch_size
+        self.batch_size = batch_size or _CARRY_BATCH
 
     @property
     def device(self) -> torch.device:
@@ -130,6 +154,20 @@ class BatchEncoder:
             waiting = batch, copy
         if waiting is not None:
             yield waiting[0], _finish_copy(*waiting[1])
+
+
+def _check_encoder(model: object, device: str | torch.device, *files: _Path | None) -> None:
+    """Refuse what is no model, and what is said of a model's files beside one that is open already."""
+    if any(not hasattr(model, name) for name in ("kind", "num_layers", "dim", "device", "prepare", "encode")):
+        raise TypeError(
+            f"ctxfast.Embedder: model is {described(model)}; expected a folder or a name, as a string or a path, or a "
+            f"TextEncoder."
+        )
+    if device != "auto" or files != (None, None):
+        raise ValueError(
+            "ctxfast.Embedder: device, options_file or weight_file is given with a TextEncoder, which is on its device "
+            "already; leave it out."
+        )
 
 
 def _start_copy(values: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:

@@ -26,14 +26,16 @@ class Embedder(BatchEncoder):
             ``ctxfast.models.bert.weights.resolve_model``), a folder with an ELMo model's options.json and HDF5 weights,
             or a ``TextEncoder``. None with ``options_file`` and ``weight_file``.
         device: "auto" (a GPU if torch sees one), "cpu", "cuda", "cuda:1", ...
-        impl: implementation of every op, see ``ctxfast.use_impl``; None chooses.
-        state: for ELMo, what a text starts from: "steady" (one fixed state: results depend on the text alone), "zero",
-            or "carry" (AllenNLP's rule: row k of a batch goes on from row k of the batch before; ``reset`` forgets).
+        impl: implementation of every op that has it, see ``ctxfast.use_impl``; None chooses.
+        state: for ELMo alone, what a text starts from: "steady" (None; one fixed state: results depend on the text
+            alone), "zero", or "carry" (AllenNLP's rule: row k of a batch goes on from row k of the batch before;
+            ``reset`` forgets).
         dtype: "float32", or "float16": vectors are float16, and on a GPU the model computes in it; on a CPU it computes
             in float32 still.
         batch_tokens: most tokens of a batch (padding counts for ELMo); None for 2048 on a CPU, 16384 on a GPU, or what
             256 MiB of vectors allow.
-        batch_size: texts of a batch with state "carry", where results depend on it (64, AllenNLP's).
+        batch_size: with state "carry" alone, in place of ``batch_tokens``: texts of a batch, on which results depend
+            there; None for 64, AllenNLP's.
         options_file, weight_file: files of an ELMo model that do not lie together.
 
     Attributes:
@@ -45,8 +47,9 @@ class Embedder(BatchEncoder):
 
     Raises:
         FileNotFoundError: no such model.
-        ValueError: a folder that is no model, or could be two; a wrong option.
-        RuntimeError: "cuda" where torch sees no GPU.
+        TypeError: a model that is neither a path, a name nor a ``TextEncoder``.
+        ValueError: a folder that is no model, or could be two; a wrong option, or one that this model has no use for.
+        RuntimeError: "cuda" where torch sees no GPU; an ``impl`` that no op of the model has on its device.
     """
 
     def __repr__(self) -> str:
@@ -65,7 +68,7 @@ class Embedder(BatchEncoder):
         normalize: bool | None = None,
         prompt: str | None = None,
         prompt_name: str | None = None,
-        word_pieces: str = "first",
+        word_pieces: str | None = None,
         truncate: bool = False,
         output: str = "numpy",
     ) -> list[Any]:
@@ -87,8 +90,8 @@ class Embedder(BatchEncoder):
             prompt: written before every text, at sentence level; "" for none. None: the folder's default, if it has
                 one.
             prompt_name: in place of ``prompt``, one of the folder's by its name, as "query" or "document".
-            word_pieces: for BERT and lists of words: the "first" piece of each word (a vector a word), the "mean" of
-                its pieces (a vector a word), or "all" pieces. A word without a piece has zeros.
+            word_pieces: for BERT, lists of words and token level alone: the "first" piece of each word (None; a vector
+                a word), the "mean" of its pieces (a vector a word), or "all" pieces. A word without a piece has zeros.
             truncate: cut texts that are too long instead of raising: longer than the model's positions, than the
                 tokenizer's model_max_length, or at sentence level than the folder's max_seq_length.
             output: "numpy", or "torch" for tensors on the model's device.
@@ -100,8 +103,9 @@ class Embedder(BatchEncoder):
         Raises:
             TypeError: a single string, a table, or texts that are neither strings nor lists of words; the message has
                 the number of the first wrong one.
-            ValueError: a text that is too long, a layer that the model has not, a word that is no option, files of the
-                folder that cannot be followed at sentence level (an unknown module, say).
+            ValueError: a text that is too long, a layer that the model has not, a word that is no option, an option
+                that does not apply, files of the folder that cannot be followed at sentence level (an unknown module,
+                say).
 
         Warns:
             UserWarning: ``pooling`` is given, and the folder has modules that would follow it.
@@ -131,7 +135,7 @@ class Embedder(BatchEncoder):
         return results
 
     def tokens(
-        self, texts: Iterable[str | Sequence[str]], *, word_pieces: str = "first", truncate: bool = False
+        self, texts: Iterable[str | Sequence[str]], *, word_pieces: str | None = None, truncate: bool = False
     ) -> list[list[str]]:
         """The tokens that the rows of a call with the same arguments belong to."""
         texts, unit = _unit(texts)

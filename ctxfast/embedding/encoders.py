@@ -63,6 +63,7 @@ class TextEncoder(Protocol):
         is_padded: whether padding costs time, so that batches are measured with it.
         device: where it runs.
         files: files the results depend on.
+        ops: names of the ops it runs, among which ``impl`` chooses; may be left out.
     """
 
     kind: str
@@ -197,6 +198,7 @@ class BertEncoder:
 
     kind = "bert"
     is_padded = False
+    ops = Bert.ops
 
     def __init__(
         self, model: Bert, tokenizer: BertTokenizer, files: Sequence[Path] = (), sentence: SentenceModel | None = None
@@ -344,8 +346,12 @@ class BertEncoder:
             states = [torch.stack([state.float() for state in states]).mean(0)] * len(states)
         parts = (torch.cat([pooler(state, mode) for mode in selection.pooling], dim=-1) for state in states)
         result = _stacked(parts, selection)
-        for step in self._steps if selection.has_steps else ():
-            result = step(result)
+        if selection.has_steps:
+            # As rows of vectors: an activation may choose its axis by how many there are.
+            rows = result.flatten(0, 1)
+            for step in self._steps:
+                rows = step(rows)
+            result = rows.unflatten(0, result.shape[:2])
         return _scaled(result, selection)
 
     def tokens(self, item: Prepared, selection: Selection) -> list[str]:
@@ -375,6 +381,7 @@ class ElmoEncoder:
 
     kind = "elmo"
     is_padded = True
+    ops = ElmoBiLm.ops
 
     def __init__(self, model: ElmoBiLm, files: Sequence[Path] = ()) -> None:
         self.model, self.files = model.eval(), tuple(files)

@@ -35,7 +35,7 @@ class FileOptions:
     prompt: str | None = None
     prompt_name: str | None = None
     words: bool = False
-    word_pieces: str = "first"
+    word_pieces: str | None = None
     format: str | None = None
     empty: str = "keep"
     truncate: bool = False

@@ -24,7 +24,7 @@ import torch
 
 from .._core.checks import shown
 from .._core.digests import digest, fingerprint
-from .._core.files import create, naming
+from .._core.files import check_apart, create, naming
 from .._core.report import facts
 from . import writers
 from .batch_encoder import BatchEncoder
@@ -56,21 +56,31 @@ class Report:
     notes: tuple[str, ...]
 
 
-def check_target(output: _Path, format: str | None = None, *, overwrite: bool = False) -> str:
+def check_target(
+    input: _Path, output: _Path, format: str | None = None, *, overwrite: bool = False, files: Sequence[_Path] = ()
+) -> str:
     """The format of an output that may be written.
+
+    Args:
+        input: what is read, or "-".
+        files: of the model.
 
     Raises:
         FileExistsError: it exists, without ``overwrite``, and no unfinished job knows of it.
         FileNotFoundError: its folder does not exist.
+        ValueError: it, or the folder of its unfinished work, is or holds what is read.
         ValueError, RuntimeError: see ``writers.format_of``.
     """
     target = Path(output)
-    chosen = writers.format_of(target, format)
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"ctxfast.embed: the folder of output {target} does not exist.")
     if target.is_dir():
         raise FileExistsError(f"ctxfast.embed: output {target} is a directory; expected the name of a file.")
     work = target.with_name(target.name + ".partial")
+    read = [] if os.fspath(input) == "-" else [input]
+    made = {"output": [output], "the work directory": [work]}
+    check_apart("ctxfast.embed", made, {"input": read, "a file of the model,": files})
+    chosen = writers.format_of(target, format)
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"ctxfast.embed: the folder of output {target} does not exist.")
     with suppress(OSError):  # empty: of a job killed when all else was done
         os.rmdir(work)
     if target.exists() and not overwrite and not (work / "finished.json").is_file():
@@ -101,14 +111,15 @@ def embed_file(
 
     Raises:
         TypeError: an option that there is not.
-        ValueError: a wrong option, a line that cannot be embedded (the message has its number, counted from 1), or
-            unfinished work that belongs to other arguments.
+        ValueError: an output that is the input or a file of the model, a wrong option or one that does not apply, a
+            line that cannot be embedded (the message has its number, counted from 1), or unfinished work that belongs
+            to other arguments.
         FileExistsError, FileNotFoundError: files.
         RuntimeError: another process is writing the same output.
     """
     target = Path(output)
     how = FileOptions(**options)
-    format = check_target(target, how.format, overwrite=how.overwrite)
+    format = check_target(input, target, how.format, overwrite=how.overwrite, files=embedder.encoder.files)
     how.check(format)
     selection = how.selection(embedder, format)
     reading = dict(empty=how.empty, window=how.window, multiple=embedder.batch_size if embedder.state == "carry" else 1)

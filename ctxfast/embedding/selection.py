@@ -112,7 +112,7 @@ def select(
     prompt: str | None = None,
     prompt_name: str | None = None,
     unit: str = "text",
-    word_pieces: str = "first",
+    word_pieces: str | None = None,
 ) -> Selection:
     """Check a choice against a model.
 
@@ -122,11 +122,12 @@ def select(
         sentence: what the model's folder says of vectors of texts.
         dim: size of a token's vector.
         layers: "all", "top", "average", a number or numbers; negative ones count from the top.
-        level, unit, word_pieces: see ``Selection``.
+        level, unit: see ``Selection``.
+        word_pieces: see ``Selection``; None is "first".
         pooling, normalize, prompt, prompt_name: see ``Embedder``; None is what ``sentence`` says.
 
     Raises:
-        ValueError: an unknown word, a layer the model has not, or what the model cannot give.
+        ValueError: an unknown word, a layer the model has not, what the model cannot give, or what does not apply.
         TypeError: a prompt that is no string.
     """
     for name, value, known in (
@@ -134,16 +135,23 @@ def select(
         ("pooling", pooling, (None, *POOLINGS)),
         ("normalize", normalize, (None, True, False)),
         ("unit", unit, UNITS),
-        ("word_pieces", word_pieces, WORD_PIECES),
+        ("word_pieces", word_pieces, (None, *WORD_PIECES)),
     ):
         if value not in known:
             raise ValueError(f"ctxfast.embed: {name} is {value!r}; expected one of {', '.join(map(str, known))}.")
+    if pooling is not None and level == "token":
+        raise ValueError(f"ctxfast.embed: pooling is {pooling!r} at token level; expected level 'sentence' for it.")
+    if word_pieces is not None and (kind == "elmo" or level != "token" or unit != "words"):
+        raise ValueError(
+            f"ctxfast.embed: word_pieces is {word_pieces!r}; expected it for a BERT model at token level, with texts "
+            f"that are lists of words (words=True, --tokens for a file)."
+        )
     if kind == "elmo":
         if pooling not in (None, "mean"):
             raise ValueError(f"ctxfast.embed: pooling is {pooling!r}; expected 'mean': ELMo has no first token for it.")
         if unit == "pairs":
             raise ValueError("ctxfast.embed: format 'extract-features' was asked for; expected a BERT model for it.")
-        unit, word_pieces = "words", "first"
+        unit = "words"
     chosen, is_average, is_single = _choose(layers, num_layers)
     text = _prompt(kind, sentence, level, unit, prompt, prompt_name)
     is_own = level == "sentence" and pooling is None
@@ -163,7 +171,7 @@ def select(
         prompt=text,
         pools_prompt=sentence.include_prompt if is_own else True,
         unit=unit,
-        word_pieces=word_pieces,
+        word_pieces=word_pieces or "first",
     )
 
 

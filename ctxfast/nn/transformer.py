@@ -66,6 +66,8 @@ class TransformerLayer(tools.Unscripted):
     Reference: Devlin et al. 2019; names as in Hugging Face's BertLayer.
     """
 
+    ops = ("transformer_layers", "attention", "linear_act", "add_layer_norm")
+
     def __init__(
         self,
         hidden_size: int,

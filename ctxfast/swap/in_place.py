@@ -19,6 +19,7 @@ from .. import functional
 from .._core import registry
 from ..nn.layer_norm import LayerNorm
 from ..nn.lstm import LSTM
+from ..nn.transformer import TransformerLayer
 from . import allennlp, identity, padding_readers, transformers
 
 # In the __dict__ of a swapped module: its own class.
@@ -29,12 +30,13 @@ _ORIGINAL = "_ctxfast_original"
 class _Entry:
     """One line of the table: what a class is replaced by, and what speaks against it.
 
-    ``replacement(kind)`` is the class; ``objection(module, impl)`` a sentence, or None. ``on_request``: swapped only
-    where ``only`` names it.
+    ``replacement(kind)`` is the class; ``objection(module, impl)`` a sentence, or None; ``ops`` what the replacement
+    runs. ``on_request``: swapped only where ``only`` names it.
     """
 
     replacement: Callable[[type[nn.Module]], type[nn.Module]]
     objection: Callable[[nn.Module, str | None], str | None]
+    ops: tuple[str, ...]
     on_request: bool = False
 
 
@@ -43,7 +45,7 @@ def why_not(op: str, impl: str | None, **args: Any) -> str | None:
     spec, device = registry.OPS[op], next(registry.tensors(args)).device.type
     with torch.no_grad():
         rows = functional.explain(op, **args).rows
-    if impl is not None and any(name == impl for name, _, _ in rows):
+    if any(name == impl for name, _, _ in rows):
         refusals = [reason for name, verdict, reason in rows if name == impl and verdict == "no"]
         return f"impl={impl!r} was asked for: {refusals[0]}" if refusals else None
     compiled = [row for row in rows if row[0] != "reference" and spec.impl(row[0]).device == device]
@@ -98,19 +100,22 @@ def _allennlp_objection(module: nn.Module, impl: str | None) -> str | None:
 
 
 def _encoder(name: str) -> _Entry:
-    return _Entry(lambda kind: transformers.packed_class(name), _encoder_objection)
+    return _Entry(lambda kind: transformers.packed_class(name), _encoder_objection, TransformerLayer.ops)
 
 
 # Full name of a class -> what becomes of its modules.
 _TABLE: dict[str, _Entry] = {
-    "torch.nn.modules.rnn.LSTM": _Entry(lambda kind: LSTM, _lstm_objection),
+    "torch.nn.modules.rnn.LSTM": _Entry(lambda kind: LSTM, _lstm_objection, ("lstm",)),
     # By itself it gains nothing over torch's; it is there to choose an implementation of add_layer_norm.
     "torch.nn.modules.normalization.LayerNorm": _Entry(
-        lambda kind: LayerNorm, lambda module, impl: None, on_request=True
+        lambda kind: LayerNorm, lambda module, impl: None, ("add_layer_norm",), on_request=True
     ),
     **{name: _encoder(name) for name in transformers.ENCODERS},
     # AllenNLP's by their name alone, see there.
-    **{name: _Entry(allennlp.swapped_class, _allennlp_objection) for name in allennlp.KINDS},
+    **{
+        name: _Entry(allennlp.swapped_class, _allennlp_objection, ("char_cnn", "linear_act", "lstm"))
+        for name in allennlp.KINDS
+    },
 }
 
 
@@ -199,9 +204,15 @@ def _objection(module: nn.Module, name: str, impl: str | None) -> str | None:
     if "forward" in module.__dict__:
         return "its forward was replaced on the object, as wrappers do that move weights about."
     try:
-        return _TABLE[name].objection(module, impl)
+        return _TABLE[name].objection(module, impl) or _no_impl(module, name, impl)
     except Exception as error:  # whatever somebody's parts raise when they are looked at, the model stays usable
         return f"it is not built as {name.rpartition('.')[2]} is ({type(error).__name__}: {error})."
+
+
+def _no_impl(module: nn.Module, name: str, impl: str | None) -> str | None:
+    device = next((each.device for each in module.parameters()), torch.device("cpu"))  # a LayerNorm may have none
+    reason = registry.why_no_impl(impl, device, _TABLE[name].ops)
+    return None if reason is None else f"impl={impl!r} was asked for, but {reason}"
 
 
 def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

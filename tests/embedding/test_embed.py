@@ -16,6 +16,7 @@ from support.fake_encoder import DIM, LAYERS, FakeEncoder, vectors
 
 import ctxfast
 from ctxfast._core import registry
+from ctxfast.embedding.batch_encoder import STATES
 from ctxfast.embedding.embedder import Embedder
 from ctxfast.embedding.open_model import open_encoder
 
@@ -130,7 +131,9 @@ def test_carry_keeps_order_and_rows():
         (dict(level="word"), "level is 'word'; expected one of token, sentence"),
         (dict(pooling="median"), "pooling is 'median'; expected one of None, cls, max, mean, "),
         (dict(normalize="yes"), "normalize is 'yes'; expected one of None, True, False"),
-        (dict(pooling="cls"), "pooling is 'cls'; expected 'mean': ELMo"),
+        (dict(level="sentence", pooling="cls"), "pooling is 'cls'; expected 'mean': ELMo"),
+        (dict(pooling="mean"), "pooling is 'mean' at token level; expected level 'sentence' for it"),
+        (dict(word_pieces="first"), "word_pieces is 'first'; expected it for a BERT model at token level, with texts"),
         (dict(word_pieces="last"), "word_pieces is 'last'"),
         (dict(output="list"), "output is 'list'"),
     ],
@@ -202,11 +205,17 @@ def test_texts_of_other_libraries(minilm):
 @pytest.mark.parametrize(
     "options, kind, message",
     [
-        (dict(state="stateful"), ValueError, "state is 'stateful'; expected one of steady, zero, carry"),
+        (dict(state="stateful"), ValueError, "state is 'stateful'; expected one of None, steady, zero, carry"),
         (dict(dtype="bfloat16"), ValueError, "dtype is 'bfloat16'; expected one of float32, float16"),
         (dict(batch_tokens=0), ValueError, "batch_tokens is 0"),
         (dict(batch_size=0), ValueError, "batch_size is 0"),
         (dict(impl="fastest"), ValueError, "impl is 'fastest'"),
+        (dict(batch_size=7), ValueError, "batch_size is 7; expected it with state 'carry' alone"),
+        (dict(state="carry", batch_tokens=7), ValueError, "batch_tokens is 7; expected batch_size with state 'carry'"),
+        (dict(device="cpu"), ValueError, "device, options_file or weight_file is given with a TextEncoder"),
+        (dict(weight_file="w.hdf5"), ValueError, "device, options_file or weight_file is given with a TextEncoder"),
+        (dict(model=5), TypeError, "model is 5 (int); expected a folder or a name"),
+        (dict(model=torch.nn.Linear(2, 2)), TypeError, "model is of type Linear; expected a folder or a name"),
         (dict(model="no-such-model-anywhere"), FileNotFoundError, "no-such-model-anywhere"),
         (dict(model=None), ValueError, "model is None"),
         (dict(model=None, options_file="o.json"), ValueError, "options_file is given without weight_file"),
@@ -218,6 +227,52 @@ def test_wrong_embedders(options, kind, message):
     with pytest.raises(kind) as error:
         Embedder(**{"model": FakeEncoder(), **options})
     assert message in str(error.value) and str(error.value).startswith("ctxfast.")
+
+
+@pytest.mark.parametrize(
+    "texts, options, message",
+    [
+        (["a"], dict(pooling="max"), "pooling is 'max' at token level"),
+        (["a"], dict(word_pieces="mean"), "word_pieces is 'mean'; expected it for a BERT model at token level"),
+        ([["a"]], dict(word_pieces="mean", level="sentence"), "word_pieces is 'mean'; expected it for a BERT model at"),
+    ],
+)
+def test_options_that_do_not_apply(minilm, texts, options, message):
+    with pytest.raises(ValueError, match=f"^ctxfast.embed: {message}"):
+        minilm(texts, **options)
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_bert_has_no_state(minilm, minilm_dir, state):
+    with pytest.raises(ValueError, match=f"state is '{state}'; expected an ELMo model for it, not bert"):
+        Embedder(minilm_dir, state=state)
+
+
+def test_ops_of_a_model_are_those_that_it_runs(minilm, shared_data, monkeypatch):
+    """An implementation by name is judged by them."""
+    elmo = Embedder(shared_data / "elmo" / "allennlp_tiny", device="cpu")
+    prepared, ran = registry.prepared, set()
+    monkeypatch.setattr(registry, "prepared", lambda spec, *rest: ran.add(spec.name) or prepared(spec, *rest))
+    for embedder, by_layer in ((minilm, {"attention", "linear_act", "add_layer_norm"}), (elmo, set())):
+        ran.clear()
+        embedder([["a", "bank"]], layers="all")
+        assert ran | by_layer == set(embedder.encoder.ops)
+        if by_layer:
+            with ctxfast.use_impl(transformer_layers="reference"):
+                embedder([["a", "bank"]], layers="all")
+            assert ran == set(embedder.encoder.ops)
+
+
+@pytest.mark.parametrize("impl, known", [("cuda", "cpu"), ("cuda_step", "cpu"), ("triton", "cpu")])
+def test_an_implementation_that_would_change_nothing(minilm_dir, monkeypatch, impl, known):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(RuntimeError) as error:
+        Embedder(minilm_dir, device="cpu", impl=impl)
+    assert str(error.value) == (
+        f"ctxfast.Embedder: impl is {impl!r}, but none of the ops of this model (embed_layer_norm, transformer_layers, "
+        f"attention, linear_act, add_layer_norm) has an implementation {impl!r} for cpu; expected reference, cpu, or "
+        f"None to choose."
+    )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU: not on this device")

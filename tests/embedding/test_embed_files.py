@@ -38,7 +38,8 @@ def source(tmp_path) -> Path:
 
 def embedder(**options) -> Embedder:
     state = options.pop("state", "steady")
-    return Embedder(FakeEncoder(**options), batch_tokens=8, state=state, batch_size=4)
+    batches = {"batch_size": 4} if state == "carry" else {"batch_tokens": 8}
+    return Embedder(FakeEncoder(**options), state=state, **batches)
 
 
 def embed(source: Path | str, target: Path, model: Embedder | None = None, **options) -> job.Report:

@@ -202,6 +202,45 @@ def test_old_folders(plain: Path, tmp_path: Path, sub: str) -> None:
     assert inner.sentence_dim == SIZE and inner.prompts == {}
 
 
+# Activations that a Dense may name, all that torch has, and what else of torch.nn takes no arguments and a tensor.
+ACTIVATIONS = [
+    *torch.nn.modules.activation.__all__,
+    "Flatten",
+    "Softmax2d",
+    "Identity",
+    "Dropout",
+    "Upsample",
+    "L1Loss",
+]
+
+
+def _called(name: str) -> str:
+    kind = getattr(torch.nn, name)
+    return f"{kind.__module__}.{kind.__name__}"
+
+
+@pytest.mark.filterwarnings("ignore:Implicit dimension choice")  # of the peer
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_every_activation(plain: Path, tmp_path: Path, name: str) -> None:
+    """Vectors are those of the peer, of every layer and whatever else is in the batch; where it has none, neither."""
+    folder = _write_old(tmp_path, plain)
+    _edit(folder / "2_Dense/config.json", activation_function=_called(name))
+    if name == "PReLU":
+        weights = torch.load(folder / "2_Dense/pytorch_model.bin")
+        torch.save({**weights, "activation_function.weight": torch.rand(1)}, folder / "2_Dense/pytorch_model.bin")
+    embedder = Embedder(folder, device="cpu")
+    try:
+        SentenceTransformer(str(folder), device="cpu").encode(["a"])
+    except Exception:
+        with pytest.raises(ValueError, match=r"^ctxfast\.Embedder: .*2_Dense"):
+            embedder(["a"], level="sentence")
+        return
+    _same(folder, embedder)
+    found = np.stack(embedder(TEXTS[:2], level="sentence", layers="all"))
+    np.testing.assert_allclose(found[:, -1], embedder(TEXTS[:2], level="sentence"), atol=1e-6)
+    np.testing.assert_allclose(found[1], embedder(TEXTS[1:2], level="sentence", layers="all")[0], atol=1e-6)
+
+
 def test_a_plain_folder_has_the_mean(plain: Path) -> None:
     _same(plain)
 

@@ -85,6 +85,11 @@ def test_impl_is_passed_on() -> None:
     assert reason.startswith("impl='cpu' was asked for: it takes float32")
     with pytest.raises(ValueError, match=r"ctxfast\.swap_in: impl is 'gpu'; expected None or one of reference, cpu"):
         ctxfast.swap_in(model, impl="gpu")
+    # What no op inside has on this device would change nothing.
+    for kind, name in ((nn.LayerNorm(4), "LayerNorm"), (nn.LayerNorm(4, elementwise_affine=False), "LayerNorm")):
+        ((_, reason),) = ctxfast.swap_in(kind, impl="cuda", only=name).near_misses
+        assert reason.startswith("impl='cuda' was asked for, but none of the ops of this model (add_layer_norm) has")
+        assert type(kind) is nn.LayerNorm
 
 
 def test_a_swapped_lstm_compiles_and_is_the_root() -> None:

@@ -168,6 +168,14 @@ def test_dense_batches_run_as_before_on_a_cpu_unless_asked_for(monkeypatch) -> N
     assert len(calls) == 2
 
 
+@pytest.mark.parametrize("impl", ["cuda", "cuda_step"])
+def test_an_implementation_that_no_op_inside_has_is_a_near_miss(impl) -> None:
+    model = _model("Bert")
+    report = ctxfast.swap_in(model, impl=impl)
+    assert not report.swapped and report.near_misses[0][0] == "encoder"
+    assert f"impl='{impl}' was asked for, but none of the ops of this model (transformer_layers, " in str(report)
+
+
 @torch.no_grad()
 def test_attention_weights_come_from_the_original_with_a_warning() -> None:
     model = _model("Bert", attn_implementation="eager")

@@ -461,9 +461,12 @@ def test_command_errors(text, tmp_path, capsys) -> None:
         (["--train-vocab", "100", "--short-seq-prob", "nan"], "short_seq_prob is nan; expected 0.0 to 1.0"),
         (["--train-vocab", "100", "--amp", "fp16", "--device", "cpu"], "amp is 'fp16' on a CPU"),
         (["--train-vocab", "100", "--impl", "nope"], "impl is 'nope'"),
+        (["--train-vocab", "100", "--impl", "cuda", "--device", "cpu"], "--impl is 'cuda', but no op has"),
         (["--train-vocab", "100", "--config", str(tmp_path / "c.json"), "--max-seq-length", "65"], "the 64 positions"),
         (["--init-from", "nowhere", "--size", "tiny"], "--size or --config is given with --init-from"),
         (["--init-from", "nowhere"], "is no model on this machine"),
+        (["--vocab", str(tmp_path / "run" / "data"), "--overwrite"], "run holds --vocab"),
+        (["--train-vocab", "100", "-o", str(text.parent), "--overwrite"], "holds text "),
     ):
         assert cli.main(["pretrain", "bert", *base, *more]) == 2, more
         said = capsys.readouterr().err

@@ -417,6 +417,8 @@ def test_command_errors(grammar, tmp_path, capsys) -> None:
         (["--epochs", "1", "--vocab-size", "-5"], "--vocab-size is -5; expected 4 or more"),
         (["--epochs", "1", "--vocab-size", "20"], "--negatives is 8192; expected fewer than the 20 words"),
         (["--epochs", "1", "--vocab", str(grammar), "--min-count", "2"], "--vocab-size or --min-count is given with"),
+        (["--epochs", "1", "--init-from", str(tmp_path / "run" / "final"), "--overwrite"], "run holds --init-from"),
+        (["--epochs", "1", "-o", str(grammar.parent)], "holds text "),
         (["--epochs", "1", "--negatives", "0", "--batch-size", "5000"], "expected at least 5000 lanes"),
     ):
         assert cli.main(["pretrain", "elmo", *base, *more]) == 2

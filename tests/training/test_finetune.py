@@ -279,6 +279,20 @@ def test_accumulated_batches_are_one_large_batch(files, tmp_path) -> None:
             "--doc-stride is given, but an LSTM reads texts whole",
         ),
         (["tag", "-m", "bert", "--predict-only", "--test", "tag.tsv", "--crf"], "--crf is given for a finished model"),
+        (["tag", "-m", "bert", "--train", "tag.tsv", "-o", "bert"], "-o bert is --model bert; expected another place"),
+        (
+            ["tag", "-m", "run/best", "--train", "tag.tsv", "-o", "run", "--overwrite"],
+            "-o run holds --model run/best; expected another place",
+        ),
+        (["tag", "-m", "bert", "--train", "tag.tsv", "--dev", "run/dev.tsv", "-o", "run"], "holds --dev run/dev.tsv"),
+        (
+            ["classify", "-m", "bert", "--predict-only", "--test", "run/predictions-test.jsonl", "-o", "run"],
+            "the output run/predictions-test.jsonl is --test run/predictions-test.jsonl",
+        ),
+        (
+            ["tag", "-m", "bert", "--train", "tag.tsv", "--device", "cpu", "--impl", "cuda_step"],
+            "finetune tag: --impl is 'cuda_step', but no op has an implementation 'cuda_step' for cpu; expected ref",
+        ),
         (["classify", "-m", "bert", "--train", "one.tsv"], "labels is 'x' alone; expected two or more"),
         (["classify", "-m", "bert", "--train", "classify.tsv", "--max-length", "65"], "max_length is 65; expected 1"),
     ],
@@ -291,7 +305,10 @@ def test_what_is_refused(files, tmp_path, capsys, monkeypatch, argv, reason) -> 
     (files / "nan.tsv").write_text("text\tscore\nbob\t1.5\nanna\tnan\n")
     other = tiny_bert(files / "other-words", layers=1)
     (other / "vocab.txt").write_text((other / "vocab.txt").read_text() + "more\n")
-    assert finetune(*argv, "-o", tmp_path / "run") == 2
+    (files / "run").mkdir(exist_ok=True)
+    for name in ("dev.tsv", "predictions-test.jsonl"):
+        (files / "run" / name).write_text("bob\tO\n")
+    assert finetune(argv[0], "-o", tmp_path / "run", *argv[1:]) == 2
     captured = capsys.readouterr().err
     assert re.search(reason, captured) and captured.count("\n") == 1
     assert not (tmp_path / "run" / "final").exists()

@@ -114,6 +114,9 @@ def test_vectors_come_in_parts(monkeypatch, tmp_path) -> None:
         (["--unseen", "odd"], "--unseen is 'odd'; expected 'error' or 'keep'"),
         (["--dev", "unseen", "--unseen", "keep"], "train has 1 tags"),
         (["--scheme", "none"], "train has 1 tags"),
+        (["--output", "data"], "--output data is --train data; expected another place"),
+        (["--output", "m/config.json"], "--output m/config.json is a file of the model, m/config.json"),
+        (["--plot", "plot.png"], "--plot plot.png is --dev picture"),
     ],
 )
 def test_what_is_refused(tmp_path, capsys, monkeypatch, argv, reason) -> None:
@@ -121,5 +124,8 @@ def test_what_is_refused(tmp_path, capsys, monkeypatch, argv, reason) -> None:
     tiny_bert(tmp_path / "m", layers=1)
     (tmp_path / "data").write_text("bob\tO\n")
     (tmp_path / "unseen").write_text("saw\tO\nbob\tB-PER\n")
+    (tmp_path / "picture").write_text("bob\tO\n")
+    (tmp_path / "plot.png").symlink_to("picture")
+    argv = [*argv, "--dev", "picture"] if "--plot" in argv and "plot.png" in argv else argv
     assert main(["probe", "-m", "m", "--train", "data", "--dev", "data", *argv]) == 2
     assert reason in capsys.readouterr().err

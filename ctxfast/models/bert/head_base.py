@@ -146,7 +146,7 @@ class BertWithHead(Pretrained):
             return
         legend = "(batch,)" if given.dims == 1 else "(batch, seqlen)"
         table = self.bert.embeddings.word_embeddings.weight
-        checks.integer(owner, name, checks.tensor(owner, name, labels))
+        checks.integer(owner, name, labels)
         checks.shape(owner, name, labels, shape, legend)
         checks.same(owner, "the model", table, [(name, labels)], dtype=False)
         # Selecting the labelled ones would wait for a GPU, or break a graph.

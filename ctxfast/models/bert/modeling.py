@@ -251,6 +251,7 @@ class Bert(Pretrained):
     """
 
     _file_prefix = "bert."
+    ops = ("embed_layer_norm", *TransformerLayer.ops)
 
     def __init__(self, config: BertConfig, add_pooling_layer: bool = True, padding: str = "zero") -> None:
         super().__init__(config)
@@ -450,7 +451,7 @@ class Bert(Pretrained):
         check_inputs: bool,
     ) -> None:
         config, table = self.config, self.embeddings.word_embeddings.weight
-        checks.integer(_OP, "input_ids", checks.tensor(_OP, "input_ids", input_ids))
+        checks.integer(_OP, "input_ids", input_ids)
         if input_ids.dim() != 2:
             raise ValueError(
                 f"ctxfast.Bert: input_ids has shape {tuple(input_ids.shape)}; expected (batch, "
@@ -488,7 +489,7 @@ class Bert(Pretrained):
         for name, (value, rows) in ids.items():
             if value is None:
                 continue
-            checks.integer(_OP, name, checks.tensor(_OP, name, value))
+            checks.integer(_OP, name, value)
             if not (name == "position_ids" and tuple(value.shape) == (1, seqlen)):
                 checks.shape(_OP, name, value, (batch_size, seqlen), "(batch, seqlen)")
             checks.same(_OP, "the model", table, [(name, value)], dtype=False)

@@ -66,7 +66,7 @@ class SentenceModel:
         dim: size of the vector that comes out.
         pooling: names of ``POOLINGS``; the parts of several stand one after another.
         include_prompt: whether a prompt's tokens are pooled, too.
-        steps: modules that follow, in order, (..., N) to (..., N'); without a Normalize at the end.
+        steps: modules that follow, in order, (M, N) to (M, N'); without a Normalize at the end.
         is_normalized: whether a Normalize is the last one.
         prompts: what is written before a text, by name.
         default_prompt: the prompt of a text for which none is named.
@@ -95,7 +95,7 @@ class SentenceModel:
 
 
 class Dense(nn.Module):
-    """A linear layer, its activation and perhaps a residual; (..., N_in) to (..., N_out)."""
+    """A linear layer, its activation and perhaps a residual; (M, N_in) to (M, N_out)."""
 
     def __init__(self, size: tuple[int, int], bias: bool, activation: nn.Module, use_residual: bool) -> None:
         super().__init__()
@@ -319,7 +319,7 @@ def _read_modules(
     while steps and isinstance(steps[-1], Normalize):
         found["is_normalized"] = True
         steps.pop()
-    return {**found, "dim": dim, "steps": tuple(step.eval().requires_grad_(False) for step in steps)}
+    return {**found, "dim": dim, "steps": tuple(step.requires_grad_(False) for step in steps)}
 
 
 def _read_prompts(config: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -378,7 +378,6 @@ def _read_step(name: str, folder: Path, dim: int, files: list[Path]) -> tuple[nn
         raise ValueError(f"{_WHO}: {path} sets {', '.join(odd)}, which is not followed here. {_WAY_OUT}.")
     if name == "LayerNorm":
         sizes = {"dimension": _take(config, "dimension", int, None, path)}
-        out = dim
     else:
         sizes = {"in_features": _take(config, "in_features", int, None, path)}
         out = _take(config, "out_features", int, None, path)
@@ -393,7 +392,23 @@ def _read_step(name: str, folder: Path, dim: int, files: list[Path]) -> tuple[nn
     with torch.device("meta"):  # the file brings the memory: a config alone claims none
         step = LayerNorm(dim) if name == "LayerNorm" else Dense((dim, out), bias, activation, is_residual)
     _load(step, folder, files)
-    return step.float(), out
+    step = step.float().eval()
+    return step, _size_of(step, dim, path)
+
+
+def _size_of(step: nn.Module, dim: int, path: Path) -> int:
+    """The size of the vectors that a module makes of those of size ``dim``: an activation may make it another."""
+    problem = f"{_WHO}: the module of {path} makes no vector of a vector"
+    with torch.no_grad():
+        try:
+            made = step(torch.zeros(2, dim))
+        except Exception as error:  # whatever an activation raises that takes more than one tensor
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{problem} ({type(error).__name__}: {reason:.200}). {_WAY_OUT}.") from error
+    if not isinstance(made, Tensor) or made.dim() != 2 or len(made) != 2 or not made.is_floating_point():
+        found = tuple(made.shape) if isinstance(made, Tensor) else type(made).__name__
+        raise ValueError(f"{problem}: of two it makes {found}; expected (2, N). {_WAY_OUT}.")
+    return made.shape[1]
 
 
 def _activation(config: dict[str, Any], path: Path) -> nn.Module:
@@ -402,9 +417,13 @@ def _activation(config: dict[str, Any], path: Path) -> nn.Module:
     found = getattr(nn, name.rpartition(".")[2], None) if name.startswith("torch.nn.") else None
     if isinstance(found, type) and issubclass(found, nn.Module) and f"{found.__module__}.{found.__name__}" == name:
         try:
-            return found()
+            activation = found()
         except TypeError:
             pass
+        else:
+            if getattr(activation, "dim", 1) is None:
+                activation.dim = 1  # what Softmax and its kin choose for rows, with a warning
+            return activation
     raise ValueError(
         f"{_WHO}: activation_function in {path} is {name!r:.80}; expected a module of torch.nn that takes no "
         f"arguments, by its full name. {_WAY_OUT}."

@@ -52,6 +52,8 @@ class ElmoBiLm(tools.Unscripted):
     Reference: Peters et al. 2018; AllenNLP's _ElmoBiLm.
     """
 
+    ops = (*ElmoCharacterEncoder.ops, "lstm")
+
     def __init__(
         self,
         config: ElmoConfig,

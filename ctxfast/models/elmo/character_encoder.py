@@ -61,6 +61,8 @@ class ElmoCharacterEncoder(CharCnn):
     Reference: AllenNLP's _ElmoCharacterEncoder.
     """
 
+    ops = ("char_cnn", "linear_act")
+
     def __init__(self, config: ElmoConfig, requires_grad: bool = False, *, impl: str | None = None) -> None:
         super().__init__(262, config.char_embedding_dim, config.filters, config.activation, impl=impl)
         self.config = config

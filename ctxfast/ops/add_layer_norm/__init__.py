@@ -15,33 +15,20 @@ _OP = "add_layer_norm"
 
 
 def _check(args: Mapping[str, Any]) -> None:
-    x = checks.tensor(_OP, "x", args["x"])
-    checks.floating(_OP, "x", x)
+    x = checks.floating(_OP, "x", args["x"])
     if x.dim() < 1 or x.shape[-1] < 1:
         raise ValueError(
             f"ctxfast.add_layer_norm: x has shape {tuple(x.shape)}; expected (..., hidden_size) with hidden_size >= 1."
         )
     size = x.shape[-1]
-    others = [
-        ("residual", args["residual"]),
-        ("weight", args["weight"]),
-        ("bias", args["bias"]),
-        ("x_bias", args["x_bias"]),
-    ]
     if args["residual"] is not None:
-        checks.shape(
-            _OP,
-            "residual",
-            checks.tensor(_OP, "residual", args["residual"]),
-            tuple(x.shape),
-            "the shape of x",
-        )
+        checks.shape(_OP, "residual", args["residual"], tuple(x.shape), "the shape of x")
     for name in ("weight", "bias", "x_bias"):
         if args[name] is not None:
-            checks.shape(_OP, name, checks.tensor(_OP, name, args[name]), (size,), "(hidden_size,)")
+            checks.shape(_OP, name, args[name], (size,), "(hidden_size,)")
         elif name != "x_bias":
             raise TypeError(f"ctxfast.add_layer_norm: {name} is None; expected a tensor of shape ({size},).")
-    checks.same(_OP, "x", x, others)
+    checks.same(_OP, "x", x, [(name, args[name]) for name in ("residual", "weight", "bias", "x_bias")])
     checks.positive(_OP, "eps", args["eps"])
     checks.probability(_OP, "dropout_p", args["dropout_p"])
 
@@ -85,12 +72,5 @@ def add_layer_norm(
     Reference: Ba et al. 2016; Vaswani et al. 2017, section 3.1.
     """
     return registry.given(
-        impl,
-        x=x,
-        residual=residual,
-        weight=weight,
-        bias=bias,
-        x_bias=x_bias,
-        eps=eps,
-        dropout_p=dropout_p,
+        impl, x=x, residual=residual, weight=weight, bias=bias, x_bias=x_bias, eps=eps, dropout_p=dropout_p
     )

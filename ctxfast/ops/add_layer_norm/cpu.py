@@ -53,8 +53,8 @@ def add_layer_norm(
     dropout_p: float,
 ) -> Tensor:
     """See ``ctxfast.functional.add_layer_norm``."""
-    if registry.needs_grad(dict(x=x, residual=residual, weight=weight, bias=bias, x_bias=x_bias)):
-        # torch keeps each row's statistics for the way back.
+    if registry.needs_grad(x, residual, weight, bias, x_bias):
+        # torch keeps each row's statistics for the backward.
         x = x if x_bias is None else x + x_bias
         x = x if residual is None else residual + x
         return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)

@@ -17,26 +17,6 @@ from ..._core import registry, torch_ops
 from ..shared import philox, triton_rows
 from . import triton_kernels
 
-MAX_SIZE = 8192  # elements of a row; more would leave the registers
-_SUMMED_SIZE = 4096  # elements of a row beside whose gradient three sums of columns have room
-
-
-def forward_tile(size: int) -> dict[str, int]:
-    """One row a warp as long as it fits there: no warp then waits for another."""
-    block = triton_rows.block(size)
-    if triton_rows.IS_INTERPRETED:
-        return dict(BLOCK_N=block, ROWS=16, num_warps=1)
-    return dict(BLOCK_N=block, ROWS=1, num_warps=max(1, block // 1024))
-
-
-def backward_tile(size: int) -> dict[str, int]:
-    """Eight elements a thread (sixteen in the longest rows): three sums of columns stay in registers beside them."""
-    block = triton_rows.block(size)
-    if triton_rows.IS_INTERPRETED:
-        return dict(BLOCK_N=block, ROWS=16, num_warps=1)
-    rows = max(1, 1024 // block)
-    return dict(BLOCK_N=block, ROWS=rows, num_warps=min(16, rows * block // 256))
-
 
 def _outputs(x: Tensor, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     """The result, and mean and 1 / deviation of every row, or empty."""
@@ -55,11 +35,11 @@ def _forward(
     size, x = x.shape[-1], triton_rows.rows(x)
     residual = None if residual is None else triton_rows.rows(residual)
     x_bias = None if x_bias is None else x_bias.contiguous()
-    tile = forward_tile(size)
+    tile = triton_rows.forward_tile(size)
     with triton_rows.on_device(x):
         triton_kernels.forward[(-(-x.shape[0] // tile["ROWS"]),)](
             x, residual, x_bias, weight.contiguous(), bias.contiguous(), out, mean, rstd, seeds, x.shape[0],
-            x.stride(0), 0 if residual is None else residual.stride(0), eps, *triton_rows.dropout_numbers(dropout_p),
+            x.stride(0), 0 if residual is None else residual.stride(0), eps, *philox.numbers(dropout_p),
             N=size, HAS_RESIDUAL=residual is not None, HAS_BIAS=x_bias is not None, DROPOUT=seeds is not None,
             SAVE=save, **tile,
         )  # fmt: skip
@@ -94,9 +74,9 @@ def _backward(
     size, grad, x = x.shape[-1], triton_rows.rows(grad), triton_rows.rows(x)
     residual = None if residual is None else triton_rows.rows(residual)
     x_bias = None if x_bias is None else x_bias.contiguous()
-    tile = backward_tile(size)
+    tile = triton_rows.backward_tile(size)
     # The longest rows have no registers left for a third sum.
-    sum_x = x_bias is not None and with_sums and size <= _SUMMED_SIZE
+    sum_x = x_bias is not None and with_sums and size <= triton_rows.SUMMED_SIZE
     kinds = sums if sum_x else sums[:2]
     count = triton_rows.programs(x, -(-x.shape[0] // tile["ROWS"]), max(1, 16 // tile["num_warps"]))
     partial = triton_rows.allocate_partial(len(kinds), count, size, x) if with_sums else None
@@ -104,7 +84,7 @@ def _backward(
         triton_kernels.backward[(count,)](
             grad, x, residual, x_bias, weight.contiguous(), mean, rstd, seeds, grad_sum, grad_x, partial, x.shape[0],
             grad.stride(0), x.stride(0), 0 if residual is None else residual.stride(0),
-            *triton_rows.dropout_numbers(dropout_p),
+            *philox.numbers(dropout_p),
             N=size, HAS_RESIDUAL=residual is not None, HAS_BIAS=x_bias is not None, DROPOUT=seeds is not None,
             SUMS=with_sums, SUM_X=sum_x, **tile,
         )  # fmt: skip
@@ -152,12 +132,7 @@ class _AddLayerNorm(torch.autograd.Function):
 
 def supports(args: Mapping[str, Any]) -> str | None:
     """None, or why the Triton kernels cannot run this call."""
-    x = args["x"]
-    if x.dtype not in triton_rows.DTYPES:
-        return f"it takes float32, float16 and bfloat16 and x is {x.dtype}."
-    if x.shape[-1] > MAX_SIZE:
-        return f"it takes rows of at most {MAX_SIZE} elements and x has {x.shape[-1]}."
-    return None
+    return triton_rows.why_no_row("x", args["x"])
 
 
 def add_layer_norm(
@@ -170,10 +145,8 @@ def add_layer_norm(
     dropout_p: float,
 ) -> Tensor:
     """See ``ctxfast.functional.add_layer_norm``."""
-    seeds = triton_rows.draw_seeds(x, dropout_p)
-    if torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in (x, residual, weight, bias, x_bias)
-    ):
+    seeds = philox.draw_seeds(x, dropout_p)
+    if registry.needs_grad(x, residual, weight, bias, x_bias):
         return _AddLayerNorm.apply(x, residual, weight, bias, x_bias, eps, dropout_p, seeds)
     return _fwd(x, residual, weight, bias, x_bias, eps, dropout_p, seeds, False)[0]
 
@@ -181,7 +154,7 @@ def add_layer_norm(
 def raw_calls(args: Mapping[str, Any]) -> list[tuple[Any, tuple]]:
     """The registered operators behind one call, with arguments for torch.library.opcheck."""
     x, residual, weight, x_bias = args["x"], args["residual"], args["weight"], args["x_bias"]
-    dropout_p, seeds = args["dropout_p"], triton_rows.draw_seeds(x, args["dropout_p"])
+    dropout_p, seeds = args["dropout_p"], philox.draw_seeds(x, args["dropout_p"])
     forward = (x, residual, weight, args["bias"], x_bias, args["eps"], dropout_p, seeds, True)
     out, mean, rstd = _fwd(*forward)
     return [

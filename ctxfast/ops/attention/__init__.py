@@ -15,8 +15,7 @@ _OP = "attention"
 
 
 def _check(args: Mapping[str, Any]) -> None:
-    qkv = args["qkv"]
-    checks.floating(_OP, "qkv", checks.tensor(_OP, "qkv", qkv))
+    qkv = checks.floating(_OP, "qkv", args["qkv"])
     if qkv.dim() != 4 or qkv.shape[1] != 3:
         raise ValueError(
             f"ctxfast.attention: qkv has shape {tuple(qkv.shape)}; expected (tokens, 3, heads, head_dim): the packed "
@@ -24,13 +23,7 @@ def _check(args: Mapping[str, Any]) -> None:
         )
     checks.packed(_OP, "qkv", qkv, args["cu_seqlens"], args["max_seqlen"])
     if args["bias"] is not None:
-        checks.shape(
-            _OP,
-            "bias",
-            checks.tensor(_OP, "bias", args["bias"]),
-            (3, qkv.shape[2], qkv.shape[3]),
-            "(3, heads, head_dim)",
-        )
+        checks.shape(_OP, "bias", args["bias"], (3, qkv.shape[2], qkv.shape[3]), "(3, heads, head_dim)")
         checks.same(_OP, "qkv", qkv, [("bias", args["bias"])])
     checks.probability(_OP, "dropout_p", args["dropout_p"])
 

@@ -8,7 +8,6 @@ threads, nor, without dropout, on what it is batched with.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -140,26 +139,12 @@ def supports(args: Mapping[str, Any]) -> str | None:
     return None if capability.extension() is not None else capability.why_no_extension()
 
 
-def _scale(qkv: Tensor, softmax_scale: float | None) -> float:
-    return 1.0 / math.sqrt(qkv.shape[3]) if softmax_scale is None else softmax_scale
-
-
-def _seeds(dropout_p: float) -> Tensor | None:
-    """Seed and offset of this call's mask, from torch's generator."""
-    return torch.randint(-(2**63), 2**63 - 1, (2,), device="cpu") if dropout_p > 0 else None
-
-
 def attention(
-    qkv: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    bias: Tensor | None,
-    softmax_scale: float | None,
-    dropout_p: float,
+    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, bias: Tensor | None, softmax_scale: float | None, dropout_p: float
 ) -> Tensor:
     """See ``ctxfast.functional.attention``."""
-    scale, seeds = _scale(qkv, softmax_scale), _seeds(dropout_p)
-    if registry.needs_grad(dict(qkv=qkv, bias=bias)):
+    scale, seeds = definition.scale(qkv, softmax_scale), philox.draw_seeds(qkv, dropout_p)
+    if registry.needs_grad(qkv, bias):
         return _Attention.apply(qkv, bias, cu_seqlens, max_seqlen, scale, dropout_p, seeds)
     forward = _forward if torch_ops.is_direct(qkv, cu_seqlens, bias) else _fwd
     return forward(qkv, cu_seqlens, max_seqlen, bias, scale, dropout_p, seeds)
@@ -168,6 +153,6 @@ def attention(
 def raw_calls(args: Mapping[str, Any]) -> list[tuple[Any, tuple]]:
     """The registered operators behind one call, with arguments for torch.library.opcheck."""
     qkv, dropout_p = args["qkv"], args["dropout_p"]
-    rest = (args["cu_seqlens"], args["max_seqlen"], args["bias"], _scale(qkv, args["softmax_scale"]), dropout_p)
-    grad = torch.randn(qkv.shape[0], qkv.shape[2], qkv.shape[3]).to(qkv.dtype)
-    return [(_fwd, (qkv, *rest, _seeds(dropout_p))), (_bwd, (grad, qkv, *rest, _seeds(dropout_p)))]
+    scale, seeds = definition.scale(qkv, args["softmax_scale"]), philox.draw_seeds(qkv, dropout_p)
+    given = (qkv, args["cu_seqlens"], args["max_seqlen"], args["bias"], scale, dropout_p, seeds)
+    return [(_fwd, given), (_bwd, (torch.randn(qkv.shape[0], *qkv.shape[2:]).to(qkv.dtype), *given))]

@@ -11,18 +11,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from ..._core import capability, torch_ops
-from ..shared import philox
+from ..._core import capability, registry, torch_ops
+from ..shared import philox, triton_rows
 from . import definition, triton_backward, triton_forward, triton_plan
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MAX_HEAD_DIM = 128
 _LOG2_E = math.log2(math.e)
 
@@ -41,26 +39,15 @@ def _plan(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> triton_plan.Plan:
     return triton_plan.choose(qkv.shape[3], _kind(qkv.dtype), major, max_seqlen, mean)
 
 
-def _on_device(tensor: Tensor) -> AbstractContextManager:
-    """Triton launches on the current device."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
-
-
 def _is_empty(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> bool:
     return qkv.numel() == 0 or cu_seqlens.shape[0] == 1 or max_seqlen == 0
-
-
-def _dropout(dropout_p: float) -> tuple[int, float]:
-    """Threshold on 16 random bits, and one over the share it keeps."""
-    threshold = min(round(dropout_p * 65536), 65535)
-    return threshold, 65536 / (65536 - threshold)
 
 
 def _options(qkv: Tensor, bias: Tensor | None, seeds: Tensor | None) -> dict[str, Any]:
     """What every kernel is compiled for."""
     head_dim = qkv.shape[3]
     return dict(
-        D=head_dim, BLOCK_D=triton_plan.block_d(head_dim), HAS_BIAS=bias is not None, DROPOUT=seeds is not None,
+        D=head_dim, BLOCK_D=triton_rows.block(head_dim), HAS_BIAS=bias is not None, DROPOUT=seeds is not None,
         PRECISION="tf32" if _kind(qkv.dtype) == "tf32" else "ieee",
         enable_fp_fusion=True,  # said, because Triton's default differs between versions
     )  # fmt: skip
@@ -88,8 +75,8 @@ def _forward(
         NEGATIVE=softmax_scale < 0, SAVE_LSE=save_lse, num_warps=tile.warps, num_stages=tile.stages
     )
     pointers = (qkv, bias, cu_seqlens, out, lse, seeds)
-    numbers = (abs(softmax_scale) * _LOG2_E, *_dropout(dropout_p), *qkv.stride())
-    with _on_device(qkv):
+    numbers = (abs(softmax_scale) * _LOG2_E, *philox.numbers(dropout_p), *qkv.stride())
+    with triton_rows.on_device(qkv):
         if tile.pairs:
             pairs = sequences * heads
             triton_forward.forward_pairs[(triton.cdiv(pairs, tile.pairs),)](
@@ -120,8 +107,8 @@ def _backward(
     plan = _plan(qkv, cu_seqlens, max_seqlen)
     bias = None if bias is None else bias.contiguous()
     options = _options(qkv, bias, seeds)
-    numbers = (softmax_scale * _LOG2_E, softmax_scale, *_dropout(dropout_p), *qkv.stride(), *grad.stride())
-    with _on_device(qkv):
+    numbers = (softmax_scale * _LOG2_E, softmax_scale, *philox.numbers(dropout_p), *qkv.stride(), *grad.stride())
+    with triton_rows.on_device(qkv):
         if plan.whole is None:
             delta = torch_ops.allocate(lse.shape, lse)
             tile, grid = plan.query, triton_plan.grid(tokens, sequences, max_seqlen, plan.query.rows)
@@ -149,9 +136,8 @@ def _backward(
     return grad_qkv
 
 
-_DEVICE = "CPU" if capability.is_triton_interpreted() else "CUDA"
-_fwd = torch_ops.define("attention_triton_fwd", _forward, _outputs, _DEVICE)
-_bwd = torch_ops.define("attention_triton_bwd", _backward, _gradient, _DEVICE)
+_fwd = torch_ops.define("attention_triton_fwd", _forward, _outputs, triton_rows.DISPATCH)
+_bwd = torch_ops.define("attention_triton_bwd", _backward, _gradient, triton_rows.DISPATCH)
 
 
 def _mask(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, dropout_p: float, seeds: Tensor | None) -> Tensor | None:
@@ -194,8 +180,9 @@ class _Attention(torch.autograd.Function):
 def supports(args: Mapping[str, Any]) -> str | None:
     """None, or why the Triton kernels cannot run this call."""
     qkv = args["qkv"]
-    if qkv.dtype not in _DTYPES:
-        return f"it takes float32, float16 and bfloat16 and qkv is {qkv.dtype}."
+    objection = triton_rows.why_not("qkv", qkv)
+    if objection is not None:
+        return objection
     if qkv.dtype == torch.bfloat16 and qkv.device.type == "cpu":
         return "Triton's interpreter gets products of bfloat16 wrong."
     if qkv.shape[3] > _MAX_HEAD_DIM:
@@ -206,32 +193,18 @@ def supports(args: Mapping[str, Any]) -> str | None:
 def remark(args: Mapping[str, Any]) -> str | None:
     """None, or what heads of this size cost."""
     head_dim = args["qkv"].shape[3]
-    filled = triton_plan.block_d(head_dim)
+    filled = triton_rows.block(head_dim)
     if head_dim == filled:
         return None
     return f"heads of {head_dim} are filled up to {filled} on the chip: tiles of matrix units are powers of two"
 
 
-def _scale(qkv: Tensor, softmax_scale: float | None) -> float:
-    return 1.0 / math.sqrt(qkv.shape[3]) if softmax_scale is None else softmax_scale
-
-
-def _seeds(qkv: Tensor, dropout_p: float) -> Tensor | None:
-    """Seed and offset of this call's mask, drawn on the device: a captured graph draws new ones at every replay."""
-    return torch.randint(-(2**63), 2**63 - 1, (2,), device=qkv.device) if dropout_p > 0 else None
-
-
 def attention(
-    qkv: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    bias: Tensor | None,
-    softmax_scale: float | None,
-    dropout_p: float,
+    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, bias: Tensor | None, softmax_scale: float | None, dropout_p: float
 ) -> Tensor:
     """See ``ctxfast.functional.attention``."""
-    scale, seeds = _scale(qkv, softmax_scale), _seeds(qkv, dropout_p)
-    if torch.is_grad_enabled() and (qkv.requires_grad or (bias is not None and bias.requires_grad)):
+    scale, seeds = definition.scale(qkv, softmax_scale), philox.draw_seeds(qkv, dropout_p)
+    if registry.needs_grad(qkv, bias):
         return _Attention.apply(qkv, bias, cu_seqlens, max_seqlen, scale, dropout_p, seeds)
     return _fwd(qkv, cu_seqlens, max_seqlen, bias, scale, dropout_p, seeds, False)[0]
 
@@ -239,7 +212,7 @@ def attention(
 def raw_calls(args: Mapping[str, Any]) -> list[tuple[Any, tuple]]:
     """The registered operators behind one call, with arguments for torch.library.opcheck."""
     qkv, bias, dropout_p = args["qkv"], args["bias"], args["dropout_p"]
-    rest = (bias, _scale(qkv, args["softmax_scale"]), dropout_p, _seeds(qkv, dropout_p))
+    rest = (bias, definition.scale(qkv, args["softmax_scale"]), dropout_p, philox.draw_seeds(qkv, dropout_p))
     forward = (qkv, args["cu_seqlens"], args["max_seqlen"], *rest, True)
     out, lse = _fwd(*forward)
     return [(_fwd, forward), (_bwd, (torch.randn_like(out), *forward[:-1], out, lse))]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-_ROUNDS = tl.constexpr(7)
+from ..shared.triton_rows import ROUNDS, reaches
 
 
 @triton.jit
@@ -24,9 +24,5 @@ def is_kept(seeds, pair, query, key, threshold):
     seed, offset = tl.load(seeds), tl.load(seeds + 1)
     rows = (query >> 4) * 8 + (query & 7)
     columns = (key >> 4) * 4 + ((key & 7) >> 1)
-    first, second, third, fourth = tl.philox(seed, rows, columns, pair, offset.to(tl.int32), _ROUNDS)
-    low = tl.where((key & 8) == 0, first, second)
-    high = tl.where((key & 8) == 0, third, fourth)
-    word = tl.where((query & 8) == 0, low, high)
-    bits = tl.where((key & 1) == 0, word & 0xFFFF, word >> 16)
-    return bits.to(tl.int32) >= threshold
+    first, second, third, fourth = tl.philox(seed, rows, columns, pair, offset.to(tl.int32), ROUNDS)
+    return reaches(first, second, third, fourth, key & 8, query & 8, key & 1, threshold)

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..shared.triton_rows import block
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -73,10 +75,7 @@ _HOPPER = {
 }
 # The same dtypes everywhere else (mma.sync): operands lie in registers too, so tiles are smaller.
 _OTHERS = {
-    32: (
-        *_HOPPER[32][:3],
-        Plan(0, Tile(64, 64, 4, 2), query=Tile(64, 64, 4, 2), key=Tile(64, 64, 4, 2)),
-    ),
+    32: (*_HOPPER[32][:3], Plan(0, Tile(64, 64, 4, 2), query=Tile(64, 64, 4, 2), key=Tile(64, 64, 4, 2))),
     64: (
         *_HOPPER[64][:2],
         Plan(64, Tile(64, 64, 4), query=Tile(64, 32, 4, 2), key=Tile(32, 64, 4, 2)),
@@ -104,21 +103,14 @@ _FLOAT32 = {
     128: (Plan(0, Tile(32, 32, 8), query=Tile(16, 16, 8), key=Tile(16, 16, 8)),),
 }
 # float32 with its products rounded to TensorFloat-32 (torch.backends.cuda.matmul.allow_tf32).
-_TF32 = _FLOAT32 | {
-    64: (*_FLOAT32[64][:-1], Plan(0, Tile(32, 32, 4), query=Tile(32, 32, 4), key=Tile(32, 32, 4))),
-}
-
-
-def block_d(head_dim: int) -> int:
-    """head_dim rounded up to what a product takes; masks hide the rest."""
-    return max(16, 1 << (head_dim - 1).bit_length())
+_TF32 = _FLOAT32 | {64: (*_FLOAT32[64][:-1], Plan(0, Tile(32, 32, 4), query=Tile(32, 32, 4), key=Tile(32, 32, 4)))}
 
 
 def plans(head_dim: int, kind: str, major: int) -> tuple[Plan, ...]:
     """All plans for heads of this size, a kind of product ("half", "float32", "tf32") and compute capability."""
     half = _HOPPER if major == 9 else _OTHERS
     table = {"half": half, "float32": _FLOAT32, "tf32": _TF32}[kind]
-    return table[max(32, block_d(head_dim))]
+    return table[max(32, block(head_dim))]
 
 
 def choose(head_dim: int, kind: str, major: int, max_seqlen: int, mean: float) -> Plan:

@@ -15,11 +15,9 @@ _OP = "char_cnn"
 
 
 def _check(args: Mapping[str, Any]) -> None:
-    char_ids = checks.tensor(_OP, "char_ids", args["char_ids"])
-    table = checks.tensor(_OP, "char_embeddings", args["char_embeddings"])
+    char_ids = checks.integer(_OP, "char_ids", args["char_ids"])
+    table = checks.floating(_OP, "char_embeddings", args["char_embeddings"])
     weights, biases = args["conv_weights"], args["conv_biases"]
-    checks.integer(_OP, "char_ids", char_ids)
-    checks.floating(_OP, "char_embeddings", table)
     checks.shape(_OP, "char_ids", char_ids, (None, None), "(words, characters)")
     checks.shape(_OP, "char_embeddings", table, (None, None), "(character vocabulary, embedding size)")
     checks.same(_OP, "char_embeddings", table, [("char_ids", char_ids)], dtype=False)
@@ -31,25 +29,13 @@ def _check(args: Mapping[str, Any]) -> None:
         )
     for i, (weight, bias) in enumerate(zip(weights, biases)):
         name = f"conv_weights[{i}]"
-        checks.shape(
-            _OP,
-            name,
-            checks.tensor(_OP, name, weight),
-            (None, table.shape[1], None),
-            "(filters, embedding size, width)",
-        )
+        checks.shape(_OP, name, weight, (None, table.shape[1], None), "(filters, embedding size, width)")
         if weight.shape[2] > char_ids.shape[1]:
             raise ValueError(
                 f"ctxfast.char_cnn: {name} has width {weight.shape[2]}; expected at most {char_ids.shape[1]}, "
                 f"the characters of a word in char_ids."
             )
-        checks.shape(
-            _OP,
-            f"conv_biases[{i}]",
-            checks.tensor(_OP, f"conv_biases[{i}]", bias),
-            (weight.shape[0],),
-            "(filters,)",
-        )
+        checks.shape(_OP, f"conv_biases[{i}]", bias, (weight.shape[0],), "(filters,)")
         checks.same(_OP, "char_embeddings", table, [(name, weight), (f"conv_biases[{i}]", bias)])
     checks.choice(_OP, "activation", args["activation"], ("relu", "tanh"))
 

@@ -55,7 +55,7 @@ def _run(
         for weight, panels, bias in zip(weights, packed, biases)
     ]
     capability.extension().char_cnn_forward(
-        *words, 0 if at is None else at.data_ptr(), filters, is_tanh, y.data_ptr(), torch.get_num_threads()
+        *words, torch_ops.address(at), filters, is_tanh, y.data_ptr(), torch.get_num_threads()
     )
 
 
@@ -157,9 +157,9 @@ def char_cnn(
     """See ``ctxfast.functional.char_cnn``."""
     weights, biases, is_tanh = list(conv_weights), list(conv_biases), activation == "tanh"
     # A packed form pays from the second call on: not for weights in training, nor for autocast's passing copies.
-    in_training = torch.is_grad_enabled() and any([weight.requires_grad for weight in weights])
+    in_training = registry.needs_grad(weights)
     is_kept = not (in_training or torch.is_autocast_enabled("cpu"))
-    if registry.needs_grad(dict(table=char_embeddings, weights=weights, biases=biases)):
+    if registry.needs_grad(char_embeddings, weights, biases):
         return _CharCnn.apply(char_ids, is_tanh, is_kept, char_embeddings, *weights, *biases)
     forward = _forward if torch_ops.is_direct(char_ids, char_embeddings, *weights, *biases) else _fwd
     return forward(char_ids, char_embeddings, weights, biases, is_tanh, is_kept)

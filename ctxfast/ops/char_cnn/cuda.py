@@ -2,7 +2,7 @@
 """``char_cnn`` on CUDA: gather, convolutions, maximum and activation in one kernel.
 
 In 16 bits on tensor cores, in float32 (and for filters too wide for them) by plain multiply-adds; sums are float32.
-The forward pass notes where each largest window was, and the way back reads those alone.
+The forward pass notes where each largest window was, and the backward pass reads those alone.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def _run(
     ]
     with torch_ops.launching(y) as stream:
         capability.extension().char_cnn_cuda_forward(
-            **words, widths=len(weights), columns=y.shape[1], filters=filters, at=0 if at is None else at.data_ptr(),
+            **words, widths=len(weights), columns=y.shape[1], filters=filters, at=torch_ops.address(at),
             is_tanh=is_tanh, y=y.data_ptr(), stream=stream,
         )  # fmt: skip
 
@@ -139,7 +139,7 @@ def char_cnn(
 ) -> Tensor:
     """See ``ctxfast.functional.char_cnn``."""
     weights, biases, is_tanh = list(conv_weights), list(conv_biases), activation == "tanh"
-    if registry.needs_grad(dict(table=char_embeddings, weights=weights, biases=biases)):
+    if registry.needs_grad(char_embeddings, weights, biases):
         return _CharCnn.apply(char_ids, is_tanh, char_embeddings, *weights, *biases)
     return _fwd(char_ids, char_embeddings, weights, biases, is_tanh, False)[0]
 

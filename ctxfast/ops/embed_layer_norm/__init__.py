@@ -21,8 +21,7 @@ _PAIRS = (
 
 
 def _check(args: Mapping[str, Any]) -> None:
-    table = checks.tensor(_OP, "word_embeddings", args["word_embeddings"])
-    checks.floating(_OP, "word_embeddings", table)
+    table = checks.floating(_OP, "word_embeddings", args["word_embeddings"])
     if table.dim() != 2:
         raise ValueError(
             f"ctxfast.embed_layer_norm: word_embeddings has shape {tuple(table.shape)}; "
@@ -42,17 +41,13 @@ def _check(args: Mapping[str, Any]) -> None:
     for id_name, table_name in _PAIRS:
         if args[id_name] is None and id_name == "task_type_ids":
             continue
-        index, rows = (
-            checks.tensor(_OP, id_name, args[id_name]),
-            checks.tensor(_OP, table_name, args[table_name]),
-        )
-        checks.integer(_OP, id_name, index)
+        index = checks.integer(_OP, id_name, args[id_name])
         checks.shape(_OP, id_name, index, tuple(ids.shape), "(tokens,)")
-        checks.shape(_OP, table_name, rows, (None, table.shape[1]), "(rows, hidden_size)")
+        rows = checks.shape(_OP, table_name, args[table_name], (None, table.shape[1]), "(rows, hidden_size)")
         checks.same(_OP, "word_embeddings", table, [(id_name, index)], dtype=False)
         checks.same(_OP, "word_embeddings", table, [(table_name, rows)])
     for name in ("weight", "bias"):
-        checks.shape(_OP, name, checks.tensor(_OP, name, args[name]), (table.shape[1],), "(hidden_size,)")
+        checks.shape(_OP, name, args[name], (table.shape[1],), "(hidden_size,)")
         checks.same(_OP, "word_embeddings", table, [(name, args[name])])
     checks.positive(_OP, "eps", args["eps"])
     checks.probability(_OP, "dropout_p", args["dropout_p"])

@@ -50,7 +50,7 @@ def _operands(args: Mapping[str, Any]) -> tuple[Any, ...]:
 def embed_layer_norm(**args: Any) -> Tensor:
     """See ``ctxfast.functional.embed_layer_norm``."""
     ids, tables, weight, bias, eps = _operands(args)
-    if registry.needs_grad(args):
+    if registry.needs_grad(*args.values()):
         paddings = (args["padding_idx"], None, args["position_padding_idx"], None)
         x = sum(F.embedding(*each) for each in zip(ids, tables, paddings))
         return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)

@@ -17,25 +17,6 @@ from ..._core import registry, torch_ops
 from ..shared import philox, triton_rows
 from . import triton_kernels
 
-MAX_SIZE = 8192  # elements of a row; more would leave the registers
-
-
-def forward_tile(size: int) -> dict[str, int]:
-    """One row a warp as long as it fits there: no warp then waits for another."""
-    block = triton_rows.block(size)
-    if triton_rows.IS_INTERPRETED:
-        return dict(BLOCK_N=block, ROWS=16, num_warps=1)
-    return dict(BLOCK_N=block, ROWS=1, num_warps=max(1, block // 1024))
-
-
-def backward_tile(size: int) -> dict[str, int]:
-    """Eight elements a thread (sixteen in the longest rows): two sums of columns stay in registers beside them."""
-    block = triton_rows.block(size)
-    if triton_rows.IS_INTERPRETED:
-        return dict(BLOCK_N=block, ROWS=16, num_warps=1)
-    rows = max(1, 1024 // block)
-    return dict(BLOCK_N=block, ROWS=rows, num_warps=min(16, rows * block // 256))
-
 
 def _outputs(ids: list[Tensor], weight: Tensor, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     """The result, and mean and 1 / deviation of every row, or empty."""
@@ -53,11 +34,11 @@ def _forward(
     if out.numel() == 0:
         return out, mean, rstd
     size = out.shape[1]
-    tile = forward_tile(size)
+    tile = triton_rows.forward_tile(size)
     with triton_rows.on_device(out):
         triton_kernels.forward[(-(-out.shape[0] // tile["ROWS"]),)](
             *_four(ids), *_four(tables), weight.contiguous(), bias.contiguous(), out, mean, rstd, seeds,
-            out.shape[0], eps, *triton_rows.dropout_numbers(dropout_p),
+            out.shape[0], eps, *philox.numbers(dropout_p),
             N=size, HAS_TASK=len(ids) == 4, DROPOUT=seeds is not None, SAVE=save, **tile,
         )  # fmt: skip
     return out, mean, rstd
@@ -81,13 +62,13 @@ def _backward(
     if grad.numel() == 0:
         return grad_sum, grad_weight.zero_(), grad_bias.zero_()
     grad, size = triton_rows.rows(grad), grad.shape[1]
-    tile = backward_tile(size)
+    tile = triton_rows.backward_tile(size)
     count = triton_rows.programs(grad, -(-grad.shape[0] // tile["ROWS"]), max(1, 16 // tile["num_warps"]))
     partial = triton_rows.allocate_partial(2, count, size, grad)
     with triton_rows.on_device(grad):
         triton_kernels.backward[(count,)](
             grad, *_four(ids), *_four(tables), weight.contiguous(), mean, rstd, seeds, grad_sum, partial,
-            grad.shape[0], grad.stride(0), *triton_rows.dropout_numbers(dropout_p),
+            grad.shape[0], grad.stride(0), *philox.numbers(dropout_p),
             N=size, HAS_TASK=len(ids) == 4, DROPOUT=seeds is not None, **tile,
         )  # fmt: skip
         triton_rows.column_sums(partial, [grad_weight, grad_bias])
@@ -142,12 +123,7 @@ class _EmbedLayerNorm(torch.autograd.Function):
 
 def supports(args: Mapping[str, Any]) -> str | None:
     """None, or why the Triton kernels cannot run this call."""
-    table = args["word_embeddings"]
-    if table.dtype not in triton_rows.DTYPES:
-        return f"it takes float32, float16 and bfloat16 and word_embeddings is {table.dtype}."
-    if table.shape[1] > MAX_SIZE:
-        return f"it takes rows of at most {MAX_SIZE} elements and word_embeddings has {table.shape[1]}."
-    return None
+    return triton_rows.why_no_row("word_embeddings", args["word_embeddings"])
 
 
 def _row(index: int | None, table: Tensor) -> int:
@@ -177,8 +153,8 @@ def embed_layer_norm(
     if task_type_ids is not None:
         ids.append(task_type_ids)
         tables.append(task_type_embeddings)
-    seeds = triton_rows.draw_seeds(weight, dropout_p)
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*tables, weight, bias)):
+    seeds = philox.draw_seeds(weight, dropout_p)
+    if registry.needs_grad(tables, weight, bias):
         paddings = (_row(padding_idx, word_embeddings), _row(position_padding_idx, position_embeddings))
         return _EmbedLayerNorm.apply(eps, paddings, dropout_p, seeds, weight, bias, len(ids), *ids, *tables)
     return _fwd(ids, tables, weight, bias, eps, dropout_p, seeds, False)[0]
@@ -191,10 +167,7 @@ def raw_calls(args: Mapping[str, Any]) -> list[tuple[Any, tuple]]:
     pairs = [(args[index], args[table]) for index, table in names if args[index] is not None]
     ids, tables = [index for index, _ in pairs], [table for _, table in pairs]
     weight, dropout_p = args["weight"], args["dropout_p"]
-    seeds = triton_rows.draw_seeds(weight, dropout_p)
+    seeds = philox.draw_seeds(weight, dropout_p)
     forward = (ids, tables, weight, args["bias"], args["eps"], dropout_p, seeds, True)
     out, mean, rstd = _fwd(*forward)
-    return [
-        (_fwd, forward),
-        (_bwd, (torch.randn_like(out), ids, tables, weight, mean, rstd, dropout_p, seeds)),
-    ]
+    return [(_fwd, forward), (_bwd, (torch.randn_like(out), ids, tables, weight, mean, rstd, dropout_p, seeds))]

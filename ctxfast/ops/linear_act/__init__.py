@@ -17,17 +17,12 @@ _OP = "linear_act"
 
 
 def _check(args: Mapping[str, Any]) -> None:
-    x, weight, bias = (
-        checks.tensor(_OP, "x", args["x"]),
-        checks.tensor(_OP, "weight", args["weight"]),
-        args["bias"],
-    )
-    checks.floating(_OP, "x", x)
+    x, weight, bias = checks.floating(_OP, "x", args["x"]), args["weight"], args["bias"]
     if x.dim() < 1:
         raise ValueError("ctxfast.linear_act: x has shape (); expected (..., in_features).")
     checks.shape(_OP, "weight", weight, (None, x.shape[-1]), "(out_features, in_features)")
     if bias is not None:
-        checks.shape(_OP, "bias", checks.tensor(_OP, "bias", bias), (weight.shape[0],), "(out_features,)")
+        checks.shape(_OP, "bias", bias, (weight.shape[0],), "(out_features,)")
     checks.same(_OP, "x", x, [("weight", weight), ("bias", bias)])
     checks.choice(_OP, "activation", args["activation"], ACTIVATIONS)
     checks.choice(_OP, "weight_dtype", args["weight_dtype"], (None, torch.int8))

@@ -43,12 +43,9 @@ def _tried(dtype: torch.dtype) -> str | None:
     return None if torch.equal(found, x) else f"oneDNN's packed product of {dtype} is wrong here."
 
 
+@capability.constant
 def _why_not(dtype: torch.dtype) -> str | None:
     return _tried(dtype)
-
-
-# A constant of a compiled graph (what torch.compiler.assume_constant_result does; that imports the compiler).
-_why_not._dynamo_marked_constant = True
 
 
 def _product(x: Tensor, packed: Tensor, bias: Tensor | None, activation: str) -> Tensor:
@@ -134,7 +131,7 @@ class _Linear(torch.autograd.Function):
 
 
 def supports(args: Mapping[str, Any]) -> str | None:
-    """None, or why oneDNN's packed product cannot run this call."""
+    """None, or why products over packed weights cannot run this call."""
     x = args["x"]
     if x.device.type != "cpu":
         return f"it runs on the CPU and x is on {x.device}."
@@ -142,7 +139,7 @@ def supports(args: Mapping[str, Any]) -> str | None:
         return f"it takes float32 and bfloat16 and x is {x.dtype}."
     if x.shape[-1] == 0:
         return "there is nothing to multiply in rows without columns."
-    if args["weight_dtype"] is not None and registry.needs_grad(args):
+    if args["weight_dtype"] is not None and registry.needs_grad(*args.values()):
         return "its int8 product has no gradient."
     if args["weight_dtype"] is None:
         return _why_not(x.dtype)
@@ -156,7 +153,7 @@ def linear_act(
 ) -> Tensor:
     """See ``ctxfast.functional.linear_act``."""
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    needs_grad = registry.needs_grad(dict(x=x, weight=weight, bias=bias))
+    needs_grad = registry.needs_grad(x, weight, bias)
     # A packed form pays from the second call on: not for a weight in training, nor for autocast's passing copy.
     is_kept = not (torch.is_autocast_enabled("cpu") or (needs_grad and weight.requires_grad))
     if needs_grad:

@@ -149,7 +149,7 @@ def _source(args: Mapping[str, Any]) -> tuple[Any, ...] | None:
     """
     x = args["x"]
     note = x.__dict__.get(_NOTE)
-    if note is None or note[0] != x._version or not registry.needs_grad(args):
+    if note is None or note[0] != x._version or not registry.needs_grad(*args.values()):
         return None
     return note[1:]
 
@@ -159,9 +159,9 @@ _NOTE = "_ctxfast_activation_of"
 
 def supports(args: Mapping[str, Any]) -> str | None:
     """None, or why the Triton kernels cannot run this call."""
-    x = args["x"]
-    if x.dtype not in triton_rows.DTYPES:
-        return f"it takes float32, float16 and bfloat16 and x is {x.dtype}."
+    objection = triton_rows.why_not("x", args["x"])
+    if objection is not None:
+        return objection
     if args["weight_dtype"] is not None:
         return "int8 products run on the CPU."
     if args["activation"] == "none" and (torch.compiler.is_compiling() or _source(args) is None):
@@ -175,7 +175,7 @@ def linear_act(
     """See ``ctxfast.functional.linear_act``."""
     if activation == "none":
         return _LinearOfActivation.apply(x, weight, bias, *_source(dict(x=x, weight=weight, bias=bias)))
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in (x, weight, bias)):
+    if registry.needs_grad(x, weight, bias):
         kept = None if torch.compiler.is_compiling() else []
         out = _LinearAct.apply(x, weight, bias, activation, kept)
         if kept:

@@ -15,31 +15,19 @@ _OP = "linear_cross_entropy"
 
 
 def _check(args: Mapping[str, Any]) -> None:
-    hidden, weight = (
-        checks.tensor(_OP, "hidden", args["hidden"]),
-        checks.tensor(_OP, "weight", args["weight"]),
-    )
-    labels, bias = checks.tensor(_OP, "labels", args["labels"]), args["bias"]
-    checks.floating(_OP, "hidden", hidden)
+    hidden, weight, bias = checks.floating(_OP, "hidden", args["hidden"]), args["weight"], args["bias"]
     checks.shape(_OP, "hidden", hidden, (None, None), "(rows, hidden_size)")
     checks.shape(_OP, "weight", weight, (None, hidden.shape[1]), "(vocab_size, hidden_size)")
-    checks.integer(_OP, "labels", labels)
+    labels = checks.integer(_OP, "labels", args["labels"])
     checks.shape(_OP, "labels", labels, (hidden.shape[0],), "(rows,)")
     if bias is not None:
-        checks.shape(_OP, "bias", checks.tensor(_OP, "bias", bias), (weight.shape[0],), "(vocab_size,)")
+        checks.shape(_OP, "bias", bias, (weight.shape[0],), "(vocab_size,)")
     checks.same(_OP, "hidden", hidden, [("weight", weight), ("bias", bias)])
     checks.same(_OP, "hidden", hidden, [("labels", labels)], dtype=False)
     checks.choice(_OP, "reduction", args["reduction"], ("mean", "sum", "none"))
     if checks.is_readable(labels):
-        used = labels[labels != args["ignore_index"]]
-        checks.in_range(
-            _OP,
-            "labels",
-            used,
-            0,
-            weight.shape[0] - 1,
-            f"Rows without a label hold ignore_index ({args['ignore_index']}).",
-        )
+        used, hint = labels[labels != args["ignore_index"]], "Rows without a label hold ignore_index"
+        checks.in_range(_OP, "labels", used, 0, weight.shape[0] - 1, f"{hint} ({args['ignore_index']}).")
 
 
 @registry.op(
@@ -78,11 +66,5 @@ def linear_cross_entropy(
     Reference: Devlin et al. 2019, section 3.1.
     """
     return registry.given(
-        impl,
-        hidden=hidden,
-        weight=weight,
-        labels=labels,
-        bias=bias,
-        ignore_index=ignore_index,
-        reduction=reduction,
+        impl, hidden=hidden, weight=weight, labels=labels, bias=bias, ignore_index=ignore_index, reduction=reduction
     )

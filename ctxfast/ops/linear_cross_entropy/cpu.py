@@ -39,12 +39,7 @@ def supports(args: Mapping[str, Any]) -> str | None:
 
 
 def linear_cross_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    ignore_index: int,
-    reduction: str,
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, ignore_index: int, reduction: str
 ) -> Tensor:
     """See ``ctxfast.functional.linear_cross_entropy``."""
     return recorded.call(_operators, hidden, weight, labels, bias, ignore_index, reduction)

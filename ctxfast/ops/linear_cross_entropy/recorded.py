@@ -106,9 +106,7 @@ def call(
     reduction: str,
 ) -> Tensor:
     """The loss, differentiable."""
-    if torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias)
-    ):
+    if registry.needs_grad(hidden, weight, bias):
         with_weight = weight.requires_grad or (bias is not None and bias.requires_grad)
         in_backward = reduction == "none" or hidden.dtype == torch.float16
         function = _InBackward if in_backward else _InForward

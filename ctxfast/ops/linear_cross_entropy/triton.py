@@ -40,19 +40,11 @@ _operators = recorded.Operators("linear_cross_entropy_triton", _softmax, triton_
 
 def supports(args: Mapping[str, Any]) -> str | None:
     """None, or why the Triton kernel cannot run this call."""
-    hidden = args["hidden"]
-    if hidden.dtype not in triton_rows.DTYPES:
-        return f"it takes float32, float16 and bfloat16 and hidden is {hidden.dtype}."
-    return None
+    return triton_rows.why_not("hidden", args["hidden"])
 
 
 def linear_cross_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    ignore_index: int,
-    reduction: str,
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, ignore_index: int, reduction: str
 ) -> Tensor:
     """See ``ctxfast.functional.linear_cross_entropy``."""
     return recorded.call(_operators, hidden, weight, labels, bias, ignore_index, reduction)

@@ -21,19 +21,13 @@ def _check(args: Mapping[str, Any]) -> None:
     directions = len(weight_ih)
     if directions not in (1, 2):
         raise ValueError(f"ctxfast.lstm: weight_ih holds {directions} tensors; expected one per direction, 1 or 2.")
-    for name, value in (
-        ("input", inputs),
-        ("weight_hh", weight_hh),
-        ("bias", bias),
-        ("weight_proj", weight_proj),
-    ):
+    for name, value in (("input", inputs), ("weight_hh", weight_hh), ("bias", bias), ("weight_proj", weight_proj)):
         if value is not None and len(value) != directions:
             raise ValueError(
                 f"ctxfast.lstm: {name} holds {len(value)} tensors; "
                 f"expected {directions}, one per direction as in weight_ih."
             )
-    lead = checks.tensor(_OP, "input", inputs[0])
-    checks.floating(_OP, "input", lead)
+    lead = checks.floating(_OP, "input", inputs[0])
     if lead.dim() != 3:
         raise ValueError(
             f"ctxfast.lstm: input has shape {tuple(lead.shape)}; expected (batch, steps, input_size), batch first."
@@ -51,20 +45,15 @@ def _check(args: Mapping[str, Any]) -> None:
             )
         hidden, size = weight_hh[0].shape[0] // 4, weight_hh[0].shape[1]
         checks.shape(
-            _OP,
-            "weight_hh",
-            w_hh,
-            (4 * hidden, size),
-            "(4*hidden_size, proj_size), alike in both directions,",
+            _OP, "weight_hh", w_hh, (4 * hidden, size), "(4*hidden_size, proj_size), alike in both directions,"
         )
         checks.shape(_OP, "weight_ih", w_ih, (4 * hidden, x.shape[2]), "(4*hidden_size, input_size)")
         tensors = [("weight_ih", w_ih), ("weight_hh", w_hh), ("input", x)]
         if bias is not None:
-            checks.shape(_OP, "bias", checks.tensor(_OP, "bias", bias[r]), (4 * hidden,), "(4*hidden_size,)")
+            checks.shape(_OP, "bias", bias[r], (4 * hidden,), "(4*hidden_size,)")
             tensors.append(("bias", bias[r]))
         if weight_proj is not None:
-            proj = checks.tensor(_OP, "weight_proj", weight_proj[r])
-            checks.shape(_OP, "weight_proj", proj, (size, hidden), "(proj_size, hidden_size)")
+            proj = checks.shape(_OP, "weight_proj", weight_proj[r], (size, hidden), "(proj_size, hidden_size)")
             tensors.append(("weight_proj", proj))
         elif size != hidden:
             raise ValueError(
@@ -74,7 +63,7 @@ def _check(args: Mapping[str, Any]) -> None:
             )
         checks.same(_OP, "input", lead, tensors)
     if lengths is not None:
-        checks.integer(_OP, "lengths", checks.tensor(_OP, "lengths", lengths))
+        checks.integer(_OP, "lengths", lengths)
         checks.shape(_OP, "lengths", lengths, (batch,), "(batch,)")
         checks.same(_OP, "input", lead, [("lengths", lengths)], dtype=False)
         checks.in_range(_OP, "lengths", lengths, 0, steps, "A length cannot be longer than the input has steps.")
@@ -84,9 +73,9 @@ def _check(args: Mapping[str, Any]) -> None:
                 f"ctxfast.lstm: initial_state holds {len(args['initial_state'])} tensors; expected (h_0, c_0)."
             )
         h_0, c_0 = args["initial_state"]
-        checks.shape(_OP, "initial_state[0]", checks.tensor(_OP, "initial_state[0]", h_0), (directions, batch, size),
+        checks.shape(_OP, "initial_state[0]", h_0, (directions, batch, size),
                      "(directions, batch, proj_size)")  # fmt: skip
-        checks.shape(_OP, "initial_state[1]", checks.tensor(_OP, "initial_state[1]", c_0), (directions, batch, hidden),
+        checks.shape(_OP, "initial_state[1]", c_0, (directions, batch, hidden),
                      "(directions, batch, hidden_size)")  # fmt: skip
         checks.same(_OP, "input", lead, [("initial_state[0]", h_0), ("initial_state[1]", c_0)])
     checks.positive(_OP, "cell_clip", args["cell_clip"], none_means="no clipping")

@@ -3,7 +3,7 @@
 
 Products run as ``weight_dtype`` says; bfloat16 inputs mean bfloat16 products, float16 inputs float32 ones. Gates and
 states are float32 inside. Weights are packed once per parameter and found again by later calls. When a gradient is
-needed the kernel also stores gates and cells of every step. The way back through the recurrence is compiled too, in
+needed the kernel also stores gates and cells of every step. The recurrence's backward is compiled too, in
 float32; gradients of the weights and of the input are products over all steps after it.
 """
 
@@ -16,43 +16,38 @@ import torch
 from torch import Tensor
 
 from ..._core import capability, registry, torch_ops
+from ..shared import packed_weights
 from ..shared.definitions import rounded_rows
 from ..shared.weight_cache import WeightCache
+from .states import as_int64, previous
 
 _packed = WeightCache()
 # The kernel's word for how factors are held -> what the backward pass rounds to.
 _ROUNDING = {"float32": None, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
 
-def _room(size: int) -> Tensor:
-    """``size`` bytes that begin on a cache line."""
-    memory = torch.empty(size + 64, dtype=torch.uint8, device="cpu")
-    start = -memory.data_ptr() % 64
-    return memory[start : start + size]
-
-
 def _pack(weight_hh: Tensor, weight_proj: Tensor | None, kind: str) -> Tensor:
     """The kernel's layout of one direction's recurrent and projection weights, from the cache if they are known.
 
-    ``kind``: how factors are held, with " back" for the backward pass, which reads them transposed, as float32.
+    ``kind``: how factors are held, with " backward" for that pass, which reads them transposed, as float32.
     """
     c = capability.extension()
-    held, _, back = kind.partition(" ")
+    weight_dtype, _, is_backward = kind.partition(" ")
 
     def pack() -> Tensor:
         hh = weight_hh.detach().float()
         proj = None if weight_proj is None else weight_proj.detach().float()
-        if back:
-            hh = rounded_rows(hh, _ROUNDING[held])
-            proj = None if proj is None else rounded_rows(proj, _ROUNDING[held])
+        if is_backward:
+            hh = rounded_rows(hh, _ROUNDING[weight_dtype])
+            proj = None if proj is None else rounded_rows(proj, _ROUNDING[weight_dtype])
         shape = (hh.shape[0] // 4, hh.shape[1], proj is not None)
-        weights = (hh.data_ptr(), hh.stride(), _address(proj), () if proj is None else proj.stride())
+        weights = (hh.data_ptr(), hh.stride(), torch_ops.address(proj), () if proj is None else proj.stride())
         threads = torch.get_num_threads()
-        if back:
-            packed = _room(c.lstm_backward_packed_bytes(*shape))
+        if is_backward:
+            packed = packed_weights.on_cache_line(c.lstm_backward_packed_bytes(*shape))
             c.lstm_pack_backward(*shape, *weights, packed.data_ptr(), threads)
         else:
-            packed = _room(c.lstm_packed_bytes(*shape, kind))
+            packed = packed_weights.on_cache_line(c.lstm_packed_bytes(*shape, kind))
             c.lstm_pack(*shape, kind, *weights, packed.data_ptr(), threads)
         return packed
 
@@ -67,24 +62,16 @@ def _pack_input(weight_ih: Tensor, kind: str) -> Tensor:
     def pack() -> Tensor:
         weight = weight_ih.detach().float()
         shape = (weight.shape[0] // 4, weight.shape[1], kind)
-        packed = _room(c.lstm_input_packed_bytes(*shape))
+        packed = packed_weights.on_cache_line(c.lstm_input_packed_bytes(*shape))
         c.lstm_pack_input(*shape, weight.data_ptr(), weight.stride(), packed.data_ptr(), torch.get_num_threads())
         return packed
 
     return _packed.get((weight_ih,), f"input {kind}", pack)
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
 def _rows(x: Tensor) -> Tensor:
     """``x`` with its last dimension contiguous."""
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _lengths(lengths: Tensor | None) -> Tensor | None:
-    return None if lengths is None else lengths.to(torch.int64).contiguous()
 
 
 def _outputs(
@@ -121,7 +108,7 @@ def _forward(
     hidden, size = weight_hh[0].shape[0] // 4, weight_hh[0].shape[1]
     packed = [_pack(weight, weight_proj[r] if weight_proj else None, kind) for r, weight in enumerate(weight_hh)]
     packed_input = [_pack_input(weight, kind) for weight in weight_ih]
-    x, bias, lengths = [_rows(each) for each in x], [each.float().contiguous() for each in bias], _lengths(lengths)
+    x, bias, lengths = [_rows(each) for each in x], [each.float().contiguous() for each in bias], as_int64(lengths)
     h_0, c_0 = None if h_0 is None else h_0.contiguous(), None if c_0 is None else c_0.contiguous()
     capability.extension().lstm_forward(
         batch=x[0].shape[0], steps=x[0].shape[1], directions=len(x),
@@ -129,7 +116,7 @@ def _forward(
         x=[each.data_ptr() for each in x], x_strides=[each.stride()[:2] for each in x],
         packed_input=[weights.data_ptr() for weights in packed_input], bias=[each.data_ptr() for each in bias],
         packed=[weights.data_ptr() for weights in packed],
-        lengths=_address(lengths), h_0=_address(h_0), c_0=_address(c_0),
+        lengths=torch_ops.address(lengths), h_0=torch_ops.address(h_0), c_0=torch_ops.address(c_0),
         output=output.data_ptr(), output_strides=output.stride()[:2], h_n=h_n.data_ptr(), c_n=c_n.data_ptr(),
         cells=cells.data_ptr(), z=z.data_ptr(),
         cell_clip=cell_clip, proj_clip=proj_clip, threads=torch.get_num_threads(),
@@ -170,14 +157,14 @@ def _backward(
     directions, batch, steps, hidden = cells.shape
     size = weight_hh[0].shape[1]
     grad_output, grad_h_n, grad_c_n = _rows(grads[0]), grads[1].contiguous(), grads[2].contiguous()
-    lengths, c_0 = _lengths(lengths), None if c_0 is None else c_0.contiguous()
+    lengths, c_0 = as_int64(lengths), None if c_0 is None else c_0.contiguous()
     for r in range(directions):
         # Kept until the call returns: an entry of the cache may go with its weight.
-        packed = _pack(weight_hh[r], weight_proj[r] if weight_proj else None, f"{kind} back")
+        packed = _pack(weight_hh[r], weight_proj[r] if weight_proj else None, f"{kind} backward")
         columns = slice(r * size, (r + 1) * size)
         capability.extension().lstm_backward(
             batch=batch, steps=steps, reverse=r == 1, hidden=hidden, proj_size=size, has_projection=bool(weight_proj),
-            packed=packed.data_ptr(), lengths=_address(lengths), z=z[r].data_ptr(), cells=cells[r].data_ptr(),
+            packed=packed.data_ptr(), lengths=torch_ops.address(lengths), z=z[r].data_ptr(), cells=cells[r].data_ptr(),
             c_0=0 if c_0 is None else c_0[r].data_ptr(),
             output=output[:, :, columns].data_ptr(), output_strides=output.stride()[:2],
             grad_output=grad_output[:, :, columns].data_ptr(), grad_output_strides=grad_output.stride()[:2],
@@ -191,20 +178,6 @@ def _backward(
 
 _fwd = torch_ops.define("lstm_cpu_fwd", _forward, _outputs, "CPU")
 _bwd = torch_ops.define("lstm_cpu_bwd", _backward, _gradients, "CPU")
-
-
-def _h_before(output: Tensor, h_0: Tensor | None, lengths: Tensor | None, reverse: bool) -> Tensor:
-    """h before each step of (B, T, P), in the direction's own order: h_0 (B, P) or zeros, then the output's."""
-    if output.shape[1] == 0:
-        return output
-    first = torch.zeros_like(output[:, :1]) if h_0 is None else h_0[:, None]
-    if not reverse:
-        return torch.cat((first, output[:, :-1]), dim=1)
-    shifted = torch.cat((output[:, 1:], first), dim=1)
-    if lengths is None or h_0 is None:
-        return shifted  # past a row's end the output is zero, which is its first h too
-    last = torch.arange(output.shape[1], device="cpu") == lengths[:, None] - 1
-    return torch.where(last[:, :, None], first, shifted)
 
 
 class _Lstm(torch.autograd.Function):
@@ -251,7 +224,7 @@ class _Lstm(torch.autograd.Function):
                 return rows.sum(0)
             if what == 3:
                 first = None if h_0 is None else h_0[r]
-                before = _h_before(output[:, :, r * size : (r + 1) * size], first, lengths, r == 1)
+                before = previous(output[:, :, r * size : (r + 1) * size], first, lengths, r == 1)
                 return rows.t() @ rounded_rows(before, rounding).flatten(0, 1)
             return grad_hidden[r].flatten(0, 1).t() @ rounded_rows(m[r], rounding).flatten(0, 1)
 
@@ -327,7 +300,7 @@ def _operands(args: Mapping[str, Any]) -> tuple[list[list[Tensor]], tuple[Any, .
 def lstm(**args: Any) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """See ``ctxfast.functional.lstm``."""
     groups, (lengths, h_0, c_0, *clips, kind) = _operands(args)
-    if registry.needs_grad(args):
+    if registry.needs_grad(*args.values()):
         if groups[0][0] is groups[0][-1]:
             groups[0] = groups[0][:1]  # one argument: torch.compile takes no tensor twice
         counts = tuple(len(group) for group in groups)
@@ -345,7 +318,4 @@ def raw_calls(args: Mapping[str, Any]) -> list[tuple[Any, tuple]]:
     output, h_n, c_n, cells, z = _fwd(*groups, *rest, True)
     grads = [torch.randn_like(output), torch.randn_like(h_n), torch.randn_like(c_n)]
     lengths, _, c_0, *how = rest
-    return [
-        (_fwd, (*groups, *rest, False)),
-        (_bwd, (grads, *groups[3:], lengths, c_0, output, cells, z, *how)),
-    ]
+    return [(_fwd, (*groups, *rest, False)), (_bwd, (grads, *groups[3:], lengths, c_0, output, cells, z, *how))]

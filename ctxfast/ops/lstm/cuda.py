@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..._core import capability, registry, torch_ops
-from . import cuda_backward, device
-from .cuda_backward import _backward, _bwd
+from . import cuda_autograd, cuda_backward
+from .states import as_int64
 
 _DTYPES = (torch.float16, torch.bfloat16)
 # The kernel takes more in tiles of 32, one after another; one launch a step overtakes it about here.
@@ -66,7 +66,7 @@ def _forward(
     proj_clip: float,
     save_cells: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    outputs = device.forward_outputs(gates, weight_hh, save_cells)
+    outputs = cuda_autograd.forward_outputs(gates, weight_hh, save_cells)
     output, h_n, c_n, cells = outputs
     batch, steps, hidden, _ = gates[0].shape
     size, facts = weight_hh[0].shape[1], _facts(_ordinal(output))
@@ -76,7 +76,7 @@ def _forward(
         raise RuntimeError(f"ctxfast.lstm: impl='cuda' cannot run this call: {plan['refusal']} Leave impl out.")
     gates = [_walkable(gate) for gate in gates]
     weight_hh, weight_proj = [_dense_rows(w) for w in weight_hh], [_dense_rows(w) for w in weight_proj]
-    lengths = None if lengths is None else lengths.to(torch.int64).contiguous()
+    lengths = as_int64(lengths)
     h_0 = None if h_0 is None else _dense_rows(h_0.flatten(0, 1))
     c_0 = None if c_0 is None else c_0.contiguous()
     workspace = torch_ops.allocate((plan["workspace_bytes"],), output, torch.uint8)
@@ -87,7 +87,7 @@ def _forward(
             gates=[gate.data_ptr() for gate in gates], gates_strides=[gate.stride()[:2] for gate in gates],
             weight_hh=[w.data_ptr() for w in weight_hh], weight_hh_stride=[w.stride(0) for w in weight_hh],
             weight_proj=[w.data_ptr() for w in weight_proj], weight_proj_stride=[w.stride(0) for w in weight_proj],
-            lengths=device.address(lengths), h_0=device.address(h_0), c_0=device.address(c_0),
+            lengths=torch_ops.address(lengths), h_0=torch_ops.address(h_0), c_0=torch_ops.address(c_0),
             output=output.data_ptr(), output_strides=output.stride()[:2], h_n=h_n.data_ptr(), c_n=c_n.data_ptr(),
             cells=cells.data_ptr() if save_cells else 0,
             workspace=workspace.data_ptr(), workspace_bytes=workspace.numel(),
@@ -96,22 +96,19 @@ def _forward(
     return outputs
 
 
-_fwd = torch_ops.define("lstm_cuda_fwd", _forward, device.forward_outputs, "CUDA")
-_recurrence = device.recurrence(_fwd, _bwd)
+_fwd = torch_ops.define("lstm_cuda_fwd", _forward, cuda_autograd.forward_outputs, "CUDA")
+_recurrence = cuda_autograd.recurrence(_fwd, cuda_backward._bwd)
 
 
+@capability.constant
 def _refusal(ordinal: int, hidden: int, size: int, has_proj: bool, directions: int, backward: bool) -> str | None:
-    """None, or why the device cannot hold such a layer; a constant of a compiled graph."""
+    """None, or why the device cannot hold such a layer."""
     facts = _facts(ordinal)
     # What runs for one row runs for any number, if need be in smaller tiles.
     plan = capability.extension().lstm_persistent_forward_plan(facts, 1, hidden, size, has_proj, directions)
     if plan["refusal"]:
         return plan["refusal"]
     return cuda_backward.refusal(1, hidden, size, has_proj, directions, facts[0]) if backward else None
-
-
-# What torch.compiler.assume_constant_result does; that function itself imports the compiler and Triton.
-_refusal._dynamo_marked_constant = True
 
 
 def sizes_objection(args: Mapping[str, Any]) -> str | None:
@@ -125,22 +122,19 @@ def sizes_objection(args: Mapping[str, Any]) -> str | None:
     # Plain numbers, also where the compiler would let a size vary.
     hidden, size = index(weight_hh[0].shape[0] // 4), index(weight_hh[0].shape[1])
     has_proj = args["weight_proj"] is not None
-    return _refusal(_ordinal(x), hidden, size, has_proj, len(weight_hh), registry.needs_grad(args))
+    return _refusal(_ordinal(x), hidden, size, has_proj, len(weight_hh), registry.needs_grad(*args.values()))
 
 
 def supports(args: Mapping[str, Any]) -> str | None:
     """None, or why the persistent kernels cannot run this call."""
-    return device.objection(args, _DTYPES, (9, 0)) or capability.why_no_cuda("90a") or sizes_objection(args)
+    return cuda_autograd.objection(args, _DTYPES, (9, 0)) or capability.why_no_cuda("90a") or sizes_objection(args)
 
 
 def lstm(**args: Any) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """See ``ctxfast.functional.lstm``."""
-    return device.run(_fwd, _recurrence, args, _input_gates)
+    return cuda_autograd.run(_fwd, _recurrence, args, _input_gates)
 
 
 def raw_calls(args: Mapping[str, Any]) -> list[tuple[Any, tuple]]:
     """The registered operators behind one call, with arguments for torch.library.opcheck."""
-    return device.raw_calls(_fwd, _bwd, args, _input_gates)
-
-
-__all__ = ["_backward", "lstm", "raw_calls", "sizes_objection", "supports"]
+    return cuda_autograd.raw_calls(_fwd, cuda_backward._bwd, args, _input_gates)

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ..._core import capability, torch_ops
-from . import device
+from . import cuda_autograd
+from .states import as_int64
 
 
 def plan(batch: int, hidden: int, size: int, has_proj: bool, directions: int) -> dict[str, Any]:
@@ -54,10 +55,10 @@ def _by_gate(gates: Tensor) -> Tensor:
 
 
 def _outputs(z: Sequence[Tensor], weight_hh: Sequence[Tensor]) -> list[Tensor]:
-    """As ``device.backward_outputs``, but grad_gates lie gate by gate; uninitialised."""
+    """As ``cuda_autograd.backward_outputs``, but grad_gates lie gate by gate; uninitialised."""
     batch, steps, hidden, _ = z[0].shape
     by_gate = [torch_ops.allocate((batch, steps, 4, hidden), gates).transpose(2, 3) for gates in z]
-    return [*by_gate, *device.state_gradients(z, weight_hh)]
+    return [*by_gate, *cuda_autograd.state_gradients(z, weight_hh)]
 
 
 def _backward(
@@ -85,7 +86,7 @@ def _backward(
     z = [_by_gate(gates) for gates in z]
     output, cells = _rows(output), cells.contiguous()
     grad_output = None if grad_output is None else _rows(grad_output.to(output.dtype))
-    lengths = None if lengths is None else lengths.to(torch.int64).contiguous()
+    lengths = as_int64(lengths)
     c_0, grad_h_n, grad_c_n = (
         None if tensor is None else tensor.float().contiguous() for tensor in (c_0, grad_h_n, grad_c_n)
     )
@@ -96,10 +97,11 @@ def _backward(
             has_proj=bool(weight_proj), dtype=capability.DTYPE_NAMES[output.dtype],
             weight_hh=[w.data_ptr() for w in weight_hh], weight_proj=[w.data_ptr() for w in weight_proj],
             z=[gates.data_ptr() for gates in z], z_strides=[gates.stride()[:2] for gates in z],
-            cells=cells.data_ptr(), c_0=device.address(c_0),
-            output=output.data_ptr(), output_strides=output.stride()[:2], grad_output=device.address(grad_output),
+            cells=cells.data_ptr(), c_0=torch_ops.address(c_0),
+            output=output.data_ptr(), output_strides=output.stride()[:2], grad_output=torch_ops.address(grad_output),
             grad_output_strides=(0, 0) if grad_output is None else grad_output.stride()[:2],
-            grad_h_n=device.address(grad_h_n), grad_c_n=device.address(grad_c_n), lengths=device.address(lengths),
+            grad_h_n=torch_ops.address(grad_h_n), grad_c_n=torch_ops.address(grad_c_n),
+            lengths=torch_ops.address(lengths),
             grad_gates=[grad.data_ptr() for grad in grad_gates], grad_hidden=grad_hidden.data_ptr(),
             grad_h_0=grad_h_0.data_ptr(), grad_c_0=grad_c_0.data_ptr(),
             workspace=workspace.data_ptr(), workspace_bytes=workspace.numel(),

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..._core import capability, torch_ops
-from . import device
+from . import cuda_autograd
+from .states import as_int64
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -43,13 +44,13 @@ def _gate_tiles(weight_hh: Tensor) -> Tensor:
 _ORDERS = {
     "gates": _gate_tiles,
     "proj": lambda weight: weight,
-    "gates_t": lambda weight: device.cell_major(weight).t(),
+    "gates_t": lambda weight: cuda_autograd.cell_major(weight).t(),
     "proj_t": lambda weight: weight.t(),
 }
 
 
 def _pack(kind: str, weights: Sequence[Tensor]) -> list[Tensor]:
-    # At every call, some tens of microseconds for ELMo's layer: see device.input_gates.
+    # At every call, some tens of microseconds for ELMo's layer: see cuda_autograd.input_gates.
     return [_fragments(_ORDERS[kind](weight)) for weight in weights]
 
 
@@ -77,12 +78,12 @@ def _forward(
     proj_clip: float,
     save_cells: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    outputs = device.forward_outputs(gates, weight_hh, save_cells)
+    outputs = cuda_autograd.forward_outputs(gates, weight_hh, save_cells)
     output, h_n, c_n, cells = outputs
     shape = _shape(gates, weight_hh, weight_proj)
-    gates = [device.walkable(gate) for gate in gates]
+    gates = [cuda_autograd.walkable(gate) for gate in gates]
     packed_gates, packed_proj = _pack("gates", weight_hh), _pack("proj", weight_proj)
-    lengths = None if lengths is None else lengths.to(torch.int64).contiguous()
+    lengths = as_int64(lengths)
     h_0, c_0 = (None if state is None else state.contiguous() for state in (h_0, c_0))
     workspace = _workspace(shape, False, output)
     with torch_ops.launching(output) as stream:
@@ -90,7 +91,7 @@ def _forward(
             **shape, gates=[gate.data_ptr() for gate in gates], gates_strides=[gate.stride()[:2] for gate in gates],
             packed_gates=[weights.data_ptr() for weights in packed_gates],
             packed_proj=[weights.data_ptr() for weights in packed_proj],
-            lengths=device.address(lengths), h_0=device.address(h_0), c_0=device.address(c_0),
+            lengths=torch_ops.address(lengths), h_0=torch_ops.address(h_0), c_0=torch_ops.address(c_0),
             cell_clip=cell_clip, proj_clip=proj_clip, output=output.data_ptr(), h_n=h_n.data_ptr(),
             c_n=c_n.data_ptr(), cells=cells.data_ptr() if save_cells else 0,
             workspace=workspace.data_ptr(), workspace_bytes=workspace.numel(), stream=stream,
@@ -112,12 +113,12 @@ def _backward(
     cell_clip: float,
     proj_clip: float,
 ) -> list[Tensor]:
-    results = device.backward_outputs(z, weight_hh)
+    results = cuda_autograd.backward_outputs(z, weight_hh)
     *grad_gates, grad_hidden, grad_h_0, grad_c_0 = results
     shape = _shape(z, weight_hh, weight_proj)
-    z = [device.walkable(gates) for gates in z]
+    z = [cuda_autograd.walkable(gates) for gates in z]
     packed_gates, packed_proj = _pack("gates_t", weight_hh), _pack("proj_t", weight_proj)
-    lengths = None if lengths is None else lengths.to(torch.int64).contiguous()
+    lengths = as_int64(lengths)
     output, cells = output.contiguous(), cells.contiguous()
     grad_output = None if grad_output is None else grad_output.to(output.dtype).contiguous()
     c_0, grad_h_n, grad_c_n = (
@@ -129,9 +130,9 @@ def _backward(
             **shape, z=[gates.data_ptr() for gates in z], z_strides=[gates.stride()[:2] for gates in z],
             packed_gates_t=[weights.data_ptr() for weights in packed_gates],
             packed_proj_t=[weights.data_ptr() for weights in packed_proj],
-            lengths=device.address(lengths), c_0=device.address(c_0), cells=cells.data_ptr(),
-            output=output.data_ptr(), grad_output=device.address(grad_output), grad_h_n=device.address(grad_h_n),
-            grad_c_n=device.address(grad_c_n), cell_clip=cell_clip, proj_clip=proj_clip,
+            lengths=torch_ops.address(lengths), c_0=torch_ops.address(c_0), cells=cells.data_ptr(),
+            output=output.data_ptr(), grad_output=torch_ops.address(grad_output), grad_h_n=torch_ops.address(grad_h_n),
+            grad_c_n=torch_ops.address(grad_c_n), cell_clip=cell_clip, proj_clip=proj_clip,
             grad_gates=[grad.data_ptr() for grad in grad_gates], grad_hidden=grad_hidden.data_ptr(),
             grad_h_0=grad_h_0.data_ptr(), grad_c_0=grad_c_0.data_ptr(),
             workspace=workspace.data_ptr(), workspace_bytes=workspace.numel(), stream=stream,
@@ -139,21 +140,21 @@ def _backward(
     return results
 
 
-_fwd = torch_ops.define("lstm_cuda_step_fwd", _forward, device.forward_outputs, "CUDA")
-_bwd = torch_ops.define("lstm_cuda_step_bwd", _backward, device.backward_outputs, "CUDA")
-_recurrence = device.recurrence(_fwd, _bwd)
+_fwd = torch_ops.define("lstm_cuda_step_fwd", _forward, cuda_autograd.forward_outputs, "CUDA")
+_bwd = torch_ops.define("lstm_cuda_step_bwd", _backward, cuda_autograd.backward_outputs, "CUDA")
+_recurrence = cuda_autograd.recurrence(_fwd, _bwd)
 
 
 def supports(args: Mapping[str, Any]) -> str | None:
     """None, or why the per-step kernels cannot run this call."""
-    return device.objection(args, _DTYPES, (8, 0))
+    return cuda_autograd.objection(args, _DTYPES, (8, 0))
 
 
 def lstm(**args: Any) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """See ``ctxfast.functional.lstm``."""
-    return device.run(_fwd, _recurrence, args)
+    return cuda_autograd.run(_fwd, _recurrence, args)
 
 
 def raw_calls(args: Mapping[str, Any]) -> list[tuple[Any, tuple]]:
     """The registered operators behind one call, with arguments for torch.library.opcheck."""
-    return device.raw_calls(_fwd, _bwd, args)
+    return cuda_autograd.raw_calls(_fwd, _bwd, args)

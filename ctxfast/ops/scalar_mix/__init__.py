@@ -19,25 +19,15 @@ def _check(args: Mapping[str, Any]) -> None:
     tensors, mask = args["tensors"], args["mask"]
     if len(tensors) == 0:
         raise ValueError("ctxfast.scalar_mix: tensors holds 0 tensors; expected at least one layer.")
-    first = checks.tensor(_OP, "tensors[0]", tensors[0])
-    checks.floating(_OP, "tensors[0]", first)
+    first = checks.floating(_OP, "tensors[0]", tensors[0])
     if first.dim() < 1:
         raise ValueError("ctxfast.scalar_mix: tensors[0] has shape (); expected (..., size).")
     for i, x in enumerate(tensors):
-        checks.shape(
-            _OP,
-            f"tensors[{i}]",
-            checks.tensor(_OP, f"tensors[{i}]", x),
-            tuple(first.shape),
-            "the shape of tensors[0]",
-        )
+        checks.shape(_OP, f"tensors[{i}]", x, tuple(first.shape), "the shape of tensors[0]")
         checks.same(_OP, "tensors[0]", first, [(f"tensors[{i}]", x)])
-    scalars = (
-        ("scalar_parameters", args["scalar_parameters"], len(tensors)),
-        ("gamma", args["gamma"], 1),
-    )
+    scalars = (("scalar_parameters", args["scalar_parameters"], len(tensors)), ("gamma", args["gamma"], 1))
     for name, value, size in scalars:
-        checks.floating(_OP, name, checks.tensor(_OP, name, value))
+        checks.floating(_OP, name, value)
         checks.shape(_OP, name, value, (size,), "(layers,)" if size != 1 or name != "gamma" else "(1,)")
         checks.same(_OP, "tensors[0]", first, [(name, value)], dtype=False)
     if args["do_layer_norm"]:
@@ -52,13 +42,7 @@ def _check(args: Mapping[str, Any]) -> None:
                 "with do_layer_norm. Convert with .float()."
             )
     if mask is not None:
-        checks.shape(
-            _OP,
-            "mask",
-            checks.tensor(_OP, "mask", mask),
-            tuple(first.shape[:-1]),
-            "tensors[0] without its last dimension",
-        )
+        checks.shape(_OP, "mask", mask, tuple(first.shape[:-1]), "tensors[0] without its last dimension")
         checks.same(_OP, "tensors[0]", first, [("mask", mask)], dtype=False)
     checks.positive(_OP, "eps", args["eps"])
 

@@ -13,14 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._core import capability, torch_ops
+from ..._core import capability, registry, torch_ops
 
 _MAX_LAYERS = 64  # the kernel takes the layers' addresses by value
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-def _stream(tensor: Tensor) -> int:
-    return torch.cuda.current_stream(tensor.device).cuda_stream
 
 
 def _output(layers: Sequence[Tensor]) -> Tensor:
@@ -30,11 +26,11 @@ def _output(layers: Sequence[Tensor]) -> Tensor:
 def _forward(layers: Sequence[Tensor], weights: Tensor) -> Tensor:
     output = _output(layers)
     layers = [layer.contiguous() for layer in layers]
-    with torch.cuda.device(output.device):
+    with torch_ops.launching(output) as stream:
         capability.extension().scalar_mix_forward(
             num_inputs=len(layers), numel=output.numel(), dtype=capability.DTYPE_NAMES[output.dtype],
             inputs=[layer.data_ptr() for layer in layers], weights=weights.data_ptr(), output=output.data_ptr(),
-            stream=_stream(output),
+            stream=stream,
         )  # fmt: skip
     return output
 
@@ -50,12 +46,12 @@ def _backward(grad: Tensor, layers: Sequence[Tensor], weights: Tensor) -> list[T
     c = capability.extension()
     size = c.scalar_mix_workspace_bytes(len(layers), grad.numel())
     workspace = torch_ops.allocate((size,), grad, torch.uint8)
-    with torch.cuda.device(grad.device):
+    with torch_ops.launching(grad) as stream:
         c.scalar_mix_backward(
             num_inputs=len(layers), numel=grad.numel(), dtype=capability.DTYPE_NAMES[grad.dtype],
             grad_output=grad.data_ptr(), inputs=[layer.data_ptr() for layer in layers], weights=weights.data_ptr(),
             grad_inputs=[layer.data_ptr() for layer in grad_layers], grad_weights=grad_weights.data_ptr(),
-            workspace=workspace.data_ptr(), workspace_bytes=size, stream=_stream(grad),
+            workspace=workspace.data_ptr(), workspace_bytes=size, stream=stream,
         )  # fmt: skip
     return [*grad_layers, grad_weights]
 
@@ -112,7 +108,7 @@ def scalar_mix(
 ) -> Tensor:
     """See ``ctxfast.functional.scalar_mix``."""
     weights = _weights(scalar_parameters, gamma)
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (weights, *tensors)):
+    if registry.needs_grad(weights, tensors):
         return _ScalarMix.apply(weights, *tensors)
     return _fwd(list(tensors), weights)
 

@@ -35,13 +35,17 @@ def _most_rows(dtype: torch.dtype) -> int:
     return _ANY if dtype is torch.float32 else _FEW_ROWS.get(extension.cpu_isa(), 0)
 
 
+@capability.constant
 def most_rows(dtype: torch.dtype) -> int:
     """Rows up to which the compiled product is taken."""
     return _most_rows(dtype)
 
 
-# A constant of a compiled graph (what torch.compiler.assume_constant_result does; that imports the compiler).
-most_rows._dynamo_marked_constant = True
+def on_cache_line(size: int) -> Tensor:
+    """``size`` bytes that begin on a cache line."""
+    memory = torch.empty(size + 64, dtype=torch.uint8, device="cpu")
+    start = -memory.data_ptr() % 64
+    return memory[start : start + size]
 
 
 def _room(size: int) -> Tensor:
@@ -52,14 +56,12 @@ def _room(size: int) -> Tensor:
     """
     huge = (size + _HUGE // 4) // _HUGE * _HUGE  # no page is taken for less than three quarters of it
     if huge == 0 or not hasattr(mmap, "MADV_HUGEPAGE"):
-        memory = torch.empty(size + 64, dtype=torch.uint8, device="cpu")
-        start = -memory.data_ptr() % 64
-    else:
-        pages = mmap.mmap(-1, max(size, huge) + _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        memory = torch.frombuffer(pages, dtype=torch.uint8)
-        start = -memory.data_ptr() % _HUGE
-        with suppress(OSError):  # a system without them
-            pages.madvise(mmap.MADV_HUGEPAGE, start, huge)
+        return on_cache_line(size)
+    pages = mmap.mmap(-1, max(size, huge) + _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory = torch.frombuffer(pages, dtype=torch.uint8)
+    start = -memory.data_ptr() % _HUGE
+    with suppress(OSError):  # a system without them
+        pages.madvise(mmap.MADV_HUGEPAGE, start, huge)
     return memory[start : start + size]
 
 

@@ -15,6 +15,17 @@ _ROUNDS = 7
 _WORD = 0xFFFFFFFF
 
 
+def draw_seeds(tensor: Tensor, dropout_p: float) -> Tensor | None:
+    """Seed and offset of a call's mask, drawn where the tensor is: a captured graph draws new ones at every replay."""
+    return torch.randint(-(2**63), 2**63 - 1, (2,), device=tensor.device) if dropout_p > 0 else None
+
+
+def numbers(dropout_p: float) -> tuple[int, float]:
+    """Threshold on 16 random bits, and one over the share it keeps."""
+    threshold = min(round(dropout_p * 65536), 65535)
+    return threshold, 65536 / (65536 - threshold)
+
+
 def draw(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: Tensor) -> list[Tensor]:
     """Four random 32-bit words for every counter of four, in int64; counters broadcast, ``seed`` is one int64."""
     c0, c1, c2, c3 = (word & _WORD for word in counter)
@@ -36,8 +47,8 @@ def half(words: list[Tensor], which: Tensor, is_high: Tensor) -> Tensor:
 
 def multiplier(bits: Tensor, dropout_p: float, dtype: torch.dtype) -> Tensor:
     """What dropout multiplies by: 0 where 16 random bits are too few, else one over the share kept."""
-    threshold = min(round(dropout_p * 65536), 65535)
-    return (bits >= threshold).to(dtype) * (65536 / (65536 - threshold))
+    threshold, scale = numbers(dropout_p)
+    return (bits >= threshold).to(dtype) * scale
 
 
 def row_bits(rows: int, size: int, seeds: Tensor) -> Tensor:

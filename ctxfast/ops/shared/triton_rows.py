@@ -17,11 +17,13 @@ from torch import Tensor
 from ..._core import capability, torch_ops
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MAX_SIZE = 8192  # elements of a row in registers
+SUMMED_SIZE = 4096  # elements of a row beside whose gradient three sums of columns have room
 IS_INTERPRETED = capability.is_triton_interpreted()
 # The dispatch key of the operators: the interpreter computes on CPU tensors.
 DISPATCH = "CPU" if IS_INTERPRETED else "CUDA"
 
-_ROUNDS = tl.constexpr(7)
+ROUNDS = tl.constexpr(7)
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager:
@@ -32,6 +34,34 @@ def on_device(tensor: Tensor) -> AbstractContextManager:
 def block(size: int) -> int:
     """``size`` rounded up to a power of two, what tiles are made of."""
     return max(16, 1 << (size - 1).bit_length())
+
+
+def why_not(name: str, tensor: Tensor) -> str | None:
+    """None, or why no kernel takes such a tensor; ``name`` is the argument it came in."""
+    return None if tensor.dtype in DTYPES else f"it takes float32, float16 and bfloat16 and {name} is {tensor.dtype}."
+
+
+def why_no_row(name: str, rows: Tensor) -> str | None:
+    """The same for a kernel that keeps whole rows in registers."""
+    if rows.dtype in DTYPES and rows.shape[-1] > MAX_SIZE:
+        return f"it takes rows of at most {MAX_SIZE} elements and {name} has {rows.shape[-1]}."
+    return why_not(name, rows)
+
+
+def forward_tile(size: int) -> dict[str, int]:
+    """Of a LayerNorm: one row a warp as long as it fits there. No warp then waits for another."""
+    if IS_INTERPRETED:
+        return dict(BLOCK_N=block(size), ROWS=16, num_warps=1)
+    return dict(BLOCK_N=block(size), ROWS=1, num_warps=max(1, block(size) // 1024))
+
+
+def backward_tile(size: int) -> dict[str, int]:
+    """Of a LayerNorm: eight elements a thread, sixteen in the longest rows. Sums of columns stay in registers beside
+    them: three for rows of at most ``SUMMED_SIZE``, else two."""
+    if IS_INTERPRETED:
+        return dict(BLOCK_N=block(size), ROWS=16, num_warps=1)
+    rows = max(1, 1024 // block(size))
+    return dict(BLOCK_N=block(size), ROWS=rows, num_warps=min(16, rows * block(size) // 256))
 
 
 def programs(tensor: Tensor, tiles: int, per_processor: int) -> int:
@@ -46,15 +76,15 @@ def rows(tensor: Tensor) -> Tensor:
     return flat if flat.stride(1) == 1 else flat.contiguous()
 
 
-def draw_seeds(tensor: Tensor, dropout_p: float) -> Tensor | None:
-    """Seed and offset of this call's mask, drawn on the device: a captured graph draws new ones at every replay."""
-    return torch.randint(-(2**63), 2**63 - 1, (2,), device=tensor.device) if dropout_p > 0 else None
-
-
-def dropout_numbers(dropout_p: float) -> tuple[int, float]:
-    """Threshold on 16 random bits, and one over the share it keeps."""
-    threshold = min(round(dropout_p * 65536), 65535)
-    return threshold, 65536 / (65536 - threshold)
+@triton.jit
+def reaches(first, second, third, fourth, odd, upper, high, threshold):
+    """Whether 16 of the bits of four random words reach ``threshold``: ``odd``, ``upper`` and ``high``, where not zero,
+    take the second word of a pair, the second pair and the high half of the word."""
+    low_pair = tl.where(odd == 0, first, second)
+    high_pair = tl.where(odd == 0, third, fourth)
+    word = tl.where(upper == 0, low_pair, high_pair)
+    bits = tl.where(high == 0, word & 0xFFFF, word >> 16)
+    return bits.to(tl.int32) >= threshold
 
 
 @triton.jit
@@ -68,13 +98,9 @@ def is_kept(seeds, row, column, threshold):
     group = (column >> 3) + row * 0
     high = (row >> 32).to(tl.int32)
     first, second, third, fourth = tl.philox(
-        seed, row.to(tl.int32), group.to(tl.int32), offset.to(tl.int32), high, _ROUNDS
+        seed, row.to(tl.int32), group.to(tl.int32), offset.to(tl.int32), high, ROUNDS
     )
-    low_pair = tl.where((column & 2) == 0, first, second)
-    high_pair = tl.where((column & 2) == 0, third, fourth)
-    word = tl.where((column & 4) == 0, low_pair, high_pair)
-    bits = tl.where((column & 1) == 0, word & 0xFFFF, word >> 16)
-    return bits.to(tl.int32) >= threshold
+    return reaches(first, second, third, fourth, column & 2, column & 4, column & 1, threshold)
 
 
 @triton.jit

@@ -31,17 +31,15 @@ def _check_layer(x: Tensor, layer: int, weights: Sequence[Tensor | None], wide: 
     for part, weight, bias in zip(PARTS, weights[::2], weights[1::2]):
         name, is_norm = f"{part} of layer {layer}", part not in shapes
         shape, meaning = shapes.get(part, ((size,), "(hidden_size,)"))
-        checks.shape(_OP, f"weight of {name}", checks.tensor(_OP, f"weight of {name}", weight), shape, meaning)
+        checks.shape(_OP, f"weight of {name}", weight, shape, meaning)
         if bias is not None or is_norm:
             first = meaning.strip("()").partition(",")[0]
-            bias = checks.tensor(_OP, f"bias of {name}", bias)
             checks.shape(_OP, f"bias of {name}", bias, shape[:1], f"({first},)")
         checks.same(_OP, "x", x, [(f"weight of {name}", weight), (f"bias of {name}", bias)])
 
 
 def _check(args: Mapping[str, Any]) -> None:
-    x, heads = checks.tensor(_OP, "x", args["x"]), args["num_heads"]
-    checks.floating(_OP, "x", x)
+    x, heads = checks.floating(_OP, "x", args["x"]), args["num_heads"]
     if x.dim() != 2 or x.shape[1] == 0:
         raise ValueError(
             f"ctxfast.{_OP}: x has shape {tuple(x.shape)}; expected (tokens, hidden_size), packed. Pack a padded batch "

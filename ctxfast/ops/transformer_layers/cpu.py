@@ -31,7 +31,7 @@ def _packed(weights: Sequence[Tensor | None], is_int8: bool) -> tuple[array, lis
 
     def address(tensor: Tensor | None) -> int:
         held.append(tensor)
-        return 0 if tensor is None else tensor.data_ptr()
+        return torch_ops.address(tensor)
 
     for i in range(0, len(weights), 2):
         weight, bias = weights[i], _vector(weights[i + 1])
@@ -116,7 +116,7 @@ def supports(args: Mapping[str, Any]) -> str | None:
         return f"it takes float32 and bfloat16 and x is {x.dtype}."
     if x.shape[1] > 8192 or x.shape[1] // args["num_heads"] > 1024 or not 0 < wide <= 65536:
         return "it takes at most 8192 columns, heads of 1024 and 1 to 65536 columns between the last two products."
-    if args["weight_dtype"] is not None and registry.needs_grad(args):
+    if args["weight_dtype"] is not None and registry.needs_grad(*args.values()):
         return "its int8 products have no gradient."
     if capability.extension() is None:
         return capability.why_no_extension()
@@ -139,7 +139,7 @@ def transformer_layers(
 ) -> Tensor | tuple[Tensor, ...]:
     """See ``ctxfast.functional.transformer_layers``."""
     options = (num_heads, activation, eps)
-    if not registry.needs_grad(dict(x=x, weights=weights)):
+    if not registry.needs_grad(x, weights):
         forward = _forward if torch_ops.is_direct(x, cu_seqlens, *weights) else _fwd
         states = forward(x, cu_seqlens, weights, *options, weight_dtype is torch.int8, all_layers)
         return tuple(states) if all_layers else states[0]

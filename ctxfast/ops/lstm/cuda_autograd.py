@@ -15,12 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..._core import capability, torch_ops
+from ..._core import capability, registry, torch_ops
 from .reference import recurrence as recurrence_definition
-
-
-def address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+from .states import previous
 
 
 def cell_major(weight: Tensor) -> Tensor:
@@ -29,7 +26,7 @@ def cell_major(weight: Tensor) -> Tensor:
 
 
 def gate_major(weight: Tensor) -> Tensor:
-    """The way back."""
+    """The inverse of ``cell_major``."""
     return weight.unflatten(0, (-1, 4)).transpose(0, 1).flatten(0, 1)
 
 
@@ -37,19 +34,6 @@ def input_gates(x: Tensor, weight_ih: Tensor, bias: Tensor | None) -> Tensor:
     """W_ih x + b of all steps: (B, T, I) -> (B, T, H, 4)."""
     # Ordered at every call: to know on the host that weights on a GPU have not changed would mean waiting for it.
     return F.linear(x, cell_major(weight_ih), None if bias is None else cell_major(bias)).unflatten(2, (-1, 4))
-
-
-def previous(states: Tensor, initial: Tensor, lengths: Tensor | None, is_reverse: bool) -> Tensor:
-    """(B, T, ...) -> the state before each step in the direction's own order; ``initial`` (B, ...) comes first."""
-    if states.shape[1] == 0:
-        return states
-    if not is_reverse:
-        return torch.cat((initial[:, None], states[:, :-1]), dim=1)
-    shifted = torch.cat((states[:, 1:], initial[:, None]), dim=1)
-    if lengths is None:
-        return shifted
-    last = torch.arange(states.shape[1], device=states.device) == lengths[:, None] - 1
-    return torch.where(last[:, :, None], initial[:, None], shifted)
 
 
 def forward_outputs(
@@ -169,7 +153,7 @@ def recurrence(fwd: Callable[..., Any], bwd: Callable[..., Any]) -> Callable[...
             size = hh[0].shape[1]
             before, z = [], []
             for r in range(directions):
-                initial = output.new_zeros(output.shape[0], size) if h_0 is None else h_0[r]
+                initial = None if h_0 is None else h_0[r]
                 h = previous(output[:, :, r * size : (r + 1) * size], initial, lengths, r == 1)
                 before.append(h)
                 z.append(_all_gates(gates[r], h, hh[r]))
@@ -181,10 +165,7 @@ def recurrence(fwd: Callable[..., Any], bwd: Callable[..., Any]) -> Callable[...
             for r in range(len(proj)):
                 m = (torch.sigmoid(z[r][..., 3].float()) * torch.tanh(cells[r])).to(output.dtype)
                 of_proj.append(of_hidden[r].flatten(0, 1).t() @ m.flatten(0, 1))
-            states = (
-                None if h_0 is None else of_h_0.to(h_0.dtype),
-                None if c_0 is None else of_c_0,
-            )
+            states = (None if h_0 is None else of_h_0.to(h_0.dtype), None if c_0 is None else of_c_0)
             return (None, None, None, *states, *of_gates, *of_hh, *of_proj)
 
     return Recurrence.apply
@@ -198,8 +179,7 @@ def run(
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """One call of ``lstm`` by these operators."""
     gates, hh, proj, h_0, c_0, clips = flat(args, gates_of)
-    sources = [tensor for tensor in (*gates, *hh, *proj, h_0, c_0) if tensor is not None]
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in sources):
+    if registry.needs_grad(gates, hh, proj, h_0, c_0):
         output, h_n, c_n = differentiable(len(gates), args["lengths"], clips, h_0, c_0, *gates, *hh, *proj)
     else:
         output, h_n, c_n, _ = fwd(gates, hh, proj, args["lengths"], h_0, c_0, *clips, False)

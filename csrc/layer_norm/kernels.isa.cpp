@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Rows from..to of a LayerNorm. The including file sets CTXFAST_LANES.
-#pragma once
+// Rows from..to of a LayerNorm.
+// sets: generic avx2 avx512
+#include "layer_norm/kernels.h"
 
 #include "base/typed_vector.h"
-#include "layer_norm/kernels.h"
 
 namespace ctxfast {
 namespace {
@@ -69,4 +69,6 @@ void rows(const LayerNormParams& p, int64_t from, int64_t to) {
 }
 
 }  // namespace
+
+CTXFAST_KERNELS(LayerNormKernel, layer_norm) = &rows;
 }  // namespace ctxfast

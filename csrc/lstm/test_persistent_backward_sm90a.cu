@@ -2,69 +2,18 @@
 // The persistent backward recurrence against a plain loop in double: sizes, batch tiles, lengths, states, clips, the
 // same bits twice. On the emulator: under random schedules with late stores, the same bits under each.
 // An argument asks for more: "all" for every batch and number of steps, "large" for 4096 cells and 512 outputs.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
 
 #include <cstring>
 #include <memory>
 
-#include "base/testing.h"
+#include "base/testing.cuh"
 #include "lstm/persistent_backward.h"
-#ifdef CTXFAST_EMULATE
-#include "emulator/emulator.h"
-#endif
 
 using namespace ctxfast;
 
+constexpr const char* kProgram = CTXFAST_PROGRAM("test_lstm_persistent_backward");
+
 namespace {
-
-void must(cudaError_t error) {
-  if (error == cudaSuccess) return;
-  std::printf("FAIL CUDA says: %s\n", cudaGetErrorString(error));
-  std::exit(1);
-}
-
-float as_float(float value) { return value; }
-float as_float(__half value) { return __half2float(value); }
-float as_float(__nv_bfloat16 value) { return __bfloat162float(value); }
-
-// Device memory, freed with the object.
-template <typename T>
-struct Device {
-  T* data = nullptr;
-  int64_t count = 0;
-  explicit Device(int64_t n) : count(n) {
-    must(cudaMalloc(&data, (n + 1) * sizeof(T)));
-    must(cudaMemset(data, 0xEE, (n + 1) * sizeof(T)));
-  }
-  explicit Device(const std::vector<T>& host) : Device(static_cast<int64_t>(host.size())) {
-    must(cudaMemcpy(data, host.data(), host.size() * sizeof(T), cudaMemcpyHostToDevice));
-  }
-  Device(const Device&) = delete;
-  ~Device() { cudaFree(data); }
-  std::vector<T> host() const {
-    std::vector<T> values(count);
-    must(cudaMemcpy(values.data(), data, count * sizeof(T), cudaMemcpyDeviceToHost));
-    return values;
-  }
-  std::vector<float> floats() const {
-    std::vector<float> values;
-    for (const T value : host()) values.push_back(as_float(value));
-    return values;
-  }
-};
-
-// Rounded to T, and seen as float.
-template <typename T>
-std::vector<T> rounded(std::vector<float>* values) {
-  std::vector<T> result;
-  for (float& value : *values) {
-    result.push_back(T(value));
-    value = as_float(result.back());
-  }
-  return result;
-}
 
 struct Sizes {
   int64_t B, T, H, P, R;
@@ -140,9 +89,7 @@ void test(Report* report, const char* dtype_name, DType dtype, double eps, const
 
   std::vector<std::vector<float>> first;
   for (int schedule = 0; schedule < schedules; ++schedule) {
-#ifdef CTXFAST_EMULATE
-    emulator::set_schedule(static_cast<uint64_t>(schedule) * 977 * (B + steps));
-#endif
+    set_schedule(static_cast<uint64_t>(schedule) * 977 * (B + steps));
     for (const auto& tensor : device_gates) must(cudaMemset(tensor->data, 0xEE, tensor->count * sizeof(T)));
     must(cudaMemset(h_0.data, 0xEE, h_0.count * 4));
     must(cudaMemset(workspace.data, 0x11, workspace.count));
@@ -250,18 +197,14 @@ void both(Report* report, const Sizes& z, int schedules) {
 }  // namespace
 
 int main(int count, char** arguments) {
-  int devices = 0;
-  if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
-    std::printf("test_lstm_persistent_backward: not run, no GPU\n");
-    return 0;
-  }
+  if (!has_gpu(kProgram)) return 0;
   const bool all = count > 1 && std::strcmp(arguments[1], "all") == 0;
   Report report;
   if (count > 1 && std::strcmp(arguments[1], "large") == 0) {
     test<__half>(&report, "fp16", DType::kFloat16, 4e-3, {33, 2, 4096, 512, 2, true, true, true, 1, 0.5f}, 2);
     test<__nv_bfloat16>(&report, "bf16", DType::kBFloat16, 3e-2, {3, 2, 4096, 512, 2, true, false, true, 0, 0}, 2);
     test<__half>(&report, "fp16", DType::kFloat16, 4e-3, {9, 2, 1024, 1024, 2, false, true, true, 0, 0}, 2);
-    return report.finish("test_lstm_persistent_backward");
+    return report.finish(kProgram);
   }
   if (all) {
     for (const int64_t B : {1, 3, 8, 9, 16, 32, 33}) {
@@ -276,7 +219,7 @@ int main(int count, char** arguments) {
     for (const int64_t H : {128, 256, 512, 1024}) both(&report, {9, 3, H, 64, 1, true, true, true, 1.0f, 0.5f}, 4);
     both(&report, {3, 3, 1024, 128, 1, true, true, true, 1.0f, 0.5f}, 4);
     both(&report, {9, 2, 2560, 320, 1, true, true, true, 1.0f, 0.5f}, 2);
-    return report.finish("test_lstm_persistent_backward");
+    return report.finish(kProgram);
   }
   both(&report, {3, 7, 512, 64, 2, true, true, true, 1.0f, 0.5f}, 3);
   both(&report, {9, 2, 256, 64, 1, true, false, false, 0, 0}, 3);
@@ -285,5 +228,5 @@ int main(int count, char** arguments) {
   test<__half>(&report, "fp16", DType::kFloat16, 4e-3, {33, 3, 192, 192, 1, false, true, true, 0, 0}, 3);
   test<__nv_bfloat16>(&report, "bf16", DType::kBFloat16, 3e-2, {32, 7, 320, 320, 1, false, true, true, 0, 0}, 3);
   test<__half>(&report, "fp16", DType::kFloat16, 4e-3, {2, 0, 128, 128, 2, false, false, true, 0, 0}, 1);
-  return report.finish("test_lstm_persistent_backward");
+  return report.finish(kProgram);
 }

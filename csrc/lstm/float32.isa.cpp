@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The float32 product: a word is one float. CTXFAST_ROWS, CTXFAST_VECTORS, CTXFAST_VECTORS_1 size the register tile.
-#pragma once
-
+// The float32 product: a word is one float.
+// sets: generic avx2 avx512
 #include "lstm/recurrence.h"
 #include "lstm/recurrence_backward.h"
 
@@ -10,7 +9,8 @@ namespace {
 
 struct Float32 {
   static constexpr bool kDirect = true, kScaled = false, kTiles = false;
-  static constexpr int kRows = CTXFAST_ROWS, kVectors = CTXFAST_VECTORS, kVectors1 = CTXFAST_VECTORS_1;
+  // AVX-512's 32 registers hold 6 x 4 sums, a weight and six broadcast h; 16 registers 3 x 4 sums, a weight and three.
+  static constexpr int kRows = kLanes == 16 ? 6 : 3, kVectors = 4, kVectors1 = kLanes == 16 ? 4 : 8;
   static constexpr int64_t kBlock = kLstmBlock, kHeader = 0, kInputRows = kLstmInputRows;
   static int64_t words(int64_t size) { return size; }
 
@@ -29,4 +29,6 @@ struct Float32 {
 };
 
 }  // namespace
+
+CTXFAST_KERNELS(LstmKernels, lstm_float32) = {&forward<Float32>, &backward<Float32>};
 }  // namespace ctxfast

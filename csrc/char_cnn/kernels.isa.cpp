@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Words through filters and back. The including file sets CTXFAST_LANES.
-#pragma once
+// Words through filters and back.
+// sets: generic avx2 avx512
+#include "char_cnn/kernels.h"
 
 #include "base/typed_vector.h"
-#include "char_cnn/kernels.h"
 
 namespace ctxfast {
 namespace {
@@ -228,4 +228,6 @@ void backward_filters(const CharCnnJob& job, int64_t from, int64_t to) {
 }
 
 }  // namespace
+
+CTXFAST_KERNELS(CharCnnKernels, char_cnn) = {&forward, &backward_words, &backward_filters};
 }  // namespace ctxfast

@@ -2,68 +2,19 @@
 // The persistent forward recurrence against a plain loop in double: sizes, batch tiles, lengths, states, clips, the
 // same bits twice. On the emulator: under random schedules with late stores, the same bits under each. An argument asks
 // for more: "all" for every batch and number of steps, "large" for 4096 cells and 512 outputs.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
 
 #include <algorithm>
 #include <cstring>
 #include <memory>
 
-#include "base/testing.h"
+#include "base/testing.cuh"
 #include "lstm/persistent_forward.h"
-#ifdef CTXFAST_EMULATE
-#include "emulator/emulator.h"
-#endif
 
 using namespace ctxfast;
 
+constexpr const char* kProgram = CTXFAST_PROGRAM("test_lstm_persistent_forward");
+
 namespace {
-
-void must(cudaError_t error) {
-  if (error == cudaSuccess) return;
-  std::printf("FAIL CUDA says: %s\n", cudaGetErrorString(error));
-  std::exit(1);
-}
-
-float as_float(float value) { return value; }
-float as_float(__half value) { return __half2float(value); }
-float as_float(__nv_bfloat16 value) { return __bfloat162float(value); }
-
-// Device memory, freed with the object.
-template <typename T>
-struct Device {
-  T* data = nullptr;
-  int64_t count = 0;
-  explicit Device(int64_t n) : count(n) {
-    must(cudaMalloc(&data, (n + 1) * sizeof(T)));
-    must(cudaMemset(data, 0xEE, (n + 1) * sizeof(T)));
-  }
-  explicit Device(const std::vector<T>& host) : Device(static_cast<int64_t>(host.size())) {
-    must(cudaMemcpy(data, host.data(), host.size() * sizeof(T), cudaMemcpyHostToDevice));
-  }
-  Device(const Device&) = delete;
-  ~Device() { cudaFree(data); }
-  void poison() { must(cudaMemset(data, 0xEE, count * sizeof(T))); }
-  std::vector<float> floats() const {
-    std::vector<T> values(count);
-    must(cudaMemcpy(values.data(), data, count * sizeof(T), cudaMemcpyDeviceToHost));
-    std::vector<float> result;
-    for (const T value : values) result.push_back(as_float(value));
-    return result;
-  }
-};
-
-// Rounded to T, and seen as float.
-template <typename T>
-std::vector<T> rounded(std::vector<float>* values) {
-  std::vector<T> result;
-  for (float& value : *values) {
-    result.push_back(T(value));
-    value = as_float(result.back());
-  }
-  return result;
-}
 
 struct Sizes {
   int64_t B, T, H, P, R;
@@ -134,13 +85,11 @@ void test(Report* report, const char* dtype_name, DType dtype, double eps, const
 
   std::vector<std::vector<float>> first;
   for (int schedule = 0; schedule < schedules; ++schedule) {
-#ifdef CTXFAST_EMULATE
-    emulator::set_schedule(static_cast<uint64_t>(schedule) * 977 * (B + steps));
-#endif
+    set_schedule(static_cast<uint64_t>(schedule) * 977 * (B + steps));
     p.cells = schedule == 1 ? nullptr : cells.data;
-    output.poison(), h_n.poison(), c_n.poison();
-    if (schedule != 1) cells.poison();
-    workspace.poison();
+    output.fill(0xEE), h_n.fill(0xEE), c_n.fill(0xEE);
+    if (schedule != 1) cells.fill(0xEE);
+    workspace.fill(0xEE);
     const Status status = lstm_persistent_forward(p, nullptr);
     report->that(what + " schedule " + std::to_string(schedule) + " " + status.message, status.ok());
     if (!status.ok()) return;
@@ -273,16 +222,12 @@ void test_refusals(Report* report) {
 }  // namespace
 
 int main(int count, char** arguments) {
-  int devices = 0;
-  if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
-    std::printf("test_lstm_persistent_forward: not run, no GPU\n");
-    return 0;
-  }
+  if (!has_gpu(kProgram)) return 0;
   Report report;
   test_refusals(&report);
   if (device_facts_here().major != 9) {
     std::printf("not run: needs a Hopper GPU\n");
-    return report.finish("test_lstm_persistent_forward");
+    return report.finish(kProgram);
   }
   if (count > 1 && std::strcmp(arguments[1], "large") == 0) {
     test<__half>(&report, "fp16", DType::kFloat16, 4e-3, {3, 2, 4096, 512, 2, true, true, true, 1, 0.5f}, 2);
@@ -290,7 +235,7 @@ int main(int count, char** arguments) {
     test<__half>(&report, "fp16", DType::kFloat16, 4e-3, {16, 2, 4096, 512, 1, true, false, true, 0, 0}, 2);
     test<__half>(&report, "fp16", DType::kFloat16, 4e-3, {3, 3, 1024, 1024, 2, false, true, true, 0, 0}, 2);
     test<__half>(&report, "fp16", DType::kFloat16, 4e-3, {17, 2, 1024, 1024, 2, false, true, true, 0, 0}, 2);
-    return report.finish("test_lstm_persistent_forward");
+    return report.finish(kProgram);
   }
   if (count > 1 && std::strcmp(arguments[1], "all") == 0) {
     for (const int64_t B : {1, 3, 8, 9, 16, 17, 32, 33}) {
@@ -306,7 +251,7 @@ int main(int count, char** arguments) {
       both(&report, {B, 3, 1024, 128, 1, true, true, true, 0, 0}, 3);
       both(&report, {B, 3, 576, 576, 1, false, true, true, 0, 0}, 3);
     }
-    return report.finish("test_lstm_persistent_forward");
+    return report.finish(kProgram);
   }
   test_nan<__half>(&report, DType::kFloat16, {3, 2, 128, 32, 1, true, false, true, 0, 0});
   test_nan<__nv_bfloat16>(&report, DType::kBFloat16, {9, 2, 64, 64, 1, false, false, true, 0, 0});
@@ -316,5 +261,5 @@ int main(int count, char** arguments) {
   both(&report, {3, 7, 96, 96, 2, false, true, true, 1.0f, 0.5f}, 4);
   test<__half>(&report, "fp16", DType::kFloat16, 4e-3, {33, 3, 64, 64, 2, false, true, true, 0, 0}, 4);
   test<__nv_bfloat16>(&report, "bf16", DType::kBFloat16, 3e-2, {16, 3, 160, 160, 1, false, true, true, 0, 0}, 3);
-  return report.finish("test_lstm_persistent_forward");
+  return report.finish(kProgram);
 }

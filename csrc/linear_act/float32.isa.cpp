@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The float32 product, over x held as tiles. The including file sets CTXFAST_LANES.
-#pragma once
-
+// The float32 product, over x held as tiles.
+// sets: generic avx2 avx512
 #include "linear_act/product.h"
 
 namespace ctxfast {
@@ -35,4 +34,6 @@ struct Float32 {
 };
 
 }  // namespace
+
+CTXFAST_KERNELS(LinearActKernel, linear_act_float32) = &forward<Vectors<Float32>>;
 }  // namespace ctxfast

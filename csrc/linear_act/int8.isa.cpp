@@ -1,51 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// The bfloat16 and int8 products, over x held as tiles. Compiled with -ffp-contract=off: with exact sums int8 gives the
-// same bits on every instruction set.
-//
-// The including file sets CTXFAST_LANES and, for instructions it wants,
-//   CTXFAST_DOT_BF16(sum, x, w)   Vec: sum + both products
-//   CTXFAST_DOT_INT8(sum, x, w)   WordVec: sum + four products of unsigned x and signed w
-#pragma once
-
+// The int8 product, over x held as tiles: exact sums, and every operation on float32 rounded by itself, so that all
+// instruction sets give the same bits.
+// sets: generic avx2 avxvnni avx512 avx512vnni amx
+// flags: -ffp-contract=off
 #include "base/int8.h"
+
 #include "linear_act/product.h"
+#include "linear_act/tiles.h"
 
 namespace ctxfast {
 namespace {
-
-struct Bfloat16 {
-  static constexpr bool kScaled = false, kFast = true;
-  typedef Vec Sum;
-#if defined(CTXFAST_DOT_BF16)
-  static constexpr int kRows = 8;
-  typedef WordVec Spread;
-  static Spread spread(uint32_t word) { return all_words(word); }
-  static Sum dot(Sum sum, Spread x, WordVec w) { return CTXFAST_DOT_BF16(sum, x, w); }
-#else
-  static constexpr int kRows = kLanes == 16 ? 8 : kLanes == 8 ? 2 : 1;
-  struct Spread {
-    Vec even, odd;
-  };
-  static Spread spread(uint32_t word) { return {(Vec)all_words(word << 16), (Vec)all_words(word & 0xffff0000u)}; }
-  static Sum dot(Sum sum, const Spread& x, WordVec w) {
-    sum = fused(x.odd, (Vec)(w & 0xffff0000u), sum);
-    return fused(x.even, (Vec)(w << 16), sum);
-  }
-#endif
-  static void enter() {}
-  static void leave() {}
-  static Vec value(const LinearActJob&, const float* z, int64_t, float, Vec bias) { return load(z) + bias; }
-
-  static void prepare(const LinearActJob& job, int64_t row, int64_t at) {
-    const uint16_t* const from = static_cast<const uint16_t*>(job.x) + row * job.stride_x;
-    uint32_t* to = tile_row<kTileRows>(job, at);
-    for (int64_t k = 0; k < job.in; k += 2 * kTileWords, to += kTile) {
-      const int64_t n = less(2 * kTileWords, job.in - k);
-      if (n < 2 * kTileWords) __builtin_memset(to, 0, 4 * kTileWords);  // what is beyond could be NaN
-      __builtin_memcpy(to, from + k, 2 * n);
-    }
-  }
-};
 
 struct Int8 : Int8Dot {
   static constexpr int kRows = kIsOne ? kLanes == 16 ? 8 : 2 : kIsPlain ? kLanes == 16 ? 4 : 1 : 2;
@@ -83,4 +47,10 @@ struct Int8 : Int8Dot {
 };
 
 }  // namespace
+
+#if defined(__AMX_TILE__)
+CTXFAST_KERNELS(LinearActKernel, linear_act_int8) = &forward<Tiles<Int8, true>>;
+#else
+CTXFAST_KERNELS(LinearActKernel, linear_act_int8) = &forward<Vectors<Int8>>;
+#endif
 }  // namespace ctxfast

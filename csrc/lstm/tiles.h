@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// AMX: a tile holds 16 rows of 16 words. One instruction multiplies 16 rows of h by 16 words of 16 columns.
-#include "base/amx.h"
+// Products on AMX, where a source is compiled for it: a tile holds 16 rows of 16 words. One instruction multiplies 16
+// rows of h by 16 words of 16 columns.
+#pragma once
 
-#define CTXFAST_LANES 16
-#define CTXFAST_DOT_BF16(sum, x, w) (Vec) _mm512_dpbf16_ps((__m512)(sum), (__m512bh)(x), (__m512bh)(w))
-#define CTXFAST_DOT_INT8(sum, x, w) (WordVec) _mm512_dpbusd_epi32((__m512i)(sum), (__m512i)(x), (__m512i)(w))
-#include "lstm/narrow.h"
+#if defined(__AMX_TILE__)
+#include "base/amx.h"
+#include "lstm/product.h"
 
 namespace ctxfast {
 namespace {
@@ -101,13 +101,6 @@ struct Tiles : Base {
   }
 };
 
-typedef Tiles<Bfloat16, false> Bfloat16Tiles;
-typedef Tiles<Int8, true> Int8Tiles;
-
 }  // namespace
 }  // namespace ctxfast
-
-namespace ctxfast {
-extern const LstmKernels lstm_bfloat16_amx = {&forward<Bfloat16Tiles>, nullptr};
-extern const LstmKernels lstm_int8_amx = {&forward<Int8Tiles>, nullptr};
-}  // namespace ctxfast
+#endif

@@ -1,0 +1,505 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The build of everything under csrc: what is compiled, by which compiler and with which flags.
+
+``setup.py`` builds the extension with it; the emulator of the tests and ``resources.py`` ask it too. As a program it
+builds the test programs and runs them, each once, as many at a time as there are cores:
+
+    python csrc/build.py test [--cpu]    kernels against plain loops: those of the CPU, then (without --cpu) the CUDA
+                                         ones, on a GPU where nvcc is and on the emulator where CUDA's headers are
+    python csrc/build.py sanitize        CUDA programs under compute-sanitizer: memcheck and racecheck (needs a GPU)
+
+A source's name says how it is compiled:
+
+    <op>/*.cpp             CPU
+    <op>/*.isa.cpp         CPU, once for each instruction set of its line "// sets: ...", with the flags of that set and
+                           of its line "// flags: ..."; base/isa.h chooses among them when they run
+    <op>/*.cu              CUDA; ``_sm90a`` at its end: for that architecture alone
+    <op>/bind_*.cpp        binding: the only sources, with base/module.cpp, that know Python; bind_cuda*.cpp are
+                           compiled where the kernels that they bind are
+    <op>/test_*.cpp, .cu   a test program, linked with the CPU's kernels or with the CUDA kernels of its folder
+    emulator/*.cpp         CUDA kernels on the CPU, compiled as C++ against these headers
+
+Settings (environment):
+
+    CTXFAST_CUDA           auto (default: CUDA kernels if nvcc is found), 1 (nvcc missing is an error), 0 (no CUDA).
+                           nvcc is looked for in CUDA_HOME (or CUDA_PATH), on PATH, then in NVIDIA's pip packages.
+    CTXFAST_CUDA_ARCHS     architectures, default 80;86;89;90a; PTX of the newest is added for later GPUs
+    CXX                    the C++ compiler
+    MAX_JOBS               how many compilers run at once
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import importlib.util
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+CSRC = Path(__file__).resolve().parent
+DEFAULT_ARCHS = "80;86;89;90a"
+AVX2 = ("-mavx2", "-mfma")
+AVX512 = (*AVX2, "-mavx512f", "-mprefer-vector-width=512")
+AVX512VNNI = (*AVX512, "-mavx512bw", "-mavx512vl", "-mavx512vnni")
+AVX512BF16 = (*AVX512VNNI, "-mavx512bf16")
+# Instruction sets: floats of a vector and flags. All but the first are x86-64's. csrc/base/isa.h lists them too.
+SETS = {
+    "generic": (4, ()),
+    "avx2": (8, AVX2),
+    "avxvnni": (8, (*AVX2, "-mavxvnni")),
+    "avx512": (16, AVX512),
+    "avx512vnni": (16, AVX512VNNI),
+    "avx512bf16": (16, AVX512BF16),
+    "amx": (16, (*AVX512BF16, "-mamx-tile", "-mamx-int8", "-mamx-bf16")),
+}
+# A CUDA source whose name ends so, or the binding of one, uses instructions only this architecture has.
+ARCH_ONLY = {"_sm90a": "90a"}
+OPTIMIZED = ("-std=c++17", "-O3", "-DNDEBUG")
+CXX_FLAGS = (*OPTIMIZED, "-fPIC", "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra", "-ffp-contract=fast")
+NVCC_FLAGS = (*OPTIMIZED, "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden")
+EMULATED_FLAGS = ("-x", "c++", "-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra",
+                  "-Wno-unknown-pragmas", "-DCTXFAST_EMULATE")  # fmt: skip
+
+
+class SettingError(Exception):
+    """A setting from the environment that cannot be followed."""
+
+
+# ---- tools
+
+
+@dataclass
+class Cuda:
+    """The CUDA compiler and what to compile for; ``reason`` says why ``nvcc`` is None."""
+
+    nvcc: str | None = None
+    version: str = ""
+    archs: tuple[str, ...] = ()
+    reason: str = ""
+    flags: list[str] = field(default_factory=list)
+    link_flags: list[str] = field(default_factory=list)
+
+
+def parse_cuda_mode(text: str | None) -> str:
+    """``auto``, ``0`` or ``1`` from the value of CTXFAST_CUDA (None: not set)."""
+    mode = "auto" if text is None or not text.strip() else text.strip().lower()
+    if mode not in ("auto", "0", "1"):
+        raise SettingError(f"ctxfast: CTXFAST_CUDA is {text!r}; expected auto, 0 or 1.")
+    return mode
+
+
+def parse_archs(text: str | None) -> tuple[str, ...]:
+    """Architectures from the value of CTXFAST_CUDA_ARCHS, e.g. ``80;90a`` -> ("80", "90a")."""
+    words = re.split(r"[;,\s]+", (DEFAULT_ARCHS if text is None else text).strip())
+    words = [word for word in words if word]
+    for word in words:
+        if not re.fullmatch(r"\d{2,3}[af]?", word) or int(word.rstrip("af")) < 80:
+            raise SettingError(
+                f"ctxfast: CTXFAST_CUDA_ARCHS holds {word!r}; expected numbers from 80 up like {DEFAULT_ARCHS}."
+            )
+    if not words:
+        raise SettingError(f"ctxfast: CTXFAST_CUDA_ARCHS is empty; expected a list like {DEFAULT_ARCHS}.")
+    return tuple(dict.fromkeys(words))
+
+
+def find_nvcc(environ: Mapping[str, str]) -> tuple[str | None, str]:
+    """Path of nvcc, or None and the reason."""
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        home = environ.get(name)
+        if home:
+            nvcc = Path(home) / "bin" / "nvcc"
+            return (str(nvcc), "") if nvcc.is_file() else (None, f"{name} is {home}, which has no bin/nvcc")
+    nvcc_on_path = shutil.which("nvcc", path=environ.get("PATH"))
+    if nvcc_on_path:
+        return nvcc_on_path, ""
+    # The environment's own packages: with build isolation they are not on sys.path.
+    for site in {sysconfig.get_path("purelib"), *sys.path}:
+        for nvcc in sorted(Path(site or ".").glob("nvidia/*/bin/nvcc"), reverse=True):
+            return str(nvcc), ""
+    return None, "no nvcc in CUDA_HOME, on PATH or among NVIDIA's pip packages"
+
+
+def find_cuda(environ: Mapping[str, str]) -> Cuda:
+    """The CUDA toolkit as the settings want it; SettingError if it is required and not there."""
+    mode = parse_cuda_mode(environ.get("CTXFAST_CUDA"))
+    archs = parse_archs(environ.get("CTXFAST_CUDA_ARCHS"))
+    if mode == "0":
+        return Cuda(reason="built with CTXFAST_CUDA=0")
+    nvcc, reason = find_nvcc(environ)
+    version = ""
+    if nvcc:
+        answer = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False)
+        release = re.search(r"release (\d+\.\d+)", answer.stdout)
+        if release:
+            version = release[1]
+        else:
+            nvcc, reason = None, f"{nvcc} --version does not answer like nvcc"
+    if not nvcc:
+        if mode == "1":
+            raise SettingError(
+                f"ctxfast: CTXFAST_CUDA=1 asks for CUDA kernels, but {reason}. Install the CUDA toolkit."
+            )
+        return Cuda(reason=reason)
+    cuda = Cuda(nvcc, version, archs)
+    # NVIDIA's pip packages of CUDA 12 put headers and libraries beside nvcc's folder, not inside.
+    package = Path(nvcc).resolve().parents[1]
+    if package.parent.name == "nvidia":
+        cuda.flags = [f"-I{folder}" for folder in sorted(package.parent.glob("*/include"))]
+        cuda.link_flags = [f"-L{folder}" for folder in sorted(package.parent.glob("*/lib"))]
+    return cuda
+
+
+def find_cuda_headers(environ: Mapping[str, str]) -> Path | None:
+    """A folder that holds CUDA's headers, for the emulator: the toolkit's, or the one that Triton brings along."""
+    folders = []
+    nvcc, _ = find_nvcc(environ)
+    if nvcc:
+        dry = subprocess.run([nvcc, "--dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+        folders += [word[2:] for word in shlex.split(dry.replace("#$", "")) if word.startswith("-I")]
+        folders += [line.split("=", 1)[1] + "/include" for line in dry.splitlines() if "TOP=" in line]
+    triton = importlib.util.find_spec("triton")
+    if triton:
+        folders += [f"{place}/backends/nvidia/include" for place in triton.submodule_search_locations or ()]
+    headers = ("cuda_fp16.h", "cuda_runtime_api.h")
+    return next((Path(folder) for folder in folders if all(Path(folder, name).is_file() for name in headers)), None)
+
+
+def find_cxx(environ: Mapping[str, str]) -> list[str]:
+    """The C++ compiler's command."""
+    for command in (environ.get("CXX"), "c++", "g++", "clang++"):
+        words = shlex.split(command or "")
+        if words and shutil.which(words[0]):
+            return words
+        if words and command == environ.get("CXX"):
+            raise SettingError(f"ctxfast: CXX is {command!r}, which is not there; expected a C++17 compiler.")
+    raise SettingError("ctxfast: no C++ compiler (c++, g++, clang++) on PATH. Install one or set CXX.")
+
+
+def find_ninja() -> str:
+    try:
+        import ninja
+
+        path = Path(ninja.BIN_DIR) / "ninja"
+        if path.is_file():
+            return str(path)
+    except ImportError:
+        pass
+    on_path = shutil.which("ninja")
+    if on_path is None:
+        raise SettingError("ctxfast: ninja is not there. Install it: pip install ninja.")
+    return on_path
+
+
+# ---- sources and their flags
+
+
+def is_test(source: Path) -> bool:
+    return source.name.startswith("test_")
+
+
+def knows_python(source: Path) -> bool:
+    return source.name.startswith("bind_") or source.name == "module.cpp"
+
+
+def sources(pattern: str) -> list[Path]:
+    """Sources of the extension by a pattern below csrc, in order: neither test programs nor the emulator's."""
+    return [path for path in sorted(CSRC.glob(pattern)) if not is_test(path) and path.parent.name != "emulator"]
+
+
+def directive(source: Path, key: str) -> list[str]:
+    """The words of a source's line ``// <key>: ...``; none without such a line."""
+    line = re.search(rf"^// {key}: (.+)$", source.read_text(encoding="utf-8"), re.MULTILINE)
+    return line[1].split() if line else []
+
+
+def arch_only(source: Path) -> str | None:
+    """The only architecture that a CUDA source is for."""
+    return next((arch for suffix, arch in ARCH_ONLY.items() if source.stem.endswith(suffix)), None)
+
+
+def gencode(archs: Sequence[str], source: Path) -> list[str]:
+    """nvcc's flags for one source: machine code of every architecture, and PTX of the newest."""
+    only = arch_only(source)
+    if only:
+        return [f"-gencode=arch=compute_{only},code=sm_{only}"]
+    flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    newest = max(int(arch.rstrip("af")) for arch in archs)
+    return [*flags, f"-gencode=arch=compute_{newest},code=compute_{newest}"]
+
+
+def accepted_sets(cxx: list[str]) -> list[str]:
+    """The instruction sets whose flags this compiler takes: the first alone on other processors than x86-64."""
+
+    def takes(flags: tuple[str, ...]) -> bool:
+        command = [*cxx, *flags, "-x", "c++", "-E", os.devnull]
+        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+    is_x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return [name for name, (_, flags) in SETS.items() if not flags or (is_x86 and takes(flags))]
+
+
+# ---- what is built
+
+
+class Build:
+    """The file build.ninja of ``folder``: the extension and the test programs share its objects.
+
+    Every method but ``run`` writes down how something is built and returns its path (or paths) relative to ``folder``;
+    ``run`` builds.
+    """
+
+    folder = CSRC.parent / "build" / sysconfig.get_config_var("SOABI")
+
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        self.environ = environ
+        self.cuda = find_cuda(environ)
+        self.cxx = find_cxx(environ)
+        self.ninja = find_ninja()
+        self._lines: dict[str, str] = {}  # target -> how it is made
+
+    def object(self, source: Path, command: Iterable[str], kind: str = "") -> str:
+        """One compiled source; ``kind`` keeps the objects of one source apart."""
+        target = f"{kind}{source.parent.name}_{source.name}.o"
+        words = shlex.join([*command, f"-I{CSRC}"]).replace("$", "$$")
+        self._lines[target] = f"build {target}: compile {_escaped(source)}\n  command_line = {words}"
+        return target
+
+    def link(self, target: str, command: Iterable[str], objects: Iterable[str]) -> str:
+        words = shlex.join(command).replace("$", "$$")
+        self._lines[target] = f"build {_escaped(target)}: link {' '.join(objects)}\n  command_line = {words}"
+        return target
+
+    def run(self, targets: Sequence[str]) -> bool:
+        """Build targets; False if a command failed, which ninja has shown."""
+        rules = (
+            "ninja_required_version = 1.5\n"
+            "rule compile\n  command = $command_line -MD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc\n"
+            "rule link\n  command = $command_line $in -o $out -ldl -lpthread -lrt\n"
+        )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        jobs = ["-j", self.environ["MAX_JOBS"]] if self.environ.get("MAX_JOBS") else []
+        with open(self.folder / "lock", "wb") as lock:  # one build at a time
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            write_if_changed(self.folder / "build.ninja", rules + "\n".join(self._lines.values()) + "\n")
+            return subprocess.run([self.ninja, "-C", str(self.folder), *jobs, *targets], check=False).returncode == 0
+
+    @cached_property
+    def sets(self) -> list[str]:
+        return accepted_sets(self.cxx)
+
+    @cached_property
+    def cuda_headers(self) -> Path | None:
+        return find_cuda_headers(self.environ)
+
+    # -- objects
+
+    def cpu_kernels(self) -> list[str]:
+        compiled = " ".join(["", *self.sets, ""])
+        command = [*self.cxx, *CXX_FLAGS, f'-DCTXFAST_COMPILED_SETS="{compiled}"']
+        objects = []
+        for path in sources("*/*.cpp"):
+            if path.name.endswith(".isa.cpp"):
+                for name in directive(path, "sets"):
+                    if name in self.sets:
+                        lanes, flags = SETS[name]
+                        kind = [f"-DCTXFAST_ISA={name}", f"-DCTXFAST_LANES={lanes}", *flags, *directive(path, "flags")]
+                        objects.append(self.object(path, [*command, *kind], f"{name}_"))
+            elif not knows_python(path):
+                objects.append(self.object(path, command))
+        return objects
+
+    def cuda_kernels(self, where: str = "*") -> list[str]:
+        return [self._cuda_object(path) for path in self._compiled(sources(f"{where}/*.cu"))]
+
+    def _compiled(self, cuda_sources: Iterable[Path]) -> list[Path]:
+        """Those that are for an architecture of this build."""
+        return [path for path in cuda_sources if arch_only(path) in (None, *self.cuda.archs)]
+
+    def _cuda_object(self, source: Path) -> str:
+        return self.object(source, [*self._nvcc(), *NVCC_FLAGS, *self.cuda.flags, *gencode(self.cuda.archs, source)])
+
+    def _nvcc(self) -> list[str]:
+        assert self.cuda.nvcc is not None
+        return [self.cuda.nvcc, *(["-ccbin", self.cxx[0]] if len(self.cxx) == 1 else [])]
+
+    def _emulated_object(self, source: Path, *flags: str) -> str:
+        return self.object(source, [*self.cxx, *EMULATED_FLAGS, f"-isystem{self.cuda_headers}", *flags], "emulated_")
+
+    # -- targets
+
+    def extension(self, name: str, version: str) -> str:
+        """The shared library ``name``: bindings, CPU kernels and, where there is nvcc, CUDA kernels."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_if_changed(self.folder / "ctxfast_build_info.h", build_info_header(version, self.compiler, self.cuda))
+        flags = [*CXX_FLAGS, *_python_flags(), f"-I{self.folder}"]
+        bindings = [CSRC / "base" / "module.cpp", *sources("*/bind_cpu.cpp")]
+        if self.cuda.nvcc:
+            bindings += self._compiled(sources("*/bind_cuda*.cpp"))
+        objects = [self.object(path, [*self.cxx, *flags]) for path in bindings] + self.cpu_kernels()
+        if not self.cuda.nvcc:
+            command = [*self.cxx, "-shared", "-pthread", "-Wl,--exclude-libs,ALL"]
+            return self.link(name, command, objects)
+        # nvcc knows where its static runtime lies; the result needs no CUDA library to load.
+        command = [*self._nvcc(), "-shared", "-cudart=static", "-Xlinker=--exclude-libs,ALL", *self.cuda.link_flags]
+        return self.link(name, command, objects + self.cuda_kernels())
+
+    def emulated_extension(self, name: str) -> str:
+        """The shared library ``name``: the CUDA kernels and their bindings, on the emulator."""
+        objects = [self._emulated_object(path) for path in [*sources("*/*.cu"), CSRC / "emulator" / "emulator.cpp"]]
+        bindings = [*sources("*/bind_cuda*.cpp"), CSRC / "emulator" / "module.cpp"]
+        objects += [self._emulated_object(path, *_python_flags()) for path in bindings]
+        return self.link(name, [*self.cxx, "-shared"], objects)
+
+    def cpu_tests(self) -> list[str]:
+        kernels = self.cpu_kernels()
+        programs = []
+        for path in sorted(CSRC.glob("*/test_*.cpp")):
+            objects = [self.object(path, [*self.cxx, *CXX_FLAGS]), *kernels]
+            programs.append(self.link(_program(path), [*self.cxx, "-pthread"], objects))
+        return programs
+
+    def cuda_tests(self) -> list[str]:
+        command = [*self._nvcc(), "-cudart=static", *self.cuda.link_flags]
+        programs = []
+        for path in self._compiled(sorted(CSRC.glob("*/test_*.cu"))):
+            objects = [self._cuda_object(path), *self.cuda_kernels(path.parent.name)]
+            programs.append(self.link(_program(path), command, objects))
+        return programs
+
+    def emulated_tests(self) -> list[str]:
+        emulator = self._emulated_object(CSRC / "emulator" / "emulator.cpp")
+        programs = []
+        for path in sorted(CSRC.glob("*/test_*.cu")):
+            kernels = [self._emulated_object(kernel) for kernel in sources(f"{path.parent.name}/*.cu")]
+            objects = [self._emulated_object(path), *kernels, emulator]
+            programs.append(self.link(f"emulated_{_program(path)}", [*self.cxx, "-pthread"], objects))
+        return programs
+
+    @cached_property
+    def compiler(self) -> str:
+        """What the C++ compiler says it is."""
+        answer = subprocess.run([*self.cxx, "--version"], capture_output=True, text=True, check=False)
+        return (answer.stdout.splitlines() or [" ".join(self.cxx)])[0]
+
+
+def _program(source: Path) -> str:
+    """The name of a test program: test_lstm_step of lstm/test_step.cu."""
+    return f"test_{source.parent.name}_{source.stem.removeprefix('test_')}"
+
+
+def _escaped(path: Path | str) -> str:
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+def _python_flags() -> list[str]:
+    import pybind11
+
+    return [f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}"]
+
+
+def build_info_header(version: str, compiler: str, cuda: Cuda) -> str:
+    """The facts of this build, as the header that base/module.cpp includes."""
+
+    def quoted(text: str) -> str:
+        return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+    listed = [*cuda.archs, f"{max(int(arch.rstrip('af')) for arch in cuda.archs)}+PTX"] if cuda.nvcc else []
+    return "".join(
+        f"#define CTXFAST_{name} {value}\n"
+        for name, value in (
+            ("VERSION", quoted(version)),
+            ("COMPILER", quoted(compiler)),
+            ("WITH_CUDA", int(cuda.nvcc is not None)),
+            ("CUDA_VERSION", quoted(cuda.version)),
+            ("CUDA_ARCHS", quoted(";".join(listed))),
+            ("CUDA_REASON", quoted(cuda.reason)),
+        )
+    )
+
+
+def write_if_changed(path: Path, text: str) -> None:
+    """Write ``path`` unless it holds ``text`` already: ninja then rebuilds nothing."""
+    if path.is_file() and path.read_text(encoding="utf-8") == text:
+        return
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+# ---- the test programs
+
+
+def run_programs(commands: Sequence[Sequence[str]], environ: Mapping[str, str]) -> int:
+    """Run commands, as many at a time as there are cores; how many failed."""
+
+    def run(command: Sequence[str]) -> int:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environ)
+        died = "" if done.returncode in (0, 1) else f"{' '.join(command)}: ended with {done.returncode}\n"
+        print(done.stdout + died, end="", flush=True)
+        return done.returncode != 0
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return sum(pool.map(run, commands))
+
+
+def test(build: Build, only_cpu: bool) -> int:
+    programs = build.cpu_tests()
+    if not only_cpu:
+        if build.cuda.nvcc:
+            programs += build.cuda_tests()
+        else:
+            print(f"CUDA programs not built: {build.cuda.reason}")
+        if build.cuda_headers:
+            programs += build.emulated_tests()
+        else:
+            print("nothing run on the emulator: CUDA's headers come with its toolkit or with Triton")
+    if not build.run(programs):
+        return 1
+    failed = run_programs([[str(build.folder / program)] for program in programs], build.environ)
+    print(f"{len(programs)} programs, {failed} failed")
+    return int(failed > 0)
+
+
+def sanitize(build: Build) -> int:
+    """Out-of-bounds and misaligned accesses, then races in shared memory; programs take their small sizes."""
+    sanitizer = build.environ.get("SANITIZER") or shutil.which("compute-sanitizer")
+    if not build.cuda.nvcc or not sanitizer:
+        raise SettingError(f"not sanitized: {build.cuda.reason or 'no compute-sanitizer on PATH (SANITIZER=...)'}")
+    programs = build.cuda_tests()
+    if not build.run(programs):
+        return 1
+    environ = {**build.environ, "CTXFAST_SMALL": "1"}
+    for tool in ("memcheck", "racecheck"):
+        for program in programs:
+            print(f"{tool} {program}", flush=True)
+            command = [sanitizer, "--tool", tool, "--error-exitcode", "1", str(build.folder / program)]
+            if run_programs([command], environ):
+                return 1
+    return 0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Builds and runs the test programs of csrc.")
+    parser.add_argument("what", choices=("test", "sanitize"))
+    parser.add_argument("--cpu", action="store_true", help="the CPU's programs alone")
+    options = parser.parse_args()
+    try:
+        build = Build(dict(os.environ))
+        raise SystemExit(sanitize(build) if options.what == "sanitize" else test(build, options.cpu))
+    except SettingError as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,7 +1,0 @@
-// SPDX-License-Identifier: Apache-2.0
-#define CTXFAST_LANES 16
-#include "char_cnn/body.h"
-
-namespace ctxfast {
-extern const CharCnnKernels char_cnn_avx512 = {&forward, &backward_words, &backward_filters};
-}

@@ -1,7 +1,0 @@
-// SPDX-License-Identifier: Apache-2.0
-#define CTXFAST_LANES 4
-#include "linear_act/float32.h"
-
-namespace ctxfast {
-extern const LinearActKernel linear_act_float32_generic = &forward<Vectors<Float32>>;
-}
