@@ -89,7 +89,9 @@ def _is_own(module: nn.Module, package: str, kind: type | None = None) -> bool:
     kind, forward = kind or type(module), module.__dict__.get("forward")
     if forward is not None:  # accelerate's, for mixed precision, are around a model's own
         packages = (package, "torch", *({"accelerate"} & sys.modules.keys()))
-        if not identity.is_written_in(forward, *packages) or inspect.unwrap(forward) is not inspect.unwrap(kind.forward):
+        if not identity.is_written_in(forward, *packages) or inspect.unwrap(forward) is not inspect.unwrap(
+            kind.forward
+        ):
             return False
     return identity.why_not_stock(kind, package, _RUN) is None
 

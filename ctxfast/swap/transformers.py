@@ -224,7 +224,9 @@ class PackedEncoder(nn.Module):
             return None
         collects = _collected("hidden_states")
         if not packing.is_full:
-            is_seen = collects or any(not transformers_layers.is_capture(hook) for hook in own["_forward_hooks"].values())
+            is_seen = collects or any(
+                not transformers_layers.is_capture(hook) for hook in own["_forward_hooks"].values()
+            )
             if padding_readers.is_read(own.get("padding", PackedEncoder.padding), is_seen):
                 return None
         layers = list(layers._modules.values())
