@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from ctxfast.models.bert.weights import resolve_model
-from ctxfast.training.loop import LoopConfig, train
+from ctxfast.training.loop.train import LoopConfig, train
 from ctxfast.training.readers.conll import read_conll
 from ctxfast.training.readers.squad import read_squad
 from ctxfast.training.readers.tables import read_table

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokens without padding: the real tokens of a padded batch, one after another, packed once at a
-model's edge.
+"""Tokens without padding: the real tokens of a padded batch, one after another, packed once at a model's edge.
 
 Shape letters: B batch, L columns of the padded batch, T real tokens, "..." any trailing dimensions.
 """
@@ -36,8 +35,7 @@ class Packing:
         max_seqlen: tokens of the longest text (no padding counted); 0 without any.
         batch_size: B.
         seqlen: L.
-        host_lengths: tokens of each text, on the host; None where all have ``seqlen`` (see
-            ``lengths``).
+        host_lengths: tokens of each text, on the host; None where all have ``seqlen`` (see ``lengths``).
     """
 
     indices: Tensor
@@ -57,8 +55,7 @@ class Packing:
 
         Raises:
             TypeError: not a tensor, or of a complex dtype.
-            ValueError: another number of dimensions (masks per query are not supported), or other
-                values.
+            ValueError: another number of dimensions (masks per query are not supported), or other values.
         """
         if not isinstance(attention_mask, Tensor):
             raise TypeError(
@@ -66,16 +63,14 @@ class Packing:
             )
         if attention_mask.dim() != 2:
             raise ValueError(
-                f"ctxfast.Packing: attention_mask has shape {tuple(attention_mask.shape)}; "
-                f"expected "
-                f"(batch, seqlen). Masks that differ by query (3-D or 4-D, decoder masks) are not "
-                f"supported: pass the padding mask."
+                f"ctxfast.Packing: attention_mask has shape {tuple(attention_mask.shape)}; expected (batch, seqlen). "
+                f"Masks that differ by query (3-D or 4-D, decoder masks) are not supported: pass the padding mask."
             )
         is_bool = attention_mask.dtype == torch.bool
         if not (is_bool or attention_mask.is_floating_point() or attention_mask.dtype in _INTEGER):
             raise TypeError(
-                f"ctxfast.Packing: attention_mask has dtype {attention_mask.dtype}; expected bool, "
-                f"or integers or floating-point numbers that are 0 and 1."
+                f"ctxfast.Packing: attention_mask has dtype {attention_mask.dtype}; expected bool, or integers or "
+                f"floating-point numbers that are 0 and 1."
             )
         why_no_values = None if torch.compiler.is_compiling() else checks.why_no_values(attention_mask)
         if why_no_values is not None:
@@ -96,15 +91,13 @@ class Packing:
             *host_lengths, has_odd = torch.cat((per_row, is_odd[None].long())).tolist()
             if has_odd:
                 raise ValueError(
-                    "ctxfast.Packing: attention_mask holds other values than 0 and 1; expected 1 "
-                    "for "
-                    "a token, 0 for padding. An additive mask becomes one with: mask == 0."
+                    "ctxfast.Packing: attention_mask holds other values than 0 and 1; expected 1 for a token, 0 for "
+                    "padding. An additive mask becomes one with: mask == 0."
                 )
         total = sum(host_lengths)
         if total == batch_size * seqlen:
             return cls.full(batch_size, seqlen, attention_mask.device)
-        # Place of the k-th real token: where the running count first reaches k. As nonzero, but its
-        # size is known.
+        # Place of the k-th real token: where the running count first reaches k. As nonzero, but its size is known.
         counts = is_real.flatten().cumsum(0)
         indices = torch.searchsorted(counts, torch.arange(1, total + 1, device=counts.device))
         return cls(indices, _offsets(per_row), max(host_lengths), batch_size, seqlen, tuple(host_lengths))
@@ -117,20 +110,14 @@ class Packing:
 
     @classmethod
     def from_lengths(
-        cls,
-        lengths: Tensor | Sequence[int],
-        seqlen: int | None = None,
-        device: torch.device | str | None = None,
+        cls, lengths: Tensor | Sequence[int], seqlen: int | None = None, device: torch.device | str | None = None
     ) -> Packing:
-        """Packing of right-padded texts; waits for a GPU once if ``lengths`` lies there, else not
-        at all.
+        """Packing of right-padded texts; waits for a GPU once if ``lengths`` lies there, else not at all.
 
         Args:
-            lengths: (B,) int64 or int32, or a sequence of B integers: tokens of each text,
-                0..seqlen.
+            lengths: (B,) int64 or int32, or a sequence of B integers: tokens of each text, 0..seqlen.
             seqlen: columns of the padded batch; None for the longest text.
-            device: where the packing lies; None for the device of ``lengths`` (a sequence: the
-                CPU).
+            device: where the packing lies; None for the device of ``lengths`` (a sequence: the CPU).
 
         Raises:
             TypeError: lengths that are no integers.
@@ -160,19 +147,11 @@ class Packing:
         # Each text moves on by the padding of all texts before it.
         shift = torch.arange(len(host_lengths), device="cpu") * seqlen - cu_seqlens[:-1]
         indices = torch.arange(sum(host_lengths), device="cpu") + shift.repeat_interleave(per_row)
-        return cls(
-            indices.to(device),
-            cu_seqlens.to(device),
-            longest,
-            len(host_lengths),
-            seqlen,
-            host_lengths,
-        )
+        return cls(indices.to(device), cu_seqlens.to(device), longest, len(host_lengths), seqlen, host_lengths)
 
     @classmethod
     def full(cls, batch_size: int, seqlen: int, device: torch.device | str | None = None) -> Packing:
-        """Packing of a batch without padding; reads nothing on the host, so it compiles and
-        captures."""
+        """Packing of a batch without padding; reads nothing on the host, so it compiles and captures."""
         indices = torch.arange(batch_size * seqlen, device=device)
         cu_seqlens = torch.arange(batch_size + 1, device=device, dtype=torch.int32) * seqlen
         return cls(indices, cu_seqlens, seqlen, batch_size, seqlen)
@@ -211,8 +190,7 @@ class Packing:
 
     @property
     def columns(self) -> Tensor:
-        """(T,) int64, column of every packed token in the padded batch: its position in the
-        text."""
+        """(T,) int64, column of every packed token in the padded batch: its position in the text."""
         return self.indices % max(self.seqlen, 1)
 
     @property
@@ -221,33 +199,29 @@ class Packing:
         return self.indices // max(self.seqlen, 1)
 
     def pack(self, x: Tensor) -> Tensor:
-        """(B, L, ...) -> (T, ...): the real tokens, row by row. Differentiable; a view where there
-        is no padding.
+        """(B, L, ...) -> (T, ...): the real tokens, row by row. Differentiable; a view where there is no padding.
 
         Raises:
             ValueError: x has other first two dimensions, or lies on another device.
         """
         if tuple(x.shape[:2]) != (self.batch_size, self.seqlen):
             raise ValueError(
-                f"ctxfast.Packing.pack: x has shape {tuple(x.shape)}; expected (batch, seqlen, "
-                f"...) "
-                f"= ({self.batch_size}, {self.seqlen}, ...)."
+                f"ctxfast.Packing.pack: x has shape {tuple(x.shape)}; expected (batch, seqlen, ...) = "
+                f"({self.batch_size}, {self.seqlen}, ...)."
             )
         self._check_device("pack", "x", x)
         flat = x.reshape(self.batch_size * self.seqlen, *x.shape[2:])
         return flat if self.is_full else flat.index_select(0, self.indices)
 
     def unpack(self, x_packed: Tensor, fill: float | int | bool = 0.0) -> Tensor:
-        """(T, ...) -> (B, L, ...): every token back in its place, ``fill`` at padding.
-        Differentiable.
+        """(T, ...) -> (B, L, ...): every token back in its place, ``fill`` at padding. Differentiable.
 
         Raises:
             ValueError: x_packed has another number of rows, or lies on another device.
         """
         if x_packed.dim() < 1 or x_packed.shape[0] != self.total:
             raise ValueError(
-                f"ctxfast.Packing.unpack: x_packed has shape {tuple(x_packed.shape)}; expected "
-                f"(tokens, ...) = "
+                f"ctxfast.Packing.unpack: x_packed has shape {tuple(x_packed.shape)}; expected (tokens, ...) = "
                 f"({self.total}, ...)."
             )
         self._check_device("unpack", "x_packed", x_packed)
@@ -257,14 +231,12 @@ class Packing:
         return x_packed.reshape(self.batch_size, self.seqlen, *x_packed.shape[1:])
 
     def first(self, x_packed: Tensor) -> Tensor:
-        """(T, ...) -> (B, ...): the first real token of every text, zeros for a text without any.
-        Differentiable."""
+        """(T, ...) -> (B, ...): the first real token of every text, zeros for a text without any. Differentiable."""
         if self.is_full and self.seqlen > 0:
             return x_packed.reshape(self.batch_size, self.seqlen, *x_packed.shape[1:])[:, 0]
         rows = self.cu_seqlens[:-1]
         if self.has_empty:
-            # One more row, of zeros, stands in for the first token that an empty text does not
-            # have.
+            # One more row, of zeros, stands in for the first token that an empty text does not have.
             rows = torch.where(self.cu_seqlens[1:] == rows, self.total, rows)
             x_packed = torch.cat((x_packed, x_packed.new_zeros(1, *x_packed.shape[1:])))
         return x_packed.index_select(0, rows.long())

@@ -316,9 +316,9 @@ def test_lstm_pack_takes_strides_and_rounds_to_nearest_even() -> None:
 
 def test_lstm_pack_takes_null_for_what_is_empty_only() -> None:
     _C.lstm_pack(0, 5, True, "float32", 0, (5, 1), 0, (0, 1), 0)  # no cells: torch gives an empty tensor the address 0
-    with pytest.raises(ValueError, match="weight_proj is null; expected the address of 40 elements"):
+    with pytest.raises(ValueError, match="weight_proj is null; expected an address"):
         _C.lstm_pack(8, 5, True, "float32", 4, (5, 1), 0, (8, 1), 4)
-    with pytest.raises(ValueError, match="weight_hh is null; expected the address of 256 elements"):
+    with pytest.raises(ValueError, match="weight_hh is null; expected an address"):
         _C.lstm_pack(8, 8, False, "float32", 0, (8, 1), 0, (), 4)
 
 
@@ -329,15 +329,15 @@ def test_lstm_pack_takes_null_for_what_is_empty_only() -> None:
         ({"steps": -2}, "steps is -2; expected 0 or more"),
         ({"hidden": -1}, "hidden is -1; expected 0 or more"),
         ({"has_projection": False}, "proj_size is 3; expected hidden = 8, as there is no projection"),
-        ({"weight_dtype": "float16"}, "weight_dtype is float16; expected float32, bfloat16 or int8"),
+        ({"weight_dtype": "float16"}, "weight_dtype is float16; expected one of float32, bfloat16, int8"),
         ({"input": -1}, "input is -1; expected 0 or more"),
-        ({"input": 32, "x": [0]}, "x[0] is null; expected the address of 192 elements"),
-        ({"x": []}, "x[0] is null"),
-        ({"packed_input": [0]}, "packed_input[0] is null"),
-        ({"packed": [0]}, "packed[0] is null"),
-        ({"packed": [2]}, "expected 4-byte alignment"),
-        ({"directions": 3}, "directions is 3; expected 1 or 2"),
-        ({"output": 0}, "output is null; expected the address of 18 elements"),
+        ({"x": [0]}, "x is null; expected an address"),
+        ({"x": []}, "x is null"),
+        ({"packed_input": [0]}, "packed_input is null"),
+        ({"packed": [0]}, "packed is null"),
+        ({"packed": [2]}, "packed is misaligned; expected a multiple of 4"),
+        ({"directions": 3}, "directions is 3; expected 1..2"),
+        ({"output": 0}, "output is null; expected an address"),
         ({"h_n": 0}, "h_n is null"),
         ({"c_n": 0}, "c_n is null"),
         ({"threads": 0}, "threads is 0; expected 1 or more"),
@@ -409,7 +409,7 @@ def test_scalar_mix_checks_before_it_launches() -> None:
         _C.scalar_mix_forward(65, 1, "float32", [1], 1, 1, 0)
     with pytest.raises(ValueError, match="expected at most 64 entries"):
         _C.scalar_mix_forward(64, 1, "float32", [1] * 65, 1, 1, 0)
-    with pytest.raises(ValueError, match=r"inputs\[1\] is null"):
+    with pytest.raises(ValueError, match="an input is null"):
         _C.scalar_mix_forward(2, 1, "float32", [1], 1, 1, 0)
     with pytest.raises(ValueError, match="numel is -1; expected 0 or more"):
         _C.scalar_mix_forward(1, -1, "float32", [1], 1, 1, 0)

@@ -17,10 +17,10 @@ from support.fake_encoder import FakeEncoder
 
 from ctxfast._core.files import replacing_folder
 from ctxfast.embedding.embedder import Embedder
-from ctxfast.training.bert_corpus import _Shard
-from ctxfast.training.bert_instances import Pair
-from ctxfast.training.bilm_corpus import BiLmCorpus
-from ctxfast.training.checkpoints import RunDirectory
+from ctxfast.training.loop.checkpoints import RunDirectory
+from ctxfast.training.pretraining.bert_corpus import _Shard
+from ctxfast.training.pretraining.bert_instances import Pair
+from ctxfast.training.pretraining.bilm_corpus import BiLmCorpus
 
 LINES = [" ".join("abcdefghij"[i % 7 : i % 7 + 1 + i % 4]) for i in range(40)]
 FORMATS = [".hdf5", ".safetensors", ".npz", ".jsonl", ".parquet"]
@@ -89,7 +89,7 @@ def _bilm(folder: Path) -> None:
 
 
 def _array(folder: Path) -> None:
-    from ctxfast.training.prepared import save_array
+    from ctxfast.training.pretraining.prepared import save_array
 
     with replacing_folder(folder / "x") as new:
         save_array(new / "x.npy", np.zeros((300, 300)))

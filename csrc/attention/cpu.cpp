@@ -4,6 +4,7 @@
 
 #include "attention/attention.h"
 #include "attention/kernels.h"
+#include "base/checks.h"
 #include "base/parallel.h"
 #include "base/workspace.h"
 
@@ -43,44 +44,22 @@ Status check_offsets(const char* op, const void* given, int64_t sequences, int64
   return {};
 }
 
-struct Size {
-  const char* name;
-  int64_t value, least;
-};
-
 // What forward and backward have in common.
 Status check(const AttentionParams& p, int64_t* longest) {
-  const Size sizes[] = {{"tokens", p.tokens, 0},
-                        {"sequences", p.sequences, 0},
-                        {"heads", p.heads, 0},
-                        {"threads", p.threads, 1},
-                        {"stride_qkv", p.stride_qkv, 3 * p.heads * p.head_dim}};
-  for (const auto& size : sizes) {
-    if (size.value < size.least) {
-      return invalid(kOp, size.name, std::to_string(size.value), std::to_string(size.least) + " or more");
-    }
-  }
-  if (p.head_dim < 0 || p.head_dim > kAttentionMaxHeadDim) {
-    return invalid(kOp, "head_dim", std::to_string(p.head_dim), "0.." + std::to_string(kAttentionMaxHeadDim));
-  }
-  if (p.io_dtype != DType::kFloat32 && p.io_dtype != DType::kBFloat16) {
-    return invalid(kOp, "io_dtype", kDTypeNames[static_cast<int>(p.io_dtype)], "float32 or bfloat16");
-  }
+  CTXFAST_RETURN_IF_ERROR(check_sizes(kOp, {{"tokens", p.tokens},
+                                            {"sequences", p.sequences},
+                                            {"heads", p.heads},
+                                            {"threads", p.threads, 1},
+                                            {"head_dim", p.head_dim, 0, kAttentionMaxHeadDim},
+                                            {"stride_qkv", p.stride_qkv, 3 * p.heads * p.head_dim}}));
+  CTXFAST_RETURN_IF_ERROR(check_dtype(kOp, "io_dtype", p.io_dtype, {DType::kFloat32, DType::kBFloat16}));
   if (!(p.dropout_p >= 0 && p.dropout_p < 1)) {
     return invalid(kOp, "dropout_p", std::to_string(p.dropout_p), "0 or more, below 1");
   }
-  if (p.dropout_p > 0 && !p.seeds) return invalid(kOp, "seeds", "null", "an address where there is dropout");
-  if (!p.cu_seqlens) return invalid(kOp, "cu_seqlens", "null", "an address");
+  CTXFAST_RETURN_IF_ERROR(check_addresses(kOp, {{"seeds", p.seeds, p.dropout_p > 0}, {"cu_seqlens", p.cu_seqlens}}));
   const Status rises = attention_check_offsets(kOp, p.cu_seqlens, p.is_int64, p.sequences, p.tokens, longest);
   if (!rises.ok() || p.tokens * p.heads * p.head_dim == 0) return rises;
-  if (!p.qkv) return invalid(kOp, "qkv", "null", "an address");
-  return {};
-}
-
-Status check_rows(const char* name, const void* rows, int64_t stride, int64_t least) {
-  if (!rows) return invalid(kOp, name, "null", "an address");
-  if (stride >= least) return {};
-  return invalid(kOp, std::string("stride of ") + name, std::to_string(stride), std::to_string(least) + " or more");
+  return check_addresses(kOp, {{"qkv", p.qkv}});
 }
 
 bool is_empty(const AttentionParams& p) { return p.tokens * p.heads * p.head_dim == 0; }
@@ -147,8 +126,8 @@ Status attention_forward(const AttentionParams& p) {
   int64_t longest = 0;
   const Status checked = check(p, &longest);
   if (!checked.ok() || is_empty(p)) return checked;
-  const Status rows = check_rows("y", p.y, p.stride_y, p.heads * p.head_dim);
-  if (!rows.ok()) return rows;
+  CTXFAST_RETURN_IF_ERROR(check_addresses(kOp, {{"y", p.y}}));
+  CTXFAST_RETURN_IF_ERROR(check_sizes(kOp, {{"stride_y", p.stride_y, p.heads * p.head_dim}}));
   const int64_t draws = p.dropout_p > 0 ? draws_bytes(longest) : 0;
   const int64_t bytes = round_up(attention_scratch_bytes(longest, p.head_dim) + draws, 64);
   return run_kernel(attention_kernel_for(p.io_dtype, p.isa), p, longest, bytes, 2);
@@ -159,10 +138,10 @@ Status attention_backward(const AttentionParams& p) {
   const Status checked = check(p, &longest);
   if (!checked.ok() || is_empty(p)) return checked;
   const int64_t width = p.heads * p.head_dim;
-  const Status given = check_rows("gradients.y", p.gradients.y, p.gradients.stride_y, width);
-  if (!given.ok()) return given;
-  const Status wanted = check_rows("gradients.qkv", p.gradients.qkv, p.gradients.stride_qkv, 3 * width);
-  if (!wanted.ok()) return wanted;
+  const AttentionGradients& g = p.gradients;
+  CTXFAST_RETURN_IF_ERROR(check_addresses(kOp, {{"gradients.y", g.y}, {"gradients.qkv", g.qkv}}));
+  CTXFAST_RETURN_IF_ERROR(
+      check_sizes(kOp, {{"gradients.stride_y", g.stride_y, width}, {"gradients.stride_qkv", g.stride_qkv, 3 * width}}));
   const int64_t bytes =
       attention_scratch_bytes(longest, p.head_dim) + draws_bytes(longest) + backward_bytes(longest, p.head_dim);
   const AttentionKernel kernel =

@@ -341,7 +341,7 @@ void check_refusals(Report* report) {
   refused("threads", [](AttentionParams* p) { p->threads = 0; });
   refused("io_dtype", [](AttentionParams* p) { p->io_dtype = DType::kFloat16; });
   refused("stride_qkv", [](AttentionParams* p) { p->stride_qkv = 23; });
-  refused("stride of y", [](AttentionParams* p) { p->stride_y = 7; });
+  refused("stride_y", [](AttentionParams* p) { p->stride_y = 7; });
   refused("dropout_p", [](AttentionParams* p) { p->dropout_p = 1; });
   refused("seeds", [](AttentionParams* p) { p->dropout_p = 0.1f; });
   refused("cu_seqlens[2] is 2", [](AttentionParams* p) { p->cu_seqlens = falling, p->sequences = 3; });
@@ -359,8 +359,8 @@ void check_refusals(Report* report) {
     const Status status = attention_backward(p);
     report->that(word, !status.ok() && status.message.find(word) != std::string::npos);
   };
-  refused_back("stride of gradients.y", [](AttentionGradients* g) { g->stride_y = 7; });
-  refused_back("stride of gradients.qkv", [](AttentionGradients* g) { g->stride_qkv = 23; });
+  refused_back("gradients.stride_y", [](AttentionGradients* g) { g->stride_y = 7; });
+  refused_back("gradients.stride_qkv", [](AttentionGradients* g) { g->stride_qkv = 23; });
   refused_back("gradients.y is null", [](AttentionGradients* g) { g->y = nullptr; });
   refused_back("gradients.qkv is null", [](AttentionGradients* g) { g->qkv = nullptr; });
 }

@@ -243,7 +243,7 @@ class Function {
     for (size_t i = 0; i < names_.size(); ++i) {
       if (names_[i] == name || PyUnicode_Compare(names_[i], name) == 0) return i;
     }
-    throw fault("has no argument " + std::string(PyUnicode_AsUTF8(name)));
+    throw fault("has no argument " + std::string(py::str(name)));
   }
 
   PyObject* call(const Arguments<P>& arguments) const {
@@ -277,7 +277,7 @@ class Function {
   Call call_;
   Fields<P> fields_;
   std::vector<PyObject*> names_;
-  uint64_t needed_ = 0;  // bits of the fields that are no option
+  uint64_t needed_ = 0;  // a bit for each field that is no option; 64 fields at most
   PyMethodDef method_ = {};
 };
 

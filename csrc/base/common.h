@@ -29,6 +29,7 @@ inline Status runtime_error(const char* op, const std::string& what) {
 
 enum class DType { kFloat32, kFloat16, kBFloat16, kInt8 };
 constexpr const char* kDTypeNames[] = {"float32", "float16", "bfloat16", "int8"};
+inline const char* dtype_name(DType dtype) { return kDTypeNames[static_cast<int>(dtype)]; }
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }

@@ -3,6 +3,7 @@
 #include <string>
 #include <vector>
 
+#include "base/checks.h"
 #include "base/parallel.h"
 #include "char_cnn/char_cnn.h"
 #include "char_cnn/kernels.h"
@@ -44,8 +45,6 @@ void backward(void* context, int index, int count) {
   call.kernels.backward_filters(call.job, columns * index / count, columns * (index + 1) / count);
 }
 
-Status null_argument(const char* name) { return invalid(kOp, name, "null", "an address"); }
-
 template <class Id>
 Status check_ids(const CharCnnParams& p) {
   const Id* const ids = static_cast<const Id*>(p.ids);
@@ -59,38 +58,35 @@ Status check_ids(const CharCnnParams& p) {
 }
 
 Status check(const CharCnnParams& p, bool is_forward) {
-  if (p.words < 0) return invalid(kOp, "words", std::to_string(p.words), "0 or more");
-  if (p.characters < 1) return invalid(kOp, "characters", std::to_string(p.characters), "1 or more");
-  if (p.size < 1) return invalid(kOp, "size", std::to_string(p.size), "1 or more");
+  CTXFAST_RETURN_IF_ERROR(check_sizes(kOp, {{"words", p.words},
+                                            {"characters", p.characters, 1},
+                                            {"size", p.size, 1},
+                                            {"threads", p.threads, 1},
+                                            {"widths", p.widths, 1}}));
   if (p.characters > kCharCnnMaxWord / p.size) {
     return invalid(kOp, "characters times size", std::to_string(p.characters) + " times " + std::to_string(p.size),
                    "at most " + std::to_string(kCharCnnMaxWord));
   }
-  if (p.io_dtype != DType::kFloat32 && p.io_dtype != DType::kBFloat16) {
-    return invalid(kOp, "io_dtype", kDTypeNames[static_cast<int>(p.io_dtype)], "float32 or bfloat16");
-  }
-  if (p.threads < 1) return invalid(kOp, "threads", std::to_string(p.threads), "1 or more");
-  if (p.widths < 1 || !p.filters) return invalid(kOp, "widths", std::to_string(p.widths), "1 or more, with filters");
+  CTXFAST_RETURN_IF_ERROR(check_dtype(kOp, "io_dtype", p.io_dtype, {DType::kFloat32, DType::kBFloat16}));
+  CTXFAST_RETURN_IF_ERROR(check_addresses(kOp, {{"filters", p.filters}}));
+  const bool has_words = p.words > 0;
   for (int64_t i = 0; i < p.widths; ++i) {
-    const CharCnnFilters& filters = p.filters[i];
-    if (filters.width < 1 || filters.width > p.characters) {
-      return invalid(kOp, "width", std::to_string(filters.width), "1.." + std::to_string(p.characters));
-    }
-    if (filters.filters < 0) return invalid(kOp, "filters", std::to_string(filters.filters), "0 or more");
-    if (filters.filters == 0) continue;
-    if (is_forward && p.words > 0 && !filters.packed) return null_argument("packed");
-    if (is_forward && p.words > 0 && !filters.bias) return null_argument("bias");
-    if (!is_forward && !filters.grad_rows) return null_argument("grad_rows");
-    if (!is_forward && !filters.grad_bias) return null_argument("grad_bias");
-    if (!is_forward && p.words > 0 && !filters.rows) return null_argument("rows");
+    const CharCnnFilters& f = p.filters[i];
+    CTXFAST_RETURN_IF_ERROR(check_sizes(kOp, {{"width", f.width, 1, p.characters}, {"filters", f.filters}}));
+    if (f.filters == 0) continue;
+    CTXFAST_RETURN_IF_ERROR(check_addresses(kOp, {{"packed", f.packed, is_forward && has_words},
+                                                  {"bias", f.bias, is_forward && has_words},
+                                                  {"grad_rows", f.grad_rows, !is_forward},
+                                                  {"grad_bias", f.grad_bias, !is_forward},
+                                                  {"rows", f.rows, !is_forward && has_words}}));
   }
-  if (p.words == 0) return {};
-  if (!p.ids) return null_argument("ids");
-  if (!p.table) return null_argument("table");
-  if (is_forward && !p.y) return null_argument("y");
-  if (!is_forward && !p.at) return null_argument("at");
-  if (!is_forward && !p.grad) return null_argument("grad");
-  if (!is_forward && !p.grad_words) return null_argument("grad_words");
+  if (!has_words) return {};
+  CTXFAST_RETURN_IF_ERROR(check_addresses(kOp, {{"ids", p.ids},
+                                                {"table", p.table},
+                                                {"y", p.y, is_forward},
+                                                {"at", p.at, !is_forward},
+                                                {"grad", p.grad, !is_forward},
+                                                {"grad_words", p.grad_words, !is_forward}}));
   return p.is_int64 ? check_ids<int64_t>(p) : check_ids<int32_t>(p);
 }
 

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "base/checks.h"
 #include "base/device.cuh"
 #include "base/launch.cuh"
 #include "char_cnn/cuda.h"
@@ -19,43 +20,33 @@ CTXFAST_DEVICE int64_t character(const CharCnnCudaParams& p, int64_t word, int p
 }
 
 inline Status check(const CharCnnCudaParams& p, bool is_forward) {
-  const auto null_argument = [](const std::string& name) { return invalid(kOp, name, "null", "a device address"); };
-  if (p.words < 0) return invalid(kOp, "words", std::to_string(p.words), "0 or more");
-  if (p.characters < 1) return invalid(kOp, "characters", std::to_string(p.characters), "1 or more");
-  if (p.size < 1) return invalid(kOp, "size", std::to_string(p.size), "1 or more");
-  if (p.widths < 1 || p.widths > kCharCnnCudaMaxWidths) {
-    return invalid(kOp, "widths", std::to_string(p.widths), "1..16");
-  }
+  CTXFAST_RETURN_IF_ERROR(check_sizes(kOp, {{"words", p.words},
+                                            {"characters", p.characters, 1},
+                                            {"size", p.size, 1},
+                                            {"widths", p.widths, 1, kCharCnnCudaMaxWidths}}));
+  CTXFAST_RETURN_IF_ERROR(check_dtype(kOp, "dtype", p.dtype, {DType::kFloat32, DType::kFloat16, DType::kBFloat16}));
   int64_t columns = 0, widest = 0;
   for (int i = 0; i < p.widths; ++i) {
-    const CharCnnCudaFilters& filters = p.filters[i];
-    if (filters.width < 1 || filters.width > p.characters) {
-      return invalid(kOp, "width", std::to_string(filters.width), "1.." + std::to_string(p.characters));
-    }
-    if (filters.filters < 0) return invalid(kOp, "filters", std::to_string(filters.filters), "0 or more");
-    columns += filters.filters, widest = std::max<int64_t>(widest, filters.width);
-    if (filters.filters == 0) continue;
-    if (!is_forward && filters.grad_weight == nullptr) return null_argument("grad_weight");
-    if (!is_forward && filters.grad_bias == nullptr) return null_argument("grad_bias");
-    if (p.words == 0) continue;
-    if (filters.weight == nullptr) return null_argument("weight");
-    if (is_forward && filters.bias == nullptr) return null_argument("bias");
+    const CharCnnCudaFilters& f = p.filters[i];
+    CTXFAST_RETURN_IF_ERROR(check_sizes(kOp, {{"width", f.width, 1, p.characters}, {"filters", f.filters}}));
+    columns += f.filters, widest = std::max<int64_t>(widest, f.width);
+    if (f.filters == 0) continue;
+    CTXFAST_RETURN_IF_ERROR(check_addresses(kOp, {{"grad_weight", f.grad_weight, !is_forward},
+                                                  {"grad_bias", f.grad_bias, !is_forward},
+                                                  {"weight", f.weight, p.words > 0},
+                                                  {"bias", f.bias, is_forward && p.words > 0}}));
   }
   if (columns != p.columns) return invalid(kOp, "columns", std::to_string(p.columns), std::to_string(columns));
   const int64_t bytes = char_cnn_cuda_shared_bytes(p.characters, p.size, widest);
-  if (bytes > kCharCnnCudaSharedBytes) {
-    return invalid(kOp, "the shared memory of a word and 64 filters", std::to_string(bytes) + " bytes",
-                   "at most " + std::to_string(kCharCnnCudaSharedBytes));
-  }
-  if (p.dtype == DType::kInt8) return invalid(kOp, "dtype", "int8", "float32, float16 or bfloat16");
+  CTXFAST_RETURN_IF_ERROR(
+      check_sizes(kOp, {{"the shared memory of a word and 64 filters", bytes, 0, kCharCnnCudaSharedBytes}}));
   if (p.words == 0 || p.columns == 0) return {};
-  if (p.ids == nullptr) return null_argument("ids");
-  if (p.table == nullptr) return null_argument("table");
-  if (is_forward) return p.y == nullptr ? null_argument("y") : Status{};
-  if (p.at == nullptr) return null_argument("at");
-  if (p.grad == nullptr) return null_argument("grad");
-  if (p.grad_words == nullptr) return null_argument("grad_words");
-  return {};
+  return check_addresses(kOp, {{"ids", p.ids},
+                               {"table", p.table},
+                               {"y", p.y, is_forward},
+                               {"at", p.at, !is_forward},
+                               {"grad", p.grad, !is_forward},
+                               {"grad_words", p.grad_words, !is_forward}});
 }
 
 }  // namespace

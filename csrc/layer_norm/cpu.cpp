@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <string>
 
+#include "base/checks.h"
 #include "base/parallel.h"
 #include "layer_norm/kernels.h"
 #include "layer_norm/layer_norm.h"
@@ -36,27 +37,20 @@ Status check_ids(const void* given, int64_t rows, int64_t count) {
 }
 
 Status check(const LayerNormParams& p) {
-  if (p.rows < 0) return invalid(kOp, "rows", std::to_string(p.rows), "0 or more");
-  if (p.size < 1 || p.size > kLayerNormMaxSize) return invalid(kOp, "size", std::to_string(p.size), "1..8192");
-  if (p.io_dtype != DType::kFloat32 && p.io_dtype != DType::kBFloat16) {
-    return invalid(kOp, "io_dtype", kDTypeNames[static_cast<int>(p.io_dtype)], "float32 or bfloat16");
-  }
-  if (p.sources < 1 || p.sources > kLayerNormSources) {
-    return invalid(kOp, "sources", std::to_string(p.sources), "1..4");
-  }
-  if (p.threads < 1) return invalid(kOp, "threads", std::to_string(p.threads), "1 or more");
+  CTXFAST_RETURN_IF_ERROR(check_sizes(kOp, {{"rows", p.rows},
+                                            {"size", p.size, 1, kLayerNormMaxSize},
+                                            {"sources", p.sources, 1, kLayerNormSources},
+                                            {"threads", p.threads, 1}}));
+  CTXFAST_RETURN_IF_ERROR(check_dtype(kOp, "io_dtype", p.io_dtype, {DType::kFloat32, DType::kBFloat16}));
   if (p.rows == 0) return {};
   for (int64_t s = 0; s < p.sources; ++s) {
     const LayerNormSource& source = p.source[s];
-    if (!source.rows) return invalid(kOp, "source", "null", "an address");
+    CTXFAST_RETURN_IF_ERROR(check_addresses(kOp, {{"source", source.rows}}));
     if (!source.ids) continue;
     const auto check_these = source.is_int64 ? check_ids<int64_t> : check_ids<int32_t>;
-    const Status found = check_these(source.ids, p.rows, source.count);
-    if (!found.ok()) return found;
+    CTXFAST_RETURN_IF_ERROR(check_these(source.ids, p.rows, source.count));
   }
-  if (!p.weight || !p.bias) return invalid(kOp, p.weight ? "bias" : "weight", "null", "an address");
-  if (!p.y) return invalid(kOp, "y", "null", "an address");
-  return {};
+  return check_addresses(kOp, {{"weight", p.weight}, {"bias", p.bias}, {"y", p.y}});
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
 
+#include "base/checks.h"
 #include "base/parallel.h"
 #include "base/workspace.h"
 #include "linear_act/kernels.h"
@@ -36,32 +37,21 @@ void run(void* context, int index, int count) {
 }
 
 Status check(const LinearActParams& p) {
-  const auto size = [](const char* name, int64_t value) {
-    return invalid(kOp, name, std::to_string(value), "0 or more");
-  };
-  if (p.rows < 0) return size("rows", p.rows);
-  if (p.in < 1) return invalid(kOp, "in", std::to_string(p.in), "1 or more");
-  if (p.out < 0) return size("out", p.out);
-  if (p.threads < 1) return invalid(kOp, "threads", std::to_string(p.threads), "1 or more");
-  if (p.io_dtype != DType::kFloat32 && p.io_dtype != DType::kBFloat16)
-    return invalid(kOp, "io_dtype", kDTypeNames[static_cast<int>(p.io_dtype)], "float32 or bfloat16");
-  if (p.weight_dtype != DType::kInt8 && p.weight_dtype != p.io_dtype)
-    return invalid(kOp, "weight_dtype", kDTypeNames[static_cast<int>(p.weight_dtype)], "int8, or the io_dtype");
-  if (p.weight_dtype == DType::kInt8 && p.in > 65536) {
+  const bool is_int8 = p.weight_dtype == DType::kInt8;
+  CTXFAST_RETURN_IF_ERROR(
+      check_sizes(kOp, {{"rows", p.rows}, {"in", p.in, 1}, {"out", p.out}, {"threads", p.threads, 1}}));
+  CTXFAST_RETURN_IF_ERROR(check_dtype(kOp, "io_dtype", p.io_dtype, {DType::kFloat32, DType::kBFloat16}));
+  CTXFAST_RETURN_IF_ERROR(check_dtype(kOp, "weight_dtype", p.weight_dtype, {DType::kInt8, p.io_dtype}));
+  if (is_int8 && p.in > 65536) {
     return invalid(kOp, "in", std::to_string(p.in), "at most 65536, the terms an int8 sum holds");
   }
-  if (p.stride_x < p.in && p.rows > 1) return invalid(kOp, "stride_x", std::to_string(p.stride_x), "at least in");
+  if (p.rows > 1) CTXFAST_RETURN_IF_ERROR(check_sizes(kOp, {{"stride_x", p.stride_x, p.in}}));
   if (p.rows == 0 || p.out == 0) return {};
-  const struct {
-    const char* name;
-    const void* address;
-  } needed[] = {{"x", p.x}, {"packed", p.packed}, {"y", p.y}, {"scales", p.scales}, {"sums", p.sums}};
-  for (int i = 0; i < (p.weight_dtype == DType::kInt8 ? 5 : 3); ++i) {
-    if (!needed[i].address) return invalid(kOp, needed[i].name, "null", "an address");
-  }
-  if (reinterpret_cast<uintptr_t>(p.packed) % 64)
-    return invalid(kOp, "packed", "not on a cache line", "64 bytes alignment");
-  return {};
+  return check_addresses(kOp, {{"x", p.x},
+                               {"packed", p.packed, true, 64},
+                               {"y", p.y},
+                               {"scales", p.scales, is_int8},
+                               {"sums", p.sums, is_int8}});
 }
 
 }  // namespace

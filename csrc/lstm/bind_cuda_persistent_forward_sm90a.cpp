@@ -39,32 +39,17 @@ const bind::Op op([](py::module_& m) {
   m.def("lstm_persistent_device", &device);
   m.def("lstm_persistent_forward_plan", &plan);
   bind::def(m, "lstm_persistent_forward", &lstm_persistent_forward,
-            {field<&P::device>("device"),
-             field<&P::batch>("batch"),
-             field<&P::steps>("steps"),
-             field<&P::hidden>("hidden"),
-             field<&P::size>("size"),
-             field<&P::directions>("directions"),
-             field<&P::has_proj>("has_proj"),
-             field<&P::dtype>("dtype"),
-             field<&P::gates>("gates"),
-             field<&P::gates_strides>("gates_strides"),
-             field<&P::weight_hh>("weight_hh"),
-             field<&P::weight_hh_stride>("weight_hh_stride"),
-             field<&P::weight_proj>("weight_proj"),
-             field<&P::weight_proj_stride>("weight_proj_stride"),
-             field<&P::lengths>("lengths"),
-             field<&P::h_0>("h_0"),
-             field<&P::c_0>("c_0"),
-             field<&P::output>("output"),
-             field<&P::output_strides>("output_strides"),
-             field<&P::h_n>("h_n"),
-             field<&P::c_n>("c_n"),
-             field<&P::cells>("cells"),
-             field<&P::workspace>("workspace"),
-             field<&P::workspace_bytes>("workspace_bytes"),
-             field<&P::cell_clip>("cell_clip"),
-             field<&P::proj_clip>("proj_clip")});
+            bind::join<P>({{field<&P::device>("device"), field<&P::batch>("batch"), field<&P::steps>("steps"),
+                            field<&P::hidden>("hidden"), field<&P::size>("size"), field<&P::directions>("directions"),
+                            field<&P::has_proj>("has_proj"), field<&P::dtype>("dtype")},
+                           {field<&P::gates>("gates"), field<&P::gates_strides>("gates_strides"),
+                            field<&P::weight_hh>("weight_hh"), field<&P::weight_hh_stride>("weight_hh_stride"),
+                            field<&P::weight_proj>("weight_proj"), field<&P::weight_proj_stride>("weight_proj_stride"),
+                            field<&P::lengths>("lengths"), field<&P::h_0>("h_0"), field<&P::c_0>("c_0")},
+                           {field<&P::output>("output"), field<&P::output_strides>("output_strides"),
+                            field<&P::h_n>("h_n"), field<&P::c_n>("c_n"), field<&P::cells>("cells"),
+                            field<&P::workspace>("workspace"), field<&P::workspace_bytes>("workspace_bytes"),
+                            field<&P::cell_clip>("cell_clip"), field<&P::proj_clip>("proj_clip")}}));
 });
 
 }  // namespace

@@ -7,6 +7,7 @@
 #include <memory>
 #include <string>
 
+#include "base/checks.h"
 #include "base/parallel.h"
 #include "lstm/kernels.h"
 #include "lstm/lstm.h"
@@ -17,7 +18,6 @@ constexpr const char* kOp = "lstm";
 
 Status check_shape(const LstmShape& shape);
 Status check_input_shape(const LstmInputShape& shape);
-Status check_pointer(const char* name, const void* address, int64_t elements);
 Status check_lengths(const int64_t* lengths, int64_t batch, int64_t steps);
 
 // Words of a column with `size` terms; of a panel of such columns; of one block of their sums.
@@ -67,9 +67,3 @@ class Workspace {
 void sort_rows(const int64_t* lengths, int64_t batch, int64_t steps, int64_t* row, int64_t* length);
 
 }  // namespace ctxfast
-
-#define CTXFAST_RETURN_IF_ERROR(call)                  \
-  do {                                                 \
-    const Status ctxfast_status_ = (call);             \
-    if (!ctxfast_status_.ok()) return ctxfast_status_; \
-  } while (0)

@@ -11,23 +11,21 @@ namespace {
 Status check(const LstmBackwardParams& p) {
   const int64_t H = p.shape.hidden, P = p.shape.proj_size, B = p.batch, T = p.steps;
   CTXFAST_RETURN_IF_ERROR(check_shape(p.shape));
-  if (p.shape.weight_dtype != DType::kFloat32)
-    return invalid(kOp, "weight_dtype", "not float32", "float32 in the backward pass");
-  if (B < 0) return invalid(kOp, "batch", std::to_string(B), "0 or more");
-  if (T < 0) return invalid(kOp, "steps", std::to_string(T), "0 or more");
-  if (p.threads < 1) return invalid(kOp, "threads", std::to_string(p.threads), "1 or more");
-  CTXFAST_RETURN_IF_ERROR(check_pointer("packed", p.packed, lstm_backward_packed_bytes(p.shape)));
-  CTXFAST_RETURN_IF_ERROR(check_pointer("z", p.z, B * T * 4 * H));
-  CTXFAST_RETURN_IF_ERROR(check_pointer("grad_z", p.grad_z, B * T * 4 * H));
-  CTXFAST_RETURN_IF_ERROR(check_pointer("cells", p.cells, B * T * H));
-  CTXFAST_RETURN_IF_ERROR(check_pointer("output", p.output, B * T * P));
-  CTXFAST_RETURN_IF_ERROR(check_pointer("grad_output", p.grad_output, B * T * P));
-  CTXFAST_RETURN_IF_ERROR(check_pointer("grad_h_n", p.grad_h_n, B * P));
-  CTXFAST_RETURN_IF_ERROR(check_pointer("grad_c_n", p.grad_c_n, B * H));
-  CTXFAST_RETURN_IF_ERROR(check_pointer("grad_hidden", p.grad_hidden, B * T * P));
-  if (p.shape.has_projection) CTXFAST_RETURN_IF_ERROR(check_pointer("m", p.m, B * T * H));
-  CTXFAST_RETURN_IF_ERROR(check_pointer("grad_h_0", p.grad_h_0, B * P));
-  CTXFAST_RETURN_IF_ERROR(check_pointer("grad_c_0", p.grad_c_0, B * H));
+  CTXFAST_RETURN_IF_ERROR(check_dtype(kOp, "weight_dtype", p.shape.weight_dtype, {DType::kFloat32}));
+  CTXFAST_RETURN_IF_ERROR(check_sizes(kOp, {{"batch", B}, {"steps", T}, {"threads", p.threads, 1}}));
+  const bool has_cells = B * T * H > 0, has_output = B * T * P > 0;
+  CTXFAST_RETURN_IF_ERROR(check_addresses(kOp, {{"packed", p.packed, lstm_backward_packed_bytes(p.shape) > 0},
+                                                {"z", p.z, has_cells},
+                                                {"grad_z", p.grad_z, has_cells},
+                                                {"cells", p.cells, has_cells},
+                                                {"output", p.output, has_output},
+                                                {"grad_output", p.grad_output, has_output},
+                                                {"grad_h_n", p.grad_h_n, B * P > 0},
+                                                {"grad_c_n", p.grad_c_n, B * H > 0},
+                                                {"grad_hidden", p.grad_hidden, has_output},
+                                                {"m", p.m, p.shape.has_projection && has_cells},
+                                                {"grad_h_0", p.grad_h_0, B * P > 0},
+                                                {"grad_c_0", p.grad_c_0, B * H > 0}}));
   return check_lengths(p.lengths, B, T);
 }
 

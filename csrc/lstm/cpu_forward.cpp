@@ -38,28 +38,21 @@ namespace {
 Status check(const LstmParams& p) {
   const int64_t H = p.shape.hidden, P = p.shape.proj_size, B = p.batch, T = p.steps, R = p.directions;
   CTXFAST_RETURN_IF_ERROR(check_shape(p.shape));
-  if (B < 0) return invalid(kOp, "batch", std::to_string(B), "0 or more");
-  if (T < 0) return invalid(kOp, "steps", std::to_string(T), "0 or more");
-  if (R < 1 || R > kLstmMaxDirections) return invalid(kOp, "directions", std::to_string(R), "1 or 2");
-  if (p.threads < 1) return invalid(kOp, "threads", std::to_string(p.threads), "1 or more");
+  CTXFAST_RETURN_IF_ERROR(check_sizes(
+      kOp, {{"batch", B}, {"steps", T}, {"directions", R, 1, kLstmMaxDirections}, {"threads", p.threads, 1}}));
   if (!(p.cell_clip >= 0)) return invalid(kOp, "cell_clip", std::to_string(p.cell_clip), "above 0, or 0 for none");
   if (!(p.proj_clip >= 0)) return invalid(kOp, "proj_clip", std::to_string(p.proj_clip), "above 0, or 0 for none");
   const LstmInputShape input = {H, p.input, p.shape.weight_dtype};
   CTXFAST_RETURN_IF_ERROR(check_input_shape(input));
-  const int64_t weights = gate_words(p.shape) + proj_words(p.shape);
+  const bool has_weights = gate_words(p.shape) + proj_words(p.shape) > 0;
   for (int64_t r = 0; r < R; ++r) {
-    const std::string entry = "[" + std::to_string(r) + "]";
-    CTXFAST_RETURN_IF_ERROR(check_pointer(("x" + entry).c_str(), p.x[r], B * T * p.input));
     CTXFAST_RETURN_IF_ERROR(
-        check_pointer(("packed_input" + entry).c_str(), p.packed_input[r], lstm_input_packed_bytes(input)));
-    CTXFAST_RETURN_IF_ERROR(check_pointer(("packed" + entry).c_str(), p.packed[r], weights));
-    if (reinterpret_cast<uintptr_t>(p.packed[r]) % 4 != 0) {
-      return invalid(kOp, "packed" + entry, "at an address that is no multiple of 4", "4-byte alignment");
-    }
+        check_addresses(kOp, {{"x", p.x[r], B * T * p.input > 0},
+                              {"packed_input", p.packed_input[r], lstm_input_packed_bytes(input) > 0},
+                              {"packed", p.packed[r], has_weights, 4}}));
   }
-  CTXFAST_RETURN_IF_ERROR(check_pointer("output", p.output, B * T * R * P));
-  CTXFAST_RETURN_IF_ERROR(check_pointer("h_n", p.h_n, R * B * P));
-  CTXFAST_RETURN_IF_ERROR(check_pointer("c_n", p.c_n, R * B * H));
+  CTXFAST_RETURN_IF_ERROR(check_addresses(
+      kOp, {{"output", p.output, B * T * P > 0}, {"h_n", p.h_n, B * P > 0}, {"c_n", p.c_n, B * H > 0}}));
   return check_lengths(p.lengths, B, T);
 }
 

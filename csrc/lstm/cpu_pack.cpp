@@ -14,8 +14,8 @@ namespace ctxfast {
 namespace {
 
 // `terms`: of the longest sum.
-Status check_dtype(DType dtype, int64_t terms) {
-  if (dtype == DType::kFloat16) return invalid(kOp, "weight_dtype", "float16", "float32, bfloat16 or int8");
+Status check_weight_dtype(DType dtype, int64_t terms) {
+  CTXFAST_RETURN_IF_ERROR(check_dtype(kOp, "weight_dtype", dtype, {DType::kFloat32, DType::kBFloat16, DType::kInt8}));
   // 255 * 127 * terms must stay below 2^31.
   if (dtype == DType::kInt8 && terms > 65536) {
     return invalid(kOp, "hidden or input size", std::to_string(terms),
@@ -27,26 +27,17 @@ Status check_dtype(DType dtype, int64_t terms) {
 }  // namespace
 
 Status check_shape(const LstmShape& shape) {
-  if (shape.hidden < 0) return invalid(kOp, "hidden", std::to_string(shape.hidden), "0 or more");
-  if (shape.proj_size < 0) return invalid(kOp, "proj_size", std::to_string(shape.proj_size), "0 or more");
+  CTXFAST_RETURN_IF_ERROR(check_sizes(kOp, {{"hidden", shape.hidden}, {"proj_size", shape.proj_size}}));
   if (!shape.has_projection && shape.proj_size != shape.hidden) {
     return invalid(kOp, "proj_size", std::to_string(shape.proj_size),
                    "hidden = " + std::to_string(shape.hidden) + ", as there is no projection");
   }
-  return check_dtype(shape.weight_dtype, std::max(shape.hidden, shape.proj_size));
+  return check_weight_dtype(shape.weight_dtype, std::max(shape.hidden, shape.proj_size));
 }
 
 Status check_input_shape(const LstmInputShape& shape) {
-  if (shape.hidden < 0) return invalid(kOp, "hidden", std::to_string(shape.hidden), "0 or more");
-  if (shape.input < 0) return invalid(kOp, "input", std::to_string(shape.input), "0 or more");
-  return check_dtype(shape.weight_dtype, shape.input);
-}
-
-Status check_pointer(const char* name, const void* address, int64_t elements) {
-  if (address == nullptr && elements > 0) {
-    return invalid(kOp, name, "null", "the address of " + std::to_string(elements) + " elements");
-  }
-  return {};
+  CTXFAST_RETURN_IF_ERROR(check_sizes(kOp, {{"hidden", shape.hidden}, {"input", shape.input}}));
+  return check_weight_dtype(shape.weight_dtype, shape.input);
 }
 
 Status check_lengths(const int64_t* lengths, int64_t batch, int64_t steps) {
@@ -195,10 +186,10 @@ Status check_pack(const LstmPackParams& params, int64_t bytes) {
   const LstmShape& shape = params.shape;
   const int64_t H = shape.hidden, P = shape.proj_size;
   CTXFAST_RETURN_IF_ERROR(check_shape(shape));
-  CTXFAST_RETURN_IF_ERROR(check_pointer("weight_hh", params.weight_hh, 4 * H * P));
-  if (shape.has_projection) CTXFAST_RETURN_IF_ERROR(check_pointer("weight_proj", params.weight_proj, P * H));
-  if (params.threads < 1) return invalid(kOp, "threads", std::to_string(params.threads), "1 or more");
-  return check_pointer("packed", params.packed, bytes);
+  CTXFAST_RETURN_IF_ERROR(check_sizes(kOp, {{"threads", params.threads, 1}}));
+  return check_addresses(kOp, {{"weight_hh", params.weight_hh, H * P > 0},
+                               {"weight_proj", params.weight_proj, shape.has_projection && H * P > 0},
+                               {"packed", params.packed, bytes > 0}});
 }
 
 }  // namespace
@@ -255,9 +246,9 @@ int64_t lstm_input_packed_bytes(const LstmInputShape& shape) {
 Status lstm_pack_input(const LstmPackInputParams& p) {
   const int64_t H = p.shape.hidden, I = p.shape.input;
   CTXFAST_RETURN_IF_ERROR(check_input_shape(p.shape));
-  CTXFAST_RETURN_IF_ERROR(check_pointer("weight_ih", p.weight_ih, 4 * H * I));
-  CTXFAST_RETURN_IF_ERROR(check_pointer("packed", p.packed, lstm_input_packed_bytes(p.shape)));
-  if (p.threads < 1) return invalid(kOp, "threads", std::to_string(p.threads), "1 or more");
+  CTXFAST_RETURN_IF_ERROR(check_sizes(kOp, {{"threads", p.threads, 1}}));
+  CTXFAST_RETURN_IF_ERROR(check_addresses(
+      kOp, {{"weight_ih", p.weight_ih, H * I > 0}, {"packed", p.packed, lstm_input_packed_bytes(p.shape) > 0}}));
   advise_huge_pages(p.packed, lstm_input_packed_bytes(p.shape));
   return pack_all({p.weight_ih,
                    {p.weight_ih_strides[0], p.weight_ih_strides[1]},

@@ -3,6 +3,7 @@
 // persistent_backward.cuh.
 #include <algorithm>
 
+#include "base/checks.h"
 #include "base/launch.cuh"
 #include "lstm/persistent_backward.cuh"
 #include "lstm/persistent_backward.h"
@@ -102,37 +103,24 @@ Kernel choose(const Shape& shape) {
   return shape.tiles == 1 ? choose<T, 2, 1>(shape) : choose<T, 2, 2>(shape);
 }
 
-Status null_argument(const std::string& name) { return invalid(kOp, name, "null", "a device address"); }
-
 Status check(const LstmPersistentBackwardParams& p, const LstmPersistentBackwardPlan& plan) {
   if (!plan.refusal.empty()) return runtime_error(kOp, "the persistent backward pass cannot run this: " + plan.refusal);
-  if (p.dtype != DType::kFloat16 && p.dtype != DType::kBFloat16) {
-    return invalid(kOp, "dtype", kDTypeNames[static_cast<int>(p.dtype)], "float16 or bfloat16");
-  }
-  if (p.batch < 0) return invalid(kOp, "batch", std::to_string(p.batch), "0 or more");
-  if (p.steps < 0) return invalid(kOp, "steps", std::to_string(p.steps), "0 or more");
+  CTXFAST_RETURN_IF_ERROR(check_dtype(kOp, "dtype", p.dtype, {DType::kFloat16, DType::kBFloat16}));
+  CTXFAST_RETURN_IF_ERROR(check_sizes(kOp, {{"batch", p.batch}, {"steps", p.steps}}));
   if (p.batch == 0) return {};
+  const bool has_steps = p.steps > 0;
   for (int64_t r = 0; r < p.directions; ++r) {
-    if (p.weight_hh[r] == nullptr) return null_argument("weight_hh");
-    if (p.has_proj && p.weight_proj[r] == nullptr) return null_argument("weight_proj");
-    for (const void* weight : {p.weight_hh[r], p.weight_proj[r]}) {
-      if (reinterpret_cast<uintptr_t>(weight) % 16 != 0)
-        return invalid(kOp, "a weight", "not aligned", "16-byte aligned");
-    }
-    if (p.steps == 0) continue;
-    if (p.z[r] == nullptr) return null_argument("z");
-    if (p.grad_gates[r] == nullptr) return null_argument("grad_gates");
+    CTXFAST_RETURN_IF_ERROR(check_addresses(kOp, {{"weight_hh", p.weight_hh[r], true, 16},
+                                                  {"weight_proj", p.weight_proj[r], p.has_proj, 16},
+                                                  {"z", p.z[r], has_steps},
+                                                  {"grad_gates", p.grad_gates[r], has_steps}}));
   }
-  if (p.steps > 0 && p.cells == nullptr) return null_argument("cells");
-  if (p.steps > 0 && p.proj_clip > 0 && p.output == nullptr) return null_argument("output");
-  if (p.grad_h_0 == nullptr) return null_argument("grad_h_0");
-  if (p.grad_c_0 == nullptr) return null_argument("grad_c_0");
-  if (p.workspace == nullptr || p.workspace_bytes < plan.workspace_bytes ||
-      reinterpret_cast<uintptr_t>(p.workspace) % 16 != 0) {
-    return invalid(kOp, "workspace", std::to_string(p.workspace ? p.workspace_bytes : 0) + " bytes",
-                   std::to_string(plan.workspace_bytes) + " bytes, 16-byte aligned");
-  }
-  return {};
+  CTXFAST_RETURN_IF_ERROR(check_sizes(kOp, {{"workspace_bytes", p.workspace_bytes, plan.workspace_bytes}}));
+  return check_addresses(kOp, {{"cells", p.cells, has_steps},
+                               {"output", p.output, has_steps && p.proj_clip > 0},
+                               {"grad_h_0", p.grad_h_0},
+                               {"grad_c_0", p.grad_c_0},
+                               {"workspace", p.workspace, true, 16}});
 }
 
 }  // namespace

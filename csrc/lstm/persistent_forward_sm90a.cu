@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "base/checks.h"
 #include "base/launch.cuh"
 #include "lstm/persistent_forward.cuh"
 #include "lstm/persistent_forward.h"
@@ -127,43 +128,31 @@ int64_t slots_bytes(const Shape& shape, int64_t values, int64_t directions) {
   return directions * kSlots * (values / 32) * shape.tiles * 32 * kVector;
 }
 
-Status null_argument(const std::string& name) { return invalid(kOp, name, "null", "a device address"); }
-
-bool aligned(const void* address, uintptr_t bytes) { return reinterpret_cast<uintptr_t>(address) % bytes == 0; }
-
-Status unaligned(const char* name) {
-  return invalid(kOp, name, "not aligned", "16-byte aligned, strides in multiples of 8 elements");
-}
+bool are_multiples(const int64_t (&strides)[2], int64_t of) { return strides[0] % of == 0 && strides[1] % of == 0; }
 
 Status check(const LstmPersistentForwardParams& p, const LstmPersistentForwardPlan& plan) {
   if (!plan.refusal.empty()) return runtime_error(kOp, "the persistent recurrence cannot run this: " + plan.refusal);
-  if (p.dtype != DType::kFloat16 && p.dtype != DType::kBFloat16) {
-    return invalid(kOp, "dtype", kDTypeNames[static_cast<int>(p.dtype)], "float16 or bfloat16");
-  }
-  if (p.batch < 1) return invalid(kOp, "batch", std::to_string(p.batch), "1 or more");
-  if (p.steps < 1) return invalid(kOp, "steps", std::to_string(p.steps), "1 or more");
+  CTXFAST_RETURN_IF_ERROR(check_dtype(kOp, "dtype", p.dtype, {DType::kFloat16, DType::kBFloat16}));
+  CTXFAST_RETURN_IF_ERROR(check_sizes(
+      kOp,
+      {{"batch", p.batch, 1}, {"steps", p.steps, 1}, {"workspace_bytes", p.workspace_bytes, plan.workspace_bytes}}));
   for (int64_t r = 0; r < p.directions; ++r) {
-    if (p.gates[r] == nullptr) return null_argument("gates");
-    if (!aligned(p.gates[r], 4) || p.gates_strides[r][0] % 2 != 0 || p.gates_strides[r][1] % 2 != 0) {
-      return invalid(kOp, "gates", "not aligned", "4-byte aligned, strides in multiples of 2 elements");
+    CTXFAST_RETURN_IF_ERROR(check_addresses(kOp, {{"gates", p.gates[r], true, 4},
+                                                  {"weight_hh", p.weight_hh[r], true, 16},
+                                                  {"weight_proj", p.weight_proj[r], p.has_proj, 16}}));
+    if (!are_multiples(p.gates_strides[r], 2)) return invalid(kOp, "a stride of gates", "odd", "even");
+    if (!are_multiples({p.weight_hh_stride[r], p.weight_proj_stride[r]}, 8)) {
+      return invalid(kOp, "a weight's stride", "no multiple of 8 elements", "one");
     }
-    if (p.weight_hh[r] == nullptr) return null_argument("weight_hh");
-    if (p.has_proj && p.weight_proj[r] == nullptr) return null_argument("weight_proj");
-    if (!aligned(p.weight_hh[r], 16) || p.weight_hh_stride[r] % 8 != 0) return unaligned("weight_hh");
-    if (!aligned(p.weight_proj[r], 16) || p.weight_proj_stride[r] % 8 != 0) return unaligned("weight_proj");
   }
-  if (p.output == nullptr) return null_argument("output");
-  if (p.h_n == nullptr) return null_argument("h_n");
-  if (p.c_n == nullptr) return null_argument("c_n");
-  if (!aligned(p.output, 16) || p.output_strides[0] % 8 != 0 || p.output_strides[1] % 8 != 0)
-    return unaligned("output");
-  if (!aligned(p.h_0, 16)) return unaligned("h_0");
-  if (!aligned(p.h_n, 16)) return unaligned("h_n");
-  if (p.workspace == nullptr || p.workspace_bytes < plan.workspace_bytes || !aligned(p.workspace, 16)) {
-    return invalid(kOp, "workspace", std::to_string(p.workspace ? p.workspace_bytes : 0) + " bytes",
-                   std::to_string(plan.workspace_bytes) + " bytes, 16-byte aligned");
+  if (!are_multiples(p.output_strides, 8)) {
+    return invalid(kOp, "a stride of output", "no multiple of 8 elements", "one");
   }
-  return {};
+  return check_addresses(kOp, {{"output", p.output, true, 16},
+                               {"h_0", p.h_0, false, 16},
+                               {"h_n", p.h_n, true, 16},
+                               {"c_n", p.c_n},
+                               {"workspace", p.workspace, true, 16}});
 }
 
 float bound(float clip) { return clip > 0 ? clip : INFINITY; }

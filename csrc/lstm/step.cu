@@ -2,6 +2,7 @@
 // Launchers of lstm_step: the loop over steps, workspace, checks.
 #include <algorithm>
 
+#include "base/checks.h"
 #include "base/launch.cuh"
 #include "lstm/step.cuh"
 #include "lstm/step.h"
@@ -34,39 +35,24 @@ Places places_of(const LstmStepShape& shape, bool backward) {
 }
 
 Status check_shape(const LstmStepShape& s) {
-  const struct {
-    const char* name;
-    int64_t value, low;
-  } sizes[] = {{"batch", s.batch, 0}, {"steps", s.steps, 0}, {"hidden", s.hidden, 1}, {"size", s.size, 1}};
-  for (const auto& size : sizes) {
-    if (size.value < size.low || size.value > kLargest) {
-      return invalid(kOp, size.name, std::to_string(size.value), std::to_string(size.low) + " to 2^30");
-    }
-  }
-  if (s.directions < 1 || s.directions > 2) return invalid(kOp, "directions", std::to_string(s.directions), "1 or 2");
+  CTXFAST_RETURN_IF_ERROR(check_sizes(kOp, {{"batch", s.batch, 0, kLargest},
+                                            {"steps", s.steps, 0, kLargest},
+                                            {"hidden", s.hidden, 1, kLargest},
+                                            {"size", s.size, 1, kLargest},
+                                            {"directions", s.directions, 1, 2}}));
   if (!s.has_proj && s.size != s.hidden) {
     return invalid(kOp, "size", std::to_string(s.size), "hidden = " + std::to_string(s.hidden) + " without projection");
   }
-  if (s.dtype == DType::kInt8) return invalid(kOp, "dtype", "int8", "float16, bfloat16 or float32");
-  return {};
-}
-
-Status check_address(const std::string& name, const void* address, int64_t alignment) {
-  if (address == nullptr) return invalid(kOp, name, "null", "a device address");
-  if (reinterpret_cast<uintptr_t>(address) % alignment != 0) {
-    return invalid(kOp, name, "misaligned", "an address that " + std::to_string(alignment) + " divides");
-  }
-  return {};
+  return check_dtype(kOp, "dtype", s.dtype, {DType::kFloat16, DType::kBFloat16, DType::kFloat32});
 }
 
 Status check_gates(const char* name, const LstmStepShape& shape, const void* const gates[2],
                    const int64_t strides[2][2]) {
   for (int64_t r = 0; r < shape.directions; ++r) {
-    const std::string which = std::string(name) + "[" + std::to_string(r) + "]";
-    const Status address = check_address(which, gates[r], 4 * element_bytes(shape.dtype));
-    if (!address.ok()) return address;
+    const auto alignment = static_cast<uintptr_t>(4 * element_bytes(shape.dtype));
+    CTXFAST_RETURN_IF_ERROR(check_addresses(kOp, {{name, gates[r], true, alignment}}));
     if (strides[r][0] % 4 != 0 || strides[r][1] % 4 != 0) {
-      return invalid(kOp, which, "strided by " + std::to_string(strides[r][0]) + ", " + std::to_string(strides[r][1]),
+      return invalid(kOp, name, "strided by " + std::to_string(strides[r][0]) + ", " + std::to_string(strides[r][1]),
                      "strides of batch and time that 4 divides");
     }
   }
@@ -75,10 +61,8 @@ Status check_gates(const char* name, const LstmStepShape& shape, const void* con
 
 Status check_workspace(const LstmStepShape& shape, const void* workspace, int64_t bytes, bool backward) {
   const int64_t needed = lstm_step_workspace_bytes(shape, backward);
-  if (bytes < needed) {
-    return invalid(kOp, "workspace_bytes", std::to_string(bytes), std::to_string(needed) + " or more");
-  }
-  return needed == 0 ? Status{} : check_address("workspace", workspace, 16);
+  CTXFAST_RETURN_IF_ERROR(check_sizes(kOp, {{"workspace_bytes", bytes, needed}}));
+  return check_addresses(kOp, {{"workspace", workspace, needed > 0, 16}});
 }
 
 StepParams common(const LstmStepShape& s) {
@@ -255,18 +239,16 @@ LstmStepPacked lstm_step_packed(const LstmStepShape& s) {
 int64_t lstm_step_workspace_bytes(const LstmStepShape& shape, bool backward) { return places_of(shape, backward).end; }
 
 Status lstm_step_forward(const LstmStepForwardParams& p, CUstream_st* stream) {
-  Status status = check_shape(p.shape);
-  if (!status.ok() || p.shape.batch == 0) return status;
-  if (p.shape.steps > 0) {
-    if (!(status = check_gates("gates", p.shape, p.gates, p.gates_strides)).ok()) return status;
-    if (!(status = check_address("output", p.output, 1)).ok()) return status;
-  }
+  const Status shape = check_shape(p.shape);
+  if (!shape.ok() || p.shape.batch == 0) return shape;
+  if (p.shape.steps > 0) CTXFAST_RETURN_IF_ERROR(check_gates("gates", p.shape, p.gates, p.gates_strides));
   for (int64_t r = 0; r < p.shape.directions; ++r) {
-    if (!(status = check_address("packed_gates", p.packed_gates[r], 16)).ok()) return status;
-    if (p.shape.has_proj && !(status = check_address("packed_proj", p.packed_proj[r], 16)).ok()) return status;
+    CTXFAST_RETURN_IF_ERROR(check_addresses(
+        kOp, {{"packed_gates", p.packed_gates[r], true, 16}, {"packed_proj", p.packed_proj[r], p.shape.has_proj, 16}}));
   }
-  if (!(status = check_address("h_n", p.h_n, 1)).ok() || !(status = check_address("c_n", p.c_n, 4)).ok()) return status;
-  if (!(status = check_workspace(p.shape, p.workspace, p.workspace_bytes, false)).ok()) return status;
+  CTXFAST_RETURN_IF_ERROR(
+      check_addresses(kOp, {{"output", p.output, p.shape.steps > 0}, {"h_n", p.h_n}, {"c_n", p.c_n, true, 4}}));
+  CTXFAST_RETURN_IF_ERROR(check_workspace(p.shape, p.workspace, p.workspace_bytes, false));
   switch (p.shape.dtype) {
     case DType::kFloat16:
       return forward<__half>(p, stream);
@@ -278,21 +260,20 @@ Status lstm_step_forward(const LstmStepForwardParams& p, CUstream_st* stream) {
 }
 
 Status lstm_step_backward(const LstmStepBackwardParams& p, CUstream_st* stream) {
-  Status status = check_shape(p.shape);
-  if (!status.ok() || p.shape.batch == 0) return status;
-  if (p.shape.steps > 0) {
-    if (!(status = check_gates("z", p.shape, p.z, p.z_strides)).ok()) return status;
-    if (!(status = check_address("cells", p.cells, 4)).ok()) return status;
-    if (p.proj_clip > 0 && !(status = check_address("output", p.output, 1)).ok()) return status;
-  }
+  const Status shape = check_shape(p.shape);
+  if (!shape.ok() || p.shape.batch == 0) return shape;
+  const bool has_steps = p.shape.steps > 0;
+  if (has_steps) CTXFAST_RETURN_IF_ERROR(check_gates("z", p.shape, p.z, p.z_strides));
   for (int64_t r = 0; r < p.shape.directions; ++r) {
-    if (!(status = check_address("packed_gates_t", p.packed_gates_t[r], 16)).ok()) return status;
-    if (p.shape.has_proj && !(status = check_address("packed_proj_t", p.packed_proj_t[r], 16)).ok()) return status;
-    if (p.shape.steps > 0 && !(status = check_address("grad_gates", p.grad_gates[r], 1)).ok()) return status;
+    CTXFAST_RETURN_IF_ERROR(check_addresses(kOp, {{"packed_gates_t", p.packed_gates_t[r], true, 16},
+                                                  {"packed_proj_t", p.packed_proj_t[r], p.shape.has_proj, 16},
+                                                  {"grad_gates", p.grad_gates[r], has_steps}}));
   }
-  if (!(status = check_address("grad_h_0", p.grad_h_0, 4)).ok()) return status;
-  if (!(status = check_address("grad_c_0", p.grad_c_0, 4)).ok()) return status;
-  if (!(status = check_workspace(p.shape, p.workspace, p.workspace_bytes, true)).ok()) return status;
+  CTXFAST_RETURN_IF_ERROR(check_addresses(kOp, {{"cells", p.cells, has_steps, 4},
+                                                {"output", p.output, has_steps && p.proj_clip > 0},
+                                                {"grad_h_0", p.grad_h_0, true, 4},
+                                                {"grad_c_0", p.grad_c_0, true, 4}}));
+  CTXFAST_RETURN_IF_ERROR(check_workspace(p.shape, p.workspace, p.workspace_bytes, true));
   switch (p.shape.dtype) {
     case DType::kFloat16:
       return backward<__half>(p, stream);

@@ -4,6 +4,7 @@
 // Bound by memory: every element is read and written once (grad_output once per group of 8 inputs).
 #include <algorithm>
 
+#include "base/checks.h"
 #include "base/device.cuh"
 #include "base/launch.cuh"
 #include "scalar_mix/scalar_mix.h"
@@ -150,15 +151,13 @@ int64_t blocks_for(int64_t numel) { return std::min(ceil_div(numel, kThreads * k
 
 bool aligned16(const void* address) { return reinterpret_cast<uintptr_t>(address) % 16 == 0; }
 
-Status check_sizes(int64_t num_inputs, int64_t numel) {
-  if (num_inputs < 1 || num_inputs > kScalarMixMaxInputs) {
-    return invalid(kOp, "the number of inputs", std::to_string(num_inputs), "1..64");
-  }
-  if (numel < 0) return invalid(kOp, "numel", std::to_string(numel), "0 or more");
-  return {};
+// What forward and backward have in common.
+template <typename P>
+Status check(const P& p) {
+  CTXFAST_RETURN_IF_ERROR(
+      check_sizes(kOp, {{"the number of inputs", p.num_inputs, 1, kScalarMixMaxInputs}, {"numel", p.numel}}));
+  return check_dtype(kOp, "dtype", p.dtype, {DType::kFloat32, DType::kFloat16, DType::kBFloat16});
 }
-
-Status null_argument(const std::string& name) { return invalid(kOp, name, "null", "a device address"); }
 
 template <typename T>
 cudaError_t launch_forward(const ScalarMixForwardParams& p, bool aligned, cudaStream_t stream) {
@@ -187,13 +186,12 @@ int64_t scalar_mix_workspace_bytes(int64_t num_inputs, int64_t numel) {
 }
 
 Status scalar_mix_forward(const ScalarMixForwardParams& p, CUstream_st* stream) {
-  const Status sizes = check_sizes(p.num_inputs, p.numel);
-  if (!sizes.ok() || p.numel == 0) return sizes;
-  if (p.weights == nullptr) return null_argument("weights");
-  if (p.output == nullptr) return null_argument("output");
+  const Status checked = check(p);
+  if (!checked.ok() || p.numel == 0) return checked;
+  CTXFAST_RETURN_IF_ERROR(check_addresses(kOp, {{"weights", p.weights}, {"output", p.output}}));
   bool aligned = aligned16(p.output);
   for (int64_t k = 0; k < p.num_inputs; ++k) {
-    if (p.inputs[k] == nullptr) return null_argument("inputs[" + std::to_string(k) + "]");
+    CTXFAST_RETURN_IF_ERROR(check_addresses(kOp, {{"an input", p.inputs[k]}}));
     aligned = aligned && aligned16(p.inputs[k]);
   }
   cudaError_t error = cudaErrorInvalidValue;
@@ -204,32 +202,26 @@ Status scalar_mix_forward(const ScalarMixForwardParams& p, CUstream_st* stream) 
     case DType::kFloat16:
       error = launch_forward<__half>(p, aligned, stream);
       break;
-    case DType::kBFloat16:
+    default:
       error = launch_forward<__nv_bfloat16>(p, aligned, stream);
       break;
-    case DType::kInt8:
-      return invalid(kOp, "dtype", "int8", "float32, float16 or bfloat16");
   }
   CTXFAST_CUDA_CHECK(kOp, error);
   return {};
 }
 
 Status scalar_mix_backward(const ScalarMixBackwardParams& p, CUstream_st* stream) {
-  const Status sizes = check_sizes(p.num_inputs, p.numel);
-  if (!sizes.ok()) return sizes;
+  CTXFAST_RETURN_IF_ERROR(check(p));
   const int64_t needed = p.grad_weights != nullptr ? scalar_mix_workspace_bytes(p.num_inputs, p.numel) : 0;
   if (p.workspace_bytes < needed || (needed > 0 && p.workspace == nullptr)) {
     return invalid(kOp, "workspace", std::to_string(p.workspace ? p.workspace_bytes : 0) + " bytes",
                    std::to_string(needed) + " bytes, see scalar_mix_workspace_bytes");
   }
   if (p.numel > 0) {
-    if (p.grad_output == nullptr) return null_argument("grad_output");
-    if (p.weights == nullptr) return null_argument("weights");
+    CTXFAST_RETURN_IF_ERROR(check_addresses(kOp, {{"grad_output", p.grad_output}, {"weights", p.weights}}));
     bool aligned = aligned16(p.grad_output);
     for (int64_t k = 0; k < p.num_inputs; ++k) {
-      if (p.grad_weights != nullptr && p.inputs[k] == nullptr) {
-        return null_argument("inputs[" + std::to_string(k) + "]");
-      }
+      CTXFAST_RETURN_IF_ERROR(check_addresses(kOp, {{"an input", p.inputs[k], p.grad_weights != nullptr}}));
       aligned = aligned && aligned16(p.inputs[k]) && aligned16(p.grad_inputs[k]);
     }
     cudaError_t error = cudaErrorInvalidValue;
@@ -240,11 +232,9 @@ Status scalar_mix_backward(const ScalarMixBackwardParams& p, CUstream_st* stream
       case DType::kFloat16:
         error = launch_backward<__half>(p, aligned, stream);
         break;
-      case DType::kBFloat16:
+      default:
         error = launch_backward<__nv_bfloat16>(p, aligned, stream);
         break;
-      case DType::kInt8:
-        return invalid(kOp, "dtype", "int8", "float32, float16 or bfloat16");
     }
     CTXFAST_CUDA_CHECK(kOp, error);
   }

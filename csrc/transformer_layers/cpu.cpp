@@ -4,6 +4,7 @@
 #include <string>
 
 #include "attention/kernels.h"
+#include "base/checks.h"
 #include "base/parallel.h"
 #include "base/workspace.h"
 #include "layer_norm/kernels.h"
@@ -98,64 +99,37 @@ void run(void* context, int index, int count) { static_cast<Layers*>(context)->r
 
 Status check(const TransformerLayer& layer, bool is_int8) {
   for (const TransformerNorm* norm : {&layer.attention_norm, &layer.output_norm}) {
-    if (!norm->weight || !norm->bias) return invalid(kOp, "a norm", "null", "two addresses");
+    CTXFAST_RETURN_IF_ERROR(check_addresses(kOp, {{"weight of a norm", norm->weight}, {"bias of a norm", norm->bias}}));
   }
   for (const TransformerProduct* product : {&layer.qkv, &layer.project, &layer.widen, &layer.narrow}) {
-    if (!product->packed) return invalid(kOp, "packed", "null", "an address");
-    if (reinterpret_cast<uintptr_t>(product->packed) % 64) {
-      return invalid(kOp, "packed", "not on a cache line", "64 bytes alignment");
-    }
-    if (is_int8 && (!product->scales || !product->sums)) {
-      return invalid(kOp, product->scales ? "sums" : "scales", "null", "an address");
-    }
+    CTXFAST_RETURN_IF_ERROR(check_addresses(kOp, {{"packed", product->packed, true, 64},
+                                                  {"scales", product->scales, is_int8},
+                                                  {"sums", product->sums, is_int8}}));
   }
   return {};
 }
 
 Status check(const TransformerLayersParams& p, int64_t* longest) {
-  const struct {
-    const char* name;
-    int64_t value, least, most;
-  } sizes[] = {{"tokens", p.tokens, 0, int64_t{1} << 40},
-               {"sequences", p.sequences, 0, int64_t{1} << 40},
-               {"hidden", p.hidden, 1, kLayerNormMaxSize},
-               {"heads", p.heads, 1, p.hidden},
-               {"intermediate", p.intermediate, 1, p.weight_dtype == DType::kInt8 ? 65536 : int64_t{1} << 30},
-               {"count", p.count, 1, int64_t{1} << 20},
-               {"threads", p.threads, 1, int64_t{1} << 20}};
-  for (const auto& size : sizes) {
-    if (size.value < size.least || size.value > size.most) {
-      return invalid(kOp, size.name, std::to_string(size.value),
-                     std::to_string(size.least) + ".." + std::to_string(size.most));
-    }
-  }
+  const bool is_int8 = p.weight_dtype == DType::kInt8;
+  CTXFAST_RETURN_IF_ERROR(check_sizes(kOp, {{"tokens", p.tokens, 0, int64_t{1} << 40},
+                                            {"sequences", p.sequences, 0, int64_t{1} << 40},
+                                            {"hidden", p.hidden, 1, kLayerNormMaxSize},
+                                            {"heads", p.heads, 1, p.hidden},
+                                            {"intermediate", p.intermediate, 1, is_int8 ? 65536 : int64_t{1} << 30},
+                                            {"count", p.count, 1, int64_t{1} << 20},
+                                            {"threads", p.threads, 1, int64_t{1} << 20}}));
   if (p.hidden % p.heads) return invalid(kOp, "heads", std::to_string(p.heads), "a divisor of hidden");
-  if (p.hidden / p.heads > kAttentionMaxHeadDim) {
-    return invalid(kOp, "hidden / heads", std::to_string(p.hidden / p.heads),
-                   "at most " + std::to_string(kAttentionMaxHeadDim));
-  }
-  if (p.io_dtype != DType::kFloat32 && p.io_dtype != DType::kBFloat16) {
-    return invalid(kOp, "io_dtype", kDTypeNames[static_cast<int>(p.io_dtype)], "float32 or bfloat16");
-  }
-  if (p.weight_dtype != DType::kInt8 && p.weight_dtype != p.io_dtype)
-    return invalid(kOp, "weight_dtype", kDTypeNames[static_cast<int>(p.weight_dtype)], "int8, or the io_dtype");
-  if (!p.cu_seqlens) return invalid(kOp, "cu_seqlens", "null", "an address");
+  CTXFAST_RETURN_IF_ERROR(check_sizes(kOp, {{"hidden / heads", p.hidden / p.heads, 1, kAttentionMaxHeadDim}}));
+  CTXFAST_RETURN_IF_ERROR(check_dtype(kOp, "io_dtype", p.io_dtype, {DType::kFloat32, DType::kBFloat16}));
+  CTXFAST_RETURN_IF_ERROR(check_dtype(kOp, "weight_dtype", p.weight_dtype, {DType::kInt8, p.io_dtype}));
+  CTXFAST_RETURN_IF_ERROR(check_addresses(kOp, {{"cu_seqlens", p.cu_seqlens}}));
   const Status rises = attention_check_offsets(kOp, p.cu_seqlens, p.is_int64, p.sequences, p.tokens, longest);
   if (!rises.ok() || p.tokens == 0) return rises;
-  const struct {
-    const char* name;
-    const void* address;
-  } needed[] = {{"x", p.x}, {"y", p.y}, {"layers", p.layers}};
-  for (const auto& each : needed) {
-    if (!each.address) return invalid(kOp, each.name, "null", "an address");
-  }
+  CTXFAST_RETURN_IF_ERROR(check_addresses(kOp, {{"x", p.x}, {"y", p.y}, {"layers", p.layers}}));
   for (int64_t i = 0; i < (p.all_layers ? p.count : 1); ++i) {
-    if (!p.y[i]) return invalid(kOp, "y", "null for a layer", "an address");
+    CTXFAST_RETURN_IF_ERROR(check_addresses(kOp, {{"y of a layer", p.y[i]}}));
   }
-  for (int64_t i = 0; i < p.count; ++i) {
-    const Status found = check(p.layers[i], p.weight_dtype == DType::kInt8);
-    if (!found.ok()) return found;
-  }
+  for (int64_t i = 0; i < p.count; ++i) CTXFAST_RETURN_IF_ERROR(check(p.layers[i], is_int8));
   return {};
 }
 

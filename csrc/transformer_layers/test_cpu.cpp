@@ -244,7 +244,8 @@ void check_refusals(Report* report) {
   using L = TransformerLayer;
   refused_layer("norm", [](L* l) { l->output_norm.bias = nullptr; });
   refused_layer("packed", [](L* l) { l->widen.packed = nullptr; });
-  refused_layer("cache line", [](L* l) { l->narrow.packed = static_cast<const char*>(l->narrow.packed) + 4; });
+  refused_layer("packed is misaligned",
+                [](L* l) { l->narrow.packed = static_cast<const char*>(l->narrow.packed) + 4; });
   refused_layer("sums", [](L* l) { l->qkv.sums = nullptr; });
 }
 

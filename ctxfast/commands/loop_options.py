@@ -51,10 +51,7 @@ def add(parser: argparse.ArgumentParser, **defaults: Any) -> None:
     add("--optimizer", default=own["optimizer"], help="adamw, bert_adam, lamb or adagrad (%(default)s)")
     add("--weight-decay", type=float, default=own["weight_decay"], help="(%(default)s)")
     add(
-        "--max-grad-norm",
-        type=float,
-        default=own["max_grad_norm"],
-        help="clip gradients to it; 0: never (%(default)s)",
+        "--max-grad-norm", type=float, default=own["max_grad_norm"], help="clip gradients to it; 0: never (%(default)s)"
     )
     add("--amp", default="no", help="no, bf16 or fp16: compute in half precision (%(default)s)")
     add("--seed", type=int, default=0, help="of data order, dropout and new weights (%(default)s)")
@@ -177,8 +174,8 @@ def check(args: argparse.Namespace, who: str) -> None:
     if not 0 <= args.warmup < math.inf:
         raise ValueError(f"ctxfast.{who}: --warmup is {args.warmup}; expected steps, 0 or more, or a share below 1.")
     from .._core.registry import use_impl
-    from ..training.loop import board_writer, check_amp
-    from ..training.parallel import device_of
+    from ..training.loop.parallel import device_of
+    from ..training.loop.train import board_writer, check_amp
 
     with use_impl(args.impl):  # refuses a name that no op knows
         pass
@@ -203,7 +200,7 @@ def check_impl(args: argparse.Namespace, who: str, ops: Collection[str] | None =
         RuntimeError: none of these ops has it on the device.
     """
     from .._core.registry import why_no_impl
-    from ..training.parallel import device_of
+    from ..training.loop.parallel import device_of
 
     reason = why_no_impl(args.impl, device_of(args.device), ops)
     if reason is not None:
@@ -212,7 +209,7 @@ def check_impl(args: argparse.Namespace, who: str, ops: Collection[str] | None =
 
 def config(args: argparse.Namespace, steps: int, **more: Any) -> Any:
     """The ``LoopConfig`` that the arguments ask for; ``steps`` as --epochs and the data give it, or --steps."""
-    from ..training.loop import LoopConfig
+    from ..training.loop.train import LoopConfig
 
     warmup = round(args.warmup * steps) if 0 < args.warmup < 1 else round(args.warmup)
     return LoopConfig(
@@ -272,7 +269,7 @@ def run(
     args: argparse.Namespace, name: str, task: Any, loop: Any, settings: dict[str, Any], notes: Sequence[str] = ()
 ) -> Any:
     """Train as the arguments say, print the end, return the loop's report; ``notes`` go to its log."""
-    from ..training.loop import train
+    from ..training.loop.train import train
 
     show = None if args.quiet else Show(name)
     try:

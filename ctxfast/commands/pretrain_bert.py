@@ -107,14 +107,39 @@ def run(args: argparse.Namespace) -> int:
         loop_options.check(args, _WHO)
         loop_options.check_impl(args, _WHO, (*Bert.ops, "linear_cross_entropy"))
     _check(args)
-    from .._core.digests import digest
-    from ..training.bert_corpus import BertCorpus, Recipe
-    from ..training.bert_instances import PairOptions
-    from ..training.bert_pretraining import BertPretraining, sized_config
-    from ..training.checkpoints import check_directory, check_settings
-    from ..training.knowledge_masking import KnowledgeMasking
-    from ..training.parallel import join
-    from ..training.prepared import hold
+    from ..training.loop.checkpoints import check_directory, check_settings
+    from ..training.loop.parallel import join
+
+    recipe = _recipe(args)
+    sources, sources_name = _sources(args)
+    settings = _settings(args, recipe, sources_name)
+    check_directory(args.output)
+    if not args.overwrite:
+        check_settings(args.output, settings)
+    group = join(args.parallel, args.device)
+    say = None if args.quiet or not group.is_first else _say
+    locks: list[Any] = []  # held to the end: another command must not prepare what this one reads
+    prepare = partial(_prepare, args, recipe, sources, sources_name, group.is_first, locks, say)
+    tokenizer, corpus, held_out = group.after_first(prepare)
+    if args.prepare_only:
+        return 0
+    task = _task(args, tokenizer, corpus, held_out, say)
+    steps = args.steps or task.batches.steps(args.epochs, args.accumulate, group.ranks)
+    if say is not None:
+        _describe(args, task, corpus, steps)
+    loop = loop_options.config(args, steps, best="-loss" if held_out is not None else None)
+    settings["model"] = task.model.config.to_dict()
+    loop_options.run(args, f"ctxfast {_WHO}", task, loop, settings)
+    group.leave()
+    return 0
+
+
+def _recipe(args: argparse.Namespace) -> Any:
+    """How sequences are made of text."""
+    from ..training.pretraining.bert_corpus import Recipe
+    from ..training.pretraining.bert_instances import PairOptions
+    from ..training.pretraining.bert_task import sized_config
+    from ..training.pretraining.knowledge_masking import KnowledgeMasking
 
     if args.size is not None:
         sized_config(args.size, 1)  # refuses a name that it does not know
@@ -133,19 +158,20 @@ def run(args: argparse.Namespace) -> int:
     knowledge = None
     if _needs_knowledge(args, levels):
         knowledge = KnowledgeMasking(levels, args.mask_rate, args.mask_count, args.mask_together, args.max_predictions)
-    recipe = Recipe(
-        args.pairs,
-        options,
-        knowledge,
-        args.dynamic,
-        args.data_seed,
-        round(args.shard_mb * (1 << 20)),
-        args.split_sentences,
-    )
-    # Judged by the same masks whatever is trained.
-    judged = dataclasses.replace(options, dupe_factor=1, do_whole_word_mask=False)
-    judged = dataclasses.replace(recipe, options=judged, knowledge=None, is_dynamic=False)
-    sources, sources_name = _sources(args)
+    shard_bytes = round(args.shard_mb * (1 << 20))
+    return Recipe(args.pairs, options, knowledge, args.dynamic, args.data_seed, shard_bytes, args.split_sentences)
+
+
+def _judging(recipe: Any) -> Any:
+    """The recipe of held-out text: the same masks whatever is trained."""
+    options = dataclasses.replace(recipe.options, dupe_factor=1, do_whole_word_mask=False)
+    return dataclasses.replace(recipe, options=options, knowledge=None, is_dynamic=False)
+
+
+def _settings(args: argparse.Namespace, recipe: Any, sources_name: Any) -> dict[str, Any]:
+    """What a run that is gone on with must have been started with."""
+    from .._core.digests import digest
+
     own = ("text", "held_out", "vocab", "train_vocab", "cased", "init_from", "pairs", "relation_sign", "batch_size")
     settings = {"command": _WHO, **{name: getattr(args, name) for name in own}}
     settings |= {"recipe": dataclasses.asdict(recipe), "sources": sources_name}
@@ -153,58 +179,68 @@ def run(args: argparse.Namespace) -> int:
     if args.vocab is not None:
         files = loop_options.tokenizer_files(args.vocab, _WHO, "--vocab")
         settings["sha256"]["vocab"] = {file.name: digest(file) for file in files}
-    check_directory(args.output)
-    if not args.overwrite:
-        check_settings(args.output, settings)
-    group = join(args.parallel, args.device)
-    say = None if args.quiet or not group.is_first else _say
+    return settings
+
+
+def _prepare(
+    args: argparse.Namespace,
+    recipe: Any,
+    sources: list[Any],
+    sources_name: Any,
+    is_first: bool,
+    locks: list[Any],
+    say: Any,
+) -> tuple[Any, Any, Any]:
+    """The tokenizer and the sequences of both texts; what one process has written the others read."""
+    from ..training.pretraining.bert_corpus import BertCorpus
+    from ..training.pretraining.prepared import hold
+
     data = Path(args.output) / "data"
+    if is_first:
+        locks.append(hold(data))
+    tokenizer = _tokenizer(args, data, say)
+    found = []
+    held_out = None if args.held_out is None else [args.held_out]
+    for name, files, how in (("train", args.text, recipe), ("held_out", held_out, _judging(recipe))):
+        if files is None:
+            found.append(None)
+            continue
+        corpus = BertCorpus.prepare(
+            data / name,
+            files,
+            tokenizer,
+            how,
+            sources=sources,
+            sources_name=sources_name,
+            say=None if say is None else partial(_say_of, say, name),
+            workers=args.workers or min(len(os.sched_getaffinity(0)), _MOST_WORKERS),
+        )
+        found.append(corpus)
+    return tokenizer, *found
 
-    workers = args.workers or min(len(os.sched_getaffinity(0)), _MOST_WORKERS)
-    locks = []  # held to the end: another command must not prepare what this one reads
 
-    def prepare() -> tuple[Any, Any, Any]:
-        if group.is_first:
-            locks.append(hold(data))
-        tokenizer = _tokenizer(args, data, say)
-        found = []
-        for name, files, how in (("train", args.text, recipe), ("held_out", args.held_out, judged)):
-            if files is None:
-                found.append(None)
-                continue
-            files = [files] if isinstance(files, str) else files
-            own_say = None if say is None else partial(_say_of, say, name)
-            corpus = BertCorpus.prepare(
-                data / name,
-                files,
-                tokenizer,
-                how,
-                sources=sources,
-                sources_name=sources_name,
-                say=own_say,
-                workers=workers,
-            )
-            found.append(corpus)
-        return tokenizer, *found
+def _model_config(args: argparse.Namespace, tokenizer: Any, say: Any) -> Any:
+    """Sizes of a new model; None where an old one is gone on with."""
+    from ..models.bert.config import BertConfig
+    from ..training.pretraining.bert_task import sized_config
 
-    tokenizer, corpus, held_out = group.after_first(prepare)
-    if args.prepare_only:
-        return 0
     if args.init_from is not None:
-        config = None
-    elif args.config is not None:
-        from ..models.bert.config import BertConfig
+        return None
+    if args.config is None:
+        return sized_config(args.size or "base", tokenizer.vocab_size, max(512, args.max_seq_length))
+    config = BertConfig.from_json_file(args.config)
+    if say is not None and config.vocab_size != tokenizer.vocab_size:
+        say(f"note: vocab_size is {tokenizer.vocab_size}, the vocabulary's, not {config.vocab_size}")
+    return dataclasses.replace(config, vocab_size=tokenizer.vocab_size)
 
-        config = BertConfig.from_json_file(args.config)
-        if say is not None and config.vocab_size != tokenizer.vocab_size:
-            say(f"note: vocab_size is {tokenizer.vocab_size}, the vocabulary's, not {config.vocab_size}")
-        config = dataclasses.replace(config, vocab_size=tokenizer.vocab_size)
-    else:
-        config = sized_config(args.size or "base", tokenizer.vocab_size, max(512, args.max_seq_length))
-    task = BertPretraining(
+
+def _task(args: argparse.Namespace, tokenizer: Any, corpus: Any, held_out: Any, say: Any) -> Any:
+    from ..training.pretraining.bert_task import BertPretraining
+
+    return BertPretraining(
         corpus,
         tokenizer,
-        config,
+        _model_config(args, tokenizer, say),
         init_from=args.init_from,
         held_out=held_out,
         has_entities=bool(args.gazetteer or args.spans),
@@ -213,21 +249,18 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
         impl=args.impl,
     )
-    steps = args.steps or task.batches.steps(args.epochs, args.accumulate, group.ranks)
-    if say is not None:
-        parameters = sum(value.numel() for value in task.model.parameters())
-        say(f"{len(corpus):,} sequences, {corpus.tokens:,} tokens; {parameters:,} parameters; {steps:,} steps")
-        if (share := corpus.wrong_share) > _MOST_WRONG:
-            way = "" if args.split_sentences else "--split-sentences, "
-            say(
-                f"note: {100 * share:.0f} % of second segments come from elsewhere, as lines fill sequences alone; "
-                f"{way}longer sequences or --pairs order help"
-            )
-    loop = loop_options.config(args, steps, best="-loss" if held_out is not None else None)
-    settings["model"] = task.model.config.to_dict()
-    loop_options.run(args, f"ctxfast {_WHO}", task, loop, settings)
-    group.leave()
-    return 0
+
+
+def _describe(args: argparse.Namespace, task: Any, corpus: Any, steps: int) -> None:
+    """Say what is trained, and what looks odd about it."""
+    parameters = sum(value.numel() for value in task.model.parameters())
+    _say(f"{len(corpus):,} sequences, {corpus.tokens:,} tokens; {parameters:,} parameters; {steps:,} steps")
+    if (share := corpus.wrong_share) > _MOST_WRONG:
+        way = "" if args.split_sentences else "--split-sentences, "
+        _say(
+            f"note: {100 * share:.0f} % of second segments come from elsewhere, as lines fill sequences alone; "
+            f"{way}longer sequences or --pairs order help"
+        )
 
 
 def _needs_knowledge(args: argparse.Namespace, levels: dict[str, float]) -> bool:
@@ -321,7 +354,7 @@ def _levels(text: str) -> dict[str, float]:
 
 def _tokenizer(args: argparse.Namespace, data: Path, say: Any) -> Any:
     from ..models.bert.tokenization import BertTokenizer
-    from ..training.vocabulary import train_wordpiece
+    from ..training.pretraining.vocabulary import train_wordpiece
 
     if args.train_vocab is None:
         return BertTokenizer.from_pretrained(args.vocab or args.init_from)
@@ -330,7 +363,7 @@ def _tokenizer(args: argparse.Namespace, data: Path, say: Any) -> Any:
 
 def _sources(args: argparse.Namespace) -> tuple[list[Any], Any]:
     """What finds spans, and plain values that tell these sources from others."""
-    from ..training.spans import ChineseWords, Gazetteer, SegmentedText, SpanFile
+    from ..training.pretraining.knowledge_spans import ChineseWords, Gazetteer, SegmentedText, SpanFile
 
     sources: list[Any] = [Gazetteer.from_file(file, "phrase") for file in args.gazetteer]
     sources += [Gazetteer.from_file(file, "entity") for file in args.gazetteer]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,79 +65,20 @@ def run(args: argparse.Namespace) -> int:
     loop_options.check_files(args, _WHO, "text", "held_out", "options", "vocab")
     loop_options.check_output(args, _WHO, "text", "held_out", "options", "vocab", "init_from")
     _check(args)
-    if args.init_from is not None and not (Path(args.init_from) / "options.json").is_file():
-        raise FileNotFoundError(
-            f"ctxfast.{_WHO}: --init-from {args.init_from} has no options.json; expected a folder with it and "
-            "weights.hdf5."
-        )
-    from ..models.elmo.config import ElmoConfig
-    from ..training.bilm_corpus import BiLmCorpus, read_vocabulary
-    from ..training.bilm_pretraining import BiLmPretraining
-    from ..training.checkpoints import check_directory, check_settings
-    from ..training.parallel import join
-    from ..training.prepared import hold
+    from ..training.loop.checkpoints import check_directory, check_settings
+    from ..training.loop.parallel import join
 
     check_directory(args.output)
-    start = None if args.init_from is None else Path(args.init_from)
-    options = start / "options.json" if start is not None and args.options is None else args.options
-    config = ElmoConfig.preset(args.size) if options is None else ElmoConfig.from_file(options)
-    vocabulary = None if args.vocab is None else read_vocabulary(args.vocab)
-    if vocabulary is None and start is not None and (start / "vocabulary.txt").is_file():
-        vocabulary = read_vocabulary(start / "vocabulary.txt")
-    settings = {
-        "command": _WHO,
-        "text": [str(file) for file in args.text],
-        "held_out": args.held_out,
-        "sha256": loop_options.digests(args, "text", "held_out", "vocab"),
-        "model": config.to_dict(),
-        "vocabulary": [args.vocab, args.vocab_size, args.min_count],
-        "init_from": args.init_from,
-        "tokenize": args.tokenize,
-        "batch_size": args.batch_size,
-        "unroll": args.unroll,
-        "negatives": args.negatives,
-        "dropout": args.dropout,
-    }
+    config, vocabulary = _model_config(args), _vocabulary(args)
+    settings = _settings(args, config)
     if not args.overwrite:
         check_settings(args.output, settings)
     group = join(args.parallel, args.device)
     say = None if args.quiet or not group.is_first else _say
-    common = {"tokenize": args.tokenize, "max_characters": config.max_characters}
-
-    locks = []  # held to the end: another command must not prepare what this one reads
-
-    def prepare() -> tuple[BiLmCorpus, BiLmCorpus | None]:
-        data = Path(args.output) / "data"
-        if group.is_first:
-            locks.append(hold(data))
-        corpus = BiLmCorpus.prepare(
-            data / "train",
-            args.text,
-            vocabulary,
-            vocabulary_size=args.vocab_size,
-            min_count=args.min_count,
-            say=say,
-            **common,
-        )
-        if args.held_out is None:
-            return corpus, None
-        return corpus, BiLmCorpus.prepare(data / "held_out", [args.held_out], corpus.vocabulary, say=say, **common)
-
+    locks: list[Any] = []  # held to the end: another command must not prepare what this one reads
+    prepare = partial(_prepare, args, config.max_characters, vocabulary, group.is_first, locks, say)
     corpus, held_out = group.after_first(prepare)
-    task = BiLmPretraining(
-        corpus,
-        config,
-        held_out=held_out,
-        batch_size=args.batch_size,
-        unroll=args.unroll,
-        negatives=args.negatives,
-        dropout=args.dropout,
-        scale_by_unroll=args.optimizer == "adagrad",
-        seed=args.seed,
-        impl=args.impl,
-    )
-    if start is not None:
-        task.start_from(start)
+    task = _task(args, corpus, config, held_out)
     windows = task.windows_per_epoch(group.ranks)
     steps = args.steps or max(1, round(args.epochs * windows) // args.accumulate)
     more = {"initial_accumulator": 1.0} if args.optimizer == "adagrad" else {}
@@ -153,8 +95,89 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _model_config(args: argparse.Namespace) -> Any:
+    """Sizes of the model: of its options file, else of the model that is gone on with, else by name."""
+    from ..models.elmo.config import ElmoConfig
+
+    options = args.options
+    if options is None and args.init_from is not None:
+        options = Path(args.init_from) / "options.json"
+    return ElmoConfig.preset(args.size) if options is None else ElmoConfig.from_file(options)
+
+
+def _vocabulary(args: argparse.Namespace) -> Any:
+    """Words that are given, or those of the model that is gone on with; None where the text's are counted."""
+    from ..training.pretraining.bilm_corpus import read_vocabulary
+
+    if args.vocab is not None:
+        return read_vocabulary(args.vocab)
+    stored = None if args.init_from is None else Path(args.init_from) / "vocabulary.txt"
+    return read_vocabulary(stored) if stored is not None and stored.is_file() else None
+
+
+def _settings(args: argparse.Namespace, config: Any) -> dict[str, Any]:
+    """What a run that is gone on with must have been started with."""
+    return {
+        "command": _WHO,
+        "text": [str(file) for file in args.text],
+        "held_out": args.held_out,
+        "sha256": loop_options.digests(args, "text", "held_out", "vocab"),
+        "model": config.to_dict(),
+        "vocabulary": [args.vocab, args.vocab_size, args.min_count],
+        "init_from": args.init_from,
+        "tokenize": args.tokenize,
+        "batch_size": args.batch_size,
+        "unroll": args.unroll,
+        "negatives": args.negatives,
+        "dropout": args.dropout,
+    }
+
+
+def _prepare(
+    args: argparse.Namespace, max_characters: int, vocabulary: Any, is_first: bool, locks: list[Any], say: Any
+) -> tuple[Any, Any]:
+    """Both texts as numbers; what one process has written the others read."""
+    from ..training.pretraining.bilm_corpus import BiLmCorpus
+    from ..training.pretraining.prepared import hold
+
+    data = Path(args.output) / "data"
+    if is_first:
+        locks.append(hold(data))
+    common = {"tokenize": args.tokenize, "max_characters": max_characters, "say": say}
+    sizes = {"vocabulary_size": args.vocab_size, "min_count": args.min_count}
+    corpus = BiLmCorpus.prepare(data / "train", args.text, vocabulary, **sizes, **common)
+    if args.held_out is None:
+        return corpus, None
+    return corpus, BiLmCorpus.prepare(data / "held_out", [args.held_out], corpus.vocabulary, **common)
+
+
+def _task(args: argparse.Namespace, corpus: Any, config: Any, held_out: Any) -> Any:
+    from ..training.pretraining.bilm_task import BiLmPretraining
+
+    task = BiLmPretraining(
+        corpus,
+        config,
+        held_out=held_out,
+        batch_size=args.batch_size,
+        unroll=args.unroll,
+        negatives=args.negatives,
+        dropout=args.dropout,
+        scale_by_unroll=args.optimizer == "adagrad",
+        seed=args.seed,
+        impl=args.impl,
+    )
+    if args.init_from is not None:
+        task.start_from(Path(args.init_from))
+    return task
+
+
 def _check(args: argparse.Namespace) -> None:
     """Refuse what can be seen before any text is read."""
+    if args.init_from is not None and not (Path(args.init_from) / "options.json").is_file():
+        raise FileNotFoundError(
+            f"ctxfast.{_WHO}: --init-from {args.init_from} has no options.json; expected a folder with it and "
+            "weights.hdf5."
+        )
     for name, least in (("unroll", 1), ("negatives", 0), ("min_count", 1), ("vocab_size", 4)):
         value = getattr(args, name)
         if value is not None and value < least:

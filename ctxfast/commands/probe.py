@@ -70,9 +70,9 @@ def run(args: argparse.Namespace) -> int:
     if args.plot is not None and Path(args.plot).suffix not in _PICTURES:
         raise ValueError(f"{_WHO}: --plot is {args.plot!r}; expected a name that ends with {', '.join(_PICTURES)}.")
     from .._core.files import check_apart
-    from ..training.metrics import check_libraries
-    from ..training.probe import figure_class, probe
     from ..training.readers.conll import read_conll
+    from ..training.tasks.metrics import check_libraries
+    from ..training.tasks.probe import figure_class, probe
     from ..training.tasks.tag import check_tags, tag_names
 
     if args.plot is not None:

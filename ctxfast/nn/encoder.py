@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How layers of an encoder are run. It is decided here alone: by a CUDA graph, by one call, op by op, or once more in
-the backward pass.
+"""How the layers of an encoder run: by a CUDA graph, by one call, op by op, or once more in the backward pass. All of
+that is decided here.
 
 Modules, ctxfast's and those of other packages that are swapped, describe what their layers compute with
-(``LayerWeights``). A layer that cannot be described, since a part of it was replaced, is watched or was asked to take
-an implementation of its own, is called.
+(``LayerWeights``). A layer is called as a module where that cannot be said: a part of it was replaced, is watched, or
+has been asked to take an implementation of its own.
 
 One call (``functional.transformer_layers``) is faster on a CPU, where calls of a short text's ops take longer than
-their arithmetic. Op by op it is on a GPU (CUDA graphs make calls free), with gradients (one call would compute layers
-again in the backward pass), under autocast, and where an op of a layer was asked for by name.
+their arithmetic. Layers run op by op on a GPU (CUDA graphs make calls free), with gradients (one call would compute
+layers again in the backward pass), under autocast, and where an op of a layer was asked for by name.
 """
 
 from __future__ import annotations
@@ -104,9 +104,9 @@ def run(
     for options, group in _groups(layers, rows is None and recompute is None and _is_open(x)):
         found = None if options is None else one_call(group, options, states[-1], cu_seqlens, max_seqlen, all_layers)
         if found is None:
-            found = _one_by_one(group, states[-1], cu_seqlens, max_seqlen, rows, recompute)
-        states += found
-    return states if all_layers else states[-1:]
+            found = _one_by_one(group, states[-1], cu_seqlens, max_seqlen, all_layers, rows, recompute)
+        states = [*states, *found] if all_layers else found
+    return list(states)
 
 
 def _is_open(x: Tensor) -> bool:
@@ -170,16 +170,18 @@ def _one_by_one(
     x: Tensor,
     cu_seqlens: Tensor,
     max_seqlen: int,
+    all_layers: bool,
     rows: AllRows | None,
     recompute: Callable[..., Tensor] | None,
 ) -> list[Tensor]:
-    states = []
+    """What each layer gives, or the last alone."""
+    states: list[Tensor] = []
     for layer in layers:
         step = partial(by_ops, layer) if type(layer) is LayerWeights else layer
         if recompute is not None:
             step = partial(recompute, registry.with_choice(step))
         x = step(x, cu_seqlens, max_seqlen, rows)
-        states.append(x)
+        states = [*states, x] if all_layers else [x]
     return states
 
 

@@ -7,8 +7,9 @@ in a module's place has to run.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Sequence
-from itertools import repeat
+from itertools import chain, repeat
 from operator import contains, itemgetter
 from typing import Any
 
@@ -45,8 +46,8 @@ def is_all_watched() -> bool:
 
 
 class Snapshot:
-    """Modules as they were: their classes, the modules in them, settings. The look whether they still are, and nobody
-    watches them, takes a quarter of a microsecond each.
+    """Modules as they were: their classes, the modules in them, settings. Whether they still are, and nobody watches
+    them, takes 0.3 us each to find out.
 
     Args:
         modules: each with its own; nothing below them is looked at.
@@ -60,19 +61,29 @@ class Snapshot:
         settings: Iterable[tuple[dict[str, Any], str]] = (),
         is_harmless: IsHarmless | None = None,
     ) -> None:
-        self.modules, self._is_harmless = modules, is_harmless
+        self.modules, self._is_harmless = list(modules), is_harmless
         self._states = [module.__dict__ for module in modules]
         self._kinds = list(map(type, modules))
-        self._inside = [dict(module._modules) for module in modules]
+        self._holders = [state for state in self._states if state["_modules"]]
+        self._inside = [dict(state["_modules"]) for state in self._holders]
         settings = list(settings)
         self._tables, self._names = [table for table, _ in settings], [name for _, name in settings]
         self._values = list(map(dict.get, self._tables, self._names))
+
+    @classmethod
+    def joined(cls, snapshots: Sequence[Snapshot]) -> Snapshot:
+        """One of all their modules, as they were in each; ``is_harmless`` is the first one's."""
+        found = copy.copy(snapshots[0])
+        for name, value in vars(found).items():
+            if isinstance(value, list):
+                setattr(found, name, list(chain.from_iterable(vars(each)[name] for each in snapshots)))
+        return found
 
     def is_same(self) -> bool:
         """Whether all is as it was, whoever watches."""
         return (
             list(map(type, self.modules)) == self._kinds
-            and list(map(_children, self._states)) == self._inside
+            and list(map(_children, self._holders)) == self._inside
             and list(map(dict.get, self._tables, self._names)) == self._values
         )
 

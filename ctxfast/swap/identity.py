@@ -199,7 +199,7 @@ class Inside:
         """Whether all is as it was."""
         for part in self._parts.modules:
             for tensor in part._parameters.values():
-                if tensor is not None and type(tensor) not in PLAIN:
+                if tensor is not None and (type(tensor) not in PLAIN or tensor.layout is not torch.strided):
                     return False
         return self._parts.is_same() and self._watched.are_still()
 

@@ -23,7 +23,6 @@ import torch
 from torch import Tensor, nn
 
 from ..nn.layer_norm import LayerNorm
-from ..nn.lstm import LSTM
 from ..nn.watched import Snapshot, is_watched
 from . import identity
 from .transformers_layers import ENCODERS, is_capture
@@ -174,7 +173,7 @@ def _inside(module: nn.Module) -> Iterator[nn.Module]:
         if child is None or _is_encoder(child) or (name == "embeddings" and _kind(module).__module__ in _MODELINGS):
             continue
         yield child
-        if not _has_a_say(child) and type(child).forward not in _ROWS and not isinstance(child, (nn.LSTM, LSTM)):
+        if not _has_a_say(child) and type(child).forward not in _ROWS and not isinstance(child, nn.LSTM):
             yield from _inside(child)
 
 
@@ -198,7 +197,7 @@ class Surroundings:
         self._watched = [each for each in found if _has_a_say(each)]
         parts = [each for each in found if each not in self._watched]
         is_lstm = _kind(module).__module__.startswith("sentence_transformers.")  # of a step that packs its input
-        parts = [each for each in parts if not (is_lstm and isinstance(each, (nn.LSTM, LSTM)))]
+        parts = [each for each in parts if not (is_lstm and isinstance(each, nn.LSTM))]
         self.odd = next((each for each in parts if not _is_part(each)), None)
         self._first, self._kind = dict(module._modules), type(module)
         self._forward = module.__dict__.get("forward")
@@ -271,7 +270,8 @@ class Reader:
 class _Call(NamedTuple):
     """A call of a watched module that has not returned."""
 
-    module: nn.Module
+    module: int  # its id
+    kind: type
     allows: bool
 
 
@@ -292,7 +292,7 @@ def is_read(padding: str, has_hidden_states: bool) -> bool:
         return True
     if padding == UNREAD:
         return False
-    heads = [kind for call in calls if not _is_base(kind := _kind(call.module))]
+    heads = [call.kind for call in calls if not _is_base(call.kind)]
     return not heads or (has_hidden_states and any(map(_is_head, heads)))
 
 
@@ -323,7 +323,10 @@ def before_call(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     """A forward pre-hook of watched modules."""
     if not torch.compiler.is_compiling():
         allows = _surroundings(module).allow(args, kwargs)
-        _now.calls = (*getattr(_now, "calls", ()), _Call(module, allows))
+        calls = getattr(_now, "calls", ())
+        if any([call.module == id(module) for call in calls]):  # these were interrupted: none calls itself
+            calls = ()
+        _now.calls = (*calls, _Call(id(module), _kind(module), allows))
 
 
 def after_call(module: nn.Module, args: tuple, output: Any) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -311,6 +312,34 @@ def _functions(kind: type) -> frozenset[str]:
 
 
 _fused = WeightCache()
+_PLAIN = frozenset(identity.PLAIN)
+_STRIDED = {torch.strided}
+_shape, _dtype, _device, _layout = map(attrgetter, ("shape", "dtype", "device", "layout"))
+
+
+class Seen:
+    """Layers as they were examined."""
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        self._snapshot = Snapshot.joined([layer.snapshot for layer in layers])
+        places = [place for layer in layers for place in layer.places]
+        self._places = list(zip(*[(table, name) for table, name in places if table[name] is not None]))
+        self._shapes = list(map(_shape, map(dict.get, *self._places)))
+        self._absent = [(table, name) for table, name in places if table[name] is None]
+
+    def is_still(self) -> bool:
+        """Whether every part is the object that it was, of the class that it was, and nobody looks at it; and all
+        parameters are plain strided tensors of their shapes then, of one dtype on one device."""
+        if not self._snapshot.is_still():
+            return False
+        tensors = list(map(dict.get, *self._places))
+        return (
+            _PLAIN.issuperset(map(type, tensors))
+            and list(map(_shape, tensors)) == self._shapes
+            and set(map(_layout, tensors)) == _STRIDED
+            and len(set(map(_dtype, tensors))) == len(set(map(_device, tensors))) == 1
+            and all([table.get(name) is None for table, name in self._absent])
+        )
 
 
 class Layer:
@@ -328,37 +357,11 @@ class Layer:
         settings += [(dropout.__dict__, "p") for dropout in parts.dropouts]
         # Functions of a class that an object may hide: feed_forward_chunk and the like.
         settings += [(part.__dict__, name) for part in parts.containers for name in _functions(type(part))]
-        self.modules = Snapshot(list(every.values()), settings, is_capture)
-        leaves = [module for module in (*parts.linears, *parts.norms) if not _is_adapter(module)]
-        self._tensors = [
-            (table, name, None if table[name] is None else table[name].shape)
-            for table in (module._parameters for module in leaves)
-            for name in ("weight", "bias")
-            if name in table
-        ]
-
-    def is_still(self) -> bool:
-        """Whether every part is the object that it was, of the class that it was, and nobody looks at it."""
-        return self.modules.is_still() and self._are_plain()
-
-    def _are_plain(self) -> bool:
-        """Whether all parameters are plain tensors of their shapes then, of one dtype on one device."""
-        dtype = device = None
-        for table, name, shape in self._tensors:
-            tensor = table.get(name)
-            if tensor is None:
-                if shape is not None:
-                    return False
-                continue
-            if type(tensor) not in identity.PLAIN or tensor.shape != shape:
-                return False
-            if dtype is None:
-                dtype, device = tensor.dtype, tensor.device
-            elif tensor.dtype is not dtype or tensor.device != device:
-                return False
-            if tensor.layout is not torch.strided:
-                return False
-        return True
+        self.snapshot = Snapshot(every.values(), settings, is_capture)
+        tables = [module._parameters for module in (*parts.linears, *parts.norms) if not _is_adapter(module)]
+        self._adapters = frozenset(filter(_is_adapter, parts.linears))
+        self.places = [(table, name) for table in tables for name in ("weight", "bias") if name in table]
+        self.is_still = Seen([self]).is_still
 
     def __call__(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, rows: None = None) -> Tensor:
         return encoder.run([self.weights()], x, cu_seqlens, max_seqlen)[0]
@@ -369,7 +372,7 @@ class Layer:
         tensors: list[encoder.Weight | None] = [*self._qkv()]
         for module in (parts.project, parts.attention_norm, parts.widen, parts.narrow, parts.output_norm):
             table = module._parameters
-            tensors += (module, None) if _is_adapter(module) else (table["weight"], table["bias"])
+            tensors += (module, None) if module in self._adapters else (table["weight"], table["bias"])
         options = encoder.LayerOptions(
             parts.heads,
             self._activation,
@@ -380,14 +383,14 @@ class Layer:
                 _rate(parts.project_dropout),
                 _rate(parts.output_dropout),
             ),
-            by_ops=any([not isinstance(weight, Tensor) for weight in tensors[::2]]),
+            by_ops=bool(self._adapters),
         )
         return encoder.LayerWeights(tuple(tensors), options)
 
     def _qkv(self) -> tuple[encoder.Weight, Tensor | None]:
         """Weight (3N, N) and bias (3N,) of one product for query, key and value."""
         linears = (self.parts.query, self.parts.key, self.parts.value)
-        if any([type(linear) is not nn.Linear for linear in linears]):
+        if not self._adapters.isdisjoint(linears):
             return lambda x: torch.cat([tools.linear(x, linear) for linear in linears], dim=-1), None
         tables = [linear._parameters for linear in linears]
         sources = [table["weight"] for table in tables]
@@ -419,6 +422,8 @@ class Layers:
         self._kinds: set[type] = set()
         self._configs: list[tuple[dict[str, Any], Any]] = []  # each attention's attributes, and its config
         self._functions: list[tuple[nn.Module, str, Any]] = []  # for each config: what its attention calls
+        # Where all were examined: their modules, what was found, and how they were.
+        self._all: tuple[list[nn.Module], list[Layer], Seen] | None = None
 
     def __reduce__(self) -> tuple:
         return Layers, ()
@@ -431,7 +436,13 @@ class Layers:
         is_crowded = len(self._known) > 2 * len(layers)  # layers that were replaced are not kept for ever
         if is_crowded or not self._is_attention_still() or not self._watched.are_still():
             self.__init__()
-        return [self._one(layer, kind) for layer in layers]
+        if self._all is not None:
+            modules, found, seen = self._all
+            if modules == layers and seen.is_still():
+                return found
+        found = [self._one(layer, kind) for layer in layers]
+        self._all = None if None in found else (list(layers), found, Seen(found))
+        return found
 
     def attention(self) -> Any | None:
         """The attention function of all layers that were examined; None if they differ in it."""
@@ -451,7 +462,7 @@ class Layers:
         if known is not None and known[0] is layer:
             if known[1].is_still():
                 return known[1]
-            if known[1].modules.is_watched():
+            if known[1].snapshot.is_watched():
                 return None
         found = examine(layer, kind) if type(layer).__name__ == kind.layer else ""
         if isinstance(found, str):

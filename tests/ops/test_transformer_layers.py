@@ -109,23 +109,36 @@ PARTS = ("", "attention", "attention.self", "attention.output", "attention.outpu
          "intermediate", "intermediate.dense", "output", "output.dense", "output.LayerNorm")  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["hook", "pre-hook", "forward"])
+@pytest.mark.parametrize("is_recorded", [False, True], ids=["no-grad", "grad"])
+@pytest.mark.parametrize("kind", ["hook", "pre-hook", "forward", "compiled", "hook-of-all"])
 @pytest.mark.parametrize("index", [0, 2])
 @pytest.mark.parametrize("part", PARTS)
-def test_whoever_looks_at_a_part_of_a_layer_sees_it(calls, part, index, kind) -> None:
+def test_whoever_looks_at_a_part_of_a_layer_sees_it(calls, part, index, kind, is_recorded) -> None:
     encoder, tokens, seen = _encoder(), _tokens(), []
-    module = encoder.layer[index].get_submodule(part)
-    with torch.no_grad():
+    module, handle = encoder.layer[index].get_submodule(part), None
+    with torch.set_grad_enabled(is_recorded):
         expected = encoder(*tokens)
         if kind == "hook":
             module.register_forward_hook(lambda *given: seen.append(given))
         elif kind == "pre-hook":
             module.register_forward_pre_hook(lambda *given: seen.append(given))
-        else:
+        elif kind == "forward":
             forward = module.forward
             module.forward = lambda *given: seen.append(given) or forward(*given)
-        found = encoder(*tokens)
-    assert calls[0] == 3 and 3 not in calls[1:] and seen
+        elif kind == "compiled":
+            module._compiled_call_impl = lambda *given: seen.append(given) or module.forward(*given)
+        else:
+            handle = nn.modules.module.register_module_forward_hook(
+                lambda each, *given: seen.append(given) if each is module else None
+            )
+        try:
+            found = encoder(*tokens)
+        finally:
+            if handle is not None:
+                handle.remove()
+    if kind == "hook-of-all" and isinstance(module, nn.Linear):  # its parameters are read, as ever
+        return
+    assert seen and (is_recorded or (calls[0] == 3 and 3 not in calls[1:]))
     if isinstance(module, nn.Linear):  # torch's own product, where its call is to be seen
         for one, two in zip(found, expected):
             torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)
@@ -250,6 +263,10 @@ def _replace(layer: nn.Module) -> None:
     layer.output.dense.weight, layer.output.dense.bias = layer.output.dense[0].weight, layer.output.dense[0].bias
 
 
+def _replace_block(layer: nn.Module) -> None:
+    layer.intermediate = nn.Sequential(layer.intermediate)  # has no such parts inside as the one it replaces
+
+
 def _pick(layer: nn.Module) -> None:
     layer.attention.self.impl = "reference"
 
@@ -262,7 +279,7 @@ def _drop(layer: nn.Module) -> None:
     layer.train()
 
 
-CHANGES: list[Callable[[nn.Module], None]] = [_hook, _replace, _pick, _other_eps, _drop]
+CHANGES: list[Callable[[nn.Module], None]] = [_hook, _replace, _replace_block, _pick, _other_eps, _drop]
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -274,7 +291,7 @@ def test_a_layer_that_is_another_runs_its_parts(calls, change) -> None:
         after = layer(*tokens)
     assert calls[0] == 1 and 1 not in calls[1:]
     # Another way to the same result, or another result.
-    assert torch.allclose(before, after, atol=1e-5) == (change in (_replace, _pick))
+    assert torch.allclose(before, after, atol=1e-5) == (change in (_replace, _replace_block, _pick))
 
 
 @pytest.mark.parametrize(

@@ -222,3 +222,20 @@ def test_calls_that_read_padding_get_it(name) -> None:
     for _ in range(2):
         torch.testing.assert_close(CALLS[name](model), expected)
     assert not padding_readers._now.calls
+
+
+@torch.no_grad()
+def test_an_interrupted_call_allows_nothing_later() -> None:
+    model = tiny_model("Bert", "ForTokenClassification")
+    expected = model.bert(IDS, attention_mask=MASK).last_hidden_state
+    ctxfast.swap_in(model)
+
+    def interrupt(*args) -> None:
+        raise KeyboardInterrupt
+
+    handle = model.bert.embeddings.register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(IDS, attention_mask=MASK)
+    handle.remove()
+    torch.testing.assert_close(model.bert(IDS, attention_mask=MASK).last_hidden_state, expected)
+    assert not padding_readers._now.calls

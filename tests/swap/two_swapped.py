@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import ctxfast
-from ctxfast.training.parallel import join
+from ctxfast.training.loop.parallel import join
 
 IDS = torch.randint(3, 40, (4, 7), generator=torch.Generator().manual_seed(2))
 MASK = torch.tensor([[1] * 7, [1] * 4 + [0] * 3, [1] * 2 + [0] * 5, [1] * 5 + [0] * 2])

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from ctxfast.training.parallel import join
+from ctxfast.training.loop.parallel import join
 
 if __name__ == "__main__":
     file = Path(sys.argv[1])

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from ctxfast.training.parallel import join
+from ctxfast.training.loop.parallel import join
 
 
 def drop_late(rank: int, store: str) -> None:

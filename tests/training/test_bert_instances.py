@@ -9,8 +9,8 @@ import time
 import pytest
 from oracles import google_bert_data
 
-from ctxfast.training.bert_corpus import Recipe
-from ctxfast.training.bert_instances import Instance, PairOptions, Vocabulary, quota, shuffle, truncate
+from ctxfast.training.pretraining.bert_corpus import Recipe
+from ctxfast.training.pretraining.bert_instances import Instance, PairOptions, Vocabulary, quota, shuffle, truncate
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(40)), *(f"##p{i}" for i in range(15))]
 ID = {word: i for i, word in enumerate(WORDS)}

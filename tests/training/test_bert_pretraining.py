@@ -19,14 +19,14 @@ from support import stopping
 import ctxfast
 from ctxfast import cli
 from ctxfast.models.bert.config import BertConfig
-from ctxfast.training import bert_pairs
-from ctxfast.training.bert_corpus import BertCorpus, Recipe, text_documents, vocabulary_of
-from ctxfast.training.bert_instances import PairOptions
-from ctxfast.training.bert_pretraining import BertPretraining, entities_masked, sized_config
-from ctxfast.training.knowledge_masking import KnowledgeMasking
-from ctxfast.training.loop import LoopConfig, train
-from ctxfast.training.spans import ID_MASK, Gazetteer, SpanFile
-from ctxfast.training.vocabulary import train_wordpiece
+from ctxfast.training.loop.train import LoopConfig, train
+from ctxfast.training.pretraining import bert_pairs
+from ctxfast.training.pretraining.bert_corpus import BertCorpus, Recipe, text_documents, vocabulary_of
+from ctxfast.training.pretraining.bert_instances import PairOptions
+from ctxfast.training.pretraining.bert_task import BertPretraining, entities_masked, sized_config
+from ctxfast.training.pretraining.knowledge_masking import KnowledgeMasking
+from ctxfast.training.pretraining.knowledge_spans import ID_MASK, Gazetteer, SpanFile
+from ctxfast.training.pretraining.vocabulary import train_wordpiece
 
 ENTITIES = ["north sea", "red river valley", "old town"]
 
@@ -319,7 +319,7 @@ def test_evaluation_is_the_loss_of_all_masked_tokens(text, tokenizer, tmp_path, 
     task.model.eval()
     with torch.no_grad():
         figures = task.evaluate(task.model)
-        monkeypatch.setattr("ctxfast.training.bert_pretraining._LOGIT_BYTES", 1)  # a sequence at a time
+        monkeypatch.setattr("ctxfast.training.pretraining.bert_task._LOGIT_BYTES", 1)  # a sequence at a time
         alone = task.evaluate(task.model)
     assert figures == pytest.approx(alone, rel=1e-4)
     batch = task._batch([held_out.instance(index) for index in range(len(held_out))])

@@ -16,14 +16,14 @@ from support import stopping
 from ctxfast import cli
 from ctxfast.models.bert.config import BertConfig
 from ctxfast.models.bert.tokenization import BertTokenizer
-from ctxfast.training import bert_pairs
-from ctxfast.training.bert_corpus import BertCorpus, Recipe, text_documents, vocabulary_of
-from ctxfast.training.bert_instances import PairOptions, Vocabulary
-from ctxfast.training.bert_pretraining import BertPretraining, entities_masked
-from ctxfast.training.knowledge_masking import KnowledgeMasking
-from ctxfast.training.spans import FLAG_SHIFT, ID_MASK, SPEAKER, Gazetteer, SegmentedText
-from ctxfast.training.text import split_sentences
-from ctxfast.training.vocabulary import train_wordpiece
+from ctxfast.training.pretraining import bert_pairs
+from ctxfast.training.pretraining.bert_corpus import BertCorpus, Recipe, text_documents, vocabulary_of
+from ctxfast.training.pretraining.bert_instances import PairOptions, Vocabulary
+from ctxfast.training.pretraining.bert_task import BertPretraining, entities_masked
+from ctxfast.training.pretraining.knowledge_masking import KnowledgeMasking
+from ctxfast.training.pretraining.knowledge_spans import FLAG_SHIFT, ID_MASK, SPEAKER, Gazetteer, SegmentedText
+from ctxfast.training.pretraining.text import split_sentences
+from ctxfast.training.pretraining.vocabulary import train_wordpiece
 
 CHINESE = ["哈尔滨是黑龙江的省会", "黑龙江的省会是哈尔滨", "我们学习自然语言处理", "自然语言处理是科学"]
 
@@ -460,8 +460,8 @@ def test_shards_of_killed_runs(tmp_path: Path) -> None:
     script.write_text(
         "import sys\n"
         "from ctxfast.models.bert.tokenization import BertTokenizer\n"
-        "from ctxfast.training.bert_corpus import BertCorpus, Recipe\n"
-        "from ctxfast.training.bert_instances import PairOptions\n"
+        "from ctxfast.training.pretraining.bert_corpus import BertCorpus, Recipe\n"
+        "from ctxfast.training.pretraining.bert_instances import PairOptions\n"
         "recipe = Recipe(options=PairOptions(32, dupe_factor=3), shard_bytes=1200)\n"
         "tokenizer = BertTokenizer.from_pretrained(sys.argv[2])\n"
         "BertCorpus.prepare(sys.argv[3], [sys.argv[1]], tokenizer, recipe)\n"

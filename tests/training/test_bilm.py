@@ -20,10 +20,10 @@ import ctxfast
 from ctxfast import cli
 from ctxfast.models.elmo.config import ElmoConfig
 from ctxfast.models.elmo.weights import load_weights
-from ctxfast.training.bilm_corpus import BiLmCorpus, make_vocabulary, read_vocabulary, sentences, tokenized
-from ctxfast.training.bilm_pretraining import BiLmPretraining
-from ctxfast.training.loop import LoopConfig, train
-from ctxfast.training.sampled_softmax import log_uniform_negatives, sampled_softmax_loss
+from ctxfast.training.loop.train import LoopConfig, train
+from ctxfast.training.pretraining.bilm_corpus import BiLmCorpus, make_vocabulary, read_vocabulary, sentences, tokenized
+from ctxfast.training.pretraining.bilm_task import BiLmPretraining
+from ctxfast.training.pretraining.sampled_softmax import log_uniform_negatives, sampled_softmax_loss
 
 TEXT = """the cat sat on the mat
 a dog sat

@@ -13,8 +13,8 @@ import torch
 from support.kills import run_until
 from test_loop import Line, config
 
-from ctxfast.training.checkpoints import RunDirectory, check_settings
-from ctxfast.training.loop import train
+from ctxfast.training.loop.checkpoints import RunDirectory, check_settings
+from ctxfast.training.loop.train import train
 
 
 def run(folder: Path, **options: object) -> None:

@@ -18,12 +18,12 @@ from support.tiny_models import classified, questions, tagged
 from test_loop import Line, config
 
 from ctxfast.embedding.embedder import Embedder
-from ctxfast.training.loop import train
+from ctxfast.training.loop.train import train
+from ctxfast.training.pretraining.knowledge_spans import SpanFile, read_gazetteer
+from ctxfast.training.pretraining.text import text_lines
 from ctxfast.training.readers.conll import read_conll
 from ctxfast.training.readers.squad import read_squad
 from ctxfast.training.readers.tables import read_table
-from ctxfast.training.spans import SpanFile, read_gazetteer
-from ctxfast.training.text import text_lines
 
 TEXT = "The boat went to paris .\n\nanna saw bob\n" * 5
 PIECES = [b"\r\n", b"\r", b"\t\t", b"\xef\xbb\xbf", b"\x00", b"\xc2\x85", b'"', b"\xed\xa0\x80", b"-DOCSTART-\n", b"#"]

@@ -17,7 +17,7 @@ from support.tiny_models import classified, paired, questions, tagged, tiny_bert
 
 from benchmarks import finetune_peers
 from ctxfast.cli import main
-from ctxfast.training.loop import _Run
+from ctxfast.training.loop.train import _Run
 
 
 @pytest.fixture(scope="module")

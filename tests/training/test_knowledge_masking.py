@@ -10,9 +10,9 @@ import pytest
 import tokenizers
 
 from ctxfast.models.bert.tokenization import BertTokenizer
-from ctxfast.training.bert_instances import Pair, Vocabulary
-from ctxfast.training.knowledge_masking import KnowledgeMasking, mask, units
-from ctxfast.training.spans import (
+from ctxfast.training.pretraining.bert_instances import Pair, Vocabulary
+from ctxfast.training.pretraining.knowledge_masking import KnowledgeMasking, mask, units
+from ctxfast.training.pretraining.knowledge_spans import (
     ENTITY,
     FLAG_SHIFT,
     PHRASE,

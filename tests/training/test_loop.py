@@ -17,8 +17,8 @@ import pytest
 import torch
 from torch import nn
 
-from ctxfast.training.batches import Batches
-from ctxfast.training.loop import BaseTask, LoopConfig, TrainingDiverged, stream, train
+from ctxfast.training.loop.batches import Batches
+from ctxfast.training.loop.train import BaseTask, LoopConfig, TrainingDiverged, stream, train
 
 HERE = Path(__file__).parent
 

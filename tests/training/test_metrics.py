@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from ctxfast.training import metrics
+from ctxfast.training.tasks import metrics
 
 
 def test_entities_of_ill_formed_tags_as_seqeval() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ctxfast.training.optimizers import BertAdam, Lamb, parameter_groups, share_of_rate
+from ctxfast.training.loop.optimizers import BertAdam, Lamb, parameter_groups, share_of_rate
 
 
 def _model() -> nn.Module:

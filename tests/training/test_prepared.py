@@ -13,8 +13,8 @@ import pytest
 from support.kills import run_until
 
 from ctxfast import cli
-from ctxfast.training.bilm_corpus import BiLmCorpus
-from ctxfast.training.prepared import hold, read_note
+from ctxfast.training.pretraining.bilm_corpus import BiLmCorpus
+from ctxfast.training.pretraining.prepared import hold, read_note
 
 HERE = Path(__file__).parent
 TEXT = "the river valley was green\na tower stands over it\n\nthe farmer cuts corn\nrain falls on the field\n\n" * 4

@@ -12,9 +12,9 @@ from support.tiny_models import tagged, tiny_bert, tiny_elmo
 
 from ctxfast.cli import main
 from ctxfast.embedding.embedder import Embedder
-from ctxfast.training import probe as probe_module
-from ctxfast.training.probe import probe
 from ctxfast.training.readers.conll import Sentence
+from ctxfast.training.tasks import probe as probe_module
+from ctxfast.training.tasks.probe import probe
 
 
 class _Knows:

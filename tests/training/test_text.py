@@ -14,8 +14,8 @@ import pytest
 from ctxfast import cli
 from ctxfast._core.text_files import MAX_LINE_BYTES
 from ctxfast.embedding.lines import Corpus
-from ctxfast.training.readers.lines import read_text
-from ctxfast.training.text import text_lines
+from ctxfast.training.pretraining.text import text_lines
+from ctxfast.training.readers.files import read_text
 
 PACK = {".gz": lambda data: gzip.compress(data, mtime=0), ".xz": lzma.compress}
 LINES = 2000
@@ -162,7 +162,7 @@ def test_a_small_file_that_unpacks_to_a_large_table(
 
 def test_what_is_read_whole_has_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (path := tmp_path / "a.tsv").write_bytes(b"a\tx\n" + b"b" * 3000 + b"\tx\n")
-    monkeypatch.setattr("ctxfast.training.readers.lines.MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr("ctxfast.training.readers.files.MAX_LINE_BYTES", 1000)
     with pytest.raises(ValueError, match="a.tsv, line 2: has more than 1000 bytes; expected lines"):
         read_text(path)
     read_text(path, has_lines=False)

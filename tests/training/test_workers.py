@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from ctxfast.training.spans import ChineseWords, Gazetteer
-from ctxfast.training.workers import spread
+from ctxfast.training.pretraining.knowledge_spans import ChineseWords, Gazetteer
+from ctxfast.training.pretraining.workers import spread
 
 HERE = Path(__file__).parent
 

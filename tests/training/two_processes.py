@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ctxfast.training.batches import Batches
-from ctxfast.training.loop import BaseTask, LoopConfig, train
-from ctxfast.training.parallel import join
+from ctxfast.training.loop.batches import Batches
+from ctxfast.training.loop.parallel import join
+from ctxfast.training.loop.train import BaseTask, LoopConfig, train
 
 
 class Halves(BaseTask):

@@ -123,9 +123,7 @@ class BertConfig:
                 raise _fail(name, value, "a positive integer")
         if self.hidden_size % self.num_attention_heads:
             raise _fail(
-                "hidden_size",
-                self.hidden_size,
-                f"a multiple of num_attention_heads = {self.num_attention_heads}",
+                "hidden_size", self.hidden_size, f"a multiple of num_attention_heads = {self.num_attention_heads}"
             )
         if self.hidden_act not in ACTIVATIONS:
             raise _fail("hidden_act", self.hidden_act, f"one of {', '.join(ACTIVATIONS)}")
@@ -225,12 +223,7 @@ class BertConfig:
     @classmethod
     def large(cls, **changes: Any) -> BertConfig:
         """The released BERT-Large (uncased): 24 layers, 1024 wide, 16 heads."""
-        sizes = {
-            "hidden_size": 1024,
-            "num_hidden_layers": 24,
-            "num_attention_heads": 16,
-            "intermediate_size": 4096,
-        }
+        sizes = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
         return cls(**{**sizes, **changes})
 
     @classmethod

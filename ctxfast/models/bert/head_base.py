@@ -20,8 +20,7 @@ _Model = TypeVar("_Model", bound="BertWithHead")
 
 
 class HeadOutput(NamedTuple):
-    """``loss`` (a scalar, or None without labels), ``logits`` (see each model) and the encoder's
-    packed output."""
+    """``loss`` (a scalar, or None without labels), ``logits`` (see each model) and the encoder's packed output."""
 
     loss: Tensor | None
     logits: Tensor | None
@@ -29,8 +28,7 @@ class HeadOutput(NamedTuple):
 
 
 class PreTrainingOutput(NamedTuple):
-    """Sum and parts of the loss (None without their labels), both heads' logits, the encoder's
-    packed output."""
+    """Sum and parts of the loss (None without their labels), both heads' logits, the encoder's packed output."""
 
     loss: Tensor | None
     mlm_loss: Tensor | None
@@ -41,8 +39,7 @@ class PreTrainingOutput(NamedTuple):
 
 
 class SpanOutput(NamedTuple):
-    """Loss (None without positions), (B, L) logits of start and end, the encoder's packed
-    output."""
+    """Loss (None without positions), (B, L) logits of start and end, the encoder's packed output."""
 
     loss: Tensor | None
     start_logits: Tensor
@@ -109,8 +106,7 @@ class BertWithHead(Pretrained):
             FileNotFoundError, ValueError: as ``load_checkpoint``.
 
         Warns:
-            UserWarning: names what the file does not have, such as a new classifier: it starts at
-                random.
+            UserWarning: names what the file does not have, such as a new classifier: it starts at random.
         """
         checks.choice("Bert", "padding", padding, PADDING)
         read = cls._read(path_or_name, gelu)

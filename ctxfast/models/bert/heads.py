@@ -18,15 +18,7 @@ from ... import functional
 from ..._core import checks
 from ...nn import LayerNorm, tools
 from .config import PROBLEMS, BertConfig
-from .head_base import (
-    IGNORE_INDEX,
-    BertWithHead,
-    HeadOutput,
-    Labels,
-    PreTrainingOutput,
-    SpanOutput,
-    cross_entropy,
-)
+from .head_base import IGNORE_INDEX, BertWithHead, HeadOutput, Labels, PreTrainingOutput, SpanOutput, cross_entropy
 from .modeling import BertOutput
 
 __all__ = [
@@ -68,8 +60,7 @@ class _Predictions(nn.Module):
 
 
 class _Heads(nn.Module):
-    """The ``cls`` of Hugging Face's names: ``predictions`` and ``seq_relationship``, where the
-    model has them."""
+    """The ``cls`` of Hugging Face's names: ``predictions`` and ``seq_relationship``, where the model has them."""
 
     def __init__(self, config: BertConfig, *, predictions: bool = False, seq_relationship: bool = False) -> None:
         super().__init__()
@@ -108,9 +99,8 @@ class _MaskedLM(BertWithHead):
         decoder, packing = self.cls.predictions.decoder, encoded.packing
         hidden, labels = encoded.packed_last_hidden_state, packing.pack(labels)
         if not torch.compiler.is_compiling() and checks.has_values(labels):
-            # One in seven tokens has a label, so the head runs on those rows only. The count is
-            # read on the host (a GPU is waited for once); a compiled graph keeps all rows, where
-            # the count would break it.
+            # One in seven tokens has a label, so the head runs on those rows only. The count is read on the host (a GPU
+            # is waited for once); a compiled graph keeps all rows, where the count would break it.
             labelled = (labels != IGNORE_INDEX).nonzero().flatten()
             hidden, labels = hidden.index_select(0, labelled), labels.index_select(0, labelled)
         hidden = self.cls.predictions.transform(hidden)
@@ -118,8 +108,7 @@ class _MaskedLM(BertWithHead):
 
 
 def _after_loading(model: _MaskedLM, incompatible: Any) -> None:
-    """Ties again; a tied copy that a state_dict leaves out is not missing if the original is
-    there."""
+    """Ties again; a tied copy that a state_dict leaves out is not missing if the original is there."""
     model.tie_weights()
     missing = incompatible.missing_keys
     originals = {"cls.predictions.decoder.bias": "cls.predictions.bias"}
@@ -157,8 +146,7 @@ class BertForMaskedLM(_MaskedLM):
         Args:
             labels: (B, L) int64 or int32 word ids, -100 where there is no label. The loss is the
                 mean over labelled tokens, 0 without any; only their rows go through the head.
-            return_logits: whether to compute (B, L, V) logits, zeros at padding; None: only without
-                labels.
+            return_logits: whether to compute (B, L, V) logits, zeros at padding; None: only without labels.
 
         Returns:
             ``HeadOutput(loss, logits, encoder)``.
@@ -195,8 +183,7 @@ class BertForPreTraining(_MaskedLM):
         """As ``BertForMaskedLM.forward``, and:
 
         Args:
-            next_sentence_label: (B,) int64, 0 where the second sentence follows the first, 1 where
-                it is another.
+            next_sentence_label: (B,) int64, 0 where the second sentence follows the first, 1 where it is another.
 
         Returns:
             A ``PreTrainingOutput``; its loss is the sum of the losses whose labels were given.
@@ -225,8 +212,7 @@ class BertForPreTraining(_MaskedLM):
 
 
 class BertForNextSentencePrediction(BertWithHead):
-    """Whether a second sentence follows the first. Names as in Hugging Face's
-    BertForNextSentencePrediction."""
+    """Whether a second sentence follows the first. Names as in Hugging Face's BertForNextSentencePrediction."""
 
     _task = "NextSentencePrediction"
 
@@ -245,8 +231,7 @@ class BertForNextSentencePrediction(BertWithHead):
         labels: Tensor | None = None,
         **options: Any,
     ) -> HeadOutput:
-        """As ``Bert.forward``; labels (B,) int64, 0 for a following sentence, 1 for another; logits
-        (B, 2)."""
+        """As ``Bert.forward``; labels (B,) int64, 0 for a following sentence, 1 for another; logits (B, 2)."""
         inputs = (input_ids, attention_mask, token_type_ids, position_ids, task_type_ids)
         encoded = self._encode(inputs, options, Labels("labels", labels, 1, classes=2))
         relation = self.cls.seq_relationship
@@ -257,13 +242,11 @@ class BertForNextSentencePrediction(BertWithHead):
 class BertForSequenceClassification(BertWithHead):
     """One label, several labels or numbers for each text, from the pooled first token.
 
-    The kind of problem is the config's ``problem_type``; without one it is regression for a single
-    label, one class for integer labels, several classes for floating-point labels, as in Hugging
-    Face.
+    The kind of problem is the config's ``problem_type``; without one it is regression for a single label, one class for
+    integer labels, several classes for floating-point labels, as in Hugging Face.
 
-    With a RoBERTa config the pooler is what Hugging Face calls ``classifier.dense`` (files are
-    renamed on the way in and out); Hugging Face drops elements before it as well as after it, here
-    only after it.
+    With a RoBERTa config the pooler is what Hugging Face calls ``classifier.dense`` (files are renamed on the way in
+    and out); Hugging Face drops elements before it as well as after it, here only after it.
     """
 
     _task = "SequenceClassification"
@@ -283,8 +266,7 @@ class BertForSequenceClassification(BertWithHead):
         labels: Tensor | None = None,
         **options: Any,
     ) -> HeadOutput:
-        """As ``Bert.forward``; labels (B,) classes, (B, C) 0 or 1 for several labels, or numbers;
-        logits (B, C)."""
+        """As ``Bert.forward``; labels (B,) classes, (B, C) 0 or 1 for several labels, or numbers; logits (B, C)."""
         inputs = (input_ids, attention_mask, token_type_ids, position_ids, task_type_ids)
         problem = None if labels is None else self._problem(labels)
         if problem == "single_label_classification":
@@ -328,8 +310,7 @@ class BertForSequenceClassification(BertWithHead):
 
 
 class BertForTokenClassification(BertWithHead):
-    """One of ``num_labels`` classes for each token. Names as in Hugging Face's
-    BertForTokenClassification."""
+    """One of ``num_labels`` classes for each token. Names as in Hugging Face's BertForTokenClassification."""
 
     _task = "TokenClassification"
 
@@ -348,8 +329,7 @@ class BertForTokenClassification(BertWithHead):
         labels: Tensor | None = None,
         **options: Any,
     ) -> HeadOutput:
-        """As ``Bert.forward``; labels (B, L) classes, -100 for none; logits (B, L, C), zeros at
-        padding."""
+        """As ``Bert.forward``; labels (B, L) classes, -100 for none; logits (B, L, C), zeros at padding."""
         inputs = (input_ids, attention_mask, token_type_ids, position_ids, task_type_ids)
         encoded = self._encode(inputs, options, Labels("labels", labels, 2, self.config.num_labels))
         hidden = F.dropout(encoded.packed_last_hidden_state, self.config.head_dropout, self.training)
@@ -362,9 +342,8 @@ class BertForQuestionAnswering(BertWithHead):
     """Start and end of an answer among the tokens of a text.
 
     Padding has the lowest finite logit, so no probability: Hugging Face lets padding compete, so
-    losses on padded batches differ from its (without padding, and with ``padding="keep"``, they
-    agree). Names as in Hugging
-    Face's BertForQuestionAnswering.
+    losses on padded batches differ from its (without padding, and with ``padding="keep"``, they agree). Names as in
+    Hugging Face's BertForQuestionAnswering.
     """
 
     _task = "QuestionAnswering"
@@ -403,10 +382,7 @@ class BertForQuestionAnswering(BertWithHead):
             )
         inputs = (input_ids, attention_mask, token_type_ids, position_ids, task_type_ids)
         encoded = self._encode(
-            inputs,
-            options,
-            Labels("start_positions", start_positions, 1),
-            Labels("end_positions", end_positions, 1),
+            inputs, options, Labels("start_positions", start_positions, 1), Labels("end_positions", end_positions, 1)
         )
         packing = encoded.packing
         packed = tools.linear(encoded.packed_last_hidden_state, self.qa_outputs)

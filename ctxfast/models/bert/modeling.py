@@ -41,8 +41,7 @@ class BertOutput(NamedTuple):
         last_hidden_state: (B, L, N), zeros at padding (``padding="keep"``: Hugging Face's values);
             None with ``return_packed``.
         pooler_output: (B, N), zeros for a text without tokens; None without a pooler.
-        hidden_states: K + 1 of (B, L, N), the embeddings first; None unless asked for, or with
-            ``return_packed``.
+        hidden_states: K + 1 of (B, L, N), the embeddings first; None unless asked for, or with ``return_packed``.
         packing: where each packed row stands in the batch; with ``padding="keep"`` every row counts
             as a token, here and below.
         packed_last_hidden_state: (T, N).
@@ -232,17 +231,15 @@ class Bert(Pretrained):
     Args:
         config: sizes and options.
         add_pooling_layer: whether there is a pooler (``pooler_output`` is None without).
-        padding: what stands at padding, in the outputs and in what heads make of them. "zero": zeros,
-            nothing is computed there. "keep": what Hugging Face's model has there, with the "sdpa"
-            attention that is its default (a text without tokens attends to nothing); every row is
-            computed, and the pooler reads column 0. For what reads padded rows: late interaction,
-            unpacked LSTMs, convolutions, losses over padding. The attribute ``padding`` can be set,
-            and a call can have its own.
+        padding: what stands at padding, in the outputs and in what heads make of them. "zero": zeros, nothing is
+            computed there. "keep": what Hugging Face's model has there, with the "sdpa" attention that is its default
+            (a text without tokens attends to nothing); every row is computed, and the pooler reads column 0. For what
+            reads padded rows: late interaction, unpacked LSTMs, convolutions, losses over padding. The attribute
+            ``padding`` can be set, and a call can have its own.
 
-    The state_dict has exactly the names of Hugging Face's BertModel. Weights start as its do:
-    normal with standard deviation ``initializer_range``, biases 0, LayerNorm 1 and 0, padding rows
-    0. ``gradient_checkpointing_enable()`` recomputes each layer in the backward pass instead of
-    keeping its activations.
+    The state_dict has exactly the names of Hugging Face's BertModel. Weights start as its do: normal with standard
+    deviation ``initializer_range``, biases 0, LayerNorm 1 and 0, padding rows 0. ``gradient_checkpointing_enable()``
+    recomputes each layer in the backward pass instead of keeping its activations.
 
     On a GPU, calls without gradients go through CUDA graphs from the second call of a size on (sizes
     are rounded up to buckets); ``cuda_graphs = False`` turns that off.
@@ -302,8 +299,7 @@ class Bert(Pretrained):
             gelu: "erf" or "tanh" instead of the config's.
             dtype: of the parameters; None for that of the word table in the file.
             device: None for the CPU.
-            add_pooling_layer: None for a pooler if the file has one; True makes one, with a
-                warning, if not.
+            add_pooling_layer: None for a pooler if the file has one; True makes one, with a warning, if not.
             padding: "zero" or "keep", see the class.
 
         Raises:
@@ -367,11 +363,9 @@ class Bert(Pretrained):
                 from ``pad_token_id + 1``).
             task_type_ids: (B, L), ERNIE's; None for 0.
             output_hidden_states: also return the embeddings and every layer.
-            return_packed: leave results packed: ``last_hidden_state`` and ``hidden_states`` are
-                None.
+            return_packed: leave results packed: ``last_hidden_state`` and ``hidden_states`` are None.
             padding: "zero" or "keep" for this call, see the class; None for the model's own.
-            check_inputs: check ids against their tables on a GPU too (it waits for the device); on
-                a CPU always done.
+            check_inputs: check ids against their tables on a GPU too (it waits for the device); on a CPU always done.
 
         Returns:
             A ``BertOutput``. Rows of padding are zero, or Hugging Face's with ``padding="keep"``.

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tensor names: what files call them, the normal form used here, and the shape of each.
 
-Normal form: `bert.embeddings...`, `bert.encoder.layer.N...`, `bert.pooler.dense...` for the
-backbone of every model type; `cls.predictions...`, `cls.seq_relationship...`, `classifier...` and
-`qa_outputs...` for the heads.
+Normal form: `bert.embeddings...`, `bert.encoder.layer.N...`, `bert.pooler.dense...` for the backbone of every model
+type; `cls.predictions...`, `cls.seq_relationship...`, `classifier...` and `qa_outputs...` for the heads.
 """
 
 from __future__ import annotations
@@ -40,10 +39,7 @@ _ROBERTA_HEADS = (
 # A dimension is the config field that gives it; "labels" is free.
 Shape = tuple[str, ...]
 _H, _F, _V = "hidden_size", "intermediate_size", "vocab_size"
-POOLER_SHAPES: dict[str, Shape] = {
-    "bert.pooler.dense.weight": (_H, _H),
-    "bert.pooler.dense.bias": (_H,),
-}
+POOLER_SHAPES: dict[str, Shape] = {"bert.pooler.dense.weight": (_H, _H), "bert.pooler.dense.bias": (_H,)}
 HEAD_SHAPES: dict[str, Shape] = {
     "cls.predictions.transform.dense.weight": (_H, _H),
     "cls.predictions.transform.dense.bias": (_H,),
@@ -110,10 +106,9 @@ def layer_of(name: str) -> int | None:
 def from_torch_names(names: Iterable[str], config: BertConfig) -> dict[str, str]:
     """Maps names of a PyTorch file to the normal form; several may have the same.
 
-    Accepts every name with or without the backbone's prefix, `module.` in front, and the old
-    LayerNorm names gamma and beta. The decoder's own bias keeps its name (`DECODER_BIAS`), and so
-    do buffers (`BUFFERS`). A RoBERTa's pooler beside a classifier that has the pooler's place
-    keeps a name without prefix, which is no part known here.
+    Accepts every name with or without the backbone's prefix, `module.` in front, and the old LayerNorm names gamma and
+    beta. The decoder's own bias keeps its name (`DECODER_BIAS`), and so do buffers (`BUFFERS`). A RoBERTa's pooler
+    beside a classifier that has the pooler's place keeps a name without prefix, which is no part known here.
     """
     result: dict[str, str] = {}
     names = list(names)

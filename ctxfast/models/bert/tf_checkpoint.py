@@ -147,8 +147,7 @@ class TensorBundle:
         Raises:
             KeyError: no such variable.
             TypeError: a dtype without a NumPy counterpart here (strings, resources).
-            ValueError: the data is cut short, its checksum is wrong, or the variable is
-                partitioned into slices.
+            ValueError: the data is cut short, its checksum is wrong, or the variable is partitioned into slices.
         """
         if name not in self._variables:
             raise KeyError(f"{_WHO}: {self.index_path} has no variable {name!r}")
@@ -407,9 +406,8 @@ def mask_crc(crc: int) -> int:
 def crc32c(data: bytes | np.ndarray) -> int:
     """CRC-32C (Castagnoli) of bytes or of a contiguous uint8 array, many words at a time.
 
-    The register is linear over GF(2), so the message is laid out in rows of `lanes` words. Each
-    lane takes one word of every row; between rows all lanes move on by a whole row at once, and
-    at the end neighbours are joined two by two.
+    The register is linear over GF(2), so the message is laid out in rows of `lanes` words. Each lane takes one word of
+    every row; between rows all lanes move on by a whole row at once, and at the end neighbours are joined two by two.
     """
     data = np.frombuffer(data, np.uint8) if isinstance(data, bytes) else data
     words = data[: data.size // 4 * 4].view("<u4")

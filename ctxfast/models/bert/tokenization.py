@@ -150,15 +150,13 @@ class BertTokenizer:
     ) -> BertTokenizer:
         """Opens the tokenizer of a model.
 
-        Takes the first of tokenizer.json, vocab.txt (WordPiece), vocab.json with merges.txt
-        (byte-level BPE). Settings in tokenizer_config.json go before those in tokenizer.json, as
-        in Hugging Face.
+        Takes the first of tokenizer.json, vocab.txt (WordPiece), vocab.json with merges.txt (byte-level BPE). Settings
+        in tokenizer_config.json go before those in tokenizer.json, as in Hugging Face.
 
         Args:
             path_or_name: as `resolve_model`; the path of a tokenizer.json or vocab.txt also does.
-            do_lower_case: lower-case and strip accents (WordPiece only). By default what the
-                files say; for a lone vocab.txt False if the folder's name has "cased" but not
-                "uncased" in it, else True.
+            do_lower_case: lower-case and strip accents (WordPiece only). By default what the files say; for a lone
+                vocab.txt False if the folder's name has "cased" but not "uncased" in it, else True.
             max_length: longest sequence; by default the smaller of `model_max_length` in
                 tokenizer_config.json and the number of positions in the model's config.
             max_word_chars: words longer than this become the unknown token (WordPiece only);
@@ -285,12 +283,7 @@ class BertTokenizer:
         return Encoding(_run(self.backend.encode, text, add_special_tokens=False), False, 0, self.backend).tokens
 
     def encode(
-        self,
-        text: str,
-        pair: str | None = None,
-        *,
-        max_length: int | None = None,
-        truncation: bool = False,
+        self, text: str, pair: str | None = None, *, max_length: int | None = None, truncation: bool = False
     ) -> Encoding:
         """Encodes one text, or two as a pair.
 
@@ -308,11 +301,7 @@ class BertTokenizer:
         return self._encode([text if pair is None else (text, pair)], max_length, truncation)[0]
 
     def encode_batch(
-        self,
-        texts: Sequence[Text],
-        *,
-        max_length: int | None = None,
-        truncation: bool = False,
+        self, texts: Sequence[Text], *, max_length: int | None = None, truncation: bool = False
     ) -> list[Encoding]:
         """Encodes many texts, or pairs given as tuples, on all cores; otherwise as `encode`."""
         return self._encode(texts, max_length, truncation)
@@ -324,11 +313,7 @@ class BertTokenizer:
         return self._encode([words], max_length, truncation, words=True)[0]
 
     def encode_words_batch(
-        self,
-        texts: Sequence[Sequence[str]],
-        *,
-        max_length: int | None = None,
-        truncation: bool = False,
+        self, texts: Sequence[Sequence[str]], *, max_length: int | None = None, truncation: bool = False
     ) -> list[Encoding]:
         """Encodes many texts that are split into words already."""
         return self._encode(texts, max_length, truncation, words=True)

@@ -53,8 +53,7 @@ class Checkpoint:
         kind: "safetensors", "pytorch" or "tensorflow".
         source: the directory, or the TensorFlow prefix.
         files: every file that was read, the config first.
-        unexpected: names in the files that belong to no part known here; their tensors were
-            not read.
+        unexpected: names in the files that belong to no part known here; their tensors were not read.
     """
 
     config: BertConfig
@@ -124,11 +123,10 @@ def load_checkpoint(path_or_name: str | os.PathLike[str], *, gelu: str | None = 
     """Reads a model's config and weights and checks one against the other.
 
     Formats, the first that is there: model.safetensors (also sharded), pytorch_model.bin (also
-    sharded; read with `weights_only=True`, so no code in it runs), Google's TensorFlow
-    checkpoint with bert_config.json; the others in the folder are not looked at. Copies of one
-    tensor under several names become one, position buffers are dropped, optimiser slots skipped,
-    TensorFlow's kernels transposed. A decoder whose weight or bias is not the word table's or the
-    other bias computes with its own, as in Hugging Face's library from version 5.
+    sharded; read with `weights_only=True`, so no code in it runs), Google's TensorFlow checkpoint with
+    bert_config.json; the others in the folder are not looked at. Copies of one tensor under several names become one,
+    position buffers are dropped, optimiser slots skipped, TensorFlow's kernels transposed. A decoder whose weight or
+    bias is not the word table's or the other bias computes with its own, as in Hugging Face's library from version 5.
 
     Names, shapes, dtypes and sizes are checked before a tensor is read.
 
@@ -143,9 +141,8 @@ def load_checkpoint(path_or_name: str | os.PathLike[str], *, gelu: str | None = 
 
     Raises:
         FileNotFoundError: no model, no config or no weights; or a shard is absent.
-        ValueError: a file is cut short, damaged or holds code, a tensor is absent or has
-            another shape than the config says, copies of one tensor differ, or the config is not
-            supported; the folder holds an adapter.
+        ValueError: a file is cut short, damaged or holds code, a tensor is absent or has another shape than the config
+            says, copies of one tensor differ, or the config is not supported; the folder holds an adapter.
         TypeError: a tensor is not floating point, or quantised.
 
     Warns:
@@ -216,10 +213,7 @@ def _load(model: Path, config_path: Path, config: BertConfig, gelu: str | None) 
     check_state_dict(config, state_dict, source=where)
     left = tuple(sorted((*unexpected, *source.others)))
     if left:
-        warnings.warn(
-            f"{_WHO}: {source.place} has {len(left)} tensors that were not used: {_some(left)}",
-            stacklevel=3,
-        )
+        warnings.warn(f"{_WHO}: {source.place} has {len(left)} tensors that were not used: {_some(left)}", stacklevel=3)
     return Checkpoint(config, state_dict, source.kind, model, (config_path, *source.files), left)
 
 
@@ -261,10 +255,7 @@ def check_state_dict(
             if not (torch.isfinite(low) and torch.isfinite(high)):
                 broken.append(name)
     if broken:
-        warnings.warn(
-            f"{_WHO}: {len(broken)} tensors hold NaN or infinity: {_some(broken)} ({source})",
-            stacklevel=2,
-        )
+        warnings.warn(f"{_WHO}: {len(broken)} tensors hold NaN or infinity: {_some(broken)} ({source})", stacklevel=2)
     for head in ("classifier", "qa_outputs", "cls.seq_relationship"):
         weight, bias = state_dict.get(f"{head}.weight"), state_dict.get(f"{head}.bias")
         if weight is not None and bias is not None and len(weight) != len(bias):

@@ -91,9 +91,7 @@ class ElmoConfig:
             raise self._error(option, self.max_characters, f"{expected}: every word is filled up to this length")
         if self.num_characters not in (261, 262):
             raise self._error(
-                "char_cnn.n_characters",
-                self.num_characters,
-                "262, or 261 in the options of a training run",
+                "char_cnn.n_characters", self.num_characters, "262, or 261 in the options of a training run"
             )
         if self.activation not in _ACTIVATIONS:
             raise self._error("char_cnn.activation", self.activation, "'relu' or 'tanh'")
@@ -105,11 +103,7 @@ class ElmoConfig:
             if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0):
                 raise self._error(f"lstm.{name}", value, "a number, or null or 0 for no clipping")
             keep(name, float(value) if value else None)
-        self._check_projection(
-            "has_lstm_projection",
-            self.cell_size,
-            f"lstm.dim {self.cell_size}",
-        )
+        self._check_projection("has_lstm_projection", self.cell_size, f"lstm.dim {self.cell_size}")
         self._check_projection("has_cnn_projection", self.num_filters, f"{self.num_filters} filters")
 
     def _error(self, option: str, got: Any, expected: str) -> ValueError:
@@ -129,9 +123,7 @@ class ElmoConfig:
         widest = max(width for width, _ in pairs)
         if widest > self.max_characters:
             raise self._error(
-                "char_cnn.filters",
-                self.filters,
-                f"widths up to {self.max_characters}, the characters of a word",
+                "char_cnn.filters", self.filters, f"widths up to {self.max_characters}, the characters of a word"
             )
         return pairs
 

@@ -85,12 +85,7 @@ class Elmo(tools.Unscripted):
                 if value is None:
                     raise ValueError(f"{_OP}: {name} is None; expected a path, or a language model as module.")
             self._elmo_lstm = ElmoBiLm.from_files(
-                options_file,
-                weight_file,
-                requires_grad,
-                state=state,
-                weight_dtype=weight_dtype,
-                impl=impl,
+                options_file, weight_file, requires_grad, state=state, weight_dtype=weight_dtype, impl=impl
             )
         if vocab_to_cache:
             self._bilm("vocab_to_cache").cache_vocabulary(vocab_to_cache)
@@ -140,12 +135,7 @@ class Elmo(tools.Unscripted):
             kwargs: the other arguments of the class.
         """
         bilm = ElmoBiLm.from_weights(
-            config,
-            random_weights(config, seed),
-            requires_grad,
-            state=state,
-            weight_dtype=weight_dtype,
-            impl=impl,
+            config, random_weights(config, seed), requires_grad, state=state, weight_dtype=weight_dtype, impl=impl
         )
         return cls(num_output_representations=num_output_representations, module=bilm, impl=impl, **kwargs)
 

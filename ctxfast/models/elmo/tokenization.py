@@ -56,10 +56,7 @@ class ElmoCharacterMapper:
                     f"ctxfast.ElmoCharacterMapper: tokens_to_add[{word!r}] is {symbol!r}; expected a symbol in "
                     f"0..{PADDING_ID - 1}, a row of the file's character table."
                 )
-        self._single = {
-            **_MARKERS,
-            **{word: symbol + 1 for word, symbol in self.tokens_to_add.items()},
-        }
+        self._single = {**_MARKERS, **{word: symbol + 1 for word, symbol in self.tokens_to_add.items()}}
 
     def convert_word_to_char_ids(self, word: Word) -> list[int]:
         """The ids of one word, ``max_characters`` of them."""

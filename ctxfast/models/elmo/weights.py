@@ -26,11 +26,7 @@ from ..._core.reading import reading
 from .config import ElmoConfig
 from .datasets import find_datasets, read_datasets
 
-_LOAD, _SAVE, _STATE = (
-    "ctxfast.load_weights",
-    "ctxfast.save_weights",
-    "ctxfast.weights_from_state_dict",
-)
+_LOAD, _SAVE, _STATE = ("ctxfast.load_weights", "ctxfast.save_weights", "ctxfast.weights_from_state_dict")
 _TABLE_ROWS = 261
 _CHAR_TABLE = "_token_embedder._char_embedding_weights"
 
@@ -92,10 +88,7 @@ def _parts(config: ElmoConfig) -> dict[str, _Part]:
         parts[f"_token_embedder.char_conv_{i}.bias"] = _same(f"CNN/b_cnn_{i}", count)
     for k in range(config.num_highways):
         parts[f"_token_embedder._highways._layers.{k}.weight"] = _Part(
-            {
-                f"CNN_high_{k}/W_transform": (filters, filters),
-                f"CNN_high_{k}/W_carry": (filters, filters),
-            },
+            {f"CNN_high_{k}/W_transform": (filters, filters), f"CNN_high_{k}/W_carry": (filters, filters)},
             (2 * filters, filters),
             lambda transform, carry: np.concatenate([transform.T, -carry.T]),
             lambda a: (a[: len(a) // 2].T, -a[len(a) // 2 :].T),

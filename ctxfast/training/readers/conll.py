@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ..._core.checks import shown
-from .lines import fail, read_text
+from .files import fail, read_text
 from .notes import Say, label_notes, tell
 
 SCHEMES = ("bio2", "iob1", "bioes", "none")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..._core.checks import shown
-from .lines import fail, parse_json, read_text
+from .files import fail, parse_json, read_text
 
 
 @dataclass(frozen=True, slots=True)

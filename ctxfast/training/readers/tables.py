@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from .lines import data_suffix, fail, parse_json, read_text
+from .files import data_suffix, fail, parse_json, read_text
 from .notes import Say, first_row_note, label_notes, tell
 
 Column = str | int

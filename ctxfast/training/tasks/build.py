@@ -20,11 +20,7 @@ from ..._core.reading import read_json, reading
 from ...embedding.embedder import Embedder
 from ...embedding.encoders import ElmoEncoder
 from ...models.bert.config import BertConfig
-from ...models.bert.heads import (
-    BertForQuestionAnswering,
-    BertForSequenceClassification,
-    BertForTokenClassification,
-)
+from ...models.bert.heads import BertForQuestionAnswering, BertForSequenceClassification, BertForTokenClassification
 from ...models.bert.tokenization import BertTokenizer
 from ...models.lstm_heads import LstmClassifier, LstmSpanFinder, LstmTagger, OverElmo
 from .classify import BertClassifier, FeatureClassifier

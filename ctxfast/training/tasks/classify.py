@@ -17,9 +17,9 @@ from torch import Tensor
 from ...models.bert.heads import BertForSequenceClassification
 from ...models.bert.tokenization import BertTokenizer
 from ...models.lstm_heads import LstmClassifier, OverElmo
-from .. import metrics
-from ..readers.lines import fail
+from ..readers.files import fail
 from ..readers.tables import Example
+from . import metrics
 from .bert_inputs import Row, collate_rows, encoded, usual_length
 from .features import FrozenLayers, WordInputs, WordItem, save_feature_model, split_words
 from .predictor import Predictor, check_label, label_numbers, write_text

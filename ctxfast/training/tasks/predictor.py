@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from ..._core.checks import shown
 from ..._core.files import replacing
-from ..batches import Batches
-from ..loop import BaseTask
-from ..readers.lines import fail
+from ..loop.batches import Batches
+from ..loop.train import BaseTask
+from ..readers.files import fail
 
 SETTINGS_FILE = "ctxfast_task.json"
 FORMAT = 1
@@ -36,6 +36,7 @@ class Predictor(ABC):
         form: "bert" (all layers trained), "features" (frozen encoder) or "elmo" (trained with its head).
         model: what is trained.
         labels: names of the classes, by number; () where there are none.
+        is_spans: whether labels are tags of spans.
         options: plain values that reading examples depends on; stored with the model.
     """
 
@@ -43,6 +44,7 @@ class Predictor(ABC):
     form: str
     model: nn.Module
     labels: tuple[str, ...] = ()
+    is_spans = False
     options: dict[str, Any]
 
     @functools.cached_property

@@ -17,8 +17,8 @@ from torch import Tensor
 from ...models.bert.heads import BertForQuestionAnswering
 from ...models.bert.tokenization import BertTokenizer
 from ...models.lstm_heads import LstmSpanFinder, OverElmo
-from .. import metrics
 from ..readers.squad import Question
+from . import metrics
 from .bert_inputs import Frame, Row, collate_rows, encoded, unlimited, usual_length
 from .features import FrozenLayers, WordInputs, WordItem, save_feature_model, split_words
 from .predictor import Predictor, write_text
@@ -30,7 +30,7 @@ _SURE = 1e9
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
+class ScoredAnswer:
     """A candidate answer, its score (start logit + end logit) and its share of the softmax over the candidates."""
 
     text: str
@@ -50,7 +50,7 @@ class Finding:
     """
 
     id: str
-    spans: list[Span]
+    spans: list[ScoredAnswer]
     null_score: float
     answer: str = ""
 
@@ -145,7 +145,7 @@ class _SpanFinder(Predictor):
                 break
         top = max(spans.values(), default=0.0)
         weights = [math.exp(score - top) for score in spans.values()]
-        kept = [Span(text, score, w / sum(weights)) for (text, score), w in zip(spans.items(), weights)]
+        kept = [ScoredAnswer(text, score, w / sum(weights)) for (text, score), w in zip(spans.items(), weights)]
         finding = Finding(example.id, kept, own.null_score)
         is_null = self.null_threshold is not None and finding.null_odds > self.null_threshold
         finding.answer = kept[0].text if kept and not is_null else ""

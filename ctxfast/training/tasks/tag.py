@@ -13,8 +13,8 @@ from torch import Tensor
 from ...models.bert.heads import BertForTokenClassification
 from ...models.bert.tokenization import BertTokenizer
 from ...models.lstm_heads import LstmTagger, OverElmo
-from .. import metrics
 from ..readers.conll import Sentence
+from . import metrics
 from .bert_inputs import Frame, Row, collate_rows, windows, word_pieces
 from .features import FrozenLayers, WordInputs, WordItem, save_feature_model
 from .predictor import IGNORE, Predictor, check_label, label_numbers, pad, write_text

@@ -22,7 +22,7 @@ import ctxfast
 from ctxfast import cli
 from ctxfast.models.bert import tf_checkpoint
 from ctxfast.models.bert.weights import load_checkpoint
-from ctxfast.training.bilm_corpus import read_vocabulary
+from ctxfast.training.pretraining.bilm_corpus import read_vocabulary
 from ctxfast.training.tasks.build import Choice, build, load
 
 # Loading one of these small models takes milliseconds; a machine that others load may take a hundred times that.

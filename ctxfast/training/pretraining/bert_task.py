@@ -14,17 +14,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .._core.registry import use_impl
-from ..models.bert.config import BertConfig
-from ..models.bert.head_base import IGNORE_INDEX
-from ..models.bert.heads import BertForMaskedLM, BertForPreTraining
-from ..models.bert.tokenization import BertTokenizer
-from .batches import Batches
+from ..._core.registry import use_impl
+from ...models.bert.config import BertConfig
+from ...models.bert.head_base import IGNORE_INDEX
+from ...models.bert.heads import BertForMaskedLM, BertForPreTraining
+from ...models.bert.tokenization import BertTokenizer
+from ..loop.batches import Batches
+from ..loop.train import BaseTask, Weight, moved
 from .bert_corpus import BertCorpus
 from .bert_instances import Instance, Pair, Vocabulary
 from .knowledge_masking import units
-from .loop import BaseTask, Weight, moved
-from .spans import ID_MASK
+from .knowledge_spans import ID_MASK
 
 _WHO = "ctxfast.training.BertPretraining"
 # Logits of evaluation, (B, L, V) float32, stay within so many bytes.

@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from .._core.checks import shown
-from .._core.files import clear_left, create, locked, naming, remove, replacing, replacing_folder
-from .._core.reading import read_json, reading
+from ..._core.checks import shown
+from ..._core.files import clear_left, create, locked, naming, remove, replacing, replacing_folder
+from ..._core.reading import read_json, reading
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)\.pt")
 # What a checkpoint holds.

@@ -10,7 +10,7 @@ import random
 from collections.abc import Iterator, Sequence
 
 from .bert_instances import Document, Pair, PairOptions, Vocabulary, truncate
-from .spans import FLAG_SHIFT, SPEAKER
+from .knowledge_spans import FLAG_SHIFT, SPEAKER
 
 KINDS = ("next", "order", "none", "dialogue")
 

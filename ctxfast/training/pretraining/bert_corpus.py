@@ -19,14 +19,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from .._core.digests import fingerprint
-from .._core.files import clear_left, replacing, replacing_folder
-from ..models.bert.tokenization import BertTokenizer, Encoding
+from ..._core.digests import fingerprint
+from ..._core.files import clear_left, replacing, replacing_folder
+from ...models.bert.tokenization import BertTokenizer, Encoding
 from . import bert_instances, bert_pairs, knowledge_masking
 from .bert_instances import Document, Instance, Pair, PairOptions, Vocabulary
 from .knowledge_masking import KnowledgeMasking
+from .knowledge_spans import FLAG_SHIFT, ID_MASK, SPEAKER, SpanSource, begins
 from .prepared import read_note, save_array, stored
-from .spans import FLAG_SHIFT, ID_MASK, SPEAKER, SpanSource, begins
 from .text import split_sentences, text_lines
 from .workers import spread
 
@@ -316,11 +316,7 @@ class BertCorpus:
 
     @classmethod
     def _write_shards(
-        cls,
-        make: _ShardMaker,
-        documents: Iterator[list[str]],
-        workers: int,
-        say: Callable[[str], None] | None,
+        cls, make: _ShardMaker, documents: Iterator[list[str]], workers: int, say: Callable[[str], None] | None
     ) -> int:
         count = 0
 

@@ -11,8 +11,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from .._core.files import clear_left, locked
-from .._core.reading import read_json, reading
+from ..._core.files import clear_left, locked
+from ..._core.reading import read_json, reading
 
 
 def hold(path: str | os.PathLike[str]) -> BinaryIO:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from .bert_instances import Instance, Pair, Vocabulary, replacement, shuffle
-from .spans import FLAG_SHIFT, ID_MASK, KINDS
+from .knowledge_spans import FLAG_SHIFT, ID_MASK, KINDS
 
 LEVELS = ("token", *KINDS)
 COUNTS = ("tokens", "spans", "each")

@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .._core.reading import reading
+from ..._core.reading import reading
 from .checkpoints import RunDirectory
-from .loop_config import LoopConfig
+from .config import LoopConfig
 from .optimizers import BertAdam, Lamb, parameter_groups, share_of_rate
 from .parallel import Group, Spread, join
 from .signals import Stop

@@ -20,12 +20,12 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .. import functional
-from ..models.elmo.bilm import ElmoBiLm
-from ..models.elmo.config import ElmoConfig
-from ..models.elmo.weights import load_weights, random_weights, save_weights
+from ... import functional
+from ...models.elmo.bilm import ElmoBiLm
+from ...models.elmo.config import ElmoConfig
+from ...models.elmo.weights import load_weights, random_weights, save_weights
+from ..loop.train import BaseTask, moved
 from .bilm_corpus import BiLmCorpus, Window, read_vocabulary
-from .loop import BaseTask, moved
 from .sampled_softmax import log_uniform_negatives, sampled_softmax_loss
 
 _WHO = "ctxfast.training.BiLmPretraining"

@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Iterator
 
-from .._core.text_files import DAMAGE, archive_test, damage, existing, numbered_lines, open_binary
+from ..._core.text_files import DAMAGE, archive_test, damage, existing, numbered_lines, open_binary
 
 _WHO = "ctxfast.training"
 

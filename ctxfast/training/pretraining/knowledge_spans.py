@@ -14,8 +14,8 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from .._core.checks import shown
-from ..models.bert.tokenization import Encoding
+from ..._core.checks import shown
+from ...models.bert.tokenization import Encoding
 from .text import text_lines
 
 WORD, PHRASE, ENTITY = 1, 2, 4

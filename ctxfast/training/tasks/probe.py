@@ -18,14 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._core.files import replacing
-from ..embedding.embedder import Embedder
-from ..nn import ScalarMix
+from ..._core.files import replacing
+from ...embedding.embedder import Embedder
+from ...nn import ScalarMix
+from ..loop.batches import Batches
+from ..readers.conll import Sentence
 from . import metrics
-from .batches import Batches
-from .readers.conll import Sentence
-from .tasks.features import FrozenLayers
-from .tasks.tag import tag_names
+from .features import FrozenLayers
+from .tag import tag_names
 
 _CHUNK = 8192  # words judged at a time
 _SENTENCES = 512  # sentences embedded at a time

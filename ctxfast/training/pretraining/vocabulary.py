@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .._core.digests import fingerprint
-from .._core.files import replacing_folder
-from ..models.bert.tokenization import BertTokenizer
+from ..._core.digests import fingerprint
+from ..._core.files import replacing_folder
+from ...models.bert.tokenization import BertTokenizer
 from .prepared import read_note
 from .text import text_lines
 

@@ -20,10 +20,10 @@ from typing import Any
 
 import numpy as np
 
-from .._core.checks import shown
-from .._core.digests import fingerprint
-from .._core.files import replacing_folder
-from ..models.elmo.tokenization import BEGIN_SENTENCE, END_SENTENCE, ElmoCharacterMapper
+from ..._core.checks import shown
+from ..._core.digests import fingerprint
+from ..._core.files import replacing_folder
+from ...models.elmo.tokenization import BEGIN_SENTENCE, END_SENTENCE, ElmoCharacterMapper
 from .prepared import read_note, save_array, stored
 from .text import split_sentences, text_lines
 

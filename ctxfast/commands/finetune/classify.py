@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``ctxfast finetune classify`` and ``pair``: a class, or a number, for texts and for pairs of them."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+from .task import Say, TaskCommand
+
+
+class Classify(TaskCommand):
+    name = "classify"
+    summary = "a class, or a number, for every text"
+    usage = """\
+Texts: .tsv, .csv or .jsonl, also .gz and .xz. Columns go by their usual names (text, label, ...) or as told.
+
+  ctxfast finetune classify -m MODEL --train train.csv --dev dev.csv -o run --epochs 3 --lr 5e-5
+  ctxfast finetune classify -m MODEL --train cola.tsv --text-column 3 --label-column 1 -o run
+  ctxfast finetune classify -m run/best --predict-only --test new.tsv -o predictions
+"""
+    suffix = "jsonl"
+    is_pair = False
+
+    def add(self, parser: argparse.ArgumentParser) -> None:
+        add = parser.add_argument
+        add("--text-column", metavar="C", help="name, or number from 0")
+        add("--label-column", metavar="C", help="name, or number from 0")
+        header = parser.add_mutually_exclusive_group()
+        header.add_argument("--header", action="store_true", default=None, help="the first row names columns")
+        header.add_argument("--no-header", dest="header", action="store_false", help="it does not (else: looked at)")
+        quotes = "plain: quote signs are text (default in .tsv); csv: they delimit fields (default in .csv)"
+        add("--quotes", help=quotes)
+        add("--format", help="tsv, csv or jsonl, where the suffix does not say")
+        add("--regression", action="store_true", help="labels are numbers")
+
+    def read(self, args: argparse.Namespace, path: str, say: Say, *, needs_labels: bool) -> list[Any]:
+        from ...training.readers.notes import class_notes
+        from ...training.readers.tables import TableFormat, read_table
+
+        if args.quotes not in (None, "plain", "csv"):
+            raise ValueError(f"ctxfast.finetune: --quotes is {args.quotes!r}; expected 'plain' or 'csv'.")
+        table = TableFormat(
+            text=_column(args.text_column),
+            pair=_column(args.pair_column) if self.is_pair else None,
+            label=_column(args.label_column),
+            header=args.header,
+            quoting=None if args.quotes is None else args.quotes == "csv",
+            format=args.format,
+        )
+        found = read_table(path, table, is_pair=self.is_pair, needs_label=needs_labels, say=say)
+        if needs_labels and not args.regression:
+            labels: dict[str, list[int]] = {}
+            for example in found:
+                labels.setdefault(example.label, []).append(example.line)
+            for note in class_notes(labels):
+                say(f"{path}: {note}")
+        return found
+
+    def labels(self, args: argparse.Namespace, examples: Sequence[Any]) -> tuple[str, ...]:
+        from ...training.tasks.classify import class_names
+
+        return () if args.regression else class_names(examples)
+
+    def check_labels(self, path: str, examples: Sequence[Any], known: tuple[str, ...]) -> None:
+        from ...training.tasks.classify import check_labels
+
+        check_labels(path, examples, known)
+
+    def found_labels(self, examples: Sequence[Any]) -> list[str]:
+        return [example.label for example in examples]
+
+
+class Pair(Classify):
+    name = "pair"
+    summary = "a class, or a number, for every pair of texts"
+    usage = """\
+Pairs: .tsv, .csv or .jsonl, also .gz and .xz.
+
+  ctxfast finetune pair -m MODEL --train qnli.tsv --dev dev.tsv -o run --max-length 256
+  ctxfast finetune pair -m MODEL --train stsb.tsv --dev dev.tsv -o run --regression
+"""
+    is_pair = True
+
+    def add(self, parser: argparse.ArgumentParser) -> None:
+        super().add(parser)
+        parser.add_argument("--pair-column", metavar="C", help="the second text: name, or number from 0")
+
+
+def _column(text: str | None) -> str | int | None:
+    return int(text) if text is not None and text.isdigit() else text
