@@ -29,10 +29,10 @@ class BuildExtension(build_ext):
     def build_extension(self, ext: Extension) -> None:
         try:
             build = csrc.Build(dict(os.environ))
+            name = build.extension(Path(self.get_ext_filename(ext.name)).name, self.distribution.get_version())
         except csrc.SettingError as error:
             raise SystemExit(f"error: {error}") from None
         cuda = build.cuda
-        name = build.extension(Path(self.get_ext_filename(ext.name)).name, self.distribution.get_version())
         if not build.run([name]):
             hint = " If only nvcc failed: CTXFAST_CUDA=0 builds without CUDA kernels." if cuda.nvcc else ""
             raise SystemExit(f"error: ctxfast: the extension did not build, see above.{hint}")

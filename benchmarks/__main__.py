@@ -7,11 +7,14 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
-from . import cases, measure, report, results
+from . import cases, committed, measure, report, results
 from .peers import providers
+
+_README = Path(__file__).resolve().parents[1] / "README.md"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -40,6 +43,8 @@ def _parser() -> argparse.ArgumentParser:
     out.add_argument("--list", action="store_true", help="print the cases and stop")
     out.add_argument("--base", nargs=2, metavar=("OLD.json", "NEW.json"), help="compare two result files and stop")
     out.add_argument("--render", metavar="FILE.json", help="write page and plot of a result file and stop")
+    out.add_argument("--prune", action="store_true", help="take what later runs replace out of the results and stop")
+    out.add_argument("--readme", action="store_true", help="write README's table and the list of results anew, stop")
     return parser
 
 
@@ -53,6 +58,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         if options.render:
             print("\n".join(str(path) for path in report.write(results.load(options.render), options.render)))
+            return 0
+        if options.prune:
+            print("\n".join(committed.prune()))
+            return 0
+        if options.readme:
+            _README.write_text(committed.with_figures(_README.read_text(encoding="utf-8")), encoding="utf-8")
+            (results.FOLDER / "README.md").write_text(committed.index(), encoding="utf-8")
             return 0
         return _run(options, argv)
     except (ValueError, FileNotFoundError, FileExistsError, RuntimeError) as error:

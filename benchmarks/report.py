@@ -114,6 +114,9 @@ def _machine_lines(document: dict[str, Any]) -> list[str]:
         f"- commit {document['commit']}{dirty}; {versions}; `{document['command']}`",
         f"- {settings['threads']}; {load}; everybody passed parity before being timed; rounds in turn, medians",
     ]
+    if taken_out := document.get("taken_out"):
+        what = "1 case is" if taken_out == 1 else f"{taken_out} cases are"
+        lines.append(f"- {what} left out here: measured again in later runs")
     if document["device"] == "cuda":
         lines.append("- CUDA events; ops with a flushed L2 cache, models warm")
     return lines
@@ -192,6 +195,7 @@ def png(document: dict[str, Any]) -> bytes:
     matplotlib.use("Agg")
     from matplotlib import pyplot
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+    from PIL import Image  # what matplotlib itself writes pictures with
 
     shown = [s for s in summarise(document["rows"]) if s.ours is not None and s.best is not None]
     if not shown:
@@ -235,10 +239,11 @@ def png(document: dict[str, Any]) -> bytes:
         fontsize=8, color="#5b646e", va="top", linespacing=1.4,
     )  # fmt: skip
     figure.tight_layout(rect=(0, 0, 1, 1 - 0.75 / height))
-    stream = io.BytesIO()
+    stream, small = io.BytesIO(), io.BytesIO()
     figure.savefig(stream, format="png", facecolor="white")
     pyplot.close(figure)
-    return stream.getvalue()
+    Image.open(stream).convert("RGB").quantize(32).save(small, "PNG", optimize=True)  # a quarter of the size
+    return small.getvalue()
 
 
 def _places(shown: Sequence[Summary]) -> list[float]:

@@ -223,6 +223,16 @@ def directive(source: Path, key: str) -> list[str]:
     return line[1].split() if line else []
 
 
+def sets_of(source: Path) -> list[str]:
+    """The instruction sets that a kernel source names; SettingError if it names none or one that nobody knows."""
+    sets = directive(source, "sets")
+    if sets[:1] != ["generic"] or not set(sets) <= set(SETS):
+        raise SettingError(
+            f"ctxfast: {source.name} says sets: {' '.join(sets)!r}; expected generic first, of {[*SETS]}."
+        )
+    return sets
+
+
 def arch_only(source: Path) -> str | None:
     """The only architecture that a CUDA source is for."""
     return next((arch for suffix, arch in ARCH_ONLY.items() if source.stem.endswith(suffix)), None)
@@ -310,7 +320,7 @@ class Build:
         objects = []
         for path in sources("*/*.cpp"):
             if path.name.endswith(".isa.cpp"):
-                for name in directive(path, "sets"):
+                for name in sets_of(path):
                     if name in self.sets:
                         lanes, flags = SETS[name]
                         kind = [f"-DCTXFAST_ISA={name}", f"-DCTXFAST_LANES={lanes}", *flags, *directive(path, "flags")]

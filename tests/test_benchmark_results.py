@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from support.benchmark_rows import QUICK, document, row, tiny
 
-from benchmarks import measure, peers, report, results
+from benchmarks import committed, measure, peers, report, results
+
+ROOT = Path(__file__).resolve().parents[1]
 
 # files
 
@@ -127,3 +130,95 @@ def test_noise_is_no_change():
     new = row("a", 2.0, p20_ms=1.0, p80_ms=3.5)
     assert report.verdict(old, new) == "same"
     assert report.verdict(old, dataclasses.replace(new, p80_ms=2.9)) == "faster"
+
+
+# what is committed
+
+
+def test_nothing_committed_is_superseded():
+    assert committed.superseded() == {}
+
+
+def test_what_is_published_is_what_the_committed_files_say():
+    """Else: python -m benchmarks --readme."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert committed.with_figures(readme) == readme
+    assert (results.FOLDER / "README.md").read_text(encoding="utf-8") == committed.index()
+    with pytest.raises(ValueError, match="README lacks the lines"):
+        committed.with_figures("no place for a table")
+
+
+def test_every_result_file_has_its_page():
+    pages = {path.stem for path in results.FOLDER.glob("*.md")} - {"README"}
+    assert pages == {path.stem for path in results.FOLDER.glob("*.json")}
+    assert {path.stem for path in results.FOLDER.glob("*.png")} <= pages
+
+
+OP = "op/w/float32/forward/cpu"
+OTHER = "op/other/float32/forward/cpu"
+
+
+def _save(folder, name, date, rows, **more):
+    results.save(folder / f"{name}.json", document([], date=date, **more), rows)
+    (folder / f"{name}.md").write_text("page")
+
+
+def _measured_case(case, peer, ms=2.0):
+    return [row("ctxfast cpu", ms, ours=True, chosen=True, case=case), row(peer, 3.0, case=case)]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """README's cases, then one run after another."""
+    for_readme = [each for _, case, peer in committed._README for each in _measured_case(case, peer)]
+    _save(tmp_path, "readme", "2026-01-01", for_readme, commit="readme")
+    return tmp_path
+
+
+def test_a_case_measured_again_leaves_the_older_file(folder):
+    pytest.importorskip("matplotlib", reason="needs matplotlib, for the plot")
+    _save(folder, "all of it", "2026-01-02", _measured_case(OP, "peer"))
+    _save(folder, "part of it", "2026-01-03", _measured_case(OP, "peer") + _measured_case(OTHER, "peer"))
+    _save(folder, "newest", "2026-01-04", _measured_case(OP, "peer"))
+    found = committed.superseded(folder)
+    assert {path.stem: cases for path, cases in found.items()} == {"all of it": {OP}, "part of it": {OP}}
+    assert len(committed.prune(folder)) == 2
+    assert {path.stem for path in folder.glob("*.json")} == {"readme", "part of it", "newest"}
+    assert not (folder / "all of it.md").exists()
+    kept = results.load(folder / "part of it.json")
+    assert {each.case for each in kept["rows"]} == {OTHER} and kept["taken_out"] == 1
+    assert "1 case is left out here" in (folder / "part of it.md").read_text()
+    assert committed.superseded(folder) == {} and committed.prune(folder) == []
+
+
+@pytest.mark.parametrize(
+    "later",
+    [
+        dict(peer="another peer"),
+        dict(machine="other"),
+        dict(ms=None),
+        dict(case=OTHER),
+    ],
+    ids=lambda later: next(iter(later)),
+)
+def test_a_case_stays_that_no_later_run_replaces(folder, later):
+    _save(folder, "old", "2026-01-02", _measured_case(OP, "peer"))
+    machine = dict(machine=later["machine"]) if "machine" in later else {}
+    rows = _measured_case(later.get("case", OP), later.get("peer", "peer"), later.get("ms", 2.0))
+    _save(folder, "new", "2026-01-03", rows, **machine)
+    assert committed.superseded(folder) == {}
+
+
+def test_the_run_of_the_readme_stays_whole(folder):
+    _, case, peer = committed._README[0]
+    _save(folder, "new", "2026-01-03", _measured_case(case, peer, 1.0))
+    assert committed.superseded(folder) == {}
+    assert "commit readme" in committed.figures(folder) and "| 2 ms | " in committed.figures(folder)
+    assert f"a peer is faster in 0 of {len(committed._README)} cases" in committed.figures(folder)
+    assert "| 1 ms | " in committed.index(folder)
+
+
+def test_lost_cases_are_bold_and_counted(folder):
+    _save(folder, "new", "2026-01-03", _measured_case(OP, "peer", 4.0))
+    assert f"a peer is faster in 1 of {len(committed._README) + 1} cases" in committed.figures(folder)
+    assert "| op: w | float32 | 4 ms | peer | **0.75x** | [2026-01-03](new.md) |" in committed.index(folder)

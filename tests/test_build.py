@@ -120,13 +120,16 @@ def test_arch_flags(build_script: ModuleType) -> None:
     ]
 
 
-def test_every_kernel_source_names_its_instruction_sets(build_script: ModuleType) -> None:
-    kernels = build_script.sources("*/*.isa.cpp")
-    assert kernels
-    for path in kernels:
-        sets = build_script.directive(path, "sets")
-        assert sets[:1] == ["generic"] and set(sets) <= set(build_script.SETS), path
+def test_every_kernel_source_names_its_instruction_sets(build_script: ModuleType, tmp_path: Path) -> None:
     assert tuple(build_script.SETS) == ISAS
+    kernels = build_script.sources("*/*.isa.cpp")
+    assert kernels and all(build_script.sets_of(path)[0] == "generic" for path in kernels)
+    exact = [path for path in kernels if path.name.startswith(("bfloat16.", "int8."))]  # the same bits on every set
+    assert exact and all(build_script.directive(path, "flags") == ["-ffp-contract=off"] for path in exact)
+    for text in ("// sets: avx2\n", "// sets: generic avx3\n", "// a sentence. sets: generic\n"):
+        (tmp_path / "kernels.isa.cpp").write_text(text)
+        with pytest.raises(build_script.SettingError, match="kernels.isa.cpp says sets"):
+            build_script.sets_of(tmp_path / "kernels.isa.cpp")
 
 
 def test_build_needs_no_torch() -> None:

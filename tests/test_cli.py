@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from subprocess import PIPE, Popen
 
@@ -145,6 +147,7 @@ def test_elmo_as_allennlp_had_it(tmp_path, shared_data):
     "words, message",
     [
         ("embed no.txt -m m -o o.npz", "ctxfast.embed: input no.txt does not exist; expected a text file."),
+        ("embed {in} -m m -o - --format jsonl", "ctxfast.embed: output is '-'; expected the name of a file"),
         ("embed {in} -m m -o o.doc", "ctxfast.embed: output o.doc ends in '.doc'; expected .hdf5"),
         ("embed {in} -m m -o {in}.npz --layers two", "ctxfast.embed: layers is 'two'; expected 'all'"),
         ("embed {in} -m no-such-model -o {in}.npz", "ctxfast.resolve_model: 'no-such-model' is no model"),
@@ -289,6 +292,11 @@ def test_info(capsys):
     for op in ("lstm", "attention", "char_cnn"):
         assert f"ctxfast.{op}:" in output
     assert "used" in output
+
+
+def test_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "ctxfast", "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, f"ctxfast {ctxfast.__version__}")
 
 
 def test_version(capsys):

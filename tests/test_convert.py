@@ -143,6 +143,10 @@ def test_errors_leave_nothing(elmo, tmp_path, capsys) -> None:
     bad = ["--options-file", elmo / "options.json"]
     there = ["--options-file", tmp_path / "there" / "options.json"]
     (elmo / "part").mkdir()
+    (tmp_path / "x.json").write_text("{}")
+    ctxfast.Bert(ctxfast.BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2)).save_pretrained(
+        tmp_path / "bert"
+    )
     for words, message in (
         (["nowhere", tmp_path / "new"], "is no model on this machine"),
         ([elmo, tmp_path / "there"], "exists. Pass --overwrite"),
@@ -158,6 +162,9 @@ def test_errors_leave_nothing(elmo, tmp_path, capsys) -> None:
         ([elmo / "elmo_weights.hdf5", tmp_path / "new", "--dtype", "float16"], "--dtype is given for an ELMo model"),
         ([tmp_path / "bad.th", tmp_path / "new", *bad], "bad.th is damaged, cut short or no PyTorch weight file"),
         ([tmp_path / "gone.th", tmp_path / "new", *bad], "does not exist"),
+        ([tmp_path / "x.json", tmp_path / "new"], "SRC .*x.json is a file and no model's; expected a model's folder"),
+        ([elmo, tmp_path / "new", "--options-file", "no.json"], "--options-file no.json does not exist; expected opt"),
+        ([tmp_path / "bert", tmp_path / "new", *bad], "--options-file is given, but SRC .*bert is no ELMo model"),
         ([tmp_path / "bad.th", tmp_path / "new"], "there is no .*options.json"),
         ([elmo, tmp_path / "new", "--dtype", "int4"], "dtype is 'int4'"),
     ):

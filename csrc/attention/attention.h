@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// attention on the CPU: y = dropout(softmax(scale Q K^T)) V inside each of several packed sequences, no padding; and
-// its gradients.
+// attention on the CPU: y = dropout(softmax(scale Q K^T)) V within each of several packed sequences, without padding,
+// and its gradients.
 //
 // A token's row holds its query, key and value of every head, [3][heads][head_dim]. Softmax and sums are float32, the
 // softmax over whole rows of scores. Inputs in bfloat16 are multiplied as bfloat16 where the processor does so, else
@@ -8,7 +8,7 @@
 // set, and with dropout its place in the batch): not on what it is batched with, nor on threads. Memory beyond the
 // arguments grows with the longest sequence, not with its square.
 //
-// Dropout: weight (query i, key j) of sequence s and head h has 16 random bits of its own and is kept where they reach
+// Dropout: weight (query i, key j) of sequence s and head h has 16 random bits and is kept where they are at least
 // round(65536 dropout_p). The bits come from Philox4x32-7 keyed with seeds[0]; they are half (j / 16) % 2 of word i % 4
 // at the counter (16 (j / 32) + j % 16, i / 4, s heads + h, seeds[1]). The same on every instruction set.
 #pragma once
@@ -23,7 +23,7 @@ namespace ctxfast {
 constexpr int64_t kAttentionMaxHeadDim = 1024;
 
 struct AttentionGradients {
-  const void* y = nullptr;  // of y, given: (tokens, heads, head_dim), tokens stride_y apart
+  const void* y = nullptr;  // of y, an input: (tokens, heads, head_dim), tokens stride_y apart
   int64_t stride_y = 0;
   void* qkv = nullptr;  // of qkv, written, tokens stride_qkv apart; the bias's is its sum over tokens
   int64_t stride_qkv = 0;

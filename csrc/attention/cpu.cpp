@@ -12,7 +12,7 @@ namespace ctxfast {
 namespace {
 
 constexpr const char* kOp = "attention";
-// Multiply-adds that are worth a thread: some 3 us.
+// Multiply-adds that justify a thread: some 3 us.
 constexpr int64_t kWorkOfThread = 1 << 18;
 
 struct Call {
@@ -26,8 +26,8 @@ void run(void* context, int index, int count) {
 }
 
 template <class Offset>
-Status check_offsets(const char* op, const void* given, int64_t sequences, int64_t tokens, int64_t* longest) {
-  const Offset* const offsets = static_cast<const Offset*>(given);
+Status check_offsets(const char* op, const void* cu_seqlens, int64_t sequences, int64_t tokens, int64_t* longest) {
+  const Offset* const offsets = static_cast<const Offset*>(cu_seqlens);
   *longest = 0;
   for (int64_t i = 0; i < sequences; ++i) {
     if (offsets[i + 1] < offsets[i]) {
@@ -111,8 +111,8 @@ Status attention_check_offsets(const char* op, const void* cu_seqlens, bool is_i
   return check_these(op, cu_seqlens, sequences, tokens, longest);
 }
 
-AttentionKernel attention_kernel_for(DType type, Isa isa) {
-  return type == DType::kBFloat16 ? best_attention_bfloat16(isa) : best_attention_float32(isa);
+AttentionKernel attention_kernel_for(DType io_dtype, Isa isa) {
+  return io_dtype == DType::kBFloat16 ? best_attention_bfloat16(isa) : best_attention_float32(isa);
 }
 
 int64_t attention_scratch_bytes(int64_t longest, int64_t head_dim) {

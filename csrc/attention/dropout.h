@@ -10,7 +10,7 @@ namespace ctxfast {
 namespace {
 
 // Numbers of 16 bits from one row of draws to the next.
-inline int64_t draws_of_row(int64_t length) { return panels_of(length, kAttentionDraw) * kAttentionDraw; }
+inline int64_t draws_of_row(int64_t length) { return ceil_div(length, kAttentionDraw) * kAttentionDraw; }
 
 inline float dropped_share(int32_t threshold) { return static_cast<float>(threshold) / 65536; }
 
@@ -30,7 +30,7 @@ inline void draw(const int64_t seeds[2], int64_t pair, int64_t from, int64_t to,
         for (int64_t w = 0; w < 4; ++w) {
           const int64_t row = group * 4 + w;
           if (row < from || row >= to) continue;
-          const HalfVec low = halves_of(words[w] & 0xffffu), high = halves_of(words[w] >> 16);
+          const ShortVec low = to_shorts(words[w] & 0xffffu), high = to_shorts(words[w] >> 16);
           uint16_t* const out = draws + (row - from) * ld + block * kAttentionDraw + at;
           __builtin_memcpy(out, &low, sizeof low);
           __builtin_memcpy(out + kHalfOfDraw, &high, sizeof high);
@@ -41,22 +41,22 @@ inline void draw(const int64_t seeds[2], int64_t pair, int64_t from, int64_t to,
 }
 
 // `value` where a weight is kept, else 0.
-inline Vec kept(Vec value, const uint16_t* draws, int32_t threshold) {
-  HalfVec halves;
-  __builtin_memcpy(&halves, draws, sizeof halves);
-  return (IntVec)words_of(halves) >= threshold ? value : Vec{};
+inline Vec drop(Vec value, const uint16_t* draws, int32_t threshold) {
+  ShortVec shorts;
+  __builtin_memcpy(&shorts, draws, sizeof shorts);
+  return (IntVec)to_words(shorts) >= threshold ? value : Vec{};
 }
 
-// A row of weights, as words of `Kind`, loses those that are dropped.
+// Zeroes the dropped weights of a row, held as words of `Kind`.
 template <class Kind>
-void drop(float* row, const uint16_t* draws, int64_t length, int32_t threshold) {
+void drop_row(float* row, const uint16_t* draws, int64_t length, int32_t threshold) {
   for (int64_t j = 0; j < length; j += kLanes) {
     if constexpr (Kind::kTerms == 2) {
-      uint16_t* const halves = reinterpret_cast<uint16_t*>(row) + j;
-      const HalfVec left = narrowed_fast(kept(load_halves(halves, kLanes), draws + j, threshold));
-      __builtin_memcpy(halves, &left, sizeof left);
+      uint16_t* const shorts = reinterpret_cast<uint16_t*>(row) + j;
+      const ShortVec rest = to_bf16_fast(drop(load_bf16(shorts, kLanes), draws + j, threshold));
+      __builtin_memcpy(shorts, &rest, sizeof rest);
     } else {
-      store(row + j, kept(load(row + j), draws + j, threshold));
+      store(row + j, drop(load(row + j), draws + j, threshold));
     }
   }
 }

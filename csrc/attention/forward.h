@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // attention on vector registers, forward.
 //
-// Per (sequence, head) keys are turned so that a row holds one term of many keys, and values copied together; then for
-// some query rows at a time: scores, softmax, context.
+// For each (sequence, head): keys are transposed, so that a row holds one term of many keys, and values gathered; then,
+// for some query rows at a time, scores, softmax and context.
 #pragma once
 
 #include "attention/dropout.h"
@@ -17,44 +17,44 @@ inline int64_t offset(const AttentionJob& job, int64_t i) {
 }
 
 // The largest of a row of scores. NaN may be passed over here: it stays in the scores.
-inline float largest(const float* row, int64_t length) {
-  const int64_t whole = length / kLanes * kLanes;
+inline float row_max(const float* row, int64_t length) {
+  const int64_t full = length / kLanes * kLanes;
   Vec most = all(-__builtin_inff());
-  for (int64_t j = 0; j < whole; j += kLanes) most = larger(most, load(row + j));
-  if (whole < length) most = larger(most, first_lanes(load(row + whole), length - whole, most));
-  return largest_lane(most);
+  for (int64_t j = 0; j < full; j += kLanes) most = max(most, load(row + j));
+  if (full < length) most = max(most, first_lanes(load(row + full), length - full, most));
+  return max_lane(most);
 }
 
 // A row of scores becomes 2^(step (score - largest)), as words, with zeros up to a whole vector; returns the sum.
-template <class Kind, bool kHalf>
-float weigh(float* row, int64_t length, float largest, float step) {
+template <class Kind, bool kBf16>
+float softmax_weights(float* row, int64_t length, float largest, float step) {
   const Vec top = all(largest);
-  const int64_t whole = length / kLanes * kLanes;
+  const int64_t full = length / kLanes * kLanes;
   Vec sum = {};
   const auto put = [row](int64_t j, Vec e) {
     if constexpr (Kind::kTerms == 2) {
       // In place: what is written lies before what is still to be read.
-      const HalfVec halves = narrowed_fast(e);
-      __builtin_memcpy(reinterpret_cast<uint16_t*>(row) + j, &halves, sizeof halves);
+      const ShortVec shorts = to_bf16_fast(e);
+      __builtin_memcpy(reinterpret_cast<uint16_t*>(row) + j, &shorts, sizeof shorts);
     } else {
       store(row + j, e);
     }
   };
-  for (int64_t j = 0; j < whole; j += kLanes) {
-    const Vec e = exp2_scaled<kHalf>(load(row + j) - top, step);
+  for (int64_t j = 0; j < full; j += kLanes) {
+    const Vec e = exp2_scaled<kBf16>(load(row + j) - top, step);
     sum += e;
     put(j, e);
   }
-  if (whole < length) {
-    const Vec e = first_lanes(exp2_scaled<kHalf>(load(row + whole) - top, step), length - whole, Vec{});
+  if (full < length) {
+    const Vec e = first_lanes(exp2_scaled<kBf16>(load(row + full) - top, step), length - full, Vec{});
     sum += e;
-    put(whole, e);
+    put(full, e);
   }
-  return sum_of_lanes(sum);
+  return sum_lanes(sum);
 }
 
-// One (sequence, head) of a job: addresses, and this thread's workspace. kHalf: qkv, bias and y are bfloat16.
-template <class Kind, bool kHalf>
+// One (sequence, head) of a job: addresses, and this thread's workspace. kBf16: qkv, bias and y are bfloat16.
+template <class Kind, bool kBf16>
 struct Head {
   const AttentionJob& job;
   const int64_t start, length, head, pair, size, padded_size;
@@ -72,26 +72,26 @@ struct Head {
         head(head),
         pair(sequence * job.heads + head),
         size(job.head_dim),
-        padded_size(panels_of(size, kAttentionPad) * kAttentionPad),
-        size_words(panels_of(size, Kind::kTerms)),
-        key_words(panels_of(length, Kind::kTerms)),
+        padded_size(ceil_div(size, kAttentionPad) * kAttentionPad),
+        size_words(ceil_div(size, Kind::kTerms)),
+        key_words(ceil_div(length, Kind::kTerms)),
         keys_in(length),
         values_in(size),
         // A line more: rows a power of two apart would share their place in a cache.
-        ld_score((panels_of(length, kAttentionPad) + 1) * kAttentionPad) {
-    const int64_t padded = panels_of(length, kAttentionPad) * kAttentionPad;
+        ld_score((ceil_div(length, kAttentionPad) + 1) * kAttentionPad) {
+    const int64_t padded = ceil_div(length, kAttentionPad) * kAttentionPad;
     keys = reinterpret_cast<uint32_t*>(scratch);
     values = keys + padded * padded_size;
     rows = values + padded * padded_size;
     queries = rows + kAttentionPad * padded_size;
-    const int64_t most = less(kAttentionRows, length);
+    const int64_t most = min(kAttentionRows, length);
     context = reinterpret_cast<float*>(queries + most * padded_size);
     scores = context + most * padded_size;
     draws = reinterpret_cast<uint16_t*>(scores + most * ld_score);
   }
 
   // Queries (0), keys (1) or values (2).
-  Part<kHalf> part(int64_t which) const {
+  Part<kBf16> part(int64_t which) const {
     const int64_t column = (which * job.heads + head) * size;
     return {job.qkv, job.bias, start * job.stride_qkv + column, job.stride_qkv, column, size};
   }
@@ -100,40 +100,41 @@ struct Head {
   int64_t ld_row() const { return padded_size / Kind::kTerms; }
 
   void prepare() const {
-    turn_rows<Kind>(part(1), length, keys_in, size_words, ld_row(), rows, keys);
+    transpose_rows<Kind>(part(1), length, keys_in, size_words, ld_row(), rows, keys);
     gather_rows<Kind>(part(2), length, values_in, values);
   }
 
   // What the next item reads and writes.
   Ahead ahead(int64_t token, int64_t head, int64_t tokens) const {
-    constexpr int64_t kBytes = kHalf ? 2 : 4;
+    constexpr int64_t kBytes = kBf16 ? 2 : 4;
     const int64_t step = job.stride_qkv * kBytes, step_y = job.stride_y * kBytes;
     const char* const row = static_cast<const char*>(job.qkv) + token * step + head * size * kBytes;
     const int64_t part = job.heads * size * kBytes;
     const char* const y = static_cast<const char*>(job.y) + token * step_y + head * size * kBytes;
-    const int64_t tiles = panels_of(length, rows_of(kVectors)) * (keys_in.count + values_in.count);
+    const int64_t tiles = ceil_div(length, rows_of(kVectors)) * (keys_in.count + values_in.count);
     return {{row, row + part, row + 2 * part, y},
             {step, step, step, step_y},
             size * kBytes,
             tokens,
-            panels_of(tokens, tiles)};
+            ceil_div(tokens, tiles)};
   }
 
   void attend(int64_t from, int64_t to, Ahead* ahead) const {
     const int64_t n = to - from;
     // exp(scale s) = 2^(step |s|): a negative scale turns the queries' signs, so that the largest is the largest.
     const float sign = job.scale < 0 ? -1.0f : 1.0f, step = sign * job.scale * 1.44269504f;
-    const Part<kHalf> asking = part(0);
+    const Part<kBf16> asking = part(0);
     for (int64_t i = 0; i < n; ++i) copy_row<Kind>(asking, asking.row(from + i), sign, queries + i * ld_row());
     product<Kind>(n, queries, ld_row(), keys, keys_in, size_words, scores, ld_score, ahead);
     float most[kAttentionRows], sums[kAttentionRows];
-    for (int64_t i = 0; i < n; ++i) most[i] = largest(scores + i * ld_score, length);
-    for (int64_t i = 0; i < n; ++i) sums[i] = weigh<Kind, kHalf>(scores + i * ld_score, length, most[i], step);
+    for (int64_t i = 0; i < n; ++i) most[i] = row_max(scores + i * ld_score, length);
+    for (int64_t i = 0; i < n; ++i)
+      sums[i] = softmax_weights<Kind, kBf16>(scores + i * ld_score, length, most[i], step);
     if (job.seeds) {
       draw(job.seeds, pair, from, to, length, draws);
       for (int64_t i = 0; i < n; ++i) {
         sums[i] *= 1 - dropped_share(job.threshold);
-        drop<Kind>(scores + i * ld_score, draws + i * draws_of_row(length), length, job.threshold);
+        drop_row<Kind>(scores + i * ld_score, draws + i * draws_of_row(length), length, job.threshold);
       }
     }
     product<Kind>(n, reinterpret_cast<const uint32_t*>(scores), ld_score, values, values_in, key_words, context,
@@ -142,7 +143,7 @@ struct Head {
       const Vec share = all(1.0f / sums[i]);
       const int64_t out = (start + from + i) * job.stride_y + head * size;
       for (int64_t at = 0; at < size; at += kLanes) {
-        store_typed<kHalf, true>(job.y, out + at, load(context + i * padded_size + at) * share, size - at);
+        store_typed<kBf16, true>(job.y, out + at, load(context + i * padded_size + at) * share, size - at);
       }
     }
   }
@@ -152,17 +153,17 @@ struct Head {
 inline int64_t cost_of_row(int64_t length) { return length + 16; }
 
 inline int64_t cost_of(const AttentionJob& job) {
-  int64_t whole = 0;
+  int64_t cost = 0;
   for (int64_t s = 0; s < job.sequences; ++s) {
     const int64_t length = offset(job, s + 1) - offset(job, s);
-    whole += length * cost_of_row(length) * job.heads;
+    cost += length * cost_of_row(length) * job.heads;
   }
-  return whole;
+  return cost;
 }
 
 // Items are blocks of query rows of a (sequence, head), in order; a thread takes those whose cost before them falls
-// into its part of the whole.
-template <class Kind, bool kHalf>
+// into its share of the sum.
+template <class Kind, bool kBf16>
 void forward(const AttentionJob& job, int index, int count) {
   const Share share(cost_of(job), index, count);
   char* const scratch = job.scratch + index * job.scratch_bytes;
@@ -172,9 +173,9 @@ void forward(const AttentionJob& job, int index, int count) {
     const int64_t first = before, after = before + length * row * job.heads;
     before = after;
     if (length == 0 || after <= share.from) continue;
-    const int64_t blocks = panels_of(length, kAttentionRows);
+    const int64_t blocks = ceil_div(length, kAttentionRows);
     for (int64_t head = 0; head < job.heads; ++head) {
-      const Head<Kind, kHalf> item(job, s, start, length, head, scratch);
+      const Head<Kind, kBf16> item(job, s, start, length, head, scratch);
       // The same rows of the next head, or those of the next sequence's first.
       const bool is_last = head + 1 == job.heads, is_end = is_last && s + 1 == job.sequences;
       const int64_t next = is_end ? 0 : is_last ? offset(job, s + 2) - offset(job, s + 1) : length;

@@ -28,12 +28,12 @@ struct AttentionJob {
   int64_t scratch_bytes;
 };
 
-// Thread `index` of `count` does its share, without meeting the others: every row that is read must be there before,
-// and what is written is there when all threads are done.
+// Thread `index` of `count` does its share, without synchronizing with the others: every row it reads must be
+// complete before, and results are complete when all threads are done.
 typedef void (*AttentionKernel)(const AttentionJob& job, int index, int count);
 
 // The best kernel that `isa` includes, for float32 or bfloat16.
-AttentionKernel attention_kernel_for(DType type, Isa isa);
+AttentionKernel attention_kernel_for(DType io_dtype, Isa isa);
 
 // Bytes of one thread of a forward without dropout, a multiple of a cache line; `longest`: tokens of the longest
 // sequence.

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // attention's kernels. Only the forward has a form for bfloat16 instructions: the backward is float32 throughout.
+//
 // sets: generic avx2 avx512 avx512bf16
 #include "attention/backward.h"
 #include "attention/forward.h"

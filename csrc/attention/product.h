@@ -13,8 +13,8 @@ constexpr int kVectors = kLanes == 16 ? 4 : 2;
 constexpr int rows_of(int vectors) {
   return kLanes == 16 ? vectors == 4 ? 6 : vectors == 3 ? 8 : 12 : kLanes == 8 ? vectors == 2 ? 6 : 10 : 4;
 }
-// Words of a sum that stay in the nearest caches while rows pass over them. Each block is summed by itself, which also
-// keeps long sums exact.
+// Words of a sum that stay in the nearest caches while rows stream over them. Each block has a sum of its own, which
+// also makes long sums more accurate.
 constexpr int64_t kBlock = 128;
 
 struct Float32 {
@@ -32,8 +32,8 @@ struct Bfloat16 {
 #endif
 
 // z[row][column] = (begin: 0; else z) + sum over words of x[row][word] w[word][column]. The order of a sum is the same
-// for every kRows and kColumns. kTurned: x is [word][row], its words one float each.
-template <class Kind, bool kTurned, int kRows, int kColumns>
+// for every kRows and kColumns. kTransposed: x is [word][row], its words one float each.
+template <class Kind, bool kTransposed, int kRows, int kColumns>
 inline void tile(const uint32_t* x, int64_t ld_x, const uint32_t* w, int64_t words, bool begin, float* z,
                  int64_t ld_z) {
   Vec sum[kRows][kColumns] = {};
@@ -43,7 +43,7 @@ inline void tile(const uint32_t* x, int64_t ld_x, const uint32_t* w, int64_t wor
     for (int v = 0; v < kColumns; ++v) columns[v] = (Vec)load_words(w + v * kLanes);
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
-      const Vec value = Kind::spread(kTurned ? x[k * ld_x + r] : x[r * ld_x + k]);
+      const Vec value = Kind::spread(kTransposed ? x[k * ld_x + r] : x[r * ld_x + k]);
 #pragma GCC unroll 16
       for (int v = 0; v < kColumns; ++v) sum[r][v] = Kind::dot(sum[r][v], value, columns[v]);
     }
@@ -58,17 +58,17 @@ inline void tile(const uint32_t* x, int64_t ld_x, const uint32_t* w, int64_t wor
   }
 }
 
-template <class Kind, bool kTurned, int kColumns, int kRows>
+template <class Kind, bool kTransposed, int kColumns, int kRows>
 void tile_rows(int64_t rows, const uint32_t* x, int64_t ld_x, const uint32_t* w, int64_t words, bool begin, float* z,
                int64_t ld_z) {
   if constexpr (kRows > 1) {
-    if (rows < kRows) return tile_rows<Kind, kTurned, kColumns, kRows - 1>(rows, x, ld_x, w, words, begin, z, ld_z);
+    if (rows < kRows) return tile_rows<Kind, kTransposed, kColumns, kRows - 1>(rows, x, ld_x, w, words, begin, z, ld_z);
   }
-  tile<Kind, kTurned, kRows, kColumns>(x, ld_x, w, words, begin, z, ld_z);
+  tile<Kind, kTransposed, kRows, kColumns>(x, ld_x, w, words, begin, z, ld_z);
 }
 
-// Rows of memory that are asked for ahead of their use, some with every tile of a product: the way from memory takes
-// longer than copying, and is hidden behind the arithmetic.
+// Rows prefetched ahead of their use, some with every tile of a product: memory latency, longer than the copy itself,
+// hides behind the arithmetic.
 struct Ahead {
   static constexpr int kParts = 4;
   const char* part[kParts];
@@ -76,7 +76,7 @@ struct Ahead {
   int64_t bytes, left, at_once;
 
   void fetch_some() {
-    for (int64_t row = less(at_once, left); row > 0; --row, --left) {
+    for (int64_t row = min(at_once, left); row > 0; --row, --left) {
       for (int i = 0; i < kParts; ++i) {
         for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(part[i] + at, 0, 2);
         part[i] += step[i];
@@ -85,16 +85,16 @@ struct Ahead {
   }
 };
 
-template <class Kind, bool kTurned, int kColumns>
+template <class Kind, bool kTransposed, int kColumns>
 void panel_rows(int64_t rows, const uint32_t* x, int64_t ld_x, const uint32_t* w, int64_t words, bool begin, float* z,
                 int64_t ld_z, Ahead* ahead) {
   constexpr int kRows = rows_of(kColumns);
-  const int64_t tiles = panels_of(rows, kRows);
+  const int64_t tiles = ceil_div(rows, kRows);
   for (int64_t i = 0; i < tiles; ++i) {  // as even as can be: 8 rows are 4 + 4, not 6 + 2
     const int64_t from = rows * i / tiles, to = rows * (i + 1) / tiles;
     ahead->fetch_some();
-    tile_rows<Kind, kTurned, kColumns, kRows>(to - from, x + (kTurned ? from : from * ld_x), ld_x, w, words, begin,
-                                              z + from * ld_z, ld_z);
+    tile_rows<Kind, kTransposed, kColumns, kRows>(to - from, x + (kTransposed ? from : from * ld_x), ld_x, w, words,
+                                                  begin, z + from * ld_z, ld_z);
   }
 }
 
@@ -102,28 +102,28 @@ void panel_rows(int64_t rows, const uint32_t* x, int64_t ld_x, const uint32_t* w
 struct Panels {
   int64_t vectors, count;
   explicit Panels(int64_t columns)
-      : vectors(panels_of(columns, kLanes)), count(panels_of(panels_of(columns, kLanes), kVectors)) {}
+      : vectors(ceil_div(columns, kLanes)), count(ceil_div(ceil_div(columns, kLanes), kVectors)) {}
   int64_t first(int64_t panel) const { return vectors * panel / count; }
   int64_t width(int64_t panel) const { return first(panel + 1) - first(panel); }
 };
 
 // z (rows, columns) = (begins: 0; else z) + x (rows, words) times panels of `words` words each; see `tile`.
-template <class Kind, bool kTurned = false>
+template <class Kind, bool kTransposed = false>
 void product(int64_t rows, const uint32_t* x, int64_t ld_x, const uint32_t* w, const Panels& panels, int64_t words,
              float* z, int64_t ld_z, Ahead* ahead, bool begins = true) {
   for (int64_t k = 0; k < words; k += kBlock) {
-    const int64_t some = less(kBlock, words - k);
+    const int64_t some = min(kBlock, words - k);
     const bool begin = begins && k == 0;
-    const uint32_t* const terms = x + (kTurned ? k * ld_x : k);
+    const uint32_t* const terms = x + (kTransposed ? k * ld_x : k);
     for (int64_t panel = 0; panel < panels.count; ++panel) {
       const int64_t first = panels.first(panel) * kLanes, width = panels.width(panel);
       const uint32_t* const from = w + first * words + k * width * kLanes;
       float* const to = z + first;
-      if (width == 1) panel_rows<Kind, kTurned, 1>(rows, terms, ld_x, from, some, begin, to, ld_z, ahead);
-      if (width == 2) panel_rows<Kind, kTurned, 2>(rows, terms, ld_x, from, some, begin, to, ld_z, ahead);
+      if (width == 1) panel_rows<Kind, kTransposed, 1>(rows, terms, ld_x, from, some, begin, to, ld_z, ahead);
+      if (width == 2) panel_rows<Kind, kTransposed, 2>(rows, terms, ld_x, from, some, begin, to, ld_z, ahead);
       if constexpr (kVectors > 2) {
-        if (width == 3) panel_rows<Kind, kTurned, 3>(rows, terms, ld_x, from, some, begin, to, ld_z, ahead);
-        if (width == 4) panel_rows<Kind, kTurned, 4>(rows, terms, ld_x, from, some, begin, to, ld_z, ahead);
+        if (width == 3) panel_rows<Kind, kTransposed, 3>(rows, terms, ld_x, from, some, begin, to, ld_z, ahead);
+        if (width == 4) panel_rows<Kind, kTransposed, 4>(rows, terms, ld_x, from, some, begin, to, ld_z, ahead);
       }
     }
   }

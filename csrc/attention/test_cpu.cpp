@@ -13,38 +13,38 @@ namespace {
 
 constexpr float kGuard = -12345.0f;
 
-std::vector<uint16_t> halves(const std::vector<float>& values) {
+std::vector<uint16_t> all_to_bf16(const std::vector<float>& values) {
   std::vector<uint16_t> found;
-  for (const float value : values) found.push_back(to_half(value));
+  for (const float value : values) found.push_back(to_bf16(value));
   return found;
 }
 
 struct Problem {
   std::vector<int64_t> lengths;
   int64_t heads, size, stride_qkv, stride_y;
-  DType type;
+  DType io_dtype;
   bool has_bias;
   float scale;
   std::vector<int64_t> offsets = {0};
   std::vector<float> qkv, bias;
 
   // `slack`: elements between rows.
-  Problem(std::vector<int64_t> lengths, int64_t heads, int64_t size, DType type, bool has_bias, int64_t slack,
+  Problem(std::vector<int64_t> lengths, int64_t heads, int64_t size, DType io_dtype, bool has_bias, int64_t slack,
           float scale = 0)
       : lengths(lengths),
         heads(heads),
         size(size),
         stride_qkv(3 * heads * size + slack),
         stride_y(heads * size + slack),
-        type(type),
+        io_dtype(io_dtype),
         has_bias(has_bias),
         scale(scale != 0 ? scale : 1 / std::sqrt(static_cast<float>(size))) {
     for (const int64_t length : lengths) offsets.push_back(offsets.back() + length);
     Random random(static_cast<uint64_t>(offsets.back() * 1000003 + heads * 101 + size));
     qkv = random.fill(tokens() * stride_qkv, 2.0f), bias = random.fill(3 * heads * size, 1.0f);
-    if (type == DType::kBFloat16) {
+    if (io_dtype == DType::kBFloat16) {
       for (std::vector<float>* values : {&qkv, &bias}) {
-        for (float& value : *values) value = to_float(to_half(value));
+        for (float& value : *values) value = to_float(to_bf16(value));
       }
     }
   }
@@ -109,7 +109,7 @@ struct Problem {
   AttentionParams params(Isa isa, int64_t threads) const {
     AttentionParams p;
     p.tokens = tokens(), p.heads = heads, p.head_dim = size, p.sequences = static_cast<int64_t>(lengths.size());
-    p.io_dtype = type, p.stride_qkv = stride_qkv, p.cu_seqlens = offsets.data(), p.is_int64 = true;
+    p.io_dtype = io_dtype, p.stride_qkv = stride_qkv, p.cu_seqlens = offsets.data(), p.is_int64 = true;
     p.scale = scale, p.stride_y = stride_y, p.threads = threads, p.isa = isa;
     return p;
   }
@@ -117,19 +117,19 @@ struct Problem {
   // What a kernel writes into rows of `width`, `stride` apart, as floats; what lies between and behind must survive.
   template <class Kernel>
   std::vector<float> written(int64_t rows, int64_t width, int64_t stride, Report* report, const Kernel& kernel) const {
-    const bool is_half = type == DType::kBFloat16;
+    const bool is_bf16 = io_dtype == DType::kBFloat16;
     std::vector<float> out(rows * stride + 16, kGuard);
-    std::vector<uint16_t> out_half(out.size(), to_half(kGuard));
-    report->that("status", kernel(is_half ? static_cast<void*>(out_half.data()) : out.data()).ok());
+    std::vector<uint16_t> out_bf16(out.size(), to_bf16(kGuard));
+    report->that("status", kernel(is_bf16 ? static_cast<void*>(out_bf16.data()) : out.data()).ok());
     std::vector<float> found;
     bool is_whole = true;
     for (size_t i = 0; i < out.size(); ++i) {
       const int64_t row = static_cast<int64_t>(i) / stride, column = static_cast<int64_t>(i) % stride;
-      if (is_half) out[i] = to_float(out_half[i]);
+      if (is_bf16) out[i] = to_float(out_bf16[i]);
       if (row < rows && column < width) {
         found.push_back(out[i]);
       } else {
-        is_whole = is_whole && out[i] == (is_half ? to_float(to_half(kGuard)) : kGuard);
+        is_whole = is_whole && out[i] == (is_bf16 ? to_float(to_bf16(kGuard)) : kGuard);
       }
     }
     report->that("guard", is_whole);
@@ -138,10 +138,10 @@ struct Problem {
 
   // y, (tokens, heads, size).
   std::vector<float> run(AttentionParams p, Report* report) const {
-    const bool is_half = type == DType::kBFloat16;
-    const std::vector<uint16_t> qkv_half = halves(qkv), bias_half = halves(bias);
-    p.qkv = is_half ? static_cast<const void*>(qkv_half.data()) : qkv.data();
-    if (has_bias) p.bias = is_half ? static_cast<const void*>(bias_half.data()) : bias.data();
+    const bool is_bf16 = io_dtype == DType::kBFloat16;
+    const std::vector<uint16_t> qkv_bf16 = all_to_bf16(qkv), bias_bf16 = all_to_bf16(bias);
+    p.qkv = is_bf16 ? static_cast<const void*>(qkv_bf16.data()) : qkv.data();
+    if (has_bias) p.bias = is_bf16 ? static_cast<const void*>(bias_bf16.data()) : bias.data();
     return written(p.tokens, heads * size, stride_y, report, [&](void* y) {
       p.y = y;
       return attention_forward(p);
@@ -151,23 +151,23 @@ struct Problem {
   // A gradient of y that the type can hold.
   std::vector<float> gradient() const {
     std::vector<float> grad = Random(7).fill(tokens() * heads * size, 1.0f);
-    if (type == DType::kBFloat16) {
-      for (float& value : grad) value = to_float(to_half(value));
+    if (io_dtype == DType::kBFloat16) {
+      for (float& value : grad) value = to_float(to_bf16(value));
     }
     return grad;
   }
 
   // The gradient of qkv, (tokens, 3, heads, size), for one of y.
   std::vector<float> run_back(AttentionParams p, const std::vector<float>& grad, Report* report) const {
-    const bool is_half = type == DType::kBFloat16;
+    const bool is_bf16 = io_dtype == DType::kBFloat16;
     const int64_t width = heads * size;
-    const std::vector<uint16_t> qkv_half = halves(qkv), bias_half = halves(bias);
-    p.qkv = is_half ? static_cast<const void*>(qkv_half.data()) : qkv.data();
-    if (has_bias) p.bias = is_half ? static_cast<const void*>(bias_half.data()) : bias.data();
+    const std::vector<uint16_t> qkv_bf16 = all_to_bf16(qkv), bias_bf16 = all_to_bf16(bias);
+    p.qkv = is_bf16 ? static_cast<const void*>(qkv_bf16.data()) : qkv.data();
+    if (has_bias) p.bias = is_bf16 ? static_cast<const void*>(bias_bf16.data()) : bias.data();
     std::vector<float> spread(p.tokens * stride_y, kGuard);
     for (int64_t i = 0; i < p.tokens * width; ++i) spread[i / width * stride_y + i % width] = grad[i];
-    const std::vector<uint16_t> spread_half = halves(spread);
-    p.gradients.y = is_half ? static_cast<const void*>(spread_half.data()) : spread.data();
+    const std::vector<uint16_t> spread_bf16 = all_to_bf16(spread);
+    p.gradients.y = is_bf16 ? static_cast<const void*>(spread_bf16.data()) : spread.data();
     p.gradients.stride_y = stride_y, p.gradients.stride_qkv = stride_qkv;
     return written(p.tokens, 3 * width, stride_qkv, report, [&](void* d_qkv) {
       p.gradients.qkv = d_qkv;
@@ -177,7 +177,7 @@ struct Problem {
 };
 
 std::string name_of(const Problem& problem, Isa isa) {
-  return std::string(isa_name(isa)) + (problem.type == DType::kBFloat16 ? " bfloat16" : " float32") + " head_dim " +
+  return std::string(isa_name(isa)) + (problem.io_dtype == DType::kBFloat16 ? " bfloat16" : " float32") + " head_dim " +
          std::to_string(problem.size) + " tokens " + std::to_string(problem.tokens());
 }
 
@@ -194,8 +194,8 @@ void check_problem(const Problem& problem, Report* report) {
   for (const double value : want_back) largest = std::max(largest, std::fabs(value));
   // Values and biases lie within 3; bfloat16 weights and outputs are rounded to 1/512 of themselves, and sums of a
   // value and a bias, which move scores.
-  const bool is_half = problem.type == DType::kBFloat16;
-  const double limit = is_half ? 0.03 : 5e-6, limit_back = (is_half ? 0.02 : 5e-6) * largest;
+  const bool is_bf16 = problem.io_dtype == DType::kBFloat16;
+  const double limit = is_bf16 ? 0.03 : 5e-6, limit_back = (is_bf16 ? 0.02 : 5e-6) * largest;
   for (const Isa isa : runnable_isas()) {
     const std::string name = name_of(problem, isa);
     const std::vector<float> found = problem.run(problem.params(isa, 1), report);
@@ -275,18 +275,18 @@ void check_dropout(Report* report) {
   }
 }
 
-// A value that is no number reaches its own sequence and head and no other; scores far from zero, on either side, and
+// A NaN reaches its own sequence and head and no other; scores far from zero, on either side, and
 // far apart give finite results.
 void check_extremes(Report* report) {
   const float nan = std::numeric_limits<float>::quiet_NaN(), infinity = std::numeric_limits<float>::infinity();
-  for (const DType type : {DType::kFloat32, DType::kBFloat16}) {
+  for (const DType io_dtype : {DType::kFloat32, DType::kBFloat16}) {
     for (const Isa isa : runnable_isas()) {
       for (const float bad : {nan, infinity, -infinity}) {
         for (const int64_t part : {0, 1, 2}) {
-          Problem problem({5, 19, 3}, 2, 8, type, false, 0);
+          Problem problem({5, 19, 3}, 2, 8, io_dtype, false, 0);
           // Token 7, head 1.
           problem.qkv[7 * problem.stride_qkv + (part * 2 + 1) * 8 + 3] = bad;
-          if (type == DType::kBFloat16 && std::isnan(bad)) continue;  // to_half above knows no NaN
+          if (io_dtype == DType::kBFloat16 && std::isnan(bad)) continue;  // to_bf16 above knows no NaN
           const std::vector<float> y = problem.run(problem.params(isa, 1), report);
           bool is_near = true, is_reached = true;
           for (int64_t token = 0; token < 27; ++token) {
@@ -304,7 +304,7 @@ void check_extremes(Report* report) {
         }
       }
       for (const float far : {30.0f, -30.0f}) {
-        Problem problem({21, 9}, 1, 16, type, false, 0);
+        Problem problem({21, 9}, 1, 16, io_dtype, false, 0);
         for (int64_t token = 0; token < 30; ++token) {
           for (int64_t d = 0; d < 16; ++d) {
             problem.qkv[token * 48 + d] = 30, problem.qkv[token * 48 + 16 + d] = far * (token % 2 ? 1.0f : 0.5f);
@@ -313,7 +313,7 @@ void check_extremes(Report* report) {
         const std::vector<float> grad = problem.gradient();
         std::vector<double> want, want_back;
         problem.want(grad, &want, &want_back);
-        const double limit = type == DType::kBFloat16 ? 0.02 : 1e-5;
+        const double limit = io_dtype == DType::kBFloat16 ? 0.02 : 1e-5;
         report->near(name_of(problem, isa) + " far from zero", problem.run(problem.params(isa, 1), report), want,
                      limit);
         report->near(name_of(problem, isa) + " far from zero, backward",
@@ -369,17 +369,17 @@ void check_refusals(Report* report) {
 
 int main() {
   Report report;
-  for (const DType type : {DType::kFloat32, DType::kBFloat16}) {
+  for (const DType io_dtype : {DType::kFloat32, DType::kBFloat16}) {
     for (const int64_t size : {1, 8, 20, 32, 64, 80, 128}) {
-      check_problem({{15, 0, 1, 2, 16, 17}, 3, size, type, true, 0}, &report);
-      check_problem({{63, 64, 65}, 2, size, type, false, 5}, &report);
+      check_problem({{15, 0, 1, 2, 16, 17}, 3, size, io_dtype, true, 0}, &report);
+      check_problem({{63, 64, 65}, 2, size, io_dtype, false, 5}, &report);
     }
-    check_problem({{127, 128, 129}, 2, 32, type, true, 3}, &report);
-    check_problem({{300, 1, 47, 48, 49}, 1, 64, type, true, 0}, &report);
-    check_problem({{300}, 3, 20, type, false, 0, -0.3f}, &report);
-    check_problem({{600, 33}, 1, 17, type, false, 0}, &report);
-    check_problem({{40}, 1, 256, type, true, 0}, &report);
-    check_problem({{9}, 2, 1024, type, false, 0}, &report);
+    check_problem({{127, 128, 129}, 2, 32, io_dtype, true, 3}, &report);
+    check_problem({{300, 1, 47, 48, 49}, 1, 64, io_dtype, true, 0}, &report);
+    check_problem({{300}, 3, 20, io_dtype, false, 0, -0.3f}, &report);
+    check_problem({{600, 33}, 1, 17, io_dtype, false, 0}, &report);
+    check_problem({{40}, 1, 256, io_dtype, true, 0}, &report);
+    check_problem({{9}, 2, 1024, io_dtype, false, 0}, &report);
   }
   check_dropout(&report);
   check_extremes(&report);

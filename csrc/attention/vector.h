@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What attention needs of vectors: exp, reductions over lanes, turning rows into columns. As in base/vector.h
+// What attention needs of vectors: exp, reductions over lanes, transposing. As in base/vector.h
 // everything is in an unnamed namespace.
 #pragma once
 
@@ -15,18 +15,18 @@ inline Vec first_lanes(Vec value, int64_t n, Vec other) {
   return lane < static_cast<int32_t>(n) ? value : other;
 }
 
-inline HalfVec load_half_lanes(const uint16_t* from, int64_t n) {
-  HalfVec halves = {};
+inline ShortVec load_shorts(const uint16_t* from, int64_t n) {
+  ShortVec shorts = {};
   if (n >= kLanes) {
-    __builtin_memcpy(&halves, from, sizeof halves);
+    __builtin_memcpy(&shorts, from, sizeof shorts);
   } else {
-    for (int64_t i = 0; i < n; ++i) halves[i] = from[i];
+    for (int64_t i = 0; i < n; ++i) shorts[i] = from[i];
   }
-  return halves;
+  return shorts;
 }
 
 // b where either is NaN.
-inline Vec larger(Vec a, Vec b) {
+inline Vec max(Vec a, Vec b) {
 #if CTXFAST_LANES == 16
   return (Vec)_mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)b);
 #elif CTXFAST_LANES == 8
@@ -47,34 +47,34 @@ inline __m128 joined_quarters(Vec x, const Join& join) {
   __builtin_memcpy(&one, &all_four, sizeof one);
   return one;
 }
-inline float largest_lane(Vec x) {
-  __m128 most = joined_quarters(x, [](Vec a, Vec b) { return larger(a, b); });
+inline float max_lane(Vec x) {
+  __m128 most = joined_quarters(x, [](Vec a, Vec b) { return max(a, b); });
   most = _mm_max_ps(most, _mm_movehl_ps(most, most));
   return _mm_cvtss_f32(_mm_max_ss(most, _mm_movehdup_ps(most)));
 }
-inline float sum_of_lanes(Vec x) {
+inline float sum_lanes(Vec x) {
   __m128 sum = joined_quarters(x, [](Vec a, Vec b) { return a + b; });
   sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
   return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
 }
 #elif CTXFAST_LANES == 8
-inline float largest_lane(Vec x) {
+inline float max_lane(Vec x) {
   __m128 most = _mm_max_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
   most = _mm_max_ps(most, _mm_movehl_ps(most, most));
   return _mm_cvtss_f32(_mm_max_ss(most, _mm_movehdup_ps(most)));
 }
-inline float sum_of_lanes(Vec x) {
+inline float sum_lanes(Vec x) {
   __m128 sum = _mm_add_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
   sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
   return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
 }
 #else
-inline float largest_lane(Vec x) {
+inline float max_lane(Vec x) {
   float most = x[0];
   for (int i = 1; i < kLanes; ++i) most = x[i] > most ? x[i] : most;
   return most;
 }
-inline float sum_of_lanes(Vec x) { return (x[0] + x[2]) + (x[1] + x[3]); }
+inline float sum_lanes(Vec x) { return (x[0] + x[2]) + (x[1] + x[3]); }
 #endif
 
 // 2^(x step) for x step <= 0, and 0 far below 2^-126; NaN stays NaN. 2^f on [-1/2, 1/2] is a polynomial fitted to 2e-9,
@@ -87,28 +87,29 @@ inline Vec exp2_scaled(Vec x, float step) {
   constexpr int kDegree = kCoarse ? 4 : 6;
 #if CTXFAST_LANES == 16
   // Scaling by a power of two makes zero of 2^-200.
-  const Vec whole = larger(all(-200.0f), x * all(step));
-  const Vec n = (Vec)_mm512_maskz_roundscale_ps(0xffff, (__m512)whole, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const Vec exponent = max(all(-200.0f), x * all(step));
+  const Vec n =
+      (Vec)_mm512_maskz_roundscale_ps(0xffff, (__m512)exponent, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
-  const Vec wanted = x * all(step), whole = larger(all(-127.0f), wanted);
-  const Vec shifted = whole + all(kRounding), n = shifted - all(kRounding);
+  const Vec unbounded = x * all(step), exponent = max(all(-127.0f), unbounded);
+  const Vec shifted = exponent + all(kRounding), n = shifted - all(kRounding);
 #endif
-  const Vec f = whole - n;
+  const Vec f = exponent - n;
   Vec p = all(kCoarse ? kShort[kDegree] : kFine[kDegree]);
 #pragma GCC unroll 8
   for (int i = kDegree - 1; i >= 0; --i) p = p * f + all(kCoarse ? kShort[i] : kFine[i]);
 #if CTXFAST_LANES == 16
   return (Vec)_mm512_maskz_scalef_ps(0xffff, (__m512)p, (__m512)n);
 #else
-  const IntVec exponent = (IntVec)shifted - ((IntVec)all(kRounding) - 127);
-  return wanted < all(-126.0f) ? Vec{} : p * (Vec)(exponent << 23);
+  const IntVec biased = (IntVec)shifted - ((IntVec)all(kRounding) - 127);
+  return unbounded < all(-126.0f) ? Vec{} : p * (Vec)(biased << 23);
 #endif
 }
 
 // Four words of kLanes rows, ld_from apart, become four rows of kLanes words, ld_to apart.
-inline void turn_four(const uint32_t* from, int64_t ld_from, uint32_t* to, int64_t ld_to) {
+inline void transpose4(const uint32_t* from, int64_t ld_from, uint32_t* to, int64_t ld_to) {
 #if CTXFAST_LANES >= 8
-  Vec turned[4];
+  Vec transposed[4];
 #if CTXFAST_LANES == 16
   const auto four = [from, ld_from](int64_t row) {
     return _mm_loadu_ps(reinterpret_cast<const float*>(from + row * ld_from));
@@ -124,10 +125,10 @@ inline void turn_four(const uint32_t* from, int64_t ld_from, uint32_t* to, int64
                high = _mm512_maskz_unpackhi_ps(0xffff, part[0], part[1]);
   const __m512 low_2 = _mm512_maskz_unpacklo_ps(0xffff, part[2], part[3]),
                high_2 = _mm512_maskz_unpackhi_ps(0xffff, part[2], part[3]);
-  turned[0] = (Vec)_mm512_maskz_shuffle_ps(0xffff, low, low_2, 0x44),
-  turned[1] = (Vec)_mm512_maskz_shuffle_ps(0xffff, low, low_2, 0xee);
-  turned[2] = (Vec)_mm512_maskz_shuffle_ps(0xffff, high, high_2, 0x44),
-  turned[3] = (Vec)_mm512_maskz_shuffle_ps(0xffff, high, high_2, 0xee);
+  transposed[0] = (Vec)_mm512_maskz_shuffle_ps(0xffff, low, low_2, 0x44),
+  transposed[1] = (Vec)_mm512_maskz_shuffle_ps(0xffff, low, low_2, 0xee);
+  transposed[2] = (Vec)_mm512_maskz_shuffle_ps(0xffff, high, high_2, 0x44),
+  transposed[3] = (Vec)_mm512_maskz_shuffle_ps(0xffff, high, high_2, 0xee);
 #else
   const auto four = [from, ld_from](int64_t row) {
     return _mm_loadu_ps(reinterpret_cast<const float*>(from + row * ld_from));
@@ -136,10 +137,11 @@ inline void turn_four(const uint32_t* from, int64_t ld_from, uint32_t* to, int64
   for (int i = 0; i < 4; ++i) part[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(four(i)), four(i + 4), 1);
   const __m256 low = _mm256_unpacklo_ps(part[0], part[1]), high = _mm256_unpackhi_ps(part[0], part[1]);
   const __m256 low_2 = _mm256_unpacklo_ps(part[2], part[3]), high_2 = _mm256_unpackhi_ps(part[2], part[3]);
-  turned[0] = (Vec)_mm256_shuffle_ps(low, low_2, 0x44), turned[1] = (Vec)_mm256_shuffle_ps(low, low_2, 0xee);
-  turned[2] = (Vec)_mm256_shuffle_ps(high, high_2, 0x44), turned[3] = (Vec)_mm256_shuffle_ps(high, high_2, 0xee);
+  transposed[0] = (Vec)_mm256_shuffle_ps(low, low_2, 0x44), transposed[1] = (Vec)_mm256_shuffle_ps(low, low_2, 0xee);
+  transposed[2] = (Vec)_mm256_shuffle_ps(high, high_2, 0x44),
+  transposed[3] = (Vec)_mm256_shuffle_ps(high, high_2, 0xee);
 #endif
-  for (int k = 0; k < 4; ++k) __builtin_memcpy(to + k * ld_to, &turned[k], sizeof(Vec));
+  for (int k = 0; k < 4; ++k) __builtin_memcpy(to + k * ld_to, &transposed[k], sizeof(Vec));
 #else
   for (int k = 0; k < 4; ++k) {
     for (int row = 0; row < kLanes; ++row) to[k * ld_to + row] = from[row * ld_from + k];

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// AMX tiles of 16 rows of 16 words, eight of them, and the product of two.
+// AMX: eight tiles of 16 rows of 16 words, and the product of two.
 #pragma once
 
 #include <immintrin.h>
@@ -15,7 +15,7 @@ struct alignas(64) TileShapes {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-// Tile numbers are part of the instruction, and some compilers' intrinsics want them as literals.
+// Tile numbers are part of the instruction; some compilers' intrinsics accept only literals.
 #define CTXFAST_TILE_DOT(sum, x, w) \
   do {                              \
     if constexpr (kInt8) {          \
@@ -25,7 +25,7 @@ struct alignas(64) TileShapes {
     }                               \
   } while (0)
 
-// For the threads that multiply: around everything that uses tiles.
+// Each thread that multiplies calls these around its use of tiles.
 inline void enter_tiles() {
   const TileShapes shapes;
   _tile_loadconfig(&shapes);

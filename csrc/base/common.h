@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // What every op's header shares: how a call reports failure, element types, small arithmetic.
-// No torch, no Python: this and all of csrc/{include,cpu,cuda} stand alone.
+// No torch, no Python: this and all of csrc but the bindings stand alone.
 #pragma once
 
 #include <cstdint>
@@ -31,8 +31,8 @@ enum class DType { kFloat32, kFloat16, kBFloat16, kInt8 };
 constexpr const char* kDTypeNames[] = {"float32", "float16", "bfloat16", "int8"};
 inline const char* dtype_name(DType dtype) { return kDTypeNames[static_cast<int>(dtype)]; }
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+static constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+static constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 }  // namespace ctxfast
 

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// int8 products on vectors, the same bits on every instruction set: four products of unsigned x and signed w to a word.
+// int8 dot products on vectors, the same bits on every instruction set: a word holds four factors, unsigned in x and
+// signed in w.
 #pragma once
 
 #include "base/vector.h"
@@ -22,7 +23,7 @@ struct Int8Dot {
   typedef WordVec Sum;
 #if defined(CTXFAST_DOT_INT8)
   static constexpr bool kIsOne = true, kIsPlain = false;
-  static constexpr bool kBiased = true;  // x counts from 0: 128 more than it is
+  static constexpr bool kBiased = true;  // x is stored as x + 128
   typedef WordVec Spread;
   static Spread spread(uint32_t word) { return all_words(word); }
   static Sum dot(Sum sum, Spread x, WordVec w) { return CTXFAST_DOT_INT8(sum, x, w); }
@@ -59,14 +60,14 @@ struct Int8Dot {
 #endif
 };
 
-// How a row is rounded to int8: times `steps`, and back times `scale`. Without numbers that can be rounded (`there` is
-// false) all is zero, or NaN where one of them is not finite.
+// How a row is quantized: multiplied by `steps` and rounded; `scale` undoes it. Where a row has nothing to quantize
+// (`there` is false) everything is zero, or NaN if an element is not finite.
 struct Int8Step {
   bool there;
   float steps, scale;
 };
 
-// From the largest magnitude in each lane: as integers magnitudes have the same order, and NaN is above infinity.
+// From the largest magnitude in each lane, as integers: they order alike, and NaN is above infinity.
 inline Int8Step int8_step(IntVec most) {
   int32_t largest = 0;
   for (int lane = 0; lane < kLanes; ++lane) largest = most[lane] > largest ? most[lane] : largest;

@@ -35,7 +35,7 @@ bool tiles_granted() {
 #endif
 }
 
-// The newest instructions are asked for here: older compilers' __builtin_cpu_supports does not know their names.
+// The newest instructions are looked up here: older compilers' __builtin_cpu_supports does not know their names.
 bool runs(Isa isa) {
   // These builtins ask the operating system too whether it saves the wide registers.
   __builtin_cpu_init();
@@ -93,14 +93,14 @@ std::vector<Isa> compiled_isas() {
 }
 
 const std::vector<Isa>& runnable_isas() {
-  static const std::vector<Isa> found = [] {
+  static const std::vector<Isa> runnable = [] {
     std::vector<Isa> isas;
     for (const Isa isa : compiled_isas()) {
       if (runs(isa)) isas.push_back(isa);
     }
     return isas;
   }();
-  return found;
+  return runnable;
 }
 
 Isa best_isa() { return runnable_isas().back(); }

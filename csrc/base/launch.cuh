@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// How a kernel is started, and what its launcher may ask about the device. With -DCTXFAST_EMULATE: on the emulator.
+// Launching a kernel, and the facts of a device that launchers need. With -DCTXFAST_EMULATE: on the emulator.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -41,7 +41,7 @@ struct OpenMp {
 std::atomic<bool> is_forked{false};
 [[maybe_unused]] const int watches_forks = pthread_atfork(nullptr, nullptr, [] { is_forked.store(true); });
 
-// The core this thread runs on; -1 where nobody tells.
+// The core this thread runs on; -1 if unknown.
 int this_core() {
 #if defined(__linux__)
   return sched_getcpu();
@@ -53,11 +53,11 @@ int this_core() {
 // Moves this thread off a core, if it may run on `count` of them, and lets it go where it likes from then on.
 void leave_core(int core, int count) {
 #if defined(__linux__)
-  cpu_set_t own;
-  if (sched_getaffinity(0, sizeof own, &own) != 0 || CPU_COUNT(&own) < count) return;
-  cpu_set_t others = own;
+  cpu_set_t allowed;
+  if (sched_getaffinity(0, sizeof allowed, &allowed) != 0 || CPU_COUNT(&allowed) < count) return;
+  cpu_set_t others = allowed;
   CPU_CLR(core, &others);
-  if (sched_setaffinity(0, sizeof others, &others) == 0) sched_setaffinity(0, sizeof own, &own);
+  if (sched_setaffinity(0, sizeof others, &others) == 0) sched_setaffinity(0, sizeof allowed, &allowed);
 #else
   (void)core, (void)count;
 #endif

@@ -27,7 +27,7 @@ inline WordVec high_words(WordVec x, uint32_t factor) {
 #endif
 }
 
-// The counter's four words become random ones.
+// Replaces the counter's four words by random ones.
 inline void philox(WordVec counter[4], uint64_t seed) {
   constexpr uint32_t kFactors[] = {0xD2511F53u, 0xCD9E8D57u}, kWeyl[] = {0x9E3779B9u, 0xBB67AE85u};
   uint32_t key[] = {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)};

@@ -11,9 +11,9 @@
 namespace ctxfast {
 namespace {
 
-// Rows that are asked for at a time.
+// Rows prefetched at a time.
 constexpr int64_t kAhead = 32;
-// Rows that are worth a thread: some 5 us.
+// Rows that justify a thread: some 5 us.
 constexpr int64_t kRowsOfThread = 1024;
 
 template <class Word>
@@ -24,12 +24,12 @@ Word load(const void* from) {
 }
 
 template <class Word>
-Word difference(const char* from, int64_t stride, int64_t count, const char* kept) {
-  Word found = 0;
-  for (int64_t i = 0; i < count; ++i, from += stride, kept += sizeof(Word)) {
-    found = static_cast<Word>(found | (load<Word>(from) ^ load<Word>(kept)));
+Word difference(const char* from, int64_t stride, int64_t count, const char* saved) {
+  Word bits = 0;
+  for (int64_t i = 0; i < count; ++i, from += stride, saved += sizeof(Word)) {
+    bits = static_cast<Word>(bits | (load<Word>(from) ^ load<Word>(saved)));
   }
-  return found;
+  return bits;
 }
 
 // Where the samples of a row begin, and of those after it.
@@ -55,15 +55,15 @@ class Places {
   const char* row_;
 };
 
-// Whether any of rows from..to-1 differs(samples, kept).
+// Whether any of rows from..to-1 differs(samples, saved).
 template <class Differs>
 bool any(const Samples& s, int64_t from, int64_t to, const Differs& differs) {
   const int64_t bytes = s.width * s.size;
-  const char* kept = static_cast<const char*>(s.kept) + from * bytes;
+  const char* saved = static_cast<const char*>(s.saved) + from * bytes;
   Places places(s, from);
-  uint64_t found = 0;
-  for (int64_t row = from; row < to; ++row, kept += bytes) found |= differs(places.next(), kept);
-  return found != 0;
+  uint64_t bits = 0;
+  for (int64_t row = from; row < to; ++row, saved += bytes) bits |= differs(places.next(), saved);
+  return bits != 0;
 }
 
 template <class Word>
@@ -119,7 +119,7 @@ void run(void* context, int index, int count) {
   for (int64_t i = 0; i < call.count; ++i) {
     const Samples& s = call.samples[i];
     const int64_t begin = std::max(from - first, int64_t{0}), end = std::min(to - first, s.rows);
-    // Rows are far apart, and each is a wait for memory: all of a few are asked for, then those before are compared.
+    // Rows are far apart and each misses the cache: a few are prefetched while those before are compared.
     if (begin < end) fetch(s, begin, std::min(begin + kAhead, end));
     for (int64_t row = begin; row < end; row += kAhead) {
       const int64_t next = std::min(row + kAhead, end);

@@ -19,7 +19,7 @@ struct Shape {
 struct Matrix {
   Shape shape;
   int64_t apart, row_stride;
-  std::vector<unsigned char> memory, kept;
+  std::vector<unsigned char> memory, saved;
 
   Matrix(Random* random, const Shape& shape, int64_t apart)
       : shape(shape), apart(apart * shape.size), row_stride((shape.columns * apart + 2) * shape.size) {
@@ -27,7 +27,7 @@ struct Matrix {
     for (unsigned char& byte : memory) byte = static_cast<unsigned char>(random->bits());
     for (int64_t i = 0; i < shape.rows; ++i) {
       for (int64_t j = first(i); j < first(i) + shape.width; ++j) {
-        kept.insert(kept.end(), at(i, j), at(i, j) + shape.size);
+        saved.insert(saved.end(), at(i, j), at(i, j) + shape.size);
       }
     }
   }
@@ -36,7 +36,7 @@ struct Matrix {
   }
   unsigned char* at(int64_t i, int64_t j) { return memory.data() + i * row_stride + j * apart; }
   Samples samples() const {
-    return {memory.data(), shape.rows, row_stride, shape.columns, apart, shape.size, shape.width, kept.data()};
+    return {memory.data(), shape.rows, row_stride, shape.columns, apart, shape.size, shape.width, saved.data()};
   }
 };
 

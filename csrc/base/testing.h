@@ -27,20 +27,20 @@ struct Random {
 };
 
 // A bfloat16's bits: the nearest, ties to even.
-inline uint16_t to_half(float value) {
+inline uint16_t to_bf16(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, 4);
   return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-inline float to_float(uint16_t half) {
-  const uint32_t bits = static_cast<uint32_t>(half) << 16;
+inline float to_float(uint16_t bf16) {
+  const uint32_t bits = static_cast<uint32_t>(bf16) << 16;
   float value;
   std::memcpy(&value, &bits, 4);
   return value;
 }
 
-// Whether the sizes that a sanitizer can follow are asked for.
+// Whether small sizes are wanted, for a run under a sanitizer.
 inline bool is_small() { return std::getenv("CTXFAST_SMALL") != nullptr; }
 
 // Counts checks and failures; a NaN anywhere fails.

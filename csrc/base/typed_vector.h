@@ -12,7 +12,7 @@ namespace ctxfast {
 namespace {
 
 // a b + c, rounded once.
-inline Vec fused(Vec a, Vec b, Vec c) {
+inline Vec fma(Vec a, Vec b, Vec c) {
 #if CTXFAST_LANES == 16
   return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #elif CTXFAST_LANES == 8
@@ -24,23 +24,23 @@ inline Vec fused(Vec a, Vec b, Vec c) {
 }
 
 // Some compilers take the general conversion of vectors apart.
-inline WordVec words_of(HalfVec halves) {
+inline WordVec to_words(ShortVec shorts) {
 #if CTXFAST_LANES == 16
-  return (WordVec)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)halves);
+  return (WordVec)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)shorts);
 #else
-  return __builtin_convertvector(halves, WordVec);
+  return __builtin_convertvector(shorts, WordVec);
 #endif
 }
-inline HalfVec halves_of(WordVec words) {
+inline ShortVec to_shorts(WordVec words) {
 #if CTXFAST_LANES == 16
-  __m256i halves = _mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)words);
-  asm("" : "+x"(halves));
-  return (HalfVec)halves;
+  __m256i shorts = _mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)words);
+  asm("" : "+x"(shorts));
+  return (ShortVec)shorts;
 #else
-  return __builtin_convertvector(words, HalfVec);
+  return __builtin_convertvector(words, ShortVec);
 #endif
 }
-inline ByteVec bytes_of(WordVec words) {
+inline ByteVec to_bytes(WordVec words) {
 #if CTXFAST_LANES == 16
   __m128i bytes = _mm512_maskz_cvtepi32_epi8(0xffff, (__m512i)words);
   asm("" : "+x"(bytes));  // kept from becoming a store: the instruction that narrows into memory takes 30 cycles
@@ -50,24 +50,24 @@ inline ByteVec bytes_of(WordVec words) {
 #endif
 }
 
-inline Vec widened(HalfVec halves) { return (Vec)(words_of(halves) << 16); }
+inline Vec from_bf16(ShortVec shorts) { return (Vec)(to_words(shorts) << 16); }
 
 // Nearest, ties to even; NaN stays NaN.
-inline HalfVec narrowed(Vec x) {
+inline ShortVec to_bf16(Vec x) {
   const WordVec bits = (WordVec)x;
   const WordVec nearest = bits + 0x7fffu + ((bits >> 16) & 1u);
   const WordVec rounded = (IntVec)(bits & 0x7fffffffu) > 0x7f800000 ? bits | 0x400000u : nearest;
-  return halves_of(rounded >> 16);
+  return to_shorts(rounded >> 16);
 }
 
-inline Vec load_halves(const uint16_t* from, int64_t n) {
-  HalfVec halves = {};
+inline Vec load_bf16(const uint16_t* from, int64_t n) {
+  ShortVec shorts = {};
   if (n >= kLanes) {
-    __builtin_memcpy(&halves, from, sizeof halves);
+    __builtin_memcpy(&shorts, from, sizeof shorts);
   } else {
-    for (int64_t i = 0; i < n; ++i) halves[i] = from[i];
+    for (int64_t i = 0; i < n; ++i) shorts[i] = from[i];
   }
-  return widened(halves);
+  return from_bf16(shorts);
 }
 
 // sum + the two products of a word of bfloat16, where there is one instruction for it.
@@ -75,30 +75,30 @@ inline Vec load_halves(const uint16_t* from, int64_t n) {
 #define CTXFAST_DOT_BF16(sum, x, w) (Vec) _mm512_dpbf16_ps((__m512)(sum), (__m512bh)(x), (__m512bh)(w))
 #endif
 
-template <bool kHalf>
+template <bool kBf16>
 inline Vec load_typed(const void* from, int64_t at, int64_t n) {
-  return kHalf ? load_halves(static_cast<const uint16_t*>(from) + at, n)
+  return kBf16 ? load_bf16(static_cast<const uint16_t*>(from) + at, n)
                : load_some(static_cast<const float*>(from) + at, n);
 }
 
 // The same for all but NaN's payload and values too small for a full mantissa, which become zero.
-inline HalfVec narrowed_fast(Vec x) {
+inline ShortVec to_bf16_fast(Vec x) {
 #if defined(__AVX512BF16__) && CTXFAST_LANES == 16
-  return (HalfVec)_mm512_cvtneps_pbh((__m512)x);
+  return (ShortVec)_mm512_cvtneps_pbh((__m512)x);
 #else
-  return narrowed(x);
+  return to_bf16(x);
 #endif
 }
 
-template <bool kHalf, bool kFast>
+template <bool kBf16, bool kFast>
 inline void store_typed(void* to, int64_t at, Vec value, int64_t n) {
-  if (!kHalf) return store_some(static_cast<float*>(to) + at, value, n);
-  const HalfVec halves = kFast ? narrowed_fast(value) : narrowed(value);
+  if (!kBf16) return store_some(static_cast<float*>(to) + at, value, n);
+  const ShortVec shorts = kFast ? to_bf16_fast(value) : to_bf16(value);
   uint16_t* const out = static_cast<uint16_t*>(to) + at;
   if (n >= kLanes) {
-    __builtin_memcpy(out, &halves, sizeof halves);
+    __builtin_memcpy(out, &shorts, sizeof shorts);
   } else {
-    for (int64_t i = 0; i < n; ++i) out[i] = halves[i];
+    for (int64_t i = 0; i < n; ++i) out[i] = shorts[i];
   }
 }
 

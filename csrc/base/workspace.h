@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// Memory that an op's call needs for itself.
+// Scratch memory of a call.
 #pragma once
 
 #include <cstddef>
 
 namespace ctxfast {
 
-// On a cache line; null: not to be had. Each calling thread keeps one, up to a size, for its next call: memory fresh
-// from the system costs more than a small call. Valid until this thread asks again.
+// Aligned to a cache line; null where there is no memory. Each calling thread caches one workspace, up to a size, for
+// its next call: fresh memory from the system costs more than a small call. Valid until this thread's next request.
 void* workspace(size_t bytes);
 
 }  // namespace ctxfast

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // char_cnn on the CPU: y = activation(max over positions of a word's windows of (window . filter) + bias).
 //
-// Every window of `width` characters' vectors lies wholly inside the word. Windows that hold one and the same character
-// up to the word's end are computed once: the maximum over distinct windows is the maximum over all. Packed weights of
-// one width lie in panels of 32 filters, [panel][place in the window][32], float32, padded with zeros: place j size + d
-// is number d of the window's character j.
+// A window is `width` consecutive characters of one word, each a vector. Equal windows at the end of a word (its
+// padding repeats one character) are computed once: the maximum over distinct windows is the maximum over all. Packed
+// weights of one width lie in panels of 32 filters, [panel][place in the window][32], float32, padded with zeros: place
+// j size + d is number d of the window's character j.
 //
 // Sums are float32, in the order of places: a word's bits depend on nothing but the word (and the instruction set). NaN
-// passes through. ids, y, at and all gradients are contiguous; outputs may not overlap inputs.
+// propagates. ids, y, at and all gradients are contiguous; outputs may not overlap inputs.
 #pragma once
 
 #include <cstdint>
@@ -18,8 +18,7 @@
 namespace ctxfast {
 
 constexpr int kCharCnnPanel = 32;
-constexpr int64_t kCharCnnMaxWord =
-    16384;  // numbers of a word, characters times size: a thread keeps them on its stack
+constexpr int64_t kCharCnnMaxWord = 16384;  // floats of a word, characters times size: a thread keeps them on its stack
 
 // All filters of one width.
 struct CharCnnFilters {
@@ -50,7 +49,7 @@ struct CharCnnParams {
   Isa isa = best_isa();
 };
 
-// An id outside the table is refused before anything is written.
+// An id outside the table is an error, raised before anything is written.
 Status char_cnn_forward(const CharCnnParams& params);
 // Gradients of the words' vectors, of every filter and of every bias; all are written.
 Status char_cnn_backward(const CharCnnParams& params);

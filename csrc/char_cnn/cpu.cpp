@@ -12,7 +12,7 @@ namespace ctxfast {
 namespace {
 
 constexpr const char* kOp = "char_cnn";
-constexpr int64_t kWorkOfThread = 1 << 18;  // multiply-adds that are worth a thread: some 5 us
+constexpr int64_t kWorkOfThread = 1 << 18;  // multiply-adds that justify a thread: some 5 us
 constexpr int64_t kUsualWindows = 10;       // distinct windows of a word of text
 constexpr int64_t kWordsOfPart = 4;         // fewer would leave some threads half as much again as others
 

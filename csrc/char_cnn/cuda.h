@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// char_cnn on CUDA: y = activation(max over positions of a word's windows of (window . filter) + bias), and back.
+// char_cnn on CUDA: y = activation(max over positions of a word's windows of (window . filter) + bias), and its
+// gradients.
 //
-// Every window of `width` characters' vectors lies wholly inside the word. Windows that hold one and the same character
-// up to the word's end are computed once a word. Nothing before the maximum is written. Everything but ids and `at` is
-// of one dtype (float32, float16, bfloat16) and contiguous; sums are float32, in an order that depends on the sizes of
-// a word and its filters alone. NaN passes through. Launchers take the stream, do not wait for it, allocate nothing;
-// any number of words, 0 too. Outputs may not overlap inputs.
+// A window is `width` consecutive characters of one word, each a vector. Equal windows at the end of a word (its
+// padding repeats one character) are computed once. Nothing before the maximum is written to memory. Everything but ids
+// and `at` is of one dtype (float32, float16, bfloat16) and contiguous; sums are float32, in an order that depends on
+// the sizes of a word and its filters alone. NaN propagates. Launchers use the given stream, do not synchronize and
+// allocate nothing. There may be no words. Outputs may not overlap inputs.
 #pragma once
 
 #include <cstdint>
@@ -17,8 +18,7 @@ struct CUstream_st;  // cudaStream_t is a pointer to it; this header needs no CU
 namespace ctxfast {
 
 constexpr int kCharCnnCudaMaxWidths = 16;
-constexpr int64_t kCharCnnCudaSharedBytes =
-    96 * 1024;  // what a block may have on every GPU from compute capability 8.0
+constexpr int64_t kCharCnnCudaSharedBytes = 96 * 1024;  // available to a block on every GPU from compute capability 8.0
 
 // All filters of one width.
 struct CharCnnCudaFilters {
@@ -38,7 +38,7 @@ struct CharCnnCudaParams {
   DType dtype = DType::kFloat32;
   bool is_int64 = true;         // ids; else int32
   bool is_tanh = false;         // the activation; else relu
-  const void* ids = nullptr;    // (words, characters), rows of the table: one outside it stops the kernel
+  const void* ids = nullptr;    // (words, characters), rows of the table; one outside it traps
   const void* table = nullptr;  // (vocabulary, size)
   void* y = nullptr;            // (words, columns); forward
   int32_t* at = nullptr;        // (words, columns): where the first largest window starts; forward: may be null
@@ -46,7 +46,7 @@ struct CharCnnCudaParams {
   float* grad_words = nullptr;  // (words, characters, size); backward
 };
 
-// Shared memory that a block needs at least, for filters up to this width; over kCharCnnCudaSharedBytes it is refused.
+// The least shared memory of a block for filters up to this width; more than kCharCnnCudaSharedBytes is an error.
 int64_t char_cnn_cuda_shared_bytes(int64_t characters, int64_t size, int64_t width);
 
 Status char_cnn_cuda_forward(const CharCnnCudaParams& params, CUstream_st* stream);

@@ -57,12 +57,12 @@ V shuffled(V value, int from) {
   return mine.result;
 }
 
-inline float half_at(const unsigned char* p, const __half*) {
+inline float value_at(const unsigned char* p, const __half*) {
   __half value;
   std::memcpy(&value, p, 2);
   return __half2float(value);
 }
-inline float half_at(const unsigned char* p, const __nv_bfloat16*) {
+inline float value_at(const unsigned char* p, const __nv_bfloat16*) {
   __nv_bfloat16 value;
   std::memcpy(&value, p, 2);
   return __bfloat162float(value);
@@ -70,7 +70,7 @@ inline float half_at(const unsigned char* p, const __nv_bfloat16*) {
 // Element 0 or 1 of a register.
 template <typename T>
 float element(const uint32_t& word, int which) {
-  return half_at(reinterpret_cast<const unsigned char*>(&word) + 2 * which, static_cast<const T*>(nullptr));
+  return value_at(reinterpret_cast<const unsigned char*>(&word) + 2 * which, static_cast<const T*>(nullptr));
 }
 
 struct Ldmatrix {
@@ -126,7 +126,7 @@ float core_element(const unsigned char* shared, uint64_t descriptor, int row, in
   const size_t start = (descriptor & 0x3FFF) << 4, k_stride = (descriptor >> 16 & 0x3FFF) << 4,
                row_stride = (descriptor >> 32 & 0x3FFF) << 4;
   const size_t at = start + row / 8 * row_stride + k / 8 * k_stride + row % 8 * 16 + k % 8 * 2;
-  return half_at(shared + at, static_cast<const T*>(nullptr));
+  return value_at(shared + at, static_cast<const T*>(nullptr));
 }
 
 template <typename T, int N>

@@ -11,7 +11,7 @@ namespace ctxfast {
 namespace {
 
 constexpr const char* kOp = "layer_norm";
-constexpr int64_t kWorkOfThread = 1 << 14;  // elements that are worth a thread: some 5 us
+constexpr int64_t kWorkOfThread = 1 << 14;  // elements that justify a thread: some 5 us
 
 struct Call {
   LayerNormKernel kernel;
@@ -25,8 +25,8 @@ void run(void* context, int index, int count) {
 }
 
 template <class Id>
-Status check_ids(const void* given, int64_t rows, int64_t count) {
-  const Id* const ids = static_cast<const Id*>(given);
+Status check_ids(const void* addresses, int64_t rows, int64_t count) {
+  const Id* const ids = static_cast<const Id*>(addresses);
   for (int64_t i = 0; i < rows; ++i) {
     if (ids[i] < 0 || ids[i] >= count) {
       return invalid(kOp, "an id", std::to_string(ids[i]),

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Rows from..to of a LayerNorm.
+//
 // sets: generic avx2 avx512
 #include "layer_norm/kernels.h"
 
@@ -22,7 +23,7 @@ inline Vec only(Vec value, int64_t n) {
   return value;
 }
 
-template <bool kHalf>
+template <bool kBf16>
 void row(const LayerNormParams& p, int64_t i, float* sum) {
   int64_t at[kLayerNormSources] = {};
   for (int64_t s = 0; s < p.sources; ++s) {
@@ -35,9 +36,9 @@ void row(const LayerNormParams& p, int64_t i, float* sum) {
   Vec sums[kSums] = {};
   for (int64_t k = 0, j = 0; k < p.size; k += kLanes, j = (j + 1) % kSums) {
     const int64_t n = p.size - k;
-    Vec value = load_typed<kHalf>(p.source[0].rows, at[0] + k, n);
-    if (p.shift) value += load_typed<kHalf>(p.shift, k, n);
-    for (int64_t s = 1; s < p.sources; ++s) value += load_typed<kHalf>(p.source[s].rows, at[s] + k, n);
+    Vec value = load_typed<kBf16>(p.source[0].rows, at[0] + k, n);
+    if (p.shift) value += load_typed<kBf16>(p.shift, k, n);
+    for (int64_t s = 1; s < p.sources; ++s) value += load_typed<kBf16>(p.source[s].rows, at[s] + k, n);
     store(sum + k, value);  // past the end zero
     sums[j] += value;
   }
@@ -46,14 +47,14 @@ void row(const LayerNormParams& p, int64_t i, float* sum) {
   for (int64_t k = 0, j = 0; k < p.size; k += kLanes, j = (j + 1) % kSums) {
     Vec off = load(sum + k) - all(mean);
     if (p.size - k < kLanes) off = only(off, p.size - k);
-    sums[j] = fused(off, off, sums[j]);
+    sums[j] = fma(off, off, sums[j]);
   }
   const float scale = 1.0f / __builtin_sqrtf(total(sums) / static_cast<float>(p.size) + p.eps);
   for (int64_t k = 0; k < p.size; k += kLanes) {
     const int64_t n = p.size - k;
     const Vec value = (load(sum + k) - all(mean)) * all(scale);
-    const Vec y = fused(value, load_typed<kHalf>(p.weight, k, n), load_typed<kHalf>(p.bias, k, n));
-    store_typed<kHalf, false>(p.y, i * p.size + k, y, n);
+    const Vec y = fma(value, load_typed<kBf16>(p.weight, k, n), load_typed<kBf16>(p.bias, k, n));
+    store_typed<kBf16, false>(p.y, i * p.size + k, y, n);
   }
 }
 

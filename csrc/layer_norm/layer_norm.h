@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // add_layer_norm and embed_layer_norm on the CPU, forward: y = LayerNorm(sum of rows) weight + bias.
 //
-// Row i of the sum is first[i] + shift, then + second[i] and so on; a source with ids gives its row ids[i] instead.
-// Arithmetic is float32, statistics in two passes over the row. A row's bits depend on nothing but the row (and the
-// instruction set). Rows are contiguous; y may not overlap an input.
+// Row i of the sum is first[i] + shift + second[i] + ..., added in this order; a source with ids contributes its row
+// ids[i]. Arithmetic is float32; the variance is computed in a second pass over the row. A row's bits depend on nothing
+// but the row (and the instruction set). Rows are contiguous; y may not overlap an input.
 #pragma once
 
 #include <cstdint>
@@ -19,8 +19,8 @@ constexpr int64_t kLayerNormMaxSize = 8192;
 struct LayerNormSource {
   const void* rows = nullptr;
   int64_t stride = 0;         // elements between rows
-  const void* ids = nullptr;  // null: row i is row i
-  int64_t count = 0;          // with ids: rows there are
+  const void* ids = nullptr;  // null: row i
+  int64_t count = 0;          // with ids: rows of the source
   bool is_int64 = true;       // else int32
 };
 
@@ -38,7 +38,7 @@ struct LayerNormParams {
   Isa isa = best_isa();
 };
 
-// An id outside its source is refused before anything is written.
+// An id outside its source is an error, raised before anything is written.
 Status layer_norm_forward(const LayerNormParams& params);
 
 }  // namespace ctxfast

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The bfloat16 product, over x held as tiles.
+//
 // sets: generic avx2 avx512 avx512bf16 amx
 // flags: -ffp-contract=off
 #include "linear_act/product.h"
@@ -23,8 +24,8 @@ struct Bfloat16 {
   };
   static Spread spread(uint32_t word) { return {(Vec)all_words(word << 16), (Vec)all_words(word & 0xffff0000u)}; }
   static Sum dot(Sum sum, const Spread& x, WordVec w) {
-    sum = fused(x.odd, (Vec)(w & 0xffff0000u), sum);
-    return fused(x.even, (Vec)(w << 16), sum);
+    sum = fma(x.odd, (Vec)(w & 0xffff0000u), sum);
+    return fma(x.even, (Vec)(w << 16), sum);
   }
 #endif
   static void enter() {}
@@ -35,7 +36,7 @@ struct Bfloat16 {
     const uint16_t* const from = static_cast<const uint16_t*>(job.x) + row * job.stride_x;
     uint32_t* to = tile_row<kTileRows>(job, at);
     for (int64_t k = 0; k < job.in; k += 2 * kTileWords, to += kTile) {
-      const int64_t n = less(2 * kTileWords, job.in - k);
+      const int64_t n = min(2 * kTileWords, job.in - k);
       if (n < 2 * kTileWords) __builtin_memset(to, 0, 4 * kTileWords);  // what is beyond could be NaN
       __builtin_memcpy(to, from + k, 2 * n);
     }

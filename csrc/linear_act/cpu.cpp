@@ -11,18 +11,22 @@ namespace ctxfast {
 namespace {
 
 constexpr const char* kOp = "linear_act";
-// Multiply-adds that are worth a thread: some 3 us.
+// Multiply-adds that justify a thread: some 3 us.
 constexpr int64_t kWorkOfThread = 1 << 18;
 constexpr int64_t kLine = 64;  // bytes of a tile's row: a cache line
-// Rows of x that stay near while the panels pass over them.
+// Bytes of the rows of x that stay in cache while the panels stream over them.
 constexpr int64_t kChunkBytes = 4 << 20;
 
-int64_t terms_of_word(DType held) { return held == DType::kInt8 ? 4 : held == DType::kBFloat16 ? 2 : 1; }
-int64_t tiles_of(int64_t in, DType held) { return ceil_div(in, kLinearActTileWords * terms_of_word(held)); }
+int64_t terms_of_word(DType weight_dtype) {
+  return weight_dtype == DType::kInt8 ? 4 : weight_dtype == DType::kBFloat16 ? 2 : 1;
+}
+int64_t tiles_of(int64_t in, DType weight_dtype) {
+  return ceil_div(in, kLinearActTileWords * terms_of_word(weight_dtype));
+}
 
 // Rows that are held as tiles at a time.
-int64_t chunk_of(int64_t in, DType held) {
-  const int64_t fit = kChunkBytes / (tiles_of(in, held) * kLine) / kLinearActRows * kLinearActRows;
+int64_t chunk_of(int64_t in, DType weight_dtype) {
+  const int64_t fit = kChunkBytes / (tiles_of(in, weight_dtype) * kLine) / kLinearActRows * kLinearActRows;
   return std::min(std::max<int64_t>(fit, kLinearActRows), kLinearActMostRows);
 }
 
@@ -56,28 +60,28 @@ Status check(const LinearActParams& p) {
 
 }  // namespace
 
-LinearActKernel linear_act_kernel_for(DType held, Isa isa) {
-  if (held == DType::kInt8) return best_linear_act_int8(isa);
-  return held == DType::kBFloat16 ? best_linear_act_bfloat16(isa) : best_linear_act_float32(isa);
+LinearActKernel linear_act_kernel_for(DType weight_dtype, Isa isa) {
+  if (weight_dtype == DType::kInt8) return best_linear_act_int8(isa);
+  return weight_dtype == DType::kBFloat16 ? best_linear_act_bfloat16(isa) : best_linear_act_float32(isa);
 }
 
 void linear_act_barrier(void* barrier, int count) { static_cast<SpinBarrier*>(barrier)->wait(count); }
 
-int64_t linear_act_packed_bytes(int64_t in, int64_t out, DType held) {
+int64_t linear_act_packed_bytes(int64_t in, int64_t out, DType weight_dtype) {
   if (in < 0 || out < 0) return 0;
-  return 4 * round_up(out, kLinearActPanel) * tiles_of(in, held) * kLinearActTileWords;
+  return 4 * round_up(out, kLinearActPanel) * tiles_of(in, weight_dtype) * kLinearActTileWords;
 }
 
-int64_t linear_act_scratch_bytes(int64_t rows, int64_t in, DType held) {
-  const int64_t chunk = round_up(std::min(chunk_of(in, held), rows), 2 * kLinearActTileRows);
-  return chunk * tiles_of(in, held) * kLine + round_up(4 * chunk, kLine);
+int64_t linear_act_scratch_bytes(int64_t rows, int64_t in, DType weight_dtype) {
+  const int64_t chunk = round_up(std::min(chunk_of(in, weight_dtype), rows), 2 * kLinearActTileRows);
+  return chunk * tiles_of(in, weight_dtype) * kLine + round_up(4 * chunk, kLine);
 }
 
 LinearActJob linear_act_job(const LinearActParams& p, char* scratch, void* barrier) {
   LinearActJob job = {};
   job.rows = p.rows, job.in = p.in, job.out = p.out;
   job.tiles = tiles_of(p.in, p.weight_dtype), job.chunk = chunk_of(p.in, p.weight_dtype);
-  job.is_half = p.io_dtype == DType::kBFloat16;
+  job.is_bf16 = p.io_dtype == DType::kBFloat16;
   job.activation = static_cast<int>(p.activation);
   job.x = p.x, job.stride_x = p.stride_x;
   job.packed = static_cast<const uint32_t*>(p.packed);

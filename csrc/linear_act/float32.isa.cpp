@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The float32 product, over x held as tiles.
+//
 // sets: generic avx2 avx512
 #include "linear_act/product.h"
 
@@ -15,7 +16,7 @@ struct Float32 {
   static Spread spread(uint32_t word) { return (Vec)all_words(word); }
   static Sum dot(Sum sum, Spread x, WordVec w) {
 #if CTXFAST_LANES > 4
-    return fused(x, (Vec)w, sum);
+    return fma(x, (Vec)w, sum);
 #else
     return x * (Vec)w + sum;  // a fused product without the instruction takes a hundred times as long
 #endif
@@ -26,7 +27,7 @@ struct Float32 {
     const float* const from = static_cast<const float*>(job.x) + row * job.stride_x;
     uint32_t* to = tile_row<kTileRows>(job, at);
     for (int64_t k = 0; k < job.in; k += kTileWords, to += kTile) {
-      const int64_t n = less(kTileWords, job.in - k);
+      const int64_t n = min(kTileWords, job.in - k);
       if (n < kTileWords) __builtin_memset(to, 0, 4 * kTileWords);  // what is beyond could be NaN
       __builtin_memcpy(to, from + k, 4 * n);
     }

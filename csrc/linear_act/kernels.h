@@ -13,12 +13,12 @@ namespace ctxfast {
 constexpr int kLinearActRows = 48;
 // Rows of a chunk at most.
 constexpr int64_t kLinearActMostRows = 4 * kLinearActRows;
-// Rows of x held as tiles, [group of rows][tile][row][16 words]: whole cache lines, at distances known beforehand.
+// Rows of x stored as tiles, [group of rows][tile][row][16 words]: whole cache lines at compile-time distances.
 constexpr int kLinearActTileRows = 16;
 
 struct LinearActJob {
   int64_t rows, in, out, tiles, chunk;  // tiles: of 16 words along the input; chunk: rows at a time
-  bool is_half;                         // x, bias and y are bfloat16
+  bool is_bf16;                         // x, bias and y are bfloat16
   int activation;                       // as enum Activation
   const void* x;
   int64_t stride_x;
@@ -33,14 +33,14 @@ struct LinearActJob {
   void* barrier;
 };
 
-// Thread `index` of `count` does its share; all of them meet on the way at the job's barrier, not at the end.
+// Thread `index` of `count` does its share; the threads meet at the job's barrier on the way, not at the end.
 typedef void (*LinearActKernel)(const LinearActJob& job, int index, int count);
 
 // The best kernel that `isa` includes.
-LinearActKernel linear_act_kernel_for(DType held, Isa isa);
+LinearActKernel linear_act_kernel_for(DType weight_dtype, Isa isa);
 
 // Bytes of one call's workspace, for all threads.
-int64_t linear_act_scratch_bytes(int64_t rows, int64_t in, DType held);
+int64_t linear_act_scratch_bytes(int64_t rows, int64_t in, DType weight_dtype);
 // `scratch`: that many, on a cache line; `barrier`: a SpinBarrier of the threads that run the job.
 LinearActJob linear_act_job(const LinearActParams& params, char* scratch, void* barrier);
 

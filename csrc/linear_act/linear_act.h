@@ -7,7 +7,7 @@
 // weights.
 //
 // float32 and bfloat16 sums are float32, in one order: a row's bits do not depend on the rows beside it nor on threads.
-// int8: each row of x is held in whole steps of 1/127 of its largest magnitude; the same bits on every instruction set.
+// int8: each row of x is quantized in steps of 1/127 of its largest magnitude; the same bits on every instruction set.
 // Rows of x and y are contiguous; y may not overlap an input.
 #pragma once
 
@@ -32,7 +32,7 @@ struct LinearActParams {
   const void* x = nullptr;        // (rows, in), rows stride_x apart
   int64_t stride_x = 0;           // elements
   const void* packed = nullptr;   // linear_act_packed_bytes, on a cache line
-  const float* scales = nullptr;  // int8: (out padded to 32), what one step of each column is worth
+  const float* scales = nullptr;  // int8: (out padded to 32), the step of each column
   const int32_t* sums = nullptr;  // int8: (out padded to 32), 128 times the sum of each column's steps
   const void* bias = nullptr;     // (out), may be null
   void* y = nullptr;              // (rows, out)

@@ -15,7 +15,7 @@ constexpr int kPanelTile = kWidth * kTileWords;  // words of a panel's tile
 constexpr int kTileRows = kLinearActTileRows;
 constexpr int kTile = kTileRows * kTileWords;  // words of a tile of x
 
-// Tiles of a panel that stay in L1 while the rows pass over them: 24 KB. 8 tiles, a power of two of bytes, take 15 %
+// Tiles of a panel that stay in L1 while the rows stream over them: 24 KB. 8 tiles, a power of two of bytes, take 15 %
 // longer (Zen 4, 2026-11): their lines meet those of the sums in the same sets.
 constexpr int64_t kBlock = 12;
 
@@ -28,10 +28,10 @@ inline Vec gelu(Vec x) {
   const Vec s = x * x;
   Vec p = all(kP[5]), q = all(kQ[5]);
   for (int i = 4; i >= 0; --i) {
-    p = fused(p, s, all(kP[i]));
-    q = fused(q, s, all(kQ[i]));
+    p = fma(p, s, all(kP[i]));
+    q = fma(q, s, all(kQ[i]));
   }
-  Vec phi = fused(x, p / q, all(0.5f));
+  Vec phi = fma(x, p / q, all(0.5f));
   phi = x > all(5.75f) ? all(1.0f) : phi;
   phi = x < all(-5.75f) ? all(0.0f) : phi;
   return x * phi;
@@ -39,7 +39,7 @@ inline Vec gelu(Vec x) {
 
 inline Vec gelu_tanh(Vec x) {
   const Vec cube = x * x * x;
-  return x * sigmoid(all(1.5957691216f) * fused(all(0.044715f), cube, x));
+  return x * sigmoid(all(1.5957691216f) * fma(all(0.044715f), cube, x));
 }
 
 template <int kActivation>
@@ -52,16 +52,16 @@ inline Vec activated(Vec x) {
 }
 
 // z (rows, 32): sums of one panel -> y. x_scales: of these rows.
-template <class Product, int kActivation, bool kHalf>
+template <class Product, int kActivation, bool kBf16>
 void finish_as(const LinearActJob& job, int64_t row, int64_t rows, int64_t panel, const float* z,
                const float* x_scales) {
   const int64_t column = panel * kWidth;
   Vec bias[kVectors];
   for (int v = 0; v < kVectors; ++v) {
     const int64_t at = column + v * kLanes;
-    bias[v] = job.bias && at < job.out ? load_typed<kHalf>(job.bias, at, job.out - at) : Vec{};
+    bias[v] = job.bias && at < job.out ? load_typed<kBf16>(job.bias, at, job.out - at) : Vec{};
   }
-  const int64_t width = less(kWidth, job.out - column);
+  const int64_t width = min(kWidth, job.out - column);
   for (int64_t i = 0; i < rows; ++i, z += kWidth) {
     const float scale = x_scales ? x_scales[i] : 0.0f;
     const int64_t to = (row + i) * job.out + column;
@@ -69,7 +69,7 @@ void finish_as(const LinearActJob& job, int64_t row, int64_t rows, int64_t panel
       const int64_t n = width - v * kLanes;
       if (n <= 0) break;
       const Vec sum = Product::value(job, z + v * kLanes, column + v * kLanes, scale, bias[v]);
-      store_typed<kHalf, Product::kFast>(job.y, to + v * kLanes, activated<kActivation>(sum), n);
+      store_typed<kBf16, Product::kFast>(job.y, to + v * kLanes, activated<kActivation>(sum), n);
     }
   }
 }
@@ -77,7 +77,7 @@ void finish_as(const LinearActJob& job, int64_t row, int64_t rows, int64_t panel
 template <class Product, int kActivation>
 void finish_with(const LinearActJob& job, int64_t row, int64_t rows, int64_t panel, const float* z,
                  const float* x_scales) {
-  if (job.is_half) {
+  if (job.is_bf16) {
     finish_as<Product, kActivation, true>(job, row, rows, panel, z, x_scales);
   } else {
     finish_as<Product, kActivation, false>(job, row, rows, panel, z, x_scales);
@@ -101,16 +101,16 @@ void finish(const LinearActJob& job, int64_t row, int64_t rows, int64_t panel, c
 }
 
 // Calls block(first row of the chunk, rows, panel) for this thread's part of a chunk. A thread keeps a panel while it
-// goes over the rows; where panels are few for the threads, rows are dealt out too.
+// streams the rows over it; where there are few panels for the threads, rows are divided too.
 template <class Block>
 inline void for_blocks(const LinearActJob& job, int64_t rows, int index, int count, const Block& block) {
-  const int64_t panels = panels_of(job.out, kWidth), groups = panels_of(rows, kLinearActRows);
-  const int64_t wanted = panels >= 4 * count ? 1 : panels_of(4 * count, panels);
-  const int64_t splits = less(wanted, groups);
+  const int64_t panels = ceil_div(job.out, kWidth), groups = ceil_div(rows, kLinearActRows);
+  const int64_t wanted = panels >= 4 * count ? 1 : ceil_div(4 * count, panels);
+  const int64_t splits = min(wanted, groups);
   const Share items(panels * splits, index, count);
   for (int64_t item = items.from; item < items.to; ++item) {
     const Share part(groups, static_cast<int>(item % splits), static_cast<int>(splits));
-    const int64_t from = part.from * kLinearActRows, to = less(part.to * kLinearActRows, rows);
+    const int64_t from = part.from * kLinearActRows, to = min(part.to * kLinearActRows, rows);
     if (from < to) block(from, to - from, item / splits);
   }
 }
@@ -131,7 +131,7 @@ template <class Product>
 void forward(const LinearActJob& job, int index, int count) {
   Product::enter();
   for (int64_t first = 0; first < job.rows; first += job.chunk) {
-    const int64_t rows = less(job.chunk, job.rows - first);
+    const int64_t rows = min(job.chunk, job.rows - first);
     if (first > 0) linear_act_barrier(job.barrier, count);  // everybody has read the chunk before
     const Share share(rows, index, count);
     for (int64_t row = share.from; row < share.to; ++row) Product::prepare(job, first + row, row);
@@ -142,7 +142,7 @@ void forward(const LinearActJob& job, int index, int count) {
   Product::leave();
 }
 
-// What the products take from memory next: asked for little by little, so that it comes while they work.
+// What the products read next: prefetched a little at a time, so that it arrives while they work.
 struct Ahead {
   const uint32_t* from;  // null: nothing
   int64_t lines;         // with each tile
@@ -178,9 +178,9 @@ inline void vector_product(const uint32_t* x, const uint32_t* w, int64_t tiles, 
   }
 }
 
-// A product on vectors. A block of a panel's tiles stays in L1 while strips of rows pass over it, the last strip as low
-// as its rows allow. Sums are added up block by block, which keeps more of their digits than one long sum; a row's are
-// the same whatever its strip.
+// A product on vectors. A block of a panel's tiles stays in L1 while strips of rows stream over it, the last strip as
+// low as its rows allow. Sums are added up block by block, which keeps more of their digits than one long sum; a row's
+// are the same whatever its strip.
 template <class Base>
 struct Vectors : Base {
   template <int kRows>
@@ -199,12 +199,12 @@ struct Vectors : Base {
   static void block(const LinearActJob& job, int64_t first, int64_t row, int64_t rows, int64_t panel) {
     alignas(64) float z[(kLinearActMostRows + kTileRows) * kWidth];
     const uint32_t* const panel_words = job.packed + panel * job.tiles * kPanelTile;
-    const uint32_t* const end = job.packed + panels_of(job.out, kWidth) * job.tiles * kPanelTile;
-    const int64_t passes = panels_of(rows, Base::kRows);
+    const uint32_t* const end = job.packed + ceil_div(job.out, kWidth) * job.tiles * kPanelTile;
+    const int64_t passes = ceil_div(rows, Base::kRows);
     for (int64_t from = 0; from < job.tiles; from += kBlock) {
-      const int64_t tiles = less(kBlock, job.tiles - from);
+      const int64_t tiles = min(kBlock, job.tiles - from);
       const uint32_t* const w = panel_words + from * kPanelTile;
-      Ahead ahead = {w + kBlock * kPanelTile, panels_of(kPanelTile / 16, passes)};
+      Ahead ahead = {w + kBlock * kPanelTile, ceil_div(kPanelTile / 16, passes)};
       if (ahead.from + tiles * passes * ahead.lines * 16 > end) ahead.lines = 0;
       strips<Base::kRows>(job.x_tiles + from * kTile, job.tiles * kTile, row, rows, w, tiles, from == 0, ahead, z);
     }

@@ -37,29 +37,34 @@ struct Aligned {
 
 struct Problem {
   int64_t rows, in, out;
-  DType held, type;
+  DType weight_dtype, io_dtype;
   std::vector<float> x, w, bias, scales;
-  std::vector<uint16_t> x_half, bias_half;
+  std::vector<uint16_t> x_bf16, bias_bf16;
   std::vector<int32_t> sums;
   std::vector<double> before;  // (rows, out), without activation
   Aligned packed;
 
-  Problem(int64_t rows, int64_t in, int64_t out, DType held, DType type)
-      : rows(rows), in(in), out(out), held(held), type(type), packed(linear_act_packed_bytes(in, out, held)) {
+  Problem(int64_t rows, int64_t in, int64_t out, DType weight_dtype, DType io_dtype)
+      : rows(rows),
+        in(in),
+        out(out),
+        weight_dtype(weight_dtype),
+        io_dtype(io_dtype),
+        packed(linear_act_packed_bytes(in, out, weight_dtype)) {
     Random random(static_cast<uint64_t>(rows * 1000003 + in * 101 + out));
     x = random.fill(rows * in, 2.0f), w = random.fill(out * in, 1.0f), bias = random.fill(out, 1.0f);
     if (rows > 2) std::fill(x.begin() + in, x.begin() + 2 * in, 0.0f);  // a row of zeros
     for (std::vector<float>* values : {&x, &w, &bias}) {
-      const bool rounds = type == DType::kBFloat16 && (values != &w || held == DType::kBFloat16);
-      for (float& value : *values) value = rounds ? to_float(to_half(value)) : value;
+      const bool rounds = io_dtype == DType::kBFloat16 && (values != &w || weight_dtype == DType::kBFloat16);
+      for (float& value : *values) value = rounds ? to_float(to_bf16(value)) : value;
     }
-    for (const float value : x) x_half.push_back(to_half(value));
-    for (const float value : bias) bias_half.push_back(to_half(value));
+    for (const float value : x) x_bf16.push_back(to_bf16(value));
+    for (const float value : bias) bias_bf16.push_back(to_bf16(value));
     scales.assign(round_up(out, kLinearActPanel), 0.0f), sums.assign(scales.size(), 0);
     before.assign(rows * out, 0.0);
-    const int64_t per_word = held == DType::kInt8       ? 4
-                             : held == DType::kBFloat16 ? 2
-                                                        : 1,
+    const int64_t per_word = weight_dtype == DType::kInt8       ? 4
+                             : weight_dtype == DType::kBFloat16 ? 2
+                                                                : 1,
                   tiles = ceil_div(in, kLinearActTileWords * per_word);
     for (int64_t o = 0; o < out; ++o) {
       float most = 0;
@@ -69,15 +74,15 @@ struct Problem {
         const int64_t word = k / per_word, column = o % kLinearActPanel;
         const int64_t at =
             (((o / kLinearActPanel * tiles + word / 16) * 2 + column / 16) * 16 + word % 16) * 16 + column % 16;
-        if (held == DType::kInt8) {
+        if (weight_dtype == DType::kInt8) {
           const int step = static_cast<int>(std::nearbyint(w[o * in + k] * (127 / most)));
           w[o * in + k] = static_cast<float>(step);
           sums[o] += 128 * step;
           static_cast<int8_t*>(packed.memory)[4 * at + k % 4] = static_cast<int8_t>(step);
-        } else if (held == DType::kFloat32) {
+        } else if (weight_dtype == DType::kFloat32) {
           static_cast<float*>(packed.memory)[at] = w[o * in + k];
         } else {
-          static_cast<uint16_t*>(packed.memory)[2 * at + k % 2] = to_half(w[o * in + k]);
+          static_cast<uint16_t*>(packed.memory)[2 * at + k % 2] = to_bf16(w[o * in + k]);
         }
       }
     }
@@ -88,10 +93,10 @@ struct Problem {
       for (int64_t o = 0; o < out; ++o) {
         double sum = 0;
         for (int64_t k = 0; k < in; ++k) {
-          const double value = held == DType::kInt8 ? std::nearbyint(x[r * in + k] * steps) : x[r * in + k];
+          const double value = weight_dtype == DType::kInt8 ? std::nearbyint(x[r * in + k] * steps) : x[r * in + k];
           sum += value * w[o * in + k];
         }
-        if (held == DType::kInt8) sum *= static_cast<double>(most / 127) * scales[o];
+        if (weight_dtype == DType::kInt8) sum *= static_cast<double>(most / 127) * scales[o];
         before[r * out + o] = sum + bias[o];
       }
     }
@@ -99,10 +104,11 @@ struct Problem {
 
   LinearActParams params(Activation activation, Isa isa, int64_t threads) const {
     LinearActParams p;
-    p.rows = rows, p.in = in, p.out = out, p.weight_dtype = held, p.io_dtype = type, p.activation = activation;
-    const bool is_half = type == DType::kBFloat16;
-    p.x = is_half ? static_cast<const void*>(x_half.data()) : x.data();
-    p.bias = is_half ? static_cast<const void*>(bias_half.data()) : bias.data();
+    p.rows = rows, p.in = in, p.out = out, p.weight_dtype = weight_dtype, p.io_dtype = io_dtype,
+    p.activation = activation;
+    const bool is_bf16 = io_dtype == DType::kBFloat16;
+    p.x = is_bf16 ? static_cast<const void*>(x_bf16.data()) : x.data();
+    p.bias = is_bf16 ? static_cast<const void*>(bias_bf16.data()) : bias.data();
     p.stride_x = in, p.packed = packed.memory, p.scales = scales.data(), p.sums = sums.data();
     p.threads = threads, p.isa = isa;
     return p;
@@ -112,21 +118,21 @@ struct Problem {
   std::vector<float> run(LinearActParams p, Report* report) const {
     const int64_t n = p.rows * out;
     std::vector<float> y(n + 16, kGuard);
-    std::vector<uint16_t> half(n + 16, to_half(kGuard));
-    const bool is_half = type == DType::kBFloat16;
-    p.y = is_half ? static_cast<void*>(half.data()) : y.data();
+    std::vector<uint16_t> y_bf16(n + 16, to_bf16(kGuard));
+    const bool is_bf16 = io_dtype == DType::kBFloat16;
+    p.y = is_bf16 ? static_cast<void*>(y_bf16.data()) : y.data();
     report->that("status", linear_act_forward(p).ok());
-    if (is_half) {
-      for (size_t i = 0; i < y.size(); ++i) y[i] = to_float(half[i]);
+    if (is_bf16) {
+      for (size_t i = 0; i < y.size(); ++i) y[i] = to_float(y_bf16[i]);
     }
-    for (int64_t i = n; i < n + 16; ++i) report->that("guard", y[i] == (is_half ? to_float(to_half(kGuard)) : kGuard));
+    for (int64_t i = n; i < n + 16; ++i) report->that("guard", y[i] == (is_bf16 ? to_float(to_bf16(kGuard)) : kGuard));
     y.resize(n);
     return y;
   }
 };
 
 void check_problem(const Problem& problem, Report* report) {
-  const bool is_int8 = problem.held == DType::kInt8;
+  const bool is_int8 = problem.weight_dtype == DType::kInt8;
   for (int a = 0; a < 5; ++a) {
     const Activation activation = static_cast<Activation>(a);
     std::vector<double> want;
@@ -134,14 +140,14 @@ void check_problem(const Problem& problem, Report* report) {
     for (const double value : problem.before) {
       want.push_back(activated(value, activation));
       most = std::max(most, std::fabs(want.back()));
-      if (problem.held == DType::kFloat32) most = std::max(most, std::fabs(value));  // its sums are rounded
+      if (problem.weight_dtype == DType::kFloat32) most = std::max(most, std::fabs(value));  // its sums are rounded
     }
     std::vector<float> first;
     for (const Isa isa : runnable_isas()) {
       const std::string name = std::string(isa_name(isa)) + " rows " + std::to_string(problem.rows) + " in " +
                                std::to_string(problem.in) + " activation " + std::to_string(a);
       const std::vector<float> found = problem.run(problem.params(activation, isa, 1), report);
-      report->near(name, found, want, most * (problem.type == DType::kBFloat16 ? 5e-3 : 2e-6));
+      report->near(name, found, want, most * (problem.io_dtype == DType::kBFloat16 ? 5e-3 : 2e-6));
       report->that(name + " threads", problem.run(problem.params(activation, isa, 3), report) == found);
       LinearActParams one = problem.params(activation, isa, 1);
       one.rows = 1;

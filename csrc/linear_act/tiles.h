@@ -75,7 +75,7 @@ struct Tiles : Base {
     alignas(64) float z[kLinearActMostRows * kWidth];
     const uint32_t* const panel_words = job.packed + panel * job.tiles * kPanelTile;
     for (int64_t from = 0; from < job.tiles; from += kBlock) {
-      const int64_t tiles = less(kBlock, job.tiles - from);
+      const int64_t tiles = min(kBlock, job.tiles - from);
       const uint32_t* const w = panel_words + from * kPanelTile;
       for (int64_t i = 0; i < rows; i += 2 * kTileRows) {
         const uint32_t* const x = tile_row<kTileRows>(job, row + i) + from * kTile;

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The bfloat16 product: every operation is rounded by itself and sums have a fixed order (odd products, then even ones,
-// as vdpbf16ps adds them), so that all instruction sets give the same bits.
+// The bfloat16 product: every operation is rounded on its own and sums have a fixed order (odd products, then even
+// ones, as vdpbf16ps adds them), so that all instruction sets give the same bits.
+//
 // sets: generic avx2 avx512 avx512bf16 amx
 // flags: -ffp-contract=off
 #include "base/typed_vector.h"
@@ -43,8 +44,8 @@ struct Bfloat16 {
       const WordVec bits = (WordVec)load_some(x + k, size - k);
       const WordVec nearest = bits + 0x7fffu + ((bits >> 16) & 1u);
       const WordVec rounded = (IntVec)(bits & 0x7fffffffu) > 0x7f800000 ? bits | 0x400000u : nearest;
-      const HalfVec halves = __builtin_convertvector(rounded >> 16, HalfVec);
-      __builtin_memcpy(to + 2 * k, &halves, sizeof halves);
+      const ShortVec shorts = __builtin_convertvector(rounded >> 16, ShortVec);
+      __builtin_memcpy(to + 2 * k, &shorts, sizeof shorts);
     }
   }
 };

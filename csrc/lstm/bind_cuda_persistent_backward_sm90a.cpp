@@ -11,9 +11,9 @@ using bind::field;
 using P = LstmPersistentBackwardParams;
 
 py::dict plan(int64_t batch, int64_t hidden, int64_t size, bool has_proj, int64_t directions) {
-  const auto found = lstm_persistent_backward_plan(batch, hidden, size, has_proj, directions);
-  return py::dict(py::arg("blocks") = found.blocks, py::arg("workspace_bytes") = found.workspace_bytes,
-                  py::arg("refusal") = found.refusal);
+  const auto plan = lstm_persistent_backward_plan(batch, hidden, size, has_proj, directions);
+  return py::dict(py::arg("blocks") = plan.blocks, py::arg("workspace_bytes") = plan.workspace_bytes,
+                  py::arg("refusal") = plan.refusal);
 }
 
 const bind::Op op([](py::module_& m) {

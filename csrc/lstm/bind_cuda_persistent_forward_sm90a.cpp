@@ -22,17 +22,17 @@ using P = LstmPersistentForwardParams;
 using Facts = std::tuple<int64_t, int64_t, int64_t, int64_t, bool>;
 
 Facts device(int index) {
-  LstmPersistentDevice found;
-  bind::throw_unless_ok(lstm_persistent_device(index, &found));
-  return {found.multiprocessors, found.major, found.minor, found.shared_per_block, found.cooperative};
+  LstmPersistentDevice facts;
+  bind::throw_unless_ok(lstm_persistent_device(index, &facts));
+  return {facts.multiprocessors, facts.major, facts.minor, facts.shared_per_block, facts.cooperative};
 }
 
 py::dict plan(const Facts& facts, int64_t batch, int64_t hidden, int64_t size, bool has_proj, int64_t directions) {
   const auto device = std::apply([](auto... each) { return LstmPersistentDevice{each...}; }, facts);
-  const auto found = lstm_persistent_forward_plan(device, batch, hidden, size, has_proj, directions);
-  return py::dict(py::arg("cells") = found.cells, py::arg("blocks") = found.blocks,
-                  py::arg("tile_rows") = found.tile_rows, py::arg("shared_bytes") = found.shared_bytes,
-                  py::arg("workspace_bytes") = found.workspace_bytes, py::arg("refusal") = found.refusal);
+  const auto plan = lstm_persistent_forward_plan(device, batch, hidden, size, has_proj, directions);
+  return py::dict(py::arg("cells") = plan.cells, py::arg("blocks") = plan.blocks, py::arg("tile_rows") = plan.tile_rows,
+                  py::arg("shared_bytes") = plan.shared_bytes, py::arg("workspace_bytes") = plan.workspace_bytes,
+                  py::arg("refusal") = plan.refusal);
 }
 
 const bind::Op op([](py::module_& m) {

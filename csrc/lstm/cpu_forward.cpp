@@ -56,7 +56,7 @@ Status check(const LstmParams& p) {
   return check_lengths(p.lengths, B, T);
 }
 
-// The part of a job that lies in the workspace; used by one direction after the other.
+// The workspace part of a job; the directions use it one after the other.
 Status fill_workspace(const LstmParams& p, int64_t threads, bool split, Workspace* memory, LstmJob* job) {
   const int64_t H = p.shape.hidden, P = p.shape.proj_size;
   const DType dtype = p.shape.weight_dtype;

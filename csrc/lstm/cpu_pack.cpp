@@ -80,7 +80,7 @@ uint32_t bf16_bits(float value) {
   return (bits + 0x7fffu + ((bits >> 16) & 1)) >> 16;
 }
 
-// A column of int8 words, its scale and the sum of its weights. A weight that is no number makes the scale NaN.
+// A column of int8 words, its scale and the sum of its weights. A NaN among the weights makes the scale NaN.
 void pack_int8_column(const float* from, int64_t stride, int64_t size, uint32_t* header, uint32_t* words) {
   float most = 0;
   bool finite = true;
@@ -92,9 +92,9 @@ void pack_int8_column(const float* from, int64_t stride, int64_t size, uint32_t*
   const float scale = there ? most / 127.0f : finite ? 0.0f : NAN, steps = there ? 127.0f / most : 0.0f;
   int32_t sum = 0;
   for (int64_t k = 0; there && k < size; ++k) {
-    const int32_t whole = static_cast<int32_t>(std::nearbyint(from[k * stride] * steps));
-    sum += whole;
-    words[k / 4 * kLstmPanel] |= (static_cast<uint32_t>(whole) & 0xffu) << (8 * (k % 4));
+    const int32_t quantized = static_cast<int32_t>(std::nearbyint(from[k * stride] * steps));
+    sum += quantized;
+    words[k / 4 * kLstmPanel] |= (static_cast<uint32_t>(quantized) & 0xffu) << (8 * (k % 4));
   }
   sum *= 128;
   std::memcpy(header, &scale, sizeof scale);

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The float32 product: a word is one float.
+//
 // sets: generic avx2 avx512
 #include "lstm/recurrence.h"
 #include "lstm/recurrence_backward.h"

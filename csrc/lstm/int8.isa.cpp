@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The int8 product: exact sums, and every operation on float32 rounded by itself, so that all instruction sets give the
+// The int8 product: exact sums, and every float32 operation rounded on its own, so that all instruction sets give the
 // same bits. AVX-512F alone has no wide byte arithmetic: such machines take AVX2's kernel.
+//
 // sets: generic avx2 avxvnni avx512vnni amx
 // flags: -ffp-contract=off
 #include "base/int8.h"
@@ -40,8 +41,8 @@ struct Int8 : Int8Dot {
     char* to = reinterpret_cast<char*>(words);
     for (int64_t k = 0; k < size; k += kLanes) {
       const Vec values = step.there ? load_some(x + k, size - k) * all(step.steps) : Vec{};
-      const IntVec whole = (IntVec)(values + all(kRounding)) - (IntVec)all(kRounding) + 128;
-      const ByteVec bytes = __builtin_convertvector((WordVec)whole, ByteVec);
+      const IntVec quantized = (IntVec)(values + all(kRounding)) - (IntVec)all(kRounding) + 128;
+      const ByteVec bytes = __builtin_convertvector((WordVec)quantized, ByteVec);
       __builtin_memcpy(to + k, &bytes, sizeof bytes);
     }
   }

@@ -12,22 +12,22 @@ namespace ctxfast {
 // outputs. A panel is [word][64] of 32-bit words, one word per column holding one k (float32), two k (bfloat16, the
 // lower in the low half) or four k (int8, the lowest in the low byte). bfloat16 and int8 panels are padded with zero
 // weights to a multiple of 16 words, one AMX tile. Before an int8 panel's words stand 64 float scales and 64 int32
-// sums 128 * (sum of the column's weights): vectors are held as value + 128, unsigned, as the dot products want them.
+// sums 128 * (sum of the column's weights): vectors are stored as value + 128, unsigned, as the dot products require.
 constexpr int kLstmPanel = 64;
 constexpr int kLstmPanelCells = 16;
 constexpr int kLstmTileWords = 16;
 constexpr int kLstmTileRows = 16;
 constexpr int kLstmInt8Header = 2 * kLstmPanel;
 // Sums over k run in blocks of this many words, block sums added up in order: less rounding error than one long sum, a
-// panel's block stays near while the row tiles pass over it, and blocks can be dealt out to threads without changing
-// a bit. float32: 64, 128 and 256 are equally fast at B=1 and B=32; at B=8 64 wins by a tenth, and its error is that of
-// torch's own float32 product or less (2026-11, AVX-512, sums of 512 and 4096 terms).
+// panel's block stays in cache while the row tiles stream over it, and blocks can be divided among threads without
+// changing a bit. float32: 64, 128 and 256 are equally fast at B=1 and B=32; at B=8 64 wins by a tenth, and its error
+// is that of torch's own float32 product or less (2026-11, AVX-512, sums of 512 and 4096 terms).
 constexpr int kLstmBlock = 64;
 constexpr int kLstmNarrowBlock = 256;
-// Rows of the input product that pass over a panel together: they stay in L1.
+// Rows of the input product that use a panel together: they stay in L1.
 constexpr int kLstmInputRows = 48;
-// Rows (of several steps) whose input product the recurrence makes at once: enough to read W_ih seldom, few enough to
-// stay in the cache until their step comes.
+// Rows (of several steps) whose input product is computed at once: enough to read W_ih seldom, few enough to stay
+// in the cache until their step.
 constexpr int kLstmChunkRows = 128;
 
 struct LstmJob {
@@ -73,7 +73,7 @@ struct LstmJob {
   void* barrier;
 };
 
-// The way back of one direction, float32: from each row's last step to its first.
+// The backward of one direction, float32: from each row's last step to its first.
 struct LstmBackwardJob {
   int64_t batch, steps, hidden, proj_size;
   bool has_projection, reverse;
@@ -108,7 +108,7 @@ struct LstmBackwardJob {
   void* barrier;
 };
 
-// Blocks of the sum over 4H gates that one thread adds up by itself.
+// Blocks of the sum over 4H gates that one thread adds up.
 constexpr int kLstmBackwardGroup = 16;
 
 // One set of kernels: one way to hold the factors, on one instruction set. Thread `index` of `count`.

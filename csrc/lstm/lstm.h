@@ -6,17 +6,17 @@
 //   m = sigmoid(o) tanh(c)
 //   h = clip(W_proj m, proj_clip)     (h = clip(m, proj_clip) without projection; then P = H)
 //
-// weight_dtype says how both factors of every matrix product are held; all else is float32:
-//   kFloat32   as they are
+// weight_dtype is the dtype of both factors of every matrix product; all else is float32:
+//   kFloat32   unrounded
 //   kBFloat16  weights and vectors rounded to bfloat16 (nearest, ties to even), products summed in float32
 //   kInt8      weights rounded to 127 steps of their row's largest magnitude, vectors to 127 steps of the vector's
-//              largest magnitude (ties to even), products summed in int32, exactly. A vector with a NaN or an infinity
-//              gives NaN.
+//              largest magnitude (ties to even), products summed exactly, in int32. A vector that holds a NaN or an
+//              infinity gives NaN.
 //
 // Legend: B rows, T steps, I inputs, H cells, P size of h, R directions. All sizes may be 0. Strides are in elements.
 // The sum over k of one output element always runs in the same order: a row's bits depend neither on the number of
 // threads nor on the other rows. int8 gives the same bits on every instruction set, bfloat16 on all but AMX, whose
-// tiles sum in an order of their own.
+// tiles sum in another order.
 #pragma once
 
 #include <cstdint>
@@ -49,7 +49,7 @@ struct LstmParams {
   LstmShape shape;
   int64_t batch = 0;                                  // B
   int64_t steps = 0;                                  // T
-  int64_t directions = 1;                             // R; direction 1 runs from each row's own last step to its first
+  int64_t directions = 1;                             // R; direction 1 runs from each row's last step to its first
   int64_t input = 0;                                  // I
   const float* x[kLstmMaxDirections] = {};            // (B, T, I), last dimension contiguous
   int64_t x_strides[kLstmMaxDirections][2] = {};      // of B and T
@@ -65,12 +65,12 @@ struct LstmParams {
   // Written in full, zeros past a row's length. Outputs may not overlap inputs or each other.
   float* output = nullptr;         // (B, T, R * P), last dimension contiguous
   int64_t output_strides[2] = {};  // of B and T
-  float* h_n = nullptr;            // (R, B, P) contiguous: the state after each row's own last step
+  float* h_n = nullptr;            // (R, B, P) contiguous: the state after each row's last step
   float* c_n = nullptr;            // (R, B, H) contiguous
   float* cells = nullptr;          // (R, B, T, H) contiguous: c of every step; null: not wanted
   float* z = nullptr;              // (R, B, T, 4H) contiguous: z of every step; null: not wanted
 
-  int64_t threads = 1;  // at most so many; fewer where there is little to do
+  int64_t threads = 1;  // at most; fewer where there is little to do
   Isa isa = best_isa();
 };
 
@@ -91,7 +91,7 @@ struct LstmPackInputParams {
 // Bytes of one direction's packed weights; negative sizes count as 0 (lstm_pack reports them).
 int64_t lstm_packed_bytes(const LstmShape& shape);
 
-// Brings one direction's weights into the order the kernels read them in, rounded as weight_dtype says.
+// Packs one direction's weights into the layout that the kernels read, rounded to weight_dtype.
 Status lstm_pack(const LstmPackParams& params);
 
 int64_t lstm_input_packed_bytes(const LstmInputShape& shape);
@@ -99,9 +99,9 @@ Status lstm_pack_input(const LstmPackInputParams& params);
 
 Status lstm_forward(const LstmParams& params);
 
-// The way back of one direction, in float32: gradients of z at every step and of the initial state. What is a product
-// over all steps (of the weights, of x) is left to the caller, who finds its factors in grad_z, grad_hidden and m.
-// A clipped value, |c| or |h| at its bound, passes no gradient.
+// The backward of one direction, in float32: gradients of z at every step and of the initial state. Gradients
+// that are products over all steps (of the weights and of x) are left to the caller: their factors are grad_z,
+// grad_hidden and m. A clipped value, |c| or |h| at its bound, has no gradient.
 struct LstmBackwardParams {
   LstmShape shape;  // weight_dtype kFloat32
   int64_t batch = 0;

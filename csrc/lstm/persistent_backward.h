@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// The recurrence of lstm backwards on Hopper (sm_90): all steps in one launch, weights on chip.
+// The backward of lstm's recurrence on Hopper (sm_90): all steps in one launch, weights on chip.
 //
-// B batch, T steps, H cells, P size of h (= H without projection), R directions. All tensors on one device, whose
-// stream the launcher takes; it neither waits nor allocates. Outputs may not overlap inputs.
-// A step t of row b counts if t < lengths[b]; direction 1 was run from a row's own last step to 0.
-// Needed outside: the weight gradients, as products over all steps of grad_gates and grad_hidden.
+// B batch, T steps, H cells, P size of h (= H without projection), R directions. All tensors are on one device, the
+// stream's; the launcher does not synchronize and allocates nothing. Outputs may not overlap inputs.
+// A step t of row b counts if t < lengths[b]; direction 1 ran from a row's last step to 0.
+// The weights' gradients, products over all steps of grad_gates and grad_hidden, are left to the caller.
 #pragma once
 
 #include <cstdint>

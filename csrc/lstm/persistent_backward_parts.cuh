@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the persistent backward kernel is made of: exchange, weights, products, who holds what, a cell's gradient.
+// Parts of the persistent backward kernel: exchange, weights, products, who holds what, a cell's gradient.
 // The whole and its reasons: persistent_backward.cuh.
 #pragma once
 
@@ -77,7 +77,7 @@ CTXFAST_DEVICE uint4 wait(const uint4* p) {
   return v;
 }
 
-// `count` of up to N kpairs at once: fragments of a warp, all loads under way before the first is looked at.
+// `count` of up to N kpairs at once: fragments of a warp, all loads issued before the first is used.
 template <int N, int kColumns>
 struct Arriving {
   uint4 v[N * kColumns];
@@ -243,7 +243,7 @@ CTXFAST_DEVICE void product(float (&acc)[kTilesM][kColumns][4], const uint4 (&he
   }
 }
 
-// The same for the few kpairs of dh: at most two a warp, asked for at once.
+// The same for the few kpairs of dh: at most two a warp, loaded at once.
 template <typename T, int kTilesM, int kColumns>
 CTXFAST_DEVICE void short_product(float (&acc)[kTilesM][kColumns][4], const uint4* weights, const uint4* from,
                                   int pairs) {
@@ -300,7 +300,7 @@ CTXFAST_DEVICE float4 sum_lanes(float4 v, int lanes) {
   return v;
 }
 
-// What a cell's step is made of, read before the wait.
+// The inputs of a cell's step, read before the wait.
 struct CellFacts {
   uint16_t z[4] = {};
   float c = 0, before = 0;

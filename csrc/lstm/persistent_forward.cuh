@@ -240,10 +240,10 @@ CTXFAST_DEVICE void publish_cells(const KernelParams& p, const Walk& at) {
   if (at.last(p)) *reinterpret_cast<uint4*>(static_cast<T*>(p.h_n) + at.state(p, row) * p.size + k) = v;
 }
 
-// Warps 0 to 2 kTiles - 1: h of the block's rows of the projection, to the other blocks and the output. `kept`: of a
+// Warps 0 to 2 kTiles - 1: h of the block's rows of the projection, to the other blocks and the output. `last_h`: of a
 // row, past its end too.
 template <typename T, int kTiles>
-CTXFAST_DEVICE void finish_h(const KernelParams& p, const Walk& at, uint32_t& kept) {
+CTXFAST_DEVICE void finish_h(const KernelParams& p, const Walk& at, uint32_t& last_h) {
   const Finisher<kTiles> finisher(p, at.block);
   if (!finisher.works) return;
   const int lane = finisher.lane;
@@ -259,11 +259,11 @@ CTXFAST_DEVICE void finish_h(const KernelParams& p, const Walk& at, uint32_t& ke
   sum.y += shuffle_xor(sum.y, 16);
   const uint32_t h = pack2<T>(clipped(sum.x, p.proj_clip), clipped(sum.y, p.proj_clip));
   const int row = finisher.row(), length = lengths_of(p)[row], k = finisher.k(at.block);
-  if (at.step < length) kept = h;
+  if (at.step < length) last_h = h;
   if (lane >= 16) return;
   const int word = finisher.word(at.block);
   if (!at.very_last(p, 8 * kTiles)) {
-    const uint32_t next = at.last(p) ? initial_h<T, uint32_t>(p, at, row + 8 * kTiles, k) : kept;
+    const uint32_t next = at.last(p) ? initial_h<T, uint32_t>(p, at, row + 8 * kTiles, k) : last_h;
     store_relaxed(reinterpret_cast<uint32_t*>(h_slot<kTiles>(p, at, at.round)) + word, filled(next));
   }
   store_relaxed(reinterpret_cast<uint32_t*>(h_slot<kTiles>(p, at, at.round - 1)) + word, kEmpty);
@@ -271,7 +271,7 @@ CTXFAST_DEVICE void finish_h(const KernelParams& p, const Walk& at, uint32_t& ke
   T* to = static_cast<T*>(p.output) + (at.base + row) * p.output_strides[0] + at.time_of(length) * p.output_strides[1] +
           at.direction * p.size + k;
   *reinterpret_cast<uint32_t*>(to) = at.step < length ? h : 0;
-  if (at.last(p)) *reinterpret_cast<uint32_t*>(static_cast<T*>(p.h_n) + at.state(p, row) * p.size + k) = kept;
+  if (at.last(p)) *reinterpret_cast<uint32_t*>(static_cast<T*>(p.h_n) + at.state(p, row) * p.size + k) = last_h;
 }
 
 // Round -1: h_0 of the first tile.
@@ -294,7 +294,7 @@ CTXFAST_DEVICE void publish_initial(const KernelParams& p, const Walk& at) {
 // Lengths of a tile's rows to shared memory, states to registers.
 template <typename T, int kTiles, bool kProjected>
 CTXFAST_DEVICE void begin_tile(const KernelParams& p, const Walk& at, float (&c)[kTiles], float (&h)[kTiles],
-                               uint32_t& kept) {
+                               uint32_t& last_h) {
   const int thread = thread_anew();
   block_sync();
   if (thread < 8 * kTiles) {
@@ -302,8 +302,8 @@ CTXFAST_DEVICE void begin_tile(const KernelParams& p, const Walk& at, float (&c)
     if (at.base + thread < p.batch) {
       length = p.steps;
       if (p.lengths != nullptr) {
-        const int64_t given = p.lengths[at.base + thread];
-        length = given < 0 ? 0 : given > p.steps ? p.steps : static_cast<int>(given);
+        const int64_t steps = p.lengths[at.base + thread];
+        length = steps < 0 ? 0 : steps > p.steps ? p.steps : static_cast<int>(steps);
       }
     }
     lengths_of(p)[thread] = length;
@@ -322,9 +322,9 @@ CTXFAST_DEVICE void begin_tile(const KernelParams& p, const Walk& at, float (&c)
       h[j] = cell & 1 ? unpack2<T>(both).y : unpack2<T>(both).x;
     }
   }
-  kept = 0;
+  last_h = 0;
   const Finisher<kTiles> finisher(p, at.block);
-  if (kProjected && finisher.works) kept = initial_h<T, uint32_t>(p, at, finisher.row(), finisher.k(at.block));
+  if (kProjected && finisher.works) last_h = initial_h<T, uint32_t>(p, at, finisher.row(), finisher.k(at.block));
 }
 
 // 8 kTiles rows of the batch at a time. kInRegisters: the first k-steps of wgmma's weights are kept there.
@@ -337,8 +337,8 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_persistent_forward_kernel(co
   publish_initial<T, kTiles, kProjected>(p, at);
   for (at.base = 0; at.base < p.batch; at.base += 8 * kTiles) {
     float c[kTiles], h[kTiles];  // h: without projection
-    uint32_t kept;               // h with projection
-    begin_tile<T, kTiles, kProjected>(p, at, c, h, kept);
+    uint32_t last_h;             // h with projection
+    begin_tile<T, kTiles, kProjected>(p, at, c, h, last_h);
     for (at.step = 0; at.step < p.steps; ++at.step, ++at.round) {
       uint2 gates[kTiles];
       load_gates<T, kTiles>(p, at, gates);
@@ -361,7 +361,7 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_persistent_forward_kernel(co
           project<T, kTiles, kInRegisters>(p, m_slot<kTiles>(p, at, at.round));
           block_sync();
         }
-        finish_h<T, kTiles>(p, at, kept);
+        finish_h<T, kTiles>(p, at, last_h);
         if (upper) fence();
       }
     }

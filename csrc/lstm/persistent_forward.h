@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // The recurrence of lstm on Hopper (sm_90): all steps in one launch, weights on chip. The formulas: lstm.h.
 //
-// B batch, T steps, H cells, P size of h (= H without projection), R directions. All tensors on one device, whose
-// stream the launcher takes; it neither waits nor allocates. Outputs may not overlap inputs or each other.
-// A step t of row b counts if t < lengths[b]; direction 1 runs from a row's own last step to 0.
+// B batch, T steps, H cells, P size of h (= H without projection), R directions. All tensors are on one device, the
+// stream's; the launcher does not synchronize and allocates nothing. Outputs may not overlap inputs or each other.
+// A step t of row b counts if t < lengths[b]; direction 1 runs from a row's last step to 0.
 #pragma once
 
 #include "base/common.h"
@@ -31,7 +31,7 @@ struct LstmPersistentForwardPlan {
 LstmPersistentForwardPlan lstm_persistent_forward_plan(const LstmPersistentDevice& device, int64_t batch,
                                                        int64_t hidden, int64_t size, bool has_proj, int64_t directions);
 
-// Of a CUDA device. Asks the driver; cheap, does not wait for the GPU.
+// Of a CUDA device; asks the driver, does not synchronize.
 Status lstm_persistent_device(int device, LstmPersistentDevice* facts);
 
 struct LstmPersistentForwardParams {
@@ -53,7 +53,7 @@ struct LstmPersistentForwardParams {
   // Written in full, zeros past a row's length.
   void* output = nullptr;          // (B, T, R P)
   int64_t output_strides[2] = {};  // of B and T, in elements, multiples of 8
-  void* h_n = nullptr;             // (R, B, P): the state after each row's own last step
+  void* h_n = nullptr;             // (R, B, P): the state after each row's last step
   float* c_n = nullptr;            // (R, B, H)
   float* cells = nullptr;          // (R, B, T, H): c of every step; null: not wanted
 

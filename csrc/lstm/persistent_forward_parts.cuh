@@ -58,7 +58,7 @@ CTXFAST_DEVICE uint32_t filled(uint32_t word) { return word == kEmpty ? 0x7FFF7F
 CTXFAST_DEVICE uint4 filled(uint4 v) { return make_uint4(filled(v.x), filled(v.y), filled(v.z), filled(v.w)); }
 CTXFAST_DEVICE bool is_filled(uint4 v) { return v.x != kEmpty && v.y != kEmpty && v.z != kEmpty && v.w != kEmpty; }
 
-// Waits for the first `count` of N vectors, address(i). All loads are under way before the first is looked at: one
+// Waits for the first `count` of N vectors, address(i). All loads are issued before the first is used: one
 // after another they cost 1.7 us a step at B = 32 (H100).
 template <bool kSpeaks, int N, typename Address>
 CTXFAST_DEVICE void wait_for(uint4 (&v)[N], int count, Address address) {
@@ -142,17 +142,17 @@ CTXFAST_DEVICE void load_weights(const KernelParams& p, uint4 (&w)[kRegisterFrag
   } else {
     // Core matrices [64 rows][k-step][half of it][row][8], those of the first steps left out if they are in registers.
     // A warp copies 8 rows times 32 of K at once: whole sectors in, no bank conflicts out.
-    constexpr int kept = kInRegisters ? kRegisterFragments : 0;
-    const int steps = 2 * p.pairs - kept, pairs = p.pairs - kept / 2;
+    constexpr int in_registers = kInRegisters ? kRegisterFragments : 0;
+    const int steps = 2 * p.pairs - in_registers, pairs = p.pairs - in_registers / 2;
     for (int unit = warp; unit < p.row_tiles * 2 * pairs; unit += kWarps) {
       const int row = unit / pairs * 8 + (lane & 7), k8 = unit % pairs * 4 + (lane >> 3);
       shared[((row >> 6) * steps + (k8 >> 1)) * 128 + (k8 & 1) * 64 + (row & 63)] =
-          vector(row >> 4, row & 15, 16 * kept + 8 * k8);
+          vector(row >> 4, row & 15, 16 * in_registers + 8 * k8);
     }
     if constexpr (kInRegisters) {
       const auto pair_of = [&](int row, int k) { return *reinterpret_cast<const uint32_t*>(at(warp, row, k)); };
 #pragma unroll
-      for (int f = 0; f < kept; ++f) {
+      for (int f = 0; f < in_registers; ++f) {
         const int k = 16 * f + 2 * s;
         w[f] = make_uint4(pair_of(q, k), pair_of(q + 8, k), pair_of(q, k + 8), pair_of(q + 8, k + 8));
       }
@@ -228,7 +228,7 @@ CTXFAST_DEVICE void product_mma(const KernelParams& p, const uint4 (&w)[kRegiste
 template <typename T, int kTiles, bool kInRegisters>
 CTXFAST_DEVICE void product_wgmma(const KernelParams& p, const uint4 (&w)[kRegisterFragments], const uint4* h,
                                   float (&sums)[kTiles][4]) {
-  constexpr int kept = kInRegisters ? kRegisterFragments : 0;
+  constexpr int in_registers = kInRegisters ? kRegisterFragments : 0;
   constexpr int kAtOnce = kInRegisters ? kTiles : 8;
   const int thread = thread_anew(), warp = thread >> 5, lane = thread & 31;
   const Part part = part_of<kTiles>(p.row_tiles, warp);
@@ -253,20 +253,20 @@ CTXFAST_DEVICE void product_wgmma(const KernelParams& p, const uint4 (&w)[kRegis
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) sums[n][0] = sums[n][1] = sums[n][2] = sums[n][3] = 0;
   const uint64_t b = wgmma_descriptor(at_h, kTiles * 128, 128);
-  const uint64_t a = wgmma_descriptor(shared_memory() + part.row * (2 * p.pairs - kept) * 2048, 1024, 128);
+  const uint64_t a = wgmma_descriptor(shared_memory() + part.row * (2 * p.pairs - in_registers) * 2048, 1024, 128);
   wgmma_fence();
   if constexpr (kInRegisters) {
 #pragma unroll
-    for (int k = 0; k < kept; ++k) wgmma_rs<T, 8 * kTiles>(sums, w[k], b + k * (kTiles * 256 >> 4));
+    for (int k = 0; k < in_registers; ++k) wgmma_rs<T, 8 * kTiles>(sums, w[k], b + k * (kTiles * 256 >> 4));
   }
   const auto pair = [&](int k) {
 #pragma unroll
     for (int i = k; i < k + 2; ++i) {
-      wgmma_ss<T, 8 * kTiles>(sums, a + (i - kept) * (2048 >> 4), b + i * (kTiles * 256 >> 4));
+      wgmma_ss<T, 8 * kTiles>(sums, a + (i - in_registers) * (2048 >> 4), b + i * (kTiles * 256 >> 4));
     }
   };
   // The sums must come from products when the loop begins, else the compiler waits for every product.
-  int k = 2 * begin + kept;
+  int k = 2 * begin + in_registers;
   if constexpr (!kInRegisters) {
     pair(k);
     k += 2;

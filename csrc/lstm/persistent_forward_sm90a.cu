@@ -175,9 +175,10 @@ LstmPersistentForwardPlan lstm_persistent_forward_plan(const LstmPersistentDevic
 }
 
 Status lstm_persistent_device(int device, LstmPersistentDevice* facts) {
-  DeviceFacts found;
-  CTXFAST_CUDA_CHECK(kOp, device_facts(device, &found));
-  *facts = {found.multiprocessors, found.major, found.minor, found.shared_per_block, found.cooperative};
+  DeviceFacts properties;
+  CTXFAST_CUDA_CHECK(kOp, device_facts(device, &properties));
+  *facts = {properties.multiprocessors, properties.major, properties.minor, properties.shared_per_block,
+            properties.cooperative};
   return {};
 }
 

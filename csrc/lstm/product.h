@@ -100,7 +100,7 @@ void vector_product(int64_t rows, const uint32_t* x, int64_t ld_x, const uint32_
   const int64_t words = Kind::words(size);
   if (first >= last) fill_zero(z, rows * kPanel);
   for (int64_t block = first; block < last; ++block) {
-    const int64_t k = block * Kind::kBlock, count = less(words - k, Kind::kBlock);
+    const int64_t k = block * Kind::kBlock, count = min(words - k, Kind::kBlock);
     const uint32_t* w = panel + Kind::kHeader + k * kPanel;
     const uint32_t* next = block + 1 < last ? w + count * kPanel : after;
     block_product<Kind>(rows, x + k, ld_x, w, count, next, block == first, z);

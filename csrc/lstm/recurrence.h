@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The recurrence with its input product, written once for every kind of product (product.h).
+// The recurrence and its input product, for every kind of product (product.h).
 #pragma once
 
 #include "lstm/product.h"
@@ -30,9 +30,9 @@ void begin(const LstmJob& job, int index, int count) {
       if (job.z) fill_zero(job.z + (row * job.steps + t) * 4 * job.hidden, 4 * job.hidden);
     }
   }
-  const Share panels(panels_of(job.hidden, kCells), index, count);
+  const Share panels(ceil_div(job.hidden, kCells), index, count);
   for (int64_t panel = panels.from; panel < panels.to; ++panel) {
-    const int64_t cell = panel * kCells, there = less(kCells, job.hidden - cell);
+    const int64_t cell = panel * kCells, there = min(kCells, job.hidden - cell);
     for (int64_t i = 0; i < job.batch; ++i) {
       float* c = job.c + (panel * job.ld_batch + i) * kCells;
       fill_zero(c, kCells);
@@ -60,9 +60,9 @@ void finish(const LstmJob& job, int index, int count) {
     const float* h = job.h + (buffer * job.ld_batch + i) * job.ld_h;
     for (int64_t p = 0; p < job.proj_size; ++p) job.h_n[job.row[i] * job.proj_size + p] = h[p];
   }
-  const Share panels(panels_of(job.hidden, kCells), index, count);
+  const Share panels(ceil_div(job.hidden, kCells), index, count);
   for (int64_t panel = panels.from; panel < panels.to; ++panel) {
-    const int64_t cell = panel * kCells, there = less(kCells, job.hidden - cell);
+    const int64_t cell = panel * kCells, there = min(kCells, job.hidden - cell);
     for (int64_t i = 0; i < job.batch; ++i) {
       const float* c = job.c + (panel * job.ld_batch + i) * kCells;
       for (int64_t j = 0; j < there; ++j) job.c_n[job.row[i] * job.hidden + cell + j] = c[j];
@@ -73,7 +73,7 @@ void finish(const LstmJob& job, int index, int count) {
 // The input product of one panel of 16 cells for all rows of the chunk: W_ih x + b.
 template <class Kind>
 void fill_chunk(const LstmJob& job, int64_t rows, int64_t panel, float* z) {
-  const int64_t cell = panel * kCells, there = less(kCells, job.hidden - cell);
+  const int64_t cell = panel * kCells, there = min(kCells, job.hidden - cell);
   const uint32_t* weight = static_cast<const uint32_t*>(job.weight_input) + panel * panel_size<Kind>(job.input);
   Vec bias[kPanel / kLanes] = {};
   for (int at = 0; job.bias && at < kPanel; at += kLanes) {
@@ -81,7 +81,7 @@ void fill_chunk(const LstmJob& job, int64_t rows, int64_t panel, float* z) {
     if (j < there) bias[at / kLanes] = load_some(job.bias + at / kCells * job.hidden + cell + j, there - j);
   }
   for (int64_t from = 0; from < rows; from += Kind::kInputRows) {
-    const int64_t some = less(Kind::kInputRows, rows - from);
+    const int64_t some = min(Kind::kInputRows, rows - from);
     const uint32_t* after = from + some < rows ? weight : weight + panel_size<Kind>(job.input);
     panel_product<Kind>(some, job.x_words + from * job.ld_x_words, job.ld_x_words, weight, job.input, 0,
                         blocks_of<Kind>(job.input), after, z);
@@ -100,12 +100,12 @@ void fill_chunk(const LstmJob& job, int64_t rows, int64_t panel, float* z) {
 // the chunk is the step's first; `after` is the panel whose turn comes next.
 template <class Kind>
 void step_cells(const LstmJob& job, int64_t s, int64_t rows, int64_t panel, int64_t at, int64_t after, float* z) {
-  const int64_t cell = panel * kCells, there = less(kCells, job.hidden - cell);
+  const int64_t cell = panel * kCells, there = min(kCells, job.hidden - cell);
   const int64_t old = two_buffers<Kind>(job) ? s & 1 : 0, next = two_buffers<Kind>(job) ? 1 - old : 0;
   const uint32_t* weights = static_cast<const uint32_t*>(job.weight_gates);
   const uint32_t* weight = weights + panel * panel_size<Kind>(job.proj_size);
   const float* const chunk = job.chunk + (panel * job.chunk_rows + at) * kPanel;
-  for (int64_t i = 0; i < rows; ++i) {  // on their way while the product runs
+  for (int64_t i = 0; i < rows; ++i) {  // prefetched while the product runs
     for (int gate = 0; gate < 4; ++gate) __builtin_prefetch(chunk + i * kPanel + gate * kCells);
   }
   panel_product<Kind>(rows, job.h_words + old * job.ld_batch * job.ld_h, job.ld_h_words, weight, job.proj_size, 0,
@@ -143,7 +143,7 @@ void step_cells(const LstmJob& job, int64_t s, int64_t rows, int64_t panel, int6
 // h of one panel of 64 outputs from its finished sums z.
 template <class Kind>
 void store_h(const LstmJob& job, int64_t s, int64_t i, int64_t panel, const uint32_t* header, const float* z) {
-  const int64_t first = panel * kPanel, there = less(kPanel, job.proj_size - first);
+  const int64_t first = panel * kPanel, there = min(kPanel, job.proj_size - first);
   const float scale = Kind::kScaled ? job.m_scale[i] : 1.0f;
   float* output = job.output + job.row[i] * job.output_batch + time_of(job, i, s) * job.output_time + first;
   for (int64_t j = 0; j < there; j += kLanes) {
@@ -157,7 +157,7 @@ void store_h(const LstmJob& job, int64_t s, int64_t i, int64_t panel, const uint
 // out, and added up in the same order afterwards.
 template <class Kind>
 void project(const LstmJob& job, int64_t s, int64_t rows, int index, int count, float* z) {
-  const int64_t panels = panels_of(job.proj_size, kPanel), blocks = blocks_of<Kind>(job.hidden);
+  const int64_t panels = ceil_div(job.proj_size, kPanel), blocks = blocks_of<Kind>(job.hidden);
   const uint32_t* weight = static_cast<const uint32_t*>(job.weight_proj);
   const int64_t size = panel_size<Kind>(job.hidden);
   if (!job.partial) {
@@ -204,7 +204,7 @@ void prepare_rows(int64_t rows, const float* x, int64_t ld_x, int64_t size, uint
 template <class Kind>
 int64_t prepare_chunk(const LstmJob& job, int64_t s, int64_t rows, int index, int count) {
   int64_t all = 0;
-  for (int64_t t = s; t < less(s + job.chunk_steps, job.length[0]); ++t) {
+  for (int64_t t = s; t < min(s + job.chunk_steps, job.length[0]); ++t) {
     while (job.length[rows - 1] <= t) --rows;
     const Share share(rows, index, count);
     for (int64_t i = share.from; i < share.to; ++i) {
@@ -222,7 +222,7 @@ void forward(const LstmJob& job, int index, int count) {
   float* z = job.scratch + index * (job.ld_batch > kLstmInputRows ? job.ld_batch : kLstmInputRows) * kPanel;
   begin<Kind>(job, index, count);
   lstm_barrier(job.barrier, count);
-  const Share panels(panels_of(job.hidden, kCells), index, count);
+  const Share panels(ceil_div(job.hidden, kCells), index, count);
   const int64_t steps = job.batch ? job.length[0] : 0;
   int64_t rows = job.batch, at = 0;
   for (int64_t s = 0; s < steps; ++s) {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The way back through the recurrence, float32. Per step, last to first:
+// The backward of the recurrence, float32. Per step, last to first:
 //   dh = (grad_output + what the step after sent), zero where h was clipped
 //   dm = W_proj^T dh                                       panels of 64 cells
 //   dz, dc                                                 the same thread, cell by cell
@@ -35,9 +35,9 @@ inline void begin(const LstmBackwardJob& job, int index, int count) {
       if (job.m) fill_zero(job.m + at * H, H);
     }
   }
-  const Share panels(panels_of(H, kPanel), index, count);
+  const Share panels(ceil_div(H, kPanel), index, count);
   for (int64_t panel = panels.from; panel < panels.to; ++panel) {
-    const int64_t cell = panel * kPanel, there = less(kPanel, H - cell);
+    const int64_t cell = panel * kPanel, there = min(kPanel, H - cell);
     for (int64_t i = 0; i < job.batch; ++i) {
       float* d_c = job.d_c + (panel * job.batch + i) * kPanel;
       fill_zero(d_c, kPanel);
@@ -52,12 +52,12 @@ inline void meet(const LstmBackwardJob& job, int64_t s, int64_t rows, int index,
   const Share share(rows, index, count);
   for (int64_t i = share.from; i < share.to; ++i) {
     const int64_t row = job.row[i], t = time_of(job, i, s);
-    const float* given = job.grad_output + row * job.grad_batch + t * job.grad_time;
+    const float* grad = job.grad_output + row * job.grad_batch + t * job.grad_time;
     const float* output = job.output + row * job.output_batch + t * job.output_time;
     float* hidden = job.grad_hidden + (row * job.steps + t) * P;
     for (int64_t p = 0; p < P; p += kLanes) {
       const int64_t there = P - p;
-      const Vec sum = load_some(given + p, there) + load_some(job.carried + i * job.ld_h + p, there);
+      const Vec sum = load_some(grad + p, there) + load_some(job.carried + i * job.ld_h + p, there);
       const Vec d_h = open_to(sum, load_some(output + p, there), job.proj_clip);
       store(job.d_h + i * job.ld_h + p, d_h);
       store_some(hidden + p, d_h, there);
@@ -68,7 +68,7 @@ inline void meet(const LstmBackwardJob& job, int64_t s, int64_t rows, int index,
 // dz and dc of one panel of 64 cells.
 template <class Kind>
 void step_cells(const LstmBackwardJob& job, int64_t s, int64_t rows, int64_t panel, float* d_m) {
-  const int64_t H = job.hidden, P = job.proj_size, cell = panel * kPanel, width = less(kPanel, H - cell);
+  const int64_t H = job.hidden, P = job.proj_size, cell = panel * kPanel, width = min(kPanel, H - cell);
   if (job.has_projection) {
     const uint32_t* weight = static_cast<const uint32_t*>(job.weight_proj) + panel * panel_size<Kind>(P);
     panel_product<Kind>(rows, reinterpret_cast<const uint32_t*>(job.d_h), job.ld_h, weight, P, 0, blocks_of<Kind>(P),
@@ -106,15 +106,15 @@ void step_cells(const LstmBackwardJob& job, int64_t s, int64_t rows, int64_t pan
 // What the step sends to the one before: W_hh^T dz.
 template <class Kind>
 void send_back(const LstmBackwardJob& job, int64_t rows, int index, int count, float* z) {
-  const int64_t terms = 4 * job.hidden, panels = panels_of(job.proj_size, kPanel), blocks = blocks_of<Kind>(terms);
-  const int64_t groups = panels_of(blocks, kLstmBackwardGroup);
+  const int64_t terms = 4 * job.hidden, panels = ceil_div(job.proj_size, kPanel), blocks = blocks_of<Kind>(terms);
+  const int64_t groups = ceil_div(blocks, kLstmBackwardGroup);
   const Share units(panels * groups, index, count);
   for (int64_t unit = units.from; unit < units.to; ++unit) {
     const int64_t panel = unit / groups, first = unit % groups * kLstmBackwardGroup;
     const uint32_t* weight = static_cast<const uint32_t*>(job.weight_hh) + panel * panel_size<Kind>(terms);
-    const int64_t last = less(first + kLstmBackwardGroup, blocks);
+    const int64_t last = min(first + kLstmBackwardGroup, blocks);
     panel_product<Kind>(rows, reinterpret_cast<const uint32_t*>(job.d_z), job.ld_z, weight, terms, first, last,
-                        weight + less(last * Kind::kBlock, terms) * kPanel, job.partial + unit * job.batch * kPanel);
+                        weight + min(last * Kind::kBlock, terms) * kPanel, job.partial + unit * job.batch * kPanel);
   }
   lstm_barrier(job.barrier, count);
   const Share pieces(panels * rows, index, count);
@@ -125,7 +125,7 @@ void send_back(const LstmBackwardJob& job, int64_t rows, int index, int count, f
       const float* sums = job.partial + ((panel * groups + group) * job.batch + i) * kPanel;
       for (int64_t j = 0; j < kPanel; j += kLanes) store(z + j, load(z + j) + load(sums + j));
     }
-    const int64_t there = less(kPanel, job.proj_size - first);
+    const int64_t there = min(kPanel, job.proj_size - first);
     for (int64_t j = 0; j < there; ++j) job.carried[i * job.ld_h + first + j] = z[j];
   }
 }
@@ -136,7 +136,7 @@ void backward(const LstmBackwardJob& job, int index, int count) {
   float* z = job.scratch + index * job.batch * kPanel;
   begin(job, index, count);
   lstm_barrier(job.barrier, count);
-  const Share panels(panels_of(H, kPanel), index, count);
+  const Share panels(ceil_div(H, kPanel), index, count);
   int64_t rows = 0;
   for (int64_t s = (job.batch ? job.length[0] : 0) - 1; s >= 0; --s) {
     while (rows < job.batch && job.length[rows] > s) ++rows;
@@ -152,7 +152,7 @@ void backward(const LstmBackwardJob& job, int index, int count) {
     for (int64_t p = 0; p < P; ++p) job.grad_h_0[job.row[i] * P + p] = job.carried[i * job.ld_h + p];
   }
   for (int64_t panel = panels.from; panel < panels.to; ++panel) {
-    const int64_t cell = panel * kPanel, there = less(kPanel, H - cell);
+    const int64_t cell = panel * kPanel, there = min(kPanel, H - cell);
     for (int64_t i = 0; i < job.batch; ++i) {
       const float* d_c = job.d_c + (panel * job.batch + i) * kPanel;
       for (int64_t j = 0; j < there; ++j) job.grad_c_0[job.row[i] * H + cell + j] = d_c[j];

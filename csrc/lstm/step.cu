@@ -145,16 +145,16 @@ Status forward(const LstmStepForwardParams& params, cudaStream_t stream) {
     void* m = workspace + places.middle;
     BothDirections both = {{p, p}};
     for (int r = 0; r < 2; ++r) {
-      StepParams& own = both.of[r];
-      own.t = static_cast<int>(time_of(s, step, r, false));
-      own.is_last = step + 1 == s.steps;
-      own.h = now;
-      set_product(&own, params.packed_gates, ceil_div(s.hidden, 4), s.size, now, s.has_proj ? m : next, s.hidden);
+      StepParams& direction = both.of[r];
+      direction.t = static_cast<int>(time_of(s, step, r, false));
+      direction.is_last = step + 1 == s.steps;
+      direction.h = now;
+      set_product(&direction, params.packed_gates, ceil_div(s.hidden, 4), s.size, now, s.has_proj ? m : next, s.hidden);
     }
     CTXFAST_CUDA_CHECK(kOp, (launch_step<T, Step::kGates>(both, stream)));
     if (!s.has_proj) continue;
-    for (StepParams& own : both.of) {
-      set_product(&own, params.packed_proj, ceil_div(s.size, kRowsOfTile), s.hidden, m, next, s.size);
+    for (StepParams& direction : both.of) {
+      set_product(&direction, params.packed_proj, ceil_div(s.size, kRowsOfTile), s.hidden, m, next, s.size);
     }
     CTXFAST_CUDA_CHECK(kOp, (launch_step<T, Step::kProjection>(both, stream)));
   }
@@ -204,13 +204,13 @@ Status backward(const LstmStepBackwardParams& params, cudaStream_t stream) {
       both.of[r].t_next = static_cast<int>(time_of(s, step + 1, r, true));
     }
     if (s.has_proj) {
-      for (StepParams& own : both.of) {
-        set_product(&own, params.packed_proj_t, ceil_div(s.hidden, kRowsOfTile), s.size, dh, dz, 4 * s.hidden);
+      for (StepParams& direction : both.of) {
+        set_product(&direction, params.packed_proj_t, ceil_div(s.hidden, kRowsOfTile), s.size, dh, dz, 4 * s.hidden);
       }
       CTXFAST_CUDA_CHECK(kOp, (launch_step<T, Step::kCells>(both, stream)));
     }
-    for (StepParams& own : both.of) {
-      set_product(&own, params.packed_gates_t, ceil_div(s.size, kRowsOfTile), 4 * s.hidden, dz,
+    for (StepParams& direction : both.of) {
+      set_product(&direction, params.packed_gates_t, ceil_div(s.size, kRowsOfTile), 4 * s.hidden, dz,
                   s.has_proj ? dh : next_dz, s.has_proj ? s.size : 4 * s.hidden);
     }
     if (s.has_proj) {

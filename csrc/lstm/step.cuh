@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// One step of lstm as kernels: a product of weights with what the step before left, and what is made of its sums.
+// One step of lstm as kernels: a product of the weights with the state of the step before, and what follows from its
+// sums.
 //
 // Every kernel is the same product: 16 kRowTiles rows of weights by 8 kColumns batch rows, K split over the eight warps
 // of the block, their sums added in the order of the warps in shared memory. 16-bit weights go through mma.sync,
@@ -186,7 +187,7 @@ CTXFAST_DEVICE float total(const float* sums, int row, int column) {
   return sum;
 }
 
-// --- what is made of the sums
+// --- from the sums to the step's results
 
 // h of one element: to the next step, to the output, at the end to h_n. A row past its end keeps what it has.
 template <typename T>

@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// The recurrence of lstm on any GPU from sm_80, any size: one launch a step for both directions (two with a
-// projection), forward and backward.
+// The recurrence of lstm on any GPU from sm_80 and of any size, forward and backward: one launch per step for both
+// directions, two with a projection.
 //
 // B batch, T steps, H cells, P size of h (= H without projection), R directions. Per row b and step t < lengths[b],
 // with z = gates[b, t] + W_hh h in the order i, f, g, o:
 //   c = clip(sigmoid(i) tanh(g) + sigmoid(f) c, cell_clip), m = sigmoid(o) tanh(c), h = clip(W_proj m, proj_clip)
-// (h = clip(m, proj_clip) without projection). Direction 1 runs from a row's own last step to 0; past its end a row
+// (h = clip(m, proj_clip) without projection). Direction 1 runs from a row's last step to 0; past its end a row
 // keeps h and c. 16-bit weights and h, or float32; sums, c and gradients of c and h are float32.
-// Launchers take the stream, neither wait nor allocate. Outputs may not overlap inputs. Sums run in an order fixed by
-// the sizes: results are repeatable bit for bit, and a row's do not depend on the others.
+// Launchers use the given stream, do not synchronize and allocate nothing. Outputs may not overlap inputs. Sums run in
+// an order fixed by the sizes: results are repeatable bit for bit, and a row's do not depend on the others.
 #pragma once
 
 #include <cstdint>
@@ -22,7 +22,7 @@ namespace ctxfast {
 struct LstmStepShape {
   int64_t batch = 0, steps = 0, hidden = 0, size = 0, directions = 1;
   bool has_proj = false;
-  DType dtype = DType::kFloat16;  // kFloat16, kBFloat16 or kFloat32: of all that is not said to be float
+  DType dtype = DType::kFloat16;  // kFloat16, kBFloat16 or kFloat32: of every tensor that is not float below
 };
 
 // Elements of one direction's packed weights; see cuda_step.py for their order.
@@ -33,7 +33,7 @@ struct LstmStepPacked {
 };
 LstmStepPacked lstm_step_packed(const LstmStepShape& shape);
 
-// Bytes of scratch, 16-byte aligned; its contents do not matter.
+// Bytes of the workspace, 16-byte aligned; need not be cleared.
 int64_t lstm_step_workspace_bytes(const LstmStepShape& shape, bool backward);
 
 struct LstmStepForwardParams {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The way back through the lstm on the CPU against a plain loop in double, on every instruction set this machine runs.
+// lstm's backward on the CPU against a plain loop in double, on every instruction set this machine runs.
 #include <algorithm>
 
 #include "base/testing.h"

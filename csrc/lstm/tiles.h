@@ -80,8 +80,8 @@ struct Tiles : Base {
     // int8 sums are exact, so one pass; bfloat16 block sums are added up as everywhere.
     const int64_t step = kInt8 ? (last - first) * Base::kBlock : Base::kBlock;
     if (first >= last) fill_zero(z, rows * kPanel);
-    for (int64_t from = first * Base::kBlock; from < less(last * Base::kBlock, end); from += step) {
-      const int64_t words = less(step, end - from);
+    for (int64_t from = first * Base::kBlock; from < min(last * Base::kBlock, end); from += step) {
+      const int64_t words = min(step, end - from);
       const uint32_t* w = panel + Base::kHeader + from * kPanel;
       alignas(64) float block[2 * kLstmTileRows * kPanel];
       const bool begin = from == first * Base::kBlock;
@@ -94,7 +94,7 @@ struct Tiles : Base {
           one_by_four<kInt8>(x + i * ld + from, ld, w, words, to);
         }
         if (begin) continue;
-        const int64_t count = less(rows - i, 2 * kLstmTileRows) * kPanel;
+        const int64_t count = min(rows - i, 2 * kLstmTileRows) * kPanel;
         for (int64_t j = 0; j < count; j += kLanes) Base::add(z + i * kPanel + j, block + j);
       }
     }

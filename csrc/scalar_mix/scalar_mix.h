@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // scalar_mix on CUDA: y = sum over k of w[k] x_k, over K tensors of n elements.
 //
-// The caller has already made w = gamma * softmax(scalar_parameters), float32, on the device.
+// The caller computes w = gamma * softmax(scalar_parameters), float32, on the device.
 // Inputs, output and gradients are contiguous and of one dtype (float32, float16, bfloat16); sums are float32.
 // 16-byte loads where every pointer is 16-byte aligned, single elements otherwise: the same sums, bit for bit.
-// Launchers take the stream, do not wait for it, allocate nothing; any n, 0 too. Results are repeatable bit for bit.
-// Outputs may not overlap inputs.
+// Launchers use the given stream, do not synchronize and allocate nothing; n may be 0. Results are repeatable bit for
+// bit. Outputs may not overlap inputs.
 #pragma once
 
 #include <cstdint>

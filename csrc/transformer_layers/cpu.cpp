@@ -15,15 +15,15 @@ namespace ctxfast {
 namespace {
 
 constexpr const char* kOp = "transformer_layers";
-// Multiply-adds that are worth a thread: some 3 us.
+// Multiply-adds that justify a thread: some 3 us.
 constexpr int64_t kWorkOfThread = 1 << 18;
 // Tokens that pass through the layer's second half together. Each pass reads its weights again: with few tokens to a
 // pass they come from memory every time (BERT-Base in float32: 21 MB, and 6 % of the time at 192).
 constexpr int64_t kPass = 4 * kLinearActMostRows;
 
-int64_t size_of(DType type) { return type == DType::kFloat32 ? 4 : 2; }
+int64_t size_of(DType io_dtype) { return io_dtype == DType::kFloat32 ? 4 : 2; }
 
-// What one call is made of; addresses of parts of the workspace.
+// The state of one call; addresses of parts of the workspace.
 struct Layers {
   const TransformerLayersParams& p;
   LinearActKernel product;

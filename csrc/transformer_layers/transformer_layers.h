@@ -4,10 +4,10 @@
 //
 //   h = LayerNorm(x + project(attention(qkv(x)))),  y = LayerNorm(h + narrow(activation(widen(h))))
 //
-// Each part computes what it computes alone (linear_act/linear_act.h, attention/attention.h, layer_norm/layer_norm.h),
-// bit for bit: in float32, and in bfloat16 on one instruction set, a sequence's bits depend on nothing but its rows.
-// Rows are contiguous; no output may overlap an input. Beyond the arguments, memory for 3 hidden elements a token (4
-// with several layers of which only the last is wanted), and for the rest of at most 768 tokens.
+// Each part gives the bits that it gives alone (linear_act/linear_act.h, attention/attention.h,
+// layer_norm/layer_norm.h): in float32, and in bfloat16 on one instruction set, a sequence's bits depend on nothing but
+// its rows. Rows are contiguous; no output may overlap an input. The workspace holds 3 rows of hidden elements a token
+// (4 with several layers of which only the last is wanted), and all else for at most 768 tokens.
 #pragma once
 
 #include <cstdint>
@@ -31,7 +31,7 @@ struct TransformerNorm {
   const void* bias = nullptr;    // (hidden)
 };
 
-// 20 addresses and nothing else: callers may keep them as a row of 64-bit integers.
+// Twenty addresses and nothing else: callers may store them as a row of 64-bit integers.
 struct TransformerLayer {
   TransformerProduct qkv, project;
   TransformerNorm attention_norm;

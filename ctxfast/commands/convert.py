@@ -10,6 +10,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from .loop_options import check_model
+
 _WHO = "ctxfast.convert"
 _DTYPES = ("float32", "float16", "bfloat16")
 _SENTENCE_PARTS = ("modules.json", "sentence_*_config.json", "config_sentence_transformers.json", "[0-9]*_*")
@@ -40,7 +42,7 @@ def add(commands: Any) -> None:
     add("source", metavar="SRC", help="folder, weight file, TensorFlow prefix, or name of a package with a model")
     add("target", metavar="DST", help="folder to make")
     add("--dtype", help=f"BERT: store weights as {', '.join(_DTYPES)} (default: as they are)")
-    add("--gelu", help="BERT: erf or tanh, where the files leave it open (Google's: tanh)")
+    add("--gelu", help="BERT: erf or tanh in place of the config's (default: the config's; Google's checkpoints: tanh)")
     add("--options-file", help="ELMo: options.json, where it lies apart")
     add("--overwrite", action="store_true", help="replace DST")
     add("--quiet", action="store_true", help="print nothing but errors")
@@ -62,7 +64,18 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"{_WHO}: {target} is a file; expected a folder to make.")
     if args.dtype is not None and args.dtype not in _DTYPES:
         raise ValueError(f"{_WHO}: dtype is {args.dtype!r}; expected one of {', '.join(_DTYPES)}.")
+    if args.options_file is not None:
+        if not Path(args.options_file).is_file():
+            raise FileNotFoundError(
+                f"{_WHO}: --options-file {args.options_file} does not exist; expected options.json."
+            )
+        if source.suffix not in _ELMO_SUFFIXES and not any(source.glob("*.h*5")):
+            raise ValueError(
+                f"{_WHO}: --options-file is given, but SRC {source} is no ELMo model; expected it for those."
+            )
     is_elmo = args.options_file is not None or source.suffix in _ELMO_SUFFIXES or (source / "options.json").is_file()
+    if not is_elmo:
+        check_model(args.source, "convert", "SRC")
     for name in ("dtype", "gelu") if is_elmo else ():
         if getattr(args, name) is not None:
             raise ValueError(f"{_WHO}: --{name} is given for an ELMo model; expected it for BERT only.")

@@ -186,6 +186,8 @@ def check(args: argparse.Namespace, who: str) -> None:
     args.learning_rate = 1.0 if rate is None else rate
     board_writer(config(args, args.steps or max(1, math.ceil(args.warmup))))  # refuses what is not installed
     args.learning_rate = rate
+    if args.output == "-":
+        raise ValueError(f"ctxfast.{who}: -o is '-'; expected a directory to work in.")
     if Path(args.output).exists() and not Path(args.output).is_dir():
         raise ValueError(f"ctxfast.{who}: -o {args.output} is a file; expected a directory to work in.")
 

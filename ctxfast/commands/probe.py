@@ -58,8 +58,9 @@ def run(args: argparse.Namespace) -> int:
     check_model(args.model, "probe")
     for name in ("output", "plot"):
         file = getattr(args, name)
-        if file is not None and Path(file).is_dir():
-            raise ValueError(f"{_WHO}: --{name} {file} is a directory; expected the name of a file.")
+        if file is not None and (file == "-" or Path(file).is_dir()):
+            found = "is '-'" if file == "-" else f"{file} is a directory"
+            raise ValueError(f"{_WHO}: --{name} {found}; expected the name of a file.")
     for name in ("epochs", "batch_size", "sentences"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"{_WHO}: {name} is {getattr(args, name)}; expected 1 or more.")

@@ -72,6 +72,8 @@ def check_target(
         ValueError, RuntimeError: see ``writers.format_of``.
     """
     target = Path(output)
+    if os.fspath(output) == "-":
+        raise ValueError("ctxfast.embed: output is '-'; expected the name of a file: a job goes on from files.")
     if target.is_dir():
         raise FileExistsError(f"ctxfast.embed: output {target} is a directory; expected the name of a file.")
     work = target.with_name(target.name + ".partial")

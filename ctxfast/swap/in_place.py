@@ -168,11 +168,13 @@ def _wanted(only: Iterable[str | type] | str | type | None) -> frozenset[str]:
     """Full names of the classes to swap."""
     if only is None:
         return frozenset(name for name, entry in _TABLE.items() if not entry.on_request)
+    if not isinstance(only, (str, type, Iterable)):
+        raise TypeError(f"ctxfast.swap_in: only is {only!r:.80}; expected names of classes, classes, or None.")
     asked = [only] if isinstance(only, (str, type)) else list(only)
     short, found = _short_names(), set()
     for item in asked:
         name = item.__name__ if isinstance(item, type) else item
-        if name not in short:
+        if not isinstance(name, str) or name not in short:
             raise ValueError(
                 f"ctxfast.swap_in: only holds {name!r}; expected names of classes among {', '.join(sorted(short))}."
             )
@@ -262,8 +264,8 @@ def swap_in(
     that have hooks or hold other modules than they had.
 
     Packed copies of weights follow every change PyTorch counts, and by any road (``.data``, NumPy, another process) a
-    change of a whole row, a whole column or all of a weight; after writing single entries of a large weight such a way,
-    call ``ctxfast.forget_packed(model)``. Inference on a GPU goes through CUDA graphs;
+    change of every entry of a row, of a column or of all of a weight; after writing to parts of a large weight such a
+    way, call ``ctxfast.forget_packed(model)``. Inference on a GPU goes through CUDA graphs;
     ``model.encoder.cuda_graphs = False`` switches them off.
 
     Args:
@@ -280,7 +282,7 @@ def swap_in(
         What was swapped and what nearly was, with reasons; print it.
 
     Raises:
-        TypeError: not a module.
+        TypeError: not a module; ``only`` is neither names nor classes.
         ValueError: unknown names; or nothing to swap, if ``strict``. The model is then unchanged.
     """
     if not isinstance(model, nn.Module):
@@ -309,7 +311,8 @@ def swap_in(
         path, kind = path or "(the model)", type(module)
         reason = _opaque(module)
         if reason is not None:
-            misses.append((path, reason))
+            if not any(outer == "(the model)" or path.startswith(f"{outer}.") for outer, *_ in swapped):
+                misses.append((path, reason))
             continue
         before = module.__dict__.get(_ORIGINAL)
         if before is not None:
@@ -358,7 +361,12 @@ def restore(model: nn.Module) -> tuple[str, ...]:
 
     Returns:
         The paths restored.
+
+    Raises:
+        TypeError: not a module.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"ctxfast.restore: model is a {type(model).__name__}; expected a torch.nn.Module.")
     paths = []
     for path, module in model.named_modules():
         padding_readers.unwatch(module)

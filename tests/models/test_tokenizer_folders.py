@@ -144,6 +144,12 @@ REPLACED = {
     "another normalizer": _changed(normalizer={"type": "Lowercase"}),
     "another pre-tokenizer": _changed(pre_tokenizer={"type": "WhitespaceSplit"}),
     "no special tokens": _changed(post_processor=None),
+    "short words": _changed(model={**json.loads(_word_pieces_json())["model"], "max_input_chars_per_word": 4}),
+    "another prefix": _changed(model={**json.loads(_word_pieces_json())["model"], "continuing_subword_prefix": "@@"}),
+    "both": _changed(
+        pre_tokenizer={"type": "WhitespaceSplit"},
+        model={**json.loads(_word_pieces_json())["model"], "max_input_chars_per_word": 4},
+    ),
 }
 
 
@@ -217,6 +223,39 @@ def test_what_a_class_replaces_is_said(name: str, tmp_path: Path) -> None:
         _compare(folder, BertTokenizer.from_pretrained(folder))
 
 
+def test_a_longer_limit_of_words_is_kept_where_it_is_saved(tmp_path: Path) -> None:
+    """Google's 200 characters, which Hugging Face's class has no setting for."""
+    folder = _write(tmp_path, BERT, {"vocab.txt": "\n".join(PIECES) + "\n"})
+    ours, usual = (BertTokenizer.from_pretrained(folder, max_word_chars=limit) for limit in (200, None))
+    word = "lends" * 30
+    assert ours.tokenize("lends" + "s" * 120) != usual.tokenize("lends" + "s" * 120) == ["[UNK]"]
+    (folder / "saved").mkdir()
+    ours.save(folder / "saved")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = BertTokenizer.from_pretrained(folder / "saved")
+    assert again.tokenize(word) == ours.tokenize(word)
+    _compare(folder / "saved", again)
+
+
+@pytest.mark.parametrize("where", ["tokenizer_config.json", "tokenizer.json"])
+def test_padding_on_the_left_is_said(where: str, tmp_path: Path) -> None:
+    files = {"tokenizer.json": _word_pieces_json()}
+    if where == "tokenizer.json":
+        tokenizer = Tokenizer.from_str(files[where])
+        tokenizer.enable_padding(direction="left")
+        files[where] = tokenizer.to_str()
+    _write(tmp_path, {} if where == "tokenizer.json" else _config(padding_side="left"), files)
+    with pytest.warns(UserWarning, match="set padding_side to 'left', which is not followed"):
+        BertTokenizer.from_pretrained(tmp_path)
+
+
+def test_padding_on_the_left_moves_no_position_of_roberta(bpe_files: dict[str, str], tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        BertTokenizer.from_pretrained(_write(tmp_path, _config(padding_side="left"), bpe_files, "roberta"))
+
+
 def test_ids_that_cannot_be_kept_are_said(tmp_path: Path) -> None:
     folder = _write(tmp_path, {"added_tokens.json": {"[e2]": 399}}, {"vocab.txt": "\n".join(PIECES) + "\n"})
     with pytest.warns(UserWarning, match=rf"the added token '\[e2\]' the id 399; it has {len(PIECES)} here"):
@@ -275,6 +314,19 @@ def test_byte_level_bpe(name: str, has_json: bool, bpe_files: dict[str, str], tm
     _check(_write(tmp_path, BPE[name], files, "roberta"))
 
 
+@pytest.mark.parametrize("setting", [{"ignore_merges": True}, {"fuse_unk": True}, {"byte_fallback": True}])
+def test_byte_level_settings_that_the_class_replaces(setting: dict, bpe_files: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "made").mkdir()
+    folder = _write(tmp_path / "made", {}, bpe_files, "roberta")
+    transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(folder)
+    state = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    state["model"].update(setting)
+    folder = _write(tmp_path, {}, {"tokenizer.json": json.dumps(state)}, "roberta")
+    with pytest.warns(UserWarning, match=f"has its own {next(iter(setting))}, which Hugging Face's class"):
+        ours = BertTokenizer.from_pretrained(folder)
+    _compare(folder, ours)
+
+
 @pytest.mark.parametrize("stated", [{}, _config(extra_special_tokens=["[e2]"], model_max_length=20)])
 def test_xlm_roberta(stated: dict[str, object], tmp_path: Path) -> None:
     pieces = [("<s>", 0.0), ("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
@@ -327,6 +379,7 @@ def test_a_token_beyond_the_word_table(tmp_path: Path) -> None:
         (_config(unk_token="[NO]"), r"vocab.txt has no \[NO\]"),
         (_config(model_max_length="long"), "model_max_length in .*expected a positive number"),
         (_config(truncation_side="up"), "truncation_side in .* is 'up'"),
+        (_config(padding_side="up"), "padding_side in .* is 'up'"),
         (_config(added_tokens_decoder=[1]), "added_tokens_decoder in .*expected an object"),
         (_config(added_tokens_decoder={"x": {}}), "added_tokens_decoder in .*expected an object"),
         (_config(extra_special_tokens=3), "extra_special_tokens in .* is 3"),

@@ -91,6 +91,10 @@ def test_impl_is_passed_on() -> None:
     assert reason.startswith("impl='cpu' was asked for: it takes float32")
     with pytest.raises(ValueError, match=r"ctxfast\.swap_in: impl is 'gpu'; expected None or one of reference, cpu"):
         ctxfast.swap_in(model, impl="gpu")
+    with pytest.raises(TypeError, match=r"^ctxfast\.swap_in: only is 5; expected names of classes, classes, or None"):
+        ctxfast.swap_in(model, only=5)
+    with pytest.raises(TypeError, match=r"^ctxfast\.restore: model is a int; expected a torch.nn.Module"):
+        ctxfast.restore(5)
     # What no op inside has on this device would change nothing.
     for kind, name in ((nn.LayerNorm(4), "LayerNorm"), (nn.LayerNorm(4, elementwise_affine=False), "LayerNorm")):
         ((_, reason),) = ctxfast.swap_in(kind, impl="cuda", only=name).near_misses

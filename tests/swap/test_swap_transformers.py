@@ -169,6 +169,14 @@ def test_dense_batches_run_as_before_on_a_cpu_unless_asked_for(monkeypatch) -> N
     assert len(calls) == 2
 
 
+def test_a_compiled_layer_inside_a_swapped_encoder_is_no_near_miss() -> None:
+    model = _model("Bert")
+    model.encoder.layer[1].compile()
+    for _ in range(2):
+        report = ctxfast.swap_in(model)
+        assert [path for path, *_ in report.swapped] == ["encoder"] and report.near_misses == ()
+
+
 @pytest.mark.parametrize("impl", ["cuda", "cuda_step"])
 def test_an_implementation_that_no_op_inside_has_is_a_near_miss(impl) -> None:
     model = _model("Bert")

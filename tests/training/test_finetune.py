@@ -294,13 +294,26 @@ def test_accumulated_batches_are_one_large_batch(files, tmp_path) -> None:
             "finetune tag: --impl is 'cuda_step', but no op has an implementation 'cuda_step' for cpu; expected ref",
         ),
         (["classify", "-m", "bert", "--train", "one.tsv"], "labels is 'x' alone; expected two or more"),
-        (["classify", "-m", "bert", "--train", "classify.tsv", "--max-length", "65"], "max_length is 65; expected 1"),
+        (
+            ["classify", "-m", "bert", "--train", "classify.tsv", "--max-length", "65"],
+            "max_length is 65; expected 4 to 64",
+        ),
+        (
+            ["classify", "-m", "bert", "--train", "classify.tsv", "--max-length", "1"],
+            "max_length is 1; expected 4 to 64",
+        ),
+        (["classify", "-m", "bert", "--train", "classify.tsv", "-o", "-"], "-o is '-'; expected a directory"),
+        (
+            ["classify", "-m", "bert", "--train", "wide.tsv", "--header"],
+            "has no column for the text; its columns are 'c0', .*more",
+        ),
     ],
 )
 def test_what_is_refused(files, tmp_path, capsys, monkeypatch, argv, reason) -> None:
     monkeypatch.chdir(files)
     (files / "wrong.tsv").write_text("bob\tO\nsaw\tX\n")
     (files / "unseen.tsv").write_text("bob\tB-NEW\n")
+    (files / "wide.tsv").write_text("\t".join(f"c{number}" for number in range(500)) + "\nbob\tx\n")
     (files / "one.tsv").write_text("text\tlabel\nbob\tx\nanna\tx\n")
     (files / "nan.tsv").write_text("text\tscore\nbob\t1.5\nanna\tnan\n")
     other = tiny_bert(files / "other-words", layers=1)

@@ -114,6 +114,7 @@ def test_vectors_come_in_parts(monkeypatch, tmp_path) -> None:
         (["--unseen", "odd"], "--unseen is 'odd'; expected 'error' or 'keep'"),
         (["--dev", "unseen", "--unseen", "keep"], "train has 1 tags"),
         (["--scheme", "none"], "train has 1 tags"),
+        (["--output", "-"], "--output is '-'; expected the name of a file"),
         (["--output", "data"], "--output data is --train data; expected another place"),
         (["--output", "m/config.json"], "--output m/config.json is a file of the model, m/config.json"),
         (["--plot", "plot.png"], "--plot plot.png is --dev picture"),

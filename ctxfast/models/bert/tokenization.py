@@ -15,6 +15,7 @@ import numpy as np
 import tokenizers
 import torch
 from tokenizers import Tokenizer, normalizers, pre_tokenizers
+from tokenizers.models import WordPiece
 
 from ..._core.files import replacing
 from ..._core.texts import as_list, described
@@ -168,7 +169,8 @@ class BertTokenizer:
             ValueError: a damaged file, or an option that this kind of tokenizer does not have.
 
         Warns:
-            UserWarning: the vocabulary has more entries than the model's word table.
+            UserWarning: the vocabulary has more entries than the model's word table; a setting of tokenizer.json that
+                Hugging Face's class replaces; padding on the left, where it would move positions.
         """
         path = resolve_model(path_or_name)
         folder = path if path.is_dir() else path.parent
@@ -198,6 +200,13 @@ class BertTokenizer:
         )
         result._settings, result._cut_side = settings.values, settings.truncation_side or "right"
         result.source = settings.source
+        if settings.padding_side == "left" and not (config is not None and config.is_roberta):
+            warnings.warn(
+                f"{_WHO}: the files of {folder} set padding_side to 'left', which is not followed: it would move the "
+                f"positions of a text by what else is in its batch. Vectors are those of the text without padding; "
+                f"Hugging Face's of a padded batch differ",
+                stacklevel=2,
+            )
         if config is not None and result.vocab_size > config.vocab_size:
             warnings.warn(
                 f"{_WHO}: {folder} has token ids up to {result.vocab_size - 1}, but the model's "
@@ -373,6 +382,8 @@ class BertTokenizer:
             settings["model_max_length"] = self.max_length
         if self._cut_side != "right":
             settings["truncation_side"] = self._cut_side
+        if isinstance(self.backend.model, WordPiece) and self.backend.model.max_input_chars_per_word != 100:
+            settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # BERT's own takes no other limit from a file
         normalizer = self.backend.normalizer
         if isinstance(normalizer, normalizers.BertNormalizer):
             # Hugging Face has defaults of its own for what stands in tokenizer.json alone: it would lower-case.

@@ -31,6 +31,14 @@ _CLASS_NAMES = {
 }
 
 
+# Settings of a vocabulary's model that the classes of a kind take from no file. BPE's last ones they leave out: off.
+_MODEL_SETTINGS = {
+    "wordpiece": {"max_input_chars_per_word": 100, "continuing_subword_prefix": "##"},
+    "bpe": {name: None for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix")}
+    | {name: False for name in ("fuse_unk", "byte_fallback", "ignore_merges")},
+}
+
+
 def find_special_tokens(tokenizer: Tokenizer, given: dict[str, str]) -> dict[str, str]:
     """Token of each role: the one given, else the usual one the vocabulary has."""
     found = {}
@@ -126,6 +134,8 @@ def _open_json(path: Path, settings: Settings) -> Tokenizer:
         _check_template(json.loads(found.post_processor.__getstate__()), path)
     if settings.truncation_side is None and found.truncation is not None:
         settings.truncation_side = found.truncation["direction"]
+    if settings.padding_side is None and found.padding is not None:
+        settings.padding_side = found.padding["direction"]
     found.no_truncation()
     found.no_padding()
     if not isinstance(found.model, _MODELS.get(settings.kind, ())):
@@ -133,7 +143,7 @@ def _open_json(path: Path, settings: Settings) -> Tokenizer:
             _set_normalizer(found, settings, found.normalizer)
         _add_tokens(found, None, settings)
         return found
-    tokenizer = Tokenizer(found.model)
+    tokenizer = Tokenizer(_model(found, settings.kind, path))
     for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
         if getattr(found, part) is not None:
             setattr(tokenizer, part, getattr(found, part))
@@ -142,6 +152,19 @@ def _open_json(path: Path, settings: Settings) -> Tokenizer:
     _build(tokenizer, settings.kind, settings, path, lower=True)
     _warn_of_changes(found, tokenizer, settings, path)
     return tokenizer
+
+
+def _model(found: Tokenizer, kind: str, path: Path) -> WordPiece | BPE | Unigram:
+    """The model of tokenizer.json, with the settings that the class of this kind has for it; what differs is said."""
+    own = _MODEL_SETTINGS.get(kind, {})
+    changed = [name for name, value in own.items() if (getattr(found.model, name) or None) != (value or None)]
+    if not changed:
+        return found.model
+    _warn_of_parts(path, changed, "")
+    state = json.loads(found.to_str())["model"]
+    if kind == "wordpiece":
+        return WordPiece(state["vocab"], unk_token=state["unk_token"], **own)
+    return BPE(state["vocab"], [tuple(pair) for pair in state["merges"]], unk_token=state["unk_token"])
 
 
 def _build(tokenizer: Tokenizer, kind: str, settings: Settings, path: Path, *, lower: bool) -> None:
@@ -190,12 +213,16 @@ def _warn_of_changes(found: Tokenizer, tokenizer: Tokenizer, settings: Settings,
         if before[name] != after[name] and not any(k in settings.values for k in keys)
     ]
     if changes:
-        warnings.warn(
-            f"{_WHO}: {path} has its own {' and '.join(changes)}, which Hugging Face's class for this model replaces "
-            f"by its default, and so does this one. Set do_lower_case or add_prefix_space in tokenizer_config.json, or "
-            f"tokenizer_class to PreTrainedTokenizerFast to keep the file's",
-            stacklevel=6,
-        )
+        _warn_of_parts(path, changes, "do_lower_case or add_prefix_space, or ")
+
+
+def _warn_of_parts(path: Path, names: list[str], settings: str) -> None:
+    warnings.warn(
+        f"{_WHO}: {path} has its own {' and '.join(names)}, which Hugging Face's class for this model replaces by its "
+        f"default, and so does this one. Set {settings}tokenizer_class in tokenizer_config.json to "
+        f"PreTrainedTokenizerFast to keep the file's",
+        stacklevel=7,
+    )
 
 
 def _warn_of_ids(tokenizer: Tokenizer, settings: Settings, path: Path) -> None:

@@ -49,7 +49,7 @@ class Settings:
         special: tokens with a name such as "cls_token"; None for a name that is null.
         extra: special tokens without a name.
         max_length: `model_max_length`; None for no limit.
-        truncation_side: "right" or "left"; None where no file says it.
+        truncation_side, padding_side: "right" or "left"; None where no file says it.
         source: the file that held the vocabulary, once it is opened.
     """
 
@@ -61,6 +61,7 @@ class Settings:
     extra: list[AddedToken] = field(default_factory=list)
     max_length: int | None = None
     truncation_side: str | None = None
+    padding_side: str | None = None
     source: Path | None = None
 
     def flag(self, name: str, default: bool | None) -> bool | None:
@@ -108,9 +109,11 @@ def read_settings(folder: Path) -> Settings:
         if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not limit >= 1:
             raise _wrong("model_max_length", limit, "a positive number", path)
         settings.max_length = int(limit) if limit < _NO_LIMIT else None
-    settings.truncation_side = settings.values.get("truncation_side")
-    if settings.truncation_side not in (None, "left", "right"):
-        raise _wrong("truncation_side", settings.truncation_side, "'left' or 'right'", path)
+    for name in ("truncation_side", "padding_side"):
+        side = settings.values.get(name)
+        if side not in (None, "left", "right"):
+            raise _wrong(name, side, "'left' or 'right'", path)
+        setattr(settings, name, side)
     return settings
 
 

@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from ..._core.checks import shown
 from .files import data_suffix, fail, parse_json, read_text
-from .notes import Say, first_row_note, label_notes, tell
+from .notes import Say, first_row_note, label_notes, many, tell
 
 Column = str | int
 _FORMATS = {".tsv": "tsv", ".csv": "csv", ".jsonl": "jsonl", ".json": "jsonl", ".txt": "tsv"}
@@ -236,7 +237,7 @@ def _columns(
             is_json = (table.format or _FORMATS.get(data_suffix(path))) == "jsonl"
             if has_header and table.header is None and not is_json:
                 hint += "; if this row names no columns, say so (--no-header)"
-            raise fail(path, f"line {line}", f"has no {what}; its columns are {names}. {hint}")
+            raise fail(path, f"line {line}", f"has no {what}; its columns are {many(list(map(shown, names)))}. {hint}")
         found[role] = column
     return found["text"], found["pair"], found["label"]
 

@@ -61,14 +61,15 @@ class Frame:
         return Row(head + tail, [0] * len(head) + [self.second_type] * len(tail))
 
 
-def usual_length(asked: int | None, usual: int, limit: int) -> int:
+def usual_length(asked: int | None, usual: int, limit: int, tokenizer: BertTokenizer) -> int:
     """The tokens asked for, or else the usual number as far as the model goes.
 
     Raises:
-        ValueError: more than the model's limit.
+        ValueError: more than the model's limit, or no more than a pair's special tokens.
     """
-    if asked is not None and not 1 <= asked <= limit:
-        raise ValueError(f"ctxfast.finetune: max_length is {asked}; expected 1 to {limit}, the model's limit.")
+    least = tokenizer.backend.num_special_tokens_to_add(True) + 1
+    if asked is not None and not least <= asked <= limit:
+        raise ValueError(f"ctxfast.finetune: max_length is {asked}; expected {least} to {limit}, the model's limit.")
     return min(usual, limit) if asked is None else asked
 
 

@@ -152,7 +152,7 @@ class BertClassifier(_Classifier):
     ) -> None:
         super().__init__(labels, is_pair)
         self.model, self.tokenizer = model, tokenizer
-        self.max_length = usual_length(max_length, _USUAL_LENGTH, model.config.max_length)
+        self.max_length = usual_length(max_length, _USUAL_LENGTH, model.config.max_length, tokenizer)
         self.options = {"max_length": self.max_length}
 
     def items(self, examples: Sequence[Example]) -> list[Row]:

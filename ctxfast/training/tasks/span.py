@@ -220,7 +220,7 @@ class BertSpanFinder(_SpanFinder):
     ) -> None:
         super().__init__(max_answer, n_best, null_threshold)
         self.model, self.tokenizer = model, tokenizer
-        self.max_length = usual_length(max_length, _USUAL_LENGTH, model.config.max_length)
+        self.max_length = usual_length(max_length, _USUAL_LENGTH, model.config.max_length, tokenizer)
         self._frame = Frame(tokenizer)
         room = self._frame.room(self.max_length, True) - max_query
         if room < 1 or not 1 <= doc_stride <= room:
