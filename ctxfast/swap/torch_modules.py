@@ -25,15 +25,16 @@ class LSTM(ctxfast_nn.LSTM, nn.LSTM):
     @tools.one_call
     def forward(self, input: Tensor | PackedSequence, hx: State | None = None) -> tuple[Tensor | PackedSequence, State]:
         """As ``torch.nn.LSTM``."""
-        if not isinstance(self, LSTM):  # restored, and somebody kept this function
-            return type(self).forward(self, input, hx)
+        kind = type(self)
+        if not issubclass(kind, LSTM):  # restored, and somebody kept this function
+            return kind.forward(self, input, hx)
         if torch.compiler.is_compiling():
             return self._as_torch().forward(input, hx) if torch.compiler.is_exporting() else super().forward(input, hx)
         # Somebody replaced the forward of all torch.nn.LSTM, or sees torch's functions as they are called.
         if nn.LSTM.forward is not _FORWARD or identity.is_overridden():
             return self._as_torch().forward(input, hx)
         # One of the same parts, whose class no other thread restores meanwhile.
-        one = LSTM.__new__(LSTM)
+        one = kind.__new__(kind)
         object.__setattr__(one, "__dict__", self.__dict__)
         return ctxfast_nn.LSTM.forward(one, input, hx)
 

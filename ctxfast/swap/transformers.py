@@ -237,7 +237,9 @@ class PackedEncoder(nn.Module):
             return None
         packed, offsets, longest = packing.pack(x), packing.cu_seqlens, packing.max_seqlen
         if not collects and not any(map(_recompute, layers)):
-            graphs = own.setdefault("_ctxfast_graphs", PackedGraphs()) if own.get("cuda_graphs", True) else None
+            graphs = None
+            if own.get("cuda_graphs", True):
+                graphs = own.setdefault("_ctxfast_graphs", PackedGraphs(is_harmless=transformers_layers.is_capture))
             (packed,) = encoder.encode(partial(_run, every, impl), self, graphs, (packed,), offsets, longest)
             return kind._result(last_hidden_state=packing.unpack(packed))
         padded = x
