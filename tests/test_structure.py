@@ -206,6 +206,32 @@ def test_kernels_know_neither_torch_nor_python() -> None:
         assert not forbidden.search(path.read_text(encoding="utf-8")), path
 
 
+def test_the_map_shows_the_floors() -> None:
+    """docs/house.md has them from the top."""
+    house = (ROOT / "docs" / "house.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`.+?`) \|", house.partition("## Floors")[2].partition("\n## ")[0], re.MULTILINE)
+    assert [re.findall(r"`([^`]+)`", row) for row in rows] == FLOORS[::-1]
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", "CONTRIBUTING.md", "docs/house.md", "docs/command_line.md", "docs/results.md"]
+)
+def test_pages_name_what_is_there(page) -> None:
+    """Paths and links; "<op>" and the like, and stars, stand for any letters."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    paths = re.findall(r"(?:`|^)((?:ctxfast|csrc|tests|benchmarks|docs|examples)/[^\s`{}]*)", text, re.MULTILINE)
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
+    assert links or paths
+    for path in [*paths, *(str(Path(page).parent / link) for link in links)]:
+        assert any(ROOT.glob(re.sub(r"<\w+>", "*", path.rstrip("/")))), f"{page} names {path}"
+
+
+def test_the_readme_is_short() -> None:
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 120
+    assert not [cell for line in lines if line.startswith("|") for cell in line.split("|") if len(cell.strip()) > 100]
+
+
 def test_files_are_short() -> None:
     long = {}
     for pattern in (

@@ -11,6 +11,8 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+# Arguments of the loop that hold without training, too.
+_UNTRAINED = ("output", "device", "impl", "quiet", "overwrite")
 _MOST_SHOWN = 6  # figures on a line
 # What tokenizers are made of, in a model's folder.
 _OF_TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "config.json", "tokenizer_config.json")
@@ -67,6 +69,20 @@ def add(parser: argparse.ArgumentParser, **defaults: Any) -> None:
     add("--tensorboard", action="store_true", help="write DIR/tensorboard too")
     add("--overwrite", action="store_true", help="start anew where DIR holds a run; else the run goes on")
     add("--quiet", action="store_true", help="print nothing but errors")
+    parser.set_defaults(of_training={action.dest: action for action in group._group_actions})
+
+
+def check_untrained(args: argparse.Namespace, who: str) -> None:
+    """Refuse arguments of the loop where nothing is trained.
+
+    Raises:
+        ValueError: naming the first.
+    """
+    for name, action in args.of_training.items():
+        if name not in _UNTRAINED and getattr(args, name) != action.default:
+            raise ValueError(
+                f"ctxfast.{who}: {action.option_strings[-1]} is given and nothing is trained; leave it out."
+            )
 
 
 def check_files(args: argparse.Namespace, who: str, *names: str) -> None:

@@ -13,7 +13,7 @@ layers again in the backward pass), under autocast, and where an op of a layer w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -81,7 +81,7 @@ def encode(
 
 
 def run(
-    layers: Sequence[LayerWeights | Layer],
+    layers: Iterable[LayerWeights | Layer],
     x: Tensor,
     cu_seqlens: Tensor,
     max_seqlen: int,
@@ -93,18 +93,21 @@ def run(
     """Layers one after another, (T, N) -> the input and what every layer gives, or the last alone, (T, N) each.
 
     Args:
-        layers: what each computes with, or the layer itself, where it is to be called.
+        layers: what each computes with, or the layer itself, where it is to be called; one after another as they run.
         x, cu_seqlens, max_seqlen: packed tokens.
         all_layers: whether all are wanted.
         rows: x holds every row of a padded batch.
         recompute: ``recompute(layer, x, cu_seqlens, max_seqlen, rows)`` calls a layer, and once more in the backward
             pass in place of keeping what is inside.
     """
+    if rows is not None or recompute is not None or not _is_open(x):
+        states = _one_by_one(layers, x, cu_seqlens, max_seqlen, all_layers, rows, recompute)
+        return [x, *states] if all_layers else states
     states = [x]
-    for options, group in _groups(layers, rows is None and recompute is None and _is_open(x)):
+    for options, group in _groups(layers):
         found = None if options is None else one_call(group, options, states[-1], cu_seqlens, max_seqlen, all_layers)
         if found is None:
-            found = _one_by_one(group, states[-1], cu_seqlens, max_seqlen, all_layers, rows, recompute)
+            found = _one_by_one(group, states[-1], cu_seqlens, max_seqlen, all_layers)
         states = [*states, *found] if all_layers else found
     return list(states)
 
@@ -117,13 +120,13 @@ def _is_open(x: Tensor) -> bool:
 
 
 def _groups(
-    layers: Sequence[LayerWeights | Layer], is_open: bool
+    layers: Iterable[LayerWeights | Layer],
 ) -> list[tuple[LayerOptions | None, list[LayerWeights | Layer]]]:
     """Neighbours that one call could compute together, with their options; None for those that none could."""
     groups: list[tuple[LayerOptions | None, list[LayerWeights | Layer]]] = []
     last: tuple[LayerOptions, int] | None = None
     for layer in layers:
-        kind = _one_calls_kind(layer) if is_open and type(layer) is LayerWeights else None
+        kind = _one_calls_kind(layer) if type(layer) is LayerWeights else None
         if groups and last == kind:
             groups[-1][1].append(layer)
         else:
@@ -166,23 +169,24 @@ def one_call(
 
 
 def _one_by_one(
-    layers: Sequence[LayerWeights | Layer],
+    layers: Iterable[LayerWeights | Layer],
     x: Tensor,
     cu_seqlens: Tensor,
     max_seqlen: int,
     all_layers: bool,
-    rows: AllRows | None,
-    recompute: Callable[..., Tensor] | None,
+    rows: AllRows | None = None,
+    recompute: Callable[..., Tensor] | None = None,
 ) -> list[Tensor]:
     """What each layer gives, or the last alone."""
-    states: list[Tensor] = []
+    states = []
     for layer in layers:
         step = partial(by_ops, layer) if type(layer) is LayerWeights else layer
         if recompute is not None:
             step = partial(recompute, registry.with_choice(step))
         x = step(x, cu_seqlens, max_seqlen, rows)
-        states = [*states, x] if all_layers else [x]
-    return states
+        if all_layers:
+            states.append(x)
+    return states if all_layers else [x]
 
 
 def by_ops(layer: LayerWeights, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, rows: AllRows | None = None) -> Tensor:

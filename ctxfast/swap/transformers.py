@@ -137,7 +137,8 @@ def _run(
     """``nn.encoder.run`` over layers that were examined."""
     (x,) = tokens
     with nullcontext() if impl is None else registry.use_impl(impl):
-        described = layers if recompute is not None else [layer.weights() for layer in layers]
+        # One at a time: where query, key and value are joined anew, all layers' would be there at once.
+        described = layers if recompute is not None else (layer.weights() for layer in layers)
         return encoder.run(described, x, cu_seqlens, max_seqlen, all_layers=all_layers, recompute=recompute)
 
 
@@ -184,7 +185,7 @@ def reads_as_padding(mask: Any, x: Tensor, attention: Any) -> bool:
     if mask.dim() == 2 or name == "flash_attention_forward":
         return mask.dim() == 2 and name == "flash_attention_forward"
     if mask.dtype == torch.bool:
-        return name in ("sdpa_attention_forward", attention_interface.attention.__name__)
+        return name == "sdpa_attention_forward" or attention is attention_interface.attention
     return mask.dtype == x.dtype or (mask.is_floating_point() and torch.is_autocast_enabled(x.device.type))
 
 
@@ -224,22 +225,18 @@ class PackedEncoder(nn.Module):
             return None
         collects = _collected("hidden_states")
         if not packing.is_full:
-            is_seen = collects or any(
-                not transformers_layers.is_capture(hook) for hook in own["_forward_hooks"].values()
-            )
+            is_seen = collects or not all(map(transformers_layers.is_capture, own["_forward_hooks"].values()))
             if padding_readers.is_read(own.get("padding", PackedEncoder.padding), is_seen):
                 return None
         layers = list(layers._modules.values())
-        known = own.setdefault("_ctxfast_layers", Layers())
+        known = _kept(own, "_ctxfast_layers", Layers)
         every = known.examined(layers, kind._kind)
         # A layer that is somebody's own may read padding as well.
         if None in every or not reads_as_padding(mask, x, known.attention()):
             return None
         packed, offsets, longest = packing.pack(x), packing.cu_seqlens, packing.max_seqlen
         if not collects and not any(map(_recompute, layers)):
-            graphs = None
-            if own.get("cuda_graphs", True):
-                graphs = own.setdefault("_ctxfast_graphs", PackedGraphs(is_harmless=transformers_layers.is_capture))
+            graphs = _kept(own, "_ctxfast_graphs", _graphs) if own.get("cuda_graphs", True) else None
             (packed,) = encoder.encode(partial(_run, every, impl), self, graphs, (packed,), offsets, longest)
             return kind._result(last_hidden_state=packing.unpack(packed))
         padded = x
@@ -278,6 +275,16 @@ class PackedEncoder(nn.Module):
             return False
         # Somebody replaced the encoder's own forward, for all encoders of its kind.
         return cls._original.forward is _forwards[cls._kind]
+
+
+def _kept(own: dict[str, Any], name: str, make: Callable[[], Any]) -> Any:
+    """What stands in a module's ``__dict__``, made with the first call."""
+    found = own.get(name)
+    return own.setdefault(name, make()) if found is None else found
+
+
+def _graphs() -> PackedGraphs:
+    return PackedGraphs(is_harmless=transformers_layers.is_capture)
 
 
 def _packing(x: Tensor, mask: Any, impl: str | None) -> Packing | None:

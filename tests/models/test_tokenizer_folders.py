@@ -238,6 +238,14 @@ def test_a_longer_limit_of_words_is_kept_where_it_is_saved(tmp_path: Path) -> No
     _compare(folder / "saved", again)
 
 
+def test_a_vocabulary_of_another_kind_than_the_class_is_said(tmp_path: Path) -> None:
+    folder = _write(tmp_path, _config(tokenizer_class="RobertaTokenizer"), {"tokenizer.json": _word_pieces_json()})
+    with pytest.warns(UserWarning, match="holds a WordPiece and is followed as it stands; .* for that of a BPE"):
+        ours = BertTokenizer.from_pretrained(folder)
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    _compare(folder, ours)
+
+
 @pytest.mark.parametrize("where", ["tokenizer_config.json", "tokenizer.json"])
 def test_padding_on_the_left_is_said(where: str, tmp_path: Path) -> None:
     files = {"tokenizer.json": _word_pieces_json()}

@@ -85,6 +85,18 @@ def test_refuses_the_cpu() -> None:
     assert cuda.supports(args) == "it runs on a CUDA GPU and input is on cpu."
 
 
+@pytest.mark.parametrize("archs", [["80", "86", "86+PTX"], ["80", "90a", "90+PTX"]])
+def test_refuses_builds_without_its_kernels(archs: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """They have CUDA, and no binding of these kernels that could be asked."""
+    monkeypatch.setattr(capability, "build_info", lambda: {"cuda": True, "cuda_archs": archs})
+    monkeypatch.setattr(cuda.cuda_autograd, "objection", lambda *args: capability.why_no_cuda())
+    says = cuda.supports(_args(2, 512))
+    if "90a" in archs:
+        assert says is None
+    else:
+        assert says == "CUDA kernels were compiled for 80, 86, 86+PTX; rebuild with CTXFAST_CUDA_ARCHS holding 90a."
+
+
 def test_a_compiled_graph_asks_at_compile_time() -> None:
     @torch.compile(fullgraph=True, backend="eager")
     def chosen(x: torch.Tensor, hh: torch.Tensor) -> torch.Tensor:

@@ -293,6 +293,14 @@ def test_accumulated_batches_are_one_large_batch(files, tmp_path) -> None:
             ["tag", "-m", "bert", "--train", "tag.tsv", "--device", "cpu", "--impl", "cuda_step"],
             "finetune tag: --impl is 'cuda_step', but no op has an implementation 'cuda_step' for cpu; expected ref",
         ),
+        (
+            ["tag", "-m", "bert", "--predict-only", "--test", "tag.tsv", "--epochs", "2"],
+            "--epochs is given and nothing is",
+        ),
+        (
+            ["tag", "-m", "bert", "--evaluate-only", "--test", "tag.tsv", "--lr", "1"],
+            "--lr is given and nothing is train",
+        ),
         (["classify", "-m", "bert", "--train", "one.tsv"], "labels is 'x' alone; expected two or more"),
         (
             ["classify", "-m", "bert", "--train", "classify.tsv", "--max-length", "65"],

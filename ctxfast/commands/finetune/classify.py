@@ -10,7 +10,7 @@ from typing import Any
 from .task import Say, TaskCommand
 
 
-class Classify(TaskCommand):
+class ClassifyCommand(TaskCommand):
     name = "classify"
     summary = "a class, or a number, for every text"
     usage = """\
@@ -72,7 +72,7 @@ Texts: .tsv, .csv or .jsonl, also .gz and .xz. Columns go by their usual names (
         return [example.label for example in examples]
 
 
-class Pair(Classify):
+class PairCommand(ClassifyCommand):
     name = "pair"
     summary = "a class, or a number, for every pair of texts"
     usage = """\

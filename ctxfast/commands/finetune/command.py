@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from .. import loop_options
-from .classify import Classify, Pair
-from .span import Span
-from .tag import Tag
+from .classify import ClassifyCommand, PairCommand
+from .span import SpanCommand
+from .tag import TagCommand
 from .task import TaskCommand
 
-TASKS: tuple[TaskCommand, ...] = (Classify(), Pair(), Tag(), Span())
+TASKS: tuple[TaskCommand, ...] = (ClassifyCommand(), PairCommand(), TagCommand(), SpanCommand())
 
 _HELP = """\
 Fine-tune a BERT or ELMo model, or train an LSTM over its frozen layers, and predict.
@@ -112,6 +112,8 @@ def run(task: TaskCommand, args: argparse.Namespace) -> int:
         raise ValueError(
             f"ctxfast.{who}: --train is missing; expected examples, or --predict-only with a finished model."
         )
+    if is_done:
+        loop_options.check_untrained(args, who)
     if args.epochs is None and args.steps is None:
         args.epochs = 3.0
     loop_options.check(args, who)

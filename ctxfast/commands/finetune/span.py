@@ -10,7 +10,7 @@ from typing import Any
 from .task import Say, TaskCommand
 
 
-class Span(TaskCommand):
+class SpanCommand(TaskCommand):
     name = "span"
     summary = "the answer to a question in a text, or none"
     usage = """\

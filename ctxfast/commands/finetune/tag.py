@@ -10,7 +10,7 @@ from typing import Any
 from .task import Say, TaskCommand
 
 
-class Tag(TaskCommand):
+class TagCommand(TaskCommand):
     name = "tag"
     summary = "a tag for every word: entities, parts of speech, arguments"
     usage = """\

@@ -139,6 +139,13 @@ def _open_json(path: Path, settings: Settings) -> Tokenizer:
     found.no_truncation()
     found.no_padding()
     if not isinstance(found.model, _MODELS.get(settings.kind, ())):
+        if settings.kind in _MODELS:
+            warnings.warn(
+                f"{_WHO}: {path} holds a {type(found.model).__name__} and is followed as it stands; Hugging Face's "
+                f"class for this model would take its vocabulary for that of a {_MODELS[settings.kind].__name__}. Set "
+                f"tokenizer_class in tokenizer_config.json to PreTrainedTokenizerFast",
+                stacklevel=5,
+            )
         if settings.kind is None and isinstance(found.normalizer, normalizers.BertNormalizer):
             _set_normalizer(found, settings, found.normalizer)
         _add_tokens(found, None, settings)
