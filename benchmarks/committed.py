@@ -94,19 +94,35 @@ def prune(folder: Path = results.FOLDER) -> list[str]:
     return lines
 
 
-def _newest(folder: Path) -> list[tuple[Path, Document, report.Summary]]:
-    """Every case of every machine where it was measured last, sorted by machine and case."""
-    found: dict[tuple[str, str], tuple[Path, Document, report.Summary]] = {}
+_Newest = tuple[Path, Document, report.Summary]
+
+
+def _by_machine(folder: Path) -> dict[str, list[_Newest]]:
+    """Every case of every machine where it was measured last, both in the order of their names."""
+    found: dict[tuple[str, str], _Newest] = {}
     for path, document in _documents(folder).items():
         for s in report.summarise(document["rows"]):
             if s.ours is not None and s.best is not None:
                 found.setdefault((document["machine"], s.case), (path, document, s))
-    return [found[key] for key in sorted(found)]
+    machines: dict[str, list[_Newest]] = {}
+    for machine, case in sorted(found):
+        machines.setdefault(machine, []).append(found[machine, case])
+    return machines
+
+
+def _lost(cases: Sequence[_Newest]) -> int:
+    """In how many a peer is faster."""
+    return sum(s.ratio(s.best) < 1 for _, _, s in cases)
+
+
+def _ratio(s: report.Summary, row: ResultRow) -> str:
+    """In bold where the peer is faster."""
+    text = f"{s.ratio(row):.2f}x"
+    return f"**{text}**" if s.ratio(row) < 1 else text
 
 
 def index(folder: Path = results.FOLDER) -> str:
     """The page of the folder: the newest figure of every machine and case."""
-    newest = _newest(folder)
     lines = [
         "# The newest figures",
         "",
@@ -114,22 +130,18 @@ def index(folder: Path = results.FOLDER) -> str:
         "the fastest peer's time over ctxfast's, measured in turn in one run; **bold** where the peer is faster. All "
         "peers and what the machine did meanwhile: the page behind the date.",
     ]
-    for machine in sorted({document["machine"] for _, document, _ in newest}):
-        group = [(path, document, s) for path, document, s in newest if document["machine"] == machine]
-        lost = sum(s.ratio(s.best) < 1 for _, _, s in group)
+    for machine, group in _by_machine(folder).items():
         lines += [
             "",
-            f"## {machine}: {len(group)} cases, a peer is faster in {lost}",
+            f"## {machine}: {len(group)} cases, a peer is faster in {_lost(group)}",
             "",
             "| case | dtype, pass | ctxfast | fastest peer | ratio | measured |",
             "|---|---|---:|---|---:|---|",
         ]
         for path, document, s in group:
-            ratio = f"{s.ratio(s.best):.2f}x"
-            ratio = f"**{ratio}**" if s.ratio(s.best) < 1 else ratio
             page = f"[{document['date'][:10]}]({path.stem}.md)"
             time = results.number(s.ours.median_ms)
-            lines.append(f"| {s.title} | {s.detail} | {time} ms | {s.best.provider} | {ratio} | {page} |")
+            lines.append(f"| {s.title} | {s.detail} | {time} ms | {s.best.provider} | {_ratio(s, s.best)} | {page} |")
     return "\n".join(lines) + "\n"
 
 
@@ -138,8 +150,6 @@ def figures(folder: Path = results.FOLDER) -> str:
     documents = _documents(folder)
     group = _of_readme(documents)
     first = group[0]
-    of_machine = [s for _, document, s in _newest(folder) if document["machine"] == first["machine"]]
-    lost = sum(s.ratio(s.best) < 1 for s in of_machine)
     summaries = {s.case: s for document in group for s in report.summarise(document["rows"])}
     names = sorted(path.stem for path, document in documents.items() if document in group)
     pages = ", ".join(f"[{number}](benchmarks/results/{name}.md)" for number, name in enumerate(names, 1))
@@ -154,10 +164,11 @@ def figures(folder: Path = results.FOLDER) -> str:
         s = summaries[case]
         peers = [row for row in s.peers if not row.ours]
         shown = (peers[0], next(row for row in peers if row.provider == usual))
-        cells = [cell for row in shown for cell in (row.provider, f"{s.ratio(row):.2f}x")]
+        cells = [cell for row in shown for cell in (row.provider, _ratio(s, row))]
         lines.append(f"| {words} | {results.number(s.ours.median_ms)} ms | {' | '.join(cells)} |")
-    newest = "[newest figures](benchmarks/results/README.md)"
-    lines += ["", f"In the {newest} of this machine a peer is faster in {lost} of {len(of_machine)} cases."]
+    lost = ", ".join(f"{_lost(of)} of {len(of)} cases on {machine}" for machine, of in _by_machine(folder).items())
+    gpu = "" if any(document["device"] == "cuda" for document in documents.values()) else " No GPU has been measured."
+    lines += ["", f"In the [newest figures](benchmarks/results/README.md) a peer is faster in {lost}.{gpu}"]
     return "\n".join(lines) + "\n"
 
 

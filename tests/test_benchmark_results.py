@@ -11,7 +11,7 @@ import pytest
 import torch
 from support.benchmark_rows import QUICK, document, row, tiny
 
-from benchmarks import committed, measure, peers, report, results
+from benchmarks import __main__ as program, committed, measure, peers, report, results
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -214,11 +214,25 @@ def test_the_run_of_the_readme_stays_whole(folder):
     _save(folder, "new", "2026-01-03", _measured_case(case, peer, 1.0))
     assert committed.superseded(folder) == {}
     assert "commit readme" in committed.figures(folder) and "| 2 ms | " in committed.figures(folder)
-    assert f"a peer is faster in 0 of {len(committed._README)} cases" in committed.figures(folder)
+    assert f"a peer is faster in 0 of {len(committed._README)} cases on a-cpu-2t." in committed.figures(folder)
     assert "| 1 ms | " in committed.index(folder)
 
 
 def test_lost_cases_are_bold_and_counted(folder):
     _save(folder, "new", "2026-01-03", _measured_case(OP, "peer", 4.0))
-    assert f"a peer is faster in 1 of {len(committed._README) + 1} cases" in committed.figures(folder)
+    assert f"a peer is faster in 1 of {len(committed._README) + 1} cases on a-cpu-2t." in committed.figures(folder)
     assert "| op: w | float32 | 4 ms | peer | **0.75x** | [2026-01-03](new.md) |" in committed.index(folder)
+
+
+def test_the_program_prunes_and_writes_the_tables(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(committed, "prune", lambda: ["a.json: removed"])
+    assert program.main(["--prune"]) == 0 and capsys.readouterr().out == "a.json: removed\n"
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    index = (results.FOLDER / "README.md").read_text(encoding="utf-8")
+    stale = readme.replace("| BERT-Base, one text of 16 tokens |", "| old |")
+    (tmp_path / "README").write_text(stale, encoding="utf-8")
+    monkeypatch.setattr(program, "_README", tmp_path / "README")
+    monkeypatch.setattr(results, "FOLDER", tmp_path)
+    assert stale != readme and program.main(["--readme"]) == 0
+    assert (tmp_path / "README").read_text(encoding="utf-8") == readme
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == index
