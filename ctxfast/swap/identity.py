@@ -67,7 +67,7 @@ def why_not_stock(kind: type, package: str, names: Sequence[str] | None = None) 
     for owner, name, function in running(kind, names):
         if not is_written_in(function, package, "torch"):
             return f"{owner.__name__}.{name} was replaced by a function of another package."
-        for table, used in _names_of(function):
+        for table, used in _names_of(function) if names is None else ():
             if isinstance(table[used], (FunctionType, partial)) and not is_written_in(table[used], package, "torch"):
                 return f"{used}, which {owner.__name__}.{name} calls, was replaced by a function of another package."
         *_, written_for, _ = ("", *function.__qualname__.split("."))

@@ -81,7 +81,8 @@ _ROWS = {
         nn.ELU, nn.LeakyReLU, nn.Mish, nn.Softplus, nn.CrossEntropyLoss,
     )
 }  # fmt: skip
-_PART_CONTAINERS = (*_CONTAINERS, nn.Sequential, nn.ParameterDict, nn.ParameterList)
+_PART_CONTAINERS = (*_CONTAINERS, nn.Sequential)
+_TABLES = (nn.ParameterDict, nn.ParameterList)  # are never called
 
 
 def _is_own(module: nn.Module, package: str, kind: type | None = None) -> bool:
@@ -139,19 +140,23 @@ def _is_part(module: nn.Module) -> bool:
     """Whether a module that may be handed hidden states is known to read no padding; what is in it is another
     question."""
     kind = type(module)
-    if kind.__call__ is not nn.Module.__call__ or is_watched(module):
+    place, name = kind.__module__, kind.__name__
+    if kind in _TABLES:
+        return True
+    if is_watched(module):
+        return False
+    if place.startswith("peft."):
+        return _is_own(module, "peft")
+    if kind.__call__ is not nn.Module.__call__:
         return False
     if kind.forward in _ROWS:
         return len(getattr(module, "normalized_shape", (1,))) == 1 and getattr(module, "ignore_index", -100) == -100
-    place, name = kind.__module__, kind.__name__
     if kind in _PART_CONTAINERS:
         return True
     if place in _MODELINGS and name.endswith(_PARTS):
         return identity.why_not_stock(kind, "transformers") is None and _summary(module) in (None, "first")
     if place == "transformers.activations":
         return identity.why_not_stock(kind, "transformers") is None
-    if place.startswith("peft."):
-        return _is_own(module, "peft")
     if place.startswith("sentence_transformers."):
         return name in _BY_MASK and _is_own(module, "sentence_transformers")
     return False

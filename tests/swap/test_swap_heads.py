@@ -158,7 +158,7 @@ def _is_packed(model: nn.Module, call: Callable[[], object], monkeypatch) -> boo
     return bool(seen)
 
 
-@pytest.mark.parametrize("change", ["a layer on top", "a Sequential", "float64", "its own mixed precision"])
+@pytest.mark.parametrize("change", ["a layer on top", "a Sequential", "float64", "its own mixed precision", "LoRA"])
 @torch.no_grad()
 def test_heads_that_work_row_by_row_are_packed(change, monkeypatch) -> None:
     model = tiny_model("Bert", "ForSequenceClassification")
@@ -169,6 +169,10 @@ def test_heads_that_work_row_by_row_are_packed(change, monkeypatch) -> None:
         model.classifier = nn.Sequential(nn.Linear(16, 8), nn.GELU(), nn.Dropout(0.1), nn.LayerNorm(8), nn.Linear(8, 2))
     elif change == "float64":
         model.double()
+    elif change == "LoRA":  # in the pooler and the head, too
+        peft = pytest.importorskip("peft")
+        options = dict(target_modules=["query", "dense"], modules_to_save=["classifier"])
+        model = peft.get_peft_model(model, peft.LoraConfig(task_type="SEQ_CLS", **options)).eval()
     else:
         accelerate = pytest.importorskip("accelerate")
         accelerate.Accelerator(cpu=True, mixed_precision="bf16").prepare_model(model.train())
