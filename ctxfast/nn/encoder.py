@@ -130,15 +130,27 @@ def _groups(
     """Neighbours that one call could compute together, which are ``LayerWeights``, with their options; None for those
     that none could."""
     groups: list[tuple[LayerOptions | None, list[Any]]] = []
+    last: tuple[LayerOptions, int] | None = None
     for layer in layers:
-        options = layer.options if type(layer) is LayerWeights else None
-        if options is not None and (options.by_ops or any(options.dropout_p) or options.eps[0] != options.eps[1]):
-            options = None
-        if groups and groups[-1][0] == options:
+        kind = _one_calls_kind(layer) if isinstance(layer, LayerWeights) else None
+        if groups and last == kind:
             groups[-1][1].append(layer)
         else:
-            groups.append((options, [layer]))
+            groups.append((None if kind is None else kind[0], [layer]))
+        last = kind
     return groups
+
+
+def _one_calls_kind(layer: LayerWeights) -> tuple[LayerOptions, int] | None:
+    """What layers of one call have in common, options and the feed-forward block's width; None for a layer that no
+    call computes."""
+    options = layer.options
+    if options.by_ops or any(options.dropout_p) or options.eps[0] != options.eps[1]:
+        return None
+    qkv: Any = layer.tensors[0]  # a tensor, and the next too: nothing is called in the place of a product
+    widen: Any = layer.tensors[6]
+    # Heads that were pruned make up less than the hidden size.
+    return (options, widen.size(0)) if qkv.size(0) == 3 * qkv.size(1) else None
 
 
 def one_call(

@@ -17,7 +17,6 @@ from .._core import torch_ops
 from . import tools
 
 State = tuple[Tensor, Tensor]
-_FORWARD_OF_TORCH = nn.LSTM.forward
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,12 +131,6 @@ class LSTM(nn.RNNBase):
         twin.__dict__["_flat_weights"] = [getattr(self, name) for name in self._flat_weights_names]
         return twin
 
-    def _is_replaced(self) -> bool:
-        """Whether this was a ``torch.nn.LSTM`` before ``swap_in``, and somebody gave all of those another forward."""
-        if torch.compiler.is_compiling() or "_ctxfast_original" not in self.__dict__:
-            return False
-        return nn.LSTM.forward is not _FORWARD_OF_TORCH
-
     def _is_torchs(self) -> bool:
         return self.cell_clip is None and self.proj_clip is None and self.weight_dtype is None
 
@@ -186,7 +179,7 @@ class LSTM(nn.RNNBase):
     @tools.one_call
     def forward(self, input: Tensor | PackedSequence, hx: State | None = None) -> tuple[Tensor | PackedSequence, State]:
         """As ``torch.nn.LSTM``: output and ``(h_n, c_n)``, in the forms that the input came in."""
-        if (torch_ops.is_traced() and self._is_torchs()) or self._is_replaced():
+        if torch_ops.is_traced() and self._is_torchs():
             return self._as_torch().forward(input, hx)
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx)

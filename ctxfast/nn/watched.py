@@ -21,7 +21,7 @@ from .._core import torch_ops
 IsHarmless = Callable[[Any], bool]
 
 _HOOKS = tuple(map(itemgetter, ("_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")))
-_REPLACED = ("forward", "_compiled_call_impl")
+_REPLACED = ("forward", "_call_impl", "_compiled_call_impl")
 _forward_hooks, _children = itemgetter("_forward_hooks"), itemgetter("_modules")
 
 

@@ -85,6 +85,8 @@ class SwappedElmoLstm(_Swapped):
 
     def forward(self, inputs: Tensor, mask: Tensor) -> Tensor:
         """(B, T, I) and (B, T) bool -> (L, B, T, 2P), as the original."""
+        if not isinstance(self, _Swapped):  # restored, and somebody kept this function
+            return type(self).forward(self, inputs, mask)
         first = self.forward_layer_0
         if not self._runs(inputs, mask) or (self.training and first.recurrent_dropout_probability > 0):
             return super().forward(inputs, mask)
@@ -124,6 +126,8 @@ class SwappedElmoCharacterEncoder(_Swapped):
 
     def forward(self, inputs: Tensor) -> dict[str, Tensor]:
         """(B, T, 50) -> ``token_embedding`` (B, T + 2, P) and ``mask`` (B, T + 2) bool, as the original."""
+        if not isinstance(self, _Swapped):
+            return type(self).forward(self, inputs)
         if not self._runs(inputs):
             return super().forward(inputs)
         marks = (self._beginning_of_sentence_characters, self._end_of_sentence_characters)
@@ -148,6 +152,8 @@ class SwappedStackedBidirectionalLstm(_Swapped):
         self, inputs: PackedSequence, initial_state: tuple[Tensor, Tensor] | None = None
     ) -> tuple[PackedSequence, tuple[Tensor, Tensor]]:
         """Packed (B, T, I) -> packed (B, T, 2H) and the final states (2L, B, H), as the original."""
+        if not isinstance(self, _Swapped):
+            return type(self).forward(self, inputs, initial_state)
         dropped = self.training and self.forward_layer_0.recurrent_dropout_probability > 0
         if initial_state is not None or dropped or not self._runs(inputs.data):
             return super().forward(inputs, initial_state)
@@ -236,6 +242,8 @@ def _odd(module: nn.Module, name: str) -> str | None:
             return "its parameters are on the meta device; load them first."
         if type(tensor) not in identity.PLAIN:
             return f"a weight is a {type(tensor).__name__}, a kind of tensor of its own (quantised or distributed)."
+        if tensor.layout is not torch.strided:
+            return f"a weight is a tensor of layout {tensor.layout}."
     if not all(tensor.is_floating_point() for tensor in module.parameters()):
         return "its parameters are no floating-point numbers."
     if "Lstm" in name:

@@ -195,7 +195,8 @@ def attention(
         (B, L, H, D), the values of eager attention in every row; and None: attention weights are never held.
 
     Raises:
-        ValueError: causal or cross attention, another kind of mask, an argument that asks for something else.
+        ValueError: causal or cross attention, another kind of mask or one whose gradient is wanted, an argument that
+            asks for something else.
     """
     causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
     if causal:
@@ -208,6 +209,8 @@ def attention(
     for name, what in _REFUSED.items():
         if kwargs.get(name) is not None and kwargs[name] is not False:
             raise ValueError(f"{_WHO}: {name} asks for {what}; expected None: it has none. Use 'eager' for it.")
+    if attention_mask is not None and attention_mask.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{_WHO}: attention_mask requires a gradient; expected a padding mask. Use 'eager' for it.")
     batch, heads, length, _ = query.shape
     if torch.jit.is_tracing() or query.is_meta or (attention_mask is not None and torch.compiler.is_compiling()):
         mask = None if attention_mask is None else _added(attention_mask, query)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib import import_module
 from pathlib import Path
 from types import FunctionType
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._device import DeviceContext
 
 from .._core import torch_ops
 from ..nn.watched import Snapshot
@@ -34,7 +35,10 @@ def is_written_in(function: Any, *packages: str) -> bool:
     """Whether a function, and every function that it wraps, was written in one of some packages."""
     while function is not None:
         code = getattr(function, "__code__", None)
-        if code is None or not code.co_filename.startswith(tuple(map(_folder, packages))):
+        if code is None:  # an object that is called
+            if type(function).__module__.partition(".")[0] not in packages:
+                return False
+        elif not code.co_filename.startswith(tuple(map(_folder, packages))):
             return False
         function = getattr(function, "__wrapped__", None)
     return True
@@ -63,6 +67,9 @@ def why_not_stock(kind: type, package: str, names: Sequence[str] | None = None) 
     for owner, name, function in running(kind, names):
         if not is_written_in(function, package, "torch"):
             return f"{owner.__name__}.{name} was replaced by a function of another package."
+        for table, used in _names_of(function) if names is None else ():
+            if isinstance(table[used], (FunctionType, partial)) and not is_written_in(table[used], package, "torch"):
+                return f"{used}, which {owner.__name__}.{name} calls, was replaced by a function of another package."
         *_, written_for, _ = ("", *function.__qualname__.split("."))
         if written_for not in ("", "<locals>", *(each.__name__ for each in kind.__mro__)):
             return f"{owner.__name__}.{name} was replaced by {function.__qualname__}."
@@ -81,11 +88,18 @@ _TORCH = {
 }
 
 
+# How every module is called, and what eager attention multiplies by.
+_OTHERS = [(nn.Module, name, vars(nn.Module)[name]) for name in ("__call__", "_call_impl", "_wrapped_call_impl")]
+_OTHERS.append((torch, "matmul", torch.matmul))
+# Functions by which a class may change how its objects are called.
+_CALLS = ("__call__", "_call_impl", "forward")
+
+
 def torch_objection() -> str | None:
     """Why torch's own functions are not what they were; None if they are."""
-    for name, function in _TORCH.items():
-        if getattr(F, name) is not function or not _is_torchs(function):
-            return f"torch.nn.functional.{name} was replaced."
+    for owner, name, function in (*((F, *item) for item in _TORCH.items()), *_OTHERS):
+        if vars(owner)[name] is not function or not _is_torchs(function):
+            return f"{'torch.nn.functional' if owner is F else owner.__name__}.{name} was replaced."
     return None
 
 
@@ -93,26 +107,49 @@ def _is_torchs(function: Any) -> bool:
     return inspect.isbuiltin(function) or is_written_in(function, "torch")
 
 
+def _names_of(function: Any) -> Iterator[tuple[dict[str, Any], str]]:
+    """(table, name) of what a function, and every function that it wraps, looks up in its module."""
+    while isinstance(function, FunctionType):
+        for name in function.__code__.co_names:
+            if name in function.__globals__:
+                yield function.__globals__, name
+        function = getattr(function, "__wrapped__", None)
+
+
 class Watched:
-    """Names in the tables of classes and modules, and what stood there: whether it still does takes a look-up each."""
+    """Functions that classes and modules of Python have, and what stood there: whether it still does takes a look-up
+    each."""
 
     def __init__(self) -> None:
-        self._entries: list[tuple[Any, str, Any]] = []
+        self._functions: dict[tuple[Any, str], Any] = {}  # attributes of a class or module
+        self._globals: dict[tuple[int, str], tuple[dict[str, Any], Any]] = {}
         for name, function in _TORCH.items():
-            self._entries.append((vars(F), name, function))
+            self._functions[F, name] = function
+        for owner, name, function in _OTHERS:
+            self._functions[owner, name] = function
 
-    def add(self, kind: type) -> None:
-        """Watch ``forward`` and every other function that an instance of this class runs."""
-        for owner, name, function in running(kind):
-            entry = (vars(owner), name, function)
-            if not any(known[0] == entry[0] and known[1] == name for known in self._entries):
-                self._entries.append(entry)
+    def add(self, kind: type, names: Sequence[str] | None = None) -> None:
+        """Watch ``forward`` and every other function that an instance of this class runs, how it is called, and what
+        they look up in their modules; or functions of these names alone."""
+        for _, name, function in running(kind, names):
+            self._functions[kind, name] = getattr(kind, name)
+            if names is None:
+                self.add_names_of(function)
+        for name in _CALLS:
+            self._functions[kind, name] = getattr(kind, name)
+
+    def add_names_of(self, function: Any) -> None:
+        """Watch what a function looks up in its module."""
+        for table, name in _names_of(function):
+            self._globals.setdefault((id(table), name), (table, table[name]))
 
     def are_still(self) -> bool:
-        for table, name, value in self._entries:
-            if table.get(name) is not value:
+        try:
+            if not all([getattr(owner, name) is value for (owner, name), value in self._functions.items()]):
                 return False
-        return True
+        except AttributeError:
+            return False
+        return all([table.get(name) is value for (_, name), (table, value) in self._globals.items()])
 
 
 PLAIN = (torch.Tensor, nn.Parameter)
@@ -120,11 +157,21 @@ PLAIN = (torch.Tensor, nn.Parameter)
 
 def is_ordinary(*inputs: Any) -> bool:
     """Whether a call with these inputs computes numbers now: no tracing, no transform or forward-mode derivative, no
-    meta or fake tensor, no kind of tensor of somebody's own. Inputs that are no tensors do not count."""
+    mode that sees functions or operators, no meta or fake tensor, no kind of tensor of somebody's own. Inputs that are
+    no tensors do not count."""
     for each in inputs:
         if isinstance(each, torch.Tensor) and (type(each) not in PLAIN or each.is_meta):
             return False
+    if torch._C._len_torch_dispatch_stack() > 0 or is_overridden():
+        return False
     return torch._C._get_tracing_state() is None and not torch_ops.is_transformed()
+
+
+def is_overridden() -> bool:
+    """Whether a ``TorchFunctionMode`` sees torch's functions as they are called; one that sets the device alone does
+    not count."""
+    count = torch._C._len_torch_function_stack()
+    return any(type(torch._C._get_function_stack_at(i)) is not DeviceContext for i in range(count))
 
 
 class Inside:
@@ -152,7 +199,7 @@ class Inside:
         """Whether all is as it was."""
         for part in self._parts.modules:
             for tensor in part._parameters.values():
-                if tensor is not None and type(tensor) not in PLAIN:
+                if tensor is not None and (type(tensor) not in PLAIN or tensor.layout is not torch.strided):
                     return False
         return self._parts.is_same() and self._watched.are_still()
 

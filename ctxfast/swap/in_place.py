@@ -17,10 +17,9 @@ from torch import nn
 
 from .. import functional
 from .._core import registry
-from ..nn.layer_norm import LayerNorm
-from ..nn.lstm import LSTM
 from ..nn.transformer import TransformerLayer
 from . import allennlp, identity, padding_readers, transformers
+from .torch_modules import LSTM, LayerNorm
 
 # In the __dict__ of a swapped module: its own class.
 _ORIGINAL = "_ctxfast_original"
@@ -84,7 +83,7 @@ def _encoder_objection(module: nn.Module, impl: str | None) -> str | None:
     qkv = weight.new_zeros(1, 3, parts.heads, weight.shape[0] // parts.heads)
     offsets = torch.tensor([0, 1], dtype=torch.int32, device=weight.device)
     reason = why_not("attention", impl, qkv=qkv, cu_seqlens=offsets, max_seqlen=1)
-    return transformers.difference(module) if reason is None else reason
+    return transformers.difference(module, impl) if reason is None else reason
 
 
 def _allennlp_objection(module: nn.Module, impl: str | None) -> str | None:
@@ -258,10 +257,11 @@ def swap_in(
 
     An encoder drops padding on its way in and puts zeros back in its place. Under heads of Transformers and modules of
     sentence-transformers that read a text's own tokens alone this changes nothing; calls that read more (question
-    answering, labels at padding, masked query expansion) run as before, and so does every batch with padding under a
-    class that is not known. Other calls that run as before: attention weights are asked for, padding comes first in a
-    row, masks differ by query, caches, tracing, torch.func; on a CPU and without ``impl``, batches with less than a
-    tenth of padding, which gain nothing; layers that have hooks or hold other modules than they had.
+    answering, labels at padding, masked query expansion, hidden states that are asked for) run as before, and so does
+    every batch with padding under a class, or with a head or pooler, that is not known. Other calls that run as before:
+    attention weights are asked for, padding comes first in a row, masks differ by query, caches, tracing, torch.func;
+    on a CPU and without ``impl``, batches with less than a tenth of padding, which gain nothing; encoders with layers
+    that have hooks or hold other modules than they had.
 
     Packed copies of weights follow every change PyTorch counts, and by any road (``.data``, NumPy, another process) a
     change of every entry of a row, of a column or of all of a weight; after writing to parts of a large weight such a

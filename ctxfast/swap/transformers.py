@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from .._core import capability, registry
 from ..nn import encoder
 from ..nn.graphs import PackedGraphs
+from ..ops.shared.weight_cache import forget_packed
 from ..packing import Packing
-from . import identity, padding_readers, transformers_layers
+from . import attention_interface, identity, padding_readers, transformers_layers
 from .transformers_layers import ENCODERS, Kind, Layer, Layers, Parts
 
 # Encoders that look alike and cannot be swapped.
@@ -85,11 +86,12 @@ def parts_of(encoder: nn.Module) -> Parts:
 _BOUNDS = {torch.float32: 2e-4, torch.float16: 3e-2, torch.bfloat16: 2e-1}
 
 
-def difference(encoder: nn.Module) -> str | None:
+def difference(encoder: nn.Module, impl: str | None) -> str | None:
     """Runs an encoder both ways on a small ragged input: None if the results are the same, else a sentence.
 
     Classes and functions may all be Hugging Face's own and the result still be another: this sees it whatever the
-    cause. Not where hooks are in the way, which would see the input.
+    cause. On a CPU the layers run as in later calls without gradients, else by definitions. Not where hooks are in the
+    way, which would see the input.
     """
     kind = ENCODERS[f"{type(encoder).__module__}.{type(encoder).__qualname__}"]
     layers = Layers().examined(encoder.layer, kind)
@@ -107,11 +109,13 @@ def difference(encoder: nn.Module) -> str | None:
     packed = packed_class(f"{kind.modeling}.{kind.name}")
     other = packed.__new__(packed)
     other.__dict__.update(encoder.__dict__)
-    other.__dict__.update(impl="reference", padding="zero", cuda_graphs=False)
+    is_like_later = weight.device.type == "cpu" and mask is not None
+    other.__dict__.update(impl=impl if is_like_later else "reference", padding="zero", cuda_graphs=False)
     with identity.undisturbed(encoder):
         x = torch.randn(2, 5, weight.shape[1], generator=torch.Generator().manual_seed(0), device="cpu").to(weight)
         expected = type(encoder).forward(encoder, x, mask).last_hidden_state[real].double()
         found = packed.forward(other, x, mask).last_hidden_state[real].double()
+    forget_packed(encoder)  # training needs no packed weights
     apart = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
     if apart <= _BOUNDS.get(weight.dtype, 0.0):
         return None
@@ -145,11 +149,12 @@ def _recompute(layer: nn.Module) -> Callable[..., Tensor] | None:
 
 
 def real_tokens(mask: Any, batch: int, length: int) -> Tensor | None:
-    """(B, L) bool, where tokens are, from a mask as encoders get it; None if it is more than a padding mask.
+    """(B, L) bool, where tokens are, from a mask as encoders get it; None if it is more than a padding mask, or its
+    gradient is wanted.
 
     Masks: (B, L), nonzero for tokens; or (B, 1, L, L), bool or additive, made from such a one. Reads the values.
     """
-    if not isinstance(mask, Tensor):
+    if not isinstance(mask, Tensor) or (mask.requires_grad and torch.is_grad_enabled()):
         return None
     if mask.dim() == 2 and tuple(mask.shape) == (batch, length):
         real = mask != 0
@@ -167,12 +172,29 @@ def real_tokens(mask: Any, batch: int, length: int) -> Tensor | None:
     return row.expand(batch, length) if bool(good) else None
 
 
+def reads_as_padding(mask: Any, x: Tensor, attention: Any) -> bool:
+    """Whether an attention function of Transformers takes a mask for what ``real_tokens`` does.
+
+    A mask of two dimensions is padding's for flash attention alone: to others it is (L, L). Scaled dot-product
+    attention takes bool for real tokens, eager attention adds it. Of other dtypes than hidden states have the functions
+    are left to say what they think.
+    """
+    name = getattr(attention, "__name__", "")
+    if mask is None:
+        return attention is not None
+    if mask.dim() == 2 or name == "flash_attention_forward":
+        return mask.dim() == 2 and name == "flash_attention_forward"
+    if mask.dtype == torch.bool:
+        return name == "sdpa_attention_forward" or attention is attention_interface.attention
+    return mask.dtype == x.dtype or (mask.is_floating_point() and torch.is_autocast_enabled(x.device.type))
+
+
 class PackedEncoder(nn.Module):
     """What takes the place of an encoder's class: its ``forward`` without padding. First base of a class made by
     ``packed_class``, whose second base is the original."""
 
     impl: str | None = None
-    padding: str = "zero"  # or "keep": batches with padding run as before
+    padding: str = "zero"  # "keep": batches with padding run as before; see padding_readers for others
     cuda_graphs: bool = True  # inference on a GPU goes through CUDA graphs; set it to False to switch them off
     _kind: Kind
     _result: type
@@ -180,39 +202,53 @@ class PackedEncoder(nn.Module):
 
     def forward(self, hidden_states: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As the original."""
+        kind = type(self)
+        if not issubclass(kind, PackedEncoder):  # restored, and somebody kept this function
+            return kind.forward(self, hidden_states, attention_mask, *args, **kwargs)
         # Compiled, it is Hugging Face's code: where tokens are is read from a mask's values, which no graph can do.
         if torch.compiler.is_compiling():
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
-        packing = self._packing(hidden_states, attention_mask, args, kwargs)
-        layers = self.__dict__["_modules"]["layer"]
-        if packing is None or type(layers) is not nn.ModuleList:
-            return super().forward(hidden_states, attention_mask, *args, **kwargs)
+        found = kind._forward_packed(self, kind, hidden_states, attention_mask, args, kwargs)
+        return kind._original.forward(self, hidden_states, attention_mask, *args, **kwargs) if found is None else found
+
+    # From here on nothing asks the module for its class: another thread may be restoring it.
+    def _forward_packed(
+        self, kind: type[PackedEncoder], x: Tensor, mask: Any, args: tuple, kwargs: dict[str, Any]
+    ) -> Any | None:
+        """The result; None if this call is one for the original."""
+        own, layers = self.__dict__, self.__dict__["_modules"]["layer"]
+        impl = own.get("impl")
+        if type(layers) is not nn.ModuleList or not kind._is_plain_call(x, mask, args, kwargs):
+            return None
+        packing = _packing(x, mask, impl)
+        if packing is None:
+            return None
         collects = _collected("hidden_states")
-        packed, padded = packing.pack(hidden_states), hidden_states
+        if not packing.is_full:
+            is_seen = collects or not all(map(transformers_layers.is_capture, own["_forward_hooks"].values()))
+            if padding_readers.is_read(own.get("padding", PackedEncoder.padding), is_seen):
+                return None
         layers = list(layers._modules.values())
-        every = self._layers.examined(layers, self._kind)
-        offsets, longest = packing.cu_seqlens, packing.max_seqlen
-        if not collects and None not in every and not any(map(_recompute, layers)):
-            graphs = self._graphs if self.cuda_graphs else None
-            (packed,) = encoder.encode(partial(_run, every, self.impl), self, graphs, (packed,), offsets, longest)
-            return self._result(last_hidden_state=packing.unpack(packed))
-        passed = {name: value for name, value in kwargs.items() if name not in _ENCODER_ONLY}
-        pairs = groupby(zip(layers, every), key=lambda pair: (pair[1] is not None, _recompute(pair[0])))
-        for (is_packed, recompute), group in pairs:
-            if not is_packed:
-                for layer, _ in group:
-                    padded = layer(packing.unpack(packed) if padded is None else padded, attention_mask, **passed)
-                packed = packing.pack(padded)
-                continue
+        known = _kept(own, "_ctxfast_layers", Layers)
+        every = known.examined(layers, kind._kind)
+        # A layer that is somebody's own may read padding as well.
+        if None in every or not reads_as_padding(mask, x, known.attention()):
+            return None
+        packed, offsets, longest = packing.pack(x), packing.cu_seqlens, packing.max_seqlen
+        if not collects and not any(map(_recompute, layers)):
+            graphs = _kept(own, "_ctxfast_graphs", _graphs) if own.get("cuda_graphs", True) else None
+            (packed,) = encoder.encode(partial(_run, every, impl), self, graphs, (packed,), offsets, longest)
+            return kind._result(last_hidden_state=packing.unpack(packed))
+        padded = x
+        for recompute, group in groupby(zip(layers, every), key=lambda pair: _recompute(pair[0])):
             modules, found = zip(*group)
-            states = _run(found, self.impl, (packed,), offsets, longest, collects, recompute)
-            packed, before, padded = states[-1], padded, None
+            states = _run(found, impl, (packed,), offsets, longest, collects, recompute)
+            packed = states[-1]
             for layer, state in zip(modules, states[1:]):  # none where no states are collected
-                padded = packing.unpack(state)
+                before, padded = padded, packing.unpack(state)
                 for hook in layer._forward_hooks.values():
                     hook(layer, (before,), padded)
-                before = padded
-        return self._result(last_hidden_state=packing.unpack(packed) if padded is None else padded)
+        return kind._result(last_hidden_state=padded if collects else packing.unpack(packed))
 
     def __prepare_scriptable__(self) -> nn.Module:
         """What torch.jit.script compiles in its place: the original over the same parts."""
@@ -221,56 +257,55 @@ class PackedEncoder(nn.Module):
         plain.__dict__.update({name: value for name, value in self.__dict__.items() if name not in OWN_NAMES})
         return plain
 
-    @property
-    def _graphs(self) -> PackedGraphs:
-        if "_ctxfast_graphs" not in self.__dict__:
-            self.__dict__["_ctxfast_graphs"] = PackedGraphs(is_harmless=transformers_layers.is_capture)
-        return self.__dict__["_ctxfast_graphs"]
-
-    @property
-    def _layers(self) -> Layers:
-        if "_ctxfast_layers" not in self.__dict__:
-            self.__dict__["_ctxfast_layers"] = Layers()
-        return self.__dict__["_ctxfast_layers"]
-
-    def _packing(self, x: Tensor, mask: Any, args: tuple, kwargs: dict[str, Any]) -> Packing | None:
-        """Where the tokens are; None if this call is one for the original."""
+    @classmethod
+    def _is_plain_call(cls, x: Tensor, mask: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
+        """Whether the arguments ask for nothing but hidden states, and nobody looks on."""
         if args or any(
             [value is not None and value is not False and name not in _HARMLESS for name, value in kwargs.items()]
         ):
             if not args and kwargs.get("output_attentions"):
                 _warn_of_attentions()
-            return None
+            return False
         if kwargs.get("use_cache"):
-            return None
+            return False
         if _collected("attentions"):
             _warn_of_attentions()
-            return None
+            return False
         if torch.nn.modules.module._has_any_global_hook() or not identity.is_ordinary(x, mask):
-            return None
+            return False
         # Somebody replaced the encoder's own forward, for all encoders of its kind.
-        if self._original.forward is not _forwards[self._kind]:
-            return None
-        batch, length = x.shape[:2]
-        if mask is None:
-            return None if self._is_dense(x, batch * length) else Packing.full(batch, length, x.device)
-        if length == 0:
-            return None
-        real = real_tokens(mask, batch, length)
-        if real is None:
-            return None
-        packing = Packing.from_mask(real)
-        if not packing.is_full and (self.padding == "keep" or padding_readers.is_read_now()):
-            return None
-        return None if self._is_dense(x, packing.total) else packing
+        return cls._original.forward is _forwards[cls._kind]
 
-    def _is_dense(self, x: Tensor, tokens: int) -> bool:
-        """Whether a batch has so little padding that the original is faster."""
-        if x.device.type != "cpu" or self.impl is not None:
-            return False
-        if x.dtype in (torch.float32, torch.bfloat16) and not torch.is_grad_enabled() and capability.is_mkl_slow():
-            return False
-        return tokens > _DENSE * x.shape[0] * x.shape[1]
+
+def _kept(own: dict[str, Any], name: str, make: Callable[[], Any]) -> Any:
+    """What stands in a module's ``__dict__``, made with the first call."""
+    found = own.get(name)
+    return own.setdefault(name, make()) if found is None else found
+
+
+def _graphs() -> PackedGraphs:
+    return PackedGraphs(is_harmless=transformers_layers.is_capture)
+
+
+def _packing(x: Tensor, mask: Any, impl: str | None) -> Packing | None:
+    """Where the tokens are; None if that is unknown, or not worth it."""
+    batch, length = x.shape[:2]
+    if mask is None:
+        return None if _is_dense(x, batch * length, impl) else Packing.full(batch, length, x.device)
+    real = None if length == 0 else real_tokens(mask, batch, length)
+    if real is None:
+        return None
+    packing = Packing.from_mask(real)
+    return None if _is_dense(x, packing.total, impl) else packing
+
+
+def _is_dense(x: Tensor, tokens: int, impl: str | None) -> bool:
+    """Whether a batch has so little padding that the original is faster."""
+    if x.device.type != "cpu" or impl is not None:
+        return False
+    if x.dtype in (torch.float32, torch.bfloat16) and not torch.is_grad_enabled() and capability.is_mkl_slow():
+        return False
+    return tokens > _DENSE * x.shape[0] * x.shape[1]
 
 
 # On a CPU, both are equally fast about here: without any padding, Hugging Face's encoder takes 0.81 (MiniLM, 16 tokens)
@@ -283,8 +318,6 @@ _DENSE = 0.9
 _HARMLESS = frozenset(
     ("use_cache", "position_ids", "return_dict", "output_hidden_states", "num_items_in_batch", "output_router_logits")
 )
-# Arguments that an encoder does not hand on to its layers as they are.
-_ENCODER_ONLY = ("encoder_hidden_states", "encoder_attention_mask", "past_key_values", "cache", "use_cache")
 # In the __dict__ of a swapped encoder, and not in that of an original.
 OWN_NAMES = ("_ctxfast_original", "impl", "padding", "cuda_graphs", "_ctxfast_graphs", "_ctxfast_layers")
 

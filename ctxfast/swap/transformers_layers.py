@@ -215,6 +215,8 @@ def _odd_leaf(parts: Parts) -> str | None:
             return "a weight is no parameter of its layer (pruned, normalised or parametrised)."
         for name in ("weight", "bias"):
             tensor = getattr(module, name)
+            if tensor is not None and tensor.layout is not torch.strided:
+                return f"a {name} is a tensor of layout {tensor.layout}."
             if tensor is not None and type(tensor) not in identity.PLAIN:
                 return f"a {name} is a {type(tensor).__name__}, a kind of tensor of its own (quantised or distributed)."
     return None
@@ -233,7 +235,7 @@ def _odd_sizes(parts: Parts) -> str | None:
     shapes = [(inner, width)] * 3 + [(width, inner), (wide, width), (width, wide)]
     if [tuple(linear.weight.shape) for linear in parts.linears] != shapes:
         return "its linear layers do not fit each other as those of one encoder layer do."
-    if any(tuple(norm.weight.shape) != (width,) for norm in parts.norms):
+    if any(tuple(norm.weight.shape) != (width,) or norm.normalized_shape != (width,) for norm in parts.norms):
         return "a LayerNorm of it does not normalise over the hidden size."
     heads, size = parts.heads, getattr(own, "attention_head_size", None)
     if not isinstance(heads, int) or heads < 1 or size != inner / heads:
@@ -251,8 +253,8 @@ def is_capture(hook: Callable) -> bool:
 
 def attention_function(own: nn.Module, modeling: str) -> Any:
     """What a layer's attention calls now: Transformers looks it up by its config at every call."""
-    functions = import_module("transformers.modeling_utils").ALL_ATTENTION_FUNCTIONS
-    return functions.get_interface(own.config._attn_implementation, import_module(modeling).eager_attention_forward)
+    names = import_module(modeling)
+    return names.ALL_ATTENTION_FUNCTIONS.get_interface(own.config._attn_implementation, names.eager_attention_forward)
 
 
 _ATTENTION = ("sdpa_attention", "flash_attention", "flex_attention")
@@ -311,7 +313,8 @@ def _functions(kind: type) -> frozenset[str]:
 
 _fused = WeightCache()
 _PLAIN = frozenset(identity.PLAIN)
-_shape, _dtype, _device = map(attrgetter, ("shape", "dtype", "device"))
+_STRIDED = {torch.strided}
+_shape, _dtype, _device, _layout = map(attrgetter, ("shape", "dtype", "device", "layout"))
 
 
 class Seen:
@@ -326,13 +329,14 @@ class Seen:
 
     def is_still(self) -> bool:
         """Whether every part is the object that it was, of the class that it was, and nobody looks at it; and all
-        parameters are plain tensors of their shapes then, of one dtype on one device."""
+        parameters are plain strided tensors of their shapes then, of one dtype on one device."""
         if not self._snapshot.is_still():
             return False
         tensors = list(map(dict.get, *self._places))
         return (
             _PLAIN.issuperset(map(type, tensors))
             and list(map(_shape, tensors)) == self._shapes
+            and set(map(_layout, tensors)) == _STRIDED
             and len(set(map(_dtype, tensors))) == len(set(map(_device, tensors))) == 1
             and all([table.get(name) is None for table, name in self._absent])
         )
@@ -349,13 +353,13 @@ class Layer:
         settings = [(own, name) for name in ("scaling", "attention_head_size", "num_attention_heads", "n_heads")]
         settings += [(own, "is_causal"), (parts.containers[0].__dict__, "is_decoder")]
         settings += [(parts.activation.__dict__, name) for name in ("act", "approximate")]
+        settings += [(norm.__dict__, name) for norm in parts.norms for name in ("eps", "normalized_shape")]
+        settings += [(dropout.__dict__, "p") for dropout in parts.dropouts]
         # Functions of a class that an object may hide: feed_forward_chunk and the like.
         settings += [(part.__dict__, name) for part in parts.containers for name in _functions(type(part))]
         self.snapshot = Snapshot(every.values(), settings, is_capture)
         tables = [module._parameters for module in (*parts.linears, *parts.norms) if not _is_adapter(module)]
         self._adapters = frozenset(filter(_is_adapter, parts.linears))
-        inner, width = parts.query.weight.shape
-        self._runs_by_ops = bool(self._adapters) or inner != width
         self.places = [(table, name) for table in tables for name in ("weight", "bias") if name in table]
         self.is_still = Seen([self]).is_still
 
@@ -373,8 +377,13 @@ class Layer:
             parts.heads,
             self._activation,
             (parts.attention_norm.eps, parts.output_norm.eps),
-            dropout_p=tuple(map(_rate, (parts.attention_dropout, parts.project_dropout, parts.output_dropout))),
-            by_ops=self._runs_by_ops,
+            # The attention hands on its own mode, not its dropout's.
+            dropout_p=(
+                parts.attention_dropout.p if parts.attention.training else 0.0,
+                _rate(parts.project_dropout),
+                _rate(parts.output_dropout),
+            ),
+            by_ops=bool(self._adapters),
         )
         return encoder.LayerWeights(tuple(tensors), options)
 
@@ -411,7 +420,8 @@ class Layers:
         self._known: dict[int, tuple[nn.Module, Layer]] = {}
         self._watched = identity.Watched()
         self._kinds: set[type] = set()
-        self._attention: tuple[tuple[Any, str, Any], ...] = ()
+        self._configs: list[tuple[dict[str, Any], Any]] = []  # each attention's attributes, and its config
+        self._functions: list[tuple[nn.Module, str, Any]] = []  # for each config: what its attention calls
         # Where all were examined: their modules, what was found, and how they were.
         self._all: tuple[list[nn.Module], list[Layer], Seen] | None = None
 
@@ -434,8 +444,15 @@ class Layers:
         self._all = None if None in found else (list(layers), found, Seen(found))
         return found
 
+    def attention(self) -> Any | None:
+        """The attention function of all layers that were examined; None if they differ in it."""
+        function = self._functions[0][2]
+        return function if all([other is function for _, _, other in self._functions]) else None
+
     def _is_attention_still(self) -> bool:
-        for own, name, function in self._attention:
+        if not all([own.get("config") is config for own, config in self._configs]):
+            return False
+        for own, name, function in self._functions:
             if own.config._attn_implementation != name or attention_function(own, self._modeling) is not function:
                 return False
         return True
@@ -459,9 +476,12 @@ class Layers:
         self._modeling = found.kind.modeling
         own = found.parts.attention
         config = own.config
-        if not any(other.config is config for other, _, _ in self._attention):
+        if not any(other is config for _, other in self._configs):
             function = attention_function(own, self._modeling)
-            self._attention += ((own, config._attn_implementation, function),)
+            self._functions.append((own, config._attn_implementation, function))
+            self._watched.add_names_of(function)
+        if not any(attributes is own.__dict__ for attributes, _ in self._configs):
+            self._configs.append((own.__dict__, config))
         for module in found.parts.every:
             if type(module) not in self._kinds:
                 self._kinds.add(type(module))

@@ -279,7 +279,7 @@ def test_swapped_encoders_go_through_graphs() -> None:
         for call in range(3):
             found = model(IDS, attention_mask=MASK).last_hidden_state
             torch.testing.assert_close(found[MASK == 1], expected[MASK == 1], rtol=1e-4, atol=1e-5)
-            assert len(encoder._graphs) == (call > 0)
+            assert len(encoder._ctxfast_graphs) == (call > 0)
         states = model(IDS, attention_mask=MASK, output_hidden_states=True).hidden_states
         assert len(states) == 3 and Rerun.made == 1, "collecting hidden states runs without a graph"
         for parameter in encoder.parameters():  # in place: the graph reads them where they lie
@@ -294,6 +294,6 @@ def test_swapped_encoders_go_through_graphs() -> None:
         model(IDS, attention_mask=MASK)
         assert Rerun.made == before
         copied = copy.deepcopy(model)
-        assert len((copied.encoder if kind == "Bert" else copied.transformer)._graphs) == 0
+        assert len((copied.encoder if kind == "Bert" else copied.transformer)._ctxfast_graphs) == 0
         ctxfast.restore(model)
         assert "_ctxfast_graphs" not in encoder.__dict__ and "cuda_graphs" not in encoder.__dict__

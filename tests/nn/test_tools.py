@@ -389,7 +389,7 @@ def test_quantisation_by_type() -> None:
     model = swapped()
     with pytest.warns(UserWarning, match=r"^ctxfast.nn.LSTM: torch.ao.quantization .*ctxfast.restore\(model\) first"):
         found = torch.ao.quantization.quantize_dynamic(model, {nn.LSTM, nn.Linear})
-    assert type(found.lstm) is ctxfast.nn.LSTM and type(found.out) is not nn.Linear
+    assert isinstance(found.lstm, ctxfast.nn.LSTM) and type(found.out) is not nn.Linear
     ctxfast.restore(model)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="ctxfast")

@@ -18,7 +18,7 @@ def tiny_model(kind: str, head: str = "Model", dropout: float = 0.0, **options) 
         sizes |= dict(qa_dropout=0.0, seq_classif_dropout=0.0)
     else:
         sizes = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
-        sizes |= dict(hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
+        options = dict(hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout) | options
     import transformers
 
     torch.manual_seed(4)

@@ -355,6 +355,7 @@ def test_masks_in_every_convention() -> None:
     [
         (torch.ones(3, 1, 7, 7).tril().bool(), "differs by query or head or holds a bias"),
         (torch.ones(3, 2, 7, 7).tril().log(), "differs by query or head or holds a bias"),
+        (torch.zeros(3, 1, 1, 7, requires_grad=True), "requires a gradient"),
         (torch.randn(3, 1, 1, 7), "differs by query or head or holds a bias"),
         (torch.zeros(3, 2, 1, 7).index_fill(1, torch.tensor([1]), -1e9), "differs by query or head or holds a bias"),
         (torch.ones(3, 1, 7, 7, dtype=torch.int64), r"has shape \(3, 1, 7, 7\) and dtype torch.int64; expected"),

@@ -3,13 +3,19 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+import sys
+import threading
+
 import pytest
 import torch
 from support.hf_models import tiny_model as _model
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import ctxfast
-from ctxfast.nn import LSTM, LayerNorm
+from ctxfast.swap.torch_modules import LSTM, LayerNorm
 
 pytest.importorskip("transformers")
 
@@ -96,13 +102,120 @@ def test_impl_is_passed_on() -> None:
         assert type(kind) is nn.LayerNorm
 
 
-def test_a_swapped_lstm_compiles_and_is_the_root() -> None:
+def test_a_swapped_lstm_is_the_root_and_compiles() -> None:
+    """As every torch.nn.LSTM it is in no graph unless torch is told so."""
     module = nn.LSTM(3, 4)
     x = torch.randn(5, 2, 3)
     expected = module(x)[0]
     assert ctxfast.swap_in(module).swapped == (("(the model)", "LSTM", "ctxfast.nn.LSTM"),)
-    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(module, backend="aot_eager")
     torch.testing.assert_close(compiled(x)[0], expected, rtol=1e-4, atol=1e-6)
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(allow_rnn=True):
+        compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x)[0], expected, rtol=1e-4, atol=1e-6)
+
+
+class _Asking(nn.Module):
+    """A model that asks what its encoder is, as many do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.LSTM(3, 4, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, state = self.rnn(x)
+        return (state[0] if isinstance(self.rnn, nn.LSTM) else state)[-1]
+
+
+def test_a_swapped_lstm_is_a_torch_lstm() -> None:
+    model, x = _Asking(), torch.randn(2, 5, 3)
+    expected = model(x)
+    ctxfast.swap_in(model)
+    assert isinstance(model.rnn, ctxfast.nn.LSTM)
+    torch.testing.assert_close(model(x), expected)
+    for each in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        torch.testing.assert_close(each(x), expected)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+def test_an_exported_swapped_lstm_is_torchs(grad, strict) -> None:
+    model, x = _Asking(), torch.randn(2, 5, 3)
+    expected = model(x)
+    ctxfast.swap_in(model)
+    with torch.set_grad_enabled(grad):
+        exported = torch.export.export(model, (x,), strict=strict)
+        torch.testing.assert_close(exported.module()(x), expected)
+    assert "ctxfast" not in str(exported.graph)
+
+
+class _Halved(TorchFunctionMode):
+    """Halves what every function named lstm gives."""
+
+    def __torch_function__(self, function, kinds, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        return (out[0] / 2, *out[1:]) if getattr(function, "__name__", "") == "lstm" else out
+
+
+def test_a_mode_sees_torchs_lstm() -> None:
+    module, x = nn.LSTM(3, 4), torch.randn(5, 2, 3)
+    with _Halved():
+        expected = module(x)[0]
+    assert not torch.equal(expected, module(x)[0])
+    ctxfast.swap_in(module)
+    with _Halved():
+        torch.testing.assert_close(module(x)[0], expected)
+
+
+KEPT = {
+    "LSTM": (lambda: nn.LSTM(3, 4), lambda module: module(torch.ones(5, 2, 3))[0]),
+    "LayerNorm": (lambda: nn.LayerNorm(3), lambda module: module(torch.arange(6.0).view(2, 3))),
+    "BertEncoder": (lambda: _model("Bert").encoder, lambda module: module(torch.ones(2, 3, 16))[0]),
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_a_forward_that_somebody_kept_outlives_restore(name) -> None:
+    """As accelerate's hooks and decorators keep it."""
+    make, run = KEPT[name]
+    module = make()
+    expected = run(module)
+    assert ctxfast.swap_in(module, only=name, impl="reference").swapped
+    kept = module.forward
+    module.forward = lambda *args, **kwargs: kept(*args, **kwargs)
+    torch.testing.assert_close(run(module), expected)
+    ctxfast.restore(module)
+    assert torch.equal(run(module), expected)
+
+
+@pytest.mark.parametrize("name", KEPT)
+@torch.no_grad()
+def test_restored_while_another_thread_is_in_it(name) -> None:
+    make, run = KEPT[name]
+    module, errors, stop = make(), [], threading.Event()
+    expected = run(module)
+
+    def work() -> None:
+        with torch.no_grad():
+            while not stop.is_set():
+                try:
+                    torch.testing.assert_close(run(module), expected, rtol=1e-4, atol=1e-5)
+                except Exception as error:
+                    errors.append(error)
+                    return
+
+    thread = threading.Thread(target=work)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    thread.start()
+    for _ in range(100):
+        ctxfast.swap_in(module, only=name, impl="reference")
+        ctxfast.restore(module)
+    stop.set()
+    thread.join()
+    sys.setswitchinterval(interval)
+    assert not errors
 
 
 # what is left alone, and said

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from support.hf_models import IDS, MASK, tiny_model
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import ctxfast
 from ctxfast.swap import transformers_layers
@@ -177,6 +178,60 @@ def _registered(model: nn.Module) -> None:
     model.set_attn_implementation("halved")
 
 
+def _first_layer_narrower(model: nn.Module) -> None:
+    _narrower(model.encoder.layer[0])
+
+
+def _fewer_heads(model: nn.Module) -> None:
+    """The first layer without its second head, as pruning leaves it."""
+    attention = model.encoder.layer[0].attention
+    own, dense = attention.self, attention.output.dense
+    for linear in (own.query, own.key, own.value):
+        linear.weight, linear.bias = (nn.Parameter(each[:8].detach()) for each in (linear.weight, linear.bias))
+    dense.weight = nn.Parameter(dense.weight[:, :8].detach())
+    own.num_attention_heads = 1
+
+
+def _another_config(model: nn.Module) -> None:
+    """One layer with a config of its own, which names another attention."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register("halved", _own_attention)
+    own = model.encoder.layer[1].attention.self
+    own.config = copy.deepcopy(own.config)
+    own.config._attn_implementation = "halved"
+
+
+def _call_impl(module: nn.Module) -> None:
+    own = module._call_impl
+    module._call_impl = lambda *args: own(*args) * 2
+
+
+def _sparse(layout: torch.layout) -> Callable[[nn.Module], None]:
+    def change(module: nn.Module) -> None:
+        weight = module.weight.detach() * (module.weight.abs() > 0.2)
+        sparse = weight.to_sparse_csr() if layout is torch.sparse_csr else weight.to_sparse()
+        module.weight = nn.Parameter(sparse, requires_grad=False)
+
+    return change
+
+
+class Neighbours(hf.BertLayer):
+    """A layer that reads the next position, padding too."""
+
+    def forward(self, hidden_states, *args, **kwargs):
+        out = super().forward(hidden_states, *args, **kwargs)
+        return out + 0.5 * hidden_states.roll(-1, 1)
+
+
+def _last_layer_of_neighbours(model: nn.Module) -> None:
+    model.encoder.layer[1] = _like(model.encoder.layer[1], Neighbours)
+
+
+def _subtract_the_mean(model: nn.Module) -> None:
+    model.encoder.layer[0].register_forward_hook(lambda module, args, output: output - output.mean(1, keepdim=True))
+
+
 # Changes of one model: they can be made before or after swap_in.
 CHANGES: dict[str, Callable[[nn.Module], None]] = {
     "attention of another class": _replace("attention.self", _times(hf.BertSelfAttention, 0.5)),
@@ -198,6 +253,17 @@ CHANGES: dict[str, Callable[[nn.Module], None]] = {
     "another scaling": _every("attention.self", _set(scaling=1.0)),
     "more heads": _every("attention.self", _heads),
     "another eps": _every("output.LayerNorm", _set(eps=1.0)),
+    "no eps": _every("output.LayerNorm", _set(eps=0.0, weight=nn.Parameter(torch.full((16,), 0.5)))),
+    "a negative eps": _every("output.LayerNorm", _set(eps=-0.05)),
+    "other eps in one layer": lambda model: setattr(model.encoder.layer[0].output.LayerNorm, "eps", 1.0),
+    "one layer with fewer neurons": _first_layer_narrower,
+    "one layer with fewer heads": _fewer_heads,
+    "another config in one layer": _another_config,
+    "_call_impl on the object": _every("intermediate.dense", _call_impl),
+    "a sparse weight (CSR)": _every("intermediate.dense", _sparse(torch.sparse_csr)),
+    "a sparse weight (COO)": _every("intermediate.dense", _sparse(torch.sparse_coo)),
+    "a layer that reads its neighbours": _last_layer_of_neighbours,
+    "a hook that reads all positions": _subtract_the_mean,
     "no bias in the value": _every("attention.self.value", _added_bias),
     "no bias in the output": _every("output.dense", _added_bias),
     "a part's forward on the object": _every("intermediate", _bound(lambda out: out * 2)),
@@ -213,7 +279,8 @@ CHANGES: dict[str, Callable[[nn.Module], None]] = {
 CHANGES["a layer's forward on the object"] = lambda model: (
     [_bound(lambda out: out * 0.5)(layer) for layer in model.encoder.layer] and None
 )
-SWAPPED = ("another eps", "no bias in the output", "fewer neurons")
+SWAPPED = ("another eps", "other eps in one layer", "no bias in the output", "fewer neurons")
+SWAPPED += ("one layer with fewer neurons", "one layer with fewer heads", "_call_impl on the object")
 HARMLESS = ("identity in a dropout's place", "causal attention")  # evaluation gives the same numbers
 
 
@@ -248,11 +315,7 @@ def test_changed_before(name) -> None:
         ((path, reason),) = report.near_misses
         assert path == "encoder" and reason.endswith(".") and len(reason) > 20
     else:  # what is swapped all the same is computed as it is now
-        assert (
-            name in ("another eps", "no bias in the output", "fewer neurons")
-            or "forward on the object" in name
-            or "hook" in name
-        )
+        assert name in SWAPPED or "forward on the object" in name or "hook" in name
     ctxfast.restore(model)
     _same(_run(model), expected)
 
@@ -287,11 +350,40 @@ PATCHES: dict[str, Callable] = {
     "the encoder's class": lambda: mock.patch.object(hf.BertEncoder, "forward", _encoder_of_zeros),
     "another class's function": lambda: mock.patch.object(hf.BertOutput, "forward", _output_of_another),
     "torch.nn.Linear": lambda: _patched(nn.Linear, "forward", 0.9),
+    "how torch.nn.Linear is called": lambda: mock.patch.object(nn.Linear, "__call__", _called),
+    "how a layer's class is called": lambda: mock.patch.object(hf.BertIntermediate, "__call__", _called),
+    "how every module is called": lambda: mock.patch.object(nn.Module, "__call__", _called),
+    "what every call does": lambda: mock.patch.object(nn.Module, "_call_impl", _called),
+    "the table of attention functions": lambda: mock.patch.object(hf, "ALL_ATTENTION_FUNCTIONS", _Functions()),
+    "a function that the layer's class calls": lambda: _patched(hf, "apply_chunking_to_forward", 0.5),
+    "torch.matmul": lambda: _patched(torch, "matmul", 0.5),
     "torch.nn.LayerNorm": lambda: _patched(nn.LayerNorm, "forward", 0.9),
     "the activation's class": lambda: _patched(transformers.activations.GELUActivation, "forward", 2.0),
     "torch's own attention": lambda: _patched(F, "scaled_dot_product_attention", 0.5),
     "eager attention": lambda: _patched(hf, "eager_attention_forward", 0.5),
+    "a mode that sees functions": lambda: _Mode(),
 }
+TEMPORARY = ("a mode that sees functions",)  # looked for at every call, and no objection to the model
+EAGER = ("eager attention", "torch.matmul")
+
+
+_call = nn.Module._call_impl
+
+
+def _called(self, *args, **kwargs):
+    out = _call(self, *args, **kwargs)
+    return out * 1.1 if isinstance(out, Tensor) else out
+
+
+class _Functions:
+    def get_interface(self, name: str, default: Callable) -> Callable:
+        return _own_attention
+
+
+class _Mode(TorchFunctionMode):
+    def __torch_function__(self, function, kinds, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        return out * 0.9 if function is F.linear else out
 
 
 def _half_chunk(self, attention_output):
@@ -307,7 +399,7 @@ def _output_of_another(self, hidden_states, input_tensor):
 
 
 def _ready(name: str) -> nn.Module:
-    return tiny_model("Bert", attn_implementation="eager" if name == "eager attention" else "sdpa")
+    return tiny_model("Bert", attn_implementation="eager" if name in EAGER else "sdpa")
 
 
 @pytest.mark.parametrize("name", PATCHES)
@@ -318,7 +410,7 @@ def test_patched_before(name) -> None:
         expected = _run(model)
         assert (expected - plain).abs().max() > 1e-2
         report = ctxfast.swap_in(model)
-        assert not report.swapped and len(report.near_misses) == 1
+        assert name in TEMPORARY or (not report.swapped and len(report.near_misses) == 1)
         _same(_run(model), expected)
     assert ctxfast.swap_in(model).swapped
     _same(_run(model), plain)

@@ -126,26 +126,27 @@ def test_hidden_states_and_forms_of_mask(kind, attention, impl) -> None:
     assert not padded[MASK == 0].any()  # the packed road was taken
 
 
-def _per_query() -> Tensor:
-    """(B, 1, L, L): every token sees itself and what comes before."""
-    return torch.ones(7, 7, dtype=torch.bool).tril().expand(3, 1, 7, 7)
+def _modes(attention: bool, dropout: bool) -> nn.Module:
+    """A model that drops attention weights alone, its attentions and their dropouts each in a mode of their own."""
+    model = _model("Bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.5)
+    for layer in model.encoder.layer:
+        layer.attention.self.training, layer.attention.self.dropout.training = attention, dropout
+    return model
 
 
-ORIGINAL_CALLS = {
-    "padding comes first": dict(attention_mask=MASK.flip(1)),
-    "an empty row": dict(attention_mask=MASK * torch.tensor([[1], [0], [1]])),
-    "masks differ by query": dict(attention_mask=_per_query()),
-}
-
-
-@pytest.mark.parametrize("call", ORIGINAL_CALLS.values(), ids=ORIGINAL_CALLS)
+@pytest.mark.parametrize("dropout", [False, True])
+@pytest.mark.parametrize("attention", [False, True])
 @torch.no_grad()
-def test_calls_left_to_the_original(call) -> None:
-    """To the bit, at padding too."""
-    model = _model("Bert")
-    expected = model(IDS, **call).last_hidden_state
+def test_attention_drops_by_its_own_mode(attention, dropout) -> None:
+    """As in Monte Carlo dropout, which puts modules of the class Dropout into training mode."""
+    model = _modes(attention, dropout)
+
+    def drops() -> bool:
+        return not torch.equal(*(model(IDS, attention_mask=MASK).last_hidden_state for _ in range(2)))
+
+    assert drops() is attention
     ctxfast.swap_in(model)
-    assert torch.equal(model(IDS, **call).last_hidden_state, expected)
+    assert drops() is attention
 
 
 @torch.no_grad()
@@ -283,6 +284,8 @@ def test_all_layers_are_one_call_with_the_same_bits(kind, monkeypatch) -> None:
     monkeypatch.setattr(nn_encoder, "one_call", lambda layers, *args: calls.append(len(layers)) or run(layers, *args))
     model = _model(kind)
     ctxfast.swap_in(model)
+    assert calls == [2]  # the small run takes the same road
+    calls.clear()
     found = model(IDS, attention_mask=MASK).last_hidden_state
     assert calls == [2]
     layers = model(IDS, attention_mask=MASK, output_hidden_states=True)
@@ -369,40 +372,6 @@ def test_real_weights(minilm_dir) -> None:
         found.last_hidden_state[mask == 1], expected.last_hidden_state[mask == 1], rtol=1e-4, atol=1e-5
     )
     torch.testing.assert_close(found.pooler_output, expected.pooler_output, rtol=1e-4, atol=1e-5)
-
-
-def _wide(mask: Tensor) -> Tensor:
-    return mask.bool()[:, None, None].expand(-1, 1, 7, 7)
-
-
-def _added(low: float) -> Tensor:
-    return torch.where(_wide(MASK), 0.0, low)
-
-
-MASKS = {
-    "0 and 1": (MASK, True),
-    "repeated": (_wide(MASK), True),
-    "one for all texts": (_wide(MASK[1:2]), False),
-    "lowest float added": (_added(torch.finfo(torch.float32).min), True),
-    "infinity added": (_added(-torch.inf), True),
-    "a bias added": (_added(-torch.inf) + 0.5, None),
-    "a slight penalty": (_added(-3.0), None),
-    "by query": (_per_query(), None),
-    "by head": (_wide(MASK).expand(-1, 2, 7, 7), None),
-    "another length": (MASK[:, :5], None),
-    "padding first": (MASK.flip(1), None),
-    "no tensor": ("a block mask", None),
-}
-
-
-@pytest.mark.parametrize("name", MASKS)
-def test_only_padding_masks_are_read(name) -> None:
-    mask, is_own = MASKS[name]
-    real = swap_transformers.real_tokens(mask, 3, 7)
-    if is_own is None:
-        assert real is None
-    else:
-        assert torch.equal(real, (MASK if is_own else MASK[1:2].expand(3, 7)).bool())
 
 
 class _SentenceEncoder(nn.Sequential):
