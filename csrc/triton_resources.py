@@ -4,7 +4,8 @@
 Compiles the kernels as their launchers do, for an A100 and an H100 (no GPU needed), in every dtype, and reads what
 their code needs: kernels over rows at BERT-Base's row size and at the largest; attention in every plan of
 ``triton_plan``. Any spill, any growth, and any kernel that only one side knows fails.
-``--update`` rewrites the table: do that when the growth is meant, and say why in the commit.
+``--update`` rewrites the table, with ``--only`` the rows that are looked at: do that when the growth is meant, and say
+why in the commit.
 """
 
 from __future__ import annotations
@@ -184,23 +185,28 @@ _LAUNCHES: dict[str, tuple[Any, dict[str, Any], dict[str, int]]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--update", action="store_true", help="rewrite triton_resources.json")
+    parser.add_argument("--update", action="store_true", help="rewrite the table, or what --only keeps of it")
     parser.add_argument("--only", default="", help="keep rows that hold this text; others are not looked at")
     options = parser.parse_args()
-    if options.update and options.only:
-        parser.error("--update rewrites the whole table: leave --only out.")
     names = [name for name in _LAUNCHES if options.only in name]
     with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:  # the table goes along
         measured = dict(zip(names, pool.map(measure, names, chunksize=4)))
     print(format_table(measured, ("registers", "shared", "stack")))
+    known = json.loads(TABLE.read_text(encoding="utf-8"))
     if options.update:
-        rows = ",\n".join(f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in sorted(measured.items()))
+        if options.only and known["triton"] != triton.__version__:
+            raise SystemExit(
+                f"triton_resources: the table is of Triton {known['triton']} and this is {triton.__version__}; rows of "
+                f"both cannot stand in one table. Leave --only out."
+            )
+        others = {name: row for name, row in known["kernels"].items() if options.only not in name}
+        known = dict(triton=triton.__version__, kernels=others | measured)
+        rows = ",\n".join(f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in sorted(known["kernels"].items()))
         temporary = TABLE.with_name(TABLE.name + ".tmp")
         head = f'{{\n "triton": {json.dumps(triton.__version__)},\n "kernels": {{\n'
         temporary.write_text(head + rows + "\n }\n}\n", encoding="utf-8")
         os.replace(temporary, TABLE)
         print(f"wrote {TABLE.name}: {len(measured)} kernels, Triton {triton.__version__}")
-    known = json.loads(TABLE.read_text(encoding="utf-8"))
     problems = find_problems({name: row for name, row in known["kernels"].items() if options.only in name}, measured)
     for kernel, problem in problems:
         print(f"FAIL  {kernel}: {problem}", file=sys.stderr)
