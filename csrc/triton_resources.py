@@ -2,8 +2,8 @@
 """Registers, shared memory and spills of the Triton kernels against the table ``triton_resources.json``.
 
 Compiles the kernels as their launchers do, for an A100 and an H100 (no GPU needed), in every dtype, and reads what
-their code needs: kernels over rows at BERT-Base's row size and at the largest; attention in every plan of
-``triton_plan``. Any spill, any growth, and any kernel that only one side knows fails.
+their code needs. An op's ``triton`` module says what is compiled, in ``launches``. Any spill, any growth, and any
+kernel that only one side knows fails.
 ``--update`` rewrites the table, with ``--only`` the rows that are looked at: do that when the growth is meant, and say
 why in the commit.
 """
@@ -31,12 +31,17 @@ from resources import Resources, compare, format_table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ctxfast.ops.add_layer_norm import triton as add_layer_norm
-from ctxfast.ops.attention import triton_backward, triton_forward, triton_plan
-from ctxfast.ops.embed_layer_norm import triton as embed_layer_norm
-from ctxfast.ops.linear_act import triton as linear_act
-from ctxfast.ops.linear_cross_entropy import triton as linear_cross_entropy
+import ctxfast  # noqa: F401  enters all ops in the table
+from ctxfast._core import registry
 from ctxfast.ops.shared import triton_rows
+
+# Op -> its module of launchers, which says with what its kernels are launched (``launches``), of what type arguments are
+# whose names are not in ``TYPES`` below (``ARGUMENT_TYPES``), and whether they multiply matrices (``HAS_PRODUCTS``).
+MODULES = {
+    name: spec.module("triton")
+    for name, spec in registry.OPS.items()
+    if any(implementation.name == "triton" for implementation in spec.impls)
+}
 
 TABLE = Path(__file__).with_name("triton_resources.json")
 ARCHS = (80, 90)
@@ -54,81 +59,21 @@ TYPES |= {
 TYPES |= {name: "i32" for name in ("rows", "programs", "threshold", "ignore_index", "grad_stride_t", "grad_stride_h")}
 TYPES |= {name: "i32" for name in ("tokens", "sequences", "heads", "blocks", "pairs")}
 TYPES |= {"cu_seqlens": "*i32"}
-# ``scale`` is a tensor of linear_cross_entropy and a number of attention.
-SCALE = {"linear_cross_entropy": "*fp32", "attention": "fp32"}
 # Triton is told nothing about these; other numbers and pointers are multiples of 16, as in every model.
 UNKNOWN = {"rows", "programs", "threshold", "ignore_index", "eps", "rescale"}
 UNKNOWN |= {"tokens", "sequences", "heads", "blocks", "pairs", "softmax_scale"}
 
-Launch = tuple[str, Any, dict[str, Any], dict[str, int]]
 
-
-def launches(dtype: str, arch: int) -> Iterator[Launch]:
-    """(name, kernel, constants, tile) of every launch in the table; names begin with the op's."""
+def launches(dtype: str, arch: int) -> Iterator[triton_rows.Launch]:
+    """Every launch in the table; names begin with the op's."""
+    for op, module in MODULES.items():
+        if dtype == "tf32" and not getattr(module, "HAS_PRODUCTS", False):
+            continue
+        for name, *launch in module.launches(dtype, arch):
+            yield f"{op} {name}", *launch
     if dtype != "tf32":
-        yield from row_launches()
-    kind = dtype if dtype in ("float32", "tf32") else "half"
-    for head_dim in (32, 48, 64, 128) if dtype in ("float32", "bfloat16") else (32, 64, 128):  # 48 is filled up to 64
-        for plan in triton_plan.plans(head_dim, kind, arch // 10):
-            for dropout in (True, False):
-                shared = dict(
-                    D=head_dim, BLOCK_D=triton_rows.block(head_dim), HAS_BIAS=True, DROPOUT=dropout,
-                    PRECISION="tf32" if kind == "tf32" else "ieee", stride_d=1, grad_stride_d=1,
-                )  # fmt: skip
-                where = f"D={head_dim} {'dropout' if dropout else 'plain'} up to {plan.longest or 'any'}"
-                for name, kernel, tile, more in attention_launches(plan):
-                    sizes = dict(num_warps=tile.warps, num_stages=tile.stages)
-                    yield f"attention {where} {name}", kernel, shared | more, sizes
-
-
-def attention_launches(plan: triton_plan.Plan) -> Iterator[tuple[str, Any, triton_plan.Tile, dict[str, Any]]]:
-    """(pass, kernel, tile, constants) of a plan, as ops/attention/triton.py launches it."""
-    tile = plan.forward
-    more: dict[str, Any] = dict(NEGATIVE=False, SAVE_LSE=True)
-    if tile.pairs:
-        yield "forward", triton_forward.forward_pairs, tile, more | dict(BLOCK_L=tile.rows, PAIRS=tile.pairs)
-    else:
-        single = 0 < plan.longest <= tile.columns
-        more |= dict(BLOCK_M=tile.rows, BLOCK_N=tile.columns, SEARCH=256, SINGLE=single)
-        yield "forward", triton_forward.forward_blocks, tile, more
-    tile = plan.whole
-    if tile is not None and tile.pairs:
-        yield "backward", triton_backward.backward_pairs, tile, dict(BLOCK_L=tile.rows, PAIRS=tile.pairs)
-    elif tile is not None:
-        yield "backward", triton_backward.backward_whole, tile, dict(BLOCK_L=tile.rows)
-    else:
-        for name, tile in (("query", plan.query), ("key", plan.key)):
-            kernel = getattr(triton_backward, f"backward_{name}")
-            yield f"backward of {name}", kernel, tile, dict(BLOCK_M=tile.rows, BLOCK_N=tile.columns, SEARCH=256)
-
-
-def row_launches() -> Iterator[Launch]:
-    """The kernels over rows."""
-    for size in (768, 8192):
-        for name, op, more in (
-            ("add_layer_norm", add_layer_norm, dict(HAS_RESIDUAL=True, HAS_BIAS=True)),
-            ("embed_layer_norm", embed_layer_norm, dict(HAS_TASK=True)),
-        ):
-            for dropout in (True, False):
-                shared = dict(N=size, DROPOUT=dropout) | more
-                where = f"N={size} {'dropout' if dropout else 'plain'}"
-                yield (
-                    f"{name} forward {where}",
-                    op.triton_kernels.forward,
-                    shared | dict(SAVE=True),
-                    triton_rows.forward_tile(size),
-                )
-                backward = shared | (dict(SUMS=True, SUM_X=size <= 4096) if op is add_layer_norm else {})
-                yield f"{name} backward {where}", op.triton_kernels.backward, backward, triton_rows.backward_tile(size)
-    for activation in ("gelu", "gelu_tanh", "relu", "tanh"):
-        shared, kernels = dict(N=3072, ACTIVATION=activation, HAS_BIAS=True), linear_act.triton_kernels
-        yield f"linear_act forward {activation}", kernels.forward, shared, linear_act.tile(3072)
-        yield f"linear_act backward {activation}", kernels.backward, shared | dict(SUMS=True), linear_act.tile(3072)
-    for gradient in (True, False):
-        kernel, tile = linear_cross_entropy.triton_kernels.softmax, linear_cross_entropy.tile(30522)
-        yield f"linear_cross_entropy {'gradient' if gradient else 'loss'}", kernel, dict(GRADIENT=gradient), tile
-    tile = dict(triton_rows.COLUMN_SUMS_TILE)
-    yield "column_sums N=768", triton_rows.column_sums_kernel, dict(N=768), tile
+        kernel, tile = triton_rows.column_sums_kernel, dict(triton_rows.COLUMN_SUMS_TILE)
+        yield "column_sums N=768", kernel, dict(N=768), tile
 
 
 def compiled(op: str, kernel: Any, constants: dict[str, Any], tile: dict[str, int], dtype: str, arch: int) -> Any:
@@ -138,12 +83,13 @@ def compiled(op: str, kernel: Any, constants: dict[str, Any], tile: dict[str, in
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     if constants.get("DROPOUT") is False:
         constants["seeds"] = None
+    types = TYPES | getattr(MODULES.get(op), "ARGUMENT_TYPES", {})
     signature, attributes = {}, {}
     for at, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name] = "constexpr"
             continue
-        signature[name] = SCALE[op] if name == "scale" else TYPES.get(name, "*" + DTYPES[dtype])
+        signature[name] = types.get(name, "*" + DTYPES[dtype])
         if name not in UNKNOWN and signature[name] != "fp32":
             attributes[(at,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)

@@ -7,7 +7,7 @@ whose mask is drawn again. Statistics are taken in float32 in two passes over re
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -161,3 +161,14 @@ def raw_calls(args: Mapping[str, Any]) -> list[tuple[Any, tuple]]:
         (_fwd, forward),
         (_bwd, (torch.randn_like(out), x, residual, weight, x_bias, mean, rstd, dropout_p, seeds, True)),
     ]
+
+
+def launches(dtype: str, arch: int) -> Iterator[triton_rows.Launch]:
+    """What csrc/triton_resources.py compiles: BERT-Base's row size and the largest."""
+    for size in (768, 8192):
+        for dropout in (True, False):
+            shared = dict(N=size, DROPOUT=dropout, HAS_RESIDUAL=True, HAS_BIAS=True)
+            where = f"N={size} {'dropout' if dropout else 'plain'}"
+            yield f"forward {where}", triton_kernels.forward, shared | dict(SAVE=True), triton_rows.forward_tile(size)
+            backward = shared | dict(SUMS=True, SUM_X=size <= 4096)
+            yield f"backward {where}", triton_kernels.backward, backward, triton_rows.backward_tile(size)

@@ -10,7 +10,7 @@ max_seqlen and the numbers of tokens and sequences, and programs past a sequence
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -216,3 +216,42 @@ def raw_calls(args: Mapping[str, Any]) -> list[tuple[Any, tuple]]:
     forward = (qkv, args["cu_seqlens"], args["max_seqlen"], *rest, True)
     out, lse = _fwd(*forward)
     return [(_fwd, forward), (_bwd, (torch.randn_like(out), *forward[:-1], out, lse))]
+
+
+ARGUMENT_TYPES, HAS_PRODUCTS = {"scale": "fp32"}, True
+
+
+def launches(dtype: str, arch: int) -> Iterator[triton_rows.Launch]:
+    """What csrc/triton_resources.py compiles: every plan of triton_plan."""
+    kind = dtype if dtype in ("float32", "tf32") else "half"
+    for head_dim in (32, 48, 64, 128) if dtype in ("float32", "bfloat16") else (32, 64, 128):  # 48 is filled up to 64
+        for plan in triton_plan.plans(head_dim, kind, arch // 10):
+            for dropout in (True, False):
+                shared = dict(
+                    D=head_dim, BLOCK_D=triton_rows.block(head_dim), HAS_BIAS=True, DROPOUT=dropout,
+                    PRECISION="tf32" if kind == "tf32" else "ieee", stride_d=1, grad_stride_d=1,
+                )  # fmt: skip
+                where = f"D={head_dim} {'dropout' if dropout else 'plain'} up to {plan.longest or 'any'}"
+                for name, kernel, tile, more in _launches(plan):
+                    yield f"{where} {name}", kernel, shared | more, dict(num_warps=tile.warps, num_stages=tile.stages)
+
+
+def _launches(plan: triton_plan.Plan) -> Iterator[tuple[str, Any, triton_plan.Tile, dict[str, Any]]]:
+    """(pass, kernel, tile, constants) of a plan."""
+    tile = plan.forward
+    more: dict[str, Any] = dict(NEGATIVE=False, SAVE_LSE=True)
+    if tile.pairs:
+        yield "forward", triton_forward.forward_pairs, tile, more | dict(BLOCK_L=tile.rows, PAIRS=tile.pairs)
+    else:
+        single = 0 < plan.longest <= tile.columns
+        more |= dict(BLOCK_M=tile.rows, BLOCK_N=tile.columns, SEARCH=256, SINGLE=single)
+        yield "forward", triton_forward.forward_blocks, tile, more
+    tile = plan.whole
+    if tile is not None and tile.pairs:
+        yield "backward", triton_backward.backward_pairs, tile, dict(BLOCK_L=tile.rows, PAIRS=tile.pairs)
+    elif tile is not None:
+        yield "backward", triton_backward.backward_whole, tile, dict(BLOCK_L=tile.rows)
+    else:
+        for name, tile in (("query", plan.query), ("key", plan.key)):
+            kernel = getattr(triton_backward, f"backward_{name}")
+            yield f"backward of {name}", kernel, tile, dict(BLOCK_M=tile.rows, BLOCK_N=tile.columns, SEARCH=256)

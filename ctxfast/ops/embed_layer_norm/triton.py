@@ -7,7 +7,7 @@ own embedding gradient: it sorts the ids and adds up equal ones in order, so it 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -171,3 +171,13 @@ def raw_calls(args: Mapping[str, Any]) -> list[tuple[Any, tuple]]:
     forward = (ids, tables, weight, args["bias"], args["eps"], dropout_p, seeds, True)
     out, mean, rstd = _fwd(*forward)
     return [(_fwd, forward), (_bwd, (torch.randn_like(out), ids, tables, weight, mean, rstd, dropout_p, seeds))]
+
+
+def launches(dtype: str, arch: int) -> Iterator[triton_rows.Launch]:
+    """What csrc/triton_resources.py compiles: BERT-Base's row size and the largest."""
+    for size in (768, 8192):
+        for dropout in (True, False):
+            shared = dict(N=size, DROPOUT=dropout, HAS_TASK=True)
+            where = f"N={size} {'dropout' if dropout else 'plain'}"
+            yield f"forward {where}", triton_kernels.forward, shared | dict(SAVE=True), triton_rows.forward_tile(size)
+            yield f"backward {where}", triton_kernels.backward, shared, triton_rows.backward_tile(size)

@@ -10,7 +10,7 @@ epilogue.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -197,3 +197,11 @@ def raw_calls(args: Mapping[str, Any]) -> list[tuple[Any, tuple]]:
         (_fwd, (product, bias, activation)),
         (_bwd, (torch.randn_like(product), product, bias, activation, bias is not None)),
     ]
+
+
+def launches(dtype: str, arch: int) -> Iterator[triton_rows.Launch]:
+    """What csrc/triton_resources.py compiles: every activation at BERT-Base's feed-forward size."""
+    for activation in ("gelu", "gelu_tanh", "relu", "tanh"):
+        shared = dict(N=3072, ACTIVATION=activation, HAS_BIAS=True)
+        yield f"forward {activation}", triton_kernels.forward, shared, tile(3072)
+        yield f"backward {activation}", triton_kernels.backward, shared | dict(SUMS=True), tile(3072)

@@ -6,7 +6,7 @@ Each chunk of logits is read once for its losses and once to become its own grad
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -53,3 +53,13 @@ def linear_cross_entropy(
 def raw_calls(args: Mapping[str, Any]) -> list[tuple[Any, tuple]]:
     """The registered operators behind one call, with arguments for torch.library.opcheck."""
     return recorded.raw_calls(_operators, args)
+
+
+ARGUMENT_TYPES = {"scale": "*fp32"}
+
+
+def launches(dtype: str, arch: int) -> Iterator[triton_rows.Launch]:
+    """What csrc/triton_resources.py compiles: BERT's vocabulary."""
+    for gradient in (True, False):
+        name = "gradient" if gradient else "loss"
+        yield name, triton_kernels.softmax, dict(GRADIENT=gradient), tile(30522)

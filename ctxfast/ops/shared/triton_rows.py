@@ -8,6 +8,7 @@ one row of partial sums, which ``column_sums`` adds in order. No atomics: two ru
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import triton
@@ -24,6 +25,12 @@ IS_INTERPRETED = capability.is_triton_interpreted()
 DISPATCH = "CPU" if IS_INTERPRETED else "CUDA"
 
 ROUNDS = tl.constexpr(7)
+
+
+# A kernel as csrc/triton_resources.py compiles it: its name in the table, the kernel, its constants, its tile. An op's
+# ``triton`` module lists its own: ``launches(dtype, arch)``, arch 80 or 90; dtype "float32", "float16", "bfloat16" or
+# "tf32", which is float32 under torch.backends.cuda.matmul.allow_tf32.
+Launch = tuple[str, Any, dict[str, Any], dict[str, int]]
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager:
