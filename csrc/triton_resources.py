@@ -35,8 +35,8 @@ import ctxfast  # noqa: F401  enters all ops in the table
 from ctxfast._core import registry
 from ctxfast.ops.shared import triton_rows
 
-# Op -> its module of launchers, which says with what its kernels are launched (``launches``), of what type arguments are
-# whose names are not in ``TYPES`` below (``ARGUMENT_TYPES``), and whether they multiply matrices (``HAS_PRODUCTS``).
+# Op -> its module of launchers. It says with what kernels are launched (``launches``), which types arguments have whose
+# names are not in ``TYPES`` below (``ARGUMENT_TYPES``), and whether matrices are multiplied (``HAS_PRODUCTS``).
 MODULES = {
     name: spec.module("triton")
     for name, spec in registry.OPS.items()
