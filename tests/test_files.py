@@ -106,6 +106,21 @@ def test_an_error_leaves_what_stood_there(tmp_path, make):
     assert names(tmp_path) in (["x"], ["x", "x/old"])
 
 
+def test_the_folder_of_the_one_before_goes_while_the_next_one_looks(tmp_path, monkeypatch):
+    mkdir, calls = os.mkdir, []
+
+    def there_and_gone(path, *args) -> None:
+        calls.append(path)
+        if len(calls) == 1:
+            raise FileExistsError(errno.EEXIST, "File exists", path)
+        mkdir(path, *args)
+
+    monkeypatch.setattr(os, "mkdir", there_and_gone)
+    with replacing(tmp_path / "x") as temporary:
+        temporary.write_text("written")
+    assert len(calls) == 2 and (tmp_path / "x").read_text() == "written" and names(tmp_path) == ["x"]
+
+
 def test_who_comes_second_waits(tmp_path):
     path, order = tmp_path / "x", []
     inside, go = threading.Event(), threading.Event()

@@ -166,8 +166,9 @@ def _workplace(path: Path) -> Iterator[Path]:
     while lock is None:
         if place.is_symlink() or (place.exists() and not place.is_dir()):
             remove(place)
-        with naming(path, place):
-            place.mkdir(exist_ok=True)
+        # Not Path.mkdir(exist_ok=True), which fails where the one before removes the folder while it looks.
+        with naming(path, place), suppress(FileExistsError):
+            os.mkdir(place)
         with suppress(FileNotFoundError):  # removed by the one before
             lock = _held(place / "lock", "ctxfast.files", waits=True)
     try:
