@@ -5,6 +5,9 @@
 #include <cuda_runtime_api.h>
 
 #include <cstddef>
+#include <string>
+
+#include "base/common.h"
 
 namespace ctxfast {
 
@@ -93,3 +96,24 @@ inline cudaError_t device_facts(int device, DeviceFacts* facts) {
 }  // namespace ctxfast
 
 #endif  // CTXFAST_EMULATE
+
+namespace ctxfast {
+
+// The launch of a kernel whose blocks wait for one another: all have to be resident at once. An error where the device
+// holds fewer: `what` begins its sentence, `way_out` ends it.
+template <typename Params>
+Status cooperative_config(const char* op, const char* what, const char* way_out, void (*kernel)(Params), int blocks,
+                          unsigned threads, int64_t shared_bytes, LaunchConfig* config) {
+  config->grid = dim3(static_cast<unsigned>(blocks));
+  config->threads = threads;
+  config->shared_bytes = static_cast<size_t>(shared_bytes);
+  config->cooperative = true;
+  int resident = 0;
+  CTXFAST_CUDA_CHECK(op, resident_blocks(kernel, config->threads, config->shared_bytes, &resident));
+  if (resident >= blocks) return {};
+  return runtime_error(op, std::string(what) + " needs " + std::to_string(blocks) +
+                               " blocks resident at once and this device holds " + std::to_string(resident) + ". " +
+                               way_out);
+}
+
+}  // namespace ctxfast

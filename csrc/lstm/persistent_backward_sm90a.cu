@@ -175,17 +175,8 @@ Status lstm_persistent_backward(const LstmPersistentBackwardParams& p, CUstream_
 
   LaunchConfig config;
   const int blocks = static_cast<int>(p.directions) * shape.blocks;
-  config.grid = dim3(static_cast<unsigned>(blocks));
-  config.threads = kThreads;
-  config.shared_bytes = static_cast<size_t>(shape.shared_bytes);
-  config.cooperative = true;
-  int resident = 0;
-  CTXFAST_CUDA_CHECK(kOp, resident_blocks(kernel, config.threads, config.shared_bytes, &resident));
-  if (resident < blocks) {
-    return runtime_error(kOp, "the persistent backward pass needs " + std::to_string(blocks) +
-                                  " blocks resident at once and this device holds " + std::to_string(resident) +
-                                  ". Pass impl='cuda_step'.");
-  }
+  CTXFAST_RETURN_IF_ERROR(cooperative_config(kOp, "the persistent backward pass", "Pass impl='cuda_step'.", kernel,
+                                             blocks, kThreads, shape.shared_bytes, &config));
   CTXFAST_CUDA_CHECK(kOp, clear_async(exchange, 0xFF, static_cast<size_t>(exchanged), stream));
   CTXFAST_CUDA_CHECK(kOp, clear_async(exchange + exchanged, 0, kFlagBytes, stream));
   CTXFAST_CUDA_CHECK(kOp, launch(kernel, config, stream, k));

@@ -4,6 +4,7 @@
 
 #include "base/testing.h"
 #include "lstm/lstm.h"
+#include "lstm/testing.h"
 
 using namespace ctxfast;
 
@@ -24,8 +25,6 @@ struct Problem {
 struct Gradients {
   std::vector<double> z, hidden, m, h_0, c_0;
 };
-
-double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
 
 Problem make(const Size& s, uint64_t seed) {
   Random random(seed);

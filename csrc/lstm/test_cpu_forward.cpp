@@ -5,6 +5,7 @@
 
 #include "base/testing.h"
 #include "lstm/lstm.h"
+#include "lstm/testing.h"
 
 using namespace ctxfast;
 
@@ -29,7 +30,6 @@ struct Result {
   Status status;
 };
 
-double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
 double clip(double x, double limit) { return limit > 0 ? std::min(std::max(x, -limit), limit) : x; }
 
 // A row of factors as products of this kind hold it.

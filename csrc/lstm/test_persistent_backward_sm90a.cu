@@ -8,6 +8,7 @@
 
 #include "base/testing.cuh"
 #include "lstm/persistent_backward.h"
+#include "lstm/testing.h"
 
 using namespace ctxfast;
 
@@ -15,25 +16,12 @@ constexpr const char* kProgram = CTXFAST_PROGRAM("test_lstm_persistent_backward"
 
 namespace {
 
-struct Sizes {
-  int64_t B, T, H, P, R;
-  bool projected, ragged, states;
-  float cell_clip, proj_clip;
-  std::string name() const {
-    return std::to_string(H) + (projected ? "/" + std::to_string(P) : "") + " R" + std::to_string(R) + " B" +
-           std::to_string(B) + " T" + std::to_string(T) + (ragged ? " ragged" : "") + (states ? " states" : "") +
-           (cell_clip > 0 ? " clips" : "");
-  }
-};
-
-double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
-
 struct Gradients {
   std::vector<double> gates, hidden, h_0, c_0;
 };
 
 template <typename T>
-void test(Report* report, const char* dtype_name, DType dtype, double eps, const Sizes& z, int schedules) {
+void test(Report* report, const char* dtype_name, DType dtype, double eps, const PersistentSizes& z, int schedules) {
   const int64_t B = z.B, steps = z.T, H = z.H, P = z.P, R = z.R;
   const std::string what = std::string(dtype_name) + " " + z.name();
   Random random(B + 31 * steps + 7 * H);
@@ -189,7 +177,7 @@ void test(Report* report, const char* dtype_name, DType dtype, double eps, const
   }
 }
 
-void both(Report* report, const Sizes& z, int schedules) {
+void both(Report* report, const PersistentSizes& z, int schedules) {
   test<__half>(report, "fp16", DType::kFloat16, 4e-3, z, schedules);
   test<__nv_bfloat16>(report, "bf16", DType::kBFloat16, 3e-2, z, schedules);
 }

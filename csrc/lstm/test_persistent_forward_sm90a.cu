@@ -9,25 +9,13 @@
 
 #include "base/testing.cuh"
 #include "lstm/persistent_forward.h"
+#include "lstm/testing.h"
 
 using namespace ctxfast;
 
 constexpr const char* kProgram = CTXFAST_PROGRAM("test_lstm_persistent_forward");
 
 namespace {
-
-struct Sizes {
-  int64_t B, T, H, P, R;
-  bool projected, ragged, states;
-  float cell_clip, proj_clip;
-  std::string name() const {
-    return std::to_string(H) + (projected ? "/" + std::to_string(P) : "") + " R" + std::to_string(R) + " B" +
-           std::to_string(B) + " T" + std::to_string(T) + (ragged ? " ragged" : "") + (states ? " states" : "") +
-           (cell_clip > 0 ? " clips" : "");
-  }
-};
-
-double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
 
 LstmPersistentDevice device_facts_here() {
   LstmPersistentDevice facts;
@@ -37,7 +25,7 @@ LstmPersistentDevice device_facts_here() {
 }
 
 template <typename T>
-void test(Report* report, const char* dtype_name, DType dtype, double eps, const Sizes& z, int schedules) {
+void test(Report* report, const char* dtype_name, DType dtype, double eps, const PersistentSizes& z, int schedules) {
   const int64_t B = z.B, steps = z.T, H = z.H, P = z.P, R = z.R;
   Random random(B + 31 * steps + 7 * H);
   const LstmPersistentDevice facts = device_facts_here();
@@ -145,7 +133,7 @@ void test(Report* report, const char* dtype_name, DType dtype, double eps, const
 // A row whose h_0 is all 0xFFFF, which in a slot means "not there yet": it turns into NaN, nobody waits, and the other
 // row has the same bits as without it.
 template <typename T>
-void test_nan(Report* report, DType dtype, const Sizes& z) {
+void test_nan(Report* report, DType dtype, const PersistentSizes& z) {
   const int64_t H = z.H, P = z.P;
   const std::string what = "0xFFFF in h_0, " + z.name();
   const LstmPersistentDevice facts = device_facts_here();
@@ -182,7 +170,7 @@ void test_nan(Report* report, DType dtype, const Sizes& z) {
   report->that(what + ": not in others", std::equal(found[0].begin() + row, found[0].end(), found[1].begin() + row));
 }
 
-void both(Report* report, const Sizes& z, int schedules) {
+void both(Report* report, const PersistentSizes& z, int schedules) {
   test<__half>(report, "fp16", DType::kFloat16, 4e-3, z, schedules);
   test<__nv_bfloat16>(report, "bf16", DType::kBFloat16, 3e-2, z, schedules);
 }
