@@ -78,7 +78,7 @@ def launches(dtype: str, arch: int) -> Iterator[triton_rows.Launch]:
 
 def compiled(op: str, kernel: Any, constants: dict[str, Any], tile: dict[str, int], dtype: str, arch: int) -> Any:
     """The kernel as its launcher would have it compiled."""
-    options = {name: value for name, value in tile.items() if name.startswith("num_")}
+    options = {name: value for name, value in tile.items() if name.startswith("num_") or name == "maxnreg"}
     constants = constants | {name: value for name, value in tile.items() if name not in options}
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     if constants.get("DROPOUT") is False:
