@@ -77,16 +77,17 @@ def _forward(
         return out, lse
     tokens, _, heads, _ = qkv.shape
     tile = _plan(qkv, cu_seqlens, max_seqlen).forward
-    options = _options(qkv, seeds) | dict(
-        NEGATIVE=softmax_scale < 0, SAVE_LSE=save_lse, **tile.options
-    )
+    cu_seqlens = cu_seqlens.contiguous()
+    options = _options(qkv, seeds) | tile.options(qkv.shape[3])
+    options |= dict(NEGATIVE=softmax_scale < 0, SAVE_LSE=save_lse)
     numbers = (abs(softmax_scale) * _LOG2_E, *philox.numbers(dropout_p), *qkv.stride())
     with triton_rows.on_device(qkv):
         if tile.pairs:
             pairs = (cu_seqlens.shape[0] - 1) * heads
             triton_forward.forward_pairs[(triton.cdiv(pairs, tile.pairs),)](
-                qkv, cu_seqlens, out, lse, seeds, tokens, heads, pairs, *numbers, BLOCK_L=tile.rows, PAIRS=tile.pairs, **options
-            )
+                qkv, cu_seqlens, out, lse, seeds, tokens, heads, pairs, *numbers, BLOCK_L=tile.rows, PAIRS=tile.pairs,
+                **options,
+            )  # fmt: skip
         else:
             programs, table, blocks = _blocks(qkv, cu_seqlens, max_seqlen, tile.rows)
             triton_forward.forward_blocks[(heads * programs,)](
@@ -107,8 +108,9 @@ def _backward(
     grad_qkv = _gradient(qkv)
     if _is_empty(qkv, cu_seqlens, max_seqlen):
         return grad_qkv
-    tokens, _, heads, _ = qkv.shape
+    tokens, _, heads, head_dim = qkv.shape
     plan = _plan(qkv, cu_seqlens, max_seqlen)
+    cu_seqlens = cu_seqlens.contiguous()
     options = _options(qkv, seeds)
     numbers = (softmax_scale * _LOG2_E, softmax_scale, *philox.numbers(dropout_p), *qkv.stride(), *grad.stride())
     with triton_rows.on_device(qkv):
@@ -119,19 +121,19 @@ def _backward(
             triton_backward.backward_query[(heads * programs,)](
                 qkv, cu_seqlens, table, out, lse, delta, grad, grad_qkv, seeds, tokens, heads, blocks,
                 *numbers, BLOCK_M=tile.rows, BLOCK_N=tile.columns, HAS_TABLE=table is not None,
-                **tile.options, **options,
+                **tile.options(head_dim), **options,
             )  # fmt: skip
             tile = plan.key
             programs, table, blocks = _blocks(qkv, cu_seqlens, max_seqlen, tile.columns)
             triton_backward.backward_key[(heads * programs,)](
                 qkv, cu_seqlens, table, lse, delta, grad, grad_qkv, seeds, tokens, heads, blocks,
                 *numbers, BLOCK_M=tile.rows, BLOCK_N=tile.columns, HAS_TABLE=table is not None,
-                **tile.options, **options,
+                **tile.options(head_dim), **options,
             )  # fmt: skip
             return grad_qkv
         tile, pairs = plan.whole, (cu_seqlens.shape[0] - 1) * heads
         pointers = (qkv, cu_seqlens, lse, grad, grad_qkv, seeds)
-        options = options | dict(BLOCK_L=tile.rows, **tile.options)
+        options = options | dict(BLOCK_L=tile.rows) | tile.options(head_dim)
         if tile.pairs:
             triton_backward.backward_pairs[(triton.cdiv(pairs, tile.pairs),)](
                 *pointers, tokens, heads, pairs, *numbers, PAIRS=tile.pairs, **options
@@ -228,8 +230,12 @@ ARGUMENT_TYPES, HAS_PRODUCTS = {"scale": "fp32", "table": "*i32"}, True
 
 def launches(dtype: str, arch: int) -> Iterator[triton_rows.Launch]:
     """What csrc/triton_resources.py compiles: every plan of triton_plan."""
+    if dtype == "float32":
+        yield "list of blocks", triton_blocks.list_blocks, dict(SIZE=64), triton_blocks.TILE
     kind = dtype if dtype in ("float32", "tf32") else "half"
-    for head_dim in (32, 48, 64, 128) if dtype in ("float32", "bfloat16") else (32, 64, 128):  # 48 is filled up to 64
+    # 48 is filled up to 64. What float16 and TF32 change is the products' type: one size stands for all.
+    sizes = {"bfloat16": (32, 48, 64, 128), "float32": (32, 64, 128)}
+    for head_dim in sizes.get(dtype, (64,)):
         for plan in triton_plan.plans(head_dim, kind, arch // 10):
             for dropout in (True, False):
                 shared = dict(
@@ -238,7 +244,7 @@ def launches(dtype: str, arch: int) -> Iterator[triton_rows.Launch]:
                 )  # fmt: skip
                 where = f"D={head_dim} {'dropout' if dropout else 'plain'} up to {plan.longest or 'any'}"
                 for name, kernel, tile, more in _launches(plan):
-                    yield f"{where} {name}", kernel, shared | more, tile.options
+                    yield f"{where} {name}", kernel, shared | more, tile.options(head_dim)
 
 
 def _launches(plan: triton_plan.Plan) -> Iterator[tuple[str, Any, triton_plan.Tile, dict[str, Any]]]:

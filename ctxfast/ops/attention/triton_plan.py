@@ -3,10 +3,9 @@
 
 A search would time dozens of variants in a user's first batches and give different bits on different days. The table
 was made without a GPU. Its start is a probe on an H100 (64 x 64 tiles with 4 warps were best from 128 to 512 tokens);
-the rest are the largest tiles that do not spill, with dropout and without (csrc/triton_resources.py compiles them
-all). Two things were tried by compiler alone: a second copy of the inner loop for whole blocks, without masks,
-took 203 registers instead of 128 (two blocks an SM instead of four), and so did a loop over blocks of queries inside
-a program. To be tuned on GPUs.
+the rest are the largest tiles that do not spill, with dropout and without, by the registers and the instructions of
+compiled kernels (csrc/triton_resources.py compiles them all). Up to 128 tokens one kernel that holds a sequence whole
+has half the instructions of one over queries and one over keys, and as many warps an SM (8). To be tuned on GPUs.
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ class Tile:
     """How one kernel is cut: tiles of ``rows`` queries x ``columns`` keys.
 
     ``pairs`` above 0: so many (sequence, head) pairs a program, each of at most ``rows`` tokens and each in one warp.
-    ``registers``: a thread has no more; None leaves it to the compiler, which is generous where one more block an SM
-    would be had for a few instructions.
+    ``registers``: a thread has no more, where heads fill the tile; None leaves it to the compiler, which is generous
+    where a few instructions would buy one more block an SM.
     """
 
     rows: int
@@ -32,10 +31,10 @@ class Tile:
     pairs: int = 0
     registers: int | None = None
 
-    @property
-    def options(self) -> dict[str, int | None]:
+    def options(self, head_dim: int) -> dict[str, int | None]:
         """What Triton is told at a launch."""
-        return dict(num_warps=self.warps, num_stages=self.stages, maxnreg=self.registers)
+        is_filled = head_dim == block(head_dim)
+        return dict(num_warps=self.warps, num_stages=self.stages, maxnreg=self.registers if is_filled else None)
 
 
 @dataclass(frozen=True)
@@ -64,14 +63,14 @@ _HOPPER = {
         Plan(16, _pairs(16), whole=_pairs(16)),
         Plan(32, _pairs(32), whole=_pairs(32)),
         Plan(64, Tile(64, 64, 4), whole=Tile(64, 64, 4)),
-        Plan(128, Tile(64, 128, 4, registers=128), whole=Tile(128, 128, 8)),
+        Plan(128, Tile(64, 128, 4), whole=Tile(128, 128, 8)),
         Plan(0, Tile(64, 64, 4, 2, registers=128), query=Tile(64, 64, 4, 2), key=Tile(64, 64, 4, 2)),
     ),
     64: (
         Plan(16, _pairs(16), whole=_pairs(16)),
         Plan(32, _pairs(32), whole=Tile(32, 32, 2)),
         Plan(64, Tile(64, 64, 4), whole=Tile(64, 64, 4)),
-        Plan(128, Tile(64, 128, 4, registers=128), whole=Tile(128, 128, 8)),
+        Plan(128, Tile(64, 128, 4), whole=Tile(128, 128, 8)),
         Plan(0, Tile(64, 64, 4, 2, registers=128), query=Tile(64, 64, 4, 2), key=Tile(64, 64, 4, 2)),
     ),
     128: (

@@ -20,6 +20,9 @@ from ..._core import capability, torch_ops
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_SIZE = 8192  # elements of a row in registers
 SUMMED_SIZE = 4096  # elements of a row beside whose gradient three sums of columns have room
+# Warps an SM of a LayerNorm's backward, whose programs stay for all of it: as many as 80 registers a thread leave room
+# for. It waits for memory, so more of them are faster until some have to wait for a place.
+BACKWARD_WARPS = 24
 IS_INTERPRETED = capability.is_triton_interpreted()
 # The dispatch key of the operators: the interpreter computes on CPU tensors.
 DISPATCH = "CPU" if IS_INTERPRETED else "CUDA"
@@ -27,7 +30,8 @@ DISPATCH = "CPU" if IS_INTERPRETED else "CUDA"
 ROUNDS = tl.constexpr(7)
 
 
-# A kernel as csrc/triton_resources.py compiles it: its name in the table, the kernel, its constants, its tile. An op's
+# A kernel as csrc/triton_resources.py compiles it: its name in the table, the kernel, its constants (and, as "*fp32",
+# types of tensors that are not of the op's dtype), its tile. An op's
 # ``triton`` module lists its own: ``launches(dtype, arch)``, arch 80 or 90; dtype "float32", "float16", "bfloat16" or
 # "tf32", which is float32 under torch.backends.cuda.matmul.allow_tf32.
 Launch = tuple[str, Any, dict[str, Any], dict[str, int]]
