@@ -158,7 +158,7 @@ def main() -> None:
     for kernel, problem in problems:
         print(f"FAIL  {kernel}: {problem}", file=sys.stderr)
     if problems:
-        raise SystemExit(f"triton_resources: {len(problems)} problems under Triton {VERSION}. If growth is meant: --update.")
+        raise SystemExit(f"triton_resources: {len(problems)} problems, Triton {VERSION}. If growth is meant: --update.")
     compared = f"as in {TABLE.name}" if known is not None else f"not compared: Triton {VERSION} has no table yet"
     print(f"triton_resources: {len(measured)} kernels {compared}; no spills, no products in series")
 
