@@ -35,7 +35,7 @@ SEED = 20180215
 MODELS = tuple(sorted(path.stem for path in (Path(__file__).parent / "models").glob("[!_]*.py")))
 # The order on pages; what is not listed comes after these.
 _ORDER = (
-    "lstm", "attention", "add_layer_norm", "linear_act", "embed_layer_norm", "linear_cross_entropy",
+    "lstm", "attention", "add_layer_norm", "linear_act", "feed_forward", "embed_layer_norm", "linear_cross_entropy",
     "transformer_layers", "char_cnn", "scalar_mix", "elmo", "bert", "bert_mlm",
 )  # fmt: skip
 

@@ -28,10 +28,11 @@ def name_of(module: nn.Module) -> str:
 def is_plain(linear: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether a linear layer's parameters are all of it: nobody put another module in its place (a quantised layer, an
     adapter) or wants to see its calls. What is not plain is called."""
-    return _is_own(linear, nn.Linear) and not is_watched(linear)
+    return is_own(linear, nn.Linear) and not is_watched(linear)
 
 
-def _is_own(module: nn.Module, kind: type[M]) -> TypeGuard[M]:
+def is_own(module: nn.Module, kind: type[M]) -> TypeGuard[M]:
+    """Whether a module computes what modules of a class do."""
     return isinstance(module, kind) and type(module).forward is kind.forward
 
 
@@ -43,7 +44,7 @@ def readable(owner: nn.Module, name: str, module: nn.Module, kind: type[M], way:
     Raises:
         RuntimeError: another module stands in its place (a quantised one, an adapter), with its own idea of a call.
     """
-    if not _is_own(module, kind):
+    if not is_own(module, kind):
         found = type(module)
         raise RuntimeError(
             f"{name_of(owner)}: {name} is a {found.__module__}.{found.__qualname__}; expected a "
