@@ -268,21 +268,46 @@ def _time_cuda(runners: list[_Runner], seconds: float, *, is_model: bool) -> Non
 def _capture(run: Callable[[], Any], row: ResultRow) -> Callable[[], Any] | None:
     """The same work as one CUDA graph; None, with the reason in the row, if it cannot be captured."""
     try:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                run()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            kept = run()
+        return capture(run)
     except Exception as error:
         torch.cuda.synchronize()
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         row.status, row.note = "cannot run", f"cannot be captured in a CUDA graph: {reason}"
         row.error = row.bound = row.memory_mib = None
         return None
+
+
+def capture(run: Callable[[], Any]) -> Callable[[], Any]:
+    """``run`` as a CUDA graph: a function that replays it and returns its outputs, the same tensors each time.
+
+    Raises what ``run`` raises when it waits for the device, as for the number of tokens under a mask: before anything
+    is captured, for torch leaves a process whose capture failed on the stream of the capture, and its allocator at
+    work for it. What fails later all the same is cleared away here.
+    """
+    stream, outside = torch.cuda.Stream(), torch.cuda.current_stream()
+    stream.wait_stream(outside)
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            run()
+        torch.cuda.synchronize()
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            run()
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+    outside.wait_stream(stream)
+    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+    try:
+        with torch.cuda.graph(graph, pool=pool, stream=stream):
+            kept = run()
+    except Exception:
+        torch.cuda.set_stream(outside)
+        try:
+            torch._C._cuda_endAllocateToPool(outside.device_index, pool)
+        except RuntimeError:  # it had ended
+            pass
+        raise
 
     def replay() -> Any:
         graph.replay()

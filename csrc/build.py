@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The build of everything under csrc: what is compiled, by which compiler and with which flags.
 
-``setup.py`` builds the extension with it; the emulator of the tests and ``resources.py`` ask it too. As a program it
-builds the test programs and runs them, each once, as many at a time as there are cores:
+``setup.py`` builds the extension with it; the emulator of the tests and ``resources.py`` ask it too. As a program:
 
-    python csrc/build.py test [--cpu]    kernels against plain loops: those of the CPU, then (without --cpu) the CUDA
-                                         ones, on a GPU where nvcc is and on the emulator where CUDA's headers are
-    python csrc/build.py sanitize        CUDA programs under compute-sanitizer: memcheck and racecheck (needs a GPU)
+    python csrc/build.py test [--cpu]    builds the test programs, kernels against plain loops, and runs them, each
+                                         once, as many at a time as there are cores: those of the CPU, then (without
+                                         --cpu) the CUDA ones, on a GPU where nvcc is and on the emulator where CUDA's
+                                         headers are
+    python csrc/build.py extension       builds ctxfast._C in place as setup.py does, with any setuptools or none;
+                                         --dry-run: says what would be compiled
+    python csrc/build.py programs [--emulated] [NAME ...]
+                                         builds CUDA test programs, those of these names, and runs none
 
 A source's name says how it is compiled:
 
@@ -290,8 +294,8 @@ class Build:
         self._lines[target] = f"build {_escaped(target)}: link {' '.join(objects)}\n  command_line = {words}"
         return target
 
-    def run(self, targets: Sequence[str]) -> bool:
-        """Build targets; False if a command failed, which ninja has shown."""
+    def run(self, targets: Sequence[str], *options: str) -> bool:
+        """Build targets, with these options of ninja's; False if a command failed, which ninja has shown."""
         rules = (
             "ninja_required_version = 1.5\n"
             "rule compile\n  command = $command_line -MD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc\n"
@@ -302,7 +306,10 @@ class Build:
         with open(self.folder / "lock", "wb") as lock:  # one build at a time
             fcntl.flock(lock, fcntl.LOCK_EX)
             write_if_changed(self.folder / "build.ninja", rules + "\n".join(self._lines.values()) + "\n")
-            return subprocess.run([self.ninja, "-C", str(self.folder), *jobs, *targets], check=False).returncode == 0
+            return (
+                subprocess.run([self.ninja, "-C", str(self.folder), *jobs, *options, *targets], check=False).returncode
+                == 0
+            )
 
     @cached_property
     def sets(self) -> list[str]:
@@ -376,7 +383,7 @@ class Build:
         programs = []
         for path in sorted(CSRC.glob("*/test_*.cpp")):
             objects = [self.object(path, [*self.cxx, *CXX_FLAGS]), *kernels]
-            programs.append(self.link(_program(path), [*self.cxx, "-pthread"], objects))
+            programs.append(self.link(program_name(path), [*self.cxx, "-pthread"], objects))
         return programs
 
     def cuda_tests(self) -> list[str]:
@@ -384,7 +391,7 @@ class Build:
         programs = []
         for path in self._compiled(sorted(CSRC.glob("*/test_*.cu"))):
             objects = [self._cuda_object(path), *self.cuda_kernels(path.parent.name)]
-            programs.append(self.link(_program(path), command, objects))
+            programs.append(self.link(program_name(path), command, objects))
         return programs
 
     def emulated_tests(self) -> list[str]:
@@ -393,7 +400,7 @@ class Build:
         for path in sorted(CSRC.glob("*/test_*.cu")):
             kernels = [self._emulated_object(kernel) for kernel in sources(f"{path.parent.name}/*.cu")]
             objects = [self._emulated_object(path), *kernels, emulator]
-            programs.append(self.link(f"emulated_{_program(path)}", [*self.cxx, "-pthread"], objects))
+            programs.append(self.link(f"emulated_{program_name(path)}", [*self.cxx, "-pthread"], objects))
         return programs
 
     @cached_property
@@ -403,7 +410,7 @@ class Build:
         return (answer.stdout.splitlines() or [" ".join(self.cxx)])[0]
 
 
-def _program(source: Path) -> str:
+def program_name(source: Path) -> str:
     """The name of a test program: test_lstm_step of lstm/test_step.cu."""
     return f"test_{source.parent.name}_{source.stem.removeprefix('test_')}"
 
@@ -481,32 +488,74 @@ def test(build: Build, only_cpu: bool) -> int:
     return int(failed > 0)
 
 
-def sanitize(build: Build) -> int:
-    """Out-of-bounds and misaligned accesses, then races in shared memory; programs take their small sizes."""
-    sanitizer = build.environ.get("SANITIZER") or shutil.which("compute-sanitizer")
-    if not build.cuda.nvcc or not sanitizer:
-        raise SettingError(f"not sanitized: {build.cuda.reason or 'no compute-sanitizer on PATH (SANITIZER=...)'}")
-    programs = build.cuda_tests()
-    if not build.run(programs):
+def programs(build: Build, names: Sequence[str], emulated: bool) -> int:
+    """Build CUDA test programs whose names hold one of these, all without names."""
+    if emulated and not build.cuda_headers:
+        raise SettingError("nothing built for the emulator: CUDA's headers come with its toolkit or with Triton")
+    if not emulated and not build.cuda.nvcc:
+        raise SettingError(f"CUDA programs not built: {build.cuda.reason}")
+    built = build.emulated_tests() if emulated else build.cuda_tests()
+    chosen = [program for program in built if not names or any(name in program for name in names)]
+    if not chosen:
+        raise SettingError(
+            f"no CUDA program is called {' or '.join(names)}; expected part of one of {', '.join(built)}"
+        )
+    return int(not build.run(chosen))
+
+
+# ---- the extension, in place
+
+
+def version() -> str:
+    """The package's, as pyproject.toml has it."""
+    found = re.search(r'^version = "(.+)"$', (CSRC.parent / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
+    assert found is not None
+    return found[1]
+
+
+def place(built: Path, target: Path) -> None:
+    """Put a library where it is loaded from: replaced, not overwritten, for a process may have the old one mapped."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(target.name + ".tmp")
+    shutil.copyfile(built, temporary)
+    os.replace(temporary, target)
+
+
+def told(build: Build, name: str) -> str:
+    """What was built, in two lines."""
+    kernels = f"CUDA kernels with nvcc {build.cuda.version} for {', '.join(build.cuda.archs)} and PTX"
+    cuda = kernels if build.cuda.nvcc else f"no CUDA kernels: {build.cuda.reason}"
+    return f"ctxfast: built {name}: CPU kernels with {build.compiler}\nctxfast: {cuda}"
+
+
+def extension(build: Build, dry_run: bool) -> int:
+    name = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    if not build.run([build.extension(name, version())], *(("-n",) if dry_run else ())):
         return 1
-    environ = {**build.environ, "CTXFAST_SMALL": "1"}
-    for tool in ("memcheck", "racecheck"):
-        for program in programs:
-            print(f"{tool} {program}", flush=True)
-            command = [sanitizer, "--tool", tool, "--error-exitcode", "1", str(build.folder / program)]
-            if run_programs([command], environ):
-                return 1
+    if not dry_run:
+        place(build.folder / name, CSRC.parent / "ctxfast" / name)
+        print(told(build, name))
     return 0
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Builds and runs the test programs of csrc.")
-    parser.add_argument("what", choices=("test", "sanitize"))
-    parser.add_argument("--cpu", action="store_true", help="the CPU's programs alone")
+    parser = argparse.ArgumentParser(description="Builds the extension, builds and runs the test programs of csrc.")
+    what = parser.add_subparsers(dest="what", required=True)
+    tests = what.add_parser("test", help="build the test programs and run them")
+    tests.add_argument("--cpu", action="store_true", help="the CPU's programs alone")
+    in_place = what.add_parser("extension", help="build ctxfast._C in place")
+    in_place.add_argument("--dry-run", action="store_true", help="say what would be compiled")
+    only_built = what.add_parser("programs", help="build CUDA test programs and run none")
+    only_built.add_argument("names", nargs="*", metavar="NAME", help="part of a program's name; none for all")
+    only_built.add_argument("--emulated", action="store_true", help="for the emulator instead of a GPU")
     options = parser.parse_args()
     try:
         build = Build(dict(os.environ))
-        raise SystemExit(sanitize(build) if options.what == "sanitize" else test(build, options.cpu))
+        if options.what == "test":
+            raise SystemExit(test(build, options.cpu))
+        if options.what == "extension":
+            raise SystemExit(extension(build, options.dry_run))
+        raise SystemExit(programs(build, options.names, options.emulated))
     except SettingError as error:
         raise SystemExit(f"error: {error}") from None
 
