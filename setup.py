@@ -46,8 +46,8 @@ def main() -> None:
     if int(setuptools.__version__.partition(".")[0]) < OLDEST_SETUPTOOLS:
         raise SystemExit(
             f"error: ctxfast: setuptools {setuptools.__version__} does not read this pyproject.toml; expected "
-            f"{OLDEST_SETUPTOOLS} or newer (pip install -U setuptools). Without it: python csrc/build.py extension "
-            f"builds the extension in place."
+            f"{OLDEST_SETUPTOOLS} or newer (pip install -U setuptools). Without it: python -m benchmarks.gpu.build "
+            f"extension builds the extension in place."
         )
     extensions = []
     if sys.platform == "linux":

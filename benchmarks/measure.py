@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 
+from ctxfast.nn.graph_capture import abandon
+
 from .cases import Case
 from .ceilings import floor_seconds
 from .gate import Gate, ParityError, Verdict, results, runner
@@ -281,8 +283,8 @@ def capture(run: Callable[[], Any]) -> Callable[[], Any]:
     """``run`` as a CUDA graph: a function that replays it and returns its outputs, the same tensors each time.
 
     Raises what ``run`` raises when it waits for the device, as for the number of tokens under a mask: before anything
-    is captured, for torch leaves a process whose capture failed on the stream of the capture, and its allocator at
-    work for it. What fails later all the same is cleared away here.
+    is captured. A capture that fails all the same leaves the stream and torch's allocator as they were, or the rows
+    after it would be measured in the midst of it.
     """
     stream, outside = torch.cuda.Stream(), torch.cuda.current_stream()
     stream.wait_stream(outside)
@@ -298,16 +300,15 @@ def capture(run: Callable[[], Any]) -> Callable[[], Any]:
             torch.cuda.set_sync_debug_mode(before)
     outside.wait_stream(stream)
     graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
-    try:
-        with torch.cuda.graph(graph, pool=pool, stream=stream):
-            kept = run()
-    except Exception:
-        torch.cuda.set_stream(outside)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        graph.capture_begin(pool=pool)
         try:
-            torch._C._cuda_endAllocateToPool(outside.device_index, pool)
-        except RuntimeError:  # it had ended
-            pass
-        raise
+            kept = run()
+            graph.capture_end()
+        except BaseException:
+            abandon(graph, pool)
+            raise
 
     def replay() -> Any:
         graph.replay()

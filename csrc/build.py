@@ -1,16 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The build of everything under csrc: what is compiled, by which compiler and with which flags.
 
-``setup.py`` builds the extension with it; the emulator of the tests and ``resources.py`` ask it too. As a program:
+``setup.py`` builds the extension with it; the emulator of the tests, ``resources.py`` and ``benchmarks/gpu`` ask it
+too. As a program it builds the test programs and runs them, each once, as many at a time as there are cores:
 
-    python csrc/build.py test [--cpu]    builds the test programs, kernels against plain loops, and runs them, each
-                                         once, as many at a time as there are cores: those of the CPU, then (without
-                                         --cpu) the CUDA ones, on a GPU where nvcc is and on the emulator where CUDA's
-                                         headers are
-    python csrc/build.py extension       builds ctxfast._C in place as setup.py does, with any setuptools or none;
-                                         --dry-run: says what would be compiled
-    python csrc/build.py programs [--emulated] [NAME ...]
-                                         builds CUDA test programs, those of these names, and runs none
+    python csrc/build.py test [--cpu]    kernels against plain loops: those of the CPU, then (without --cpu) the CUDA
+                                         ones, on a GPU where nvcc is and on the emulator where CUDA's headers are
 
 A source's name says how it is compiled:
 
@@ -488,29 +483,7 @@ def test(build: Build, only_cpu: bool) -> int:
     return int(failed > 0)
 
 
-def programs(build: Build, names: Sequence[str], emulated: bool) -> int:
-    """Build CUDA test programs whose names hold one of these, all without names."""
-    if emulated and not build.cuda_headers:
-        raise SettingError("nothing built for the emulator: CUDA's headers come with its toolkit or with Triton")
-    if not emulated and not build.cuda.nvcc:
-        raise SettingError(f"CUDA programs not built: {build.cuda.reason}")
-    built = build.emulated_tests() if emulated else build.cuda_tests()
-    chosen = [program for program in built if not names or any(name in program for name in names)]
-    if not chosen:
-        raise SettingError(
-            f"no CUDA program is called {' or '.join(names)}; expected part of one of {', '.join(built)}"
-        )
-    return int(not build.run(chosen))
-
-
-# ---- the extension, in place
-
-
-def version() -> str:
-    """The package's, as pyproject.toml has it."""
-    found = re.search(r'^version = "(.+)"$', (CSRC.parent / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
-    assert found is not None
-    return found[1]
+# ---- the extension, where it is loaded from
 
 
 def place(built: Path, target: Path) -> None:
@@ -528,34 +501,13 @@ def told(build: Build, name: str) -> str:
     return f"ctxfast: built {name}: CPU kernels with {build.compiler}\nctxfast: {cuda}"
 
 
-def extension(build: Build, dry_run: bool) -> int:
-    name = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
-    if not build.run([build.extension(name, version())], *(("-n",) if dry_run else ())):
-        return 1
-    if not dry_run:
-        place(build.folder / name, CSRC.parent / "ctxfast" / name)
-        print(told(build, name))
-    return 0
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Builds the extension, builds and runs the test programs of csrc.")
-    what = parser.add_subparsers(dest="what", required=True)
-    tests = what.add_parser("test", help="build the test programs and run them")
-    tests.add_argument("--cpu", action="store_true", help="the CPU's programs alone")
-    in_place = what.add_parser("extension", help="build ctxfast._C in place")
-    in_place.add_argument("--dry-run", action="store_true", help="say what would be compiled")
-    only_built = what.add_parser("programs", help="build CUDA test programs and run none")
-    only_built.add_argument("names", nargs="*", metavar="NAME", help="part of a program's name; none for all")
-    only_built.add_argument("--emulated", action="store_true", help="for the emulator instead of a GPU")
+    parser = argparse.ArgumentParser(description="Builds the test programs of csrc and runs them.")
+    parser.add_argument("what", choices=("test",))
+    parser.add_argument("--cpu", action="store_true", help="the CPU's programs alone")
     options = parser.parse_args()
     try:
-        build = Build(dict(os.environ))
-        if options.what == "test":
-            raise SystemExit(test(build, options.cpu))
-        if options.what == "extension":
-            raise SystemExit(extension(build, options.dry_run))
-        raise SystemExit(programs(build, options.names, options.emulated))
+        raise SystemExit(test(Build(dict(os.environ)), options.cpu))
     except SettingError as error:
         raise SystemExit(f"error: {error}") from None
 

@@ -173,15 +173,13 @@ def test_after(n): assert not conftest.trapped
 
 
 class _Cuda:
-    """What ``measure.capture`` asks of torch.cuda, with a log of it."""
+    """What ``measure.capture`` asks of torch.cuda; ``current`` is the stream that work is queued on."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, capture_fails: bool) -> None:
-        self.current, self.log, self.mode = "outside", [], 0
-        cuda, outer = torch.cuda, self
+        self.mode, self.captures, self.abandoned = 0, 0, []
+        outer = self
 
         class Stream:
-            device_index = 0
-
             def wait_stream(self, other) -> None:
                 pass
 
@@ -192,35 +190,37 @@ class _Cuda:
                 outer.current = self.before
 
         class Graph:
-            def __init__(self, graph, pool, stream) -> None:
-                self.stream = stream
+            def capture_begin(self, pool) -> None:
+                outer.captures += 1
 
-            def __enter__(self):
-                self.stream.__enter__()
-
-            def __exit__(self, *error):
-                if capture_fails:  # as torch leaves it: the stream stays
+            def capture_end(self) -> None:
+                if capture_fails:
                     raise RuntimeError("operation failed due to a previous error during capture")
-                self.stream.__exit__()
 
-        self.outside = Stream()
-        self.current = self.outside
+            def replay(self) -> None:
+                pass
+
+        self.outside = self.current = Stream()
         for name, value in dict(
-            Stream=Stream, stream=lambda stream: stream, current_stream=lambda: self.current, graph=Graph,
-            set_stream=lambda stream: setattr(self, "current", stream), synchronize=lambda: None,
-            CUDAGraph=lambda: None, graph_pool_handle=lambda: (0, 1), get_sync_debug_mode=lambda: self.mode,
+            Stream=Stream, stream=lambda stream: stream, current_stream=lambda: self.current, CUDAGraph=Graph,
+            synchronize=lambda: None, graph_pool_handle=lambda: (0, 1), get_sync_debug_mode=lambda: self.mode,
             set_sync_debug_mode=lambda mode: setattr(self, "mode", mode),
         ).items():  # fmt: skip
-            monkeypatch.setattr(cuda, name, value)
-        monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *args: self.log.append(args), raising=False)
+            monkeypatch.setattr(torch.cuda, name, value)
+        monkeypatch.setattr(measure, "abandon", lambda graph, pool: self.abandoned.append(pool))
+
+
+def test_a_captured_run_returns_the_same_tensors(monkeypatch) -> None:
+    cuda, one = _Cuda(monkeypatch, capture_fails=False), torch.zeros(1)
+    assert measure.capture(lambda: one)() is one
+    assert cuda.current is cuda.outside and cuda.captures == 1 and not cuda.abandoned
 
 
 def test_a_failed_capture_leaves_the_process_as_it_was(monkeypatch) -> None:
     cuda = _Cuda(monkeypatch, capture_fails=True)
     with pytest.raises(RuntimeError, match="during capture"):
         measure.capture(lambda: 1)
-    assert cuda.current is cuda.outside and cuda.mode == 0
-    assert cuda.log == [(0, (0, 1))]
+    assert cuda.current is cuda.outside and cuda.mode == 0 and cuda.abandoned == [(0, 1)]
 
 
 def test_what_waits_for_the_device_is_not_captured(monkeypatch) -> None:
@@ -235,7 +235,7 @@ def test_what_waits_for_the_device_is_not_captured(monkeypatch) -> None:
     assert measure._capture(run, result) is None
     assert calls == [0, 0, "error"] and cuda.current is cuda.outside and cuda.mode == 0
     assert result.status == "cannot run" and result.note.endswith("called a synchronizing CUDA operation")
-    assert cuda.log == []
+    assert cuda.captures == 0
 
 
 # targets and predictions

@@ -91,7 +91,7 @@ def _path(name: str, setup: Setup) -> str:
 
 
 def _build(setup: Setup) -> list[Step]:
-    build = (sys.executable, str(ROOT / "csrc" / "build.py"))
+    build = (sys.executable, "-m", _PROGRAMS + "build")
     if setup.dry_run:
         return [
             Step("machine", _program("machine", setup), 60),
