@@ -8,13 +8,11 @@ import json
 import math
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from support import stopping
 
 import ctxfast
@@ -25,7 +23,6 @@ from ctxfast.models.elmo.weights import load_weights, save_weights
 from ctxfast.training.loop.train import LoopConfig, train
 from ctxfast.training.pretraining.bilm_corpus import BiLmCorpus, make_vocabulary, read_vocabulary, sentences, tokenized
 from ctxfast.training.pretraining.bilm_task import BiLmPretraining
-from ctxfast.training.pretraining.sampled_softmax import log_uniform_negatives, sampled_softmax_loss
 
 TEXT = """the cat sat on the mat
 a dog sat
@@ -156,84 +153,6 @@ def test_bad_text_and_vocabularies(tmp_path, text) -> None:
     other = BiLmCorpus.prepare(tmp_path / "o", [text], vocabulary_size=5)
     with pytest.raises(ValueError, match="held_out has another vocabulary"):
         BiLmPretraining(prepared, config, held_out=other, negatives=0)
-
-
-def test_negatives_are_log_uniform() -> None:
-    draw, size, count = np.random.default_rng(1), 1000, 50
-    seen, all_tries = np.zeros(size), []
-    for _ in range(2000):
-        words, tries = log_uniform_negatives(draw, count, size)
-        assert len(set(words.tolist())) == count and words.min() >= 0 and words.max() < size and tries >= count
-        seen[words] += 1
-        all_tries.append(tries)
-    k = np.arange(size)
-    chance = np.log((k + 2) / (k + 1)) / math.log(size + 1)
-    expected = np.mean([-np.expm1(tries * np.log1p(-chance)) for tries in all_tries], axis=0) * 2000
-    assert np.abs(seen - expected).max() < 5 * np.sqrt(expected.max())
-    assert np.corrcoef(seen, expected)[0, 1] > 0.99
-    with pytest.raises(ValueError, match="negatives is 5; expected 1 to 4"):
-        log_uniform_negatives(draw, 5, 5)
-
-
-def test_negatives_may_be_nearly_all_words() -> None:
-    drawn, size, count = [], 8200, 8192
-
-    class Recorded:
-        def __init__(self) -> None:
-            self.draw = np.random.default_rng(0)
-
-        def random(self, number: int) -> np.ndarray:
-            drawn.append(self.draw.random(number))
-            return drawn[-1]
-
-    start = time.process_time()
-    words, tries = log_uniform_negatives(Recorded(), count, size)
-    assert time.process_time() - start < 0.15  # 0.25 s where every round sorts all that came before
-    line = np.minimum(np.exp(np.concatenate(drawn) * math.log(size + 1)).astype(np.int64) - 1, size - 1)
-    _, first = np.unique(line, return_index=True)
-    order = np.sort(first)[:count]
-    assert np.array_equal(words, line[order]) and tries == order[-1] + 1
-
-
-def test_sampled_softmax_against_its_formula() -> None:
-    generator = torch.Generator().manual_seed(0)
-    size, count, rows, width = 40, 12, 9, 6
-    hidden = torch.randn(rows, width, generator=generator, requires_grad=True)
-    weight, bias = torch.randn(size, width, generator=generator), torch.randn(size, generator=generator)
-    words, tries = log_uniform_negatives(np.random.default_rng(0), count, size)
-    targets = torch.randint(size, (rows,), generator=generator)
-    targets[0] = int(words[0])  # drawn by accident
-    loss = sampled_softmax_loss(hidden, weight, bias, targets, torch.from_numpy(words), torch.tensor(tries))
-
-    def corrected(row: int, word: int) -> float:
-        p = math.log((word + 2) / (word + 1)) / math.log(size + 1)
-        expected = 1 - (1 - p) ** tries
-        return (hidden[row].double() @ weight[word].double() + bias[word]).item() - math.log(expected)
-
-    total = 0.0
-    for row, target in enumerate(targets.tolist()):
-        logits = [corrected(row, target)] + [corrected(row, word) for word in words.tolist() if word != target]
-        total += math.log(sum(math.exp(value) for value in logits)) - logits[0]
-    assert loss.item() == pytest.approx(total / rows, rel=1e-5)
-    loss.backward()
-    assert hidden.grad.isfinite().all()
-
-
-def test_sampled_softmax_comes_close_to_the_full_one() -> None:
-    generator = torch.Generator().manual_seed(0)
-    size, rows = 500, 64
-    hidden, weight = torch.randn(rows, 8, generator=generator), 0.5 * torch.randn(size, 8, generator=generator)
-    targets = (torch.rand(rows, generator=generator) ** 3 * size).long()
-    full = F.cross_entropy(hidden @ weight.T, targets).item()
-    draw, losses = np.random.default_rng(0), []
-    for _ in range(50):
-        words, tries = log_uniform_negatives(draw, 300, size)
-        found = sampled_softmax_loss(
-            hidden, weight, torch.zeros(size), targets, torch.from_numpy(words), torch.tensor(tries)
-        )
-        losses.append(found.item())
-    # The softmax's sum is estimated, and counts the target whole: near the full loss, not equal to it.
-    assert abs(np.mean(losses) - full) < 0.15 * full
 
 
 def task(text: Path, **options) -> BiLmPretraining:
