@@ -294,9 +294,12 @@ def resolve(spec: OpSpec, args: Mapping[str, Any], impl: str | None = None) -> I
             )
         return chosen
     device = next(tensors(args)).device.type
-    for candidate in spec.impls:
-        if candidate.device == device and spec.supports(candidate, args) is None:
+    candidates = [candidate for candidate in spec.impls if candidate.device == device]
+    for candidate in candidates:
+        if spec.supports(candidate, args) is None:
             return candidate
+    if candidates and torch_ops.exports_gradient(tensors(args)):
+        torch_ops.warn_of_export()
     return REFERENCE
 
 

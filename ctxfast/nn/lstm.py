@@ -179,8 +179,10 @@ class LSTM(nn.RNNBase):
     @tools.one_call
     def forward(self, input: Tensor | PackedSequence, hx: State | None = None) -> tuple[Tensor | PackedSequence, State]:
         """As ``torch.nn.LSTM``: output and ``(h_n, c_n)``, in the forms that the input came in."""
-        if torch_ops.is_traced() and self._is_torchs():
-            return self._as_torch().forward(input, hx)
+        if self._is_torchs():
+            is_exported = torch_ops.exports_gradient(self.parameters()) and torch_ops.warn_of_export()
+            if is_exported or torch_ops.is_traced():
+                return self._as_torch().forward(input, hx)
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx)
         if input.dim() not in (2, 3):
