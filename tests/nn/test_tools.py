@@ -460,7 +460,7 @@ def test_an_export_with_gradients_can_be_trained(name, strict) -> None:
     weight = normal(*expected.shape)
     wanted = torch.autograd.grad((expected * weight).sum(), list(leaves.values()), allow_unused=True)
     (found * weight).sum().backward()
-    for (path, leaf), gradient in zip(leaves.items(), wanted):
+    for path, gradient in zip(leaves, wanted):
         other = dict(exported.named_parameters())[path]
         assert (other.grad is None) == (gradient is None), path
         if gradient is not None:
