@@ -386,9 +386,7 @@ def op(
         spec = OpSpec(name, package, function, reference, check, check_values, autocast, impls, ceiling)
         for implementation in impls:
             if implementation.name not in IMPL_NAMES:
-                raise ValueError(
-                    f"ctxfast.{name}: implementation name {implementation.name!r} is not one of {IMPL_NAMES}."
-                )
+                raise ValueError(f"ctxfast.{name}: implementation {implementation.name!r} is not one of {IMPL_NAMES}.")
         if name in OPS:
             raise ValueError(f"ctxfast: op {name!r} is registered twice.")
         OPS[name] = spec
