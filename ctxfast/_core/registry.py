@@ -44,6 +44,8 @@ PROVEN: dict[str | None, str] = {
 }
 IMPL_NAMES = ("reference", "cpu", "triton", "cuda", "cuda_step")
 
+AutocastRule = Callable[[Mapping[str, Any], torch.dtype], dict[str, Any]]  # (arguments, autocast's dtype) -> arguments
+
 P = ParamSpec("P")  # a line each: type checkers know them by nothing else
 R = TypeVar("R")
 
@@ -112,7 +114,7 @@ class OpSpec:
     reference: Callable[..., Any]
     check: Callable[[Mapping[str, Any]], None]
     check_values: Callable[[Mapping[str, Any]], None] | None
-    autocast: str
+    autocast: str | AutocastRule
     impls: tuple[Impl, ...]
     ceiling: Mapping[torch.dtype, float]
 
@@ -319,8 +321,8 @@ def _autocast(spec: OpSpec, args: dict[str, Any]) -> dict[str, Any]:
     device = next(tensors(args)).device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):  # meta has none
         return args
-    dtype = torch.get_autocast_dtype(device) if spec.autocast == "lower" else torch.float32
-    return {name: _cast(value, dtype) for name, value in args.items()}
+    dtype, rule = torch.get_autocast_dtype(device), spec.autocast
+    return rule(args, dtype) if callable(rule) else {name: _cast(value, dtype) for name, value in args.items()}
 
 
 def _checked(spec: OpSpec, args: dict[str, Any], impl: str | None) -> Callable[..., Any]:
@@ -360,7 +362,7 @@ def op(
     reference: Callable[..., Any],
     check: Callable[[Mapping[str, Any]], None],
     check_values: Callable[[Mapping[str, Any]], None] | None = None,
-    autocast: str = "keep",
+    autocast: str | AutocastRule = "keep",
     impls: tuple[Impl, ...] = (),
     ceiling: Mapping[torch.dtype, float] = CEILING,
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -374,7 +376,7 @@ def op(
         check: raises for kinds, dtypes, shapes and devices that no implementation can take.
         check_values: the same for values (of ids, of offsets); where it is given, a call like one before it skips
             ``check``.
-        autocast: "lower" (floating arguments go to the autocast dtype), "fp32", or "keep".
+        autocast: "lower" (floating arguments go to the autocast dtype), "keep", or a rule of the op's own.
         impls: the implementations, fastest first; the reference is the last, and implied.
         ceiling: dtype -> largest error allowed at all, relative to the largest magnitude of the float64 result,
             so that a bad reference cannot excuse a bad kernel.

@@ -14,8 +14,8 @@ class LayerNorm(nn.LayerNorm):
     """A drop-in ``torch.nn.LayerNorm`` with the same constructor, parameters and state_dict, run by
     ``ctxfast.add_layer_norm``.
 
-    Only the form that transformers use is fused: one normalised dimension, with scale and shift, in one dtype. All
-    others (several dimensions, no scale or shift, eps of 0, mixed dtypes) run torch's own function.
+    Only the form that transformers use is fused: one normalised dimension, with scale and shift, in one dtype or under
+    autocast. All others (several dimensions, no scale or shift, eps of 0, mixed dtypes) run torch's own function.
 
     Args:
         normalized_shape, eps, elementwise_affine, bias, device, dtype: as ``torch.nn.LayerNorm``.
@@ -50,7 +50,9 @@ class LayerNorm(nn.LayerNorm):
         weight, bias = self.weight, self.bias
         is_plain = len(self.normalized_shape) == 1 and self.eps > 0
         if is_plain and weight is not None and bias is not None:
-            if weight.dtype == bias.dtype == input.dtype:
+            device = input.device.type
+            is_cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+            if is_cast or weight.dtype == bias.dtype == input.dtype:
                 return functional.add_layer_norm(input, None, weight, bias, eps=self.eps, impl=self.impl)
         return super().forward(input)
 
