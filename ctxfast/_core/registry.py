@@ -512,10 +512,6 @@ def explain(spec: OpSpec, *args: Any, **kwargs: Any) -> Explanation:
     rows = []
     for candidate in spec.all_impls:
         objection = spec.supports(candidate, args)
-        if candidate.name == chosen:
-            rows.append((candidate.name, "used", spec.note(candidate, args)))
-        elif objection is None:
-            rows.append((candidate.name, "could", spec.note(candidate, args)))
-        else:
-            rows.append((candidate.name, "no", objection))
+        verdict = "used" if candidate.name == chosen else "could" if objection is None else "no"
+        rows.append((candidate.name, verdict, objection or spec.note(candidate, args)))
     return Explanation(spec.name, tuple(rows))
