@@ -167,8 +167,26 @@ static __device__ __noinline__ void trap_with(int code, int value) {
   __trap();
 }
 
-// The same without a word, for kernels with wgmma: a function call anywhere in one makes ptxas wait for every product.
-CTXFAST_DEVICE void trap_silently() { asm volatile("trap;"); }
+// For kernels with wgmma, silent: a function call anywhere in one makes ptxas wait for every product. To debug one,
+// compile it with -DCTXFAST_TRAPS_SPEAK: slower, and it says what happened.
+CTXFAST_DEVICE void trap_silently([[maybe_unused]] int code, [[maybe_unused]] int value) {
+#ifdef CTXFAST_TRAPS_SPEAK
+  trap_with(code, value);
+#else
+  asm volatile("trap;");
+#endif
+}
+
+// The end of a spin: a peer answers within microseconds or never; but a kernel on another stream, or another process,
+// may hold multiprocessors that its block needs. Reading the clock costs a poll nothing; a count would end a spin
+// sooner the faster its memory answers.
+CTXFAST_DEVICE uint32_t spin_begins() {
+  uint32_t high;
+  asm volatile("mov.u32 %0, %%clock_hi;" : "=r"(high)::"memory");
+  return high;
+}
+// After 4 to 5 times 2^32 cycles: about 10 seconds at 1.98 GHz.
+CTXFAST_DEVICE bool spun_out(uint32_t began) { return spin_begins() - began > 4; }
 
 CTXFAST_DEVICE long long cycles() { return clock64(); }
 CTXFAST_DEVICE void nanosleep(unsigned ns) { __nanosleep(ns); }

@@ -285,7 +285,9 @@ CTXFAST_DEVICE void shared_written() {}
 inline void trap_with(int code, int value) {
   emulator::fail("the kernel stopped itself: code " + std::to_string(code) + ", value " + std::to_string(value));
 }
-inline void trap_silently() { emulator::fail("the kernel stopped itself"); }
+inline void trap_silently(int code, int value) { trap_with(code, value); }
+CTXFAST_DEVICE uint32_t spin_begins() { return 0; }
+CTXFAST_DEVICE bool spun_out(uint32_t) { return emulator::nobody_goes_on(); }
 CTXFAST_DEVICE long long cycles() { return 0; }
 CTXFAST_DEVICE void nanosleep(unsigned) { emulator::yield(); }
 CTXFAST_DEVICE float exp_fast(float x) { return std::exp(x); }

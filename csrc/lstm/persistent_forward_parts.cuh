@@ -9,8 +9,6 @@ namespace ctxfast::lstm_forward {
 constexpr int kThreads = 512, kWarps = 16;
 constexpr int kSlots = 4;
 constexpr uint32_t kEmpty = 0xFFFFFFFFu;
-// About a second: a peer answers within microseconds, or never.
-constexpr int kSpins = 1 << 21;
 // k-steps of 16 whose weights a warp (its 16 or 64 gate rows) keeps in registers: 64 of them.
 constexpr int kRegisterFragments = 16;
 constexpr int kMmaTiles = 4;  // row tiles of a warp, mma.sync
@@ -67,7 +65,7 @@ CTXFAST_DEVICE void wait_for(uint4 (&v)[N], int count, Address address) {
     v[i] = make_uint4(0, 0, 0, 0);
     if (i < count) v[i] = load_relaxed(address(i));
   }
-  for (int spins = 0;; ++spins) {
+  for (const uint32_t began = spin_begins();;) {
     bool all = true;
 #pragma unroll
     for (int i = 0; i < N; ++i) all = all && is_filled(v[i]);
@@ -76,11 +74,11 @@ CTXFAST_DEVICE void wait_for(uint4 (&v)[N], int count, Address address) {
     for (int i = 0; i < N; ++i) {
       if (!is_filled(v[i])) v[i] = load_relaxed(address(i));
     }
-    if (spins > kSpins) {
+    if (spun_out(began)) {
       if constexpr (kSpeaks) {
         trap_with(1, count);
       } else {
-        trap_silently();
+        trap_silently(1, count);
       }
       __builtin_unreachable();  // so that nothing is saved for after it
     }
