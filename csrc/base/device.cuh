@@ -72,6 +72,13 @@ CTXFAST_DEVICE uint4 load_relaxed(const uint4* p) {
                : "memory");
   return v;
 }
+// Into v if wanted; no branch, so that several go out one right after the other.
+CTXFAST_DEVICE void load_relaxed_if(uint4& v, bool wanted, const uint4* p) {
+  asm volatile("{.reg .pred q; setp.ne.u32 q, %5, 0; @q ld.relaxed.gpu.global.v4.u32 {%0,%1,%2,%3}, [%4];}"
+               : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)
+               : "l"(p), "r"(static_cast<uint32_t>(wanted))
+               : "memory");
+}
 CTXFAST_DEVICE uint32_t load_relaxed(const uint32_t* p) {
   uint32_t v;
   asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
@@ -92,7 +99,7 @@ CTXFAST_DEVICE void store_relaxed(uint32_t* p, uint32_t v) {
 CTXFAST_DEVICE void store_release(uint32_t* p, uint32_t v) {
   asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
 }
-CTXFAST_DEVICE void fence() { __threadfence(); }
+CTXFAST_DEVICE void fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 
 // What no thread writes while the kernel runs.
 CTXFAST_DEVICE float load_constant(const float* p) { return __ldg(p); }

@@ -203,6 +203,9 @@ CTXFAST_DEVICE uint4 load_relaxed(const uint4* p) {
   return make_uint4(emulator::load_word(words), emulator::load_word(words + 1), emulator::load_word(words + 2),
                     emulator::load_word(words + 3));
 }
+CTXFAST_DEVICE void load_relaxed_if(uint4& v, bool wanted, const uint4* p) {
+  if (wanted) v = load_relaxed(p);
+}
 CTXFAST_DEVICE uint32_t load_acquire(const uint32_t* p) { return load_relaxed(p); }
 CTXFAST_DEVICE void store_relaxed(uint32_t* p, uint32_t v) { emulator::store_word(p, v); }
 CTXFAST_DEVICE void store_relaxed(uint4* p, uint4 v) {
