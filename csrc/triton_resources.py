@@ -54,7 +54,8 @@ TYPES = {name: "*fp32" for name in ("mean", "rstd", "partial", "losses", "lse", 
 TYPES |= {name: "*i64" for name in ("seeds", "ids", "positions", "types", "tasks", "labels")}
 TYPES |= {name: "fp32" for name in ("eps", "rescale", "softmax_scale")}
 TYPES |= {
-    name: "i32" for name in ("V", "stride", "stride_x", "stride_r", "stride_g", "stride_t", "stride_p", "stride_h")
+    name: "i32"
+    for name in ("V", "stride", "stride_x", "stride_r", "stride_g", "stride_l", "stride_t", "stride_p", "stride_h")
 }
 TYPES |= {name: "i32" for name in ("rows", "programs", "threshold", "ignore_index", "grad_stride_t", "grad_stride_h")}
 TYPES |= {name: "i32" for name in ("tokens", "sequences", "heads", "blocks", "pairs")}
@@ -84,6 +85,8 @@ def compiled(op: str, kernel: Any, constants: dict[str, Any], tile: dict[str, in
     if constants.get("DROPOUT") is False:
         constants["seeds"] = None
     types = TYPES | getattr(MODULES.get(op), "ARGUMENT_TYPES", {})
+    types |= {name: value for name, value in constants.items() if str(value).startswith("*")}
+    constants = {name: value for name, value in constants.items() if not str(value).startswith("*")}
     signature, attributes = {}, {}
     for at, name in enumerate(kernel.arg_names):
         if name in constants:

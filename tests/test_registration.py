@@ -177,14 +177,21 @@ def test_autocast_column(spec) -> None:
     assert torch.equal(got, expected)
 
 
-def test_autocast_fp32_column_lifts_half_precision() -> None:
+@pytest.mark.parametrize("name", ["bert-base", "mixed"])
+def test_autocast_of_layer_norm_is_float32_of_inputs_as_they_are(name) -> None:
     spec = registry.OPS["add_layer_norm"]
-    assert spec.autocast == "fp32"
-    kwargs = spec.cases()[0].make("cpu", torch.bfloat16, SEED)
+    case = next(case for case in spec.cases() if case.id == name)
+    kwargs = case.make("cpu", torch.bfloat16, SEED)
+    out_dtype = kwargs.pop("out_dtype", None)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        assert run("add_layer_norm", kwargs, "reference")[0].dtype == torch.float32
+        found = run("add_layer_norm", kwargs, "reference")[0]
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, run("add_layer_norm", kwargs, "cpu")[0])
+        assert run("add_layer_norm", converted(kwargs, torch.Tensor.double), "reference")[0].dtype == torch.float64
     with torch.no_grad():
-        assert run("add_layer_norm", kwargs, "reference")[0].dtype == torch.bfloat16
+        assert torch.equal(run("add_layer_norm", converted(kwargs, torch.Tensor.float), "reference")[0], found)
+        if out_dtype is None:
+            assert run("add_layer_norm", kwargs, "reference")[0].dtype == torch.bfloat16
 
 
 def test_gradient_factor_is_wider() -> None:

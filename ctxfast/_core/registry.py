@@ -44,6 +44,8 @@ PROVEN: dict[str | None, str] = {
 }
 IMPL_NAMES = ("reference", "cpu", "triton", "cuda", "cuda_step")
 
+AutocastRule = Callable[[Mapping[str, Any], torch.dtype], dict[str, Any]]  # (arguments, autocast's dtype) -> arguments
+
 P = ParamSpec("P")  # a line each: type checkers know them by nothing else
 R = TypeVar("R")
 
@@ -112,7 +114,7 @@ class OpSpec:
     reference: Callable[..., Any]
     check: Callable[[Mapping[str, Any]], None]
     check_values: Callable[[Mapping[str, Any]], None] | None
-    autocast: str
+    autocast: str | AutocastRule
     impls: tuple[Impl, ...]
     ceiling: Mapping[torch.dtype, float]
 
@@ -294,9 +296,12 @@ def resolve(spec: OpSpec, args: Mapping[str, Any], impl: str | None = None) -> I
             )
         return chosen
     device = next(tensors(args)).device.type
-    for candidate in spec.impls:
-        if candidate.device == device and spec.supports(candidate, args) is None:
+    candidates = [candidate for candidate in spec.impls if candidate.device == device]
+    for candidate in candidates:
+        if spec.supports(candidate, args) is None:
             return candidate
+    if candidates and torch_ops.exports_gradient(tensors(args)):
+        torch_ops.warn_of_export()
     return REFERENCE
 
 
@@ -316,8 +321,8 @@ def _autocast(spec: OpSpec, args: dict[str, Any]) -> dict[str, Any]:
     device = next(tensors(args)).device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):  # meta has none
         return args
-    dtype = torch.get_autocast_dtype(device) if spec.autocast == "lower" else torch.float32
-    return {name: _cast(value, dtype) for name, value in args.items()}
+    dtype, rule = torch.get_autocast_dtype(device), spec.autocast
+    return rule(args, dtype) if callable(rule) else {name: _cast(value, dtype) for name, value in args.items()}
 
 
 def _checked(spec: OpSpec, args: dict[str, Any], impl: str | None) -> Callable[..., Any]:
@@ -357,7 +362,7 @@ def op(
     reference: Callable[..., Any],
     check: Callable[[Mapping[str, Any]], None],
     check_values: Callable[[Mapping[str, Any]], None] | None = None,
-    autocast: str = "keep",
+    autocast: str | AutocastRule = "keep",
     impls: tuple[Impl, ...] = (),
     ceiling: Mapping[torch.dtype, float] = CEILING,
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -371,7 +376,7 @@ def op(
         check: raises for kinds, dtypes, shapes and devices that no implementation can take.
         check_values: the same for values (of ids, of offsets); where it is given, a call like one before it skips
             ``check``.
-        autocast: "lower" (floating arguments go to the autocast dtype), "fp32", or "keep".
+        autocast: "lower" (floating arguments go to the autocast dtype), "keep", or a rule of the op's own.
         impls: the implementations, fastest first; the reference is the last, and implied.
         ceiling: dtype -> largest error allowed at all, relative to the largest magnitude of the float64 result,
             so that a bad reference cannot excuse a bad kernel.
@@ -383,9 +388,7 @@ def op(
         spec = OpSpec(name, package, function, reference, check, check_values, autocast, impls, ceiling)
         for implementation in impls:
             if implementation.name not in IMPL_NAMES:
-                raise ValueError(
-                    f"ctxfast.{name}: implementation name {implementation.name!r} is not one of {IMPL_NAMES}."
-                )
+                raise ValueError(f"ctxfast.{name}: implementation {implementation.name!r} is not one of {IMPL_NAMES}.")
         if name in OPS:
             raise ValueError(f"ctxfast: op {name!r} is registered twice.")
         OPS[name] = spec
@@ -509,10 +512,6 @@ def explain(spec: OpSpec, *args: Any, **kwargs: Any) -> Explanation:
     rows = []
     for candidate in spec.all_impls:
         objection = spec.supports(candidate, args)
-        if candidate.name == chosen:
-            rows.append((candidate.name, "used", spec.note(candidate, args)))
-        elif objection is None:
-            rows.append((candidate.name, "could", spec.note(candidate, args)))
-        else:
-            rows.append((candidate.name, "no", objection))
+        verdict = "used" if candidate.name == chosen else "could" if objection is None else "no"
+        rows.append((candidate.name, verdict, objection or spec.note(candidate, args)))
     return Explanation(spec.name, tuple(rows))

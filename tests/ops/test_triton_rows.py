@@ -16,6 +16,7 @@ from torch import Tensor
 import ctxfast
 from ctxfast._core import capability, registry
 from ctxfast.ops.linear_cross_entropy import chunks
+from ctxfast.ops.shared import philox
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 P = 0.25
@@ -53,6 +54,34 @@ def test_add_layer_norm_dropout(has_bias) -> None:
 
     again = ctxfast.add_layer_norm(x, residual, weight, bias, x_bias, dropout_p=P, impl="triton")
     assert not torch.equal(again, out)
+
+
+@needs_triton
+@pytest.mark.parametrize("dropout_p", [0.0, P])
+@pytest.mark.parametrize("low", [torch.float16, torch.bfloat16])
+def test_add_layer_norm_with_a_copy(dropout_p, low) -> None:
+    """The copy is the result rounded once; its gradient counts as much as the result's own, unrounded."""
+    kernels = registry.OPS["add_layer_norm"].module("triton")
+    x, residual = torch.randn(60, 130, device=DEVICE).to(low), torch.randn(60, 130, device=DEVICE)
+    weight, bias, x_bias = (torch.randn(130, device=DEVICE) for _ in range(3))
+    seeds = philox.draw_seeds(x, dropout_p)
+    given = (x, residual, weight, bias, x_bias, 1e-12, dropout_p, seeds)
+    out, copy, mean, rstd = kernels.forward(*given, torch.float32, low, True)
+    plain, none, *_ = kernels.forward(*given, torch.float32, None, True)
+    assert out.dtype == torch.float32 and torch.equal(out, plain) and none.numel() == 0
+    step = torch.finfo(low).eps  # the interpreter cuts bfloat16 off where a GPU rounds it
+    torch.testing.assert_close(copy, out.to(low), rtol=step, atol=0)
+
+    grad, low_grad = torch.randn_like(out), torch.randn_like(copy)
+    rest = (x, residual, weight, x_bias, mean, rstd, dropout_p, seeds, True)
+    found = kernels.backward(grad, low_grad, *rest)
+    right = kernels.backward(grad + low_grad.float(), None, *rest)
+    for one, two in zip(found, right, strict=True):
+        assert torch.equal(one, two)
+    grad_sum, grad_x = found[:2]
+    assert grad_sum.dtype == torch.float32 and grad_x.dtype == low
+    kept = grad_x != 0 if dropout_p else torch.ones_like(x, dtype=torch.bool)
+    torch.testing.assert_close(grad_x, (grad_sum * kept / (1 - dropout_p)).to(low), rtol=2 * step, atol=0)
 
 
 @needs_triton

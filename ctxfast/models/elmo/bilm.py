@@ -33,7 +33,7 @@ _STATES = ("carry", "steady", "zero")
 _Path = str | os.PathLike[str]
 
 
-class ElmoBiLm(tools.Unscripted):
+class ElmoBiLm(tools.NotScriptable):
     """ELMo's language model: characters to the token layer and every LSTM layer.
 
     Args:
@@ -247,7 +247,7 @@ class ElmoBiLm(tools.Unscripted):
         begin, end = self._cached_marks.to(vectors)
         return add_sentence_marks(vectors, mask, begin, end)
 
-    @tools.one_call
+    @tools.fx_leaf
     def forward(self, inputs: Tensor | None, word_inputs: Tensor | None = None) -> dict[str, Tensor | list[Tensor]]:
         """Run the language model.
 

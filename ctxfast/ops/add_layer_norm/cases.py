@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..._core.registry import Case
+from ..._core.registry import HALF_AND_FLOAT, Case
 from ..shared.samples import Sampler
 
 
@@ -20,10 +20,13 @@ def _case(
     eps: float = 1e-12,
     mean: float = 0.0,
     spread: float = 1.0,
+    mixed: bool = False,
 ) -> Case:
+    """``mixed``: x alone is of the case's dtype, as under autocast; all else is float32."""
+
     def make(device: str, dtype: torch.dtype, seed: int) -> dict[str, Any]:
         sample = Sampler(device, dtype, seed)
-        return dict(
+        found = dict(
             x=sample.normal(*shape, mean=mean, spread=spread),
             residual=sample.normal(*shape, spread=spread) if residual else None,
             weight=sample.normal(shape[-1], mean=1.0, spread=0.2),
@@ -31,10 +34,15 @@ def _case(
             x_bias=sample.normal(shape[-1], spread=0.3 * spread) if x_bias else None,
             eps=eps,
         )
+        if mixed:
+            wide = {name: each.float() for name, each in found.items() if isinstance(each, torch.Tensor)}
+            found |= wide | dict(x=found["x"], out_dtype=torch.float32)
+        return found
 
     # A row of one element is its own mean: the gradients of what enters it are zero but for rounding.
     inside = ["x", *["residual"] * residual, *["x_bias"] * x_bias] if shape[-1] > 1 else []
-    return Case(name, make, (*inside, "weight", "bias"))
+    dtypes = (torch.float16, torch.bfloat16) if mixed else HALF_AND_FLOAT
+    return Case(name, make, (*inside, "weight", "bias"), dtypes, dtypes)
 
 
 CASES = (
@@ -53,5 +61,7 @@ CASES = (
     _case("plain-layer-norm", (9, 63), residual=False, x_bias=False, eps=1e-5),
     _case("big-mean", (8, 256), mean=30.0, spread=0.5, eps=1e-5),
     _case("tiny", (8, 129), spread=1e-3),
+    _case("mixed", (37, 768), mixed=True),
+    _case("mixed-plain-layer-norm", (9, 63), mixed=True, residual=False, x_bias=False),
     _case("large", (300, 768)),
 )

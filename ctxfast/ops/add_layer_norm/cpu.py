@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -40,7 +41,12 @@ _fwd = torch_ops.define("add_layer_norm_cpu_fwd", _forward, _output, "CPU")
 
 def supports(args: Mapping[str, Any]) -> str | None:
     """None, or why the compiled kernel cannot run this call."""
-    return layer_norm_cpu.why_not("x", args["x"], args["dropout_p"])
+    out_dtype = args["out_dtype"]
+    if out_dtype is not None:
+        given = [each for each in args.values() if isinstance(each, Tensor)]
+        if torch.float64 in (out_dtype, *(each.dtype for each in given)):
+            return "it computes in float32, and float64 is among the dtypes."
+    return layer_norm_cpu.why_not("x", args["x"], args["dropout_p"], out_dtype is not None)
 
 
 def add_layer_norm(
@@ -51,8 +57,14 @@ def add_layer_norm(
     x_bias: Tensor | None,
     eps: float,
     dropout_p: float,
+    out_dtype: torch.dtype | None,
 ) -> Tensor:
     """See ``ctxfast.functional.add_layer_norm``."""
+    if out_dtype is not None:
+        dtypes = {each.dtype for each in (x, residual, weight, bias, x_bias) if each is not None}
+        if dtypes != {out_dtype}:
+            given = (None if each is None else each.float() for each in (x, residual, weight, bias, x_bias))
+            return add_layer_norm(*given, eps, dropout_p, None).to(out_dtype)
     if registry.needs_grad(x, residual, weight, bias, x_bias):
         # torch keeps each row's statistics for the backward.
         x = x if x_bias is None else x + x_bias

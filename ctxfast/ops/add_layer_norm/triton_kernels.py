@@ -30,11 +30,12 @@ def _added(
 
 @triton.jit(do_not_specialize=["rows", "threshold"])
 def forward(
-    x, residual, x_bias, weight, bias, out, mean, rstd, seeds, rows, stride_x, stride_r, eps, threshold, rescale,
+    x, residual, x_bias, weight, bias, out, low, mean, rstd, seeds, rows, stride_x, stride_r, eps, threshold, rescale,
     N: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_BIAS: tl.constexpr,
-    DROPOUT: tl.constexpr, SAVE: tl.constexpr,
+    DROPOUT: tl.constexpr, SAVE: tl.constexpr, LOW: tl.constexpr,
 ):  # fmt: skip
-    """x, residual (rows, N) -> out (rows, N), mean and rstd (rows). Grid: blocks of ROWS rows."""
+    """x, residual (rows, N) -> out (rows, N), with LOW the same in low's dtype, mean and rstd (rows). Grid: blocks of
+    ROWS rows. Each tensor has its own dtype."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK_N)
     inside = (row < rows)[:, None] & (column < N)[None, :]
@@ -46,7 +47,10 @@ def forward(
     scale = tl.load(weight + column, mask=column < N, other=0.0).to(tl.float32)
     shift = tl.load(bias + column, mask=column < N, other=0.0).to(tl.float32)
     y = normal * scale[None, :] + shift[None, :]
-    tl.store(out + row[:, None] * N + column[None, :], y.to(out.dtype.element_ty), mask=inside)
+    at = row[:, None] * N + column[None, :]
+    tl.store(out + at, y.to(out.dtype.element_ty), mask=inside)
+    if LOW:
+        tl.store(low + at, y.to(low.dtype.element_ty), mask=inside)
     if SAVE:
         tl.store(mean + row, average, mask=row < rows)
         tl.store(rstd + row, inverse, mask=row < rows)
@@ -54,15 +58,17 @@ def forward(
 
 @triton.jit(do_not_specialize=["rows", "threshold"])
 def backward(
-    grad, x, residual, x_bias, weight, mean, rstd, seeds, grad_sum, grad_x, partial,
-    rows, stride_g, stride_x, stride_r, threshold, rescale,
+    grad, low_grad, x, residual, x_bias, weight, mean, rstd, seeds, grad_sum, grad_x, partial,
+    rows, stride_g, stride_l, stride_x, stride_r, threshold, rescale,
     N: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_BIAS: tl.constexpr,
-    DROPOUT: tl.constexpr, SUMS: tl.constexpr, SUM_X: tl.constexpr,
+    DROPOUT: tl.constexpr, SUMS: tl.constexpr, SUM_X: tl.constexpr, LOW: tl.constexpr, STORE_X: tl.constexpr,
 ):  # fmt: skip
-    """grad (rows, N) -> grad_sum, grad_x (rows, N), partial (3 or 2, programs, N).
+    """grad (rows, N), with LOW plus low_grad (rows, N), that of the copy -> grad_sum, grad_x (rows, N), partial (3 or
+    2, programs, N).
 
-    grad_sum is the gradient of what was normalised, so of the residual; grad_x differs from it by dropout alone and is
-    stored only then. partial: sums of the gradients of weight, bias and, with SUM_X, x_bias over this program's rows.
+    grad_sum is the gradient of what was normalised, so of the residual; grad_x differs from it by dropout and dtype
+    alone and is stored only with STORE_X. partial: sums of the gradients of weight, bias and, with SUM_X, x_bias over
+    this program's rows.
     """
     program = tl.program_id(0)
     column = tl.arange(0, BLOCK_N)
@@ -73,6 +79,8 @@ def backward(
         row = (first + tl.arange(0, ROWS)).to(tl.int64)
         inside = (row < rows)[:, None] & (column < N)[None, :]
         dy = load_tile(grad, row, stride_g, inside, column, BLOCK_N)
+        if LOW:
+            dy += load_tile(low_grad, row, stride_l, inside, column, BLOCK_N)
         z, kept = _added(
             x, residual, x_bias, seeds, row, inside, column, stride_x, stride_r, threshold, rescale,
             N, BLOCK_N, HAS_RESIDUAL, HAS_BIAS, DROPOUT,
@@ -90,6 +98,7 @@ def backward(
         tl.store(grad_sum + at, dz.to(grad_sum.dtype.element_ty), mask=inside)
         if DROPOUT:
             dz = tl.where(kept, dz * rescale, 0.0)
+        if STORE_X:
             tl.store(grad_x + at, dz.to(grad_x.dtype.element_ty), mask=inside)
         if SUMS and SUM_X:
             sum_x += dz

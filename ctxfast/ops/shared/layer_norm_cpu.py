@@ -15,11 +15,12 @@ MAX_SIZE = 8192  # elements of a row: the kernel keeps it on its stack
 Source = tuple[int, int, int, int, bool]  # LayerNormSource of csrc/layer_norm/layer_norm.h
 
 
-def why_not(name: str, rows: Tensor, dropout_p: float) -> str | None:
-    """None, or why the kernel cannot take rows like these; ``name`` is the argument they came in."""
+def why_not(name: str, rows: Tensor, dropout_p: float, is_converted: bool = False) -> str | None:
+    """None, or why the kernel cannot take rows like these; ``name`` is the argument they came in. ``is_converted``:
+    they go to float32 first."""
     if rows.device.type != "cpu":
         return f"it runs on the CPU and {name} is on {rows.device}."
-    if rows.dtype not in (torch.float32, torch.bfloat16):
+    if rows.dtype not in (torch.float32, torch.bfloat16) and not (is_converted and rows.dtype == torch.float16):
         return f"it takes float32 and bfloat16 and {name} is {rows.dtype}."
     if not 0 < rows.shape[-1] <= MAX_SIZE:
         return f"it takes rows of 1 to {MAX_SIZE} elements and {name} has {rows.shape[-1]}."

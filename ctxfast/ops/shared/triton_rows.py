@@ -27,7 +27,8 @@ DISPATCH = "CPU" if IS_INTERPRETED else "CUDA"
 ROUNDS = tl.constexpr(7)
 
 
-# A kernel as csrc/triton_resources.py compiles it: its name in the table, the kernel, its constants, its tile. An op's
+# A kernel as csrc/triton_resources.py compiles it: its name in the table, the kernel, its constants (and, as "*fp32",
+# types of tensors that are not of the op's dtype), its tile. An op's
 # ``triton`` module lists its own: ``launches(dtype, arch)``, arch 80 or 90; dtype "float32", "float16", "bfloat16" or
 # "tf32", which is float32 under torch.backends.cuda.matmul.allow_tf32.
 Launch = tuple[str, Any, dict[str, Any], dict[str, int]]

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from torch import zeros
+from torch import float16, int64, zeros
 
 GOOD = dict(x=zeros(3, 8), residual=zeros(3, 8), weight=zeros(8), bias=zeros(8), x_bias=zeros(8))
 BAD = (
@@ -11,5 +11,16 @@ BAD = (
     (dict(residual=zeros(2, 8)), ValueError, "residual has shape (2, 8); expected the shape of x = (3, 8)."),
     (dict(weight=None), TypeError, "weight is None; expected a tensor of shape (8,)."),
     (dict(x_bias=zeros(7)), ValueError, "x_bias has shape (7,); expected (hidden_size,) = (8,)."),
+    (
+        dict(residual=zeros(3, 8, dtype=float16)),
+        TypeError,
+        "residual has dtype torch.float16; expected torch.float32, that of x. Convert one of them, or run under "
+        "torch.autocast.",
+    ),
+    (
+        dict(out_dtype=int64),
+        ValueError,
+        "out_dtype is torch.int64; expected one of torch.float64, torch.float32, torch.float16, torch.bfloat16.",
+    ),
     (dict(eps=0.0), ValueError, "eps is 0.0; expected a number above 0."),
 )  # fmt: skip
