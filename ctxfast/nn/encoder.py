@@ -26,7 +26,7 @@ from . import tools
 from .all_rows import AllRows
 from .graphs import PackedGraphs
 
-_OPS = ("add_layer_norm", "attention", "linear_act")
+_OPS = ("add_layer_norm", "attention", "feed_forward", "linear_act")
 
 Layer = Callable[..., Tensor]  # (x, cu_seqlens, max_seqlen, rows) -> x
 Weight = Callable[[Tensor], Tensor] | Tensor
@@ -208,8 +208,7 @@ def by_ops(layer: LayerWeights, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, 
     )
     projected = _product(context, project, weight_dtype=dtype)
     x = functional.add_layer_norm(projected, x, scale, shift, project_bias, eps=eps, dropout_p=dropout_p)
-    wide = _product(x, widen, widen_bias, activation=activation, weight_dtype=dtype)
-    narrowed = _product(wide, narrow, weight_dtype=dtype)
+    narrowed = _feed_forward(x, widen, widen_bias, narrow, activation, dtype)
     return functional.add_layer_norm(narrowed, x, last_scale, last_shift, narrow_bias, eps=last_eps, dropout_p=last_p)
 
 
@@ -236,6 +235,15 @@ def self_attention(
         return rows.attend(qkv, blank_is_zero=True, dropout_p=dropout_p, impl=impl).flatten(1)
     bias = None if is_early or bias is None else bias.unflatten(0, heads)
     return functional.attention(qkv, cu_seqlens, max_seqlen, bias, dropout_p=dropout_p, impl=impl).flatten(1)
+
+
+def _feed_forward(
+    x: Tensor, widen: Weight, bias: Tensor | None, narrow: Weight, activation: str, dtype: torch.dtype | None
+) -> Tensor:
+    """(T, N) -> (T, N), without the second bias."""
+    if isinstance(widen, Tensor) and isinstance(narrow, Tensor):
+        return functional.feed_forward(x, widen, bias, narrow, activation=activation, weight_dtype=dtype)
+    return _product(_product(x, widen, bias, activation, weight_dtype=dtype), narrow, weight_dtype=dtype)
 
 
 def _product(x: Tensor, weight: Weight, bias: Tensor | None = None, activation: str = "none", **options: Any) -> Tensor:
