@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the layers of an encoder run: by a CUDA graph, by one call, op by op, or once more in the backward pass. All of
-that is decided here.
+"""How the layers of an encoder run: in a CUDA graph, in one call, op by op, or recomputed in the backward pass
+(activation checkpointing). All of that is decided here.
 
-Modules, ctxfast's and those of other packages that are swapped, describe what their layers compute with
-(``LayerWeights``). A layer is called as a module where that cannot be said: a part of it was replaced, is watched, or
-has been asked to take an implementation of its own.
+Modules, both ctxfast's and swapped ones of other packages, describe what their layers compute with (``LayerWeights``).
+A layer is called as a module where no such description holds: a part of it was replaced, is observed by hooks, or has
+been given an ``impl`` of its own.
 
-One call (``functional.transformer_layers``) is faster on a CPU, where calls of a short text's ops take longer than
-their arithmetic. Layers run op by op on a GPU (CUDA graphs make calls free), with gradients (one call would compute
-layers again in the backward pass), under autocast, and where an op of a layer was asked for by name.
+One call (``functional.transformer_layers``) is faster on a CPU, where the overhead of a short text's ops exceeds their
+arithmetic. Layers run op by op on a GPU (CUDA graphs remove the overhead), with gradients (one call would recompute the
+layers in the backward pass), under autocast, and where an implementation of a layer's op was requested by name.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ from torch import Tensor, nn
 
 from .. import functional
 from .._core import registry
+from ..ops.attention import same_sequences
 from . import tools
 from .all_rows import AllRows
 from .graphs import PackedGraphs
 
-_OPS = ("add_layer_norm", "attention", "linear_act")
+_OPS = ("add_layer_norm", "attention", "feed_forward", "linear_act")
 
 Layer = Callable[..., Tensor]  # (x, cu_seqlens, max_seqlen, rows) -> x
 Weight = Callable[[Tensor], Tensor] | Tensor
@@ -43,7 +44,7 @@ class LayerOptions(NamedTuple):
         num_heads, activation, weight_dtype: as in ``functional.transformer_layers``.
         eps: of both LayerNorms.
         dropout_p: probabilities of dropping an attention weight, and an element before each residual.
-        by_ops: whether one call cannot compute it: something is called in the place of a product (an adapter, say).
+        by_ops: whether one call cannot compute it because a module replaces a product (an adapter, say).
     """
 
     num_heads: int
@@ -59,8 +60,8 @@ class LayerWeights(NamedTuple):
 
     Attributes:
         tensors: weight and bias of qkv, project, the attention's LayerNorm, widen, narrow and the output's LayerNorm,
-            as ``functional.transformer_layers`` takes them. What is called in the place of a product stands where its
-            weight would, and adds its bias itself.
+            as ``functional.transformer_layers`` takes them. A module that replaces a product stands in place of its
+            weight, and adds its own bias.
         options: the rest.
     """
 
@@ -77,8 +78,8 @@ def encode(
     max_seqlen: int,
     flags: tuple[Any, ...] = (),
 ) -> Sequence[Tensor]:
-    """``function(tokens, cu_seqlens, max_seqlen)``, which runs ``module``, by a CUDA graph where one can be: see
-    ``PackedGraphs.run``. ``graphs`` None: by none."""
+    """``function(tokens, cu_seqlens, max_seqlen)``, which runs ``module``, in a CUDA graph where possible (see
+    ``PackedGraphs.run``). ``graphs`` None: without."""
     lead = tokens[0]
     if graphs is not None and lead is not None and graphs.can_run(lead):
         return graphs.run(function, module, tokens, cu_seqlens, max_seqlen, flags)
@@ -95,15 +96,15 @@ def run(
     rows: AllRows | None = None,
     recompute: Callable[..., Tensor] | None = None,
 ) -> list[Tensor]:
-    """Layers one after another, (T, N) -> the input and what every layer gives, or the last alone, (T, N) each.
+    """Run layers in order, (T, N) -> the input and the output of every layer, or the last output alone, (T, N) each.
 
     Args:
-        layers: what each computes with, or the layer itself, where it is to be called; one after another as they run.
+        layers: the weights of each, or the layer itself where it has to be called; consumed lazily.
         x, cu_seqlens, max_seqlen: packed tokens.
-        all_layers: whether all are wanted.
-        rows: x holds every row of a padded batch.
-        recompute: ``recompute(layer, x, cu_seqlens, max_seqlen, rows)`` calls a layer, and once more in the backward
-            pass in place of keeping what is inside.
+        all_layers: whether to return the output of every layer.
+        rows: given if x holds every row of a padded batch.
+        recompute: ``recompute(layer, x, cu_seqlens, max_seqlen, rows)`` calls a layer, and calls it again in the
+            backward pass instead of keeping its activations.
     """
     if rows is not None or recompute is not None or not _is_open(x):
         states = _one_by_one(layers, x, cu_seqlens, max_seqlen, all_layers, rows, recompute)
@@ -118,7 +119,7 @@ def run(
 
 
 def _is_open(x: Tensor) -> bool:
-    """Whether one call could compute layers over these tokens, as far as the layers themselves allow it."""
+    """Whether one call may compute layers over these tokens, if the layers themselves allow it."""
     if not x.is_cpu or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         return False
     return not any(op in _OPS or (op == "*" and name != "cpu") for op, name in registry.requested())
@@ -127,8 +128,8 @@ def _is_open(x: Tensor) -> bool:
 def _groups(
     layers: Iterable[LayerWeights | Layer],
 ) -> list[tuple[LayerOptions | None, list[Any]]]:
-    """Neighbours that one call could compute together, which are ``LayerWeights``, with their options; None for those
-    that none could."""
+    """Runs of adjacent layers that one call can compute (all ``LayerWeights``), with their options; None in place of
+    the options for layers that it cannot."""
     groups: list[tuple[LayerOptions | None, list[Any]]] = []
     last: tuple[LayerOptions, int] | None = None
     for layer in layers:
@@ -142,14 +143,14 @@ def _groups(
 
 
 def _one_calls_kind(layer: LayerWeights) -> tuple[LayerOptions, int] | None:
-    """What layers of one call have in common, options and the feed-forward block's width; None for a layer that no
-    call computes."""
+    """What layers must share to be computed by one call: options and the feed-forward block's width; None for a layer
+    that cannot be."""
     options = layer.options
     if options.by_ops or any(options.dropout_p) or options.eps[0] != options.eps[1]:
         return None
-    qkv: Any = layer.tensors[0]  # a tensor, and the next too: nothing is called in the place of a product
+    qkv: Any = layer.tensors[0]  # a tensor, and the next too: no module replaces a product
     widen: Any = layer.tensors[6]
-    # Heads that were pruned make up less than the hidden size.
+    # With pruned heads the attention is narrower than the hidden size.
     return (options, widen.size(0)) if qkv.size(0) == 3 * qkv.size(1) else None
 
 
@@ -161,7 +162,7 @@ def one_call(
     max_seqlen: int,
     all_layers: bool,
 ) -> Sequence[Tensor] | None:
-    """What layers of these options give, or the last alone; None where only the definition would take such a call."""
+    """Outputs of layers with these options, or of the last alone; None where only the reference takes such a call."""
     spec = registry.OPS["transformer_layers"]
     args = spec.arguments(
         x, cu_seqlens, max_seqlen, [tensor for layer in layers for tensor in layer.tensors],
@@ -184,8 +185,9 @@ def _one_by_one(
     rows: AllRows | None = None,
     recompute: Callable[..., Tensor] | None = None,
 ) -> list[Tensor]:
-    """What each layer gives, or the last alone."""
+    """The output of each layer, or of the last alone."""
     states = []
+    cu_seqlens = same_sequences.for_one_pass(cu_seqlens)
     for layer in layers:
         step: Layer = partial(by_ops, layer) if isinstance(layer, LayerWeights) else layer
         if recompute is not None:
@@ -208,8 +210,7 @@ def by_ops(layer: LayerWeights, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, 
     )
     projected = _product(context, project, weight_dtype=dtype)
     x = functional.add_layer_norm(projected, x, scale, shift, project_bias, eps=eps, dropout_p=dropout_p)
-    wide = _product(x, widen, widen_bias, activation=activation, weight_dtype=dtype)
-    narrowed = _product(wide, narrow, weight_dtype=dtype)
+    narrowed = _feed_forward(x, widen, widen_bias, narrow, activation, dtype)
     return functional.add_layer_norm(narrowed, x, last_scale, last_shift, narrow_bias, eps=last_eps, dropout_p=last_p)
 
 
@@ -229,13 +230,20 @@ def self_attention(
     """One product for query, key and value, then attention, (T, N) -> (T, N), heads side by side. ``impl``: of
     attention."""
     heads = (3, num_heads, -1)
-    # A GPU adds the bias as it loads rows for attention; on a CPU the product's epilogue adds it for nothing.
-    is_early = x.device.type == "cpu" or rows is not None
-    qkv = _product(x, weight, bias if is_early else None, weight_dtype=weight_dtype).unflatten(-1, heads)
+    # The product's epilogue adds the bias for nothing, and rounds once.
+    qkv = _product(x, weight, bias, weight_dtype=weight_dtype).unflatten(-1, heads)
     if rows is not None:
         return rows.attend(qkv, blank_is_zero=True, dropout_p=dropout_p, impl=impl).flatten(1)
-    bias = None if is_early or bias is None else bias.unflatten(0, heads)
-    return functional.attention(qkv, cu_seqlens, max_seqlen, bias, dropout_p=dropout_p, impl=impl).flatten(1)
+    return functional.attention(qkv, cu_seqlens, max_seqlen, dropout_p=dropout_p, impl=impl).flatten(1)
+
+
+def _feed_forward(
+    x: Tensor, widen: Weight, bias: Tensor | None, narrow: Weight, activation: str, dtype: torch.dtype | None
+) -> Tensor:
+    """(T, N) -> (T, N), without the second bias."""
+    if isinstance(widen, Tensor) and isinstance(narrow, Tensor):
+        return functional.feed_forward(x, widen, bias, narrow, activation=activation, weight_dtype=dtype)
+    return _product(_product(x, widen, bias, activation, weight_dtype=dtype), narrow, weight_dtype=dtype)
 
 
 def _product(x: Tensor, weight: Weight, bias: Tensor | None = None, activation: str = "none", **options: Any) -> Tensor:
