@@ -387,6 +387,18 @@ class Layer:
         )
         return encoder.LayerWeights(tuple(tensors), options)
 
+    def lay_out(self) -> list[Tensor]:
+        """Gives query, key and value one memory; returns tensors of the memory they had."""
+        linears = (self.parts.query, self.parts.key, self.parts.value)
+        if not self._adapters.isdisjoint(linears):
+            return []
+        found = []
+        for name in ("weight", "bias"):
+            parts = [linear._parameters[name] for linear in linears]
+            if parts[0] is not None:
+                found += _lay_side_by_side(parts)
+        return found
+
     def _qkv(self) -> tuple[encoder.Weight, Tensor | None]:
         """Weight (3N, N) and bias (3N,) of one product for query, key and value."""
         linears = (self.parts.query, self.parts.key, self.parts.value)
@@ -402,11 +414,55 @@ class Layer:
             return torch.cat(sources[:3]), torch.cat(sources[3:]) if has_bias else None
 
         is_trained = torch.is_grad_enabled() and any([source.requires_grad for source in sources])
-        # On a GPU nothing tells the host, without waiting, that weights are still what they were.
         is_once = ("*", "reference") in registry.requested()
-        if is_trained or is_once or _is_on_gpu(sources[0]):
+        if is_trained or is_once:
             return join()
+        # On a GPU nothing tells the host, without waiting, that weights are still what they were: no copy is kept.
+        if _is_on_gpu(sources[0]):
+            weight, bias = _side_by_side(sources[:3]), _side_by_side(sources[3:]) if has_bias else None
+            return join() if weight is None or (has_bias and bias is None) else (weight, bias)
         return _fused.get(sources, "qkv", join)
+
+
+def _side_by_side(parts: Sequence[Tensor]) -> Tensor | None:
+    """Tensors that lie one after another in one memory, as one along their first dimension; None if they do not."""
+    first, size = parts[0], parts[0].numel()
+    if not all([each.is_contiguous() and each.shape == first.shape for each in parts]):
+        return None
+    start, memory = first.storage_offset(), first.untyped_storage()._cdata
+    for number, each in enumerate(parts):
+        if each.untyped_storage()._cdata != memory or each.storage_offset() != start + number * size:
+            return None
+    return first.detach().as_strided((len(parts) * first.shape[0], *first.shape[1:]), first.stride(), start)
+
+
+def _lay_side_by_side(parts: Sequence[Tensor]) -> list[Tensor]:
+    """Gives parameters one memory, in which they lie one after another; they stay what they are, with their values.
+
+    Not where somebody else sees the memory of one (a state_dict that is kept, a tied weight, a flat buffer): writes
+    would not reach one from the other any more. Returns tensors of the memory they had, [] if they stay where they are.
+    """
+    users = getattr(torch._C, "_storage_Use_Count", None)
+    if users is None or len(set(map(id, parts))) < len(parts) or _side_by_side(parts) is not None:
+        return []
+    usual = _users_of_one(users)
+    for each in parts:
+        memory = each.untyped_storage()
+        if each.is_inference() or not each.is_contiguous() or memory.nbytes() != each.nbytes:
+            return []
+        if each.shape != parts[0].shape or users(memory._cdata) != usual:
+            return []
+    with torch.inference_mode(False), torch.no_grad():
+        before = [each.detach() for each in parts]
+        for each, part in zip(parts, torch.cat(before).chunk(len(parts))):
+            each.data = part
+    return before
+
+
+def _users_of_one(users: Callable[[int], int]) -> int:
+    """How many users a memory has that one tensor alone holds, as asked for here."""
+    memory = torch.empty(1, device="cpu").untyped_storage()
+    return users(memory._cdata) + 1  # the tensor is gone
 
 
 def _is_on_gpu(tensor: Tensor) -> bool:
@@ -447,6 +503,17 @@ class Layers:
         found = [self._one(layer, kind) for layer in layers]
         self._all = None if None in found else (list(layers), found, Seen(found))
         return found
+
+    def are_still(self, layers: Sequence[nn.Module]) -> bool:
+        """Whether all that ``examined`` looks at outside of the layers is as it was when it found them right."""
+        known = self._all is not None and self._all[0] == layers
+        return known and self._is_attention_still() and self._watched.are_still()
+
+    def lay_out(self, layers: Sequence[nn.Module], kind: Kind) -> None:
+        """Gives query, key and value of each layer one memory, so that their product is one without a copy."""
+        before = [each for layer in self.examined(layers, kind) if layer is not None for each in layer.lay_out()]
+        if before and before[0].is_cuda:
+            torch.cuda.synchronize(before[0].device)  # other streams may be reading where the weights were
 
     def attention(self) -> Any | None:
         """The attention function of all layers that were examined; None if they differ in it."""

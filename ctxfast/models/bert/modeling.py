@@ -224,6 +224,14 @@ class Pooler(nn.Module):
         is_empty = packing.cu_seqlens[1:] == packing.cu_seqlens[:-1]
         return pooled.masked_fill(is_empty[:, None], 0.0)
 
+    def of_sequences(self, x: Tensor, cu_seqlens: Tensor, has_empty: bool) -> Tensor:
+        """The same of packed sequences, (T, N) and (S + 1,) -> (S, N), for a CUDA graph; rows of those without tokens
+        are anything unless ``has_empty``."""
+        starts, ends = cu_seqlens[:-1], cu_seqlens[1:]
+        # Where the last ones are empty they start past the end.
+        pooled = tools.linear(x.index_select(0, starts.clamp(max=x.shape[0] - 1)), self.dense, "tanh")
+        return pooled.masked_fill((starts == ends)[:, None], 0.0) if has_empty else pooled
+
 
 class Bert(Pretrained):
     """BERT's encoder; with a RoBERTa or ERNIE config, theirs.
@@ -403,13 +411,26 @@ class Bert(Pretrained):
             None if task_type_ids is None else packing.pack(task_type_ids),
         )
 
+        pools = type(self.pooler) is Pooler
+        has_empty = packing.has_empty
+
         def encode(tokens: Sequence[Tensor | None], cu_seqlens: Tensor, max_seqlen: int) -> list[Tensor]:
-            return self.encoder(self.embeddings(*tokens), cu_seqlens, max_seqlen, output_hidden_states, rows)
+            states = self.encoder(self.embeddings(*tokens), cu_seqlens, max_seqlen, output_hidden_states, rows)
+            if not pools:
+                return states
+            if cu_seqlens is packing.cu_seqlens:
+                return [*states, self.pooler(states[-1], packing)]
+            return [*states, self.pooler.of_sequences(states[-1], cu_seqlens, has_empty)]
 
         graphs = self._graphs if self.cuda_graphs and rows is None else None
         states = encoder.encode(
-            encode, self, graphs, tokens, packing.cu_seqlens, packing.max_seqlen, (output_hidden_states,)
-        )
+            encode, self, graphs, tokens, packing.cu_seqlens, packing.max_seqlen,
+            flags=(output_hidden_states, has_empty), per_sequence=int(pools),
+        )  # fmt: skip
+        if pools:
+            *states, pooled = states
+        else:
+            pooled = None if self.pooler is None else self.pooler(states[-1], packing)
         last = states[-1]
         packed_states = tuple(states) if output_hidden_states else None
         hidden_states = None
@@ -421,7 +442,7 @@ class Bert(Pretrained):
             last_hidden_state = hidden_states[-1] if hidden_states else packing.unpack(last)
         return BertOutput(
             last_hidden_state=last_hidden_state,
-            pooler_output=None if self.pooler is None else self.pooler(last, packing),
+            pooler_output=pooled,
             hidden_states=hidden_states,
             packing=packing,
             packed_last_hidden_state=last,
