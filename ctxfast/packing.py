@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ._core import checks
+from ._core import checks, transfer
 
 _INTEGER = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -99,7 +99,9 @@ class Packing:
         """
         batch_size, seqlen = is_real.shape
         per_row = is_real.sum(dim=1)
-        indices = _places(is_real, batch_size * seqlen) if is_real.is_cuda else None
+        indices = (
+            _places(is_real, batch_size * seqlen) if is_real.is_cuda and not torch.compiler.is_compiling() else None
+        )
         offsets = _offsets(per_row)
         if holds is None:
             host_lengths = per_row.tolist()
@@ -144,7 +146,7 @@ class Packing:
         try:
             host_lengths = tuple(map(operator.index, lengths))
         except TypeError as error:
-            raise TypeError(f"ctxfast.Packing: lengths is {lengths!r}; expected integers.") from error
+            raise TypeError(f"ctxfast.Packing: lengths is {lengths!r:.80}; expected integers.") from error
         longest = max(host_lengths, default=0)
         seqlen = longest if seqlen is None else seqlen
         if longest > seqlen or min(host_lengths, default=0) < 0:
@@ -158,7 +160,8 @@ class Packing:
         # Each text moves on by the padding of all texts before it.
         shift = torch.arange(len(host_lengths), device="cpu") * seqlen - cu_seqlens[:-1]
         indices = torch.arange(sum(host_lengths), device="cpu") + shift.repeat_interleave(per_row)
-        return cls(indices.to(device), cu_seqlens.to(device), longest, len(host_lengths), seqlen, host_lengths)
+        indices, cu_seqlens = transfer.to_device(indices, device), transfer.to_device(cu_seqlens, device)
+        return cls(indices, cu_seqlens, longest, len(host_lengths), seqlen, host_lengths)
 
     @classmethod
     def full(cls, batch_size: int, seqlen: int, device: torch.device | str | None = None) -> Packing:

@@ -359,13 +359,15 @@ class Bert(Pretrained):
         return_packed: bool = False,
         padding: str | None = None,
         check_inputs: bool = False,
+        lengths: Sequence[int] | Tensor | None = None,
     ) -> BertOutput:
         """Encodes a padded batch; padding costs nothing, unless it is kept.
 
         Args:
             input_ids: (B, L) int64 or int32.
-            attention_mask: (B, L), 1 for a token, 0 for padding, anywhere in a row; None for all
-                tokens, which spares a GPU the one wait that a mask costs.
+            attention_mask: (B, L), 1 for a token, 0 for padding, anywhere in a row; None for all tokens. How many
+                tokens there are is read from it: on a GPU the host waits once, until all that it was given before is
+                done, and never for ``lengths`` or without a mask.
             token_type_ids: (B, L); None for 0.
             position_ids: (B, L) or (1, L); None for the column (RoBERTa: count of non-padding ids,
                 from ``pad_token_id + 1``).
@@ -374,6 +376,8 @@ class Bert(Pretrained):
             return_packed: leave results packed: ``last_hidden_state`` and ``hidden_states`` are None.
             padding: "zero" or "keep" for this call, see the class; None for the model's own.
             check_inputs: check ids against their tables on a GPU too (it waits for the device); on a CPU always done.
+            lengths: in place of ``attention_mask`` where padding stands on the right: (B,) tokens of each text, a
+                sequence of integers or an int64 or int32 tensor on the CPU (from a tensor on a GPU they are read back).
 
         Returns:
             A ``BertOutput``. Rows of padding are zero, or Hugging Face's with ``padding="keep"``.
@@ -392,7 +396,9 @@ class Bert(Pretrained):
         self._check(input_ids, attention_mask, token_type_ids, position_ids, task_type_ids, check_inputs)
         batch_size, seqlen = input_ids.shape
         rows = None
-        if attention_mask is None:
+        if lengths is not None:
+            packing = self._packing_of(lengths, attention_mask, input_ids)
+        elif attention_mask is None:
             packing = Packing.full(batch_size, seqlen, input_ids.device)
         else:
             packing = Packing.from_mask(attention_mask)
@@ -448,6 +454,18 @@ class Bert(Pretrained):
             packed_last_hidden_state=last,
             packed_hidden_states=packed_states,
         )
+
+    @staticmethod
+    def _packing_of(lengths: Sequence[int] | Tensor, attention_mask: Tensor | None, input_ids: Tensor) -> Packing:
+        if attention_mask is not None:
+            raise ValueError("ctxfast.Bert: lengths and attention_mask are both given; expected one of them.")
+        batch_size, seqlen = input_ids.shape
+        if len(lengths) != batch_size:
+            raise ValueError(
+                f"ctxfast.Bert: lengths has {len(lengths)} entries; expected {batch_size}, one for each row of "
+                f"input_ids."
+            )
+        return Packing.from_lengths(lengths, seqlen, input_ids.device)
 
     def keeps_padding(self, padding: str | None = None) -> bool:
         """Whether a call with this argument computes rows at padding too."""

@@ -17,6 +17,7 @@ import torch
 from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import WordPiece
 
+from ..._core import transfer
 from ..._core.files import replacing
 from ..._core.texts import as_list, described
 from .config import BertConfig, write_json
@@ -334,12 +335,18 @@ class BertTokenizer:
         max_length: int | None = None,
         truncation: bool = False,
         pad_to_multiple_of: int = 1,
-    ) -> dict[str, torch.Tensor]:
+        device: torch.device | str | None = None,
+    ) -> dict[str, Any]:
         """Encodes texts, pairs, or takes encodings, and pads them on the right for a model's call.
+
+        Args:
+            device: where the model is. For a GPU tensors go through pinned memory, and nobody waits for anything: in
+                place of a mask the batch has the texts' "lengths".
 
         Returns:
             "input_ids", "token_type_ids" and "attention_mask" (1 for tokens, 0 for padding), each
-            (B, T) int64 with T the longest length rounded up to `pad_to_multiple_of`.
+            (B, T) int64 with T the longest length rounded up to `pad_to_multiple_of`. With a `device` "lengths", a
+            tuple of B ints, in place of "attention_mask".
 
         Raises:
             As `encode`.
@@ -364,8 +371,14 @@ class BertTokenizer:
             flat = itertools.chain.from_iterable(rows)
             array[mask] = np.fromiter(flat, np.int64, int(lengths.sum()))
             result[name] = torch.from_numpy(array)
-        result["attention_mask"] = torch.from_numpy(mask.astype(np.int64))
-        return result
+        if device is None:
+            result["attention_mask"] = torch.from_numpy(mask.astype(np.int64))
+            return result
+        place = torch.device(device)
+        return {
+            **{name: transfer.to_device(tensor, place) for name, tensor in result.items()},
+            "lengths": tuple(lengths.tolist()),
+        }
 
     def save(self, directory: str | os.PathLike[str]) -> list[Path]:
         """Writes tokenizer.json and tokenizer_config.json and returns their paths."""
