@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ._core import checks, transfer
+from ._core import checks, torch_ops, transfer
 
 _INTEGER = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -80,8 +80,9 @@ class Packing:
             )
         batch_size, seqlen = attention_mask.shape
         is_real = attention_mask if is_bool else attention_mask != 0
-        # Named so in torch's documentation, but not in a list of public names.
-        if torch.jit.is_tracing() or _is_exporting():  # pyright: ignore[reportPrivateImportUsage]
+        # Named so in torch's documentation, but not in a list of public names. (torch before 2.7 does not tell of an
+        # export: there a mask cannot be exported.)
+        if torch.jit.is_tracing() or torch_ops.is_exporting():  # pyright: ignore[reportPrivateImportUsage]
             return cls._traced(is_real, batch_size, seqlen)
         packing = cls.from_tokens(is_real, None if is_bool else ~(is_real & (attention_mask != 1)).any())
         if packing is None:
@@ -99,9 +100,8 @@ class Packing:
         """
         batch_size, seqlen = is_real.shape
         per_row = is_real.sum(dim=1)
-        indices = (
-            _places(is_real, batch_size * seqlen) if is_real.is_cuda and not torch.compiler.is_compiling() else None
-        )
+        is_early = is_real.is_cuda and not torch.compiler.is_compiling()
+        indices = _places(is_real, batch_size * seqlen) if is_early else None
         offsets = _offsets(per_row)
         if holds is None:
             host_lengths = per_row.tolist()
@@ -260,11 +260,6 @@ class Packing:
             raise ValueError(
                 f"ctxfast.Packing.{method}: {name} is on {value.device}; expected {self.device}, where the packing is."
             )
-
-
-def _is_exporting() -> bool:
-    # torch before 2.7 does not tell; there a mask cannot be exported.
-    return getattr(torch.compiler, "is_exporting", lambda: False)()
 
 
 def _places(is_real: Tensor, count: int) -> Tensor:

@@ -6,8 +6,9 @@ Kernels are entered with ``Library.define`` + ``impl`` + a fake kernel (measured
 torch.compile(fullgraph=True) and torch.export see one opaque operator each way.
 
 What no kernel can answer, its op's definition does, in plain PyTorch: calls under a torch.func transform, forward-mode
-differentiation or torch.jit.trace, and on tensors that keep no values at an address (``why_definition``); gradients
-that are to be differentiated again (``needs_definition``, ``definition_gradients``).
+differentiation or torch.jit.trace, calls that torch.export records with gradients, and calls on tensors that keep no
+values at an address (``why_definition``); gradients that are to be differentiated again (``needs_definition``,
+``definition_gradients``).
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+from . import capability
 
 _LIBRARY = torch.library.Library("ctxfast", "DEF")
 _TAGS = tuple(
@@ -94,6 +97,29 @@ def is_traced() -> bool:
     return torch.jit.is_tracing() or (torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export())
 
 
+def is_exporting() -> bool:
+    """Whether torch.export records what is called. torch before 2.7 does not tell."""
+    return getattr(torch.compiler, "is_exporting", lambda: False)()
+
+
+def exports_gradient(tensors: Iterable[Tensor]) -> bool:
+    """Whether torch.export records a call on these tensors that a gradient goes through: it keeps the operators of the
+    forward alone, not the ``torch.autograd.Function`` around them, so that only torch's own operations have a gradient
+    in the exported program."""
+    return is_exporting() and torch.is_grad_enabled() and any([tensor.requires_grad for tensor in tensors])
+
+
+@capability.constant  # torch.export would refuse to trace the warning
+def warn_of_export() -> bool:
+    """Say that an exported program has no kernels, and how it would."""
+    warnings.warn(
+        "ctxfast: torch.export was called with gradients enabled and records PyTorch's own operations, which can be "
+        "differentiated. Call it under torch.no_grad() to record ctxfast's kernels, for inference.",
+        stacklevel=2,
+    )
+    return True
+
+
 def is_foreign(tensor: Tensor) -> bool:
     """Whether only operations of torch know a tensor's values: a subclass with its own dispatch, or no strided one."""
     kind = type(tensor)
@@ -113,6 +139,9 @@ def why_definition(tensors: Iterable[Tensor]) -> str | None:
         return "a torch.func transform or forward-mode differentiation is active: the definition is differentiated."
     if is_traced():
         return "torch.jit.trace or torch.onnx.export is to record torch's own operations: the definition's."
+    tensors = list(tensors)
+    if exports_gradient(tensors):
+        return "torch.export records no gradient of a kernel. Export under torch.no_grad() for inference."
     for tensor in tensors:
         if is_foreign(tensor):
             what = type(tensor).__name__ if type(tensor) not in _PLAIN else f"tensor of layout {tensor.layout}"

@@ -11,7 +11,7 @@ from . import tools
 from .layer_norm import AddLayerNorm
 
 
-class Intermediate(tools.Unscripted):
+class Intermediate(tools.NotScriptable):
     """``activation(x W^T + b)``: the widening half. Parameters: ``dense.weight``,
     ``dense.bias``."""
 
@@ -30,7 +30,7 @@ class Intermediate(tools.Unscripted):
         self.activation, self.impl = activation, impl
         self.weight_dtype: torch.dtype | None = None
 
-    @tools.one_call
+    @tools.fx_leaf
     def forward(self, x: Tensor) -> Tensor:
         """(..., N) -> (..., intermediate_size)."""
         options = dict(weight_dtype=self.weight_dtype, impl=self.impl)
@@ -40,7 +40,7 @@ class Intermediate(tools.Unscripted):
         return f"activation={self.activation}, impl={self.impl or 'auto'}"
 
 
-class ProjectAddLayerNorm(tools.Unscripted):
+class ProjectAddLayerNorm(tools.NotScriptable):
     """``LayerNorm(residual + dropout(x W^T + b))``: the end of the attention and of the
     feed-forward block.
 
@@ -65,7 +65,7 @@ class ProjectAddLayerNorm(tools.Unscripted):
         self.impl = impl
         self.weight_dtype: torch.dtype | None = None
 
-    @tools.one_call
+    @tools.fx_leaf
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         """x (..., in_features), residual (..., N) -> (..., N)."""
         if not tools.is_plain(self.dense):
@@ -77,7 +77,7 @@ class ProjectAddLayerNorm(tools.Unscripted):
         return f"impl={self.impl or 'auto'}"
 
 
-class FeedForward(tools.Unscripted):
+class FeedForward(tools.NotScriptable):
     """``LayerNorm(x + dropout(W_2 activation(W_1 x + b_1) + b_2))``.
 
     Args:
@@ -111,7 +111,7 @@ class FeedForward(tools.Unscripted):
         self.intermediate = Intermediate(hidden_size, intermediate_size, activation, impl=impl, **place)
         self.output = ProjectAddLayerNorm(intermediate_size, hidden_size, eps=eps, dropout=dropout, impl=impl, **place)
 
-    @tools.one_call
+    @tools.fx_leaf
     def forward(self, x: Tensor) -> Tensor:
         """(..., N) -> (..., N)."""
         return self.output(self.intermediate(x), x)

@@ -155,14 +155,14 @@ class Place:
                     outputs = [output.contiguous() for output in run(*static)]
                     graph.capture_end()
                 except BaseException:
-                    _abandon(graph, self._pool)
+                    abandon(graph, self._pool)
                     raise
             captured = Captured(graph, static, outputs)
             self._graphs.add(captured)
         return captured
 
 
-def _abandon(graph: Any, pool: Any) -> None:
+def abandon(graph: Any, pool: Any) -> None:
     """Ends a capture that failed.
 
     Where CUDA has broken it off, ``capture_end`` raises before it has ended what ``capture_begin`` began in torch: the

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether somebody looks between the parts of a model, and whether the parts are what they were.
+"""Whether a module is watched (hooks, a replaced ``forward``, compilation), and whether modules are unchanged.
 
-What computes several modules at once, from their parameters, must know both: hooks have to be called, and what was put
-in a module's place has to run.
+Code that computes several modules at once, from their parameters, must know both: hooks have to be called, and a module
+that took another's place has to run.
 """
 
 from __future__ import annotations
@@ -27,10 +27,9 @@ _forward_hooks, _children = itemgetter("_forward_hooks"), itemgetter("_modules")
 
 
 def is_watched(module: nn.Module, is_harmless: IsHarmless | None = None) -> bool:
-    """Whether somebody wants to see a module's inputs, outputs or gradients, has given it another ``forward`` or has
-    had it compiled.
+    """Whether a module has hooks, a ``forward`` of its own or was compiled, so that it must be called.
 
-    ``is_harmless`` tells forward hooks that do not count.
+    ``is_harmless`` picks out forward hooks that may be ignored.
     """
     state = module.__dict__
     if state["_forward_pre_hooks"] or state["_backward_hooks"] or state["_backward_pre_hooks"]:
@@ -42,15 +41,15 @@ def is_watched(module: nn.Module, is_harmless: IsHarmless | None = None) -> bool
 
 
 def is_all_watched() -> bool:
-    """Whether somebody looks at every module there is: global hooks, torch.jit.trace, torch.onnx.export."""
+    """Whether every module is watched: global hooks, torch.jit.trace, torch.onnx.export."""
     if torch.nn.modules.module._has_any_global_hook():
         return True
     return torch_ops.is_traced()
 
 
 class Snapshot:
-    """Modules as they were: their classes, the modules in them, settings. Whether they still are, and nobody watches
-    them, takes 0.3 us each to find out.
+    """The classes, submodules and settings of modules at one time. Comparing them, and looking for hooks, takes 0.3 us
+    a module.
 
     Args:
         modules: each with its own; nothing below them is looked at.
@@ -75,7 +74,7 @@ class Snapshot:
 
     @classmethod
     def joined(cls, snapshots: Sequence[Snapshot]) -> Snapshot:
-        """One of all their modules, as they were in each; ``is_harmless`` is the first one's."""
+        """One snapshot of the modules of several; ``is_harmless`` is the first one's."""
         found = copy.copy(snapshots[0])
         for name, value in vars(found).items():
             if isinstance(value, list):
@@ -83,7 +82,7 @@ class Snapshot:
         return found
 
     def is_same(self) -> bool:
-        """Whether all is as it was, whoever watches."""
+        """Whether nothing has changed, watched or not."""
         return (
             list(map(type, self.modules)) == self._kinds
             and list(map(_children, self._holders)) == self._inside
@@ -91,11 +90,11 @@ class Snapshot:
         )
 
     def is_still(self) -> bool:
-        """Whether all is as it was, and nobody watches."""
+        """Whether nothing has changed and no module is watched."""
         return self.is_same() and not self.is_watched()
 
     def is_watched(self) -> bool:
-        """Whether somebody watches one of the modules."""
+        """Whether one of the modules is watched."""
         states = self._states
         if any([any(map(hooks, states)) for hooks in _HOOKS]):
             return True
