@@ -26,7 +26,8 @@ from ..nn.graphs import PackedGraphs
 from ..ops.shared.weight_cache import forget_packed
 from ..packing import Packing
 from . import attention_interface, identity, padding_readers, transformers_layers
-from .transformers_layers import ENCODERS, Kind, Layer, Layers, Parts
+from .transformers_kinds import ENCODERS, Kind, Parts
+from .transformers_layers import Layer, Layers
 
 # Encoders that look alike and cannot be swapped.
 NEAR_MISSES = {

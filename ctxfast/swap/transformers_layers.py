@@ -11,7 +11,6 @@ the layer itself.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from importlib import import_module
 from operator import attrgetter
 from typing import Any
@@ -25,144 +24,8 @@ from ..nn import encoder, tools
 from ..nn.layer_norm import LayerNorm
 from ..nn.watched import Snapshot
 from ..ops.shared.weight_cache import WeightCache
-from . import attention_interface, identity
-
-
-@dataclass(frozen=True)
-class Parts:
-    """The modules of one layer, whatever its names for them, and what else its arithmetic needs."""
-
-    query: nn.Linear
-    key: nn.Linear
-    value: nn.Linear
-    project: nn.Linear
-    attention_norm: nn.LayerNorm
-    widen: nn.Linear
-    narrow: nn.Linear
-    output_norm: nn.LayerNorm
-    activation: nn.Module
-    attention: nn.Module  # holds heads, scaling and the config
-    heads: int
-    attention_dropout: nn.Dropout
-    project_dropout: nn.Dropout | None
-    output_dropout: nn.Dropout
-    containers: tuple[nn.Module, ...]  # the layer and the modules between it and these, which may have hooks too
-
-    @property
-    def linears(self) -> tuple[nn.Linear, ...]:
-        return self.query, self.key, self.value, self.project, self.widen, self.narrow
-
-    @property
-    def norms(self) -> tuple[nn.LayerNorm, ...]:
-        return self.attention_norm, self.output_norm
-
-    @property
-    def dropouts(self) -> tuple[nn.Dropout, ...]:
-        every = (self.attention_dropout, self.project_dropout, self.output_dropout)
-        return tuple(dropout for dropout in every if dropout is not None)
-
-    @property
-    def every(self) -> tuple[nn.Module, ...]:
-        return *self.containers, *self.linears, *self.norms, *self.dropouts, self.activation
-
-
-def _bert_parts(layer: nn.Module) -> Parts:
-    attention, own = layer.attention, layer.attention.self
-    return Parts(
-        query=own.query,
-        key=own.key,
-        value=own.value,
-        project=attention.output.dense,
-        attention_norm=attention.output.LayerNorm,
-        widen=layer.intermediate.dense,
-        narrow=layer.output.dense,
-        output_norm=layer.output.LayerNorm,
-        activation=layer.intermediate.intermediate_act_fn,
-        attention=own,
-        heads=own.num_attention_heads,
-        attention_dropout=own.dropout,
-        project_dropout=attention.output.dropout,
-        output_dropout=layer.output.dropout,
-        containers=(layer, attention, own, attention.output, layer.intermediate, layer.output),
-    )
-
-
-def _distilbert_parts(layer: nn.Module) -> Parts:
-    attention, ffn = layer.attention, layer.ffn
-    return Parts(
-        query=attention.q_lin,
-        key=attention.k_lin,
-        value=attention.v_lin,
-        project=attention.out_lin,
-        attention_norm=layer.sa_layer_norm,
-        widen=ffn.lin1,
-        narrow=ffn.lin2,
-        output_norm=layer.output_layer_norm,
-        activation=ffn.activation,
-        attention=attention,
-        heads=attention.n_heads,
-        attention_dropout=attention.dropout,
-        project_dropout=None,
-        output_dropout=ffn.dropout,
-        containers=(layer, attention, ffn),
-    )
-
-
-@dataclass(frozen=True, eq=False)
-class Kind:
-    """One kind of encoder: its modeling module, names of classes, how a layer's parts are found, its result's class.
-
-    ``containers``: paths of the modules between a layer and its leaves, and the names of their classes; "" is the
-    layer.
-    """
-
-    modeling: str
-    name: str
-    containers: dict[str, str]
-    parts: Callable[[nn.Module], Parts]
-    result: str
-
-    @property
-    def layer(self) -> str:
-        return self.containers[""]
-
-
-def _bert_kind(model: str, name: str) -> Kind:
-    paths = {
-        "": "Layer", "attention": "Attention", "attention.self": "SelfAttention", "attention.output": "SelfOutput",
-        "intermediate": "Intermediate", "output": "Output",
-    }  # fmt: skip
-    return Kind(
-        f"transformers.models.{model}.modeling_{model}",
-        f"{name}Encoder",
-        {path: name + suffix for path, suffix in paths.items()},
-        _bert_parts,
-        "BaseModelOutputWithPastAndCrossAttentions",
-    )
-
-
-_EVERY = (
-    *(
-        _bert_kind(*names)
-        for names in (
-            ("bert", "Bert"),
-            ("roberta", "Roberta"),
-            ("xlm_roberta", "XLMRoberta"),
-            ("camembert", "Camembert"),
-            ("electra", "Electra"),
-            ("ernie", "Ernie"),
-        )
-    ),
-    Kind(
-        "transformers.models.distilbert.modeling_distilbert",
-        "Transformer",
-        {"": "TransformerBlock", "attention": "DistilBertSelfAttention", "ffn": "FFN"},
-        _distilbert_parts,
-        "BaseModelOutput",
-    ),
-)
-# Encoder's full name -> its kind.
-ENCODERS: dict[str, Kind] = {f"{kind.modeling}.{kind.name}": kind for kind in _EVERY}
+from . import attention_interface, identity, side_by_side
+from .transformers_kinds import Kind, Parts
 
 # Classes of activations (package, module, name) -> what ctxfast.linear_act calls them.
 _ACTIVATIONS = {
@@ -396,7 +259,7 @@ class Layer:
         for name in ("weight", "bias"):
             parts = [linear._parameters[name] for linear in linears]
             if parts[0] is not None:
-                found += _lay_side_by_side(parts)
+                found += side_by_side.lay(parts)
         return found
 
     def _qkv(self) -> tuple[encoder.Weight, Tensor | None]:
@@ -419,50 +282,9 @@ class Layer:
             return join()
         # On a GPU nothing tells the host, without waiting, that weights are still what they were: no copy is kept.
         if _is_on_gpu(sources[0]):
-            weight, bias = _side_by_side(sources[:3]), _side_by_side(sources[3:]) if has_bias else None
+            weight, bias = side_by_side.joined(sources[:3]), side_by_side.joined(sources[3:]) if has_bias else None
             return join() if weight is None or (has_bias and bias is None) else (weight, bias)
         return _fused.get(sources, "qkv", join)
-
-
-def _side_by_side(parts: Sequence[Tensor]) -> Tensor | None:
-    """Tensors that lie one after another in one memory, as one along their first dimension; None if they do not."""
-    first, size = parts[0], parts[0].numel()
-    if not all([each.is_contiguous() and each.shape == first.shape for each in parts]):
-        return None
-    start, memory = first.storage_offset(), first.untyped_storage()._cdata
-    for number, each in enumerate(parts):
-        if each.untyped_storage()._cdata != memory or each.storage_offset() != start + number * size:
-            return None
-    return first.detach().as_strided((len(parts) * first.shape[0], *first.shape[1:]), first.stride(), start)
-
-
-def _lay_side_by_side(parts: Sequence[Tensor]) -> list[Tensor]:
-    """Gives parameters one memory, in which they lie one after another; they stay what they are, with their values.
-
-    Not where somebody else sees the memory of one (a state_dict that is kept, a tied weight, a flat buffer): writes
-    would not reach one from the other any more. Returns tensors of the memory they had, [] if they stay where they are.
-    """
-    users = getattr(torch._C, "_storage_Use_Count", None)
-    if users is None or len(set(map(id, parts))) < len(parts) or _side_by_side(parts) is not None:
-        return []
-    usual = _users_of_one(users)
-    for each in parts:
-        memory = each.untyped_storage()
-        if each.is_inference() or not each.is_contiguous() or memory.nbytes() != each.nbytes:
-            return []
-        if each.shape != parts[0].shape or users(memory._cdata) != usual:
-            return []
-    with torch.inference_mode(False), torch.no_grad():
-        before = [each.detach() for each in parts]
-        for each, part in zip(parts, torch.cat(before).chunk(len(parts))):
-            each.data = part
-    return before
-
-
-def _users_of_one(users: Callable[[int], int]) -> int:
-    """How many users a memory has that one tensor alone holds, as asked for here."""
-    memory = torch.empty(1, device="cpu").untyped_storage()
-    return users(memory._cdata) + 1  # the tensor is gone
 
 
 def _is_on_gpu(tensor: Tensor) -> bool:
