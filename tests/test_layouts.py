@@ -109,6 +109,7 @@ def test_expanded_inputs(spec, implementation, case) -> None:
 
 @every_row
 def test_inputs_are_left_alone(spec, implementation, case) -> None:
+    """Results are plain tensors, too: nothing is noted on either that another call would find."""
     kwargs = case.make(device_of(implementation), torch.float32, SEED)
     before = [tensor.clone() for tensor in flat(list(kwargs.values()))]
     gradients(spec.name, kwargs, case.grads, implementation.name)
@@ -116,6 +117,9 @@ def test_inputs_are_left_alone(spec, implementation, case) -> None:
         run(spec.name, kwargs, implementation.name)
     for old, new in zip(before, flat(list(kwargs.values()))):
         assert torch.equal(old, new)
+    leaves = [tensor.requires_grad_() for name in case.grads for tensor in flat(kwargs[name])]
+    for tensor in [*run(spec.name, kwargs, implementation.name), *leaves]:
+        assert type(tensor) is Tensor and not tensor.__dict__
 
 
 @every_row

@@ -199,21 +199,27 @@ _KINDS = {
 }  # fmt: skip
 
 
-def _schema(signature: inspect.Signature) -> str:
-    """Of a kernel that changes none of its arguments. (torch.library.infer_schema reads other annotations in each
-    version of torch: those that are strings are looked up elsewhere, list[Tensor] is known or not.)"""
-    given = [f"{_KINDS[parameter.annotation]} {name}" for name, parameter in signature.parameters.items()]
+def _schema(signature: inspect.Signature, changed: str | None) -> str:
+    """Of a kernel that changes ``changed`` alone of its arguments. (torch.library.infer_schema reads other annotations
+    in each version of torch: those that are strings are looked up elsewhere, list[Tensor] is known or not.)"""
+    kinds = {name: _KINDS[parameter.annotation] for name, parameter in signature.parameters.items()}
+    if changed is not None:
+        kinds[changed] += "(a!)"
+    given = [f"{kind} {name}" for name, kind in kinds.items()]
     made = signature.return_annotation
     kinds = [_KINDS[each] for each in (typing.get_args(made) if typing.get_origin(made) is tuple else [made])]
     return f"({', '.join(given)}) -> {kinds[0] if len(kinds) == 1 else '(' + ', '.join(kinds) + ')'}"
 
 
-def define(name: str, kernel: Callable[..., Any], outputs: Callable[..., Any], device: str) -> Any:
+def define(
+    name: str, kernel: Callable[..., Any], outputs: Callable[..., Any], device: str, *, changed: str | None = None
+) -> Any:
     """Register ``ctxfast::<name>`` for one dispatch key ("CPU" or "CUDA") and return the callable operator.
 
     ``outputs`` takes those of the kernel's parameters that it names and returns, uninitialised, what the kernel
     returns: the kernel allocates by it, and compilers take the outputs' shapes from it (a fake kernel, in torch's
-    words). The schema is that of the kernel's annotations.
+    words). The schema is that of the kernel's annotations. ``changed`` names the tensor among the arguments that the
+    kernel writes to; the others it leaves alone.
 
     The operator is not differentiable and says so: called with an input that requires a gradient while autograd
     records, it refuses instead of returning a result that silently breaks the chain.
@@ -231,7 +237,7 @@ def define(name: str, kernel: Callable[..., Any], outputs: Callable[..., Any], d
                 )
         return kernel(*args)
 
-    _LIBRARY.define(name + _schema(signature), tags=_TAGS)
+    _LIBRARY.define(name + _schema(signature, changed), tags=_TAGS)
     _LIBRARY.impl(name, run, device)
     torch.library.register_fake(f"ctxfast::{name}", lambda *args: outputs(*[args[i] for i in at]), lib=_LIBRARY)
     return getattr(torch.ops.ctxfast, name).default

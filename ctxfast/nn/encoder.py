@@ -22,11 +22,12 @@ from torch import Tensor, nn
 
 from .. import functional
 from .._core import registry
+from ..ops.attention import same_sequences
 from . import tools
 from .all_rows import AllRows
 from .graphs import PackedGraphs
 
-_OPS = ("add_layer_norm", "attention", "linear_act")
+_OPS = ("add_layer_norm", "attention", "feed_forward", "linear_act")
 
 Layer = Callable[..., Tensor]  # (x, cu_seqlens, max_seqlen, rows) -> x
 Weight = Callable[[Tensor], Tensor] | Tensor
@@ -188,6 +189,7 @@ def _one_by_one(
 ) -> list[Tensor]:
     """The output of each layer, or of the last alone."""
     states = []
+    cu_seqlens = same_sequences.for_one_pass(cu_seqlens)
     for layer in layers:
         step: Layer = partial(by_ops, layer) if isinstance(layer, LayerWeights) else layer
         if recompute is not None:
@@ -210,8 +212,7 @@ def by_ops(layer: LayerWeights, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, 
     )
     projected = _product(context, project, weight_dtype=dtype)
     x = functional.add_layer_norm(projected, x, scale, shift, project_bias, eps=eps, dropout_p=dropout_p)
-    wide = _product(x, widen, widen_bias, activation=activation, weight_dtype=dtype)
-    narrowed = _product(wide, narrow, weight_dtype=dtype)
+    narrowed = _feed_forward(x, widen, widen_bias, narrow, activation, dtype)
     return functional.add_layer_norm(narrowed, x, last_scale, last_shift, narrow_bias, eps=last_eps, dropout_p=last_p)
 
 
@@ -231,13 +232,20 @@ def self_attention(
     """One product for query, key and value, then attention, (T, N) -> (T, N), heads side by side. ``impl``: of
     attention."""
     heads = (3, num_heads, -1)
-    # A GPU adds the bias as it loads rows for attention; on a CPU the product's epilogue adds it for nothing.
-    is_early = x.device.type == "cpu" or rows is not None
-    qkv = _product(x, weight, bias if is_early else None, weight_dtype=weight_dtype).unflatten(-1, heads)
+    # The product's epilogue adds the bias for nothing, and rounds once.
+    qkv = _product(x, weight, bias, weight_dtype=weight_dtype).unflatten(-1, heads)
     if rows is not None:
         return rows.attend(qkv, blank_is_zero=True, dropout_p=dropout_p, impl=impl).flatten(1)
-    bias = None if is_early or bias is None else bias.unflatten(0, heads)
-    return functional.attention(qkv, cu_seqlens, max_seqlen, bias, dropout_p=dropout_p, impl=impl).flatten(1)
+    return functional.attention(qkv, cu_seqlens, max_seqlen, dropout_p=dropout_p, impl=impl).flatten(1)
+
+
+def _feed_forward(
+    x: Tensor, widen: Weight, bias: Tensor | None, narrow: Weight, activation: str, dtype: torch.dtype | None
+) -> Tensor:
+    """(T, N) -> (T, N), without the second bias."""
+    if isinstance(widen, Tensor) and isinstance(narrow, Tensor):
+        return functional.feed_forward(x, widen, bias, narrow, activation=activation, weight_dtype=dtype)
+    return _product(_product(x, widen, bias, activation, weight_dtype=dtype), narrow, weight_dtype=dtype)
 
 
 def _product(x: Tensor, weight: Weight, bias: Tensor | None = None, activation: str = "none", **options: Any) -> Tensor:

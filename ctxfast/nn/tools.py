@@ -29,10 +29,11 @@ def name_of(module: nn.Module) -> str:
 def is_plain(linear: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether a linear layer does nothing but multiply by its parameters: no other module (a quantised layer, an
     adapter) has taken its place, and nothing observes its calls. A layer that is not plain has to be called."""
-    return _is_own(linear, nn.Linear) and not is_watched(linear)
+    return is_own(linear, nn.Linear) and not is_watched(linear)
 
 
-def _is_own(module: nn.Module, kind: type[M]) -> TypeGuard[M]:
+def is_own(module: nn.Module, kind: type[M]) -> TypeGuard[M]:
+    """Whether a module computes what modules of a class do."""
     return isinstance(module, kind) and type(module).forward is kind.forward
 
 
@@ -45,7 +46,7 @@ def readable(owner: nn.Module, name: str, module: nn.Module, kind: type[M], way:
         RuntimeError: another module has taken its place (a quantised one, an adapter), whose ``forward`` would be
             ignored.
     """
-    if not _is_own(module, kind):
+    if not is_own(module, kind):
         found = type(module)
         raise RuntimeError(
             f"{name_of(owner)}: {name} is a {found.__module__}.{found.__qualname__}; expected a "

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from . import encoder, tools, watched
 from .all_rows import AllRows
 from .attention import SelfAttention
-from .feed_forward import Intermediate, ProjectAddLayerNorm
+from .feed_forward import Intermediate, ProjectAddLayerNorm, feed_forward
 from .layer_norm import AddLayerNorm
 
 
@@ -66,7 +66,7 @@ class TransformerLayer(tools.NotScriptable):
     Reference: Devlin et al. 2019; names as in Hugging Face's BertLayer.
     """
 
-    ops = ("transformer_layers", "attention", "linear_act", "add_layer_norm")
+    ops = ("transformer_layers", "attention", "linear_act", "feed_forward", "add_layer_norm")
 
     def __init__(
         self,
@@ -101,8 +101,7 @@ class TransformerLayer(tools.NotScriptable):
         weights = None if watched.is_all_watched() else self.weights()
         if weights is not None:
             return encoder.run([weights], x, cu_seqlens, max_seqlen, rows=rows)[0]
-        x = self.attention(x, cu_seqlens, max_seqlen, rows)
-        return self.output(self.intermediate(x), x)
+        return feed_forward(self.intermediate, self.output, self.attention(x, cu_seqlens, max_seqlen, rows))
 
     def parts(self) -> Parts | None:
         """The modules inside, in the order of ``_KINDS``; None if one was replaced or is observed by hooks."""

@@ -74,7 +74,11 @@ def test_sentences(fake):
     for words, result in zip(WORDS, fake(WORDS, level="sentence", layers=[0, 1])):
         assert result.shape == (2, DIM)
         np.testing.assert_allclose(result, vectors(words)[:2].sum(1) / max(len(words), 1), rtol=1e-5, atol=1e-7)
-    assert fake(WORDS, level="sentence")[0].shape == (DIM,)
+    matrix = fake(WORDS, level="sentence")
+    assert isinstance(matrix, np.ndarray) and matrix.shape == (len(WORDS), DIM) and matrix.dtype == np.float32
+    assert fake(WORDS, level="sentence", layers="all").shape == (len(WORDS), 3, DIM)
+    tensor = fake(WORDS, level="sentence", output="torch")
+    assert isinstance(tensor, torch.Tensor) and np.array_equal(tensor.numpy(), matrix)
 
 
 def test_strings_are_split_by_elmo(fake):
@@ -162,7 +166,8 @@ def test_on_a_gpu(minilm, minilm_dir):
 
 
 def test_nothing(fake):
-    assert fake([]) == [] and fake([], level="sentence") == [] and fake.tokens([]) == []
+    assert fake([]) == [] and fake.tokens([]) == []
+    assert fake([], level="sentence").shape == (0, DIM) and fake([], level="sentence", output="torch").shape == (0, DIM)
 
 
 def test_carry_keeps_order_and_rows():
@@ -325,7 +330,7 @@ def test_ops_of_a_model_are_those_that_it_runs(minilm, shared_data, monkeypatch)
     elmo = Embedder(shared_data / "elmo" / "allennlp_tiny", device="cpu")
     prepared, ran = registry.prepared, set()
     monkeypatch.setattr(registry, "prepared", lambda spec, *rest: ran.add(spec.name) or prepared(spec, *rest))
-    for embedder, by_layer in ((minilm, {"attention", "linear_act", "add_layer_norm"}), (elmo, set())):
+    for embedder, by_layer in ((minilm, {"attention", "linear_act", "feed_forward", "add_layer_norm"}), (elmo, set())):
         ran.clear()
         embedder([["a", "bank"]], layers="all")
         assert ran | by_layer == set(embedder.encoder.ops)
@@ -342,8 +347,8 @@ def test_an_implementation_that_would_change_nothing(minilm_dir, monkeypatch, im
         Embedder(minilm_dir, device="cpu", impl=impl)
     assert str(error.value) == (
         f"ctxfast.Embedder: impl is {impl!r}, but none of the ops of this model (embed_layer_norm, transformer_layers, "
-        f"attention, linear_act, add_layer_norm) has an implementation {impl!r} for cpu; expected reference, cpu, or "
-        f"None to choose."
+        f"attention, linear_act, feed_forward, add_layer_norm) has an implementation {impl!r} for cpu; expected "
+        f"reference, cpu, or None to choose."
     )
 
 
