@@ -21,8 +21,7 @@ if not torch.cuda.is_available() and not capability.is_triton_interpreted():
     pytest.skip("needs a GPU, or TRITON_INTERPRET=1", allow_module_level=True)
 
 from ctxfast.nn import SelfAttention, encoder
-from ctxfast.ops.attention import triton as attention_triton
-from ctxfast.ops.attention import triton_blocks, triton_plan
+from ctxfast.ops.attention import triton as attention_triton, triton_blocks, triton_plan
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
@@ -164,7 +163,7 @@ def test_bias_is_added_once_and_rounded_with_the_rows() -> None:
 
 
 def test_full_batches_may_be_sdpas(monkeypatch) -> None:
-    """Where the table says so, and only without dropout and gradients; off a GPU its plain form stands in for cuDNN's."""
+    """Where the table says so, without dropout and gradients alone; off a GPU its plain form stands in for cuDNN's."""
     assert not triton_plan.FULL_BY_SDPA  # no GPU has measured it
     calls = []
     full, ragged = _packed([70, 70, 70], 2, 32, torch.float16), _packed([70, 69, 71], 2, 32, torch.float16)
