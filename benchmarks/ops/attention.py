@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``attention``: BERT-Base's and MiniLM's heads, full batches and ragged ones."""
+"""``attention``: BERT-Base's and MiniLM's heads, full batches and ragged ones; without a bias, which the product before
+it adds in every encoder."""
 
 from __future__ import annotations
 
@@ -39,13 +40,13 @@ ROWS = (
     Row("minilm 1024x16", dict(lengths=(16,) * 1024, H=12, D=32), cpu=(), passes=("f", "fb")),
 )
 TINY = dict(lengths=(4, 1, 3), H=2, D=8)
-GRADS = ("qkv", "bias")
+GRADS = ("qkv",)
 
 
 def make(random: torch.Generator, lengths: tuple[int, ...], H: int, D: int, dropout: float = 0.0) -> dict[str, Any]:
     offsets = starts(lengths)
     qkv = normal(random, sum(lengths), 3, H, D)
-    return dict(qkv=qkv, cu_seqlens=offsets, max_seqlen=max(lengths), bias=normal(random, 3, H, D, std=0.1))
+    return dict(qkv=qkv, cu_seqlens=offsets, max_seqlen=max(lengths))
 
 
 def work(sizes: dict[str, Any], itemsize: int, backward: bool) -> Work:
@@ -63,11 +64,11 @@ def _build_sdpa(use_mask: bool, backend: str | None = None) -> Callable[[Case, M
         # The peer lives in a padded world: its input comes padded, and packing is not charged to it.
         qkv = args["qkv"].detach()[row].masked_fill(~inside[:, :, None, None, None], 0)  # (S, L, 3, H, D)
         qkv.requires_grad_(case.backward)
-        bias, mask = args["bias"], inside[:, None, None, :] if use_mask else None
+        mask = inside[:, None, None, :] if use_mask else None
         dropout = args.get("dropout_p", 0.0)
 
         def forward() -> Outputs:
-            query, key, value = (qkv + bias).permute(2, 0, 3, 1, 4)
+            query, key, value = qkv.permute(2, 0, 3, 1, 4)
             with nullcontext() if backend is None else sdpa_kernel(SDPBackend.__members__[backend]):
                 context = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
             return (context.transpose(1, 2),)  # (S, L, H, D)
@@ -86,10 +87,10 @@ def _build_sdpa(use_mask: bool, backend: str | None = None) -> Callable[[Case, M
                     raise Unavailable("this backend does not take the case") from None
         return Call(
             forward,
-            {"qkv": (qkv,), "bias": (bias,)} if case.backward else None,
+            {"qkv": (qkv,)} if case.backward else None,
             to_case=lambda outputs: (outputs[0].flatten(0, 1)[places],),
             to_own=to_own,
-            leaf_to_case=lambda name, grad: grad.flatten(0, 1)[places] if name == "qkv" else grad,
+            leaf_to_case=lambda name, grad: grad.flatten(0, 1)[places],
         )
 
     return build
@@ -104,10 +105,10 @@ def _build_varlen(case: Case, args: Mapping[str, Any]) -> Call:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         raise Unavailable(f"torch {torch.__version__} has no torch.nn.attention.varlen") from None
-    qkv, offsets, longest, bias = args["qkv"], args["cu_seqlens"], args["max_seqlen"], args["bias"]
+    qkv, offsets, longest = args["qkv"], args["cu_seqlens"], args["max_seqlen"]
 
     def forward() -> Outputs:
-        query, key, value = (qkv + bias).unbind(1)
+        query, key, value = qkv.unbind(1)
         return (varlen_attn(query, key, value, offsets, offsets, longest, longest),)
 
     return Call(forward, leaves_of(case, args))

@@ -47,17 +47,15 @@ def list_blocks(
         total += tl.sum(blocks, 0)
     mine = tl.where(own < sequences, (length + (SIZE - 1)) // SIZE, 0)
     for block in range(0, tl.max(mine, 0)):
-        at = table + (before + block) * 4
-        inside = block < mine
-        tl.store(at, own, mask=inside)
-        tl.store(at + 1, tl.zeros([SEQUENCES], tl.int32) + block * SIZE, mask=inside)
-        tl.store(at + 2, start, mask=inside)
-        tl.store(at + 3, length, mask=inside)
-    # The columns but the length of rows past the last block are read, and never used.
-    for at in range(program * OTHERS + total, programs, tl.num_programs(0) * OTHERS):
-        row = at + tl.arange(0, OTHERS)
+        row = table + (before + block) * 4
+        tl.store(row, own, mask=block < mine)
+        tl.store(row + 1, tl.zeros([SEQUENCES], tl.int32) + block * SIZE, mask=block < mine)
+        tl.store(row + 2, start, mask=block < mine)
+        tl.store(row + 3, length, mask=block < mine)
+    for empty in range(program * OTHERS + total, programs, tl.num_programs(0) * OTHERS):
+        rest = empty + tl.arange(0, OTHERS)
         for column in tl.static_range(4):
-            tl.store(table + row * 4 + column, tl.zeros([OTHERS], tl.int32), mask=row < programs)
+            tl.store(table + rest * 4 + column, tl.zeros([OTHERS], tl.int32), mask=rest < programs)
 
 
 def block_table(cu_seqlens: Tensor, programs: int, size: int) -> Tensor:
