@@ -28,6 +28,9 @@ TABLE = CSRC / "resources.json"
 ARCHS = ("sm_80", "sm_90a")
 COLUMNS = ("registers", "shared", "stack", "spill_stores", "spill_loads")
 
+# What ptxas says where the products of Hopper's tensor cores wait for one another: C7510 and its neighbours.
+SERIALIZED = re.compile(r".*wgmma\.mma_async instructions are serialized.*")
+
 Resources = dict[str, int]
 
 
@@ -88,6 +91,18 @@ def compare(table: Mapping[str, Resources], measured: Mapping[str, Resources]) -
     return problems
 
 
+def find_faults(row: Resources, said: str, shared: int) -> list[str]:
+    """What no kernel may have, whatever the table says; ``said``: ptxas's words."""
+    faults = []
+    if row["stack"]:  # no kernel has arrays of its own
+        faults.append(f"spills: {row['stack']} B of stack")
+    if row["shared"] > shared:
+        faults.append(f"needs {row['shared']} B of shared memory, and no block gets more than {shared}")
+    if found := SERIALIZED.search(said):
+        faults.append(f"its products wait for one another: {found[0].strip()}")
+    return faults
+
+
 def format_table(measured: Mapping[str, Resources], columns: Sequence[str] = COLUMNS) -> str:
     width = max([len("kernel"), *map(len, measured)])
     lines = [f"{'kernel':<{width}}  " + "  ".join(f"{column:>12}" for column in columns)]
@@ -104,7 +119,7 @@ def measure(nvcc: str, source: Path, arch: str) -> dict[str, Resources]:
         answer = subprocess.run(command, capture_output=True, text=True, check=False)
     if answer.returncode != 0:
         raise SystemExit(f"resources: {source.name} does not compile for {arch}:\n{answer.stderr}")
-    if found := re.search(r".*wgmma.mma_async instructions are serialized.*", answer.stderr + answer.stdout):
+    if found := SERIALIZED.search(answer.stderr + answer.stdout):
         raise SystemExit(f"resources: {source.name}: its products wait for one another: {found[0]}")
     kernels = parse_ptxas(answer.stderr + answer.stdout)
     names = demangle(list(kernels)) if kernels else {}

@@ -29,7 +29,7 @@ os.environ["TRITON_INTERPRET"] = "0"  # interpreted kernels cannot be compiled; 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import triton
-from resources import Resources, compare, format_table, parse_ptxas
+from resources import Resources, compare, find_faults, format_table, parse_ptxas
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -67,8 +67,6 @@ TYPES |= {"cu_seqlens": "*i32"}
 # Triton is told nothing about these; other numbers and pointers are multiples of 16, as in every model.
 UNKNOWN = {"rows", "programs", "threshold", "ignore_index", "eps", "rescale"}
 UNKNOWN |= {"tokens", "sequences", "heads", "blocks", "pairs", "softmax_scale", "V", "M"}
-# What ptxas says where products wait for one another: C7510 and its neighbours.
-SERIALIZED = re.compile(r".*wgmma\.mma_async instructions are serialized.*")
 
 
 def launches(dtype: str, arch: int) -> Iterator[triton_rows.Launch]:
@@ -118,18 +116,6 @@ def measure(name: str) -> tuple[Resources, list[str]]:
     # The shared memory is none of the code's: Triton asks for all of it at launch.
     row = dict(registers=rows[0]["registers"], shared=kernel.metadata.shared, stack=rows[0]["stack"])
     return row, find_faults(row, said.getvalue(), SHARED[int(arch)])
-
-
-def find_faults(row: Resources, said: str, shared: int) -> list[str]:
-    """What no kernel may have, whatever the table says; ``said``: ptxas's words."""
-    faults = []
-    if row["stack"]:  # no kernel has arrays of its own
-        faults.append(f"spills: {row['stack']} B of stack")
-    if row["shared"] > shared:
-        faults.append(f"needs {row['shared']} B of shared memory, and no block gets more than {shared}")
-    if found := SERIALIZED.search(said):
-        faults.append(f"its products wait for one another: {found[0].strip()}")
-    return faults
 
 
 _LAUNCHES: dict[str, tuple[Any, dict[str, Any], dict[str, int]]] = {

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import subprocess
 import sys
@@ -212,6 +213,27 @@ def test_resource_growth_and_spills_are_problems(resources: ModuleType) -> None:
         ("new", "is not in the table"),
         ("gone", "is in the table but no longer compiled"),
     ]
+
+
+def test_what_no_triton_kernel_may_have(resources: ModuleType) -> None:
+    row = {"registers": 40, "shared": 1000, "stack": 0}
+    loss = "ptxas info    : (C7515) Potential Performance Loss: wgmma.mma_async instructions are serialized due to"
+    assert resources.find_faults(row, PTXAS, 1000) == []
+    assert resources.find_faults({**row, "stack": 8}, PTXAS, 999) == [
+        "spills: 8 B of stack",
+        "needs 1000 B of shared memory, and no block gets more than 999",
+    ]
+    (fault,) = resources.find_faults(row, f"{PTXAS}{loss} non wgmma instructions\n", 1000)
+    assert fault.startswith("its products wait for one another: ptxas info    : (C7515)")
+
+
+def test_triton_tables_have_the_same_rows() -> None:
+    """One a Triton; a row that is in one alone was forgotten in the other."""
+    tables = [json.loads(path.read_text()) for path in sorted(CSRC.glob("triton_resources-*.json"))]
+    assert [table["triton"] for table in tables] == ["3.6.0", "3.9.0"]
+    first, second = (set(table["kernels"]) for table in tables)
+    assert first and first == second
+    assert not any(row["stack"] for table in tables for row in table["kernels"].values())
 
 
 def test_old_setuptools_are_told_apart(tmp_path) -> None:

@@ -13,6 +13,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import triton
+
 from ..shared.triton_rows import block
 
 
@@ -56,6 +58,10 @@ def _pairs(rows: int) -> Tile:
     return Tile(rows, rows, warps=4, pairs=4)
 
 
+# Rows loaded ahead in the backward over keys on sm_90, heads of 33 to 64: Triton 3.6 has registers left for it (251 of
+# 255), Triton 3.9 would spill 32 bytes.
+_KEY_STAGES = 2 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9) else 1
+
 # In order of length; the last plan of every list takes any. By head_dim rounded up to a power of two, 32 at least.
 #
 # float16 and bfloat16 on sm_90: accumulators of wgmma leave room for a whole backward up to 128 tokens.
@@ -72,7 +78,7 @@ _HOPPER = {
         Plan(32, _pairs(32), whole=Tile(32, 32, 2)),
         Plan(64, Tile(64, 64, 4), whole=Tile(64, 64, 4)),
         Plan(128, Tile(64, 128, 4), whole=Tile(128, 128, 8)),
-        Plan(0, Tile(64, 64, 4, 2, registers=128), query=Tile(64, 64, 4, 2), key=Tile(64, 64, 4, 2)),
+        Plan(0, Tile(64, 64, 4, 2, registers=128), query=Tile(64, 64, 4, 2), key=Tile(64, 64, 4, _KEY_STAGES)),
     ),
     128: (
         Plan(16, _pairs(16), whole=_pairs(16)),
@@ -83,11 +89,16 @@ _HOPPER = {
 }
 # The same dtypes everywhere else (mma.sync): operands lie in registers too, so tiles are smaller.
 _OTHERS = {
-    32: (*_HOPPER[32][:3], Plan(0, Tile(64, 64, 4, 2), query=Tile(64, 64, 4, 2), key=Tile(64, 64, 4, 2))),
+    32: (
+        _HOPPER[32][0],
+        Plan(32, Tile(32, 32, warps=2, pairs=2), whole=_pairs(32)),
+        _HOPPER[32][2],
+        Plan(0, Tile(64, 64, 4, 2), query=Tile(64, 64, 4, 2), key=Tile(64, 64, 4, 2)),
+    ),
     64: (
         *_HOPPER[64][:2],
-        Plan(64, Tile(64, 64, 4), query=Tile(64, 32, 4, 2), key=Tile(64, 32, 4, 2)),
-        Plan(0, Tile(64, 64, 4, 2), query=Tile(64, 32, 4, 2), key=Tile(64, 32, 4, 2)),
+        Plan(64, Tile(64, 64, 4), query=Tile(64, 32, 4, 2), key=Tile(32, 32, 4, 2)),
+        Plan(0, Tile(64, 64, 4, 2), query=Tile(64, 32, 4, 2), key=Tile(32, 32, 4, 2)),
     ),
     128: (
         _HOPPER[128][0],
