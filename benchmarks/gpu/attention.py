@@ -28,25 +28,17 @@ from .device import Device, Lines, Run, relative_error
 
 _SHAPES = {"1 x 128": (128,), "256 ragged": RAGGED_256, "64 x 128": (128,) * 64, "32 x 512": (512,) * 32}
 _SMALL = {"ragged": (5, 17, 1, 40), "2 x 8": (8, 8)}
-# (queries, keys, warps, stages) of a tile. The compiler's table says which spill: csrc/triton_resources.json.
-_FORWARD = [
-    (64, 64, 4, 1),
-    (64, 64, 4, 2),
-    (64, 128, 4, 1),
-    (128, 64, 4, 2),
-    (128, 64, 8, 2),
-    (128, 128, 8, 1),
-    (128, 128, 8, 2),
-]
-_BACKWARD = [
-    (64, 64, 4, 1),
-    (64, 64, 4, 2),
-    (64, 32, 4, 2),
-    (32, 64, 4, 2),
-    (64, 64, 8, 2),
-    (64, 128, 8, 1),
-    (128, 64, 8, 1),
-]
+# queries, keys, warps, stages, registers a thread at most (None: as the compiler likes) of a tile. Which of them spill,
+# the compiler says: csrc/triton_resources.py.
+_Cut = tuple[int, int, int, int, "int | None"]
+_FORWARD: tuple[_Cut, ...] = (
+    (64, 64, 4, 1, None), (64, 64, 4, 2, None), (64, 64, 4, 2, 128), (64, 128, 4, 1, None), (128, 64, 4, 2, None),
+    (128, 64, 8, 2, None), (128, 64, 8, 2, 128), (128, 128, 8, 1, None), (128, 128, 8, 2, None),
+)  # fmt: skip
+_BACKWARD: tuple[_Cut, ...] = (
+    (64, 64, 4, 1, None), (64, 64, 4, 2, None), (64, 32, 4, 2, None), (32, 64, 4, 2, None), (64, 64, 8, 2, None),
+    (64, 128, 8, 1, None), (128, 64, 8, 1, None),
+)  # fmt: skip
 
 
 class _Inputs:
@@ -157,13 +149,12 @@ def _varlen(device: Device, given: _Inputs) -> str:
 
 
 @contextmanager
-def cut(**tiles: tuple[int, int, int, int] | None) -> Iterator[None]:
+def cut(**tiles: _Cut | None) -> Iterator[None]:
     """Inside, plans have these tiles: forward, whole, query, key; None for no such kernel."""
     from ctxfast.ops.attention import triton_plan
 
     chosen = {
-        name: None if tile is None else triton_plan.Tile(tile[0], tile[1], tile[2], tile[3])
-        for name, tile in tiles.items()
+        name: None if tile is None else triton_plan.Tile(*tile[:4], registers=tile[4]) for name, tile in tiles.items()
     }
     plain = triton_plan.choose
     with mock.patch.object(triton_plan, "choose", lambda *args, **kwargs: replace(plain(*args, **kwargs), **chosen)):
@@ -178,13 +169,15 @@ def tiles(device: Device, lines: Lines) -> None:
         ways, shapes = {name: found[:1] for name, found in ways.items()}, {"ragged": _SMALL["ragged"]}
     for name, lengths in shapes.items():
         given = _Inputs(device, lengths)
+        lines.row(f"{name}, forward as shipped", _forward, device, given, False)
+        lines.row(f"{name}, forward+backward, dropout 0.1, as shipped", _both, device, given, False, 0.1)
         for kernel, candidates in ways.items():
             for tile in candidates:
-                words = "{} x {}, {} warps, {} stages".format(*tile)
+                words = "{} x {}, {} warps, {} stages, registers {}".format(*tile)
                 lines.row(f"{name}, {kernel} {words}", _timed_cut, device, given, kernel, tile)
 
 
-def _timed_cut(device: Device, given: _Inputs, kernel: str, tile: tuple[int, int, int, int]) -> str:
+def _timed_cut(device: Device, given: _Inputs, kernel: str, tile: _Cut) -> str:
     if kernel == "forward":
         given.qkv.requires_grad_(False)
         with torch.no_grad():
@@ -196,7 +189,7 @@ def _timed_cut(device: Device, given: _Inputs, kernel: str, tile: tuple[int, int
         given.qkv.requires_grad_()
         run = _backward_of(lambda: given.call(False, dropout_p=0.1), [given.qkv], lambda out: given.grad)
         other = "key" if kernel == "query" else "query"
-        with cut(whole=None, **{kernel: tile, other: (32, 64, 4, 2) if other == "key" else (64, 64, 4, 2)}):
+        with cut(whole=None, **{kernel: tile, other: (64, 64, 4, 2, None)}):
             plain = _backward_of(lambda: given.call(False), [given.qkv], lambda out: given.grad)
             (gradient,) = plain()
             took = device.milliseconds(device.graph(run), 0.08)
