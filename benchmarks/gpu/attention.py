@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """``python -m benchmarks.gpu.attention``: ``attention`` by shape, in a graph, beside torch's, and cut in other ways.
 
-Where all sequences have one length torch's SDPA could be called instead; whether its backends are faster there, and
-which tiles are (``ctxfast/ops/attention/triton_plan.py`` says how the present ones were chosen), is decided by these.
+Where all sequences have one length torch's SDPA could be called instead (``FULL_BY_SDPA``); whether its backends are
+faster there, and which tiles are, ``ctxfast/ops/attention/triton_plan.py`` can say once these have been measured.
 """
 
 from __future__ import annotations
@@ -25,9 +25,11 @@ from ctxfast import functional
 from ..inputs import RAGGED_256
 from . import device as _device
 from .device import Device, Lines, Run, relative_error
+from .switches import full_by_sdpa
 
 _SHAPES = {"1 x 128": (128,), "256 ragged": RAGGED_256, "64 x 128": (128,) * 64, "32 x 512": (512,) * 32}
 _SMALL = {"ragged": (5, 17, 1, 40), "2 x 8": (8, 8)}
+_LIMIT = 2e-2  # of the norm, between two ways that both round to 16 bits
 # queries, keys, warps, stages, registers a thread at most (None: as the compiler likes) of a tile. Which of them spill,
 # the compiler says: csrc/triton_resources.py.
 _Cut = tuple[int, int, int, int, "int | None"]
@@ -93,6 +95,17 @@ def _forward(device: Device, given: _Inputs, with_bias: bool) -> str:
         return _told(device, lambda: given.call(with_bias), given.flops())
 
 
+def _full(device: Device, given: _Inputs) -> str:
+    """As a call would be with ``FULL_BY_SDPA``."""
+    with torch.no_grad():
+        right = given.call(False)
+        with full_by_sdpa():
+            error = relative_error(given.call(False), right)
+            if not error < _LIMIT:
+                raise AssertionError(f"off by {error:.1e} from the kernel's result")
+            return _told(device, lambda: given.call(False), given.flops())
+
+
 def _both(device: Device, given: _Inputs, with_bias: bool, dropout: float) -> str:
     leaves = [given.qkv.requires_grad_(), *([given.bias.requires_grad_()] if with_bias else [])]
     return _told(device, _backward_of(lambda: given.call(with_bias, dropout_p=dropout), leaves, lambda out: given.grad))
@@ -105,6 +118,8 @@ def shapes(device: Device, lines: Lines) -> None:
         given = _Inputs(device, lengths)
         for what, with_bias in (("bias on load", True), ("no bias", False)):
             lines.row(f"{name}, forward, {what}", _forward, device, given, with_bias)
+        if given.is_full and not device.is_stand_in:
+            lines.row(f"{name}, forward, no bias, full by SDPA", _full, device, given)
         for backend in backends if given.is_full else ():
             lines.row(f"{name}, forward, {backend.name}", _sdpa, device, given, backend)
         if not given.is_full and not device.is_stand_in:
@@ -194,7 +209,7 @@ def _timed_cut(device: Device, given: _Inputs, kernel: str, tile: _Cut) -> str:
             (gradient,) = plain()
             took = device.milliseconds(device.graph(run), 0.08)
         error = relative_error(gradient, plain()[0])
-    if not error < 2e-2:
+    if not error < _LIMIT:
         raise AssertionError(f"off by {error:.1e} from the shipped tiles' result")
     return f"{took:.4f} ms, {error:.0e} from the shipped"
 
