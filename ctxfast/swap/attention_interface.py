@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import functional
+from .._core import torch_ops
 from ..nn.all_rows import AllRows
 from ..packing import Packing
 
@@ -105,7 +106,7 @@ def _checked(method: Callable[..., Any]) -> Callable[..., Any]:
                 _check_model(type(self))
         return method(self, *args, **kwargs)
 
-    checked.is_ctxfast = True
+    checked.is_ctxfast = True  # pyright: ignore[reportAttributeAccessIssue]
     return checked
 
 
@@ -213,7 +214,7 @@ def attention(
     if attention_mask is not None and attention_mask.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{_WHO}: attention_mask requires a gradient; expected a padding mask. Use 'eager' for it.")
     batch, heads, length, _ = query.shape
-    if torch.jit.is_tracing() or query.is_meta or (attention_mask is not None and torch.compiler.is_compiling()):
+    if torch_ops.is_jit_tracing() or query.is_meta or (attention_mask is not None and torch.compiler.is_compiling()):
         mask = None if attention_mask is None else _added(attention_mask, query)
         context = F.scaled_dot_product_attention(query, key, value, mask, dropout, scale=scaling)
         return context.transpose(1, 2), None

@@ -302,7 +302,7 @@ def test_files_that_do_not_fit(change, error: type[Exception], message: str, tmp
 def test_softmax_weights_in_the_file_are_named_and_not_read(tmp_path: Path) -> None:
     _, weights = write_model(tmp_path)
     damage(weights, replace("softmax/W", np.zeros((5, 6), np.float32)))
-    with pytest.warns(UserWarning, match="also holds softmax, which is no part of ELMo: not read"):
+    with pytest.warns(UserWarning, match="also holds softmax, which is not part of ELMo: not read"):
         load_weights(weights, SMALL)
 
 

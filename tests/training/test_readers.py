@@ -78,7 +78,7 @@ def test_a_label_column_is_not_needed_to_predict(tmp_path) -> None:
         ("a.tsv", "why ?\tquestion\na\tx\n", "no column for the label; .* if this row names no columns, .*--no-header"),
         ("a.tsv", "text\tlabel\na\tx\n\xff".encode("latin-1"), "line 3: byte 0xff is not UTF-8"),
         ("a.csv", 'text,label\na,x\n"b,y\n', "line 3: a quote sign opens a field"),
-        ("a.jsonl", '{"text": "a", "label": "x"}\n{"text"\n', "line 2: is no JSON"),
+        ("a.jsonl", '{"text": "a", "label": "x"}\n{"text"\n', "line 2: is not JSON"),
         ("a.jsonl", '{"text": "a", "label": "x"}\n[1]\n', "line 2: is a list"),
         ("a.jsonl", '{"text": ["a"], "label": "x"}\n', "line 1: holds a list"),
         ("a.jsonl", '{"text": "a", "label": "x"}\n{"text": "b"}\n', "line 2: has no column for the label"),
@@ -200,7 +200,7 @@ def test_squad_leaves_out_answers_that_do_not_align(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        ('{"data": [\n1,]', "line 2: is no JSON"),
+        ('{"data": [\n1,]', "line 2: is not JSON"),
         ({"version": 1}, "the file: has no 'data'"),
         ({"data": []}, "holds no questions"),
         ({"data": [{"paragraphs": [{"context": 3}]}]}, "'context' is of type int; expected str"),

@@ -57,7 +57,7 @@ class BertOutput(NamedTuple):
 
 
 class Pretrained(tools.NotScriptable):
-    """What ``Bert`` and the models built on it share: first weights, reading and writing of files."""
+    """What ``Bert`` and the models built on it share: initialization, reading and writing of files."""
 
     # What stands before this module's names in the names of files (``load_checkpoint``'s normal form).
     _file_prefix = ""
@@ -77,12 +77,12 @@ class Pretrained(tools.NotScriptable):
         return next(self.parameters()).dtype
 
     def init_weights(self, *parts: nn.Module) -> None:
-        """First weights of these parts and all inside them, as Hugging Face's: see ``Bert``."""
+        """Initializes these modules and their submodules as Hugging Face does: see ``Bert``."""
         for part in parts:
             part.apply(self._init_module)
 
     def tie_weights(self) -> None:
-        """Makes parameters that are one under two names so again; most models have none."""
+        """Ties parameters that share one tensor under two names again; most models have none."""
 
     @torch.no_grad()
     def _init_module(self, module: nn.Module) -> None:
@@ -112,9 +112,9 @@ class Pretrained(tools.NotScriptable):
         device: torch.device | str | None,
         **options: Any,
     ) -> _Model:
-        """The model with the weights that were read; heads the file lacks get first weights and a warning."""
+        """The model with the weights that were read; heads that the file lacks are initialized, with a warning."""
         prefix = cls._file_prefix
-        with torch.device("meta"):  # nothing is allocated or drawn only to be overwritten
+        with torch.device("meta"):  # allocate and initialize nothing that would be overwritten
             model = cls(read.config, **options)
         if dtype is None:
             dtype = read.state_dict["bert.embeddings.word_embeddings.weight"].dtype
@@ -231,15 +231,15 @@ class Bert(Pretrained):
     Args:
         config: sizes and options.
         add_pooling_layer: whether there is a pooler (``pooler_output`` is None without).
-        padding: what stands at padding, in the outputs and in what heads make of them. "zero": zeros, nothing is
-            computed there. "keep": what Hugging Face's model has there, with the "sdpa" attention that is its default
-            (a text without tokens attends to nothing); every row is computed, and the pooler reads column 0. For what
-            reads padded rows: late interaction, unpacked LSTMs, convolutions, losses over padding. The attribute
-            ``padding`` can be set, and a call can have its own.
+        padding: the values at padding, in the outputs and in the heads' results. "zero": zeros; nothing is computed
+            there. "keep": the values of Hugging Face's model with its default "sdpa" attention (a text without tokens
+            attends to nothing); every row is computed, and the pooler reads column 0. Needed by code that reads padded
+            rows: late interaction, unpacked LSTMs, convolutions, losses over padding. The attribute ``padding`` can be
+            set, and overridden per call.
 
-    The state_dict has exactly the names of Hugging Face's BertModel. Weights start as its do: normal with standard
-    deviation ``initializer_range``, biases 0, LayerNorm 1 and 0, padding rows 0. ``gradient_checkpointing_enable()``
-    recomputes each layer in the backward pass instead of keeping its activations.
+    The state_dict has exactly the names of Hugging Face's BertModel. Weights are initialized likewise: normal with
+    standard deviation ``initializer_range``, biases 0, LayerNorm 1 and 0, padding rows 0.
+    ``gradient_checkpointing_enable()`` recomputes each layer in the backward pass instead of keeping its activations.
 
     On a GPU, calls without gradients go through CUDA graphs from the second call of a size on (sizes
     are rounded up to buckets); ``cuda_graphs = False`` turns that off.
@@ -272,7 +272,7 @@ class Bert(Pretrained):
 
     @property
     def padding(self) -> str:
-        """What stands at padding, "zero" or "keep"."""
+        """The values at padding, "zero" or "keep"."""
         return self._padding
 
     @padding.setter
@@ -312,13 +312,13 @@ class Bert(Pretrained):
         return cls._from_checkpoint(read, dtype, device, add_pooling_layer=add_pooling_layer, padding=padding)
 
     def quantize(self, kind: str | None = "int8") -> Bert:
-        """Computes the encoder's linear layers in 8 bits on the CPU, for inference; returns the model itself.
+        """Computes the encoder's linear layers with int8 products on the CPU, for inference; returns the model.
 
-        Weights stay what they are, in the state_dict too: their 8-bit form is made on first use, and made anew when
-        they change. Embeddings, attention, LayerNorm and the pooler keep their precision.
+        The parameters and the state_dict are unchanged: int8 copies are made on first use, and again whenever the
+        weights change. Embeddings, attention, LayerNorm and the pooler keep their precision.
 
         Args:
-            kind: "int8", or None to go back.
+            kind: "int8", or None to undo it.
 
         Raises:
             ValueError: another kind.
@@ -352,12 +352,12 @@ class Bert(Pretrained):
         padding: str | None = None,
         check_inputs: bool = False,
     ) -> BertOutput:
-        """Encodes a padded batch; padding costs nothing, unless it is kept.
+        """Encodes a padded batch. Padding is not computed unless it is kept.
 
         Args:
             input_ids: (B, L) int64 or int32.
-            attention_mask: (B, L), 1 for a token, 0 for padding, anywhere in a row; None for all
-                tokens, which spares a GPU the one wait that a mask costs.
+            attention_mask: (B, L), 1 for a token, 0 for padding, anywhere in a row; None if all
+                are tokens, which also avoids the one synchronization that a mask costs on a GPU.
             token_type_ids: (B, L); None for 0.
             position_ids: (B, L) or (1, L); None for the column (RoBERTa: count of non-padding ids,
                 from ``pad_token_id + 1``).
@@ -365,15 +365,15 @@ class Bert(Pretrained):
             output_hidden_states: also return the embeddings and every layer.
             return_packed: leave results packed: ``last_hidden_state`` and ``hidden_states`` are None.
             padding: "zero" or "keep" for this call, see the class; None for the model's own.
-            check_inputs: check ids against their tables on a GPU too (it waits for the device); on a CPU always done.
+            check_inputs: check ids against the embedding tables on a GPU too, which synchronizes; always done on a CPU.
 
         Returns:
             A ``BertOutput``. Rows of padding are zero, or Hugging Face's with ``padding="keep"``.
 
         Raises:
             TypeError: wrong dtypes and kinds.
-            ValueError: wrong shapes and devices, ids outside their table, a sequence longer than
-                the position table, packed results of kept padding.
+            ValueError: wrong shapes or devices, ids outside their table, a sequence longer than the position table,
+                ``return_packed`` with ``padding="keep"``.
         """
         keeps = self.keeps_padding(padding)
         if keeps and return_packed:

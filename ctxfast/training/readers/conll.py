@@ -59,7 +59,7 @@ def read_conll(
         predicate_column: column that is none of "", "-", "_", "O", "0" for the words of the predicate; every sentence
             has one.
         scheme: "bio2"; "iob1" (B- only between neighbours of one kind) and "bioes" (also written BILOU), both converted
-            to BIO2; "none" for tags that are no spans, such as parts of speech. With "bio2" a tag must be O, B-x, or
+            to BIO2; "none" for tags that are not spans, such as parts of speech. With "bio2" a tag must be O, B-x, or
             I-x after B-x or I-x.
         separator: "tab" or "space"; None to look.
         say: called with a sentence for what looks odd; None: warnings.

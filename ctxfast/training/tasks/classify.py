@@ -43,7 +43,7 @@ def class_names(examples: Sequence[Example]) -> tuple[str, ...]:
 
 
 def check_labels(path: str | os.PathLike[str], examples: Sequence[Example], known: Sequence[str]) -> None:
-    """Refuse labels that training has not seen or, without ``known``, that are no numbers.
+    """Refuse labels that training has not seen or, without ``known``, that are not numbers.
 
     Raises:
         ValueError: with file and line.

@@ -43,10 +43,10 @@ def split_words(text: str, at_signs: bool = False) -> list[tuple[str, tuple[int,
     """Words of a text and where they stand among its characters.
 
     They are parted by white space, and around every Chinese or Japanese sign; with ``at_signs`` also around every other
-    sign that is no letter, mark or number.
+    sign that is not a letter, mark or number.
     """
     splitter = _BY_SIGNS if at_signs else _BY_SPACES
-    # JSON may hold half a character, which is no text to others. One for one, so that places stay.
+    # JSON may hold half a surrogate pair, which other libraries refuse. Replaced one for one, so that offsets stay.
     return splitter.pre_tokenize_str(_LONE_SURROGATE.sub("\ufffd", text))
 
 

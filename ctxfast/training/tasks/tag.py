@@ -77,7 +77,7 @@ class _Tagger(Predictor):
 
     def scores(self, examples: Sequence[Sentence], predictions: Sequence[list[str]]) -> dict[str, float]:
         """``f1``, ``precision``, ``recall`` of entities (and of each kind) with ``accuracy`` of words, or that alone
-        where tags are no spans."""
+        where tags are not spans."""
         gold = [sentence.tags for sentence in examples]
         result = metrics.entity_scores(gold, predictions) if self.is_spans else {}
         return result | {"accuracy": metrics.token_accuracy(gold, predictions)}
