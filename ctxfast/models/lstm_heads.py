@@ -98,7 +98,7 @@ class LstmTagger(nn.Module):
         self, layers: Tensor, lengths: Tensor, predicate: Tensor | None = None, labels: Tensor | None = None
     ) -> LstmOutput:
         """layers (B, K, T, N), zeros past a text's end; lengths (B,) int64; predicate (B, T) 0 or 1; labels (B, T),
-        -100 past a text's end -> ``LstmOutput``. The loss is a word's mean."""
+        -100 past a text's end -> ``LstmOutput``. The loss is averaged over words."""
         logits = self.classifier(self.reader(layers, lengths, predicate))
         if labels is None:
             loss = None

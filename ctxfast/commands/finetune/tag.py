@@ -14,7 +14,7 @@ class TagCommand(TaskCommand):
     name = "tag"
     summary = "a tag for every word: entities, parts of speech, arguments"
     usage = """\
-Sentences: a word a line in columns parted by tabs or spaces, a blank line after each sentence; also .gz and .xz.
+Sentences: a word a line in columns separated by tabs or spaces, a blank line after each sentence; also .gz and .xz.
 
   ctxfast finetune tag -m MODEL --train train.tsv --dev dev.tsv -o run --epochs 4 --lr 2e-4 --batch-size 16
   ctxfast finetune tag -m MODEL --features concat4 --crf --train train.tsv --dev dev.tsv -o run --epochs 20

@@ -310,7 +310,9 @@ def _read_modules(
     dim = hidden_size * len(found["pooling"])
     steps: list[nn.Module] = []
     for kind, folder in entries[2:]:
-        step, dim = _read_step(_known_name(kind), folder, dim, files)
+        name = _known_name(kind)
+        assert name is not None  # others were refused above
+        step, dim = _read_step(name, folder, dim, files)
         if step is not None:
             steps.append(step)
     if truncate_dim is not None:
@@ -361,7 +363,7 @@ def _read_pooling(folder: Path, files: list[Path]) -> dict[str, Any]:
     return {"pooling": tuple(modes), "include_prompt": _take(config, "include_prompt", bool, True, path)}
 
 
-def _read_step(name: str | None, folder: Path, dim: int, files: list[Path]) -> tuple[nn.Module | None, int]:
+def _read_step(name: str, folder: Path, dim: int, files: list[Path]) -> tuple[nn.Module | None, int]:
     """A module after pooling, None for one without effect, and the size of its vectors."""
     if name == "Dropout":
         return None, dim

@@ -42,7 +42,7 @@ def tokenized(line: str) -> Iterator[list[str]]:
     """Sentences of words of a line of running text, by simple rules.
 
     Sentences as ``split_sentences`` finds them; words are runs of letters, digits and inner apostrophes; every other
-    sign stands for itself.
+    character is a word of its own.
     """
     for sentence in split_sentences(line):
         if words := _WORD.findall(sentence):

@@ -40,7 +40,7 @@ def tag_names(sentences: Sequence[Sentence]) -> tuple[str, ...]:
 
 
 def check_tags(path: str | os.PathLike[str], sentences: Sequence[Sentence], known: Sequence[str]) -> None:
-    """Refuse tags that training has not seen.
+    """Refuse tags that do not occur in the training data.
 
     Raises:
         ValueError: with file, line and the tags there are.
@@ -177,7 +177,7 @@ class BertTagger(_Tagger):
                 places.append(place)
                 words.append(word)
                 if sentence.tags is not None:
-                    # A tag that training has not seen is none to learn from; it counts as wrong in scores.
+                    # A tag that does not occur in the training data cannot be learned; it counts as wrong in scores.
                     row.labels[place] = self._numbers.get(sentence.tags[word], IGNORE)
             if self.predicate == "type" and sentence.predicate[word]:
                 row.types[place : place + len(pieces[word])] = [1] * len(pieces[word])
