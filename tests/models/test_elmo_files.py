@@ -210,7 +210,7 @@ def test_state_dicts_of_allennlp() -> None:
         whole["classifier.weight"] = torch.zeros(2)
         if prefix:
             whole[prefix.replace("_elmo_lstm.", "scalar_mix_0.gamma")] = torch.ones(1)
-        with pytest.warns(UserWarning, match="no part of the language model and are left out: .*classifier.weight"):
+        with pytest.warns(UserWarning, match="not part of the language model and are left out: .*classifier.weight"):
             config, found = weights_from_state_dict(whole, SMALL)
         assert config == SMALL and found.keys() == tensors.keys()
         assert all(found[name] is tensors[name] for name in tensors)
