@@ -29,6 +29,7 @@ from .. import functional
 from .._core import torch_ops
 from ..nn.all_rows import AllRows
 from ..packing import Packing
+from .masks import kept_keys
 
 NAME = "ctxfast"
 _WHO = "ctxfast.register_attention"
@@ -284,17 +285,10 @@ def _real_tokens(mask: Tensor, batch: int, heads: int, length: int) -> Tensor:
     _check_kind(mask, batch, heads, length)
     if mask.dim() == 2:
         return mask
-    real = mask if mask.dtype == torch.bool else mask == 0
-    row = real[:, :1, :1]
-    is_padding_mask = torch.ones((), dtype=torch.bool, device=mask.device)
-    if any(size > 1 and stride != 0 for size, stride in zip(mask.shape[1:3], mask.stride()[1:3])):
-        is_padding_mask = (real == row).all()
-    if mask.dtype != torch.bool:
-        # Added to a score, -10000 (of older models) and less leave a weight of 0.
-        is_padding_mask = is_padding_mask & (real | (mask <= -1e4)).all()
+    row, is_padding_mask = kept_keys(mask)
     if not is_padding_mask:
         raise ValueError(
             f"{_WHO}: attention_mask, of shape {tuple(mask.shape)}, differs by query or head or holds a bias; expected "
             "a padding mask: for each key 0, or the lowest number. Use 'sdpa' for it."
         )
-    return row[:, 0, 0].expand(batch, length)
+    return row.expand(batch, length)
