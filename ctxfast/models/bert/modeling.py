@@ -302,7 +302,8 @@ class Bert(Pretrained):
             None if task_type_ids is None else packing.pack(task_type_ids),
         )
 
-        pools = type(self.pooler) is Pooler
+        pooler: Any = self.pooler
+        pools = type(pooler) is Pooler
         has_empty = packing.has_empty
 
         def encode(tokens: Sequence[Tensor | None], cu_seqlens: Tensor, max_seqlen: int) -> list[Tensor]:
@@ -310,8 +311,8 @@ class Bert(Pretrained):
             if not pools:
                 return states
             if cu_seqlens is packing.cu_seqlens:
-                return [*states, self.pooler(states[-1], packing)]
-            return [*states, self.pooler.of_sequences(states[-1], cu_seqlens, has_empty)]
+                return [*states, pooler(states[-1], packing)]
+            return [*states, pooler.of_sequences(states[-1], cu_seqlens, has_empty)]
 
         graphs = self._graphs if self.cuda_graphs and rows is None else None
         states = encoder.encode(
