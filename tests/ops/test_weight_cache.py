@@ -382,6 +382,32 @@ def test_entries_die_with_the_memory_of_parameters() -> None:
     assert len(cache) == 0
 
 
+def test_garbage_collected_while_entries_are_read() -> None:
+    """Sources that only the collector frees go in the midst of a walk over the entries, which is where memory is
+    allocated."""
+    cache = WeightCache()
+    thresholds = gc.get_threshold()
+    try:
+        for _ in range(5):
+            gc.disable()
+            for _ in range(300):
+                cycle: dict[str, object] = {"tensor": torch.ones(4, 4)}
+                cycle["self"] = cycle
+                cache.get((cycle["tensor"],), "kind", lambda: 1)
+            cycle = None
+            there = len(cache)
+            # Between entries of a list that is being made, where the interpreter collects there (Python up to 3.11).
+            gc.set_threshold(50, 1, 1)
+            gc.enable()
+            held = torch.ones(4, 4)
+            cache.get((held,), "kind", lambda: 1)
+            gc.collect()
+            assert len(cache) <= 1 < there
+    finally:
+        gc.set_threshold(*thresholds)
+        gc.enable()
+
+
 def test_parameters_that_come_and_go_over_one_memory() -> None:
     """As load_state_dict(assign=True) makes them, time and again, from a state dict that is kept."""
     gc.collect()
