@@ -121,7 +121,9 @@ DOWNLOAD = "fetch a model of Hugging Face's hub that is not on this machine"
 
 
 def check_model(value: str | None, who: str, option: str = "--model", *, download: bool = False) -> None:
-    """Refuse a file that is no model's: it would be looked for beside it. With ``download`` fetch a model of the hub.
+    """Refuse a file that does not belong to a model: the model would be looked for beside it.
+
+    With ``download`` fetch a model of the hub.
 
     Raises:
         FileNotFoundError: naming the option; or the hub has no such model.
