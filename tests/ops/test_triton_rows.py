@@ -4,7 +4,11 @@ the loss of an output layer in chunks."""
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +24,7 @@ from ctxfast.ops.shared import philox
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 P = 0.25
+ROOT = Path(__file__).resolve().parents[2]
 
 needs_triton = pytest.mark.skipif(
     capability.why_no_triton(torch.device(DEVICE)) is not None, reason="needs a GPU, or TRITON_INTERPRET=1"
@@ -286,3 +291,20 @@ def test_loss_differentiated_twice_adds_up(impl) -> None:
     torch.testing.assert_close(weight.grad, 2 * once)
     (3 * loss).backward()
     torch.testing.assert_close(weight.grad, 5 * once)
+
+
+@pytest.mark.slow
+def test_cross_entropy_reads_and_writes_16_bytes_at_a_time() -> None:
+    """For BERT's vocabulary, which no power of two divides: a mask that ended there would make accesses of 2 bytes."""
+    code = (
+        "import sys\n"
+        f"sys.path.insert(0, {str(ROOT / 'csrc')!r})\n"
+        "import triton_resources as resources\n"
+        "launch = resources._LAUNCHES['sm_90 bfloat16 linear_cross_entropy gradient']\n"
+        "print(resources.compiled('linear_cross_entropy', *launch, 'bfloat16', 90).asm['ptx'])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    accesses = re.findall(r"(?:ld|st)\.global\S*", done.stdout)
+    assert sum(".v4." in access for access in accesses) >= 6
+    assert sum(access.endswith(".b16") and ".v" not in access for access in accesses) == 1  # the label's logit

@@ -49,12 +49,6 @@ def _four(given: list[Tensor]) -> list[Tensor | None]:
     return [*(tensor.contiguous() for tensor in given), *[None] * (4 - len(given))]
 
 
-def _backward_tile(size: int) -> dict[str, int]:
-    """With room for the warps that share an SM: left alone, Triton 3.6 takes 64 registers on sm_80 and spills."""
-    tile = triton_rows.backward_tile(size)
-    return tile | dict(maxnreg=80) if size <= triton_rows.SUMMED_SIZE else tile
-
-
 def _gradients(grad: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Of the sum of the tables' rows (T, N), of weight and of bias."""
     of_sum, of_weight, of_bias = (torch_ops.allocate(each.shape, each) for each in (grad, weight, weight))
@@ -69,7 +63,7 @@ def _backward(
     if grad.numel() == 0:
         return grad_sum, grad_weight.zero_(), grad_bias.zero_()
     grad, size = triton_rows.rows(grad), grad.shape[1]
-    tile = _backward_tile(size)
+    tile = triton_rows.backward_tile(size)
     per_processor = max(1, triton_rows.BACKWARD_WARPS // tile["num_warps"])
     count = triton_rows.programs(grad, -(-grad.shape[0] // tile["ROWS"]), per_processor)
     partial = triton_rows.allocate_partial(2, count, size, grad)
@@ -202,4 +196,4 @@ def launches(dtype: str, arch: int) -> Iterator[triton_rows.Launch]:
             shared = dict(N=size, DROPOUT=dropout, HAS_TASK=True)
             where = f"N={size} {'dropout' if dropout else 'plain'}"
             yield f"forward {where}", triton_kernels.forward, shared | dict(SAVE=True), triton_rows.forward_tile(size)
-            yield f"backward {where}", triton_kernels.backward, shared, _backward_tile(size)
+            yield f"backward {where}", triton_kernels.backward, shared, triton_rows.backward_tile(size)

@@ -20,9 +20,10 @@ from ..._core import capability, torch_ops
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_SIZE = 8192  # elements of a row in registers
 SUMMED_SIZE = 4096  # elements of a row beside whose gradient three sums of columns have room
-# Warps an SM of a LayerNorm's backward, whose programs stay for all of it: as many as 80 registers a thread leave room
-# for. It waits for memory, so more of them are faster until some have to wait for a place.
-BACKWARD_WARPS = 24
+# Warps an SM of a LayerNorm's backward, whose programs stay for all of it, and registers a thread that leave room for
+# them (left alone, compilers take fewer and spill, or more). It waits for memory, so more warps are faster, until some
+# have to wait for a place.
+BACKWARD_WARPS, BACKWARD_REGISTERS = 20, 96
 IS_INTERPRETED = capability.is_triton_interpreted()
 # The dispatch key of the operators: the interpreter computes on CPU tensors.
 DISPATCH = "CPU" if IS_INTERPRETED else "CUDA"
@@ -72,7 +73,8 @@ def backward_tile(size: int) -> dict[str, int]:
     if IS_INTERPRETED:
         return dict(BLOCK_N=block(size), ROWS=16, num_warps=1)
     rows = max(1, 1024 // block(size))
-    return dict(BLOCK_N=block(size), ROWS=rows, num_warps=min(16, rows * block(size) // 256))
+    tile = dict(BLOCK_N=block(size), ROWS=rows, num_warps=min(16, rows * block(size) // 256))
+    return tile if size > SUMMED_SIZE else tile | dict(maxnreg=BACKWARD_REGISTERS)
 
 
 def programs(tensor: Tensor, tiles: int, per_processor: int) -> int:
