@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..._core import registry, torch_ops
-from ..shared import triton_activation, triton_rows
+from ..shared import triton_activation, triton_product, triton_rows
 
 
 def _made(product: Tensor, with_bias: bool, with_result: bool) -> tuple[Tensor, Tensor]:
@@ -48,7 +48,7 @@ def forward(
     saves: bool = True,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """The result, and the first product (..., M) for ``backward``; None for it unless ``saves``."""
-    wide, product = triton_activation.linear(x, weight1, bias1, activation, saves, _fwd)
+    wide, product = triton_product.linear(x, weight1, bias1, activation, saves, _fwd)
     return F.linear(wide, weight2, bias2), product
 
 

@@ -7,10 +7,6 @@ the bias gradient and, where the activation's result is needed once more, recomp
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -173,22 +169,3 @@ def backward(
         )  # fmt: skip
         if with_bias:
             triton_rows.column_sums(partial, [grad_bias])
-
-
-def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, saves: bool, operator: Callable[..., Tensor]
-) -> tuple[Tensor, Tensor | None]:
-    """``activation(x W^T + b)``, and ``x W^T`` if a backward needs it (``saves``), else None.
-
-    The one place where a product is followed by an activation on a GPU: cuBLAS, then ``operator``, an op's registered
-    ``forward``; in inference cuBLASLt's epilogue for the activations that it has. A product with bias and erf-GELU in
-    its epilogue would replace the last two lines. It saves the pass that reads and writes (rows, N) after the product;
-    for a backward it has to store the product beside the result.
-    """
-    # On the CPU torch's epilogue is the erf form.
-    if not saves and x.is_cuda and bias is not None and activation in ("relu", "gelu_tanh"):
-        flat = x.reshape(-1, x.shape[-1])
-        out = torch._addmm_activation(bias, flat, weight.t(), use_gelu=activation == "gelu_tanh")
-        return out.view(*x.shape[:-1], weight.shape[0]), None
-    product = F.linear(x, weight)
-    return operator(product, bias, activation), product if saves else None
