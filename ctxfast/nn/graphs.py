@@ -178,7 +178,7 @@ class PackedGraphs:
         with self._lock:
             bucket = self._buckets.get(key)
             is_ready = isinstance(bucket, _Bucket)
-            if is_ready:
+            if isinstance(bucket, _Bucket):
                 self._buckets.move_to_end(key)
                 outputs = _replay(bucket, tokens, cu_seqlens, total, seqlen, per_sequence)
             state = self._state
