@@ -6,7 +6,7 @@ replay, which the GPU waits for, and after it, which it works beside.
 
 A stand-in captures by running once, and replays by doing nothing; tensors are a CPU's and small, so that operations
 cost their dispatch alone. A launch on a GPU costs about 4 us more each: the column "operations" has how many there are
-before the replay. The least of many calls, of tensors that are there already; Hugging Face's whole eager call for scale.
+before the replay. The least of many calls; Hugging Face's whole eager call for scale.
 """
 
 from __future__ import annotations

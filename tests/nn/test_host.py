@@ -8,7 +8,7 @@ import torch
 
 from benchmarks import host
 
-# Before the replay. Of a mask: its sum, where its tokens are, the verdict on its values. Of lengths most are the host's.
+# Before the replay. Of a mask: its sum, where its tokens are, the verdict on its values.
 COUNTS = {
     "Bert, one text": 6,
     "Bert, ragged mask": 16,
