@@ -179,18 +179,18 @@ class PackedGraphs:
         key = (filled, sequences, seqlen, device, kinds, modes, flags)
         with self._lock:
             bucket = self._buckets.get(key)
-            is_ready = isinstance(bucket, _Bucket)
-            if is_ready:
+            outputs: tuple[Tensor, ...] | None = None
+            if isinstance(bucket, _Bucket):
                 self._buckets.move_to_end(key)
                 outputs = _replay(bucket, tokens, cu_seqlens, total, seqlen, per_sequence)
             state = self._state
             if state is None or not state.is_still(module) or not (is_still is None or is_still()):
                 self._drop()
-                is_ready, bucket = False, None
+                outputs = bucket = None
                 if prepare is not None:
                     prepare()
                 self._state = state = State.of(module, self._is_harmless)
-            if is_ready:
+            if outputs is not None:
                 return outputs
             if state is not None:
                 if bucket is _SEEN:
@@ -290,8 +290,9 @@ def _replay(
     if stream is not None and place.last is not None:
         stream.wait_event(place.last)
     pairs = [(s[:total], g) for s, g in zip(bucket.tokens, tokens) if s is not None and g is not None]
-    # Of one dtype, as ids are, they are one launch together.
-    torch._foreach_copy_([static for static, _ in pairs], [given for _, given in pairs])
+    # Of one dtype, as ids are, they are one launch together. (Optimizers use it; it is in no list of public names.)
+    copy = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
+    copy([static for static, _ in pairs], [given for _, given in pairs])
     given = cu_seqlens.shape[0]
     offsets[:given].copy_(cu_seqlens)
     # What fills the bucket up: sequences of the bucket's length, then empty ones.
