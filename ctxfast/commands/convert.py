@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
             )
         if source.suffix not in _ELMO_SUFFIXES and not any(source.glob("*.h*5")):
             raise ValueError(
-                f"{_WHO}: --options-file is given, but SRC {source} is no ELMo model; expected it for those."
+                f"{_WHO}: --options-file is given, but SRC {source} is not an ELMo model; expected it for those."
             )
     is_elmo = args.options_file is not None or source.suffix in _ELMO_SUFFIXES or (source / "options.json").is_file()
     if not is_elmo:

@@ -124,7 +124,7 @@ def _silent(tokens: int, texts: int, share: float | None) -> None:
 
 
 class _Lines:
-    """Progress where stderr is no terminal: a line every half minute."""
+    """Progress where stderr is not a terminal: a line every half minute."""
 
     _EVERY = 30.0
 

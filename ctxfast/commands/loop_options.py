@@ -118,7 +118,7 @@ def _shown(name: str) -> str:
 
 
 def check_model(value: str | None, who: str, option: str = "--model") -> None:
-    """Refuse a file that is no model's: it would be looked for beside it.
+    """Refuse a file that does not belong to a model: the model would be looked for beside it.
 
     Raises:
         FileNotFoundError: naming the option.

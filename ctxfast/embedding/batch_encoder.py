@@ -213,7 +213,7 @@ class BatchEncoder:
 
 
 def _check_encoder(model: object, device: str | torch.device, compute_dtype: str | None, *files: _Path | None) -> None:
-    """Refuse what is no model, and what is said of a model's files beside one that is open already."""
+    """Refuse what is not a model, and arguments for opening a model beside one that is already open."""
     if any(not hasattr(model, name) for name in ("kind", "num_layers", "dim", "device", "prepare", "encode")):
         raise TypeError(
             f"ctxfast.Embedder: model is {described(model)}; expected a folder or a name, as a string or a path, or a "

@@ -53,7 +53,8 @@ class Embedder(BatchEncoder):
     Raises:
         FileNotFoundError: no such model.
         TypeError: a model that is neither a path, a name nor a ``TextEncoder``.
-        ValueError: a folder that is no model, or could be two; a wrong option, or one that this model has no use for.
+        ValueError: a folder that is not a model, or could be two; a wrong option, or one that does not apply to this
+            model.
         RuntimeError: "cuda" where torch sees no GPU; an ``impl`` that no op of the model has on its device; from a
             call, vectors that hold infinity or NaN in half precision.
     """
@@ -116,9 +117,9 @@ class Embedder(BatchEncoder):
         Raises:
             TypeError: a single string, a table, or texts that are neither strings nor lists of words; the message has
                 the number of the first wrong one.
-            ValueError: a text that is too long, a layer that the model has not, a word that is no option, an option
-                that does not apply, files of the folder that cannot be followed at sentence level (an unknown module,
-                say).
+            ValueError: a text that is too long, a layer that the model does not have, an unknown value of an option,
+                an option that does not apply, files of the folder that cannot be followed at sentence level (an
+                unknown module, say).
 
         Warns:
             UserWarning: ``pooling`` is given, and the folder has modules that would follow it.

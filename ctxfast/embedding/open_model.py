@@ -158,8 +158,8 @@ def _elmo_files(folder: Path) -> tuple[Path, Path] | None:
             f"*weights*. Pass options_file and weight_file."
         )
     raise ValueError(
-        f"ctxfast.Embedder: {folder} is no model: expected config.json (BERT) or options.json with HDF5 weights (ELMo)."
-        f" {found}"
+        f"ctxfast.Embedder: {folder} is not a model: expected config.json (BERT) or options.json with HDF5 weights "
+        f"(ELMo). {found}"
     )
 
 

@@ -134,6 +134,8 @@ def feed_forward(widen: nn.Module, narrow: nn.Module, x: Tensor) -> Tensor:
     ):
         return narrow(widen(x), x)
     first, second = widen.dense, narrow.dense
-    options = dict(activation=widen.activation, weight_dtype=widen.weight_dtype, impl=widen.impl)
-    product = functional.feed_forward(x, first.weight, first.bias, second.weight, **options)
+    product = functional.feed_forward(
+        x, first.weight, first.bias, second.weight,
+        activation=widen.activation, weight_dtype=widen.weight_dtype, impl=widen.impl,
+    )  # fmt: skip
     return narrow.LayerNorm(product, x, second.bias)

@@ -81,7 +81,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     add(
         "--order",
         default="auto",
-        help="batches: shuffled, or length: examples of like length together (LSTM's default)",
+        help="batches: shuffled, or length: examples of similar length together (LSTM's default)",
     )
 
 
@@ -154,7 +154,7 @@ class _FineTune:
         return self.task.read(self.args, path, self._note, needs_labels=needs_labels)
 
     def _check_labels(self, path: str, examples: list[Any], labels: tuple[str, ...]) -> None:
-        """Refuse labels that training has not seen, unless they are to be kept."""
+        """Refuse labels that do not occur in the training data, unless they are to be kept."""
         if not self.task.has_labels:
             return
         unseen = self.args.unseen

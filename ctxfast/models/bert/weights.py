@@ -39,7 +39,7 @@ from .tf_checkpoint import bundle_prefix
 _WHO = "ctxfast.load_checkpoint"
 _CONFIG_NAMES = ("config.json", "bert_config.json")
 _ADAPTER = "adapter_config.json"
-# Longer tables of positions do not exist; what claims to be one is not read only to be compared.
+# Longer position tables do not exist; a file that claims to have one is not read just for the comparison.
 _LONGEST_BUFFER = 1 << 20
 
 
@@ -101,7 +101,7 @@ def resolve_model(path_or_name: str | os.PathLike[str]) -> Path:
         if spec is None:
             looked.append(f"installed package {package}")
     raise FileNotFoundError(
-        f"ctxfast.resolve_model: {os.fspath(path_or_name)!r} is no model on this machine. "
+        f"ctxfast.resolve_model: {os.fspath(path_or_name)!r} is not a model on this machine. "
         "Looked for: " + "; ".join(looked) + ". Nothing is downloaded: pass the folder that holds the model's files"
     )
 
@@ -147,7 +147,7 @@ def load_checkpoint(path_or_name: str | os.PathLike[str], *, gelu: str | None = 
 
     Warns:
         UserWarning: tensors that hold NaN or infinity; names that were not used; a decoder that is
-            not tied though the config says so; buffers with other numbers than usual; code that
+            not tied though the config says so; buffers with unusual values; code that
             the config names (`auto_map`), which is not run.
     """
     model = resolve_model(path_or_name)
@@ -365,8 +365,8 @@ def _check_buffer(source: Source, ours: str, names: list[str]) -> None:
             usual = is_same(source.read(name), expected.expand(shape))
         if not usual:
             warnings.warn(
-                f"{_WHO}: {name} in {source.place} holds other numbers than usual; it is not used, as in "
-                "Hugging Face's library. Pass such numbers at the call",
+                f"{_WHO}: {name} in {source.place} holds unusual values; it is not used, as in Hugging "
+                "Face's library. Pass such values at the call",
                 stacklevel=4,
             )
 
@@ -377,15 +377,16 @@ def _read_copies(source: Source, ours: str, names: list[str]) -> torch.Tensor:
     for other in names[1:]:
         if not is_same(tensor, source.read(other)):
             raise ValueError(
-                f"{_WHO}: names {names[0]!r} and {other!r} both stand for {ours!r}, with other numbers; expected one "
-                f"of them ({source.place})"
+                f"{_WHO}: names {names[0]!r} and {other!r} both stand for {ours!r}, with different values; expected "
+                f"one of them ({source.place})"
             )
     return tensor
 
 
 def _one_decoder(config: BertConfig, state_dict: dict[str, torch.Tensor], source: Source) -> BertConfig:
-    """Decides on the decoder's own copies of the word table and of the bias, as Hugging Face's library from version 5:
-    what the decoder holds is what it computes with, whatever the config says."""
+    """Resolves the decoder's own copies of the word embeddings and the bias, as Hugging Face's library does from
+    version
+    5: the decoder computes with what it holds, whatever the config says."""
     own, shared = state_dict.pop(DECODER_BIAS, None), state_dict.get(BIAS)
     if own is not None:
         state_dict[BIAS] = own
