@@ -112,7 +112,7 @@ _FLOAT32 = {
     32: (
         Plan(16, _pairs(16), whole=_pairs(16)),
         Plan(32, Tile(32, 32, 4), whole=Tile(32, 32, 4)),
-        Plan(0, Tile(32, 32, 8), query=Tile(32, 32, 8, registers=96), key=Tile(32, 32, 8)),
+        Plan(0, Tile(32, 32, 8), query=Tile(32, 32, 8, registers=128), key=Tile(32, 32, 8)),
     ),
     64: (
         Plan(16, _pairs(16), whole=Tile(16, 16, 4)),

@@ -64,8 +64,7 @@ def _backward(
         return grad_sum, grad_weight.zero_(), grad_bias.zero_()
     grad, size = triton_rows.rows(grad), grad.shape[1]
     tile = triton_rows.backward_tile(size)
-    per_processor = max(1, triton_rows.BACKWARD_WARPS // tile["num_warps"])
-    count = triton_rows.programs(grad, -(-grad.shape[0] // tile["ROWS"]), per_processor)
+    count = triton_rows.programs(grad, -(-grad.shape[0] // tile["ROWS"]), triton_rows.resident(tile))
     partial = triton_rows.allocate_partial(2, count, size, grad)
     with triton_rows.on_device(grad):
         triton_kernels.backward[(count,)](

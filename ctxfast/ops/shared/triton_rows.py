@@ -20,10 +20,9 @@ from ..._core import capability, torch_ops
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_SIZE = 8192  # elements of a row in registers
 SUMMED_SIZE = 4096  # elements of a row beside whose gradient three sums of columns have room
-# Warps an SM of a LayerNorm's backward, whose programs stay for all of it, and registers a thread that leave room for
-# them (left alone, compilers take fewer and spill, or more). It waits for memory, so more warps are faster, until some
-# have to wait for a place.
-BACKWARD_WARPS, BACKWARD_REGISTERS = 20, 96
+# Registers a thread of a LayerNorm's backward: five programs of 4 warps share an SM. (Left alone, compilers take fewer
+# and spill, or more.) It waits for memory, so more warps are faster, as long as all have a place.
+BACKWARD_REGISTERS = 96
 IS_INTERPRETED = capability.is_triton_interpreted()
 # The dispatch key of the operators: the interpreter computes on CPU tensors.
 DISPATCH = "CPU" if IS_INTERPRETED else "CUDA"
@@ -67,14 +66,19 @@ def forward_tile(size: int) -> dict[str, int]:
     return dict(BLOCK_N=block(size), ROWS=1, num_warps=max(1, block(size) // 1024))
 
 
-def backward_tile(size: int) -> dict[str, int]:
+def backward_tile(size: int, registers: int = BACKWARD_REGISTERS) -> dict[str, int]:
     """Of a LayerNorm: eight elements a thread, sixteen in the longest rows. Sums of columns stay in registers beside
     them: three for rows of at most ``SUMMED_SIZE``, else two."""
     if IS_INTERPRETED:
         return dict(BLOCK_N=block(size), ROWS=16, num_warps=1)
     rows = max(1, 1024 // block(size))
     tile = dict(BLOCK_N=block(size), ROWS=rows, num_warps=min(16, rows * block(size) // 256))
-    return tile if size > SUMMED_SIZE else tile | dict(maxnreg=BACKWARD_REGISTERS)
+    return tile if size > SUMMED_SIZE else tile | dict(maxnreg=registers)
+
+
+def resident(tile: dict[str, int]) -> int:
+    """Programs that an SM has registers for."""
+    return max(1, 65536 // (32 * tile["num_warps"] * tile.get("maxnreg", 128)))
 
 
 def programs(tensor: Tensor, tiles: int, per_processor: int) -> int:
