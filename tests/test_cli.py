@@ -116,14 +116,14 @@ def test_options_arrive(source, tmp_path, monkeypatch, fake, words, expected):
 def test_options_of_the_model_arrive(source, tmp_path, monkeypatch):
     got = {}
 
-    def open_encoder(model, device, dtype, **options):
-        got.update(options, model=model, device=device.type, dtype=dtype)
+    def open_encoder(model, device, compute_dtype, **options):
+        got.update(options, model=model, device=device.type, compute_dtype=compute_dtype)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(batch_encoder, "open_encoder", open_encoder)
-    words = "--options-file o --weight-file w --state carry --device cpu --dtype float16".split()
+    words = "--options-file o --weight-file w --state carry --device cpu --compute-dtype bfloat16".split()
     assert run("embed", source, "-o", tmp_path / "o.npz", *words) == 130
-    wanted = dict(model=None, device="cpu", dtype="float16", state="carry", options_file="o", weight_file="w")
+    wanted = dict(model=None, device="cpu", compute_dtype="bfloat16", state="carry", options_file="o", weight_file="w")
     assert got == wanted
 
 
@@ -150,8 +150,8 @@ def test_elmo_as_allennlp_had_it(tmp_path, shared_data):
         ("embed {in} -m m -o - --format jsonl", "ctxfast.embed: output is '-'; expected the name of a file"),
         ("embed {in} -m m -o o.doc", "ctxfast.embed: output o.doc ends in '.doc'; expected .hdf5"),
         ("embed {in} -m m -o {in}.npz --layers two", "ctxfast.embed: layers is 'two'; expected 'all'"),
-        ("embed {in} -m no-such-model -o {in}.npz", "ctxfast.resolve_model: 'no-such-model' is no model"),
-        ("embed {in} -m {here} -o {in}.npz", "is no model: expected config.json (BERT)"),
+        ("embed {in} -m no-such-model -o {in}.npz", "ctxfast.resolve_model: 'no-such-model' is not a model"),
+        ("embed {in} -m {here} -o {in}.npz", "is not a model: expected config.json (BERT)"),
         ("embed {in} -o {in}.npz", "ctxfast.embed: -m (--model) is missing; expected a model's folder"),
         ("embed {in} -m {bert} -o {in}.npz --state carry", "state is 'carry'; expected an ELMo model"),
         ("embed {in} -m {bert} -o {in}.npz --state zero", "state is 'zero'; expected an ELMo model for it, not bert"),

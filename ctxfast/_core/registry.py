@@ -339,7 +339,7 @@ def prepared(spec: OpSpec, args: dict[str, Any], impl: str | None = None) -> tup
         spec.check_values(args)
         return function, args
     args = _autocast(spec, args)
-    if torch.jit.is_tracing():
+    if torch_ops.is_jit_tracing():
         with torch_ops.without_tracer_warnings():
             function = _checked(spec, args, impl)
     else:
@@ -391,6 +391,8 @@ def op(
                 raise ValueError(f"ctxfast.{name}: implementation {implementation.name!r} is not one of {IMPL_NAMES}.")
         if name in OPS:
             raise ValueError(f"ctxfast: op {name!r} is registered twice.")
+        if isinstance(autocast, str) and autocast not in ("lower", "keep"):
+            raise ValueError(f"ctxfast.{name}: autocast is {autocast!r}; expected 'lower', 'keep' or a function.")
         OPS[name] = spec
 
         @wraps(function)

@@ -9,7 +9,7 @@ import time
 from dataclasses import fields
 from typing import Any
 
-from .loop_options import check_model
+from .loop_options import DOWNLOAD, check_model
 
 _HELP = """\
 Embed a text file, a sentence a line, into a file. Input of any length in constant memory.
@@ -29,7 +29,9 @@ formats, by the suffix of OUT (N lines, T tokens in all, L layers; the axis of l
 lines holds line numbers from 0. Messages count lines from 1.
 """
 # Arguments of ``Embedder``; those of ``embed_file`` are the fields of ``FileOptions``.
-_MODEL_OPTIONS = ("device", "impl", "state", "dtype", "batch_tokens", "batch_size", "options_file", "weight_file")
+_MODEL_OPTIONS = (
+    "device", "impl", "state", "dtype", "compute_dtype", "batch_tokens", "batch_size", "options_file", "weight_file",
+)  # fmt: skip
 
 
 def add(commands: Any) -> None:
@@ -43,7 +45,8 @@ def add(commands: Any) -> None:
     )
     add = parser.add_argument
     add("input", metavar="INPUT", help="text file (plain, .gz, .xz), or - for standard input")
-    add("-m", "--model", help="BERT or ELMo folder, Google checkpoint, or name of a package with a model")
+    add("-m", "--model", help="BERT or ELMo folder, Google checkpoint, package with a model, or name on the hub")
+    add("--download", action="store_true", help=DOWNLOAD)
     add("-o", "--output", required=True, metavar="OUT", help="file to make; its suffix names the format")
     add("--format", help="format by name: hdf5, safetensors, npz, jsonl, parquet, extract-features")
     which = parser.add_mutually_exclusive_group()
@@ -71,7 +74,9 @@ def add(commands: Any) -> None:
     add("--batch-tokens", type=int, metavar="N", help="else tokens of a batch (default: 2048 on a CPU, 16384 on a GPU)")
     add("--window", type=int, default=4096, metavar="N", help="lines sorted by length together (default: 4096)")
     add("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
-    add("--dtype", default="float32", help="float32 (default) or float16; on a GPU the model computes in it, too")
+    add("--dtype", default="float32", help="of the vectors: float32 (default) or float16")
+    computes = "what the model computes in: float32, float16 or bfloat16; default: float16 on a GPU, else float32"
+    add("--compute-dtype", metavar="DTYPE", help=computes)
     add("--impl", help="implementation of every op that has it, e.g. reference")
     add("--forget-sentences", action="store_true", help="HDF5: no sentence_to_index")
     add("--use-sentence-keys", action="store_true", help="HDF5: name datasets by their sentences")
@@ -92,12 +97,14 @@ def _run(args: argparse.Namespace) -> int:
         existing(args.input, "ctxfast.embed", f"input {args.input}")
     if args.model is None and args.options_file is None and args.weight_file is None:
         raise ValueError("ctxfast.embed: -m (--model) is missing; expected a model's folder, or the name of a package.")
-    check_model(args.model, "embed")
+    check_model(args.model, "embed", download=args.download)
     args.layers = None if args.layers is None else parse_layers(args.layers)
     from ..embedding.embedder import Embedder
 
     embedder = Embedder(args.model, **{name: getattr(args, name) for name in _MODEL_OPTIONS})
     options = {option.name: getattr(args, option.name) for option in fields(FileOptions)}
+    if not args.quiet and args.compute_dtype is None and embedder.compute_dtype not in (None, "float32"):
+        _say(f"computes in {embedder.compute_dtype} on {embedder.device} (--compute-dtype float32 is slower, exact)")
     show = _silent if args.quiet else _Bar() if sys.stderr.isatty() else _Lines()
     try:
         report = embedder.embed_file(args.input, args.output, progress=show, **options)
@@ -118,7 +125,7 @@ def _silent(tokens: int, texts: int, share: float | None) -> None:
 
 
 class _Lines:
-    """Progress where stderr is no terminal: a line every half minute."""
+    """Progress where stderr is not a terminal: a line every half minute."""
 
     _EVERY = 30.0
 

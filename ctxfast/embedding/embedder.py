@@ -8,54 +8,63 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from .._core import transfer
 from .._core.texts import as_list, described
 from .batch_encoder import BatchEncoder
 from .job import Report, embed_file
+from .precision import PRECISIONS, quantize_vectors
 from .selection import Layers, Selection
 
 _Path = str | os.PathLike[str]
 
 
 class Embedder(BatchEncoder):
-    """Contextual vectors of texts.
+    """Contextual vectors of texts. Also a transformer of scikit-learn: texts in, a matrix out.
 
     Args:
-        model: a Hugging Face directory, a Google checkpoint, the name of an installed package with a model (see
-            ``ctxfast.models.bert.weights.resolve_model``), a folder with an ELMo model's options.json and HDF5 weights,
-            or a ``TextEncoder``. None with ``options_file`` and ``weight_file``.
+        model: a Hugging Face directory, a Google checkpoint, the name of an installed package with a model, a name of
+            Hugging Face's hub (see ``ctxfast.models.bert.weights.resolve_model``), a folder with an ELMo model's
+            options.json and HDF5 weights, or a ``TextEncoder``. None with ``options_file`` and ``weight_file``.
         device: "auto" (a GPU if torch sees one), "cpu", "cuda", "cuda:1", ...
         impl: implementation of every op that has it, see ``ctxfast.use_impl``; None chooses.
         state: for ELMo alone, what a text starts from: "steady" (None; one fixed state: results depend on the text
             alone), "zero", or "carry" (AllenNLP's rule: row k of a batch goes on from row k of the batch before;
             ``reset`` forgets).
-        dtype: "float32", or "float16": vectors are float16, and on a GPU the model computes in it; on a CPU it computes
-            in float32 still.
+        dtype: of the vectors: "float32" or "float16".
+        compute_dtype: what the model computes in. None: "float16" on a GPU, where it is many times as fast as
+            "float32" and its vectors differ from those by about a thousandth; "float32" on a CPU. "bfloat16" on both.
         batch_tokens: most tokens of a batch (padding counts for ELMo); None for 2048 on a CPU, 16384 on a GPU, or what
             256 MiB of vectors allow.
         batch_size: with state "carry" alone, in place of ``batch_tokens``: texts of a batch, on which results depend
             there; None for 64, AllenNLP's.
         options_file, weight_file: files of an ELMo model that do not lie together.
+        download: fetch a model of the hub that is not on this machine.
 
     Attributes:
         kind: "bert" or "elmo".
         num_layers: layers that can be chosen; 0 is the token layer (BERT: the output of the embedding block).
         dim: size of a token's vector.
+        compute_dtype: what the model computes in.
         sentence_dim: size of a text's vector, which the model's folder may make another.
         prompts: what the model's folder has to write before texts, by name ("query", "document", ...).
 
     Raises:
         FileNotFoundError: no such model.
+        ConnectionError: the hub cannot be reached.
         TypeError: a model that is neither a path, a name nor a ``TextEncoder``.
-        ValueError: a folder that is no model, or could be two; a wrong option, or one that this model has no use for.
-        RuntimeError: "cuda" where torch sees no GPU; an ``impl`` that no op of the model has on its device.
+        ValueError: a folder that is not a model, or could be two; a wrong option, or one that does not apply to this
+            model.
+        RuntimeError: "cuda" where torch sees no GPU; an ``impl`` that no op of the model has on its device; from a
+            call, vectors that hold infinity or NaN in half precision.
     """
 
     def __repr__(self) -> str:
         return (
             f"Embedder({self.kind}, layers={self.num_layers}, dim={self.dim}, device={self.device}, "
-            f"impl={self.impl or 'auto'})"
+            f"computes in {self.compute_dtype or '?'}, impl={self.impl or 'auto'})"
         )
 
     def __call__(
@@ -70,8 +79,10 @@ class Embedder(BatchEncoder):
         prompt_name: str | None = None,
         word_pieces: str | None = None,
         truncate: bool = False,
+        truncate_dim: int | None = None,
+        precision: str = "float32",
         output: str = "numpy",
-    ) -> list[Any]:
+    ) -> Any:
         """Embed texts that fit in memory; ``embed_file`` is for those that do not.
 
         Vectors of texts (``level="sentence"``) are by default those that the model was trained with: where the folder
@@ -94,24 +105,32 @@ class Embedder(BatchEncoder):
                 a word), the "mean" of its pieces (a vector a word), or "all" pieces. A word without a piece has zeros.
             truncate: cut texts that are too long instead of raising: longer than the model's positions, than the
                 tokenizer's model_max_length, or at sentence level than the folder's max_seq_length.
+            truncate_dim: at sentence level, keep so many first numbers of a vector (models trained for it); with
+                ``normalize=True`` it is scaled to length 1 after that, else before.
+            precision: at sentence level, "int8", "uint8", "binary" or "ubinary" for fewer bits, see
+                ``ctxfast.quantize_vectors``; 8 bits take their ranges of these very texts, so that texts to be compared
+                belong into one call. "float32": as ``dtype`` says.
             output: "numpy", or "torch" for tensors on the model's device.
 
         Returns:
-            One array a text, in order: (layers, n, dim) or, for one layer or their average, (n, dim); at sentence level
-            (layers, dim) or (dim,).
+            At token level a list with one array a text, in order: (layers, n, dim) or, for one layer or their average,
+            (n, dim). At sentence level one array of all N texts: (N, layers, sentence_dim) or (N, sentence_dim).
 
         Raises:
             TypeError: a single string, a table, or texts that are neither strings nor lists of words; the message has
                 the number of the first wrong one.
-            ValueError: a text that is too long, a layer that the model has not, a word that is no option, an option
-                that does not apply, files of the folder that cannot be followed at sentence level (an unknown module,
-                say).
+            ValueError: a text that is too long, a layer that the model does not have, an unknown value of an option,
+                an option that does not apply, files of the folder that cannot be followed at sentence level (an
+                unknown module, say).
 
         Warns:
             UserWarning: ``pooling`` is given, and the folder has modules that would follow it.
         """
         if output not in ("numpy", "torch"):
             raise ValueError(f"ctxfast.Embedder: output is {output!r}; expected 'numpy' or 'torch'.")
+        _check_vectors(
+            level, layers, truncate_dim, precision, output, self.sentence_dim if pooling is None else self.dim
+        )
         texts, unit = _unit(texts)
         selection = self.select(
             layers=layers,
@@ -124,15 +143,69 @@ class Embedder(BatchEncoder):
             word_pieces=word_pieces,
         )
         items = self.prepare(texts, selection, _name_text, truncate)
+        encode = self.encode if output == "numpy" else self.encode_on_device
+        source: Iterable[Any] = encode(items, selection)
+        if selection.level == "sentence":
+            matrix = self._matrix(len(items), selection, source, output)
+            if truncate_dim is not None:
+                matrix = _cut(matrix, truncate_dim, normalize)
+            return matrix if precision == "float32" else quantize_vectors(matrix, precision)
         results: list[Any] = [None] * len(items)
-        source = self.encode(items, selection) if output == "numpy" else self._encode(items, selection)
         for batch, values in source:
             start = 0
             for index in batch:
                 rows = values[start : start + items[index].rows]
-                results[index] = _shaped(rows, selection)
+                results[index] = _of_tokens(rows, selection)
                 start += items[index].rows
         return results
+
+    def _matrix(self, count: int, selection: Selection, source: Iterable[tuple[list[int], Any]], output: str) -> Any:
+        """The vectors of all texts in one array, a row a text."""
+        shape = (count, selection.depth, selection.dim)
+        if output == "numpy":
+            matrix = np.empty(shape, self.dtype)
+        else:
+            matrix = torch.empty(shape, dtype=torch.from_numpy(np.empty(0, self.dtype)).dtype, device=self.device)
+        for batch, values in source:
+            # A list of indices would be copied to the GPU in a way that waits for it.
+            rows: Any = batch if output == "numpy" else transfer.to_device(torch.tensor(batch), self.device)
+            matrix[rows] = values
+        return matrix[:, 0] if selection.is_single else matrix
+
+    def fit(self, texts: Any = None, labels: Any = None) -> Embedder:
+        """Nothing to learn; scikit-learn's pipelines call it."""
+        return self
+
+    def transform(self, texts: Iterable[str | Sequence[str]]) -> np.ndarray:
+        """(N, sentence_dim) vectors of N texts, as ``self(texts, level="sentence")``, for scikit-learn's pipelines.
+
+        ``sklearn.preprocessing.FunctionTransformer`` with ``functools.partial(embedder, level="sentence", ...)`` takes
+        other options.
+        """
+        return self(texts, level="sentence")
+
+    def fit_transform(self, texts: Iterable[str | Sequence[str]], labels: Any = None) -> np.ndarray:
+        """``transform``."""
+        return self.transform(texts)
+
+    def __sklearn_clone__(self) -> Embedder:
+        # It learns nothing from what it is fitted to, so that folds may share one model.
+        return self
+
+    def __sklearn_tags__(self) -> Any:
+        from sklearn.utils import InputTags, Tags, TargetTags, TransformerTags
+
+        return Tags(
+            estimator_type=None,
+            target_tags=TargetTags(required=False),
+            transformer_tags=TransformerTags(),
+            input_tags=InputTags(two_d_array=False, string=True),
+            requires_fit=False,
+        )
+
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """No parameters to search over: scikit-learn asks."""
+        return {}
 
     def tokens(
         self, texts: Iterable[str | Sequence[str]], *, word_pieces: str | None = None, truncate: bool = False
@@ -147,16 +220,41 @@ class Embedder(BatchEncoder):
         return embed_file(self, input, output, **options)
 
 
+def _cut(matrix: Any, size: int, normalize: bool | None) -> Any:
+    """The first ``size`` numbers of each vector, of length 1 if that is wanted of what is left."""
+    matrix = matrix[..., :size]
+    if not normalize:
+        return matrix
+    if isinstance(matrix, Tensor):
+        return torch.nn.functional.normalize(matrix, dim=-1)
+    return torch.nn.functional.normalize(torch.from_numpy(matrix), dim=-1).numpy()
+
+
+def _check_vectors(level: str, layers: Layers, truncate_dim: int | None, precision: str, output: str, dim: int) -> None:
+    """Refuse options of vectors of texts that do not apply, before anything is computed."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"ctxfast.Embedder: precision is {precision!r}; expected one of {', '.join(PRECISIONS)}.")
+    for name, value, unset in (("truncate_dim", truncate_dim, None), ("precision", precision, "float32")):
+        if value != unset and level != "sentence":
+            raise ValueError(f"ctxfast.Embedder: {name} is {value!r} at token level; expected level 'sentence' for it.")
+    if truncate_dim is not None and (
+        isinstance(truncate_dim, bool) or not isinstance(truncate_dim, int) or not 1 <= truncate_dim <= dim
+    ):
+        raise ValueError(f"ctxfast.Embedder: truncate_dim is {truncate_dim!r}; expected 1 to {dim}, a vector's size.")
+    if precision != "float32" and (output != "numpy" or not isinstance(layers, (str, int)) or layers == "all"):
+        raise ValueError(
+            f"ctxfast.Embedder: precision is {precision!r} with output {output!r} and layers {layers!r}; expected it "
+            "with output 'numpy' and one layer or their average."
+        )
+
+
 def _name_text(index: int) -> str:
     return f"text {index}"
 
 
-def _shaped(rows: Any, selection: Selection) -> Any:
+def _of_tokens(rows: Any, selection: Selection) -> Any:
     """(rows, depth, dim) of one text as ``Embedder`` returns it; a copy, so that a batch is not kept for one text."""
-    if selection.level == "sentence":
-        rows = rows[0, 0] if selection.is_single else rows[0]
-    else:
-        rows = rows[:, 0] if selection.is_single else rows.swapaxes(0, 1)
+    rows = rows[:, 0] if selection.is_single else rows.swapaxes(0, 1)
     return rows.clone() if isinstance(rows, Tensor) else np.array(rows, order="C")
 
 

@@ -73,7 +73,11 @@ def test_sentences(fake):
     for words, result in zip(WORDS, fake(WORDS, level="sentence", layers=[0, 1])):
         assert result.shape == (2, DIM)
         np.testing.assert_allclose(result, vectors(words)[:2].sum(1) / max(len(words), 1), rtol=1e-5, atol=1e-7)
-    assert fake(WORDS, level="sentence")[0].shape == (DIM,)
+    matrix = fake(WORDS, level="sentence")
+    assert isinstance(matrix, np.ndarray) and matrix.shape == (len(WORDS), DIM) and matrix.dtype == np.float32
+    assert fake(WORDS, level="sentence", layers="all").shape == (len(WORDS), 3, DIM)
+    tensor = fake(WORDS, level="sentence", output="torch")
+    assert isinstance(tensor, torch.Tensor) and np.array_equal(tensor.numpy(), matrix)
 
 
 def test_strings_are_split_by_elmo(fake):
@@ -105,7 +109,8 @@ def test_torch_and_half():
 
 
 def test_nothing(fake):
-    assert fake([]) == [] and fake([], level="sentence") == [] and fake.tokens([]) == []
+    assert fake([]) == [] and fake.tokens([]) == []
+    assert fake([], level="sentence").shape == (0, DIM) and fake([], level="sentence", output="torch").shape == (0, DIM)
 
 
 def test_carry_keeps_order_and_rows():
@@ -207,13 +212,28 @@ def test_texts_of_other_libraries(minilm):
     [
         (dict(state="stateful"), ValueError, "state is 'stateful'; expected one of None, steady, zero, carry"),
         (dict(dtype="bfloat16"), ValueError, "dtype is 'bfloat16'; expected one of float32, float16"),
+        (dict(compute_dtype="half"), ValueError, "compute_dtype is 'half'; expected one of None, float32, float16, bf"),
+        (dict(compute_dtype="float32"), ValueError, "compute_dtype, options_file or weight_file is given with a Text"),
+        (
+            dict(model="m", compute_dtype="float16", device="cpu"),
+            ValueError,
+            "'float16' on a CPU; expected",
+        ),
         (dict(batch_tokens=0), ValueError, "batch_tokens is 0"),
         (dict(batch_size=0), ValueError, "batch_size is 0"),
         (dict(impl="fastest"), ValueError, "impl is 'fastest'"),
         (dict(batch_size=7), ValueError, "batch_size is 7; expected it with state 'carry' alone"),
         (dict(state="carry", batch_tokens=7), ValueError, "batch_tokens is 7; expected batch_size with state 'carry'"),
-        (dict(device="cpu"), ValueError, "device, options_file or weight_file is given with a TextEncoder"),
-        (dict(weight_file="w.hdf5"), ValueError, "device, options_file or weight_file is given with a TextEncoder"),
+        (
+            dict(device="cpu"),
+            ValueError,
+            "device, compute_dtype, options_file or weight_file is given with a TextEncoder",
+        ),
+        (
+            dict(weight_file="w.hdf5"),
+            ValueError,
+            "device, compute_dtype, options_file or weight_file is given with a TextEncoder",
+        ),
         (dict(model=5), TypeError, "model is 5 (int); expected a folder or a name"),
         (dict(model=torch.nn.Linear(2, 2)), TypeError, "model is of type Linear; expected a folder or a name"),
         (dict(model="no-such-model-anywhere"), FileNotFoundError, "no-such-model-anywhere"),
@@ -287,9 +307,9 @@ def test_cuda_without_a_gpu():
 @pytest.mark.parametrize(
     "names, message",
     [
-        ([], "is no model.*It holds: nothing"),
-        (["notes.txt"], "is no model.*It holds: notes.txt"),
-        (["options.json"], "is no model"),
+        ([], "is not a model.*It holds: nothing"),
+        (["notes.txt"], "is not a model.*It holds: notes.txt"),
+        (["options.json"], "is not a model"),
         (
             ["config.json", "options.json", "weights.hdf5"],
             "could be a BERT or an ELMo model.*config.json, options.json",

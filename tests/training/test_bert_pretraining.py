@@ -325,7 +325,7 @@ def test_evaluation_is_the_loss_of_all_masked_tokens(text, tokenizer, tmp_path, 
     batch = task._batch([held_out.instance(index) for index in range(len(held_out))])
     with torch.no_grad():
         found = task.model(
-            batch.input_ids, batch.attention_mask, batch.token_type_ids, labels=batch.labels, return_logits=True
+            batch.input_ids, None, batch.token_type_ids, labels=batch.labels, lengths=batch.lengths, return_logits=True
         )
     is_masked = batch.labels != -100
     logits, labels = found.prediction_logits[is_masked], batch.labels[is_masked]
@@ -464,7 +464,7 @@ def test_command_errors(text, tmp_path, capsys) -> None:
         (["--train-vocab", "100", "--impl", "cuda", "--device", "cpu"], "--impl is 'cuda', but no op has"),
         (["--train-vocab", "100", "--config", str(tmp_path / "c.json"), "--max-seq-length", "65"], "the 64 positions"),
         (["--init-from", "nowhere", "--size", "tiny"], "--size or --config is given with --init-from"),
-        (["--init-from", "nowhere"], "is no model on this machine"),
+        (["--init-from", "nowhere"], "is not a model on this machine"),
         (["--vocab", str(tmp_path / "run" / "data"), "--overwrite"], "run holds --vocab"),
         (["--train-vocab", "100", "-o", str(text.parent), "--overwrite"], "holds text "),
     ):

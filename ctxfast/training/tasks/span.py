@@ -271,7 +271,7 @@ class BertSpanFinder(_SpanFinder):
         first, last = len(self._frame.before), len(encoding) - len(self._frame.after)
         return encoding.ids[first:last], encoding.offsets[first:last]
 
-    def collate(self, items: Sequence[Row]) -> dict[str, Tensor]:
+    def collate(self, items: Sequence[Row]) -> dict[str, Any]:
         batch = collate_rows(items, self.tokenizer.pad_token_id, False)
         for k, name in enumerate(("start_positions", "end_positions")):
             batch[name] = torch.tensor([row.labels[k] for row in items])
@@ -285,7 +285,7 @@ class BertSpanFinder(_SpanFinder):
 class FeatureSpanFinder(_SpanFinder):
     """An LSTM with attention over a frozen BERT or ELMo, or an ELMo trained with it; texts are read whole.
 
-    Words are runs of letters and digits, and single other signs; so are Chinese and Japanese ones.
+    Words are runs of letters and digits, and all other characters one by one, Chinese and Japanese ones included.
 
     Args:
         model: an ``LstmSpanFinder``, or an ``OverElmo`` around one.
