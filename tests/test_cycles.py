@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -11,9 +12,10 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "csrc"))
 
-import build
 import cycles
 import sass
+
+import build
 
 KERNEL = """
 #include <cstdint>
@@ -36,7 +38,7 @@ __global__ void __launch_bounds__(64, 1) walk(const __grid_constant__ Params p) 
 
 @pytest.fixture(scope="module")
 def code() -> sass.Code:
-    nvcc, _ = build.find_nvcc({"PATH": __import__("os").environ.get("PATH", "")})
+    nvcc, _ = build.find_nvcc(os.environ)
     if nvcc is None or sass.find_nvdisasm(nvcc) is None or shutil.which("c++") is None:
         pytest.skip("needs nvcc and nvdisasm")
     (only,) = sass.compile_kernels(KERNEL).values()
