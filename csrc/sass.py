@@ -23,6 +23,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import toolchain
+
 import build
 
 CSRC = Path(__file__).resolve().parent
@@ -108,7 +110,7 @@ def find_nvdisasm(nvcc: str) -> str | None:
 
 def compile_kernels(source: str) -> dict[str, Code]:
     """Mangled kernel -> code of CUDA source text, for sm_90a; RuntimeError where a tool is missing."""
-    cuda = build.find_cuda(os.environ)
+    cuda = toolchain.find_cuda(os.environ)
     nvdisasm = find_nvdisasm(cuda.nvcc) if cuda.nvcc else None
     if cuda.nvcc is None or nvdisasm is None:
         raise RuntimeError(cuda.reason or "no nvdisasm on PATH, beside nvcc or among Triton's files")

@@ -14,8 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "csrc"))
 
 import cycles
 import sass
-
-import build
+import toolchain
 
 KERNEL = """
 #include <cstdint>
@@ -38,7 +37,7 @@ __global__ void __launch_bounds__(64, 1) walk(const __grid_constant__ Params p) 
 
 @pytest.fixture(scope="module")
 def code() -> sass.Code:
-    nvcc, _ = build.find_nvcc(os.environ)
+    nvcc, _ = toolchain.find_nvcc(os.environ)
     if nvcc is None or sass.find_nvdisasm(nvcc) is None or shutil.which("c++") is None:
         pytest.skip("needs nvcc and nvdisasm")
     (only,) = sass.compile_kernels(KERNEL).values()

@@ -188,6 +188,36 @@ void wgmma(float (*d)[4], const uint32_t* a_registers, uint64_t a, uint64_t b) {
   });
 }
 
+// Of the warpgroup that runs now, all committed groups of products but so many.
+inline void finish_products(int allowed) {
+  emulator::Warpgroup& group = emulator::warpgroup();
+  group.fenced = false;
+  for (; static_cast<int>(group.committed.size()) > allowed; group.committed.pop_front()) {
+    for (const emulator::Product& product : group.committed.front()) {
+      product.multiply(product, group.accumulators.at(product.d).sums.data());
+    }
+  }
+  const auto is_awaited = [&](float* d) {
+    const auto has = [d](const std::vector<emulator::Product>& products) {
+      return std::any_of(products.begin(), products.end(),
+                         [d](const emulator::Product& product) { return product.d == d; });
+    };
+    return has(group.open) || std::any_of(group.committed.begin(), group.committed.end(), has);
+  };
+  for (auto at = group.accumulators.begin(); at != group.accumulators.end();) {
+    const emulator::Accumulator& accumulator = at->second;
+    if (is_awaited(at->first)) {
+      ++at;
+      continue;
+    }
+    const size_t each = accumulator.sums.size() / accumulator.d.size();
+    for (size_t thread = 0; thread < accumulator.d.size(); ++thread) {
+      std::copy_n(accumulator.sums.data() + thread * each, each, accumulator.d[thread]);
+    }
+    at = group.accumulators.erase(at);
+  }
+}
+
 }  // namespace emulated
 
 template <typename V>
@@ -294,7 +324,7 @@ CTXFAST_DEVICE void wgmma_commit() {
 }
 template <int N>
 CTXFAST_DEVICE void wgmma_wait() {
-  emulator::together(128, nullptr, [](void**) { emulator::finish_products(N); });
+  emulator::together(128, nullptr, [](void**) { emulated::finish_products(N); });
 }
 template <typename T, int N>
 CTXFAST_DEVICE void wgmma_rs(float (&d)[N / 8][4], const uint4& a, uint64_t b) {

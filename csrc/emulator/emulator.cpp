@@ -415,34 +415,6 @@ Warpgroup& warpgroup() {
   return self->block->products[self->place.thread / 128];
 }
 
-void finish_products(int allowed) {
-  Warpgroup& group = warpgroup();
-  group.fenced = false;
-  for (; static_cast<int>(group.committed.size()) > allowed; group.committed.pop_front()) {
-    for (const Product& product : group.committed.front()) {
-      product.multiply(product, group.accumulators.at(product.d).sums.data());
-    }
-  }
-  const auto is_awaited = [&](float* d) {
-    const auto has = [d](const std::vector<Product>& products) {
-      return std::any_of(products.begin(), products.end(), [d](const Product& product) { return product.d == d; });
-    };
-    return has(group.open) || std::any_of(group.committed.begin(), group.committed.end(), has);
-  };
-  for (auto at = group.accumulators.begin(); at != group.accumulators.end();) {
-    const Accumulator& accumulator = at->second;
-    if (is_awaited(at->first)) {
-      ++at;
-      continue;
-    }
-    const size_t each = accumulator.sums.size() / accumulator.d.size();
-    for (size_t thread = 0; thread < accumulator.d.size(); ++thread) {
-      std::copy_n(accumulator.sums.data() + thread * each, each, accumulator.d[thread]);
-    }
-    at = group.accumulators.erase(at);
-  }
-}
-
 void copy_later(void* to, const void* from) { machine().current->open_copies.emplace_back(to, from); }
 
 void commit_copies() {

@@ -75,8 +75,7 @@ struct Warpgroup {
   std::deque<std::vector<Product>> committed;
   std::map<float*, Accumulator> accumulators;  // by the first thread's d
 };
-Warpgroup& warpgroup();             // of the thread that runs now
-void finish_products(int allowed);  // of it, all committed groups but so many
+Warpgroup& warpgroup();  // of the thread that runs now
 
 void copy_later(void* to, const void* from);  // 16 bytes
 void commit_copies();
