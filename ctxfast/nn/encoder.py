@@ -6,9 +6,10 @@ Modules, ctxfast's and those of other packages that are swapped, describe what t
 (``LayerWeights``). A layer is called as a module where that cannot be said: a part of it was replaced, is watched, or
 has been asked to take an implementation of its own.
 
-One call (``functional.transformer_layers``) is faster on a CPU, where calls of a short text's ops take longer than
-their arithmetic. Layers run op by op on a GPU (CUDA graphs make calls free), with gradients (one call would compute
-layers again in the backward pass), under autocast, and where an op of a layer was asked for by name.
+One call (``functional.transformer_layers``) spares what calls of a layer's ops take beside their arithmetic. On a CPU
+that counts for short texts; layers run op by op there with gradients (one call would compute layers again in the
+backward pass), with dropout and under autocast. On a GPU it counts always, gradients or not. They run op by op under
+torch.compile, which spares that itself, and where an op of a layer was asked for by name.
 """
 
 from __future__ import annotations
@@ -119,9 +120,13 @@ def run(
 
 def _is_open(x: Tensor) -> bool:
     """Whether one call could compute layers over these tokens, as far as the layers themselves allow it."""
-    if not x.is_cpu or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+    requested = dict(registry.requested())
+    name = requested.get("transformer_layers", requested.get("*"))
+    if any(op in requested for op in _OPS) or name not in (None, "cpu", "triton"):
         return False
-    return not any(op in _OPS or (op == "*" and name != "cpu") for op, name in registry.requested())
+    if name == "triton" or not x.is_cpu:
+        return not torch.compiler.is_compiling()
+    return not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"))
 
 
 def _groups(
@@ -145,7 +150,7 @@ def _one_calls_kind(layer: LayerWeights) -> tuple[LayerOptions, int] | None:
     """What layers of one call have in common, options and the feed-forward block's width; None for a layer that no
     call computes."""
     options = layer.options
-    if options.by_ops or any(options.dropout_p) or options.eps[0] != options.eps[1]:
+    if options.by_ops or options.eps[0] != options.eps[1]:
         return None
     qkv: Any = layer.tensors[0]  # a tensor, and the next too: nothing is called in the place of a product
     widen: Any = layer.tensors[6]
@@ -166,7 +171,7 @@ def one_call(
     args = spec.arguments(
         x, cu_seqlens, max_seqlen, [tensor for layer in layers for tensor in layer.tensors],
         num_heads=options.num_heads, activation=options.activation, eps=options.eps[0],
-        weight_dtype=options.weight_dtype, all_layers=all_layers,
+        weight_dtype=options.weight_dtype, all_layers=all_layers, dropout_p=options.dropout_p,
     )  # fmt: skip
     function, args = registry.prepared(spec, args)
     if function is spec.reference:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..._core import registry, torch_ops
-from ..shared import triton_rows
+from ..shared import triton_launch, triton_rows
 from . import triton_kernels
 
 
@@ -41,23 +41,25 @@ def _forward(product: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     flat, chosen = product.reshape(-1, product.shape[-1]).contiguous(), tile(product.shape[-1])
     across = -(-flat.shape[1] // chosen["BLOCK_N"])
     with triton_rows.on_device(flat):
-        triton_kernels.forward[(across * -(-flat.shape[0] // chosen["ROWS"]),)](
-            flat, None if bias is None else bias.contiguous(), out, flat.shape[0],
+        triton_launch.launch(
+            triton_kernels.forward, (across * -(-flat.shape[0] // chosen["ROWS"]),), flat,
+            None if bias is None else bias.contiguous(), out, flat.shape[0],
             N=flat.shape[1], ACTIVATION=activation, HAS_BIAS=bias is not None, **chosen,
         )  # fmt: skip
     return out
 
 
-def _gradients(product: Tensor, with_bias: bool) -> tuple[Tensor, Tensor]:
+def _gradients(product: Tensor, bias: Tensor | None, with_bias: bool) -> tuple[Tensor, Tensor]:
     """Of the product, and of the bias (empty if not wanted)."""
-    size = product.shape[-1] if with_bias else 0
-    return torch_ops.allocate(product.shape, product), torch_ops.allocate((size,), product)
+    has_bias = bias is not None and with_bias
+    of_bias = torch_ops.allocate(bias.shape, bias) if has_bias else torch_ops.allocate((0,), product)
+    return torch_ops.allocate(product.shape, product), of_bias
 
 
 def _backward(
     grad: Tensor, product: Tensor, bias: Tensor | None, activation: str, with_bias: bool
 ) -> tuple[Tensor, Tensor]:
-    grad_product, grad_bias = _gradients(product, with_bias)
+    grad_product, grad_bias = _gradients(product, bias, with_bias)
     if product.numel() == 0:
         return grad_product, grad_bias.zero_()
     size, chosen = product.shape[-1], tile(product.shape[-1])
@@ -66,9 +68,10 @@ def _backward(
     count = triton_rows.programs(flat, -(-flat.shape[0] // chosen["ROWS"]), max(1, 8 // across))
     partial = triton_rows.allocate_partial(1, count, size, flat) if with_bias else None
     with triton_rows.on_device(flat):
-        triton_kernels.backward[(count, across)](
-            grad, flat, None if bias is None else bias.contiguous(), grad_product, partial, flat.shape[0],
-            grad.stride(0), N=size, ACTIVATION=activation, HAS_BIAS=bias is not None, SUMS=with_bias, **chosen,
+        triton_launch.launch(
+            triton_kernels.backward, (count, across), grad, flat, None if bias is None else bias.contiguous(),
+            grad_product, partial, flat.shape[0], grad.stride(0),
+            N=size, ACTIVATION=activation, HAS_BIAS=bias is not None, SUMS=with_bias, **chosen,
         )  # fmt: skip
         if with_bias:
             triton_rows.column_sums(partial, [grad_bias])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..._core import torch_ops
-from ..shared import triton_rows
+from ..shared import triton_launch, triton_rows
 from . import recorded, triton_kernels
 
 
@@ -28,8 +28,9 @@ def _softmax(logits: Tensor, labels: Tensor, scale: Tensor | None, ignore_index:
     if losses.numel() == 0:
         return losses
     with triton_rows.on_device(logits):
-        triton_kernels.softmax[(logits.shape[0],)](
-            logits, labels.contiguous(), None if scale is None else scale.contiguous(), losses, logits.stride(0),
+        triton_launch.launch(
+            triton_kernels.softmax, (logits.shape[0],), logits, labels.contiguous(),
+            None if scale is None else scale.contiguous(), losses, logits.stride(0),
             ignore_index, logits.shape[1], GRADIENT=scale is not None, **tile(logits.shape[1]),
         )  # fmt: skip
     return losses
