@@ -6,14 +6,14 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 SOURCES := setup.py pyproject.toml csrc/build.py $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
 PYTEST_ARGS ?=
-RESULTS ?= benchmarks/results
-PARTS ?= build csrc test bench
+RESULTS ?= benchmarks/results/gpu
+PARTS ?=
 # Processes that compile and test, each on one core: tests that need more threads ask for them.
 CORES := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
 JOBS ?= $(shell [ $(CORES) -lt 4 ] && echo $(CORES) || echo 4)
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile
 
-.PHONY: help demo test test-all lint format resources csrc-test sanitize bench gpu build clean
+.PHONY: help demo test test-all lint format resources csrc-test bench gpu build clean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -51,9 +51,6 @@ test-all: build  ## every test this machine can run, about 14 minutes on two idl
 csrc-test: $(VENV)/.packages  ## kernels against plain loops, no Python; CUDA ones on the emulator too
 	MAX_JOBS=$(JOBS) $(PY) csrc/build.py test
 
-sanitize:        ## CUDA test programs under compute-sanitizer: memcheck and racecheck (needs a GPU)
-	$(PYTHON) csrc/build.py sanitize
-
 # basedpyright is pyright with node in its wheel: PyPI's pyright downloads node. 200 MB, so make test does without.
 lint: $(VENV)/.built  ## ruff, types and clang-format
 	$(PY) -m ruff check .
@@ -75,14 +72,13 @@ resources: build  ## registers, shared memory and spills of every CUDA and Trito
 bench: build     ## the benchmark suite; result files and report under benchmarks/results
 	$(PY) -m benchmarks --set full --models --report
 
-# On a machine with a GPU and its own torch: builds in place, then the CUDA test programs, GPU tests, GPU benchmarks.
-# PARTS selects; PARTS="sanitize" runs the programs under compute-sanitizer (minutes).
-gpu:             ## build, GPU tests and GPU benchmarks with the Python and torch that are installed
-	$(if $(filter build,$(PARTS)),$(PYTHON) setup.py build_ext --inplace)
-	$(if $(filter csrc,$(PARTS)),$(PYTHON) csrc/build.py test)
-	$(if $(filter sanitize,$(PARTS)),$(MAKE) sanitize)
-	$(if $(filter test,$(PARTS)),$(PYTHON) -m pytest tests -m gpu -q --continue-on-collection-errors $(PYTEST_ARGS))
-	$(if $(filter bench,$(PARTS)),$(PYTHON) -m benchmarks --device cuda --set small --json $(RESULTS))
+# On a machine with a GPU and its own torch, pytest and pytest-xdist; needs no network and no virtual environment.
+# Parts, in the order in which they tell most (benchmarks/gpu/parts.py): PARTS="build kernels right" selects. Each is a
+# process or several, ends within eight minutes, and leaves a log of its name in RESULTS; none stops the others, and the
+# last line says what failed. DRY_RUN=1, without a GPU: the same programs in small, on the CPU.
+gpu:             ## everything that needs a GPU: build, kernels, targets, tests, choices, profiles, sanitizer
+	@$(PYTHON) -m benchmarks.gpu $(PARTS) --results $(RESULTS) $(if $(DRY_RUN),--dry-run) \
+		$(if $(PYTEST_ARGS),--pytest-args="$(PYTEST_ARGS)") $(if $(MORE_TIME),--more-time $(MORE_TIME))
 
 clean:           ## remove the virtual environment and build products
 	rm -rf $(VENV) build *.egg-info ctxfast/_C*.so

@@ -9,10 +9,10 @@ CTXFAST_CUDA, CTXFAST_CUDA_ARCHS, CXX and MAX_JOBS.
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
@@ -21,6 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "csrc"))
 import build as csrc
 
 ROOT = Path(__file__).resolve().parent
+# The first that reads pyproject.toml's license, as its standard has it since: others stop with a riddle.
+OLDEST_SETUPTOOLS = 77
 
 
 class BuildExtension(build_ext):
@@ -32,24 +34,21 @@ class BuildExtension(build_ext):
             name = build.extension(Path(self.get_ext_filename(ext.name)).name, self.distribution.get_version())
         except csrc.SettingError as error:
             raise SystemExit(f"error: {error}") from None
-        cuda = build.cuda
         if not build.run([name]):
-            hint = " If only nvcc failed: CTXFAST_CUDA=0 builds without CUDA kernels." if cuda.nvcc else ""
+            hint = " If only nvcc failed: CTXFAST_CUDA=0 builds without CUDA kernels." if build.cuda.nvcc else ""
             raise SystemExit(f"error: ctxfast: the extension did not build, see above.{hint}")
         target = Path(self.get_ext_fullpath(ext.name))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        # Replaced, not overwritten: a process that has the old one mapped keeps it.
-        temporary = target.with_name(target.name + ".tmp")
-        shutil.copyfile(build.folder / name, temporary)
-        os.replace(temporary, target)
-        print(f"ctxfast: built {target.name}: CPU kernels with {build.compiler}")
-        if cuda.nvcc:
-            print(f"ctxfast: CUDA kernels with nvcc {cuda.version} for {', '.join(cuda.archs)} and PTX")
-        else:
-            print(f"ctxfast: no CUDA kernels: {cuda.reason}")
+        csrc.place(build.folder / name, target)
+        print(csrc.told(build, target.name))
 
 
 def main() -> None:
+    if int(setuptools.__version__.partition(".")[0]) < OLDEST_SETUPTOOLS:
+        raise SystemExit(
+            f"error: ctxfast: setuptools {setuptools.__version__} does not read this pyproject.toml; expected "
+            f"{OLDEST_SETUPTOOLS} or newer (pip install -U setuptools). Without it: python -m benchmarks.gpu.build "
+            f"extension builds the extension in place."
+        )
     extensions = []
     if sys.platform == "linux":
         every = [str(path.relative_to(ROOT)) for path in csrc.sources("*/*.cpp") + csrc.sources("*/*.cu")]

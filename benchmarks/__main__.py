@@ -44,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     out.add_argument("--base", nargs=2, metavar=("OLD.json", "NEW.json"), help="compare two result files and stop")
     out.add_argument("--render", metavar="FILE.json", help="write page and plot of a result file and stop")
     out.add_argument("--prune", action="store_true", help="take what later runs replace out of the results and stop")
-    out.add_argument("--readme", action="store_true", help="write README's table and the list of results anew, stop")
+    out.add_argument("--readme", action="store_true", help="write README's tables and the list of results and stop")
     return parser
 
 
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("\n".join(committed.prune()))
             return 0
         if options.readme:
-            _README.write_text(committed.with_figures(_README.read_text(encoding="utf-8")), encoding="utf-8")
+            _README.write_text(committed.with_tables(_README.read_text(encoding="utf-8")), encoding="utf-8")
             (results.FOLDER / "README.md").write_text(committed.index(), encoding="utf-8")
             return 0
         return _run(options, argv)

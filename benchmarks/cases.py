@@ -33,11 +33,6 @@ from ctxfast._core import registry
 
 SEED = 20180215
 MODELS = tuple(sorted(path.stem for path in (Path(__file__).parent / "models").glob("[!_]*.py")))
-# The order on pages; what is not listed comes after these.
-_ORDER = (
-    "lstm", "attention", "add_layer_norm", "linear_act", "embed_layer_norm", "linear_cross_entropy",
-    "transformer_layers", "char_cnn", "scalar_mix", "elmo", "bert", "bert_mlm",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -79,8 +74,8 @@ def module(op: str) -> ModuleType:
 
 
 def names() -> list[str]:
-    """Every op of the op table and every model, in the order of pages."""
-    return sorted((*registry.OPS, *MODELS), key=lambda name: _ORDER.index(name) if name in _ORDER else len(_ORDER))
+    """Every op of the op table, then every model: the order on pages."""
+    return [*registry.OPS, *MODELS]
 
 
 @dataclass(frozen=True)

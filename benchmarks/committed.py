@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The result files that are committed: what later ones replace, README's table of figures and the list of all."""
+"""The result files that are committed: which later ones supersede, the list of all; and README's tables."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from ctxfast._core import registry
 
 from . import report, results
 from .measure import ResultRow
@@ -22,8 +25,6 @@ _README = (
     ("ELMo, one sentence of 20 words", "elmo/original 1x20 words/float32/forward/cpu", _PLAIN),
     ("ELMo, 32 such, bfloat16 products", "elmo/original 32x20 words/float32+bf16/forward/cpu", f"{_PLAIN}, bfloat16"),
 )
-_BEGIN, _END = "<!-- figures: python -m benchmarks --readme -->\n", "<!-- end of figures -->\n"
-
 Document = dict[str, Any]
 
 
@@ -172,10 +173,23 @@ def figures(folder: Path = results.FOLDER) -> str:
     return "\n".join(lines) + "\n"
 
 
-def with_figures(readme: str, folder: Path = results.FOLDER) -> str:
-    """README with its table rendered anew."""
-    before, _, rest = readme.partition(_BEGIN)
-    _, end, after = rest.partition(_END)
-    if not end:
-        raise ValueError(f"benchmarks: README lacks the lines {_BEGIN.strip()!r} and {_END.strip()!r}.")
-    return before + _BEGIN + figures(folder) + _END + after
+def ops() -> str:
+    """README's table of ops: the first sentence of each docstring, and the implementations."""
+    lines = ["| op | what it computes | implementations |", "|---|---|---|"]
+    for spec in registry.OPS.values():
+        paragraph = inspect.getdoc(spec.declaration).partition("\n\n")[0]
+        sentence = " ".join(paragraph.split()).removesuffix(".").replace("``", "`")
+        lines.append(f"| `{spec.name}` | {sentence} | {', '.join(map(str, spec.all_impls))} |")
+    return "\n".join(lines) + "\n"
+
+
+def with_tables(readme: str, folder: Path = results.FOLDER) -> str:
+    """README with its tables rendered anew."""
+    for name, table in (("ops", ops()), ("figures", figures(folder))):
+        begin, end = f"<!-- {name}: python -m benchmarks --readme -->\n", f"<!-- end of {name} -->\n"
+        before, _, rest = readme.partition(begin)
+        _, found, after = rest.partition(end)
+        if not found:
+            raise ValueError(f"benchmarks: README lacks the lines {begin.strip()!r} and {end.strip()!r}.")
+        readme = before + begin + table + end + after
+    return readme

@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 
+from ctxfast.nn.graph_capture import abandon
+
 from .cases import Case
 from .ceilings import floor_seconds
 from .gate import Gate, ParityError, Verdict, results, runner
@@ -268,21 +270,45 @@ def _time_cuda(runners: list[_Runner], seconds: float, *, is_model: bool) -> Non
 def _capture(run: Callable[[], Any], row: ResultRow) -> Callable[[], Any] | None:
     """The same work as one CUDA graph; None, with the reason in the row, if it cannot be captured."""
     try:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                run()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            kept = run()
+        return capture(run)
     except Exception as error:
         torch.cuda.synchronize()
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         row.status, row.note = "cannot run", f"cannot be captured in a CUDA graph: {reason}"
         row.error = row.bound = row.memory_mib = None
         return None
+
+
+def capture(run: Callable[[], Any]) -> Callable[[], Any]:
+    """``run`` as a CUDA graph: a function that replays it and returns its outputs, the same tensors each time.
+
+    Raises what ``run`` raises when it waits for the device, as for the number of tokens under a mask: before anything
+    is captured. A capture that fails all the same leaves the stream and torch's allocator as they were, or the rows
+    after it would be measured in the midst of it.
+    """
+    stream, outside = torch.cuda.Stream(), torch.cuda.current_stream()
+    stream.wait_stream(outside)
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            run()
+        torch.cuda.synchronize()
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            run()
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+    outside.wait_stream(stream)
+    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        graph.capture_begin(pool=pool)
+        try:
+            kept = run()
+            graph.capture_end()
+        except BaseException:
+            abandon(graph, pool)
+            raise
 
     def replay() -> Any:
         graph.replay()

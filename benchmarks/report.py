@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from . import targets
 from .measure import ResultRow
 from .results import dtype_words, number, speed, write_bytes
 
@@ -93,6 +94,9 @@ def markdown(document: dict[str, Any], plot: str | None = None) -> str:
     if plot:
         lines += ["", f"![ratio of the fastest peer's time to ctxfast's, by case]({plot})"]
     lines += ["", *_main_table(summaries), ""]
+    if document["device"] == "cuda":
+        predicted = targets.page(document["rows"], only_measured=True)
+        lines += ["Measured beside predicted:", "", predicted] if predicted else []
     siblings = [(s, row) for s in summaries for row in s.siblings]
     if siblings:
         lines += ["Implementations of ctxfast that were not chosen:", ""]

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The build of everything under csrc: what is compiled, by which compiler and with which flags.
 
-``setup.py`` builds the extension with it; the emulator of the tests and ``resources.py`` ask it too. As a program it
-builds the test programs and runs them, each once, as many at a time as there are cores:
+``setup.py`` builds the extension with it; the emulator of the tests, ``resources.py`` and ``benchmarks/gpu`` ask it
+too. As a program it builds the test programs and runs them, each once, as many at a time as there are cores:
 
     python csrc/build.py test [--cpu]    kernels against plain loops: those of the CPU, then (without --cpu) the CUDA
                                          ones, on a GPU where nvcc is and on the emulator where CUDA's headers are
-    python csrc/build.py sanitize        CUDA programs under compute-sanitizer: memcheck and racecheck (needs a GPU)
 
 A source's name says how it is compiled:
 
@@ -290,8 +289,8 @@ class Build:
         self._lines[target] = f"build {_escaped(target)}: link {' '.join(objects)}\n  command_line = {words}"
         return target
 
-    def run(self, targets: Sequence[str]) -> bool:
-        """Build targets; False if a command failed, which ninja has shown."""
+    def run(self, targets: Sequence[str], *options: str) -> bool:
+        """Build targets, with these options of ninja's; False if a command failed, which ninja has shown."""
         rules = (
             "ninja_required_version = 1.5\n"
             "rule compile\n  command = $command_line -MD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc\n"
@@ -302,7 +301,10 @@ class Build:
         with open(self.folder / "lock", "wb") as lock:  # one build at a time
             fcntl.flock(lock, fcntl.LOCK_EX)
             write_if_changed(self.folder / "build.ninja", rules + "\n".join(self._lines.values()) + "\n")
-            return subprocess.run([self.ninja, "-C", str(self.folder), *jobs, *targets], check=False).returncode == 0
+            return (
+                subprocess.run([self.ninja, "-C", str(self.folder), *jobs, *options, *targets], check=False).returncode
+                == 0
+            )
 
     @cached_property
     def sets(self) -> list[str]:
@@ -376,7 +378,7 @@ class Build:
         programs = []
         for path in sorted(CSRC.glob("*/test_*.cpp")):
             objects = [self.object(path, [*self.cxx, *CXX_FLAGS]), *kernels]
-            programs.append(self.link(_program(path), [*self.cxx, "-pthread"], objects))
+            programs.append(self.link(program_name(path), [*self.cxx, "-pthread"], objects))
         return programs
 
     def cuda_tests(self) -> list[str]:
@@ -384,7 +386,7 @@ class Build:
         programs = []
         for path in self._compiled(sorted(CSRC.glob("*/test_*.cu"))):
             objects = [self._cuda_object(path), *self.cuda_kernels(path.parent.name)]
-            programs.append(self.link(_program(path), command, objects))
+            programs.append(self.link(program_name(path), command, objects))
         return programs
 
     def emulated_tests(self) -> list[str]:
@@ -393,7 +395,7 @@ class Build:
         for path in sorted(CSRC.glob("*/test_*.cu")):
             kernels = [self._emulated_object(kernel) for kernel in sources(f"{path.parent.name}/*.cu")]
             objects = [self._emulated_object(path), *kernels, emulator]
-            programs.append(self.link(f"emulated_{_program(path)}", [*self.cxx, "-pthread"], objects))
+            programs.append(self.link(f"emulated_{program_name(path)}", [*self.cxx, "-pthread"], objects))
         return programs
 
     @cached_property
@@ -403,7 +405,7 @@ class Build:
         return (answer.stdout.splitlines() or [" ".join(self.cxx)])[0]
 
 
-def _program(source: Path) -> str:
+def program_name(source: Path) -> str:
     """The name of a test program: test_lstm_step of lstm/test_step.cu."""
     return f"test_{source.parent.name}_{source.stem.removeprefix('test_')}"
 
@@ -481,32 +483,31 @@ def test(build: Build, only_cpu: bool) -> int:
     return int(failed > 0)
 
 
-def sanitize(build: Build) -> int:
-    """Out-of-bounds and misaligned accesses, then races in shared memory; programs take their small sizes."""
-    sanitizer = build.environ.get("SANITIZER") or shutil.which("compute-sanitizer")
-    if not build.cuda.nvcc or not sanitizer:
-        raise SettingError(f"not sanitized: {build.cuda.reason or 'no compute-sanitizer on PATH (SANITIZER=...)'}")
-    programs = build.cuda_tests()
-    if not build.run(programs):
-        return 1
-    environ = {**build.environ, "CTXFAST_SMALL": "1"}
-    for tool in ("memcheck", "racecheck"):
-        for program in programs:
-            print(f"{tool} {program}", flush=True)
-            command = [sanitizer, "--tool", tool, "--error-exitcode", "1", str(build.folder / program)]
-            if run_programs([command], environ):
-                return 1
-    return 0
+# ---- the extension, where it is loaded from
+
+
+def place(built: Path, target: Path) -> None:
+    """Put a library where it is loaded from: replaced, not overwritten, for a process may have the old one mapped."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(target.name + ".tmp")
+    shutil.copyfile(built, temporary)
+    os.replace(temporary, target)
+
+
+def told(build: Build, name: str) -> str:
+    """What was built, in two lines."""
+    kernels = f"CUDA kernels with nvcc {build.cuda.version} for {', '.join(build.cuda.archs)} and PTX"
+    cuda = kernels if build.cuda.nvcc else f"no CUDA kernels: {build.cuda.reason}"
+    return f"ctxfast: built {name}: CPU kernels with {build.compiler}\nctxfast: {cuda}"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Builds and runs the test programs of csrc.")
-    parser.add_argument("what", choices=("test", "sanitize"))
+    parser = argparse.ArgumentParser(description="Builds the test programs of csrc and runs them.")
+    parser.add_argument("what", choices=("test",))
     parser.add_argument("--cpu", action="store_true", help="the CPU's programs alone")
     options = parser.parse_args()
     try:
-        build = Build(dict(os.environ))
-        raise SystemExit(sanitize(build) if options.what == "sanitize" else test(build, options.cpu))
+        raise SystemExit(test(Build(dict(os.environ)), options.cpu))
     except SettingError as error:
         raise SystemExit(f"error: {error}") from None
 

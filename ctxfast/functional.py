@@ -21,6 +21,7 @@ from .ops.add_layer_norm import add_layer_norm
 from .ops.attention import attention
 from .ops.char_cnn import char_cnn
 from .ops.embed_layer_norm import embed_layer_norm
+from .ops.feed_forward import feed_forward
 from .ops.linear_act import linear_act
 from .ops.linear_cross_entropy import linear_cross_entropy
 from .ops.lstm import lstm
@@ -33,6 +34,7 @@ __all__ = [
     "char_cnn",
     "embed_layer_norm",
     "explain",
+    "feed_forward",
     "linear_act",
     "linear_cross_entropy",
     "lstm",

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ._core import checks
+from ._core import checks, torch_ops
 
 _INTEGER = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -80,8 +80,9 @@ class Packing:
             )
         batch_size, seqlen = attention_mask.shape
         is_real = attention_mask if is_bool else attention_mask != 0
-        # Named so in torch's documentation, but not in a list of public names.
-        if torch.jit.is_tracing() or _is_exporting():  # pyright: ignore[reportPrivateImportUsage]
+        # Named so in torch's documentation, but not in a list of public names. (torch before 2.7 does not tell of an
+        # export: there a mask cannot be exported.)
+        if torch.jit.is_tracing() or torch_ops.is_exporting():  # pyright: ignore[reportPrivateImportUsage]
             return cls._traced(is_real, batch_size, seqlen)
         per_row = is_real.sum(dim=1)
         if is_bool:
@@ -247,11 +248,6 @@ class Packing:
             raise ValueError(
                 f"ctxfast.Packing.{method}: {name} is on {value.device}; expected {self.device}, where the packing is."
             )
-
-
-def _is_exporting() -> bool:
-    # torch before 2.7 does not tell; there a mask cannot be exported.
-    return getattr(torch.compiler, "is_exporting", lambda: False)()
 
 
 def _offsets(per_row: Tensor) -> Tensor:

@@ -43,8 +43,7 @@ class Layer(nn.Module):
         context = ctxfast.attention(qkv, packing.cu_seqlens, packing.max_seqlen, bias)
         out = ctxfast.linear_act(context.flatten(1), self.out.weight)
         x = ctxfast.add_layer_norm(out, x, self.norm1.weight, self.norm1.bias, self.out.bias, eps=self.norm1.eps)
-        wide = ctxfast.linear_act(x, self.wide.weight, self.wide.bias, activation="gelu")
-        narrow = ctxfast.linear_act(wide, self.narrow.weight)
+        narrow = ctxfast.feed_forward(x, self.wide.weight, self.wide.bias, self.narrow.weight, activation="gelu")
         return ctxfast.add_layer_norm(
             narrow, x, self.norm2.weight, self.norm2.bias, self.narrow.bias, eps=self.norm2.eps
         )

@@ -86,6 +86,21 @@ def _other_tests_compile_anew() -> Iterator[None]:
         dynamo.utils.counters.clear()
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
+    """A kernel that traps leaves its process without a GPU: every later test would fail alike. Of several processes
+    (pytest-xdist) this one ends: another takes over its tests, and this test is named as the one that ended it."""
+    try:
+        return (yield)
+    finally:
+        if "gpu" in item.keywords and os.environ.get("PYTEST_XDIST_WORKER") and torch.cuda.is_initialized():
+            try:
+                torch.cuda.synchronize()
+            except RuntimeError as error:
+                print(f"{item.nodeid}: the device answers no more: {error}", file=sys.__stderr__, flush=True)
+                os._exit(3)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return

@@ -206,3 +206,21 @@ def test_resource_growth_and_spills_are_problems(resources: ModuleType) -> None:
         ("new", "is not in the table"),
         ("gone", "is in the table but no longer compiled"),
     ]
+
+
+def test_old_setuptools_are_told_apart(tmp_path) -> None:
+    """One that does not read pyproject.toml's license stops with words that say nothing of the way out."""
+    (tmp_path / "setuptools.py").write_text("__version__ = '76.1'\nExtension = setup = object\n")
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys, types, setuptools\n"
+        "setuptools.__path__ = []\n"
+        "sys.modules['setuptools.command'] = types.ModuleType('c')\n"
+        "sys.modules['setuptools.command'].__path__ = []\n"
+        "sys.modules['setuptools.command.build_ext'] = types.SimpleNamespace(build_ext=object)\n"
+    )
+    done = subprocess.run(
+        (sys.executable, "setup.py", "build_ext", "--inplace"),
+        cwd=ROOT, env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "setuptools 76.1 does not read this pyproject.toml; expected 77 or newer" in done.stderr

@@ -247,21 +247,3 @@ def test_a_view_with_the_other_sign_is_read_right() -> None:
     weight = torch.randn(5, 4)
     with torch.no_grad():
         assert torch.equal(ctxfast.functional.linear_act(x, weight), ctxfast.functional.linear_act(x.clone(), weight))
-
-
-def test_a_layer_that_makes_its_input_again() -> None:
-    """Triton's linear layer of an activation keeps no input: its second derivatives go through the layer before."""
-    if not capability.is_triton_interpreted():
-        pytest.skip("the kernels run on the CPU in Triton's interpreter alone")
-    torch.manual_seed(0)
-    leaves = [torch.randn(*shape, requires_grad=True) for shape in ((5, 6), (8, 6), (8,), (3, 8), (3,))]
-
-    def penalty(impl: str) -> list[Tensor]:
-        x, *weights = leaves
-        wide = ctxfast.functional.linear_act(x, *weights[:2], activation="gelu", impl=impl)
-        out = ctxfast.functional.linear_act(wide, *weights[2:], impl=impl)
-        first = torch.autograd.grad(out.sin().sum(), leaves, create_graph=True)
-        return [*first, *torch.autograd.grad(sum(grad.square().sum() for grad in first), leaves)]
-
-    for one, two in zip(penalty("triton"), penalty("reference")):
-        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from support.layouts import offset, sliced, strided, transposed
 from support.parity import (
     FORWARD,
     arguments,
@@ -53,31 +54,6 @@ def _parameters() -> list:
 every_row = pytest.mark.parametrize(("spec", "implementation", "case"), _parameters())
 
 
-def strided(tensor: Tensor) -> Tensor:
-    """The same values with gaps between elements and an odd offset from the start of the memory."""
-    if tensor.dim() == 0:
-        return tensor
-    wide_shape = (*tensor.shape[:-1], 2 * tensor.shape[-1] + 1)
-    memory = torch.full(wide_shape, SENTINEL, dtype=tensor.dtype, device=tensor.device)
-    view = memory[..., 1::2]
-    view.copy_(tensor)
-    return view
-
-
-def offset(tensor: Tensor) -> Tensor:
-    """The same values, contiguous, starting one element into the memory: not aligned to a vector register."""
-    memory = torch.full((tensor.numel() + 1,), SENTINEL, dtype=tensor.dtype, device=tensor.device)
-    view = memory[1:].view(tensor.shape)
-    view.copy_(tensor)
-    return view
-
-
-def transposed(tensor: Tensor) -> Tensor:
-    """The same values with the dimensions laid out in the opposite order."""
-    order = tuple(reversed(range(tensor.dim())))
-    return tensor.permute(order).contiguous().permute(order)
-
-
 def _compare(spec, implementation, case, kwargs: dict) -> None:
     with torch.no_grad():
         got = run(spec.name, kwargs, implementation.name)
@@ -88,10 +64,36 @@ def _compare(spec, implementation, case, kwargs: dict) -> None:
 
 
 @every_row
-@pytest.mark.parametrize("change", [strided, offset, transposed])
+@pytest.mark.parametrize("change", [strided, sliced, offset, transposed])
 def test_layouts(spec, implementation, case, change: Callable[[Tensor], Tensor]) -> None:
     kwargs = case.make(device_of(implementation), torch.float32, SEED)
     _compare(spec, implementation, case, converted(kwargs, change))
+
+
+@every_row
+@pytest.mark.parametrize("change", [strided, transposed])
+def test_layouts_of_integers(spec, implementation, case, change: Callable[[Tensor], Tensor]) -> None:
+    """Lengths, offsets, ids and masks."""
+    kwargs = case.make(device_of(implementation), torch.float32, SEED)
+    changed = {
+        name: convert(value, change, lambda tensor: not tensor.is_floating_point()) for name, value in kwargs.items()
+    }
+    _compare(spec, implementation, case, changed)
+
+
+@every_row
+@pytest.mark.parametrize("change", [sliced, transposed])
+def test_operators_take_any_layout(spec, implementation, case, change: Callable[[Tensor], Tensor], monkeypatch) -> None:
+    """Backwards, too: tensors that a launcher gets there come from anywhere, but for those its own forward saved."""
+    if implementation.name == "reference":
+        pytest.skip("not on this device: the definition has no operators of its own")
+    own, plain = [], torch_ops.allocate
+    monkeypatch.setattr(torch_ops, "allocate", lambda *how: own.append(plain(*how)) or own[-1])
+    args = arguments(spec.name, case.make(device_of(implementation), torch.float32, SEED))
+    for operator, given in spec.module(implementation.name).raw_calls(args):
+        changed = tuple(convert(value, change, lambda each: all(each is not made for made in own)) for value in given)
+        for one, two in zip(flat(operator(*given)), flat(operator(*changed))):
+            check("output", two, one, one.cpu().double(), torch.float32, spec.ceiling[torch.float32], FORWARD)
 
 
 @every_row
@@ -107,6 +109,7 @@ def test_expanded_inputs(spec, implementation, case) -> None:
 
 @every_row
 def test_inputs_are_left_alone(spec, implementation, case) -> None:
+    """Results are plain tensors, too: nothing is noted on either that another call would find."""
     kwargs = case.make(device_of(implementation), torch.float32, SEED)
     before = [tensor.clone() for tensor in flat(list(kwargs.values()))]
     gradients(spec.name, kwargs, case.grads, implementation.name)
@@ -114,6 +117,9 @@ def test_inputs_are_left_alone(spec, implementation, case) -> None:
         run(spec.name, kwargs, implementation.name)
     for old, new in zip(before, flat(list(kwargs.values()))):
         assert torch.equal(old, new)
+    leaves = [tensor.requires_grad_() for name in case.grads for tensor in flat(kwargs[name])]
+    for tensor in [*run(spec.name, kwargs, implementation.name), *leaves]:
+        assert type(tensor) is Tensor and not tensor.__dict__
 
 
 @every_row

@@ -23,7 +23,7 @@ from torch import Tensor
 import ctxfast
 
 from ..cases import SEED, Case, Row, Work
-from ..inputs import EVERY_BERT, RAGGED_32, integers
+from ..inputs import EVERY_BERT, RAGGED_32, RAGGED_256, integers
 from ..ops.transformer_layers import encoder_work
 from ..provider import Call, Outputs, Provider, Unavailable, on_references, require
 
@@ -54,6 +54,7 @@ ROWS = (
     Row("bert-base ragged 32 (fill 0.39)", dict(model="bert-base", lengths=RAGGED_32), cpu=EVERY_BERT),
     Row("bert-base 64x128", dict(model="bert-base", lengths=(128,) * 64), cpu=()),
     Row("bert-base ragged 256", dict(model="bert-base", lengths=RAGGED_32 * 8), cpu=()),
+    Row("bert-base ragged 256 (fill 0.15)", dict(model="bert-base", lengths=RAGGED_256), cpu=()),
     Row("bert-base 32x512", dict(model="bert-base", lengths=(512,) * 32), cpu=()),
 )
 

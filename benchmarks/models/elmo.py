@@ -24,6 +24,7 @@ from ..provider import Call, Outputs, Provider, on_references
 ROWS = (
     Row("original 1x20 words", dict(B=1, words=20), "small", cpu=EVERY_WEIGHT),
     Row("original 32x20 words", dict(B=32, words=20), cpu=EVERY_WEIGHT),
+    Row("original 32x128 words", dict(B=32, words=128), cpu=()),
 )
 
 

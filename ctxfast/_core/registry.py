@@ -296,9 +296,12 @@ def resolve(spec: OpSpec, args: Mapping[str, Any], impl: str | None = None) -> I
             )
         return chosen
     device = next(tensors(args)).device.type
-    for candidate in spec.impls:
-        if candidate.device == device and spec.supports(candidate, args) is None:
+    candidates = [candidate for candidate in spec.impls if candidate.device == device]
+    for candidate in candidates:
+        if spec.supports(candidate, args) is None:
             return candidate
+    if candidates and torch_ops.exports_gradient(tensors(args)):
+        torch_ops.warn_of_export()
     return REFERENCE
 
 
@@ -385,9 +388,7 @@ def op(
         spec = OpSpec(name, package, function, reference, check, check_values, autocast, impls, ceiling)
         for implementation in impls:
             if implementation.name not in IMPL_NAMES:
-                raise ValueError(
-                    f"ctxfast.{name}: implementation name {implementation.name!r} is not one of {IMPL_NAMES}."
-                )
+                raise ValueError(f"ctxfast.{name}: implementation {implementation.name!r} is not one of {IMPL_NAMES}.")
         if name in OPS:
             raise ValueError(f"ctxfast: op {name!r} is registered twice.")
         OPS[name] = spec
@@ -511,10 +512,6 @@ def explain(spec: OpSpec, *args: Any, **kwargs: Any) -> Explanation:
     rows = []
     for candidate in spec.all_impls:
         objection = spec.supports(candidate, args)
-        if candidate.name == chosen:
-            rows.append((candidate.name, "used", spec.note(candidate, args)))
-        elif objection is None:
-            rows.append((candidate.name, "could", spec.note(candidate, args)))
-        else:
-            rows.append((candidate.name, "no", objection))
+        verdict = "used" if candidate.name == chosen else "could" if objection is None else "no"
+        rows.append((candidate.name, verdict, objection or spec.note(candidate, args)))
     return Explanation(spec.name, tuple(rows))

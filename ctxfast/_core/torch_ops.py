@@ -6,8 +6,9 @@ Kernels are entered with ``Library.define`` + ``impl`` + a fake kernel (measured
 torch.compile(fullgraph=True) and torch.export see one opaque operator each way.
 
 What no kernel can answer, its op's definition does, in plain PyTorch: calls under a torch.func transform, forward-mode
-differentiation or torch.jit.trace, and on tensors that keep no values at an address (``why_definition``); gradients
-that are to be differentiated again (``needs_definition``, ``definition_gradients``).
+differentiation or torch.jit.trace, calls that torch.export records with gradients, and calls on tensors that keep no
+values at an address (``why_definition``); gradients that are to be differentiated again (``needs_definition``,
+``definition_gradients``).
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+from . import capability
 
 _LIBRARY = torch.library.Library("ctxfast", "DEF")
 _TAGS = tuple(
@@ -94,6 +97,29 @@ def is_traced() -> bool:
     return torch.jit.is_tracing() or (torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export())
 
 
+def is_exporting() -> bool:
+    """Whether torch.export records what is called. torch before 2.7 does not tell."""
+    return getattr(torch.compiler, "is_exporting", lambda: False)()
+
+
+def exports_gradient(tensors: Iterable[Tensor]) -> bool:
+    """Whether torch.export records a call on these tensors that a gradient goes through: it keeps the operators of the
+    forward alone, not the ``torch.autograd.Function`` around them, so that only torch's own operations have a gradient
+    in the exported program."""
+    return is_exporting() and torch.is_grad_enabled() and any([tensor.requires_grad for tensor in tensors])
+
+
+@capability.constant  # torch.export would refuse to trace the warning
+def warn_of_export() -> bool:
+    """Say that an exported program has no kernels, and how it would."""
+    warnings.warn(
+        "ctxfast: torch.export was called with gradients enabled and records PyTorch's own operations, which can be "
+        "differentiated. Call it under torch.no_grad() to record ctxfast's kernels, for inference.",
+        stacklevel=2,
+    )
+    return True
+
+
 def is_foreign(tensor: Tensor) -> bool:
     """Whether only operations of torch know a tensor's values: a subclass with its own dispatch, or no strided one."""
     kind = type(tensor)
@@ -113,6 +139,9 @@ def why_definition(tensors: Iterable[Tensor]) -> str | None:
         return "a torch.func transform or forward-mode differentiation is active: the definition is differentiated."
     if is_traced():
         return "torch.jit.trace or torch.onnx.export is to record torch's own operations: the definition's."
+    tensors = list(tensors)
+    if exports_gradient(tensors):
+        return "torch.export records no gradient of a kernel. Export under torch.no_grad() for inference."
     for tensor in tensors:
         if is_foreign(tensor):
             what = type(tensor).__name__ if type(tensor) not in _PLAIN else f"tensor of layout {tensor.layout}"
@@ -170,21 +199,27 @@ _KINDS = {
 }  # fmt: skip
 
 
-def _schema(signature: inspect.Signature) -> str:
-    """Of a kernel that changes none of its arguments. (torch.library.infer_schema reads other annotations in each
-    version of torch: those that are strings are looked up elsewhere, list[Tensor] is known or not.)"""
-    given = [f"{_KINDS[parameter.annotation]} {name}" for name, parameter in signature.parameters.items()]
+def _schema(signature: inspect.Signature, changed: str | None) -> str:
+    """Of a kernel that changes ``changed`` alone of its arguments. (torch.library.infer_schema reads other annotations
+    in each version of torch: those that are strings are looked up elsewhere, list[Tensor] is known or not.)"""
+    kinds = {name: _KINDS[parameter.annotation] for name, parameter in signature.parameters.items()}
+    if changed is not None:
+        kinds[changed] += "(a!)"
+    given = [f"{kind} {name}" for name, kind in kinds.items()]
     made = signature.return_annotation
     kinds = [_KINDS[each] for each in (typing.get_args(made) if typing.get_origin(made) is tuple else [made])]
     return f"({', '.join(given)}) -> {kinds[0] if len(kinds) == 1 else '(' + ', '.join(kinds) + ')'}"
 
 
-def define(name: str, kernel: Callable[..., Any], outputs: Callable[..., Any], device: str) -> Any:
+def define(
+    name: str, kernel: Callable[..., Any], outputs: Callable[..., Any], device: str, *, changed: str | None = None
+) -> Any:
     """Register ``ctxfast::<name>`` for one dispatch key ("CPU" or "CUDA") and return the callable operator.
 
     ``outputs`` takes those of the kernel's parameters that it names and returns, uninitialised, what the kernel
     returns: the kernel allocates by it, and compilers take the outputs' shapes from it (a fake kernel, in torch's
-    words). The schema is that of the kernel's annotations.
+    words). The schema is that of the kernel's annotations. ``changed`` names the tensor among the arguments that the
+    kernel writes to; the others it leaves alone.
 
     The operator is not differentiable and says so: called with an input that requires a gradient while autograd
     records, it refuses instead of returning a result that silently breaks the chain.
@@ -202,7 +237,7 @@ def define(name: str, kernel: Callable[..., Any], outputs: Callable[..., Any], d
                 )
         return kernel(*args)
 
-    _LIBRARY.define(name + _schema(signature), tags=_TAGS)
+    _LIBRARY.define(name + _schema(signature, changed), tags=_TAGS)
     _LIBRARY.impl(name, run, device)
     torch.library.register_fake(f"ctxfast::{name}", lambda *args: outputs(*[args[i] for i in at]), lib=_LIBRARY)
     return getattr(torch.ops.ctxfast, name).default

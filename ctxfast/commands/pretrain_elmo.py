@@ -14,9 +14,11 @@ from . import loop_options
 _WHO = "pretrain elmo"
 _HELP = """\
 Train ELMo's bidirectional language model on text, as bilm-tf does: characters in, sampled softmax over a vocabulary,
-state carried along running text. Defaults are bilm-tf's.
+state carried along running text. Defaults are bilm-tf's, but for --restart. Documents are set apart by blank lines.
 
-DIR/final holds options.json and weights.hdf5, which AllenNLP and ctxfast.Elmo read. Killed, the same command goes on.
+DIR/final holds options.json and weights.hdf5, which AllenNLP and ctxfast.Elmo read, and the state to start texts from.
+The held-out text is judged from a carried state and with every sentence from zeros; DIR/best is the best from the worse
+of the two. Killed, the same command goes on.
 Under torchrun every process reads its own lanes of the text.
 
   ctxfast pretrain elmo train.txt -o run --size small --epochs 10 --held-out dev.txt
@@ -45,6 +47,13 @@ def add(commands: Any) -> None:
     add("--init-from", metavar="DIR", help="go on from a model: options.json, weights.hdf5 (softmax.safetensors)")
     add("--unroll", type=int, metavar="N", default=20, help="steps that gradients go back (%(default)s)")
     add("--negatives", type=int, metavar="N", default=8192, help="words of the sampled softmax; 0: full (%(default)s)")
+    add(
+        "--restart",
+        type=float,
+        default=0.05,
+        metavar="P",
+        help="share of windows with which a lane begins anew, from zeros; it does at documents too (%(default)s)",
+    )
     add("--dropout", type=float, default=0.1, help="of every layer's input and the top (%(default)s)")
     loop_options.add(
         parser,
@@ -130,6 +139,7 @@ def _settings(args: argparse.Namespace, config: Any) -> dict[str, Any]:
         "unroll": args.unroll,
         "negatives": args.negatives,
         "dropout": args.dropout,
+        "restart": args.restart,
     }
 
 
@@ -162,6 +172,7 @@ def _task(args: argparse.Namespace, corpus: Any, config: Any, held_out: Any) -> 
         unroll=args.unroll,
         negatives=args.negatives,
         dropout=args.dropout,
+        restart=args.restart,
         scale_by_unroll=args.optimizer == "adagrad",
         seed=args.seed,
         impl=args.impl,
@@ -185,6 +196,8 @@ def _check(args: argparse.Namespace) -> None:
             raise ValueError(f"ctxfast.{_WHO}: --{shown} is {value}; expected {least} or more.")
     if not 0 <= args.dropout < 1:
         raise ValueError(f"ctxfast.{_WHO}: --dropout is {args.dropout}; expected a probability, 0 <= p < 1.")
+    if not 0 <= args.restart <= 1:
+        raise ValueError(f"ctxfast.{_WHO}: --restart is {args.restart}; expected a probability, 0 <= p <= 1.")
     if args.vocab_size is not None and args.negatives >= args.vocab_size:
         raise ValueError(
             f"ctxfast.{_WHO}: --negatives is {args.negatives}; expected fewer than the {args.vocab_size} words of "

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention for every row of a padded batch, those at padding too, by the op that knows packed sequences only.
+"""Attention for every row of a padded batch, padding included, by the op for packed sequences.
 
 Where values at padding are wanted, each row's query looks at the real tokens of its text. The op attends inside
 sequences whose rows are all queries and keys, so a text of n real tokens in L columns becomes ceil(L / n) sequences of
@@ -74,8 +74,8 @@ class AllRows:
     ) -> Tensor:
         """(B * L, 3, H, D) -> (B * L, H, D): each row's attention over the real tokens of its text. Differentiable.
 
-        A text without any token: with ``blank_is_zero`` its rows are zeros, as torch's scaled_dot_product_attention
-        gives where every key is masked; else they attend to all its columns alike, as where the dtype's lowest number
+        A text without any token: with ``blank_is_zero`` its rows are zeros, as in torch's scaled_dot_product_attention
+        where every key is masked; otherwise they attend to all its columns equally, as where the dtype's lowest value
         is added to every score and drowns it (Hugging Face's eager attention).
         """
         rows, _, *heads = qkv.shape

@@ -18,8 +18,8 @@ from .all_rows import AllRows
 _PARTS = ("query", "key", "value")
 
 
-class SelfAttention(tools.Unscripted):
-    """Projections to query, key and value, and bidirectional attention inside each packed sequence.
+class SelfAttention(tools.NotScriptable):
+    """Query, key and value projections, then bidirectional attention within each packed sequence.
 
     The three projections are one parameter pair, ``qkv_weight`` (3N, N) and ``qkv_bias`` (3N,), so
     that they are one product. A state_dict has them under Hugging Face's names: ``query.weight``,
@@ -32,7 +32,7 @@ class SelfAttention(tools.Unscripted):
         impl: implementation of ``attention``; None chooses.
 
     Raises:
-        ValueError: heads do not divide the hidden size.
+        ValueError: ``hidden_size`` is not a multiple of ``num_heads``.
 
     Reference: Vaswani et al. 2017; names as in Hugging Face's BertSelfAttention.
     """
@@ -65,12 +65,12 @@ class SelfAttention(tools.Unscripted):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """As three torch.nn.Linear layers would start."""
+        """Initialize as three torch.nn.Linear layers."""
         bound = 1.0 / math.sqrt(self.hidden_size)
         nn.init.uniform_(self.qkv_weight, -bound, bound)
         nn.init.uniform_(self.qkv_bias, -bound, bound)
 
-    @tools.one_call
+    @tools.fx_leaf
     def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, rows: AllRows | None = None) -> Tensor:
         """x (T, N), cu_seqlens (S + 1,) int32, max_seqlen -> (T, N), heads side by side.
 
@@ -82,7 +82,7 @@ class SelfAttention(tools.Unscripted):
         )  # fmt: skip
 
     def qkv(self) -> tuple[Tensor, Tensor]:
-        """Weight and bias of the product."""
+        """Weight (3N, N) and bias (3N,) of the fused projection."""
         if torch_ops.is_traced() and torch.onnx.is_in_onnx_export():
             return self.qkv_weight.data, self.qkv_bias.data  # constants there: the state_dict has no such names
         return self.qkv_weight, self.qkv_bias

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Words to vectors by convolutions over their characters, under the names of AllenNLP's ELMo encoder."""
+"""Word vectors from convolutions over characters, under the names of AllenNLP's ELMo encoder."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def encode_words(
     return vectors if projection is None else tools.linear(vectors, projection, impl=impl)
 
 
-class CharCnn(tools.Unscripted):
+class CharCnn(tools.NotScriptable):
     """Character embedding, convolutions of several widths, maximum over positions, activation.
 
     Args:
@@ -77,7 +77,7 @@ class CharCnn(tools.Unscripted):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """First weights as bilm-tf's: characters in +-1, filters small, biases 0."""
+        """Initialize as bilm-tf does: character vectors uniform in +-1, small filters, zero biases."""
         self._char_embedding_weights.uniform_(-1, 1)
         self._char_embedding_weights[0].zero_()
         for convolution in self.convolutions():
@@ -104,7 +104,7 @@ class CharCnn(tools.Unscripted):
         """Words as rows of character ids (W, C) -> (W, num_filters)."""
         return functional.char_cnn(**self._arguments(char_ids))
 
-    @tools.one_call
+    @tools.fx_leaf
     def forward(self, char_ids: Tensor) -> Tensor:
         """(W, C) int64 -> (W, num_filters)."""
         return self.features(char_ids)

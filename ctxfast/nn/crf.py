@@ -34,7 +34,7 @@ class Crf(nn.Module):
     Args:
         num_tags: C.
         rules: see ``bio_rules``; forbidden transitions are all but impossible, in training and decoding. None allows
-            all.
+            every transition.
 
     Parameters: ``transitions`` (C, C) [before, after], ``start`` (C,), ``end`` (C,), which start at 0.
 
@@ -56,15 +56,15 @@ class Crf(nn.Module):
         self.register_buffer("_begins", torch.where(begins, 0.0, _FORBIDDEN), persistent=False)
 
     def forward(self, emissions: Tensor, tags: Tensor, lengths: Tensor) -> Tensor:
-        """Negative log likelihood of the tags, a token's mean.
+        """Negative log likelihood of the tags, averaged over all tokens.
 
         Args:
             emissions: (B, T, C).
-            tags: (B, T) int64; past a row's end any value.
+            tags: (B, T) int64; values past a row's length are ignored.
             lengths: (B,) int64, 0..T.
 
         Returns:
-            A scalar; 0 without tokens.
+            A scalar; 0 if there are no tokens.
         """
         with torch.autocast(emissions.device.type, enabled=False):
             loss = (self._total(emissions.float(), lengths) - self._score(emissions.float(), tags, lengths)).sum()
@@ -92,7 +92,10 @@ class Crf(nn.Module):
 
     @torch.no_grad()
     def decode(self, emissions: Tensor, lengths: Tensor) -> list[list[int]]:
-        """The best tags of every row: Viterbi."""
+        """The highest-scoring tags of every row (Viterbi).
+
+        emissions (B, T, C), lengths (B,) -> B lists of as many tags as the row has tokens.
+        """
         emissions, transitions = emissions.float(), self.transitions + self._follows
         best = self.start + self._begins + emissions[:, 0]
         pointers = []

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ELMo's stack of LSTMs: two directions that never meet, under the names of AllenNLP's ElmoLstm."""
+"""ELMo's stacked LSTM, whose two directions never see each other, under the names of AllenNLP's ElmoLstm."""
 
 from __future__ import annotations
 
@@ -64,14 +64,14 @@ def run_layers(
     use_skip_connections: bool = True,
     input_dropout: float = 0.0,
 ) -> tuple[list[Tensor], State]:
-    """Layers of two directions, each of which reads its own output of the layer below.
+    """Run a stack of bidirectional layers, each direction reading its own output of the layer below.
 
     Args:
         layers: see ``Layer``.
         inputs, lengths, initial_state: as for ``ElmoLstm.forward``; a pair of inputs gives each direction its own.
         use_skip_connections: add a layer's input to its output, from the second layer on.
-        input_dropout: probability of dropping an element of a layer's input, before it goes into the layer and around
-            it (bilm-tf's).
+        input_dropout: probability of dropping an element of a layer's input, both into the layer and along its skip
+            connection (as in bilm-tf).
 
     Returns:
         L tensors (B, T, 2P), and the state as ``ElmoLstm.forward`` gives it.
@@ -91,7 +91,7 @@ def run_layers(
         outputs.append(output)
         h_n.append(h)
         c_n.append(c)
-        # One matrix product over all rows wants them side by side; a strided view makes one per text.
+        # One matrix product over all rows needs them contiguous; a strided view takes one product per text.
         forward, backward = output.chunk(2, dim=2)
         sides = (forward.contiguous(), backward.contiguous())
     return outputs, (torch.stack(h_n), torch.stack(c_n))
@@ -118,10 +118,10 @@ class _Cell(nn.Module):
         self.state_linearity.bias[cells : 2 * cells].fill_(1)
 
 
-class ElmoLstm(tools.Unscripted):
-    """Layers of two LSTM directions: a direction reads only its own output of the layer below.
+class ElmoLstm(tools.NotScriptable):
+    """A stacked bidirectional LSTM in which a direction reads only its own output of the layer below.
 
-    From the second layer on a layer's input is added to its output; the recurrent state stays without it.
+    From the second layer on a layer's input is added to its output (skip connection), but not to its recurrent state.
 
     Args:
         input_size: size of the input.
@@ -129,21 +129,21 @@ class ElmoLstm(tools.Unscripted):
         cell_size: H, cells of a direction.
         num_layers: L.
         requires_grad: whether the parameters are trained.
-        recurrent_dropout_probability: in training, probability of dropping an element of h, before it is given out
-            and carried on; one mask per text, direction and layer, the same at every step. A call with it runs step
-            by step in plain PyTorch, without a kernel.
+        recurrent_dropout_probability: in training, probability of dropping an element of h before it is output and
+            passed to the next step; one mask per text, direction and layer, shared by all steps. With it the layer
+            runs step by step in plain PyTorch, without a kernel.
         state_projection_clip_value: bound on ``|h|`` after the projection; None or 0 for none. Without a projection
             there is nothing to clip, as in TensorFlow's cell.
         memory_cell_clip_value: bound on ``|c|``; None or 0 for none.
         use_skip_connections: whether inputs are added to outputs.
-        has_projection: whether cells are projected; without, ``hidden_size`` is ``cell_size``.
+        has_projection: whether cells are projected; if not, ``hidden_size`` must equal ``cell_size``.
         weight_dtype: see ``ctxfast.lstm``.
         impl: implementation of ``lstm``; None chooses.
 
     Parameters: ``{forward,backward}_layer_l.{input_linearity.weight (4H, I), state_linearity.weight (4H, P),
     state_linearity.bias (4H,), state_projection.weight (P, H)}``, gates in the order i, f, g, o.
 
-    There is no state inside: it is given and returned.
+    The module keeps no state: it is passed in and returned.
 
     Reference: Peters et al. 2018; AllenNLP's ElmoLstm, which keeps its state.
     """
@@ -193,7 +193,7 @@ class ElmoLstm(tools.Unscripted):
     def _cells(self, layer: int) -> tuple[_Cell, _Cell]:
         return getattr(self, f"forward_layer_{layer}"), getattr(self, f"backward_layer_{layer}")
 
-    @tools.one_call
+    @tools.fx_leaf
     def forward(
         self, inputs: Tensor, lengths: Tensor | None = None, initial_state: State | None = None
     ) -> tuple[Tensor, State]:
@@ -201,7 +201,7 @@ class ElmoLstm(tools.Unscripted):
 
         Args:
             inputs: (B, T, input_size), read by both directions.
-            lengths: (B,) int64, steps of each row; None: all have T. The backward direction starts at a row's own end.
+            lengths: (B,) int64, steps of each row; None: all have T. The backward direction starts at each row's end.
             initial_state: (h (L, 2, B, P), c (L, 2, B, H)); None for zeros.
 
         Returns:
@@ -219,12 +219,12 @@ class ElmoLstm(tools.Unscripted):
         *,
         input_dropout: float = 0.0,
     ) -> tuple[list[Tensor], State]:
-        """``forward`` with the layers as a list of L tensors (B, T, 2P).
+        """Like ``forward``, but returns the layers as a list of L tensors (B, T, 2P).
 
         Args:
             inputs, lengths, initial_state: as for ``forward``; a pair of inputs gives each direction its own.
-            input_dropout: in training, probability of dropping an element of a layer's input, before it goes into the
-                layer and around it (bilm-tf's).
+            input_dropout: in training, probability of dropping an element of a layer's input, both into the layer and
+                along its skip connection (as in bilm-tf).
         """
         sides = inputs if isinstance(inputs, tuple) else (inputs, inputs)
         self.check_cells()
@@ -247,8 +247,8 @@ class ElmoLstm(tools.Unscripted):
                 )
 
     def check_cells(self) -> None:
-        """Raise RuntimeError if a linear layer of a cell was replaced, by a quantised one, say."""
-        way = " For products in 8 bits set weight_dtype=torch.int8 instead of quantising."
+        """Raise RuntimeError if a linear layer of a cell has been replaced, for example by a quantised one."""
+        way = " For 8-bit products set weight_dtype=torch.int8 instead of quantising the module."
         cells: dict[str, Any] = self._modules
         for path, cell in cells.items():
             for name, linear in cell._modules.items():

@@ -23,14 +23,14 @@ def roberta_position_ids(input_ids: Tensor, padding_idx: int) -> Tensor:
     return is_real.cumsum(dim=1) * is_real + padding_idx
 
 
-class Embeddings(tools.Unscripted):
+class Embeddings(tools.NotScriptable):
     """``dropout(LayerNorm(word + token type + position [+ task type]))`` of packed tokens.
 
     Args:
         vocab_size, hidden_size, max_position_embeddings, type_vocab_size: sizes of the tables.
         task_type_vocab_size: rows of ERNIE's task table; None for no such table.
-        padding_idx: word that gets no gradient from here, as in torch.nn.Embedding; None for none.
-        position_padding_idx: position that gets none (RoBERTa); None for none.
+        padding_idx: word id whose row gets no gradient, as in torch.nn.Embedding; None for none.
+        position_padding_idx: the same for the position table (RoBERTa); None for none.
         eps: of the LayerNorm.
         dropout: probability of dropping an element in training.
         impl: implementation of ``embed_layer_norm``; None chooses.
@@ -71,7 +71,7 @@ class Embeddings(tools.Unscripted):
         self.LayerNorm = LayerNorm(hidden_size, eps=eps, **place)
         self.dropout, self.impl = dropout, impl
 
-    @tools.one_call
+    @tools.fx_leaf
     def forward(
         self,
         input_ids: Tensor,
@@ -79,7 +79,11 @@ class Embeddings(tools.Unscripted):
         token_type_ids: Tensor | None = None,
         task_type_ids: Tensor | None = None,
     ) -> Tensor:
-        """(T,) int64 each -> (T, N). Types that are left out are 0."""
+        """(T,) int64 each -> (T, N). Types that are not given are 0.
+
+        Raises:
+            RuntimeError: an embedding was replaced by another module, whose ``forward`` would be ignored.
+        """
         if token_type_ids is None:
             token_type_ids = torch.zeros_like(input_ids)
         for name in ("word_embeddings", "position_embeddings", "token_type_embeddings", "task_type_embeddings"):

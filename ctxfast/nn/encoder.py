@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the layers of an encoder run: by a CUDA graph, by one call, op by op, or once more in the backward pass. All of
-that is decided here.
+"""How the layers of an encoder run: in a CUDA graph, in one call, op by op, or recomputed in the backward pass
+(activation checkpointing). All of that is decided here.
 
-Modules, ctxfast's and those of other packages that are swapped, describe what their layers compute with
-(``LayerWeights``). A layer is called as a module where that cannot be said: a part of it was replaced, is watched, or
-has been asked to take an implementation of its own.
+Modules, both ctxfast's and swapped ones of other packages, describe what their layers compute with (``LayerWeights``).
+A layer is called as a module where no such description holds: a part of it was replaced, is observed by hooks, or has
+been given an ``impl`` of its own.
 
-One call (``functional.transformer_layers``) spares what calls of a layer's ops take beside their arithmetic. On a CPU
-that counts for short texts; layers run op by op there with gradients (one call would compute layers again in the
-backward pass), with dropout and under autocast. On a GPU it counts always, gradients or not. They run op by op under
-torch.compile, which spares that itself, and where an op of a layer was asked for by name.
+One call (``functional.transformer_layers``) avoids the overhead of the layers' ops. On a CPU it counts for short texts;
+there layers run op by op with gradients (one call would recompute the layers in the backward pass), with dropout and
+under autocast. On a GPU it always counts, in training most of all. Layers run op by op under torch.compile, and where
+an implementation of a layer's op was requested by name.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from . import tools
 from .all_rows import AllRows
 from .graphs import PackedGraphs
 
-_OPS = ("add_layer_norm", "attention", "linear_act")
+_OPS = ("add_layer_norm", "attention", "feed_forward", "linear_act")
 
 Layer = Callable[..., Tensor]  # (x, cu_seqlens, max_seqlen, rows) -> x
 Weight = Callable[[Tensor], Tensor] | Tensor
@@ -44,7 +44,7 @@ class LayerOptions(NamedTuple):
         num_heads, activation, weight_dtype: as in ``functional.transformer_layers``.
         eps: of both LayerNorms.
         dropout_p: probabilities of dropping an attention weight, and an element before each residual.
-        by_ops: whether one call cannot compute it: something is called in the place of a product (an adapter, say).
+        by_ops: whether one call cannot compute it because a module replaces a product (an adapter, say).
     """
 
     num_heads: int
@@ -60,8 +60,8 @@ class LayerWeights(NamedTuple):
 
     Attributes:
         tensors: weight and bias of qkv, project, the attention's LayerNorm, widen, narrow and the output's LayerNorm,
-            as ``functional.transformer_layers`` takes them. What is called in the place of a product stands where its
-            weight would, and adds its bias itself.
+            as ``functional.transformer_layers`` takes them. A module that replaces a product stands in place of its
+            weight, and adds its own bias.
         options: the rest.
     """
 
@@ -78,8 +78,8 @@ def encode(
     max_seqlen: int,
     flags: tuple[Any, ...] = (),
 ) -> Sequence[Tensor]:
-    """``function(tokens, cu_seqlens, max_seqlen)``, which runs ``module``, by a CUDA graph where one can be: see
-    ``PackedGraphs.run``. ``graphs`` None: by none."""
+    """``function(tokens, cu_seqlens, max_seqlen)``, which runs ``module``, in a CUDA graph where possible (see
+    ``PackedGraphs.run``). ``graphs`` None: without."""
     lead = tokens[0]
     if graphs is not None and lead is not None and graphs.can_run(lead):
         return graphs.run(function, module, tokens, cu_seqlens, max_seqlen, flags)
@@ -96,15 +96,15 @@ def run(
     rows: AllRows | None = None,
     recompute: Callable[..., Tensor] | None = None,
 ) -> list[Tensor]:
-    """Layers one after another, (T, N) -> the input and what every layer gives, or the last alone, (T, N) each.
+    """Run layers in order, (T, N) -> the input and the output of every layer, or the last output alone, (T, N) each.
 
     Args:
-        layers: what each computes with, or the layer itself, where it is to be called; one after another as they run.
+        layers: the weights of each, or the layer itself where it has to be called; consumed lazily.
         x, cu_seqlens, max_seqlen: packed tokens.
-        all_layers: whether all are wanted.
-        rows: x holds every row of a padded batch.
-        recompute: ``recompute(layer, x, cu_seqlens, max_seqlen, rows)`` calls a layer, and once more in the backward
-            pass in place of keeping what is inside.
+        all_layers: whether to return the output of every layer.
+        rows: given if x holds every row of a padded batch.
+        recompute: ``recompute(layer, x, cu_seqlens, max_seqlen, rows)`` calls a layer, and calls it again in the
+            backward pass instead of keeping its activations.
     """
     if rows is not None or recompute is not None or not _is_open(x):
         states = _one_by_one(layers, x, cu_seqlens, max_seqlen, all_layers, rows, recompute)
@@ -119,7 +119,7 @@ def run(
 
 
 def _is_open(x: Tensor) -> bool:
-    """Whether one call could compute layers over these tokens, as far as the layers themselves allow it."""
+    """Whether one call may compute layers over these tokens, if the layers themselves allow it."""
     requested = dict(registry.requested())
     name = requested.get("transformer_layers", requested.get("*"))
     if any(op in requested for op in _OPS) or name not in (None, "cpu", "triton"):
@@ -132,8 +132,8 @@ def _is_open(x: Tensor) -> bool:
 def _groups(
     layers: Iterable[LayerWeights | Layer],
 ) -> list[tuple[LayerOptions | None, list[Any]]]:
-    """Neighbours that one call could compute together, which are ``LayerWeights``, with their options; None for those
-    that none could."""
+    """Runs of adjacent layers that one call can compute (all ``LayerWeights``), with their options; None in place of
+    the options for layers that it cannot."""
     groups: list[tuple[LayerOptions | None, list[Any]]] = []
     last: tuple[LayerOptions, int] | None = None
     for layer in layers:
@@ -147,14 +147,14 @@ def _groups(
 
 
 def _one_calls_kind(layer: LayerWeights) -> tuple[LayerOptions, int] | None:
-    """What layers of one call have in common, options and the feed-forward block's width; None for a layer that no
-    call computes."""
+    """What layers must share to be computed by one call: options and the feed-forward block's width; None for a layer
+    that cannot be."""
     options = layer.options
     if options.by_ops or options.eps[0] != options.eps[1]:
         return None
-    qkv: Any = layer.tensors[0]  # a tensor, and the next too: nothing is called in the place of a product
+    qkv: Any = layer.tensors[0]  # a tensor, and the next too: no module replaces a product
     widen: Any = layer.tensors[6]
-    # Heads that were pruned make up less than the hidden size.
+    # With pruned heads the attention is narrower than the hidden size.
     return (options, widen.size(0)) if qkv.size(0) == 3 * qkv.size(1) else None
 
 
@@ -166,7 +166,7 @@ def one_call(
     max_seqlen: int,
     all_layers: bool,
 ) -> Sequence[Tensor] | None:
-    """What layers of these options give, or the last alone; None where only the definition would take such a call."""
+    """Outputs of layers with these options, or of the last alone; None where only the reference takes such a call."""
     spec = registry.OPS["transformer_layers"]
     args = spec.arguments(
         x, cu_seqlens, max_seqlen, [tensor for layer in layers for tensor in layer.tensors],
@@ -189,7 +189,7 @@ def _one_by_one(
     rows: AllRows | None = None,
     recompute: Callable[..., Tensor] | None = None,
 ) -> list[Tensor]:
-    """What each layer gives, or the last alone."""
+    """The output of each layer, or of the last alone."""
     states = []
     for layer in layers:
         step: Layer = partial(by_ops, layer) if isinstance(layer, LayerWeights) else layer
@@ -213,8 +213,7 @@ def by_ops(layer: LayerWeights, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, 
     )
     projected = _product(context, project, weight_dtype=dtype)
     x = functional.add_layer_norm(projected, x, scale, shift, project_bias, eps=eps, dropout_p=dropout_p)
-    wide = _product(x, widen, widen_bias, activation=activation, weight_dtype=dtype)
-    narrowed = _product(wide, narrow, weight_dtype=dtype)
+    narrowed = _feed_forward(x, widen, widen_bias, narrow, activation, dtype)
     return functional.add_layer_norm(narrowed, x, last_scale, last_shift, narrow_bias, eps=last_eps, dropout_p=last_p)
 
 
@@ -241,6 +240,15 @@ def self_attention(
         return rows.attend(qkv, blank_is_zero=True, dropout_p=dropout_p, impl=impl).flatten(1)
     bias = None if is_early or bias is None else bias.unflatten(0, heads)
     return functional.attention(qkv, cu_seqlens, max_seqlen, bias, dropout_p=dropout_p, impl=impl).flatten(1)
+
+
+def _feed_forward(
+    x: Tensor, widen: Weight, bias: Tensor | None, narrow: Weight, activation: str, dtype: torch.dtype | None
+) -> Tensor:
+    """(T, N) -> (T, N), without the second bias."""
+    if isinstance(widen, Tensor) and isinstance(narrow, Tensor):
+        return functional.feed_forward(x, widen, bias, narrow, activation=activation, weight_dtype=dtype)
+    return _product(_product(x, widen, bias, activation, weight_dtype=dtype), narrow, weight_dtype=dtype)
 
 
 def _product(x: Tensor, weight: Weight, bias: Tensor | None = None, activation: str = "none", **options: Any) -> Tensor:

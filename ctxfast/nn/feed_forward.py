@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional
-from . import tools
+from . import tools, watched
 from .layer_norm import AddLayerNorm
 
 
-class Intermediate(tools.Unscripted):
+class Intermediate(tools.NotScriptable):
     """``activation(x W^T + b)``: the widening half. Parameters: ``dense.weight``,
     ``dense.bias``."""
 
@@ -30,7 +30,7 @@ class Intermediate(tools.Unscripted):
         self.activation, self.impl = activation, impl
         self.weight_dtype: torch.dtype | None = None
 
-    @tools.one_call
+    @tools.fx_leaf
     def forward(self, x: Tensor) -> Tensor:
         """(..., N) -> (..., intermediate_size)."""
         options = dict(weight_dtype=self.weight_dtype, impl=self.impl)
@@ -40,7 +40,7 @@ class Intermediate(tools.Unscripted):
         return f"activation={self.activation}, impl={self.impl or 'auto'}"
 
 
-class ProjectAddLayerNorm(tools.Unscripted):
+class ProjectAddLayerNorm(tools.NotScriptable):
     """``LayerNorm(residual + dropout(x W^T + b))``: the end of the attention and of the
     feed-forward block.
 
@@ -65,7 +65,7 @@ class ProjectAddLayerNorm(tools.Unscripted):
         self.impl = impl
         self.weight_dtype: torch.dtype | None = None
 
-    @tools.one_call
+    @tools.fx_leaf
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         """x (..., in_features), residual (..., N) -> (..., N)."""
         if not tools.is_plain(self.dense):
@@ -77,17 +77,17 @@ class ProjectAddLayerNorm(tools.Unscripted):
         return f"impl={self.impl or 'auto'}"
 
 
-class FeedForward(tools.Unscripted):
+class FeedForward(tools.NotScriptable):
     """``LayerNorm(x + dropout(W_2 activation(W_1 x + b_1) + b_2))``.
 
     Args:
         hidden_size: N.
         intermediate_size: width between the two products, 4N in BERT.
-        activation: an activation of ``ctxfast.linear_act``: "gelu" (exact), "gelu_tanh", "relu",
+        activation: an activation of ``ctxfast.feed_forward``: "gelu" (exact), "gelu_tanh", "relu",
             "tanh", "none".
         eps: of the LayerNorm.
         dropout: probability of dropping an element before the residual in training.
-        impl: implementation of ``linear_act``; None chooses.
+        impl: implementation of ``feed_forward``; None chooses.
 
     Parameters: ``intermediate.dense``, ``output.dense``, ``output.LayerNorm``.
     Reference: Vaswani et al. 2017, section 3.3; Devlin et al. 2019; names as in Hugging Face's
@@ -111,7 +111,29 @@ class FeedForward(tools.Unscripted):
         self.intermediate = Intermediate(hidden_size, intermediate_size, activation, impl=impl, **place)
         self.output = ProjectAddLayerNorm(intermediate_size, hidden_size, eps=eps, dropout=dropout, impl=impl, **place)
 
-    @tools.one_call
+    @tools.fx_leaf
     def forward(self, x: Tensor) -> Tensor:
         """(..., N) -> (..., N)."""
-        return self.output(self.intermediate(x), x)
+        return feed_forward(self.intermediate, self.output, x)
+
+
+def feed_forward(widen: nn.Module, narrow: nn.Module, x: Tensor) -> Tensor:
+    """``narrow(widen(x), x)``, an ``Intermediate`` and a ``ProjectAddLayerNorm``, (..., N) -> (..., N).
+
+    Both products are one call of ``functional.feed_forward``, which keeps less for the backward, unless something
+    stands in the place of a part, watches one or sets the two apart: then they are called.
+    """
+    if not (
+        tools.is_own(widen, Intermediate)
+        and tools.is_own(narrow, ProjectAddLayerNorm)
+        and not any(map(watched.is_watched, (widen, narrow)))
+        and not watched.is_all_watched()
+        and tools.is_plain(widen.dense)
+        and tools.is_plain(narrow.dense)
+        and (widen.impl, widen.weight_dtype) == (narrow.impl, narrow.weight_dtype)
+    ):
+        return narrow(widen(x), x)
+    first, second = widen.dense, narrow.dense
+    options = dict(activation=widen.activation, weight_dtype=widen.weight_dtype, impl=widen.impl)
+    product = functional.feed_forward(x, first.weight, first.bias, second.weight, **options)
+    return narrow.LayerNorm(product, x, second.bias)

@@ -9,28 +9,32 @@ their own at the end, so no real token sees them.
 from __future__ import annotations
 
 import threading
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .._core import capability, registry, torch_ops
-from .watched import IsHarmless, is_watched
+from .graph_capture import Place
+from .watched import IsHarmless, State
 
 Function = Callable[[Sequence["Tensor | None"], Tensor, int], Sequence[Tensor]]
 PROVEN = None  # what graphs have been captured and replayed on: as an implementation's (``_core.registry.Impl``)
 _SEQLENS = (16, 32, 64, 128, 256, 512)
 
 
+def _eighth(count: int) -> int:
+    """``count`` rounded up to one of eight sizes to an octave."""
+    step = 1 << max((count - 1).bit_length() - 4, 0)
+    return -(-count // step) * step
+
+
 def token_bucket(tokens: int) -> int:
     """The total that ``tokens`` is filled up to: eight sizes to an octave, multiples of 16."""
-    if tokens <= 128:
-        return max(16, -(-tokens // 16) * 16)
-    step = 1 << (tokens - 1).bit_length() - 4
-    return -(-tokens // step) * step
+    return max(16, -(-tokens // 16) * 16) if tokens <= 128 else _eighth(tokens)
 
 
 def seqlen_bucket(max_seqlen: int) -> int:
@@ -42,57 +46,27 @@ def seqlen_bucket(max_seqlen: int) -> int:
 
 
 def sequence_bucket(sequences: int) -> int:
-    """A power of two."""
-    return 1 << max(sequences - 1, 0).bit_length()
+    """Eight sizes to an octave, every one up to 16. Of a power of two, one sequence that fills up would make twice as
+    many, and kernels launch blocks for each."""
+    return _eighth(sequences)
 
 
-def signature(module: nn.Module, is_harmless: IsHarmless | None = None) -> tuple | None:
-    """What a graph of ``module`` was made from: where each parameter and buffer lies, and ``impl`` attributes.
-
-    None where a graph would not do what the module does: parts in training mode, and parts that are watched (hooks that
-    ``is_harmless`` tells do not count).
-    """
-    found: list[Any] = []
-
-    def walk(part: nn.Module) -> bool:
-        if part.training or is_watched(part, is_harmless):
-            return False
-        found.append(part.__dict__.get("impl"))
-        for own in (part._parameters, part._buffers):
-            for tensor in own.values():
-                if tensor is not None:
-                    found.append(tensor.data_ptr())
-        return all([walk(child) for child in part._modules.values() if child is not None])
-
-    return tuple(found) if walk(module) else None
+class _Seen:
+    """A bucket that has no graph yet: seen once."""
 
 
-class Replay:
-    """A captured run: ``outputs`` are overwritten by every call."""
-
-    def __init__(self, run: Callable[[], Sequence[Tensor]], pool: Any) -> None:
-        device = torch.cuda.current_device()
-        side = torch.cuda.Stream(device)
-        side.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(side):
-            # Kernels are compiled and libraries make their workspaces on first runs: neither can be captured.
-            for _ in range(2):
-                run()
-        torch.cuda.current_stream(device).wait_stream(side)
-        self._graph = torch.cuda.CUDAGraph()
-        # Other threads may use the GPU meanwhile.
-        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
-            self.outputs = tuple(run())
-
-    def __call__(self) -> None:
-        self._graph.replay()
+class _Refused:
+    """A bucket that gets no graph: its capture failed, or it needs more memory than all graphs may have."""
 
 
-@dataclass
+_SEEN, _REFUSED = _Seen(), _Refused()
+
+
 class _Bucket:
-    tokens: tuple[Tensor | None, ...]  # filled up to the bucket's total
-    cu_seqlens: Tensor  # (sequences + 1,)
-    replay: Any
+    """A bucket's graph and what it reads: tokens filled up to the bucket's total, (sequences + 1,) offsets."""
+
+    def __init__(self, place: Any, tokens: Sequence[Tensor | None], cu_seqlens: Tensor, replay: Any) -> None:
+        self.place, self.tokens, self.cu_seqlens, self.replay = place, tokens, cu_seqlens, replay
 
 
 class PackedGraphs:
@@ -100,39 +74,43 @@ class PackedGraphs:
 
     Args:
         max_tokens: calls with more tokens run without a graph: they keep the GPU busy by themselves.
-        max_graphs: buckets kept; the one not used for longest goes first. All share one pool of memory, as large as
-            the largest of them needs.
-        capture: makes a replay of a run in a pool; for tests.
+        max_graphs: buckets kept; the one not used for longest goes first.
+        max_bytes: most memory of all graphs on a device; None for an eighth of the device's. They share one pool, as
+            large as the largest of them needs; where fragments of it add up to more, all graphs go and are built anew
+            as they are needed.
+        place: what captures on a device; for tests.
         is_harmless: tells forward hooks that need no call in a replay.
 
     A graph reads parameters where they lie, so weights changed in place (a training step, a merged LoRA) are seen.
-    Weights that moved, modules put in or taken out, hooks and ``impl`` attributes are looked for while the GPU works
-    on the replay; then all graphs are dropped and the call runs again without. The memory of weights that moved is
-    held until that next call. A replay waits for the one before it, on whatever stream that was.
+    Whatever else has changed (weights that moved, attributes, modules, hooks: ``watched.State``) is looked for while
+    the GPU works on the replay; then all graphs are dropped and the call runs again without. The memory of weights that
+    moved is held until that next call. A replay waits for the one before it, on whatever stream that was.
+
+    Where a capture fails, calls of the bucket run without from then on; the first time a warning says why.
     """
 
     def __init__(
         self,
         max_tokens: int = 16384,
         max_graphs: int = 64,
-        capture: Callable[[Callable[[], Sequence[Tensor]], Any], Any] = Replay,
+        max_bytes: int | None = None,
+        place: Callable[[torch.device], Any] = Place,
         is_harmless: IsHarmless | None = None,
     ) -> None:
-        self.max_tokens, self.max_graphs = max_tokens, max_graphs
-        self._capture, self._is_harmless = capture, is_harmless
-        self._buckets: OrderedDict[tuple, _Bucket | None] = OrderedDict()  # None: seen once
-        self._signature: tuple | None = None
-        self._held: list[Tensor] = []  # what the graphs read stays allocated
-        self._pool: Any = None
-        self._last: Any = None  # event after the last replay's outputs were copied
+        self.max_tokens, self.max_graphs, self.max_bytes = max_tokens, max_graphs, max_bytes
+        self._place, self._is_harmless = place, is_harmless
+        self._buckets: OrderedDict[tuple, _Bucket | _Seen | _Refused] = OrderedDict()
+        self._state: State | None = None  # of the module as the graphs were made; what they read stays allocated
+        self._places: dict[torch.device, Any] = {}
+        self._has_warned = False
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple:
-        return PackedGraphs, (self.max_tokens, self.max_graphs, self._capture, self._is_harmless)
+        return PackedGraphs, (self.max_tokens, self.max_graphs, self.max_bytes, self._place, self._is_harmless)
 
     def __len__(self) -> int:
         """Graphs built and kept."""
-        return sum(bucket is not None for bucket in self._buckets.values())
+        return sum(isinstance(bucket, _Bucket) for bucket in self._buckets.values())
 
     def clear(self) -> None:
         """Drop all graphs and their memory."""
@@ -141,8 +119,8 @@ class PackedGraphs:
 
     def _drop(self) -> None:
         self._buckets.clear()
-        self._held.clear()
-        self._signature = self._pool = self._last = None
+        self._state = None
+        self._has_warned = False
 
     def can_run(self, tokens: Tensor) -> bool:
         """Whether a call with these packed tokens may go through a graph."""
@@ -163,16 +141,18 @@ class PackedGraphs:
         cu_seqlens: Tensor,
         max_seqlen: int,
         flags: tuple = (),
+        per_sequence: int = 0,
     ) -> tuple[Tensor, ...]:
         """``function(tokens, cu_seqlens, max_seqlen)``, through a graph from a bucket's second call on.
 
         Args:
-            function: reads its arguments and ``module``'s parameters only; outputs (T, ...) each.
+            function: reads its arguments and ``module``'s parameters only.
             module: what the function runs.
             tokens: tensors (T, ...) or None.
             cu_seqlens: (S + 1,) int32.
             max_seqlen: the longest sequence.
             flags: whatever else changes what the function does.
+            per_sequence: how many of the outputs, the last, are (S, ...); all others are (T, ...).
 
         Returns:
             The function's outputs; they are the caller's own.
@@ -180,6 +160,7 @@ class PackedGraphs:
         lead = next(tensor for tensor in tokens if tensor is not None)
         total, device = lead.shape[0], lead.device
         seqlen, filled = seqlen_bucket(max_seqlen), token_bucket(total)
+        # Whole sequences of the bucket's length fill it up, the last of them perhaps in part.
         sequences = sequence_bucket(cu_seqlens.shape[0] - 1 - (total - filled) // seqlen)
         kinds = tuple(None if t is None else (t.dtype, t.shape[1:]) for t in tokens)
         modes = (
@@ -191,30 +172,31 @@ class PackedGraphs:
         key = (filled, sequences, seqlen, device, kinds, modes, flags)
         with self._lock:
             bucket = self._buckets.get(key)
-            if bucket is not None:
+            is_ready = isinstance(bucket, _Bucket)
+            if is_ready:
                 self._buckets.move_to_end(key)
-                outputs = self._replay(bucket, tokens, cu_seqlens, total, filled, seqlen)
-            now = signature(module, self._is_harmless)
-            if now is not None and now == self._signature:
-                if bucket is not None:
-                    return outputs
-            else:
+                outputs = _replay(bucket, tokens, cu_seqlens, total, seqlen, per_sequence)
+            state = self._state
+            if state is None or not state.is_still(module):
                 self._drop()
-                self._signature = now
-                self._held = [tensor.detach() for tensor in (*module.parameters(), *module.buffers())]
-            if now is not None and key in self._buckets:
-                bucket = self._build(function, tokens, filled, sequences, seqlen, device)
-                self._remember(key, bucket)
-                return self._replay(bucket, tokens, cu_seqlens, total, filled, seqlen)
-            self._remember(key, None)
+                is_ready, bucket = False, None
+                self._state = state = State.of(module, self._is_harmless)
+            if is_ready:
+                return outputs
+            if state is not None:
+                if bucket is _SEEN:
+                    bucket = self._build(function, tokens, filled, sequences, seqlen, device)
+                self._remember(key, bucket or _SEEN)
+                if isinstance(bucket, _Bucket):
+                    return _replay(bucket, tokens, cu_seqlens, total, seqlen, per_sequence)
         return tuple(function(tokens, cu_seqlens, max_seqlen))
 
-    def _remember(self, key: tuple, bucket: _Bucket | None) -> None:
+    def _remember(self, key: tuple, bucket: _Bucket | _Seen | _Refused) -> None:
         self._buckets[key] = bucket
         self._buckets.move_to_end(key)
         if len(self) > self.max_graphs:
-            del self._buckets[next(known for known, kept in self._buckets.items() if kept is not None)]
-        # Sizes seen once are a few words each; still, not without end.
+            del self._buckets[next(known for known, kept in self._buckets.items() if isinstance(kept, _Bucket))]
+        # Sizes without a graph are a few words each; still, not without end.
         while len(self._buckets) > 16 * self.max_graphs:
             self._buckets.popitem(last=False)
 
@@ -226,42 +208,93 @@ class PackedGraphs:
         sequences: int,
         seqlen: int,
         device: torch.device,
-    ) -> _Bucket:
+    ) -> _Bucket | _Seen | _Refused:
+        """A bucket's graph, or what stands in its place where there is none (yet)."""
+        place = self._places.get(device)
+        if place is None:
+            place = self._places[device] = self._place(device)
         # Not in the caller's inference mode: what is made in it could not be written to outside.
         with torch.inference_mode(False), torch.no_grad():
-            inputs = tuple(None if t is None else t.new_zeros((filled, *t.shape[1:])) for t in tokens)
-            offsets = torch.arange(sequences + 1, device=device, dtype=torch.int32)
-            cu_seqlens = (offsets * seqlen).clamp_(max=filled)
-            if device.type == "cuda" and self._pool is None:
-                self._pool = torch.cuda.graph_pool_handle()
-            with torch.cuda.device(device) if device.type == "cuda" else torch.no_grad():
-                replay = self._capture(lambda: function(inputs, cu_seqlens, seqlen), self._pool)
-        return _Bucket(inputs, cu_seqlens, replay)
+            try:
+                bucket = _captured(place, function, tokens, filled, sequences, seqlen, device)
+            except Exception as error:  # whatever stops it, the call itself can still be answered
+                self._warn(filled, error)
+                return _REFUSED
+        if place.size() <= (place.limit() if self.max_bytes is None else self.max_bytes):
+            return bucket
+        # Memory of the pool is free again when its last graph goes.
+        others = [key for key, kept in self._buckets.items() if isinstance(kept, _Bucket) and kept.place is place]
+        for key in others:
+            self._buckets[key] = _SEEN
+        return _SEEN if others else _REFUSED
 
-    def _replay(
-        self,
-        bucket: _Bucket,
-        tokens: Sequence[Tensor | None],
-        cu_seqlens: Tensor,
-        total: int,
-        filled: int,
-        seqlen: int,
-    ) -> tuple[Tensor, ...]:
-        stream = torch.cuda.current_stream(cu_seqlens.device) if cu_seqlens.is_cuda else None
-        if stream is not None and self._last is not None:
-            stream.wait_event(self._last)
-        for static, given in zip(bucket.tokens, tokens):
-            if static is not None and given is not None:
-                static[:total].copy_(given)
-        given = cu_seqlens.shape[0]
-        bucket.cu_seqlens[:given].copy_(cu_seqlens)
-        # What fills the bucket up: sequences of the bucket's length, then empty ones.
-        rest = bucket.cu_seqlens[given:]
-        if rest.shape[0]:
-            torch.arange(total + seqlen, total + seqlen * rest.shape[0] + 1, seqlen, out=rest)
-            rest.clamp_(max=filled)
-        bucket.replay()
-        outputs = tuple(output[:total].clone() for output in bucket.replay.outputs)
-        if stream is not None:
-            self._last = stream.record_event()
-        return outputs
+    def _warn(self, filled: int, error: Exception) -> None:
+        if not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                f"ctxfast: a call of up to {filled} tokens cannot go through a CUDA graph, and those like it run "
+                f"without from now on: {str(error) or type(error).__name__} Set cuda_graphs = False on the model to "
+                f"have it so for all calls.",
+                stacklevel=4,
+            )
+
+
+def _captured(
+    place: Any,
+    function: Function,
+    tokens: Sequence[Tensor | None],
+    filled: int,
+    sequences: int,
+    seqlen: int,
+    device: torch.device,
+) -> _Bucket:
+    empty = [None if t is None else t.new_zeros((filled, *t.shape[1:])) for t in tokens]
+    cu_seqlens = (torch.arange(sequences + 1, device=device, dtype=torch.int32) * seqlen).clamp_(max=filled)
+    # Ids have memory of their own: those of the tokens that fill up, which nobody writes, must stay inside their
+    # tables. Other inputs lie where graphs work; whatever stands there, no real token sees it.
+    own = [each if each is not None and not each.is_floating_point() else None for each in empty]
+
+    def inputs() -> list[Tensor | None]:
+        return [
+            t.new_empty((filled, *t.shape[1:])) if mine is None and t is not None else mine
+            for t, mine in zip(tokens, own)
+        ]
+
+    replay = place.capture(
+        lambda: function(empty, cu_seqlens, seqlen), inputs, lambda *given: function(given, cu_seqlens, seqlen)
+    )
+    return _Bucket(
+        place, [mine if mine is not None else given for mine, given in zip(own, replay.inputs)], cu_seqlens, replay
+    )
+
+
+def _replay(
+    bucket: _Bucket,
+    tokens: Sequence[Tensor | None],
+    cu_seqlens: Tensor,
+    total: int,
+    seqlen: int,
+    per_sequence: int,
+) -> tuple[Tensor, ...]:
+    place, offsets = bucket.place, bucket.cu_seqlens
+    stream = torch.cuda.current_stream(cu_seqlens.device) if cu_seqlens.is_cuda else None
+    if stream is not None and place.last is not None:
+        stream.wait_event(place.last)
+    for static, given in zip(bucket.tokens, tokens):
+        if static is not None and given is not None:
+            filled = static.shape[0]
+            static[:total].copy_(given)
+    given = cu_seqlens.shape[0]
+    offsets[:given].copy_(cu_seqlens)
+    # What fills the bucket up: sequences of the bucket's length, then empty ones.
+    rest = offsets[given:]
+    if rest.shape[0]:
+        torch.arange(total + seqlen, total + seqlen * rest.shape[0] + 1, seqlen, out=rest)
+        rest.clamp_(max=filled)
+    bucket.replay()
+    made = bucket.replay.outputs
+    split = len(made) - per_sequence
+    outputs = (*(each[:total].clone() for each in made[:split]), *(each[: given - 1].clone() for each in made[split:]))
+    if stream is not None:
+        place.last = stream.record_event()
+    return outputs

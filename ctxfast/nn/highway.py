@@ -11,15 +11,15 @@ from torch import Tensor, nn
 from .._core import torch_ops
 from . import tools
 
-# Elements that torch leaves to one thread (at::internal::GRAIN_SIZE).
+# Elements up to which torch uses one thread (at::internal::GRAIN_SIZE).
 _OF_ONE_THREAD = 32768
 
 
 def _sigmoid(x: Tensor) -> Tensor:
     """Sigmoid of rows (..., N); on the CPU a row's bits do not depend on the rows beside it.
 
-    torch deals a large tensor out to threads in the middle of rows, and rounds otherwise what a cut leaves beside whole
-    vectors (3 threads, 34 rows of 2048: 2026-11). So a thread gets whole rows at a time.
+    torch splits a large tensor among threads in the middle of rows, and rounds the elements that a split leaves outside
+    whole vectors differently (3 threads, 34 rows of 2048: 2026-11). So each thread gets whole rows at a time.
     """
     if x.device.type != "cpu" or x.requires_grad or torch.compiler.is_compiling() or x.numel() <= _OF_ONE_THREAD:
         return torch.sigmoid(x)
@@ -42,7 +42,7 @@ def highways(x: Tensor, layers: Iterable[nn.Module], impl: str | None = None) ->
     return x
 
 
-class Highway(tools.Unscripted):
+class Highway(tools.NotScriptable):
     """``y = g * x + (1 - g) * relu(t)``, with ``[t, g] = [W_t x + b_t, sigmoid(W_g x + b_g)]``, layer after layer.
 
     Args:
@@ -73,7 +73,7 @@ class Highway(tools.Unscripted):
                 layer.bias[input_dim:].fill_(1)
         self._layers = nn.ModuleList(layers)
 
-    @tools.one_call
+    @tools.fx_leaf
     def forward(self, inputs: Tensor) -> Tensor:
         """(..., N) -> (..., N)."""
         return highways(inputs, self._layers, self.impl)

@@ -11,19 +11,18 @@ from . import tools
 
 
 class LayerNorm(nn.LayerNorm):
-    """``torch.nn.LayerNorm``: its constructor, its parameters and its state_dict, run by
+    """A drop-in ``torch.nn.LayerNorm`` with the same constructor, parameters and state_dict, run by
     ``ctxfast.add_layer_norm``.
 
-    Only the form transformers use is fused: one normalised dimension, with scale and shift, in one
-    dtype or under autocast. All others (several dimensions, no scale or shift, eps of 0, mixed
-    dtypes) are torch's own function, as before.
+    Only the form that transformers use is fused: one normalised dimension, with scale and shift, in one dtype or under
+    autocast. All others (several dimensions, no scale or shift, eps of 0, mixed dtypes) run torch's own function.
 
     Args:
         normalized_shape, eps, elementwise_affine, bias, device, dtype: as ``torch.nn.LayerNorm``.
         impl: implementation of ``add_layer_norm``; None chooses.
     """
 
-    impl: str | None = None  # so that a torch.nn.LayerNorm whose class was changed has one, too
+    impl: str | None = None  # on the class, for a torch.nn.LayerNorm whose class was changed
 
     def __init__(
         self,
@@ -40,13 +39,13 @@ class LayerNorm(nn.LayerNorm):
         self.impl = impl
 
     def __prepare_scriptable__(self) -> nn.LayerNorm:
-        """What torch.jit.script compiles: a ``torch.nn.LayerNorm`` of these very parameters."""
+        """What torch.jit.script compiles: a ``torch.nn.LayerNorm`` that shares these parameters."""
         twin = nn.LayerNorm.__new__(nn.LayerNorm)
         own = ("impl", "_ctxfast_original")
         twin.__dict__.update({name: value for name, value in self.__dict__.items() if name not in own})
         return twin
 
-    @tools.one_call
+    @tools.fx_leaf
     def forward(self, input: Tensor) -> Tensor:
         weight, bias = self.weight, self.bias
         is_plain = len(self.normalized_shape) == 1 and self.eps > 0
@@ -61,7 +60,7 @@ class LayerNorm(nn.LayerNorm):
         return f"{super().extra_repr()}, impl={self.impl or 'auto'}"
 
 
-class AddLayerNorm(tools.Unscripted):
+class AddLayerNorm(tools.NotScriptable):
     """``LayerNorm(residual + dropout(x + x_bias))``, the end of every post-LN transformer block.
 
     Args:
@@ -93,9 +92,9 @@ class AddLayerNorm(tools.Unscripted):
         nn.init.ones_(self.weight)
         nn.init.zeros_(self.bias)
 
-    @tools.one_call
+    @tools.fx_leaf
     def forward(self, x: Tensor, residual: Tensor | None = None, x_bias: Tensor | None = None) -> Tensor:
-        """x, residual (..., N) and x_bias (N,), the bias of the linear layer before -> (..., N)."""
+        """x, residual (..., N) and x_bias (N,), the bias of the preceding linear layer -> (..., N)."""
         return functional.add_layer_norm(
             x, residual, self.weight, self.bias, x_bias,
             eps=self.eps, dropout_p=self.dropout if self.training else 0.0, impl=self.impl,

@@ -21,7 +21,7 @@ State = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True, eq=False)
 class _Rows:
-    """Where the rows of a PackedSequence stand in its padded, batch-first form."""
+    """Positions of the rows of a PackedSequence in its padded, batch-first form."""
 
     places: Tensor  # (rows,) int64, place of every packed row in the batch flattened to (B * T,)
     lengths: Tensor  # (B,) int64
@@ -50,8 +50,8 @@ class _Rows:
 
 
 class LSTM(nn.RNNBase):
-    """``torch.nn.LSTM``: its constructor, its parameters, their first values, its state_dict and its forms of input,
-    with both directions run at once by ``ctxfast.lstm``.
+    """A drop-in ``torch.nn.LSTM`` with the same constructor, parameters, initialization, state_dict and forms of input,
+    both directions run at once by ``ctxfast.lstm``.
 
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device, dtype: as
@@ -64,18 +64,19 @@ class LSTM(nn.RNNBase):
     Called with (T, B, I), (B, T, I) with ``batch_first``, (T, I), or a PackedSequence, and optionally ``(h_0, c_0)``;
     returns what torch's module returns. Packed rows are computed without padding, whatever their order.
 
-    On a CPU, dropout between layers draws the numbers that torch's module draws. It is no subclass of
-    ``torch.nn.LSTM``, which torch.compile refuses to trace.
+    On a CPU, dropout between layers draws the same mask as torch's module. It is not a subclass of ``torch.nn.LSTM``,
+    which torch.compile refuses to trace.
 
-    TorchScript gets torch's operators: torch.jit.trace records ``torch.nn.LSTM`` (with clips or a ``weight_dtype`` a
-    loop over the steps), and torch.jit.script compiles a ``torch.nn.LSTM`` of the same parameters, which it leaves in
-    the model as well, with a warning. torch.fx.symbolic_trace records one call. torch.ao.quantization leaves it as it
-    is, with a warning.
+    TorchScript gets torch's operators: torch.jit.trace records ``torch.nn.LSTM`` (or, with clips or a ``weight_dtype``,
+    a loop over the steps), and torch.jit.script compiles a ``torch.nn.LSTM`` with the same parameters and leaves it in
+    the model, with a warning. torch.export records ``torch.nn.LSTM`` when gradients are enabled, with a warning, and
+    ctxfast's kernel under torch.no_grad(). torch.fx.symbolic_trace records one call. torch.ao.quantization leaves the
+    module as it is, with a warning.
 
     Reference: Hochreiter & Schmidhuber 1997; torch.nn.LSTM.
     """
 
-    # Values of the class, so that a torch.nn.LSTM whose class was changed has them, too.
+    # On the class, for a torch.nn.LSTM whose class was changed.
     cell_clip: float | None = None
     proj_clip: float | None = None
     weight_dtype: torch.dtype | None = None
@@ -121,10 +122,10 @@ class LSTM(nn.RNNBase):
         self.weight_dtype, self.impl = weight_dtype, impl
 
     def flatten_parameters(self) -> None:
-        """Does nothing: no weight has to lie beside another."""
+        """Does nothing: the weights need not be contiguous in memory."""
 
     def _as_torch(self) -> nn.LSTM:
-        """A ``torch.nn.LSTM`` of these very parameters."""
+        """A ``torch.nn.LSTM`` that shares these parameters."""
         twin = nn.LSTM.__new__(nn.LSTM)
         own = ("cell_clip", "proj_clip", "weight_dtype", "impl", "_ctxfast_original")
         twin.__dict__.update({name: value for name, value in self.__dict__.items() if name not in own})
@@ -135,7 +136,7 @@ class LSTM(nn.RNNBase):
         return self.cell_clip is None and self.proj_clip is None and self.weight_dtype is None
 
     def __prepare_scriptable__(self) -> nn.LSTM:
-        """What torch.jit.script compiles; it also puts it into the model."""
+        """What torch.jit.script compiles, and also leaves in the model."""
         for name in ("cell_clip", "proj_clip", "weight_dtype"):
             if getattr(self, name) is not None:
                 raise RuntimeError(
@@ -176,11 +177,13 @@ class LSTM(nn.RNNBase):
     def qconfig(self) -> None:
         del self.__dict__["qconfig"]
 
-    @tools.one_call
+    @tools.fx_leaf
     def forward(self, input: Tensor | PackedSequence, hx: State | None = None) -> tuple[Tensor | PackedSequence, State]:
         """As ``torch.nn.LSTM``: output and ``(h_n, c_n)``, in the forms that the input came in."""
-        if torch_ops.is_traced() and self._is_torchs():
-            return self._as_torch().forward(input, hx)
+        if self._is_torchs():
+            is_exported = torch_ops.exports_gradient(self.parameters()) and torch_ops.warn_of_export()
+            if is_exported or torch_ops.is_traced():
+                return self._as_torch().forward(input, hx)
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx)
         if input.dim() not in (2, 3):

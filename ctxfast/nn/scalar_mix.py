@@ -12,14 +12,14 @@ from .. import functional
 from . import tools
 
 
-class ScalarMix(tools.Unscripted):
+class ScalarMix(tools.NotScriptable):
     """``gamma * sum_k softmax(s)_k x_k`` over K layers.
 
     Args:
         mixture_size: K.
         do_layer_norm: normalise every layer first, with one mean and variance over all unmasked elements of the batch.
         initial_scalar_parameters: K values of ``s``, before the softmax; None for zeros (equal weights).
-        trainable: whether ``s`` and ``gamma`` get gradients.
+        trainable: whether ``s`` and ``gamma`` require gradients.
         impl: implementation of ``scalar_mix``; None chooses.
 
     Parameters: ``scalar_parameters.k`` (1,) for each layer, ``gamma`` (1,), which starts at 1.
@@ -49,7 +49,7 @@ class ScalarMix(tools.Unscripted):
         )
         self.gamma = nn.Parameter(torch.ones(1), requires_grad=trainable)
 
-    @tools.one_call
+    @tools.fx_leaf
     def forward(self, tensors: Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
         """K tensors (..., N) -> (..., N).
 
@@ -58,14 +58,14 @@ class ScalarMix(tools.Unscripted):
             mask: bool, the shape of a layer without N; True where a row is real. Needed with ``do_layer_norm``.
 
         Raises:
-            ValueError: another number of tensors, or no mask with ``do_layer_norm``.
+            ValueError: the wrong number of tensors, or no mask with ``do_layer_norm``.
         """
         if len(tensors) != self.mixture_size:
             raise ValueError(
                 f"ctxfast.ScalarMix: tensors holds {len(tensors)} layers; expected {self.mixture_size}, the module's "
                 f"mixture_size."
             )
-        # 1e-13 is not a number of float16.
+        # 1e-13 underflows in float16.
         eps = 1e-4 if tensors[0].dtype == torch.float16 else 1e-13
         return functional.scalar_mix(
             tensors,

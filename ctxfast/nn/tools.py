@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tools that take models apart by the types of their modules find in ctxfast's: TorchScript and torch.fx."""
+"""What modules share: linear layers that may have been replaced, and the answers to TorchScript and torch.fx, which
+take models apart by the types of their modules."""
 
 from __future__ import annotations
 
@@ -26,24 +27,26 @@ def name_of(module: nn.Module) -> str:
 
 
 def is_plain(linear: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether a linear layer's parameters are all of it: nobody put another module in its place (a quantised layer, an
-    adapter) or wants to see its calls. What is not plain is called."""
-    return _is_own(linear, nn.Linear) and not is_watched(linear)
+    """Whether a linear layer does nothing but multiply by its parameters: no other module (a quantised layer, an
+    adapter) has taken its place, and nothing observes its calls. A layer that is not plain has to be called."""
+    return is_own(linear, nn.Linear) and not is_watched(linear)
 
 
-def _is_own(module: nn.Module, kind: type[M]) -> TypeGuard[M]:
+def is_own(module: nn.Module, kind: type[M]) -> TypeGuard[M]:
+    """Whether a module computes what modules of a class do."""
     return isinstance(module, kind) and type(module).forward is kind.forward
 
 
 def readable(owner: nn.Module, name: str, module: nn.Module, kind: type[M], way: str = "") -> M:
-    """``module``, a part of ``owner`` that is never called: its parameters are read.
+    """``module``, a part of ``owner`` whose parameters are read and which is never called itself.
 
     Weights that torch.nn.utils.prune or weight_norm compute before each call are computed now.
 
     Raises:
-        RuntimeError: another module stands in its place (a quantised one, an adapter), with its own idea of a call.
+        RuntimeError: another module has taken its place (a quantised one, an adapter), whose ``forward`` would be
+            ignored.
     """
-    if not _is_own(module, kind):
+    if not is_own(module, kind):
         found = type(module)
         raise RuntimeError(
             f"{name_of(owner)}: {name} is a {found.__module__}.{found.__qualname__}; expected a "
@@ -69,20 +72,20 @@ def activated(y: Tensor, activation: str) -> Tensor:
     return {"none": lambda y: y, "relu": torch.relu, "tanh": torch.tanh}[activation](y)
 
 
-class Unscripted(nn.Module):
+class NotScriptable(nn.Module):
     """A module that TorchScript cannot compile from its source, and says so."""
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """What torch.jit.script asks for before it compiles a module."""
+        """The hook that torch.jit.script calls before it compiles a module."""
         raise RuntimeError(
             f"{name_of(self)}: torch.jit.script was asked to compile it; expected a module of what TorchScript knows. "
             f"torch.jit.trace records it in torch's own operations, and torch.export exports it."
         )
 
 
-def one_call(forward: Callable[Concatenate[M, P], R]) -> Callable[Concatenate[M, P], R]:
-    """A module's ``forward`` that torch.fx, where it traces symbolically, records as one call of the module, as it does
-    with torch's own modules."""
+def fx_leaf(forward: Callable[Concatenate[M, P], R]) -> Callable[Concatenate[M, P], R]:
+    """A module's ``forward``; torch.fx.symbolic_trace records one call of the module (a leaf), as it does with torch's
+    own modules."""
 
     def run(self: M, *args: P.args, **kwargs: P.kwargs) -> R:
         for each in (*args, *kwargs.values()):

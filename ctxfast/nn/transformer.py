@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from . import encoder, tools, watched
 from .all_rows import AllRows
 from .attention import SelfAttention
-from .feed_forward import Intermediate, ProjectAddLayerNorm
+from .feed_forward import Intermediate, ProjectAddLayerNorm, feed_forward
 from .layer_norm import AddLayerNorm
 
 
-class AttentionBlock(tools.Unscripted):
+class AttentionBlock(tools.NotScriptable):
     """Self-attention, output projection, residual and LayerNorm: ``self.{query,key,value}``,
     ``output.{dense,LayerNorm}``."""
 
@@ -39,13 +39,13 @@ class AttentionBlock(tools.Unscripted):
         self.self = SelfAttention(hidden_size, num_heads, dropout=attention_dropout, **place)
         self.output = ProjectAddLayerNorm(hidden_size, hidden_size, eps=eps, dropout=dropout, **place)
 
-    @tools.one_call
+    @tools.fx_leaf
     def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, rows: AllRows | None = None) -> Tensor:
         """x (T, N) -> (T, N)."""
         return self.output(self.self(x, cu_seqlens, max_seqlen, rows), x)
 
 
-class TransformerLayer(tools.Unscripted):
+class TransformerLayer(tools.NotScriptable):
     """A layer of BERT's encoder: attention block, then feed-forward block, each ended by residual
     and LayerNorm.
 
@@ -66,7 +66,7 @@ class TransformerLayer(tools.Unscripted):
     Reference: Devlin et al. 2019; names as in Hugging Face's BertLayer.
     """
 
-    ops = ("transformer_layers", "attention", "linear_act", "add_layer_norm")
+    ops = ("transformer_layers", "attention", "linear_act", "feed_forward", "add_layer_norm")
 
     def __init__(
         self,
@@ -94,19 +94,18 @@ class TransformerLayer(tools.Unscripted):
         self.intermediate = Intermediate(hidden_size, intermediate_size, activation, **place)
         self.output = ProjectAddLayerNorm(intermediate_size, hidden_size, eps=eps, dropout=dropout, **place)
 
-    @tools.one_call
+    @tools.fx_leaf
     def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, rows: AllRows | None = None) -> Tensor:
         """x (T, N) packed tokens, cu_seqlens (S + 1,) int32, max_seqlen (the longest sequence, or
         more) -> (T, N). With ``rows``, x holds every row of a padded batch."""
         weights = None if watched.is_all_watched() else self.weights()
         if weights is not None:
             return encoder.run([weights], x, cu_seqlens, max_seqlen, rows=rows)[0]
-        x = self.attention(x, cu_seqlens, max_seqlen, rows)
-        return self.output(self.intermediate(x), x)
+        return feed_forward(self.intermediate, self.output, self.attention(x, cu_seqlens, max_seqlen, rows))
 
     def parts(self) -> Parts | None:
-        """The modules inside, in the order of ``_KINDS``; None where one is another, or somebody watches one."""
-        # By their tables: through attributes it takes ten times as long.
+        """The modules inside, in the order of ``_KINDS``; None if one was replaced or is observed by hooks."""
+        # Through ``_modules``: attribute access takes ten times as long.
         try:
             modules: dict[str, Any] = self._modules
             attention, widen, narrow = modules["attention"], modules["intermediate"], modules["output"]
@@ -115,13 +114,13 @@ class TransformerLayer(tools.Unscripted):
                 own, project, project._modules["dense"], project._modules["LayerNorm"], widen, widen._modules["dense"],
                 narrow, narrow._modules["dense"], narrow._modules["LayerNorm"], attention,
             )  # fmt: skip
-        except (AttributeError, KeyError):  # None, or something else, stands in a part's place
+        except (AttributeError, KeyError):  # a part was replaced, perhaps by None
             return None
         return None if tuple(map(type, found)) != _KINDS or any(map(watched.is_watched, found)) else found
 
     def weights(self) -> encoder.LayerWeights | None:
-        """What this layer computes with, as it is now; None where its parts must be called: somebody has changed or
-        watches one, or they were asked for what ``LayerOptions`` do not say."""
+        """The weights and options of this layer as it is now; None where its parts must be called: one was replaced or
+        is observed by hooks, or has settings that ``LayerOptions`` cannot express."""
         parts = self.parts()
         if parts is None:
             return None
@@ -136,7 +135,7 @@ class TransformerLayer(tools.Unscripted):
         )
         try:
             tensors = [table[name] for table, name in _places(parts)]
-        except KeyError:  # some are no parameters now: others compute them, or hold them in parts
+        except KeyError:  # some are not parameters any more: parametrised, pruned or sharded
             return None
         return encoder.LayerWeights((*own.qkv(), *tensors[2:]), options)
 
@@ -169,15 +168,15 @@ def _described(layer: nn.Module) -> encoder.LayerWeights | nn.Module:
     return layer.weights() or layer
 
 
-class Described:
-    """The layers of an encoder for ``encoder.run``, looked at again only where something in them has changed since the
-    last call. Copies and pickles start empty."""
+class CachedLayers:
+    """The layers of an encoder as ``encoder.run`` takes them, described anew only if something in them has changed
+    since the last call. Copies and pickles start empty."""
 
     def __init__(self) -> None:
         self._seen: _Seen | None = None
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
-        return Described, ()
+        return CachedLayers, ()
 
     def __call__(self, layers: Iterable[nn.Module]) -> Sequence[encoder.LayerWeights | nn.Module]:
         """What each layer computes with; the layer itself where it has to be called."""
@@ -188,7 +187,7 @@ class Described:
             return list(map(_described, layers))
         seen = self._seen
         if seen is not None and seen.layers == layers and seen.snapshot.is_still():
-            with suppress(KeyError):  # a tensor that is no parameter any more
+            with suppress(KeyError):  # a tensor that is not a parameter any more
                 return seen.weights()
         found = list(map(_described, layers))
         options = [each.options for each in found if type(each) is encoder.LayerWeights]
@@ -198,7 +197,7 @@ class Described:
 
 
 class _Seen:
-    """Layers all of which could be described."""
+    """Layers all of which could be described, and a snapshot of them."""
 
     def __init__(self, layers: list[TransformerLayer], options: list[encoder.LayerOptions]) -> None:
         self.layers, self._options = layers, options

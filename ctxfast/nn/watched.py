@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether somebody looks between the parts of a model, and whether the parts are what they were.
+"""Whether a module is watched (hooks, a replaced ``forward``, compilation), and whether modules are unchanged.
 
-What computes several modules at once, from their parameters, must know both: hooks have to be called, and what was put
-in a module's place has to run.
+Code that computes several modules at once, from their parameters, must know both: hooks have to be called, and a module
+that took another's place has to run.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, repeat
 from operator import contains, itemgetter
 from typing import Any
@@ -26,10 +27,9 @@ _forward_hooks, _children = itemgetter("_forward_hooks"), itemgetter("_modules")
 
 
 def is_watched(module: nn.Module, is_harmless: IsHarmless | None = None) -> bool:
-    """Whether somebody wants to see a module's inputs, outputs or gradients, has given it another ``forward`` or has
-    had it compiled.
+    """Whether a module has hooks, a ``forward`` of its own or was compiled, so that it must be called.
 
-    ``is_harmless`` tells forward hooks that do not count.
+    ``is_harmless`` picks out forward hooks that may be ignored.
     """
     state = module.__dict__
     if state["_forward_pre_hooks"] or state["_backward_hooks"] or state["_backward_pre_hooks"]:
@@ -41,15 +41,15 @@ def is_watched(module: nn.Module, is_harmless: IsHarmless | None = None) -> bool
 
 
 def is_all_watched() -> bool:
-    """Whether somebody looks at every module there is: global hooks, torch.jit.trace, torch.onnx.export."""
+    """Whether every module is watched: global hooks, torch.jit.trace, torch.onnx.export."""
     if torch.nn.modules.module._has_any_global_hook():
         return True
     return torch_ops.is_traced()
 
 
 class Snapshot:
-    """Modules as they were: their classes, the modules in them, settings. Whether they still are, and nobody watches
-    them, takes 0.3 us each to find out.
+    """The classes, submodules and settings of modules at one time. Comparing them, and looking for hooks, takes 0.3 us
+    a module.
 
     Args:
         modules: each with its own; nothing below them is looked at.
@@ -74,7 +74,7 @@ class Snapshot:
 
     @classmethod
     def joined(cls, snapshots: Sequence[Snapshot]) -> Snapshot:
-        """One of all their modules, as they were in each; ``is_harmless`` is the first one's."""
+        """One snapshot of the modules of several; ``is_harmless`` is the first one's."""
         found = copy.copy(snapshots[0])
         for name, value in vars(found).items():
             if isinstance(value, list):
@@ -82,7 +82,7 @@ class Snapshot:
         return found
 
     def is_same(self) -> bool:
-        """Whether all is as it was, whoever watches."""
+        """Whether nothing has changed, watched or not."""
         return (
             list(map(type, self.modules)) == self._kinds
             and list(map(_children, self._holders)) == self._inside
@@ -90,11 +90,11 @@ class Snapshot:
         )
 
     def is_still(self) -> bool:
-        """Whether all is as it was, and nobody watches."""
+        """Whether nothing has changed and no module is watched."""
         return self.is_same() and not self.is_watched()
 
     def is_watched(self) -> bool:
-        """Whether somebody watches one of the modules."""
+        """Whether one of the modules is watched."""
         states = self._states
         if any([any(map(hooks, states)) for hooks in _HOOKS]):
             return True
@@ -105,3 +105,81 @@ class Snapshot:
             return False
         is_harmless = self._is_harmless
         return is_harmless is None or not all([is_harmless(hook) for hooks in found for hook in hooks.values()])
+
+
+# What ``nn.Module`` itself keeps in a module's ``__dict__``, and is looked at another way.
+_TABLES = frozenset(name for name, value in vars(nn.Module()).items() if isinstance(value, (dict, set)))
+# Attributes of the module itself that are compared: what graphs and snapshots are kept in is an attribute, too, and
+# must not be held by what it holds.
+_PLAIN = (int, float, str, bytes, type(None), torch.dtype, torch.device, tuple, list, dict, set, frozenset)
+
+
+def _attributes(state: dict[str, Any], kinds: type | tuple[type, ...]) -> Iterator[tuple[str, Any]]:
+    """A module's attributes of these kinds."""
+    return ((name, value) for name, value in state.items() if name not in _TABLES and isinstance(value, kinds))
+
+
+class State:
+    """All that the arithmetic of a module in evaluation mode can depend on but the values of its tensors: the modules
+    in it and their classes, their attributes, where parameters, buffers and other tensors lie. Holds those tensors, and
+    does not hold the module.
+
+    Attributes are equal, or the same object; lists, sets and dicts are looked into, other objects are not. To find out
+    whether all is still as it was takes about a microsecond a module.
+    """
+
+    def __init__(self, module: nn.Module, is_harmless: IsHarmless | None = None) -> None:
+        below = list(module.modules())[1:]
+        self._module, self._kind, self._is_harmless = weakref.ref(module), type(module), is_harmless
+        own = module.__dict__
+        self._children, self._size = dict(own["_modules"]), len(own)
+        self._names = [name for name, value in own.items() if name not in _TABLES and isinstance(value, _PLAIN)]
+        self._values = list(map(own.get, self._names))
+        self._below = Snapshot(below, (), is_harmless)
+        self._states = [part.__dict__ for part in below]
+        self._attributes = list(map(dict, self._states))
+        # Tensors that are no parameters or buffers, and containers, wherever they are attributes.
+        self._loose = [list(_attributes(state, torch.Tensor)) for state in (own, *self._states)]
+        found = [pair for state in (own, *self._states) for pair in _attributes(state, (dict, list, set))]
+        self._inside = [(value, copy.copy(value)) for _, value in found]
+        tensors = self._tensors(module)
+        self._addresses = [tensor.data_ptr() for tensor in tensors]
+        self._held = [tensor.detach() for tensor in tensors]  # a parameter may be given other memory
+
+    @classmethod
+    def of(cls, module: nn.Module, is_harmless: IsHarmless | None = None) -> State | None:
+        """As it is now; None where a part is in training mode or watched (hooks that ``is_harmless`` tells do not
+        count), or holds tensors that have no address."""
+        if any([part.training or is_watched(part, is_harmless) for part in module.modules()]):
+            return None
+        try:
+            return cls(module, is_harmless)
+        except RuntimeError:
+            return None
+
+    def _tensors(self, module: nn.Module) -> list[torch.Tensor]:
+        found: list[torch.Tensor] = []
+        for state in (module.__dict__, *self._states):
+            for name in ("_parameters", "_buffers"):
+                if state[name]:
+                    found += [tensor for tensor in state[name].values() if tensor is not None]
+        return found + [value for pairs in self._loose for _, value in pairs]
+
+    def is_still(self, module: nn.Module) -> bool:
+        """Whether it is this module, all is as it was, and nobody watches."""
+        if self._module() is not module or type(module) is not self._kind:
+            return False
+        own = module.__dict__
+        if len(own) != self._size or own["_modules"] != self._children or is_watched(module, self._is_harmless):
+            return False
+        for state, pairs in zip((own, *self._states), self._loose):
+            if pairs and not all([state.get(name) is value for name, value in pairs]):
+                return False
+        try:
+            if list(map(own.get, self._names)) != self._values or self._states != self._attributes:
+                return False
+            if any([now != before for now, before in self._inside]):
+                return False
+        except Exception:  # two objects that cannot be compared are not the same
+            return False
+        return self._below.is_still() and [each.data_ptr() for each in self._tensors(module)] == self._addresses

@@ -54,6 +54,7 @@ class _Seen(threading.local):
     mask: weakref.ref | None = None
     facts: tuple[Any, ...] = ()
     rows: AllRows | None = None
+    layers: frozenset[int] = frozenset()  # whose attention has used the layout
 
 
 _seen = _Seen()
@@ -216,7 +217,7 @@ def attention(
         mask = None if attention_mask is None else _added(attention_mask, query)
         context = F.scaled_dot_product_attention(query, key, value, mask, dropout, scale=scaling)
         return context.transpose(1, 2), None
-    rows = None if attention_mask is None else _rows(attention_mask, batch, heads, length)
+    rows = None if attention_mask is None else _rows(module, attention_mask, batch, heads, length)
     qkv = torch.stack([part.transpose(1, 2) for part in (query, key, value)], dim=2).flatten(0, 1)  # (B * L, 3, H, D)
     if rows is None:
         full = Packing.full(batch, length, query.device)
@@ -226,16 +227,22 @@ def attention(
     return context.unflatten(0, (batch, length)), None
 
 
-def _rows(mask: Tensor, batch: int, heads: int, length: int) -> AllRows | None:
-    """The layout for a mask; None where it hides nothing. Made once for a mask that is seen again unchanged."""
-    if mask.is_inference():  # it has no version to compare
-        return _layout(mask, batch, heads, length)
+def _rows(module: nn.Module, mask: Tensor, batch: int, heads: int, length: int) -> AllRows | None:
+    """The layout for a mask; None where it hides nothing. Made once for a mask that is seen again unchanged.
+
+    A mask of inference mode has no version by which a change in place would be seen: there the layout is that of one
+    forward pass, of layers with one config each of which comes once.
+    """
     # A slice of a mask is another tensor each time; what it is a slice of stays.
     whole = mask if mask._base is None else mask._base
-    facts = (mask._version, mask.storage_offset(), mask.shape, mask.stride(), mask.dtype, batch, heads, length)
-    if _seen.mask is None or _seen.mask() is not whole or _seen.facts != facts:
+    version = id(getattr(module, "config", module)) if mask.is_inference() else mask._version
+    where = (mask.data_ptr(), mask.storage_offset(), mask.shape, mask.stride(), mask.dtype)
+    facts = (mask.is_inference(), version, *where, batch, heads, length)
+    is_known = _seen.mask is not None and _seen.mask() is whole and _seen.facts == facts
+    if not is_known or (mask.is_inference() and id(module) in _seen.layers):
         rows = _layout(mask, batch, heads, length)
-        _seen.mask, _seen.facts, _seen.rows = weakref.ref(whole), facts, rows
+        _seen.mask, _seen.facts, _seen.rows, _seen.layers = weakref.ref(whole), facts, rows, frozenset()
+    _seen.layers |= {id(module)}
     return _seen.rows
 
 

@@ -22,7 +22,7 @@ class LSTM(ctxfast_nn.LSTM, nn.LSTM):
     ``torch._dynamo.config.allow_rnn`` is set. torch.export gets torch's own operations.
     """
 
-    @tools.one_call
+    @tools.fx_leaf
     def forward(self, input: Tensor | PackedSequence, hx: State | None = None) -> tuple[Tensor | PackedSequence, State]:
         """As ``torch.nn.LSTM``."""
         kind = type(self)
@@ -42,7 +42,7 @@ class LSTM(ctxfast_nn.LSTM, nn.LSTM):
 class LayerNorm(ctxfast_nn.LayerNorm):
     """A swapped ``torch.nn.LayerNorm``."""
 
-    @tools.one_call
+    @tools.fx_leaf
     def forward(self, input: Tensor) -> Tensor:
         """As ``torch.nn.LayerNorm``."""
         return super().forward(input) if isinstance(self, LayerNorm) else type(self).forward(self, input)

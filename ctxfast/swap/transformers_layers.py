@@ -404,9 +404,13 @@ class Layer:
         is_trained = torch.is_grad_enabled() and any([source.requires_grad for source in sources])
         # On a GPU nothing tells the host, without waiting, that weights are still what they were.
         is_once = ("*", "reference") in registry.requested()
-        if is_trained or is_once or sources[0].device.type != "cpu":
+        if is_trained or is_once or _is_on_gpu(sources[0]):
             return join()
         return _fused.get(sources, "qkv", join)
+
+
+def _is_on_gpu(tensor: Tensor) -> bool:
+    return tensor.device.type != "cpu"
 
 
 def _rate(dropout: nn.Dropout | None) -> float:

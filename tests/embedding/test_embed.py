@@ -253,7 +253,7 @@ def test_ops_of_a_model_are_those_that_it_runs(minilm, shared_data, monkeypatch)
     elmo = Embedder(shared_data / "elmo" / "allennlp_tiny", device="cpu")
     prepared, ran = registry.prepared, set()
     monkeypatch.setattr(registry, "prepared", lambda spec, *rest: ran.add(spec.name) or prepared(spec, *rest))
-    for embedder, by_layer in ((minilm, {"attention", "linear_act", "add_layer_norm"}), (elmo, set())):
+    for embedder, by_layer in ((minilm, {"attention", "linear_act", "feed_forward", "add_layer_norm"}), (elmo, set())):
         ran.clear()
         embedder([["a", "bank"]], layers="all")
         assert ran | by_layer == set(embedder.encoder.ops)
@@ -270,8 +270,8 @@ def test_an_implementation_that_would_change_nothing(minilm_dir, monkeypatch, im
         Embedder(minilm_dir, device="cpu", impl=impl)
     assert str(error.value) == (
         f"ctxfast.Embedder: impl is {impl!r}, but none of the ops of this model (embed_layer_norm, transformer_layers, "
-        f"attention, linear_act, add_layer_norm) has an implementation {impl!r} for cpu; expected reference, cpu, or "
-        f"None to choose."
+        f"attention, linear_act, feed_forward, add_layer_norm) has an implementation {impl!r} for cpu; expected "
+        f"reference, cpu, or None to choose."
     )
 
 

@@ -33,14 +33,9 @@ EDGES = (0, 1, 2, 63, 64, 65, 127, 128, 129)
 
 
 @contextmanager
-def on_triton(model: nn.Module) -> Iterator[None]:
+def on_triton() -> Iterator[None]:
     """Every op of a model that has a Triton kernel runs it, or raises."""
-    for module in model.modules():
-        if isinstance(module, TransformerLayer):
-            module.intermediate.impl = "triton"
-            # The second product is Triton's in training alone, where it makes the activation again.
-            module.output.impl = "triton" if torch.is_grad_enabled() else None
-    ops = ("attention", "add_layer_norm", "embed_layer_norm", "linear_cross_entropy")
+    ops = ("attention", "add_layer_norm", "embed_layer_norm", "feed_forward", "linear_cross_entropy")
     with ctxfast.use_impl(**dict.fromkeys(ops, "triton")):
         yield
 
@@ -72,7 +67,7 @@ def test_every_layer_agrees_with_hugging_face(hidden_act: str) -> None:
     ours, theirs = _pair(Bert, transformers.BertModel, hidden_act=hidden_act)
     ids, mask = _ragged([40, 3, 17, 64])
     mask[1, 1] = 0  # a hole
-    with on_triton(ours):
+    with on_triton():
         found = ours(ids, mask, output_hidden_states=True)
     wanted = theirs(ids, attention_mask=mask, output_hidden_states=True)
     for one, other in zip(found.hidden_states, wanted.hidden_states, strict=True):
@@ -94,7 +89,7 @@ def test_gradients_of_the_masked_language_model() -> None:
     ours, theirs = _pair(BertForMaskedLM, transformers.BertForMaskedLM)
     ids, mask = _ragged([33, 2, 65, 16])
     labels = torch.where((torch.rand(ids.shape, device=DEVICE) < 0.2) & mask.bool(), ids, -100)
-    with on_triton(ours):
+    with on_triton():
         loss = ours(ids, mask, labels=labels).loss
         loss.backward()
     wanted = theirs(ids, attention_mask=mask, labels=labels).loss
@@ -121,7 +116,7 @@ def test_training_steps_have_hugging_faces_losses() -> None:
         for step in range(6):
             ids, mask = _ragged([12, 5], step % 2)
             labels = torch.where((ids % 4 == 0) & mask.bool(), ids, -100)
-            with on_triton(model):
+            with on_triton():
                 loss = model(ids, attention_mask=mask, labels=labels).loss
             optimizer.zero_grad()
             loss.backward()
@@ -139,7 +134,7 @@ def test_float16_errs_no_more_than_hugging_face() -> None:
     real = mask.bool()
     oracle = copy.deepcopy(theirs).half().double()(ids, attention_mask=mask).last_hidden_state[real]
     ours, theirs = ours.half(), theirs.half()
-    with on_triton(ours):
+    with on_triton():
         found = ours(ids, mask).last_hidden_state[real]
     wanted = theirs(ids, attention_mask=mask).last_hidden_state[real]
     errors = [float((each.double() - oracle).square().mean().sqrt()) for each in (found, wanted)]
@@ -164,10 +159,9 @@ def test_ragged_shapes(lengths: list[int]) -> None:
     sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=1)
     model = Bert(BertConfig(**{**SIZES, **sizes})).eval().to(DEVICE)
     ids, mask = _ragged(lengths)
-    with on_triton(model):
+    with on_triton():
         found = model(ids, mask)
     with ctxfast.use_impl("reference"):
-        model.encoder.layer[0].intermediate.impl = None
         wanted = model(ids, mask)
     torch.testing.assert_close(found.last_hidden_state, wanted.last_hidden_state, rtol=0, atol=1e-5)
     torch.testing.assert_close(found.pooler_output, wanted.pooler_output, rtol=0, atol=1e-5)
@@ -184,7 +178,7 @@ def test_dropout_comes_from_the_seed() -> None:
     def step(seed: int) -> tuple[Tensor, list[Tensor]]:
         torch.manual_seed(seed)
         model.zero_grad()
-        with on_triton(model):
+        with on_triton():
             loss = model(ids, mask, labels=labels).loss
             loss.backward()
         return loss.detach(), [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
@@ -198,15 +192,13 @@ def test_dropout_comes_from_the_seed() -> None:
 
 
 def test_compiles_in_one_graph_with_gradients() -> None:
-    """A traced feed-forward block keeps its activation's result; the numbers are the same."""
     off = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     model = Bert(BertConfig(**{**SIZES, **off, "num_hidden_layers": 1})).train().to(DEVICE)
-    model.encoder.layer[0].intermediate.impl = "triton"
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     ids = torch.randint(1, 120, (2, 9), device=DEVICE)
     found = []
-    with ctxfast.use_impl(attention="triton", add_layer_norm="triton", embed_layer_norm="triton"):
+    with on_triton():
         for run in (model, compiled):
             model.zero_grad()
             out = run(ids)
@@ -248,7 +240,7 @@ def test_a_layer_keeps_at_most_half_of_an_eager_layer() -> None:
     theirs = transformers.models.bert.modeling_bert.BertLayer(config).to(DEVICE, torch.float16)
     x = torch.randn(T, N, device=DEVICE, dtype=torch.float16, requires_grad=True)
     cu_seqlens = torch.tensor([0, T], dtype=torch.int32, device=DEVICE)
-    with on_triton(ours):
+    with on_triton():
         mine = _kept_for_backward(lambda: ours.train()(x, cu_seqlens, T), ours)
     padded = x.detach()[None].requires_grad_()
     eager = _kept_for_backward(lambda: theirs.train()(padded), theirs)

@@ -442,6 +442,40 @@ def test_bert_exports_with_a_mask() -> None:
             _close(program.module()(*call), model(*call))
 
 
+@every_module
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_an_export_with_gradients_can_be_trained(name, strict) -> None:
+    """It records torch's own operations, and says so where ctxfast has a kernel."""
+    model, given, _ = _made(name)
+    leaves = {path: each.requires_grad_() for path, each in model.named_parameters() if each.is_floating_point()}
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        program = torch.export.export(model, given, strict=strict)
+    assert not any("ctxfast" in str(node.target) for node in program.graph.nodes)
+    if name not in ("swapped LSTM", "ScalarMix"):  # these have no kernel in any export on a CPU
+        assert any("under torch.no_grad() to record ctxfast's kernels" in str(each.message) for each in said)
+    exported = program.module()
+    expected, found = model(*given), exported(*given)
+    _close(found, expected)
+    weight = normal(*expected.shape)
+    wanted = torch.autograd.grad((expected * weight).sum(), list(leaves.values()), allow_unused=True)
+    (found * weight).sum().backward()
+    for path, gradient in zip(leaves, wanted):
+        other = dict(exported.named_parameters())[path]
+        assert (other.grad is None) == (gradient is None), path
+        if gradient is not None:
+            _close(other.grad, gradient, 1e-4)
+
+
+def test_an_implementation_asked_for_by_name_refuses_an_export_with_gradients() -> None:
+    layer = ctxfast.nn.LSTM(3, 4, batch_first=True, cell_clip=1.0, impl="cpu")
+    with pytest.raises(RuntimeError, match=r"impl='cpu' was asked for .*Export under torch.no_grad\(\) for inference"):
+        torch.export.export(layer, (normal(2, 5, 3),), strict=False)
+    with torch.no_grad():
+        program = torch.export.export(layer, (normal(2, 5, 3),), strict=False)
+    assert any("ctxfast.lstm_cpu_fwd" in str(node.target) for node in program.graph.nodes)
+
+
 def test_onnx_is_torchs_own_operations() -> None:
     """What torch.onnx.export reads: LSTM's operator, no ctxfast's; the older road is told apart from a trace."""
     from torch.onnx._internal.exporter import _flags

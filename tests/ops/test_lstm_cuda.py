@@ -41,8 +41,11 @@ def _args(
     )
 
 
-@pytest.mark.parametrize("batch", [1, 8, 9, 32, 33, 128])
-@pytest.mark.parametrize("sizes", [(4096, 512), (2048, 256), (1024, 128), (128,), (256,), (512,), (768,), (1024,)])
+@pytest.mark.parametrize(
+    ("batch", "sizes"),
+    [(batch, sizes) for batch in (1, 8, 9, 32) for sizes in ((4096, 512), (2048, 256), (1024, 128))]
+    + [(batch, (size,)) for batch in (1, 8, 9, 32, 33, 128) for size in (128, 256, 512, 768, 1024)],
+)
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_takes_the_sizes_it_is_made_for(batch: int, sizes: tuple[int, ...], requires_grad: bool) -> None:
     assert cuda.sizes_objection(_args(batch, *sizes, requires_grad=requires_grad)) is None
@@ -51,7 +54,8 @@ def test_takes_the_sizes_it_is_made_for(batch: int, sizes: tuple[int, ...], requ
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        (_args(129, 512), "it takes at most 128 rows and input has 129."),
+        (_args(129, 512), "without a projection it takes at most 128 rows and input has 129."),
+        (_args(33, 4096, 512), "with a projection it takes at most 32 rows and input has 33."),
         (_args(0, 512), "it needs a row and a step and input has 0 rows of 3 steps."),
         (_args(2, 512, T=0), "it needs a row and a step and input has 2 rows of 0 steps."),
         (_args(2, 500), "it takes sizes in multiples of 32, not hidden_size 500 and proj_size 500."),

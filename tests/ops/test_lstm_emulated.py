@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import emulated, parity
+from support import emulated, layouts, parity
 from torch import Tensor
 
 from ctxfast._core import registry
@@ -143,6 +143,19 @@ def test_bits_do_not_depend_on_the_order_of_threads(impl: str, monkeypatch: pyte
         found.append([*outputs, *grads])
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_states_of_any_layout(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A learned state is one row for all; a slice of a wider state has gaps that 8 divides."""
+    kwargs = _case(torch.float16, B=9, T=2, H=512, P=64)
+    h_0, c_0 = kwargs["initial_state"]
+    with emulated.kernels(monkeypatch, _module(impl), seed=1), torch.no_grad():
+        for changed in (h_0[:, :1].expand_as(h_0), layouts.sliced(h_0), layouts.transposed(h_0)):
+            kwargs["initial_state"] = (changed, layouts.sliced(c_0))
+            found = parity.flat(_call(impl, kwargs))
+            kwargs["initial_state"] = (changed.clone(memory_format=torch.contiguous_format), c_0)
+            assert all(torch.equal(a, b) for a, b in zip(found, parity.flat(_call(impl, kwargs))))
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -4,7 +4,6 @@ the loss of an output layer in chunks."""
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 
 import pytest
@@ -165,68 +164,6 @@ def test_linear_act_keeps_the_product_alone() -> None:
     _, kept = _kept(lambda: ctxfast.linear_act(x, weight, bias, activation="gelu", impl="triton"))
     made = [tensor for tensor in kept if all(tensor is not given for given in (x, weight, bias))]
     assert sum(tensor.shape == (6, 10) for tensor in made) == 1
-
-
-@needs_triton
-@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu", "tanh"])
-@pytest.mark.parametrize("has_bias", [True, False])
-def test_an_activation_is_made_again_for_the_next_layer(activation, has_bias) -> None:
-    """Two layers keep one tensor of the wide size between them, and have the gradients of plain PyTorch."""
-    given = [_normal(6, 8), _normal(20, 8), _normal(20), _normal(8, 20), _normal(8)]
-    if not has_bias:
-        given[2] = given[4] = None
-
-    def run(impl: str, x: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None) -> Tensor:
-        wide = ctxfast.linear_act(x, up, up_bias, activation=activation, impl=impl)
-        return ctxfast.linear_act(wide, down, down_bias, impl=impl)
-
-    out, kept = _kept(lambda: run("triton", *given))
-    assert len({tensor.data_ptr() for tensor in kept if tensor.shape == (6, 20)}) == 1
-    leaves = [tensor for tensor in given if tensor is not None]
-    grad = torch.randn_like(out)
-    expected = run("reference", *given)
-    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
-    found = torch.autograd.grad(out, leaves, grad, retain_graph=True)
-    for one, two in zip(found, torch.autograd.grad(expected, leaves, grad), strict=True):
-        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-4)
-    for one, two in zip(found, torch.autograd.grad(out, leaves, grad), strict=True):
-        assert torch.equal(one, two)
-
-
-@needs_triton
-def test_only_an_activation_as_it_was_made_is_made_again() -> None:
-    x, up, down = _normal(6, 8), _normal(20, 8), _normal(8, 20)
-
-    def activated() -> Tensor:
-        return ctxfast.linear_act(x, up, activation="gelu", impl="triton")
-
-    changed, plain = activated(), activated()
-    with torch.no_grad():
-        changed.mul_(2)
-    for other in (changed, plain * 2, plain.view(3, 2, 20), plain.detach()):
-        assert ctxfast.explain("linear_act", other, down).rows[1][:2] == ("triton", "no")
-    with torch.no_grad():
-        assert ctxfast.explain("linear_act", plain, down).rows[1][:2] == ("triton", "no")
-    assert ctxfast.explain("linear_act", plain, down).rows[1][:2] != ("triton", "no")
-    with pytest.raises(RuntimeError, match="there is no activation to fuse or to make again"):
-        ctxfast.linear_act(x, up, impl="triton")
-
-
-@needs_triton
-def test_checkpointing_leaves_nothing_of_the_wide_size() -> None:
-    """Non-reentrant checkpointing drops what either layer keeps, and makes it again to the same bits."""
-    given = _normal(6, 8), _normal(20, 8), _normal(20), _normal(8, 20)
-
-    def run(x: Tensor, up: Tensor, bias: Tensor, down: Tensor) -> Tensor:
-        wide = ctxfast.linear_act(x, up, bias, activation="gelu", impl="triton")
-        return ctxfast.linear_act(wide, down, impl="triton")
-
-    plain = torch.autograd.grad(run(*given).sum(), given)
-    out = torch.utils.checkpoint.checkpoint(run, *given, use_reentrant=False)
-    gc.collect()
-    assert not [each for each in gc.get_objects() if isinstance(each, Tensor) and each.shape == (6, 20)]
-    for one, two in zip(plain, torch.autograd.grad(out.sum(), given), strict=True):
-        assert torch.equal(one, two)
 
 
 # linear_cross_entropy: both implementations take rows in chunks

@@ -52,15 +52,8 @@ class Instead:
 
 
 @contextmanager
-def kernels(monkeypatch: pytest.MonkeyPatch, implementation: ModuleType, seed: int = 0) -> Iterator[None]:
-    """Inside, the registered operators of an implementation and of its parts run on CPU tensors, by the emulator.
-
-    ``seed``: of the order in which threads run and stores arrive; 0 for the plain order.
-    """
-    emulator = extension()
-    emulator.set_schedule(seed)
-    both = Instead(emulator)
-    monkeypatch.setattr(capability, "extension", lambda: both)
+def operators(monkeypatch: pytest.MonkeyPatch, implementation: ModuleType) -> Iterator[None]:
+    """Inside, the registered operators of an implementation and of its parts run on CPU tensors."""
     library = torch.library.Library("ctxfast", "IMPL")
     parts = [each for each in vars(implementation).values() if isinstance(each, ModuleType)]
     for module in (implementation, *(part for part in parts if part.__package__ == implementation.__package__)):
@@ -72,3 +65,17 @@ def kernels(monkeypatch: pytest.MonkeyPatch, implementation: ModuleType, seed: i
     finally:
         library._destroy()
         monkeypatch.undo()
+
+
+@contextmanager
+def kernels(monkeypatch: pytest.MonkeyPatch, implementation: ModuleType, seed: int = 0) -> Iterator[None]:
+    """Inside, the kernels of an implementation run on CPU tensors, by the emulator.
+
+    ``seed``: of the order in which threads run and stores arrive; 0 for the plain order.
+    """
+    emulator = extension()
+    emulator.set_schedule(seed)
+    both = Instead(emulator)
+    monkeypatch.setattr(capability, "extension", lambda: both)
+    with operators(monkeypatch, implementation):
+        yield

@@ -37,12 +37,14 @@ def flat(value: Any) -> list[Tensor]:
     return []
 
 
-def convert(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """``value`` with every floating tensor in it changed."""
+def convert(
+    value: Any, change: Callable[[Tensor], Tensor], is_meant: Callable[[Tensor], bool] = Tensor.is_floating_point
+) -> Any:
+    """``value`` with every tensor in it changed that is meant: every floating one."""
     if isinstance(value, Tensor):
-        return change(value) if value.is_floating_point() else value
+        return change(value) if is_meant(value) else value
     if isinstance(value, (tuple, list)):
-        return type(value)(convert(item, change) for item in value)
+        return type(value)(convert(item, change, is_meant) for item in value)
     return value
 
 

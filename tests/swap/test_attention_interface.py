@@ -385,3 +385,31 @@ def test_what_else_is_refused() -> None:
     for name in ("position_bias", "softcap", "s_aux", "cu_seq_lens_q"):
         with pytest.raises(ValueError, match=f"^ctxfast.register_attention: {name} asks for .*; expected None"):
             attention_interface.attention(model, query, query, query, None, **{name: query})
+
+
+def test_a_mask_of_inference_mode_is_read_once_a_forward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no version: the layers of a pass share its layout, the next pass reads it again."""
+    read = []
+    monkeypatch.setattr(
+        attention_interface, "_layout", lambda *args, own=attention_interface._layout: read.append(1) or own(*args)
+    )
+    config = types.SimpleNamespace()
+    layers = [types.SimpleNamespace(config=config) for _ in range(3)]
+    query = torch.randn(2, 4, 5, 8)
+    with torch.inference_mode():
+        mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+        mask = (1.0 - mask[:, None, None].float()) * torch.finfo(torch.float32).min
+
+        def run(layers: list) -> list[torch.Tensor]:
+            return [attention_interface.attention(layer, query, query, query, mask)[0] for layer in layers]
+
+        for _ in range(2):
+            before, count = run(layers), len(read)
+            assert all(torch.equal(each, before[0]) for each in before)
+        assert count == 2
+        mask[0, ..., 2] = torch.finfo(torch.float32).min  # in place, between two passes
+        after = run(layers)
+        assert len(read) == 3 and not torch.equal(after[0], before[0])
+        mask[0, ..., 2] = 0
+        other = run([types.SimpleNamespace(config=types.SimpleNamespace())])  # of another model
+        assert len(read) == 4 and torch.equal(other[0], before[0])

@@ -3,27 +3,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from support import stopping
 
 import ctxfast
 from ctxfast import cli
+from ctxfast.models.elmo.bilm import ElmoBiLm
 from ctxfast.models.elmo.config import ElmoConfig
-from ctxfast.models.elmo.weights import load_weights
+from ctxfast.models.elmo.weights import load_weights, save_weights
 from ctxfast.training.loop.train import LoopConfig, train
 from ctxfast.training.pretraining.bilm_corpus import BiLmCorpus, make_vocabulary, read_vocabulary, sentences, tokenized
 from ctxfast.training.pretraining.bilm_task import BiLmPretraining
-from ctxfast.training.pretraining.sampled_softmax import log_uniform_negatives, sampled_softmax_loss
 
 TEXT = """the cat sat on the mat
 a dog sat
@@ -156,84 +155,6 @@ def test_bad_text_and_vocabularies(tmp_path, text) -> None:
         BiLmPretraining(prepared, config, held_out=other, negatives=0)
 
 
-def test_negatives_are_log_uniform() -> None:
-    draw, size, count = np.random.default_rng(1), 1000, 50
-    seen, all_tries = np.zeros(size), []
-    for _ in range(2000):
-        words, tries = log_uniform_negatives(draw, count, size)
-        assert len(set(words.tolist())) == count and words.min() >= 0 and words.max() < size and tries >= count
-        seen[words] += 1
-        all_tries.append(tries)
-    k = np.arange(size)
-    chance = np.log((k + 2) / (k + 1)) / math.log(size + 1)
-    expected = np.mean([-np.expm1(tries * np.log1p(-chance)) for tries in all_tries], axis=0) * 2000
-    assert np.abs(seen - expected).max() < 5 * np.sqrt(expected.max())
-    assert np.corrcoef(seen, expected)[0, 1] > 0.99
-    with pytest.raises(ValueError, match="negatives is 5; expected 1 to 4"):
-        log_uniform_negatives(draw, 5, 5)
-
-
-def test_negatives_may_be_nearly_all_words() -> None:
-    drawn, size, count = [], 8200, 8192
-
-    class Recorded:
-        def __init__(self) -> None:
-            self.draw = np.random.default_rng(0)
-
-        def random(self, number: int) -> np.ndarray:
-            drawn.append(self.draw.random(number))
-            return drawn[-1]
-
-    start = time.process_time()
-    words, tries = log_uniform_negatives(Recorded(), count, size)
-    assert time.process_time() - start < 0.15  # 0.25 s where every round sorts all that came before
-    line = np.minimum(np.exp(np.concatenate(drawn) * math.log(size + 1)).astype(np.int64) - 1, size - 1)
-    _, first = np.unique(line, return_index=True)
-    order = np.sort(first)[:count]
-    assert np.array_equal(words, line[order]) and tries == order[-1] + 1
-
-
-def test_sampled_softmax_against_its_formula() -> None:
-    generator = torch.Generator().manual_seed(0)
-    size, count, rows, width = 40, 12, 9, 6
-    hidden = torch.randn(rows, width, generator=generator, requires_grad=True)
-    weight, bias = torch.randn(size, width, generator=generator), torch.randn(size, generator=generator)
-    words, tries = log_uniform_negatives(np.random.default_rng(0), count, size)
-    targets = torch.randint(size, (rows,), generator=generator)
-    targets[0] = int(words[0])  # drawn by accident
-    loss = sampled_softmax_loss(hidden, weight, bias, targets, torch.from_numpy(words), torch.tensor(tries))
-
-    def corrected(row: int, word: int) -> float:
-        p = math.log((word + 2) / (word + 1)) / math.log(size + 1)
-        expected = 1 - (1 - p) ** tries
-        return (hidden[row].double() @ weight[word].double() + bias[word]).item() - math.log(expected)
-
-    total = 0.0
-    for row, target in enumerate(targets.tolist()):
-        logits = [corrected(row, target)] + [corrected(row, word) for word in words.tolist() if word != target]
-        total += math.log(sum(math.exp(value) for value in logits)) - logits[0]
-    assert loss.item() == pytest.approx(total / rows, rel=1e-5)
-    loss.backward()
-    assert hidden.grad.isfinite().all()
-
-
-def test_sampled_softmax_comes_close_to_the_full_one() -> None:
-    generator = torch.Generator().manual_seed(0)
-    size, rows = 500, 64
-    hidden, weight = torch.randn(rows, 8, generator=generator), 0.5 * torch.randn(size, 8, generator=generator)
-    targets = (torch.rand(rows, generator=generator) ** 3 * size).long()
-    full = F.cross_entropy(hidden @ weight.T, targets).item()
-    draw, losses = np.random.default_rng(0), []
-    for _ in range(50):
-        words, tries = log_uniform_negatives(draw, 300, size)
-        found = sampled_softmax_loss(
-            hidden, weight, torch.zeros(size), targets, torch.from_numpy(words), torch.tensor(tries)
-        )
-        losses.append(found.item())
-    # The softmax's sum is estimated, and counts the target whole: near the full loss, not equal to it.
-    assert abs(np.mean(losses) - full) < 0.15 * full
-
-
 def task(text: Path, **options) -> BiLmPretraining:
     prepared = corpus(text)
     defaults = {"batch_size": 4, "unroll": 8, "negatives": 0, "dropout": 0.0, "held_out": prepared}
@@ -263,8 +184,8 @@ def test_the_model_reads_as_elmo_does(grammar) -> None:
 def test_state_goes_on_from_window_to_window(grammar) -> None:
     """Two windows of 8 are one of 16."""
     short, long = task(grammar, batch_size=3), task(grammar, batch_size=3, unroll=16)
-    starts = [short.corpus.sentence_start(position) for position in (0, 500, 900)]
-    short._lane_starts = long._lane_starts = lambda epoch, ranks: starts
+    starts = short.corpus.sentence_starts(np.array([0, 500, 900]))
+    short._lanes = long._lanes = lambda epoch, ranks: [(np.array([0]), starts[lane, None]) for lane in range(3)]
     for made in (short, long):
         made.model.train()
     total = [short.loss(short.model, short.batch(step))[1]["loss"] for step in range(2)]
@@ -272,6 +193,118 @@ def test_state_goes_on_from_window_to_window(grammar) -> None:
     torch.testing.assert_close(sum(total) / 2, whole)
     for one, other in zip(short._state, long._state):
         torch.testing.assert_close(one, other)
+
+
+def test_lanes_begin_anew_at_sentences_and_documents(tmp_path) -> None:
+    """Every window either goes on where its lane's last one ended, or begins a sentence from zeros; a document that
+    begins in the middle of a window begins the next one."""
+    lines = [f"word{number} a b c d" for number in range(400)]
+    for first in (50, 51, 200, 320):  # the second is too near the first to count for lanes
+        lines[first] = "\n" + lines[first]
+    path = tmp_path / "text.txt"
+    path.write_text("\n".join(lines) + "\n")
+    prepared = corpus(path)
+    assert prepared.documents.tolist() == [0, 300, 306, 1200, 1920]
+    made = task(path, batch_size=3, unroll=8, restart=0.1)
+    windows, total, unroll = made.windows_per_epoch(), prepared.positions, 8
+    sentence_starts, seen, anew = set(prepared.starts.tolist()), [], 0
+    for epoch in range(3):
+        for found, places in made._lanes(epoch, 1):
+            assert found[0] == 0 and (np.diff(found) > 0).all() and found[-1] < windows
+            assert set(places.tolist()) <= sentence_starts
+            start = int(places[0])
+            # Behind the lane's even pace by less than a sentence or a window: nothing is left out for long.
+            for window, place in zip(found[1:].tolist(), places[1:].tolist()):
+                behind = (start + window * unroll - place) % total
+                assert behind < unroll + 2 * 6 or total - behind < 6, (window, place)
+            seen += [place for window, place in zip(found.tolist(), places.tolist()) if window]
+            anew += len(found) - 1
+    assert {1200, 1920} <= set(seen)
+    assert 3 * 3 * windows * 0.05 < anew < 3 * 3 * windows * 0.2
+    # What batches hold is this plan.
+    found, places = made._lanes(0, 1)[1]
+    window = int(found[1])
+    batch = made.batch(window)
+    assert bool(batch.is_new[1]) and made.batch(0).is_new.all()
+    assert int(batch.inputs[0, 1, 0]) == int(batch.inputs[0, 1, 0]) and batch.words[batch.inputs[0, 1, 0], 1] == 257
+    after = made.batch(window + 1)
+    if window + 1 not in found:
+        assert not after.is_new[1]
+        expected = prepared.window([int(places[1]) + unroll], unroll).targets[:, 0]
+        assert torch.equal(after.targets[:, 1], torch.from_numpy(expected))
+    # One document, nothing drawn: a lane goes through its epoch as in bilm-tf.
+    (tmp_path / "one").mkdir()
+    one = tmp_path / "one" / "text.txt"
+    one.write_text("\n".join(line.strip() for line in lines) + "\n")
+    kept = task(one, batch_size=3, restart=0.0)._lanes(0, 1)
+    assert sum(len(found) for found, _ in kept) <= 4  # the text begins in one of the lanes
+
+
+def test_a_lane_that_begins_anew_forgets(grammar) -> None:
+    made = task(grammar, batch_size=3, restart=0.0)
+    made.model.eval()
+    made.loss(made.model, made.batch(0))
+    batch = made.batch(1)
+    batch = dataclasses.replace(batch, is_new=torch.tensor([False, True, False]))
+    before = made._state
+    made.loss(made.model, batch)
+    carried = made._state
+    with torch.no_grad():
+        _, fresh = made.model(batch.words, batch.inputs, batch.targets, None)
+        _, old = made.model(batch.words, batch.inputs, batch.targets, before)
+    for got, new, went_on in zip(carried, fresh, old):
+        torch.testing.assert_close(got[:, :, 1], new[:, :, 1])
+        torch.testing.assert_close(got[:, :, ::2], went_on[:, :, ::2])
+        assert not torch.allclose(new[:, :, 1], went_on[:, :, 1], atol=1e-4)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_model_is_as_good_from_zeros_as_from_a_carried_state(grammar, tmp_path, seed: int) -> None:
+    """Trained until it knows its text: perplexities from both starts are within 10 %, and the stored steady state is
+    what texts start from."""
+    made = task(grammar, batch_size=16, seed=seed)
+    config = LoopConfig(
+        steps=120, learning_rate=0.2, optimizer="adagrad", initial_accumulator=0.1, weight_decay=0.0,
+        schedule="constant", max_grad_norm=10.0, parallel="no", device="cpu", seed=seed,
+    )  # fmt: skip
+    figures = train(made, config, tmp_path / "run").figures
+    assert figures["perplexity_zero"] < 4.0
+    assert figures["perplexity_zero"] == pytest.approx(figures["perplexity_warm"], rel=0.1)
+    assert figures["perplexity"] == max(figures["perplexity_zero"], figures["perplexity_warm"])
+    final = tmp_path / "run" / "final"
+    bilm = ElmoBiLm.from_files(final / "options.json", final / "weights.hdf5", state="steady")
+    assert bilm.steady_state is not None
+    torch.testing.assert_close(bilm.steady_state, made.model.bilm.steady_state)
+    # The states that running text leaves, not zeros.
+    own = [made.corpus.words(number) for number in range(200)]
+    expected = made.model.bilm.calibrate(own)
+    for kept, measured in zip(bilm.steady_state, expected):
+        assert (kept - measured).norm() < 0.2 * measured.norm()
+    # A steady state of other weights is refused.
+    other = task(grammar, seed=seed + 10)
+    save_weights(
+        other.model.bilm.state_dict(), other.config, final / "options.json", final / "weights.hdf5", overwrite=True
+    )
+    with pytest.raises(ValueError, match="calibrated with other weights"):
+        ElmoBiLm.from_files(final / "options.json", final / "weights.hdf5", state="steady")
+    ElmoBiLm.from_files(final / "options.json", final / "weights.hdf5")
+
+
+def test_sentences_are_judged_from_zeros(grammar) -> None:
+    """The loss from zeros is that of every sentence alone."""
+    made = task(grammar)
+    made.model.eval()
+    text = made.held_out
+    total = torch.zeros(2, dtype=torch.float64)
+    with torch.no_grad():
+        for number in range(text.num_sentences):
+            first, last = int(text.starts[number]), int(text.starts[number + 1])
+            window = text.window([first], last - first)
+            losses, _ = made.model(*made._tensors(text, window), None)
+            total += losses
+        figures = made.evaluate(made.model)
+    for name, value in zip(("forward", "backward"), (total / text.positions).tolist()):
+        assert math.log(figures[f"perplexity_zero_{name}"]) == pytest.approx(value, rel=1e-5)
 
 
 def test_full_softmax_evaluation_counts_every_word_once(grammar) -> None:
@@ -408,6 +441,8 @@ def test_command_errors(grammar, tmp_path, capsys) -> None:
         (["--epochs", "1", "--held-out", "nowhere.txt"], "--held-out nowhere.txt does not exist"),
         (["--epochs", "1", "--init-from", "nowhere"], "--init-from nowhere has no options.json"),
         (["--epochs", "1", "--negatives", "0", "--dropout", "1.5"], "--dropout is 1.5"),
+        (["--epochs", "1", "--restart", "1.5"], "--restart is 1.5; expected a probability"),
+        (["--epochs", "1", "--restart", "nan"], "--restart is nan; expected a probability"),
         (["--epochs", "1", "--dropout", "nan"], "--dropout is nan"),
         (["--epochs", "nan"], "--epochs is nan; expected a number above 0"),
         (["--epochs", "inf"], "--epochs is inf"),

@@ -24,7 +24,7 @@ from ...nn import AddLayerNorm, Embeddings, SelfAttention, TransformerLayer, enc
 from ...nn.all_rows import AllRows
 from ...nn.embeddings import roberta_position_ids
 from ...nn.graphs import PackedGraphs
-from ...nn.transformer import Described
+from ...nn.transformer import CachedLayers
 from ...packing import Packing
 from .config import BertConfig
 from .weights import Checkpoint, load_checkpoint, save_checkpoint
@@ -56,7 +56,7 @@ class BertOutput(NamedTuple):
     packed_hidden_states: tuple[Tensor, ...] | None
 
 
-class Pretrained(tools.Unscripted):
+class Pretrained(tools.NotScriptable):
     """What ``Bert`` and the models built on it share: first weights, reading and writing of files."""
 
     # What stands before this module's names in the names of files (``load_checkpoint``'s normal form).
@@ -186,7 +186,7 @@ class Encoder(nn.Module):
             for _ in range(config.num_hidden_layers)
         )
         self.gradient_checkpointing = False
-        self._described = Described()
+        self._cached_layers = CachedLayers()
 
     def forward(
         self,
@@ -203,7 +203,7 @@ class Encoder(nn.Module):
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             layers, recompute = list(self.layer), partial(checkpoint, use_reentrant=False)
         else:
-            layers, recompute = self._described(self.layer), None
+            layers, recompute = self._cached_layers(self.layer), None
         return encoder.run(
             layers, x, cu_seqlens, max_seqlen, all_layers=output_hidden_states, rows=rows, recompute=recompute
         )
@@ -338,7 +338,7 @@ class Bert(Pretrained):
         """Recompute activations in the backward pass (training mode only): less memory, about a third more time."""
         self.encoder.gradient_checkpointing = enabled
 
-    @tools.one_call
+    @tools.fx_leaf
     def forward(
         self,
         input_ids: Tensor,

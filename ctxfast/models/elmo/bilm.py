@@ -7,9 +7,11 @@ without skip connections, highways or projections.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import warnings
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ from ...nn.words import add_sentence_marks
 from .calibration import SENTENCES
 from .character_encoder import ElmoCharacterEncoder, check_right_padded
 from .config import ElmoConfig
-from .states import CarriedState, State, SteadyState
+from .states import STEADY_STATE, CarriedState, State, SteadyState
 from .tokenization import Word, batch_to_ids
 from .weights import load_weights
 
@@ -33,7 +35,7 @@ _STATES = ("carry", "steady", "zero")
 _Path = str | os.PathLike[str]
 
 
-class ElmoBiLm(tools.Unscripted):
+class ElmoBiLm(tools.NotScriptable):
     """ELMo's language model: characters to the token layer and every LSTM layer.
 
     Args:
@@ -100,9 +102,17 @@ class ElmoBiLm(tools.Unscripted):
     def from_files(
         cls, options_file: _Path, weight_file: _Path, requires_grad: bool = False, **kwargs: Any
     ) -> ElmoBiLm:
-        """The model of an options.json and an HDF5 weight file; ``kwargs`` as for the class."""
+        """The model of an options.json and an HDF5 weight file; ``kwargs`` as for the class.
+
+        With ``state="steady"`` it starts texts from the ``steady_state.safetensors`` beside the weight file, if there
+        is one.
+        """
         config, state_dict = load_weights(weight_file, ElmoConfig.from_file(options_file))
-        return cls.from_weights(config, state_dict, requires_grad, **kwargs)
+        model = cls.from_weights(config, state_dict, requires_grad, **kwargs)
+        stored = Path(weight_file).parent / STEADY_STATE
+        if model.state == "steady" and stored.is_file():
+            model.load_steady_state(stored)
+        return model
 
     def get_output_dim(self) -> int:
         """2P."""
@@ -140,11 +150,19 @@ class ElmoBiLm(tools.Unscripted):
 
     def save_steady_state(self, path: _Path) -> None:
         """Write the steady state (safetensors ``h``, ``c``); it is no part of the state_dict."""
-        self._steady.save(path)
+        self._steady.save(path, self._weights_digest())
 
     def load_steady_state(self, path: _Path) -> None:
-        """Read what ``save_steady_state`` wrote."""
-        self._steady.load(path, self._weight)
+        """Read what ``save_steady_state`` wrote for these weights."""
+        self._steady.load(path, self._weight, self._weights_digest())
+
+    def _weights_digest(self) -> str:
+        """SHA-256 of a row of every recurrent matrix: training changes them, and files keep their bits."""
+        digest = hashlib.sha256()
+        for name, value in sorted(self._elmo_lstm.named_parameters()):
+            if name.endswith("state_linearity.weight"):
+                digest.update(value[0].detach().float().cpu().numpy().tobytes())
+        return digest.hexdigest()
 
     @torch.no_grad()
     def calibrate(self, sentences: Iterable[Sequence[Word]] | None = None, *, lanes: int = 4) -> State:
@@ -247,7 +265,7 @@ class ElmoBiLm(tools.Unscripted):
         begin, end = self._cached_marks.to(vectors)
         return add_sentence_marks(vectors, mask, begin, end)
 
-    @tools.one_call
+    @tools.fx_leaf
     def forward(self, inputs: Tensor | None, word_inputs: Tensor | None = None) -> dict[str, Tensor | list[Tensor]]:
         """Run the language model.
 

@@ -30,7 +30,7 @@ _OP = "ctxfast.Elmo"
 _Path = str | os.PathLike[str]
 
 
-class Elmo(tools.Unscripted):
+class Elmo(tools.NotScriptable):
     """ELMo representations: one run of the language model, several mixes of its layers.
 
     Args:
@@ -171,7 +171,7 @@ class Elmo(tools.Unscripted):
         """See ``ElmoBiLm.load_steady_state``."""
         self._bilm("load_steady_state").load_steady_state(path)
 
-    @tools.one_call
+    @tools.fx_leaf
     def forward(self, inputs: Tensor, word_inputs: Tensor | None = None) -> dict[str, list[Tensor] | Tensor]:
         """Character ids to representations.
 

@@ -7,7 +7,8 @@ import os
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..._core.files import replacing
@@ -15,6 +16,9 @@ from ..._core.reading import reading
 from .config import ElmoConfig
 
 State = tuple[Tensor, Tensor]
+# Beside a weight file: the steady state that belongs to it.
+STEADY_STATE = "steady_state.safetensors"
+_WEIGHTS = "sha256_of_first_rows"
 
 
 def _usable(value: Tensor, like: Tensor) -> Tensor:
@@ -119,20 +123,38 @@ class SteadyState(_HeldState):
     def take(self, batch: int, like: Tensor) -> State:
         return tuple(_usable(value, like)[:, :, None].expand(-1, -1, batch, -1) for value in (self.h, self.c))
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the state as safetensors (``h``, ``c``), under a temporary name first."""
+    def save(self, path: str | os.PathLike[str], weights: str) -> None:
+        """Write the state as safetensors (``h``, ``c``), under a temporary name first.
+
+        Args:
+            path: the file.
+            weights: digest of the weights it belongs to, kept in the file.
+        """
         if not self.is_set:
             raise RuntimeError("ctxfast.Elmo: there is no steady state yet. Call calibrate() first.")
         with replacing(Path(path)) as temporary:
-            save_file({"h": self.h.contiguous(), "c": self.c.contiguous()}, temporary)
+            tensors = {"h": self.h.contiguous(), "c": self.c.contiguous()}
+            save_file(tensors, temporary, {_WEIGHTS: weights})
 
-    def load(self, path: str | os.PathLike[str], like: Tensor) -> None:
-        """Read what ``save`` wrote."""
+    def load(self, path: str | os.PathLike[str], like: Tensor, weights: str) -> None:
+        """Read what ``save`` wrote.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: another kind of file, or the state of other weights.
+        """
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"ctxfast.Elmo: there is no steady state file {path}.")
         with reading(path, "ctxfast.Elmo", "steady state, as save_steady_state writes it"):
-            tensors = load_file(path)
+            with safe_open(path, "pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+                digest = (file.metadata() or {}).get(_WEIGHTS)
             if set(tensors) != {"h", "c"} or not all(value.is_floating_point() for value in tensors.values()):
                 raise ValueError(f"ctxfast.Elmo: {path} holds no steady state; expected what save_steady_state wrote.")
+            if digest is not None and digest != weights:
+                raise ValueError(
+                    f"ctxfast.Elmo: {path} was calibrated with other weights than the model's; expected its own. "
+                    "Remove the file, or call calibrate() and save_steady_state() anew."
+                )
             self.set((tensors["h"], tensors["c"]), like)

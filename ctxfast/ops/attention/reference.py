@@ -27,8 +27,9 @@ def attention(
     total, _, heads, head_dim = qkv.shape
     if bias is not None:
         qkv = qkv + bias
-    # A recorded graph, whose sizes are no ints, is one for tokens.
-    if (isinstance(total, int) and total == 0) or max_seqlen == 0:
+    # A traced or exported graph, whose number of tokens is not known yet, is one for some tokens.
+    is_exporting = getattr(torch.compiler, "is_exporting", bool)()  # since torch 2.7
+    if (isinstance(total, int) and not is_exporting and total == 0) or max_seqlen == 0:
         return qkv.sum(dim=1)  # (0, H, D), still attached to the graph
     scale = 1.0 / math.sqrt(head_dim) if softmax_scale is None else softmax_scale
     cu_seqlens = cu_seqlens.long()

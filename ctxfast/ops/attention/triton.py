@@ -70,7 +70,7 @@ def _forward(
     tokens, _, heads, _ = qkv.shape
     sequences = cu_seqlens.shape[0] - 1
     tile = _plan(qkv, cu_seqlens, max_seqlen).forward
-    bias = None if bias is None else bias.contiguous()
+    bias, cu_seqlens = None if bias is None else bias.contiguous(), cu_seqlens.contiguous()
     options = _options(qkv, bias, seeds) | dict(
         NEGATIVE=softmax_scale < 0, SAVE_LSE=save_lse, num_warps=tile.warps, num_stages=tile.stages
     )
@@ -105,7 +105,7 @@ def _backward(
     tokens, _, heads, _ = qkv.shape
     sequences = cu_seqlens.shape[0] - 1
     plan = _plan(qkv, cu_seqlens, max_seqlen)
-    bias = None if bias is None else bias.contiguous()
+    bias, cu_seqlens = None if bias is None else bias.contiguous(), cu_seqlens.contiguous()
     options = _options(qkv, bias, seeds)
     numbers = (softmax_scale * _LOG2_E, softmax_scale, *philox.numbers(dropout_p), *qkv.stride(), *grad.stride())
     with triton_rows.on_device(qkv):

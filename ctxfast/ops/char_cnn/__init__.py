@@ -65,7 +65,7 @@ def char_cnn(
     activation: str = "relu",
     impl: str | None = None,
 ) -> Tensor:
-    """Word vectors from characters: embed, convolve with several widths, take the maximum over positions, activate.
+    """Word vectors from characters: embedding, convolutions of several widths, maximum, activation.
 
     Args:
         char_ids: (W, C) int64 or int32, rows of ``char_embeddings``.

@@ -88,7 +88,7 @@ def _forward_at(
 def _backward(grad: Tensor, at: Tensor, ids: Tensor, table: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
     """From the gradient before the activation: those of the table, of every weight, then of every bias."""
     ids, table, words = _words(ids, table)
-    grad = grad.float().contiguous()
+    grad, at = grad.float().contiguous(), at.contiguous()
     rows = [weight.float().transpose(1, 2).contiguous() for weight in weights]  # (n, w, D)
     grad_rows = [torch_ops.allocate(row.shape, row) for row in rows]
     grad_biases = [torch_ops.allocate(row.shape[:1], row) for row in rows]

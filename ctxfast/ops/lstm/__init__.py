@@ -129,7 +129,7 @@ def lstm(
     weight_dtype: torch.dtype | None = None,
     impl: str | None = None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """One LSTM layer in one or two directions.
+    """One LSTM layer in one or two directions, with projection, clipping, lengths and states.
 
     ``i, f, g, o = W_ih x + W_hh h' + b``; ``c = clip(sigmoid(i) tanh(g) + sigmoid(f) c')``;
     ``h = clip(W_proj (sigmoid(o) tanh(c)))``. The second direction runs from each row's own last step to its first.

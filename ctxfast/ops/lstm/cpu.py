@@ -213,20 +213,27 @@ class _Lstm(torch.autograd.Function):
         )
         size = hh[0].shape[1]
 
+        # Products of bfloat16 factors are bfloat16's own: twice as fast, and the gradients are rounded once more.
+        dtype = torch.bfloat16 if rounding is torch.bfloat16 else torch.float32
+        rounded_z = grad_z.to(dtype)
+
+        def factor(rows: Tensor) -> Tensor:
+            return rounded_rows(rows, rounding).to(dtype)
+
         def gradient(what: int, r: int) -> Tensor:
-            rows = grad_z[r].flatten(0, 1)
+            rows = rounded_z[r].flatten(0, 1)
             if what == 0:
                 readers = [r] if len(x) > 1 else range(len(weight_ih))
-                return sum(grad_z[d] @ rounded_rows(weight_ih[d].float(), rounding) for d in readers)
+                return sum((rounded_z[d] @ factor(weight_ih[d].float())).float() for d in readers)
             if what == 1:
-                return rows.t() @ rounded_rows(x[r % len(x)], rounding).flatten(0, 1)
+                return rows.t() @ factor(x[r % len(x)]).flatten(0, 1)
             if what == 2:
-                return rows.sum(0)
+                return grad_z[r].flatten(0, 1).sum(0)
             if what == 3:
                 first = None if h_0 is None else h_0[r]
                 before = previous(output[:, :, r * size : (r + 1) * size], first, lengths, r == 1)
-                return rows.t() @ rounded_rows(before, rounding).flatten(0, 1)
-            return grad_hidden[r].flatten(0, 1).t() @ rounded_rows(m[r], rounding).flatten(0, 1)
+                return rows.t() @ factor(before).flatten(0, 1)
+            return grad_hidden[r].flatten(0, 1).to(dtype).t() @ factor(m[r]).flatten(0, 1)
 
         wanted = iter(ctx.needs_input_grad[6:])
         found = [

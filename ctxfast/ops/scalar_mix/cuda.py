@@ -25,7 +25,7 @@ def _output(layers: Sequence[Tensor]) -> Tensor:
 
 def _forward(layers: Sequence[Tensor], weights: Tensor) -> Tensor:
     output = _output(layers)
-    layers = [layer.contiguous() for layer in layers]
+    layers, weights = [layer.contiguous() for layer in layers], weights.contiguous()
     with torch_ops.launching(output) as stream:
         capability.extension().scalar_mix_forward(
             num_inputs=len(layers), numel=output.numel(), dtype=capability.DTYPE_NAMES[output.dtype],
@@ -42,7 +42,7 @@ def _gradients(layers: Sequence[Tensor], weights: Tensor) -> list[Tensor]:
 
 def _backward(grad: Tensor, layers: Sequence[Tensor], weights: Tensor) -> list[Tensor]:
     *grad_layers, grad_weights = _gradients(layers, weights)
-    grad, layers = grad.contiguous(), [layer.contiguous() for layer in layers]
+    grad, layers, weights = grad.contiguous(), [layer.contiguous() for layer in layers], weights.contiguous()
     c = capability.extension()
     size = c.scalar_mix_workspace_bytes(len(layers), grad.numel())
     workspace = torch_ops.allocate((size,), grad, torch.uint8)

@@ -18,19 +18,17 @@ import torch
 from torch import Tensor
 
 from ..._core import registry, torch_ops
-from ..shared import philox, triton_rows
+from ..shared import philox, triton_activation, triton_rows
 from . import PARTS, TENSORS
 
 _OP = "transformer_layers"
 # Kernels of a layer's parts, by the table of ops: implementations do not import one another.
-_attention, _linear_act, _norm = (
-    registry.OPS[name].module("triton") for name in ("attention", "linear_act", "add_layer_norm")
-)
+_attention, _norm = (registry.OPS[name].module("triton") for name in ("attention", "add_layer_norm"))
 # Places among a layer's tensors.
 (_QKV, _PROJECT, _NORM, _WIDEN, _NARROW, _LAST_NORM) = range(0, TENSORS, 2)
 assert PARTS == ("qkv", "project", "attention_norm", "widen", "narrow", "output_norm")
-# What products read: their biases but the first are added in float32 elsewhere.
-_LOWERED = (_QKV, _QKV + 1, _PROJECT, _WIDEN, _NARROW)
+# What products read; the other biases are added in float32 by the LayerNorms' kernels.
+_LOWERED = (_QKV, _QKV + 1, _PROJECT, _WIDEN, _WIDEN + 1, _NARROW)
 _ALIGNED = 64  # elements: what a copy of a weight must be a multiple of, so that the next begins at 128 bytes
 # Products of half precision that give float32 (torch 2.8, on a GPU).
 _HAS_WIDE_PRODUCTS = hasattr(torch.ops.aten.mm, "dtype")
@@ -97,8 +95,9 @@ def _forward(
     h, low_h, mean, rstd = _norm.forward(
         projected, x, scale, shift, project_bias, eps, dropout_p, norm_seeds, out_dtype, compute_dtype, save
     )
-    product = (h if compute_dtype is None else low_h).mm(widen.t())
-    narrowed = _activated(product, widen_bias, activation).mm(narrow.t())
+    made, product = _activated(h if compute_dtype is None else low_h, widen, widen_bias, activation, save)
+    narrowed = made.mm(narrow.t())
+    del made
     out, low_out, last_mean, last_rstd = _norm.forward(
         narrowed, h, last, last_shift, narrow_bias, eps, last_p, last_seeds, out_dtype,
         compute_dtype if with_low else None, save,
@@ -153,18 +152,20 @@ def _backward(
     if not wanted & _BEFORE_LAST:
         return found
     of_narrowed = of_narrowed if is_mixed or last_seeds is not None else of_h
-    if wants(_NARROW):
-        made = _activated(product, widen_bias, activation)
-        keep(_NARROW, _of_weight(of_narrowed, made, is_mixed))
-        del made
-    of_product = of_narrowed.mm(narrow)
-    if activation != "none":
-        with_bias = bool(wants(_WIDEN + 1))
-        of_product, of_bias = _linear_act._backward(of_product, product, widen_bias, activation, with_bias)
-    elif wants(_WIDEN + 1):
-        of_bias = of_product.sum(0, dtype=torch.float32 if is_mixed else None)
-    if wants(_WIDEN + 1):
+    of_product = of_narrowed.mm(narrow)  # so far that of the activation's result
+    if activation == "none":
+        made = product if widen_bias is None else product + widen_bias
+        if wants(_WIDEN + 1):
+            keep(_WIDEN + 1, of_product.sum(0, dtype=torch.float32 if is_mixed else None))
+    else:
+        made = triton_activation.output(product) if wants(_NARROW) else None
+        size = (widen.shape[0],) if wants(_WIDEN + 1) else (0,)
+        of_bias = torch_ops.allocate(size, widen, torch.float32 if is_mixed else None)
+        triton_activation.backward(of_product, product, widen_bias, activation, of_product, made, of_bias)
         keep(_WIDEN + 1, of_bias)
+    if wants(_NARROW):
+        keep(_NARROW, _of_weight(of_narrowed, made, is_mixed))
+    del made
     if wants(_WIDEN):
         keep(_WIDEN, _of_weight(of_product, low_h if is_mixed else h, is_mixed))
     if not wanted & _BEFORE_WIDEN:
@@ -206,10 +207,14 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.mm(weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
 
 
-def _activated(product: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+def _activated(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, is_kept: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The first half of the feed-forward block, and its product if it is to be kept."""
     if activation == "none":
-        return product if bias is None else product + bias
-    return _linear_act._forward(product, bias, activation)
+        product = x.mm(weight.t())
+        return product if bias is None else product + bias, product
+    return triton_activation.linear(x, weight, bias, activation, is_kept, triton_activation.forward)
 
 
 def _of_weight(grad: Tensor, x: Tensor, is_mixed: bool) -> Tensor:

@@ -2,7 +2,8 @@
 """Text for a bidirectional language model: sentences of words in memory-mapped arrays, and what each step reads.
 
 A sentence of n words makes n + 1 predictions in each direction: forwards ``<S> w1 .. wn`` predict ``w1 .. wn </S>``,
-backwards ``</S> wn .. w1`` predict ``wn .. w1 <S>``. Sentences follow one another in the order of the text.
+backwards ``</S> wn .. w1`` predict ``wn .. w1 <S>``. Sentences follow one another in the order of the text. A document
+begins where a file does and after a blank line.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import numpy as np
 from ..._core.checks import shown
 from ..._core.digests import fingerprint
 from ..._core.files import replacing_folder
-from ...models.elmo.tokenization import BEGIN_SENTENCE, END_SENTENCE, ElmoCharacterMapper
+from ...models.elmo.tokenization import BEGIN_SENTENCE, END_SENTENCE, END_WORD_ID, ElmoCharacterMapper
 from .prepared import read_note, save_array, stored
 from .text import split_sentences, text_lines
 
@@ -59,17 +60,25 @@ def sentences(path: str | os.PathLike[str], tokenize: bool = False) -> Iterator[
         FileNotFoundError: no such file.
         ValueError: a line that is no UTF-8, or that holds ``<S>`` or ``</S>``, by its number.
     """
+    for words, _ in _in_documents(path, tokenize):
+        yield words
+
+
+def _in_documents(path: str | os.PathLike[str], tokenize: bool) -> Iterator[tuple[list[str], bool]]:
+    """``sentences``, each with whether it begins a document: the file's first, and whatever follows a blank line."""
+    begins = True
     for number, line in enumerate(text_lines(path), 1):
-        if tokenize:
-            yield from tokenized(line)
+        if not line.strip():
+            begins = True
             continue
-        if words := line.split():
-            if BEGIN_SENTENCE in words or END_SENTENCE in words:
+        for words in tokenized(line) if tokenize else (line.split(),):
+            if not tokenize and (BEGIN_SENTENCE in words or END_SENTENCE in words):
                 raise ValueError(
                     f"ctxfast.training: line {number} of {path} holds a sentence mark; expected words only, the marks "
                     "are added."
                 )
-            yield words
+            yield words, begins
+            begins = False
 
 
 def count_words(files: Sequence[str | os.PathLike[str]], tokenize: bool = False) -> Counter[str]:
@@ -147,6 +156,7 @@ class BiLmCorpus:
         characters: (D, C) int16, character ids of every distinct word of the text, the vocabulary's first.
         positions: predictions in each direction.
         num_sentences: sentences.
+        documents: (N,) int64, positions at which documents begin.
     """
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
@@ -157,6 +167,7 @@ class BiLmCorpus:
             self._tokens = np.load(path / "tokens.npy", mmap_mode="r")
             # Position at which each sentence starts, and the end of the last.
             self._starts = np.load(path / "starts.npy", mmap_mode="r")
+            self.documents = np.load(path / "documents.npy", mmap_mode="r")
             self.num_sentences = len(self._starts) - 1
             self.positions = int(self._starts[-1])
 
@@ -198,7 +209,7 @@ class BiLmCorpus:
         path = Path(directory)
         given = None if vocabulary is None else hashlib.sha256("\n".join(vocabulary).encode()).hexdigest()
         meta: dict[str, Any] = {
-            "format": 1,
+            "format": 2,
             "files": [[os.fspath(file), fingerprint(file)] for file in files if Path(file).is_file()],
             "vocabulary": [vocabulary_size, min_count] if given is None else given,
             "tokenize": tokenize,
@@ -251,9 +262,21 @@ class BiLmCorpus:
         targets[targets >= len(self.vocabulary)] = UNKNOWN_ID
         return Window(inputs, targets)
 
-    def sentence_start(self, position: int) -> int:
-        """Where the sentence of a position starts."""
-        return int(self._starts[np.searchsorted(self._starts, position % self.positions, side="right") - 1])
+    def sentence_starts(self, positions: np.ndarray) -> np.ndarray:
+        """Where the sentences of positions (any shape, int64) start; a position past the end counts from the start."""
+        return self._starts[np.searchsorted(self._starts, positions % self.positions, side="right") - 1]
+
+    @property
+    def starts(self) -> np.ndarray:
+        """(sentences + 1,) int64, the position at which each sentence starts, and the end of the last."""
+        return self._starts
+
+    def words(self, sentence: int) -> list[bytes]:
+        """Words of a sentence by its number, UTF-8, as far as their characters are read."""
+        first, last = int(self._starts[sentence]), int(self._starts[sentence + 1])
+        rows = self.characters[self._tokens[first - sentence : last - sentence - 1]]
+        # The row of a word: its begin mark, its bytes, each + 1, its end mark.
+        return [bytes((row[1 : int(np.argmax(row == END_WORD_ID))] - 1).astype(np.uint8)) for row in rows]
 
 
 def _write(
@@ -275,7 +298,7 @@ def _write(
         part = distinct[start : start + (1 << 16)]
         characters[start : start + len(part)] = mapper.rows(part)
     save_array(path / "characters.npy", characters)
-    starts, position = array("q", [0]), 0
+    starts, documents, position = array("q", [0]), array("q"), 0
     block: list[int] = []
     total = sum(counts.values())
     # Written, not mapped: a process that writes into a map of a file on a full disk is killed.
@@ -283,11 +306,13 @@ def _write(
         header = {"descr": np.dtype(np.int32).str, "fortran_order": False, "shape": (total,)}
         np.lib.format.write_array_header_1_0(out, header)
         for file in files:
-            for words in sentences(file, tokenize):
+            for words, begins in _in_documents(file, tokenize):
                 try:
                     block += [number[word] for word in words]
                 except KeyError:  # it was not there when words were counted
                     raise ValueError(f"{_WHO}: text {file} changed while it was read. Run again.") from None
+                if begins:
+                    documents.append(position)
                 position += len(words) + 1
                 starts.append(position)
                 if len(block) >= _BLOCK_TOKENS:
@@ -295,3 +320,4 @@ def _write(
                     block = []
         out.write(np.asarray(block, dtype=np.int32).tobytes())
     save_array(path / "starts.npy", np.frombuffer(starts, dtype=np.int64))
+    save_array(path / "documents.npy", np.frombuffer(documents, dtype=np.int64))

@@ -3,12 +3,16 @@
 
 Lanes of running text; the LSTMs' state is carried from step to step and gradients go back one step's window; two
 directions share characters, projections and the output layer, and nothing else.
+
+Beyond bilm-tf, lanes begin anew from zeros, at documents and now and then elsewhere. A state that is carried from the
+first step to the last never comes near zero again, and a network that knows only the region where its lanes are may be
+of no use to whoever starts it from zeros (held-out perplexity 363 from a carried state, 39,068 from zeros was seen).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -23,6 +27,7 @@ from torch import Tensor, nn
 from ... import functional
 from ...models.elmo.bilm import ElmoBiLm
 from ...models.elmo.config import ElmoConfig
+from ...models.elmo.states import STEADY_STATE
 from ...models.elmo.weights import load_weights, random_weights, save_weights
 from ..loop.train import BaseTask, moved
 from .bilm_corpus import BiLmCorpus, Window, read_vocabulary
@@ -30,6 +35,15 @@ from .sampled_softmax import log_uniform_negatives, sampled_softmax_loss
 
 _WHO = "ctxfast.training.BiLmPretraining"
 _EVALUATION_STEPS = 64
+# Predictions of a batch of sentences that are judged from zeros, padding included.
+_EVALUATION_PREDICTIONS = 8192
+# A lane begins anew at a document at most once in so many windows: not for every one of a text of short ones.
+_WINDOWS_OF_A_DOCUMENT = 4
+_CALIBRATION_SENTENCES = 512
+
+
+def _perplexity(loss: float) -> float:
+    return math.exp(min(loss, 700.0))
 
 
 class BiLmWithSoftmax(nn.Module):
@@ -123,11 +137,13 @@ class BiLmWithSoftmax(nn.Module):
 
 @dataclass(frozen=True)
 class BiLmBatch:
-    """A window of every lane: ``words`` (W, C), ``inputs`` and ``targets`` (2, B, U), negatives (2, S)."""
+    """A window of every lane: ``words`` (W, C), ``inputs`` and ``targets`` (2, B, U), ``is_new`` (B,) bool for lanes
+    that begin anew, negatives (2, S)."""
 
     words: Tensor
     inputs: Tensor
     targets: Tensor
+    is_new: Tensor
     negatives: Tensor | None
     tries: Tensor | None
 
@@ -143,13 +159,15 @@ class BiLmPretraining(BaseTask):
         unroll: steps of a window: how far gradients go back.
         negatives: words of the sampled softmax, new ones each step and direction; 0 for a full softmax.
         dropout: see ``BiLmWithSoftmax``.
+        restart: probability that a lane begins anew with a window: from zeros, at the start of a sentence. It does so
+            at documents too. 0 with a text of one document: states are carried through an epoch, as in bilm-tf.
         scale_by_unroll: the loss that gradients are taken of is multiplied by ``unroll``, as bilm-tf does; it matters
             to clipping and to Adagrad's start.
         seed: of first weights, of lanes' starts and of negatives.
         impl: implementation of every op; None chooses.
 
-    Where a lane starts is drawn anew for each epoch, at a sentence; it reads on from there, its state carried, from
-    epoch to epoch too.
+    Where a lane starts is drawn anew for each epoch, at a sentence and from zeros; it reads on from there, its state
+    carried, until it begins anew.
 
     Raises:
         ValueError: a text too short for its lanes, or values out of range.
@@ -167,10 +185,13 @@ class BiLmPretraining(BaseTask):
         unroll: int = 20,
         negatives: int = 8192,
         dropout: float = 0.1,
+        restart: float = 0.05,
         scale_by_unroll: bool = True,
         seed: int = 0,
         impl: str | None = None,
     ) -> None:
+        if not 0.0 <= restart <= 1.0:
+            raise ValueError(f"{_WHO}: restart is {restart}; expected a probability, 0 <= p <= 1.")
         for name, value, least in (("batch_size", batch_size, 1), ("unroll", unroll, 1), ("negatives", negatives, 0)):
             if value < least:
                 raise ValueError(f"{_WHO}: {name} is {value}; expected {least} or more.")
@@ -184,11 +205,11 @@ class BiLmPretraining(BaseTask):
             )
         self.corpus, self.held_out, self.config = corpus, held_out, config
         self.batch_size, self.unroll, self.negatives, self.seed = batch_size, unroll, negatives, seed
-        self._scale = unroll if scale_by_unroll else 1
+        self._restart, self._scale = restart, unroll if scale_by_unroll else 1
         self.model = BiLmWithSoftmax(config, size, dropout, impl=impl)
         self.model.initialize(seed)
         self._state: tuple[Tensor, Tensor] | None = None
-        self._lane_starts = lru_cache(maxsize=2)(self._make_lane_starts)
+        self._lanes = lru_cache(maxsize=2)(self._make_lanes)
 
     def windows_per_epoch(self, ranks: int = 1) -> int:
         """Micro-batches of an epoch of one process.
@@ -205,15 +226,39 @@ class BiLmPretraining(BaseTask):
             )
         return windows
 
-    def _make_lane_starts(self, epoch: int, ranks: int) -> list[int]:
-        lanes, total = self.batch_size * ranks, self.corpus.positions
-        shift = int(np.random.default_rng((self.seed, epoch)).integers(total))
-        return [self.corpus.sentence_start(lane * total // lanes + shift) for lane in range(lanes)]
+    def _make_lanes(self, epoch: int, ranks: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        """For each lane of an epoch the windows with which it begins anew, and the positions at which it does."""
+        lanes, total, unroll = self.batch_size * ranks, self.corpus.positions, self.unroll
+        windows = self.windows_per_epoch(ranks)
+        draw = np.random.default_rng((self.seed, epoch))
+        shift = int(draw.integers(total))
+        nominal = (np.arange(lanes) * total // lanes + shift) % total
+        documents = self.corpus.documents
+        plan = []
+        for start in nominal:
+            drawn = np.flatnonzero(draw.random(windows) < self._restart) if self._restart else np.empty(0, np.int64)
+            found = np.union1d(drawn, [0])
+            places = self.corpus.sentence_starts(start + found * unroll)
+            # A document that begins within a window: the next one begins with it.
+            last = start + (windows - 1) * unroll
+            edges = np.searchsorted(documents, (start, min(last, total), max(last - total, 0)))
+            ahead = np.concatenate([documents[edges[0] : edges[1]], documents[: edges[2]] + total]) - start
+            _, first = np.unique(ahead // (unroll * _WINDOWS_OF_A_DOCUMENT), return_index=True)
+            ahead = ahead[first]
+            found = np.concatenate([-(-ahead // unroll), found])
+            places = np.concatenate([(start + ahead) % total, places])
+            found, first = np.unique(found, return_index=True)  # a document goes before a sentence
+            plan.append((found, places[first]))
+        return plan
 
     def batch(self, step: int, rank: int = 0, ranks: int = 1) -> BiLmBatch:
         epoch, place = divmod(step, self.windows_per_epoch(ranks))
-        starts = self._lane_starts(epoch, ranks)[rank * self.batch_size : (rank + 1) * self.batch_size]
-        window = self.corpus.window([start + place * self.unroll for start in starts], self.unroll)
+        starts, is_new = [], []
+        for windows, places in self._lanes(epoch, ranks)[rank * self.batch_size : (rank + 1) * self.batch_size]:
+            last = int(np.searchsorted(windows, place, side="right")) - 1
+            starts.append(int(places[last]) + (place - int(windows[last])) * self.unroll)
+            is_new.append(place == windows[last])
+        window = self.corpus.window(starts, self.unroll)
         negatives = tries = None
         if self.negatives:
             draw = np.random.default_rng((self.seed, step, rank))
@@ -221,7 +266,7 @@ class BiLmPretraining(BaseTask):
             pairs = [log_uniform_negatives(draw, self.negatives, size) for _ in range(2)]
             negatives = torch.from_numpy(np.stack([words for words, _ in pairs]))
             tries = torch.tensor([count for _, count in pairs])
-        return BiLmBatch(*self._tensors(self.corpus, window), negatives, tries)
+        return BiLmBatch(*self._tensors(self.corpus, window), torch.tensor(is_new), negatives, tries)
 
     @staticmethod
     def _tensors(corpus: BiLmCorpus, window: Window) -> tuple[Tensor, Tensor, Tensor]:
@@ -231,33 +276,72 @@ class BiLmPretraining(BaseTask):
         return characters, inputs, torch.from_numpy(window.targets)
 
     def loss(self, model: nn.Module, batch: BiLmBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        losses, self._state = model(batch.words, batch.inputs, batch.targets, self._state, batch.negatives, batch.tries)
+        state = self._state
+        if state is not None:
+            state = tuple(value.masked_fill(batch.is_new[:, None], 0.0) for value in state)
+        losses, self._state = model(batch.words, batch.inputs, batch.targets, state, batch.negatives, batch.tries)
         mean = losses.mean()
         return mean * self._scale, {"loss": mean, "loss_forward": losses[0], "loss_backward": losses[1]}
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Losses and perplexities of the held-out text under the full softmax, every word predicted once each way."""
+        """Losses and perplexities of the held-out text under the full softmax, every word predicted once each way.
+
+        "warm": from the state that running text leaves; "zero": every sentence from zeros. ``loss`` and
+        ``perplexity``, means over both directions, are those of the start that is worse, so that a model is the best
+        one only if it is good from both.
+        """
         if self.held_out is None:
             return {}
-        text, device = self.held_out, self.model.softmax.weight.device
-        lanes = max(1, min(self.batch_size, text.positions // _EVALUATION_STEPS))
+        losses = {"warm": self._warm_losses(model), "zero": self._zero_losses(model)}
+        means = {start: sum(values) / 2 for start, values in losses.items()}
+        worse = max(means.values())
+        figures = {"loss": worse, "perplexity": _perplexity(worse)}
+        for start, values in losses.items():
+            figures[f"perplexity_{start}"] = _perplexity(means[start])
+            for direction, value in zip(("forward", "backward"), values):
+                figures[f"perplexity_{start}_{direction}"] = _perplexity(value)
+        return figures
+
+    def _warm_losses(self, model: nn.Module) -> list[float]:
+        """Mean losses of both directions over the held-out text, read in lanes that carry their state."""
+        text, steps = self.held_out, _EVALUATION_STEPS
+        lanes = max(1, min(self.batch_size, text.positions // steps))
         edges = [lane * text.positions // lanes for lane in range(lanes + 1)]
-        totals = torch.zeros(2, dtype=torch.float64, device=device)
-        state = None
-        for start in range(0, max(end - begin for begin, end in zip(edges, edges[1:])), _EVALUATION_STEPS):
-            starts = [edge + start for edge in edges[:-1]]
-            window = text.window(starts, _EVALUATION_STEPS, edges[1:])
-            words, inputs, targets = moved(self._tensors(text, window), device)
-            losses, state = model(words, inputs, targets, state)
-            totals += losses
-        forward, backward = (totals / text.positions).tolist()
-        both = (forward + backward) / 2
-        return {
-            "loss": both,
-            "perplexity": math.exp(min(both, 700.0)),
-            "perplexity_forward": math.exp(min(forward, 700.0)),
-            "perplexity_backward": math.exp(min(backward, 700.0)),
-        }
+        totals, state = None, None
+        # The window before a lane's first word warms it up.
+        for start in range(-steps, max(end - begin for begin, end in zip(edges, edges[1:])), steps):
+            ends = edges[:-1] if start < 0 else edges[1:]
+            losses, state = self._judge(model, [edge + start for edge in edges[:-1]], steps, ends, state)
+            if start >= 0:
+                totals = losses.double() if totals is None else totals + losses
+        return (totals / text.positions).tolist()
+
+    def _zero_losses(self, model: nn.Module) -> list[float]:
+        """Mean losses of both directions over the held-out text, every sentence read from zeros."""
+        text = self.held_out
+        lengths = np.diff(text.starts)
+        order = np.argsort(lengths, kind="stable")
+        totals, first = None, 0
+        while first < len(order):
+            # As many sentences as fit, padded to the longest of them.
+            last = first + 1
+            while last < len(order) and (last + 1 - first) * lengths[order[last]] <= _EVALUATION_PREDICTIONS:
+                last += 1
+            rows, state = order[first:last], None
+            for start in range(0, int(lengths[order[last - 1]]), _EVALUATION_PREDICTIONS):
+                steps = min(_EVALUATION_PREDICTIONS, int(lengths[order[last - 1]]) - start)
+                losses, state = self._judge(model, text.starts[rows] + start, steps, text.starts[rows + 1], state)
+                totals = losses.double() if totals is None else totals + losses
+            first = last
+        return (totals / text.positions).tolist()
+
+    def _judge(
+        self, model: nn.Module, starts: Sequence[int], steps: int, ends: Sequence[int], state: Any
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Summed losses (2,) of a window of the held-out text, and the state after it."""
+        window = self.held_out.window([int(start) for start in starts], steps, [int(end) for end in ends])
+        words, inputs, targets = moved(self._tensors(self.held_out, window), self.model.softmax.weight.device)
+        return model(words, inputs, targets, state)
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         return [{"params": [value for value in self.model.parameters() if value.requires_grad]}]
@@ -270,13 +354,26 @@ class BiLmPretraining(BaseTask):
         self._state = (state["h"].to(device), state["c"].to(device)) if state else None
 
     def save(self, directory: Path) -> None:
-        """options.json and weights.hdf5 as AllenNLP and bilm-tf read them; vocabulary.txt, softmax.safetensors."""
+        """options.json and weights.hdf5 as AllenNLP and bilm-tf read them; steady_state.safetensors, from which
+        ``ElmoBiLm`` starts texts by ``state="steady"``; vocabulary.txt, softmax.safetensors."""
         state = self.model.bilm.state_dict()
         save_weights(state, self.config, directory / "options.json", directory / "weights.hdf5")
+        self._calibrate()
+        self.model.bilm.save_steady_state(directory / STEADY_STATE)
         text = "".join(f"{word}\n" for word in self.corpus.vocabulary)
         (directory / "vocabulary.txt").write_text(text, encoding="utf-8")
         layer = {name: value.detach().cpu().contiguous() for name, value in self.model.softmax.state_dict().items()}
         save_file(layer, directory / "softmax.safetensors")
+
+    def _calibrate(self) -> None:
+        """The steady state over running text of the corpus, from as many places as there are lanes."""
+        lanes = 4
+        count = min(_CALIBRATION_SENTENCES, self.corpus.num_sentences)
+        each = -(-count // lanes)
+        first = [lane * (self.corpus.num_sentences - each) // lanes for lane in range(lanes)]
+        # Lanes read side by side: sentence i of all of them, then i + 1.
+        chosen = [min(start + i, self.corpus.num_sentences - 1) for i in range(each) for start in first]
+        self.model.bilm.calibrate((self.corpus.words(number) for number in chosen), lanes=lanes)
 
     def start_from(self, directory: Path) -> None:
         """Take the weights of a model that ``save`` wrote, or of any ELMo folder (then without its output layer).

@@ -3,12 +3,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +18,23 @@ from ..._core.reading import read_json, reading
 from ...embedding.embedder import Embedder
 from ...embedding.encoders import ElmoEncoder
 from ...models.bert.config import BertConfig
-from ...models.bert.heads import BertForQuestionAnswering, BertForSequenceClassification, BertForTokenClassification
 from ...models.bert.tokenization import BertTokenizer
-from ...models.lstm_heads import LstmClassifier, LstmSpanFinder, LstmTagger, OverElmo
-from .classify import BertClassifier, FeatureClassifier
+from ...models.lstm_heads import OverElmo
+from .builder import Choice, TaskBuilder
+from .classify import ClassifierBuilder
 from .features import FEATURES, FrozenLayers
 from .predictor import FORMAT, SETTINGS_FILE, Predictor
-from .span import BertSpanFinder, FeatureSpanFinder
-from .tag import BertTagger, FeatureTagger, is_bio
+from .span import SpanFinderBuilder
+from .tag import TaggerBuilder
 
 _WHO = "ctxfast.finetune"
-TASKS = ("classify", "pair", "tag", "span")
+BUILDERS: dict[str, TaskBuilder] = {
+    "classify": ClassifierBuilder(is_pair=False),
+    "pair": ClassifierBuilder(is_pair=True),
+    "tag": TaggerBuilder(),
+    "span": SpanFinderBuilder(),
+}
+TASKS = tuple(BUILDERS)
 _FORMS = ("bert", "features", "elmo")
 # What settings are, in a stored model: the types, and what to call them.
 _WHOLE, _NUMBER, _TRUTH = (int, "a whole number"), ((int, float), "a number"), (bool, "true or false")
@@ -54,51 +58,6 @@ _HEAD_OPTIONS = {
     "marks_predicate": _TRUTH,
 }
 _RECURRENT = re.compile(r"^reader\.lstm\.weight_hh_l\d+$")
-_ARCHITECTURES = {
-    "ForSequenceClassification": "classify",
-    "ForTokenClassification": "tag",
-    "ForQuestionAnswering": "span",
-}
-
-
-@dataclass(frozen=True)
-class Choice:
-    """How a pretrained model is used.
-
-    Attributes:
-        features: None: BERT with all layers trained, or ELMo with its weights trained too. A name of
-            ``features.FEATURES``: vectors of a frozen encoder, and an LSTM over them.
-        hidden_size, lstm_layers, dropout: of the LSTM.
-        crf: whether tags are scored together (with ``features``, or ELMo).
-        max_length: tokens of a text or window; None for the task's default.
-        predicate: see ``BertTagger``; with ``features`` or ELMo anything but "none" is a learned mark.
-        is_spans: whether tags are BIO spans.
-        doc_stride, max_query, max_answer, n_best, null_threshold: see ``BertSpanFinder``.
-
-    Raises:
-        ValueError: a size below 1, a dropout that is no probability below 1.
-    """
-
-    features: str | None = None
-    hidden_size: int = 256
-    lstm_layers: int = 2
-    dropout: float = 0.3
-    crf: bool = False
-    max_length: int | None = None
-    predicate: str = "none"
-    is_spans: bool = True
-    doc_stride: int = 128
-    max_query: int = 64
-    max_answer: int = 30
-    n_best: int = 20
-    null_threshold: float | None = 0.0
-
-    def __post_init__(self) -> None:
-        for name in ("hidden_size", "lstm_layers", "doc_stride", "max_query", "max_answer", "n_best"):
-            if not getattr(self, name) >= 1:
-                raise ValueError(f"ctxfast.finetune: {name} is {getattr(self, name)}; expected 1 or more.")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"ctxfast.finetune: dropout is {self.dropout}; expected a probability, 0 <= p < 1.")
 
 
 def build(
@@ -151,25 +110,11 @@ def _bert(task: str, model: Any, labels: Sequence[str], choice: Choice, device: 
     with warnings.catch_warnings():  # refused below, before a text meets a row that is not there
         warnings.filterwarnings("ignore", message=".*tokens beyond it cannot be embedded")
         tokenizer = BertTokenizer.from_pretrained(model)
-    options: dict[str, Any] = {} if choice.max_length is None else {"max_length": choice.max_length}
-    place = {"dtype": torch.float32, "device": device}
-    if task == "tag":
-        tagger = BertForTokenClassification.from_pretrained(model, num_labels=list(labels), **place)
-        _check_vocabulary(model, tokenizer, tagger)
-        return BertTagger(tagger, tokenizer, labels, predicate=choice.predicate, is_spans=choice.is_spans, **options)
-    if task == "span":
-        names = ("doc_stride", "max_query", "max_answer", "n_best", "null_threshold")
-        options |= {name: getattr(choice, name) for name in names}
-        finder = BertForQuestionAnswering.from_pretrained(model, **place)
-        _check_vocabulary(model, tokenizer, finder)
-        return BertSpanFinder(finder, tokenizer, **options)
-    classifier = BertForSequenceClassification.from_pretrained(model, num_labels=list(labels) or 1, **place)
-    # The file may be of another kind of problem; Hugging Face's pipelines look here, too.
-    problem = "single_label_classification" if labels else "regression"
-    extra = {**classifier.config.extra, "problem_type": problem}
-    classifier.config = dataclasses.replace(classifier.config, extra=extra)
-    _check_vocabulary(model, tokenizer, classifier)
-    return BertClassifier(classifier, tokenizer, labels, is_pair=task == "pair", **options)
+    builder = BUILDERS[task]
+    network = builder.network(model, labels, dtype=torch.float32, device=device)
+    _check_vocabulary(model, tokenizer, network)
+    options = {} if choice.max_length is None else choice.fields("max_length")
+    return builder.over_bert(network, tokenizer, labels, choice, **options)
 
 
 def _check_vocabulary(model: Any, tokenizer: BertTokenizer, network: Any) -> None:
@@ -183,30 +128,23 @@ def _check_vocabulary(model: Any, tokenizer: BertTokenizer, network: Any) -> Non
 
 
 def _head(task: str, num_layers: int, dim: int, labels: Sequence[str], choice: Choice) -> tuple[Any, dict[str, Any]]:
-    options: dict[str, Any] = {
-        "hidden_size": choice.hidden_size,
-        "lstm_layers": choice.lstm_layers,
-        "dropout": choice.dropout,
-    }
+    """An LSTM head, and the options to make it again."""
+    builder = BUILDERS[task]
     if choice.max_length is not None:
         raise ValueError(
             "ctxfast.finetune: max_length is given with features or ELMo, which read every word. Leave it out."
         )
-    if task == "tag":
-        options |= {"crf": choice.crf, "marks_predicate": choice.predicate != "none"}
-        return LstmTagger(num_layers, dim, labels, **options), options
-    if choice.crf:
-        raise ValueError(f"ctxfast.finetune: crf is asked for with task {task!r}; expected 'tag' for it.")
-    if task == "span":
-        return LstmSpanFinder(num_layers, dim, **options), options
-    return LstmClassifier(num_layers, dim, max(len(labels), 1), is_pair=task == "pair", **options), options
+    if choice.crf and not builder.has_crf:
+        known = " or ".join(repr(name) for name, other in BUILDERS.items() if other.has_crf)
+        raise ValueError(f"ctxfast.finetune: crf is asked for with task {task!r}; expected {known} for it.")
+    options = choice.fields("hidden_size", "lstm_layers", "dropout") | builder.head_options(choice)
+    return builder.head(num_layers, dim, labels, **options), options
 
 
 def _over_features(task: str, embedder: Embedder, labels: Sequence[str], choice: Choice) -> Predictor:
     frozen = FrozenLayers(embedder, choice.features)
     head, options = _head(task, frozen.num_layers, frozen.dim, labels, choice)
-    head.to(embedder.device)
-    return _predictor(task, head, frozen, labels, choice, options)
+    return BUILDERS[task].over_features(head.to(embedder.device), frozen, labels, choice, options)
 
 
 def _over_elmo(task: str, embedder: Embedder, labels: Sequence[str], choice: Choice) -> Predictor:
@@ -214,18 +152,7 @@ def _over_elmo(task: str, embedder: Embedder, labels: Sequence[str], choice: Cho
     bilm = embedder.encoder.model.requires_grad_(True)
     head, options = _head(task, bilm.num_layers, bilm.get_output_dim(), labels, choice)
     model = OverElmo(bilm, head.to(embedder.device))
-    return _predictor(task, model, None, labels, choice, options)
-
-
-def _predictor(
-    task: str, model: Any, frozen: FrozenLayers | None, labels: Sequence[str], choice: Choice, head: dict[str, Any]
-) -> Predictor:
-    if task == "tag":
-        return FeatureTagger(model, frozen, labels, head=head, is_spans=choice.is_spans)
-    if task == "span":
-        names = ("max_answer", "n_best", "null_threshold")
-        return FeatureSpanFinder(model, frozen, head=head, **{name: getattr(choice, name) for name in names})
-    return FeatureClassifier(model, frozen, labels, is_pair=task == "pair", head=head)
+    return BUILDERS[task].over_features(model, None, labels, choice, options)
 
 
 def load(
@@ -365,7 +292,7 @@ def _load_foreign(directory: Path, task: str | None, device: Any, changes: dict[
     file = directory / "config.json"
     config = BertConfig.from_json_file(file) if file.is_file() else None
     kinds = config.extra.get("architectures") or [""] if config is not None else [""]
-    found = next((own for end, own in _ARCHITECTURES.items() if str(kinds[0]).endswith(end)), None)
+    found = next((name for name, own in BUILDERS.items() if str(kinds[0]).endswith(own.architecture)), None)
     if config is None or found is None:
         inner = [name for name in ("best", "final") if (directory / name / SETTINGS_FILE).is_file()]
         hint = f" Did you mean {directory / inner[0]}?" if inner else ""
@@ -373,21 +300,18 @@ def _load_foreign(directory: Path, task: str | None, device: Any, changes: dict[
             f"ctxfast.finetune: {directory} has no {SETTINGS_FILE}, nor a config.json of a model with a head that is "
             f"known here; expected a fine-tuned model.{hint}"
         )
-    if found == "classify" and task == "pair":
-        found = "pair"
+    if task in BUILDERS and BUILDERS[task].architecture == BUILDERS[found].architecture:
+        found = task  # one class serves both
     _check_task(directory, found, task)
-    labels: tuple[str, ...] = ()
-    if found != "span" and not (found != "tag" and config.num_labels == 1):
+    builder, labels = BUILDERS[found], ()
+    if builder.has_classes(config.num_labels):
         names = config.id2label or {k: f"LABEL_{k}" for k in range(config.num_labels)}
         labels = tuple(names[k] for k in range(config.num_labels))
     if labels and config.extra.get("problem_type") == "multi_label_classification":
         raise ValueError(
             f"ctxfast.finetune: {directory} gives a text several labels; expected a model of one label each."
         )
-    if found == "tag":
-        changes = {"is_spans": is_bio(labels), **changes}
-    elif found == "span":
-        changes = {"null_threshold": None, **changes}
-    predictor = _whole_bert(found, directory, labels, Choice(**changes), device)
+    choice = Choice(**{**builder.foreign_changes(labels), **changes})
+    predictor = _whole_bert(found, directory, labels, choice, device)
     predictor.model.eval()
     return predictor

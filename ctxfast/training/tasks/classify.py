@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -21,6 +22,7 @@ from ..readers.files import fail
 from ..readers.tables import Example
 from . import metrics
 from .bert_inputs import Row, collate_rows, encoded, usual_length
+from .builder import Choice, TaskBuilder
 from .features import FrozenLayers, WordInputs, WordItem, save_feature_model, split_words
 from .predictor import Predictor, check_label, label_numbers, write_text
 
@@ -230,3 +232,35 @@ class _Texts:
     @property
     def length(self) -> int:
         return max(text.length for text in self.texts)
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassifierBuilder(TaskBuilder):
+    """Of texts, or of pairs."""
+
+    is_pair: bool
+    architecture = "ForSequenceClassification"
+
+    def network(self, model: Any, labels: Sequence[str], **place: Any) -> BertForSequenceClassification:
+        network = BertForSequenceClassification.from_pretrained(model, num_labels=list(labels) or 1, **place)
+        # The file may be of another kind of problem; Hugging Face's pipelines look here, too.
+        problem = "single_label_classification" if labels else "regression"
+        extra = {**network.config.extra, "problem_type": problem}
+        network.config = dataclasses.replace(network.config, extra=extra)
+        return network
+
+    def over_bert(
+        self, network: Any, tokenizer: BertTokenizer, labels: Sequence[str], choice: Choice, **options: Any
+    ) -> BertClassifier:
+        return BertClassifier(network, tokenizer, labels, is_pair=self.is_pair, **options)
+
+    def head(self, num_layers: int, dim: int, labels: Sequence[str], **options: Any) -> LstmClassifier:
+        return LstmClassifier(num_layers, dim, max(len(labels), 1), is_pair=self.is_pair, **options)
+
+    def over_features(
+        self, model: Any, frozen: FrozenLayers | None, labels: Sequence[str], choice: Choice, head: dict[str, Any]
+    ) -> FeatureClassifier:
+        return FeatureClassifier(model, frozen, labels, is_pair=self.is_pair, head=head)
+
+    def has_classes(self, num_labels: int) -> bool:
+        return num_labels > 1  # one output is a number

@@ -20,6 +20,7 @@ from ...models.lstm_heads import LstmSpanFinder, OverElmo
 from ..readers.squad import Question
 from . import metrics
 from .bert_inputs import Frame, Row, collate_rows, encoded, unlimited, usual_length
+from .builder import Choice, TaskBuilder
 from .features import FrozenLayers, WordInputs, WordItem, save_feature_model, split_words
 from .predictor import Predictor, write_text
 
@@ -27,6 +28,7 @@ from .predictor import Predictor, write_text
 _LENGTH_SHARE = 0.01
 _USUAL_LENGTH = 384
 _SURE = 1e9
+_DECIDING = ("max_answer", "n_best", "null_threshold")  # fields of Choice by which an answer is chosen
 
 
 @dataclass(frozen=True, slots=True)
@@ -375,3 +377,31 @@ def _has_most_context(window: _Window, windows: Sequence[_Window], token: int) -
             if score > best:
                 best, chosen = score, other
     return chosen is window
+
+
+class SpanFinderBuilder(TaskBuilder):
+    """Of answers."""
+
+    architecture = "ForQuestionAnswering"
+
+    def network(self, model: Any, labels: Sequence[str], **place: Any) -> BertForQuestionAnswering:
+        return BertForQuestionAnswering.from_pretrained(model, **place)
+
+    def over_bert(
+        self, network: Any, tokenizer: BertTokenizer, labels: Sequence[str], choice: Choice, **options: Any
+    ) -> BertSpanFinder:
+        return BertSpanFinder(network, tokenizer, **choice.fields("doc_stride", "max_query", *_DECIDING), **options)
+
+    def head(self, num_layers: int, dim: int, labels: Sequence[str], **options: Any) -> LstmSpanFinder:
+        return LstmSpanFinder(num_layers, dim, **options)
+
+    def over_features(
+        self, model: Any, frozen: FrozenLayers | None, labels: Sequence[str], choice: Choice, head: dict[str, Any]
+    ) -> FeatureSpanFinder:
+        return FeatureSpanFinder(model, frozen, head=head, **choice.fields(*_DECIDING))
+
+    def has_classes(self, num_labels: int) -> bool:
+        return False
+
+    def foreign_changes(self, labels: Sequence[str]) -> dict[str, Any]:
+        return {"null_threshold": None}  # SQuAD 1.1's way

@@ -16,6 +16,7 @@ from ...models.lstm_heads import LstmTagger, OverElmo
 from ..readers.conll import Sentence
 from . import metrics
 from .bert_inputs import Frame, Row, collate_rows, windows, word_pieces
+from .builder import Choice, TaskBuilder
 from .features import FrozenLayers, WordInputs, WordItem, save_feature_model
 from .predictor import IGNORE, Predictor, check_label, label_numbers, pad, write_text
 
@@ -259,3 +260,35 @@ class FeatureTagger(_Tagger):
 
     def save_model(self, directory: Path) -> None:
         save_feature_model(self.model, self.frozen, directory)
+
+
+class TaggerBuilder(TaskBuilder):
+    """Of words."""
+
+    architecture = "ForTokenClassification"
+    has_crf = True
+
+    def network(self, model: Any, labels: Sequence[str], **place: Any) -> BertForTokenClassification:
+        return BertForTokenClassification.from_pretrained(model, num_labels=list(labels), **place)
+
+    def over_bert(
+        self, network: Any, tokenizer: BertTokenizer, labels: Sequence[str], choice: Choice, **options: Any
+    ) -> BertTagger:
+        return BertTagger(network, tokenizer, labels, **choice.fields("predicate", "is_spans"), **options)
+
+    def head_options(self, choice: Choice) -> dict[str, Any]:
+        return {"crf": choice.crf, "marks_predicate": choice.predicate != "none"}
+
+    def head(self, num_layers: int, dim: int, labels: Sequence[str], **options: Any) -> LstmTagger:
+        return LstmTagger(num_layers, dim, labels, **options)
+
+    def over_features(
+        self, model: Any, frozen: FrozenLayers | None, labels: Sequence[str], choice: Choice, head: dict[str, Any]
+    ) -> FeatureTagger:
+        return FeatureTagger(model, frozen, labels, head=head, is_spans=choice.is_spans)
+
+    def has_classes(self, num_labels: int) -> bool:
+        return True
+
+    def foreign_changes(self, labels: Sequence[str]) -> dict[str, Any]:
+        return {"is_spans": is_bio(labels)}

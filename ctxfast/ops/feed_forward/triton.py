@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``feed_forward`` on a GPU: products by cuBLAS, bias and activation in one Triton pass each way.
+
+What is M wide is kept once, as the first product. The backward takes the activation's slope from it, makes the
+activation's result again and adds up the first bias's gradient in one pass, which writes the product's gradient over
+that of the result: beside what was kept, two tensors of that size are all that it needs at a time.
+
+``forward`` and ``backward`` are whole ones without autograd, for whoever differentiates more than this op at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..._core import registry, torch_ops
+from ..shared import triton_activation, triton_rows
+
+
+def _made(product: Tensor, with_bias: bool, with_result: bool) -> tuple[Tensor, Tensor]:
+    """The activation's result and the first bias's gradient; empty what is not wanted."""
+    result = triton_activation.output(product) if with_result else torch_ops.allocate((0,), product)
+    return result, triton_activation.bias_gradient(product, with_bias)
+
+
+def _activation_backward(
+    grad: Tensor, product: Tensor, bias: Tensor | None, activation: str, with_bias: bool, with_result: bool
+) -> tuple[Tensor, Tensor]:
+    """``grad`` (rows, M), contiguous: that of the activation's result, and after it that of the product."""
+    if not grad.is_contiguous():
+        raise ValueError("ctxfast::feed_forward_triton_bwd: grad is written to in place; expected a contiguous tensor.")
+    result, grad_bias = _made(product, with_bias, with_result)
+    triton_activation.backward(grad, product, bias, activation, grad, result if with_result else None, grad_bias)
+    return result, grad_bias
+
+
+_fwd = torch_ops.define(
+    "feed_forward_triton_fwd", triton_activation.forward, triton_activation.output, triton_rows.DISPATCH
+)
+_bwd = torch_ops.define(
+    "feed_forward_triton_bwd", _activation_backward, _made, triton_rows.DISPATCH, changed="grad"
+)  # fmt: skip
+
+
+def forward(
+    x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None, activation: str,
+    is_kept: bool = True,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """The result, and what ``backward`` wants kept, the first product (..., M); None for that unless ``is_kept``."""
+    wide, product = triton_activation.linear(x, weight1, bias1, activation, is_kept, _fwd)
+    return F.linear(wide, weight2, bias2), product
+
+
+def backward(
+    grad: Tensor, x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, product: Tensor, activation: str,
+    wanted: Sequence[bool],
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Gradients of x, weight1, bias1, weight2 and bias2, as far as ``wanted``; ``grad`` (..., N_out) is left alone."""
+    wants_x, wants_weight1, wants_bias1, wants_weight2, wants_bias2 = wanted
+    grad, product = grad.reshape(-1, weight2.shape[0]), product.reshape(-1, weight1.shape[0])
+    grad_x = grad_weight1 = grad_bias1 = grad_weight2 = grad_product = wide = None
+    if wants_x or wants_weight1 or wants_bias1:
+        grad_product = grad.mm(weight2)  # so far that of the activation's result
+        wide, grad_bias1 = _bwd(grad_product, product, bias1, activation, wants_bias1, wants_weight2)
+    elif wants_weight2:
+        wide = _fwd(product, bias1, activation)
+    if wants_weight2:
+        grad_weight2 = grad.t().mm(wide)
+    del wide
+    if wants_x:
+        grad_x = grad_product.mm(weight1).view(x.shape)
+    if wants_weight1:
+        grad_weight1 = grad_product.t().mm(x.reshape(-1, weight1.shape[1]))
+    return grad_x, grad_weight1, grad_bias1 if wants_bias1 else None, grad_weight2, grad.sum(0) if wants_bias2 else None
+
+
+class _FeedForward(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None,
+        activation: str,
+    ) -> Tensor:  # fmt: skip
+        out, product = forward(x, weight1, bias1, weight2, bias2, activation)
+        ctx.save_for_backward(x, weight1, bias1, weight2, bias2, product)
+        ctx.activation = activation
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        *given, product = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[:5]
+        if torch_ops.needs_definition(grad):
+            definition = registry.OPS["feed_forward"].reference
+            grads = torch_ops.definition_gradients(
+                lambda *given: definition(*given, ctx.activation, None), given, wanted, (grad,)
+            )
+        else:
+            grads = backward(grad, *given[:4], product, ctx.activation, wanted)
+        return *grads, None
+
+
+def supports(args: Mapping[str, Any]) -> str | None:
+    """None, or why the Triton kernels cannot run this call."""
+    objection = triton_rows.why_not("x", args["x"])
+    if objection is not None:
+        return objection
+    if args["weight_dtype"] is not None:
+        return "int8 products run on the CPU."
+    if args["activation"] == "none":
+        return "there is no activation to fuse or to make again: torch's two linear layers are all of it."
+    return None
+
+
+def feed_forward(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    activation: str,
+    weight_dtype: torch.dtype | None,
+) -> Tensor:
+    """See ``ctxfast.functional.feed_forward``."""
+    if registry.needs_grad(x, weight1, bias1, weight2, bias2):
+        return _FeedForward.apply(x, weight1, bias1, weight2, bias2, activation)
+    return forward(x, weight1, bias1, weight2, bias2, activation, is_kept=False)[0]
+
+
+def raw_calls(args: Mapping[str, Any]) -> list[tuple[Any, tuple]]:
+    """The registered operators behind one call, with arguments for torch.library.opcheck."""
+    bias, activation = args["bias1"], args["activation"]
+    product = F.linear(args["x"], args["weight1"]).flatten(0, -2)
+    grad, has_bias = torch.randn_like(product), bias is not None
+    return [
+        (_fwd, (product, bias, activation)),
+        (_bwd, (grad, product, bias, activation, has_bias, True)),
+        (_bwd, (grad.clone(), product, bias, activation, False, False)),
+    ]
+
+
+def launches(dtype: str, arch: int) -> Iterator[triton_rows.Launch]:
+    """What csrc/triton_resources.py compiles: every activation at BERT-Base's size. The forward is ``linear_act``'s."""
+    tile = triton_activation.tile(3072)
+    for activation in ("gelu", "gelu_tanh", "relu", "tanh"):
+        constants = dict(N=3072, ACTIVATION=activation, HAS_BIAS=True, SUMS=True, AGAIN=True)
+        yield f"backward {activation}", triton_activation.backward_kernel, constants, tile

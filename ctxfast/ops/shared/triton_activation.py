@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bias and activation of a product in one Triton pass each way, for the ops that end a product so.
+
+What is kept for the backward is the product: it takes the activation's slope from it, adds up the bias gradient and,
+for an op that multiplies by the activation's result, makes that again, all in one pass over memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..._core import torch_ops
+from . import triton_launch, triton_rows
+from .triton_rows import load_tile, store_partial
+
+_HALF_ROOT = tl.constexpr(0.7071067811865476)
+_GAUSS = tl.constexpr(0.3989422804014327)
+_TANH_FORM = tl.constexpr(0.7978845608028654)
+_CUBIC = tl.constexpr(0.044715)
+
+
+@triton.jit
+def _tanh(x):
+    """Near zero, where 1 - 2 / (exp(2x) + 1) loses digits, the series is exact to float32."""
+    square = x * x
+    series = x * (1.0 + square * (-0.33333334 + square * (0.13333334 + square * -0.053968254)))
+    return tl.where(tl.abs(x) < 0.15, series, 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0))
+
+
+@triton.jit
+def _gate(z):
+    """gelu_tanh is z times a sigmoid: that, and its derivative in its own argument, both without cancellation."""
+    argument = (z + z * z * z * _CUBIC) * (2.0 * _TANH_FORM)
+    small = tl.exp(-tl.abs(argument))
+    share = 1.0 / (1.0 + small)
+    return tl.where(argument >= 0.0, share, small * share), small * share * share
+
+
+@triton.jit
+def _activated(z, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "gelu":
+        return 0.5 * z * (1.0 + tl.erf(z * _HALF_ROOT))
+    elif ACTIVATION == "gelu_tanh":
+        share, _ = _gate(z)
+        return z * share
+    elif ACTIVATION == "relu":
+        # Written so that nan stays nan.
+        return tl.where(z <= 0.0, 0.0, z)
+    else:
+        return _tanh(z)
+
+
+@triton.jit
+def _slope(z, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "gelu":
+        return 0.5 * (1.0 + tl.erf(z * _HALF_ROOT)) + z * tl.exp(-0.5 * z * z) * _GAUSS
+    elif ACTIVATION == "gelu_tanh":
+        share, growth = _gate(z)
+        return share + z * growth * (1.0 + z * z * (3.0 * _CUBIC)) * (2.0 * _TANH_FORM)
+    elif ACTIVATION == "relu":
+        return tl.where(z > 0.0, 1.0, 0.0)
+    else:
+        value = _tanh(z)
+        return 1.0 - value * value
+
+
+@triton.jit
+def _load(product, bias, row, inside, column, N, BLOCK_N: tl.constexpr, HAS_BIAS: tl.constexpr):
+    z = load_tile(product, row, N, inside, column, BLOCK_N)
+    if HAS_BIAS:
+        z += tl.load(bias + column, mask=column < N, other=0.0).to(tl.float32)[None, :]
+    return z
+
+
+@triton.jit(do_not_specialize=["rows"])
+def forward_kernel(
+    product, bias, out, rows,
+    N: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr, ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    """product (rows, N) -> out (rows, N). Grid: blocks of ROWS rows times blocks of columns, columns fastest."""
+    across = tl.cdiv(N, BLOCK_N)
+    row = (tl.program_id(0) // across).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(0) % across * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = (row < rows)[:, None] & (column < N)[None, :]
+    y = _activated(_load(product, bias, row, inside, column, N, BLOCK_N, HAS_BIAS), ACTIVATION)
+    tl.store(out + row[:, None] * N + column[None, :], y.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def backward_kernel(
+    grad, product, bias, grad_product, again, partial, rows, stride_g,
+    N: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr, ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr,
+    SUMS: tl.constexpr, AGAIN: tl.constexpr,
+):  # fmt: skip
+    """grad (rows, N) -> grad_product (rows, N), which may be the same memory, again (rows, N): the activation's result,
+    partial (1, programs, N). Grid: (shares of the rows, column blocks)."""
+    program = tl.program_id(0)
+    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    sums = tl.zeros([ROWS, BLOCK_N], tl.float32)
+    for first in range(program * ROWS, rows, tl.num_programs(0) * ROWS):
+        row = (first + tl.arange(0, ROWS)).to(tl.int64)
+        inside = (row < rows)[:, None] & (column < N)[None, :]
+        z = _load(product, bias, row, inside, column, N, BLOCK_N, HAS_BIAS)
+        dz = load_tile(grad, row, stride_g, inside, column, BLOCK_N) * _slope(z, ACTIVATION)
+        at = row[:, None] * N + column[None, :]
+        tl.store(grad_product + at, dz.to(grad_product.dtype.element_ty), mask=inside)
+        if AGAIN:
+            tl.store(again + at, _activated(z, ACTIVATION).to(again.dtype.element_ty), mask=inside)
+        if SUMS:
+            sums += dz
+    if SUMS:
+        store_partial(partial, 0, program, tl.sum(sums, 0), column, N)
+
+
+def tile(size: int) -> dict[str, int]:
+    """Eight elements a thread and load."""
+    block = min(1024, triton_rows.block(size))
+    if triton_rows.IS_INTERPRETED:
+        return dict(BLOCK_N=block, ROWS=32, num_warps=1)
+    return dict(BLOCK_N=block, ROWS=max(1, 2048 // block), num_warps=8)
+
+
+def output(product: Tensor) -> Tensor:
+    return torch_ops.allocate(product.shape, product)
+
+
+def forward(product: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    """``activation(product + bias)``, product (..., N)."""
+    out = output(product)
+    if product.numel() == 0:
+        return out
+    flat, chosen = product.reshape(-1, product.shape[-1]).contiguous(), tile(product.shape[-1])
+    across = -(-flat.shape[1] // chosen["BLOCK_N"])
+    with triton_rows.on_device(flat):
+        triton_launch.launch(
+            forward_kernel, (across * -(-flat.shape[0] // chosen["ROWS"]),), flat,
+            None if bias is None else bias.contiguous(), out, flat.shape[0],
+            N=flat.shape[1], ACTIVATION=activation, HAS_BIAS=bias is not None, **chosen,
+        )  # fmt: skip
+    return out
+
+
+def bias_gradient(product: Tensor, with_bias: bool) -> Tensor:
+    """Empty if not wanted."""
+    return torch_ops.allocate((product.shape[-1] if with_bias else 0,), product)
+
+
+def backward(
+    grad: Tensor, product: Tensor, bias: Tensor | None, activation: str, grad_product: Tensor, again: Tensor | None,
+    grad_bias: Tensor,
+) -> None:  # fmt: skip
+    """Writes the gradient of the product, which may be over ``grad`` itself if that is contiguous; the activation's
+    result, unless ``again`` is None; the bias's gradient, unless that is empty."""
+    with_bias = grad_bias.numel() > 0
+    if product.numel() == 0:
+        grad_bias.zero_()
+        return
+    size, chosen = product.shape[-1], tile(product.shape[-1])
+    grad, flat = triton_rows.rows(grad), product.reshape(-1, size).contiguous()
+    across = -(-size // chosen["BLOCK_N"])
+    count = triton_rows.programs(flat, -(-flat.shape[0] // chosen["ROWS"]), max(1, 8 // across))
+    partial = triton_rows.allocate_partial(1, count, size, flat) if with_bias else None
+    with triton_rows.on_device(flat):
+        triton_launch.launch(
+            backward_kernel, (count, across), grad, flat, None if bias is None else bias.contiguous(), grad_product,
+            again, partial, flat.shape[0], grad.stride(0), N=size, ACTIVATION=activation, HAS_BIAS=bias is not None, SUMS=with_bias,
+            AGAIN=again is not None, **chosen,
+        )  # fmt: skip
+        if with_bias:
+            triton_rows.column_sums(partial, [grad_bias])
+
+
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, is_kept: bool, operator: Callable[..., Tensor]
+) -> tuple[Tensor, Tensor | None]:
+    """``activation(x W^T + b)``, and the product before bias and activation if it is to be kept for a backward.
+
+    All that makes a product with an activation on a GPU stands here: cuBLAS and then ``operator``, the registered
+    ``forward`` of an op; where nothing is kept, cuBLASLt's own epilogue for the activations that it has. A product
+    whose epilogue adds the bias and computes erf-GELU would take the place of the last two lines: it spares a pass that
+    reads and writes (rows, N) beside the product, and for a backward has to store the product too.
+    """
+    # On the CPU torch's epilogue is the erf form.
+    if not is_kept and x.is_cuda and bias is not None and activation in ("relu", "gelu_tanh"):
+        flat = x.reshape(-1, x.shape[-1])
+        out = torch._addmm_activation(bias, flat, weight.t(), use_gelu=activation == "gelu_tanh")
+        return out.view(*x.shape[:-1], weight.shape[0]), None
+    product = F.linear(x, weight)
+    return operator(product, bias, activation), product if is_kept else None

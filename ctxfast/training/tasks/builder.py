@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a pretrained model is used for a task, and what each task's module supplies to make its predictors."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ...models.bert.head_base import BertWithHead
+from ...models.bert.tokenization import BertTokenizer
+from .features import FrozenLayers
+from .predictor import Predictor
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a pretrained model is used.
+
+    Attributes:
+        features: None: BERT with all layers trained, or ELMo with its weights trained too. A name of
+            ``features.FEATURES``: vectors of a frozen encoder, and an LSTM over them.
+        hidden_size, lstm_layers, dropout: of the LSTM.
+        crf: whether tags are scored together (with ``features``, or ELMo).
+        max_length: tokens of a text or window; None for the task's default.
+        predicate: see ``BertTagger``; with ``features`` or ELMo anything but "none" is a learned mark.
+        is_spans: whether tags are BIO spans.
+        doc_stride, max_query, max_answer, n_best, null_threshold: see ``BertSpanFinder``.
+
+    Raises:
+        ValueError: a size below 1, a dropout that is no probability below 1.
+    """
+
+    features: str | None = None
+    hidden_size: int = 256
+    lstm_layers: int = 2
+    dropout: float = 0.3
+    crf: bool = False
+    max_length: int | None = None
+    predicate: str = "none"
+    is_spans: bool = True
+    doc_stride: int = 128
+    max_query: int = 64
+    max_answer: int = 30
+    n_best: int = 20
+    null_threshold: float | None = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_size", "lstm_layers", "doc_stride", "max_query", "max_answer", "n_best"):
+            if not getattr(self, name) >= 1:
+                raise ValueError(f"ctxfast.finetune: {name} is {getattr(self, name)}; expected 1 or more.")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"ctxfast.finetune: dropout is {self.dropout}; expected a probability, 0 <= p < 1.")
+
+    def fields(self, *names: str) -> dict[str, Any]:
+        """Some of the fields, as keyword arguments."""
+        return {name: getattr(self, name) for name in names}
+
+
+class TaskBuilder(ABC):
+    """The parts of a task's predictors, for ``build.build``.
+
+    Attributes:
+        architecture: how Hugging Face's classes for it end.
+        has_crf: whether its LSTM head can score labels together.
+    """
+
+    architecture: str
+    has_crf = False
+
+    @abstractmethod
+    def network(self, model: Any, labels: Sequence[str], **place: Any) -> BertWithHead:
+        """BERT with a head, from a directory or package; ``place``: dtype and device."""
+
+    @abstractmethod
+    def over_bert(
+        self, network: Any, tokenizer: BertTokenizer, labels: Sequence[str], choice: Choice, **options: Any
+    ) -> Predictor:
+        """The predictor around such a network; ``options``: ``max_length`` if it is chosen."""
+
+    def head_options(self, choice: Choice) -> dict[str, Any]:
+        """Options of the LSTM head besides its sizes."""
+        return {}
+
+    @abstractmethod
+    def head(self, num_layers: int, dim: int, labels: Sequence[str], **options: Any) -> nn.Module:
+        """An LSTM head over ``num_layers`` layers of vectors of ``dim`` elements."""
+
+    @abstractmethod
+    def over_features(
+        self, model: Any, frozen: FrozenLayers | None, labels: Sequence[str], choice: Choice, head: dict[str, Any]
+    ) -> Predictor:
+        """The predictor around such a head, over frozen layers or around an ELMo; ``head``: its options."""
+
+    @abstractmethod
+    def has_classes(self, num_labels: int) -> bool:
+        """Whether the outputs of a model that Hugging Face's library fine-tuned are classes with names."""
+
+    def foreign_changes(self, labels: Sequence[str]) -> dict[str, Any]:
+        """Fields of ``Choice`` that such a model does not say."""
+        return {}
