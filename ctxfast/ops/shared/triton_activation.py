@@ -169,7 +169,8 @@ def backward(
     with triton_rows.on_device(flat):
         triton_launch.launch(
             backward_kernel, (count, across), grad, flat, None if bias is None else bias.contiguous(), grad_product,
-            again, partial, flat.shape[0], grad.stride(0), N=size, ACTIVATION=activation, HAS_BIAS=bias is not None, SUMS=with_bias,
+            again, partial, flat.shape[0], grad.stride(0), N=size, ACTIVATION=activation,
+            HAS_BIAS=bias is not None, SUMS=with_bias,
             AGAIN=again is not None, **chosen,
         )  # fmt: skip
         if with_bias:
