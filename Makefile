@@ -4,7 +4,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
-SOURCES := setup.py pyproject.toml csrc/build.py $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
+SOURCES := setup.py pyproject.toml csrc/build.py csrc/toolchain.py $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
 PYTEST_ARGS ?=
 RESULTS ?= benchmarks/results/gpu
 PARTS ?=

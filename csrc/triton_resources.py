@@ -1,23 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Registers, shared memory and spills of the Triton kernels against the table ``triton_resources.json``.
+"""Registers, shared memory and spills of the Triton kernels against ``triton_resources-<version of Triton>.json``.
 
 Compiles the kernels as their launchers do, for an A100 and an H100 (no GPU needed), in every dtype, and reads what
-their code needs. An op's ``triton`` module says what is compiled, in ``launches``. Any spill, any growth, and any
-kernel that only one side knows fails.
-``--update`` rewrites the table, with ``--only`` the rows that are looked at: do that when the growth is meant, and say
-why in the commit.
+ptxas says of their code, which differs from one Triton to the next. An op's ``triton`` module says what is compiled, in
+``launches``. Any spill, any serialised wgmma, any block that asks for more shared memory than there is, any growth, and
+any kernel that only one side knows fails. Of a Triton that has no table all but the last two are looked for.
+``--update`` rewrites the installed Triton's table, with ``--only`` the rows that are looked at: do that when the growth
+is meant, and say why in the commit. For another Triton: ``python -m venv other && other/bin/pip install --no-deps
+triton==<version>``, torch beside it, and run this with its Python.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import multiprocessing
 import os
 import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ os.environ["TRITON_INTERPRET"] = "0"  # interpreted kernels cannot be compiled; 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import triton
-from resources import Resources, compare, format_table
+from resources import Resources, compare, format_table, parse_ptxas
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -43,7 +45,8 @@ MODULES = {
     if any(implementation.name == "triton" for implementation in spec.impls)
 }
 
-TABLE = Path(__file__).with_name("triton_resources.json")
+VERSION = ".".join(triton.__version__.split(".")[:2])
+TABLE = Path(__file__).with_name(f"triton_resources-{VERSION}.json")
 ARCHS = (80, 90)
 # Shared memory a block may ask for, in bytes. What is compiled for sm_80 runs on sm_86 and sm_89 too, which have less.
 SHARED = {80: 99 * 1024, 90: 227 * 1024}
@@ -62,7 +65,9 @@ TYPES |= {name: "i32" for name in ("tokens", "sequences", "heads", "blocks", "pa
 TYPES |= {"cu_seqlens": "*i32"}
 # Triton is told nothing about these; other numbers and pointers are multiples of 16, as in every model.
 UNKNOWN = {"rows", "programs", "threshold", "ignore_index", "eps", "rescale"}
-UNKNOWN |= {"tokens", "sequences", "heads", "blocks", "pairs", "softmax_scale"}
+UNKNOWN |= {"tokens", "sequences", "heads", "blocks", "pairs", "softmax_scale", "V"}
+# What ptxas says where products wait for one another: C7510 and its neighbours.
+SERIALIZED = re.compile(r".*wgmma\.mma_async instructions are serialized.*")
 
 
 def launches(dtype: str, arch: int) -> Iterator[triton_rows.Launch]:
@@ -79,7 +84,7 @@ def launches(dtype: str, arch: int) -> Iterator[triton_rows.Launch]:
 
 def compiled(op: str, kernel: Any, constants: dict[str, Any], tile: dict[str, int], dtype: str, arch: int) -> Any:
     """The kernel as its launcher would have it compiled."""
-    options = {name: value for name, value in tile.items() if name.startswith("num_")}
+    options = {name: value for name, value in tile.items() if name.startswith("num_") or name == "maxnreg"}
     constants = constants | {name: value for name, value in tile.items() if name not in options}
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     if constants.get("DROPOUT") is False:
@@ -99,32 +104,30 @@ def compiled(op: str, kernel: Any, constants: dict[str, Any], tile: dict[str, in
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
-def measure(name: str) -> Resources:
-    """Registers a thread, shared memory and stack in bytes of one launch of the table, as the driver would load it."""
+def measure(name: str) -> tuple[Resources, list[str]]:
+    """Of one launch of the table: registers a thread, shared memory and stack in bytes, and what is wrong with it."""
     arch, dtype, op = name.removeprefix("sm_").split()[:3]
-    kernel = compiled(op, *_LAUNCHES[name], dtype, int(arch))
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(kernel.asm["cubin"])
-        cubin.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", cubin.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = {word: int(number) for word, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
-    if set(found) != {"REG", "STACK", "LOCAL"}:
-        raise SystemExit(f"triton_resources: cuobjdump says nothing of {name}:\n{text}")
-    # The shared memory is none of the cubin's: Triton asks for all of it at launch.
-    return dict(registers=found["REG"], shared=kernel.metadata.shared, stack=found["STACK"] + found["LOCAL"])
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        kernel = compiled(op, *_LAUNCHES[name], dtype, int(arch))
+    rows = list(parse_ptxas(said.getvalue()).values())
+    if len(rows) != 1 or not rows[0]["registers"]:
+        raise SystemExit(f"triton_resources: ptxas says nothing of {name}:\n{said.getvalue()}")
+    # The shared memory is none of the code's: Triton asks for all of it at launch.
+    row = dict(registers=rows[0]["registers"], shared=kernel.metadata.shared, stack=rows[0]["stack"])
+    return row, find_faults(row, said.getvalue(), SHARED[int(arch)])
 
 
-def find_problems(table: dict[str, Resources], measured: dict[str, Resources]) -> list[tuple[str, str]]:
-    """As ``resources.compare``. No kernel has arrays of its own, so what lies on a stack are spilled registers."""
-    problems = compare(table, {name: row | dict(spill_stores=0, spill_loads=0) for name, row in measured.items()})
-    problems += [(name, f"spills: {row['stack']} B of stack") for name, row in sorted(measured.items()) if row["stack"]]
-    problems += [
-        (name, f"needs {row['shared']} B of shared memory, and no block gets more than {SHARED[int(name[3:5])]}")
-        for name, row in sorted(measured.items())
-        if row["shared"] > SHARED[int(name[3:5])]
-    ]
-    return problems
+def find_faults(row: Resources, said: str, shared: int) -> list[str]:
+    """What no kernel may have, whatever the table says; ``said``: ptxas's words."""
+    faults = []
+    if row["stack"]:  # no kernel has arrays of its own
+        faults.append(f"spills: {row['stack']} B of stack")
+    if row["shared"] > shared:
+        faults.append(f"needs {row['shared']} B of shared memory, and no block gets more than {shared}")
+    if found := SERIALIZED.search(said):
+        faults.append(f"its products wait for one another: {found[0].strip()}")
+    return faults
 
 
 _LAUNCHES: dict[str, tuple[Any, dict[str, Any], dict[str, int]]] = {
@@ -137,32 +140,35 @@ def main() -> None:
     parser.add_argument("--update", action="store_true", help="rewrite the table, or what --only keeps of it")
     parser.add_argument("--only", default="", help="keep rows that hold this text; others are not looked at")
     options = parser.parse_args()
+    triton.knobs.nvidia.dump_ptxas_log = triton.knobs.compilation.always_compile = True  # a cached kernel says nothing
     names = [name for name in _LAUNCHES if options.only in name]
     with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:  # the table goes along
-        measured = dict(zip(names, pool.map(measure, names, chunksize=4)))
+        answers = dict(zip(names, pool.map(measure, names, chunksize=4)))
+    measured = {name: row for name, (row, _) in answers.items()}
     print(format_table(measured, ("registers", "shared", "stack")))
-    known = json.loads(TABLE.read_text(encoding="utf-8"))
+    known = json.loads(TABLE.read_text(encoding="utf-8"))["kernels"] if TABLE.exists() else None
     if options.update:
-        if options.only and known["triton"] != triton.__version__:
-            raise SystemExit(
-                f"triton_resources: the table is of Triton {known['triton']} and this is {triton.__version__}; rows of "
-                f"both cannot stand in one table. Leave --only out."
-            )
-        others = {name: row for name, row in known["kernels"].items() if options.only not in name}
-        known = dict(triton=triton.__version__, kernels=others | measured)
-        rows = ",\n".join(f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in sorted(known["kernels"].items()))
-        temporary = TABLE.with_name(TABLE.name + ".tmp")
-        head = f'{{\n "triton": {json.dumps(triton.__version__)},\n "kernels": {{\n'
-        temporary.write_text(head + rows + "\n }\n}\n", encoding="utf-8")
-        os.replace(temporary, TABLE)
-        print(f"wrote {TABLE.name}: {len(measured)} kernels, Triton {triton.__version__}")
-    problems = find_problems({name: row for name, row in known["kernels"].items() if options.only in name}, measured)
+        known = {name: row for name, row in (known or {}).items() if options.only not in name} | measured
+        write(known)
+        print(f"wrote {TABLE.name}: {len(measured)} kernels")
+    problems = [(name, fault) for name, (_, faults) in sorted(answers.items()) for fault in faults]
+    if known is not None:
+        rows = {name: row | dict(spill_stores=0, spill_loads=0) for name, row in measured.items()}  # said above
+        problems += compare({name: row for name, row in known.items() if options.only in name}, rows)
     for kernel, problem in problems:
         print(f"FAIL  {kernel}: {problem}", file=sys.stderr)
     if problems:
-        hint = f" (the table is of Triton {known['triton']}, this is {triton.__version__})"
-        raise SystemExit(f"triton_resources: {len(problems)} problems{hint}. If meant: --update.")
-    print(f"triton_resources: {len(measured)} kernels as in the table, no spills")
+        raise SystemExit(f"triton_resources: {len(problems)} problems, Triton {VERSION}. If growth is meant: --update.")
+    compared = f"as in {TABLE.name}" if known is not None else f"not compared: Triton {VERSION} has no table yet"
+    print(f"triton_resources: {len(measured)} kernels {compared}; no spills, no products in series")
+
+
+def write(kernels: dict[str, Resources]) -> None:
+    rows = ",\n".join(f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in sorted(kernels.items()))
+    temporary = TABLE.with_name(TABLE.name + ".tmp")
+    head = f'{{\n "triton": {json.dumps(triton.__version__)},\n "kernels": {{\n'
+    temporary.write_text(head + rows + "\n }\n}\n", encoding="utf-8")
+    os.replace(temporary, TABLE)
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ except metadata.PackageNotFoundError:  # a source tree that was never installed
 _LAZY = {
     "Embedder": "ctxfast.embedding.embedder",
     "embed_dataset": "ctxfast.embedding.ray_data",
+    "quantize_vectors": "ctxfast.embedding.precision",
     "Elmo": "ctxfast.models.elmo.modeling",
     "ElmoEmbedder": "ctxfast.models.elmo.embedder",
     "register_attention": "ctxfast.swap.attention_interface",

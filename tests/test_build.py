@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CSRC = ROOT / "csrc"
 ISAS = ("generic", "avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16", "amx")
 RUNNABLE = _C.cpu_isas()
+sys.path.insert(0, str(CSRC))  # as for whoever runs a program there
 
 
 def _load(path: Path) -> ModuleType:
@@ -27,6 +28,11 @@ def _load(path: Path) -> ModuleType:
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def toolchain() -> ModuleType:
+    return _load(CSRC / "toolchain.py")
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +60,8 @@ def test_build_info_tells_what_was_built() -> None:
 
 
 @pytest.mark.parametrize("text, mode", [(None, "auto"), ("", "auto"), ("AUTO", "auto"), ("0", "0"), (" 1 ", "1")])
-def test_cuda_setting(build_script: ModuleType, text: str | None, mode: str) -> None:
-    assert build_script.parse_cuda_mode(text) == mode
+def test_cuda_setting(toolchain: ModuleType, text: str | None, mode: str) -> None:
+    assert toolchain.parse_cuda_mode(text) == mode
 
 
 @pytest.mark.parametrize(
@@ -67,8 +73,8 @@ def test_cuda_setting(build_script: ModuleType, text: str | None, mode: str) -> 
         ("80;120f", ("80", "120f")),
     ],
 )
-def test_arch_setting(build_script: ModuleType, text: str | None, archs: tuple[str, ...]) -> None:
-    assert build_script.parse_archs(text) == archs
+def test_arch_setting(toolchain: ModuleType, text: str | None, archs: tuple[str, ...]) -> None:
+    assert toolchain.parse_archs(text) == archs
 
 
 @pytest.mark.parametrize(
@@ -90,17 +96,17 @@ def test_arch_setting(build_script: ModuleType, text: str | None, archs: tuple[s
         ),
     ],
 )
-def test_wrong_settings_are_errors(build_script: ModuleType, environ: dict[str, str], message: str) -> None:
-    with pytest.raises(build_script.SettingError, match=re.escape(message)):
-        build_script.find_cuda(environ)
+def test_wrong_settings_are_errors(toolchain: ModuleType, environ: dict[str, str], message: str) -> None:
+    with pytest.raises(toolchain.SettingError, match=re.escape(message)):
+        toolchain.find_cuda(environ)
 
 
-def test_missing_compilers(build_script: ModuleType) -> None:
-    cuda = build_script.find_cuda({"CTXFAST_CUDA": "auto", "CUDA_HOME": "/nowhere"})
+def test_missing_compilers(toolchain: ModuleType) -> None:
+    cuda = toolchain.find_cuda({"CTXFAST_CUDA": "auto", "CUDA_HOME": "/nowhere"})
     assert cuda.nvcc is None and cuda.reason == "CUDA_HOME is /nowhere, which has no bin/nvcc"
-    assert build_script.find_cuda({"CTXFAST_CUDA": "0"}).reason == "built with CTXFAST_CUDA=0"
-    with pytest.raises(build_script.SettingError, match="CXX is 'no-such-compiler'"):
-        build_script.find_cxx({"CXX": "no-such-compiler"})
+    assert toolchain.find_cuda({"CTXFAST_CUDA": "0"}).reason == "built with CTXFAST_CUDA=0"
+    with pytest.raises(toolchain.SettingError, match="CXX is 'no-such-compiler'"):
+        toolchain.find_cxx({"CXX": "no-such-compiler"})
 
 
 def test_wrong_setting_stops_the_build(tmp_path: Path) -> None:
@@ -133,7 +139,7 @@ def test_every_kernel_source_names_its_instruction_sets(build_script: ModuleType
 
 
 def test_build_needs_no_torch() -> None:
-    for script in (ROOT / "setup.py", CSRC / "build.py"):
+    for script in (ROOT / "setup.py", CSRC / "build.py", CSRC / "toolchain.py"):
         assert not re.search(r"^\s*(import|from) torch", script.read_text(), re.MULTILINE)
     requires = re.search(r"^requires = (\[.*\])", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     assert requires and "torch" not in requires[1]

@@ -341,3 +341,12 @@ def test_compiled_functions_are_guarded_by_the_choice(qkv) -> None:
     with ctxfast.use_impl("reference"):
         torch.testing.assert_close(compiled(*qkv), 2 * eager)
         assert kernels[-1] == [False, True] and registry.requested() == (("*", "reference"),)
+
+
+def test_an_unknown_autocast_rule_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^ctxfast.misspelt: autocast is 'fp32'; expected 'lower', 'keep' or a "):
+
+        @registry.op(reference=len, check=lambda args: None, autocast="fp32")
+        def misspelt() -> None: ...
+
+    assert "misspelt" not in registry.OPS

@@ -229,9 +229,11 @@ def test_pages_name_what_is_there(page) -> None:
 
 
 def test_the_readme_is_short() -> None:
+    """Generated tables, in which an op more is a row more, do not count."""
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
-    assert len(lines) <= 120
     assert not [cell for line in lines if line.startswith("|") for cell in line.split("|") if len(cell.strip()) > 100]
+    written = re.sub(r"<!-- (\w+): python.*?<!-- end of \1 -->", "", "\n".join(lines), flags=re.DOTALL)
+    assert len(written.splitlines()) <= 95 and len(lines) <= 140
 
 
 def test_files_are_short() -> None:

@@ -72,6 +72,13 @@ CTXFAST_DEVICE uint4 load_relaxed(const uint4* p) {
                : "memory");
   return v;
 }
+// Into v if wanted; no branch, so that several go out one right after the other.
+CTXFAST_DEVICE void load_relaxed_if(uint4& v, bool wanted, const uint4* p) {
+  asm volatile("{.reg .pred q; setp.ne.u32 q, %5, 0; @q ld.relaxed.gpu.global.v4.u32 {%0,%1,%2,%3}, [%4];}"
+               : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)
+               : "l"(p), "r"(static_cast<uint32_t>(wanted))
+               : "memory");
+}
 CTXFAST_DEVICE uint32_t load_relaxed(const uint32_t* p) {
   uint32_t v;
   asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
@@ -92,7 +99,7 @@ CTXFAST_DEVICE void store_relaxed(uint32_t* p, uint32_t v) {
 CTXFAST_DEVICE void store_release(uint32_t* p, uint32_t v) {
   asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
 }
-CTXFAST_DEVICE void fence() { __threadfence(); }
+CTXFAST_DEVICE void fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 
 // What no thread writes while the kernel runs.
 CTXFAST_DEVICE float load_constant(const float* p) { return __ldg(p); }
@@ -167,8 +174,26 @@ static __device__ __noinline__ void trap_with(int code, int value) {
   __trap();
 }
 
-// The same without a word, for kernels with wgmma: a function call anywhere in one makes ptxas wait for every product.
-CTXFAST_DEVICE void trap_silently() { asm volatile("trap;"); }
+// For kernels with wgmma, silent: a function call anywhere in one makes ptxas wait for every product. To debug one,
+// compile it with -DCTXFAST_TRAPS_SPEAK: slower, and it says what happened.
+CTXFAST_DEVICE void trap_silently([[maybe_unused]] int code, [[maybe_unused]] int value) {
+#ifdef CTXFAST_TRAPS_SPEAK
+  trap_with(code, value);
+#else
+  asm volatile("trap;");
+#endif
+}
+
+// The end of a spin: a peer answers within microseconds or never; but a kernel on another stream, or another process,
+// may hold multiprocessors that its block needs. Reading the clock costs a poll nothing; a count would end a spin
+// sooner the faster its memory answers.
+CTXFAST_DEVICE uint32_t spin_begins() {
+  uint32_t high;
+  asm volatile("mov.u32 %0, %%clock_hi;" : "=r"(high)::"memory");
+  return high;
+}
+// After 4 to 5 times 2^32 cycles: about 10 seconds at 1.98 GHz.
+CTXFAST_DEVICE bool spun_out(uint32_t began) { return spin_begins() - began > 4; }
 
 CTXFAST_DEVICE long long cycles() { return clock64(); }
 CTXFAST_DEVICE void nanosleep(unsigned ns) { __nanosleep(ns); }

@@ -5,7 +5,10 @@
 #include <cuda_runtime_api.h>
 
 #include <cstddef>
+#include <mutex>
+#include <set>
 #include <string>
+#include <utility>
 
 #include "base/common.h"
 
@@ -29,18 +32,41 @@ struct DeviceFacts {
 
 #ifdef CTXFAST_EMULATE
 #include "emulator/launch.h"
-#else
+#endif
 
 namespace ctxfast {
+
+// Lets blocks of a kernel have all the shared memory that the device gives one. Never less, for one call's size:
+// another thread's launch of the same kernel may need more.
+inline cudaError_t allow_shared(const void* function) {
+  static std::mutex mutex;
+  static std::set<std::pair<const void*, int>> allowed;
+  int device = 0, most = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (allowed.count({function, device}) != 0) return cudaSuccess;
+  cudaFuncAttributes attributes;
+  error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, function);
+  if (error == cudaSuccess) {
+    error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 most - static_cast<int>(attributes.sharedSizeBytes));
+  }
+  if (error == cudaSuccess) allowed.insert({function, device});
+  return error;
+}
 
 template <typename Params>
 cudaError_t launch(void (*kernel)(Params), const LaunchConfig& config, cudaStream_t stream, const Params& params) {
   const void* function = reinterpret_cast<const void*>(kernel);
   if (config.shared_bytes > 48 * 1024) {
-    const cudaError_t error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                   static_cast<int>(config.shared_bytes));
+    const cudaError_t error = allow_shared(function);
     if (error != cudaSuccess) return error;
   }
+#ifdef CTXFAST_EMULATE
+  return emulator::launch([&] { kernel(params); }, function, config, stream);
+#else
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeCooperative;
   attribute.val.cooperative = 1;
@@ -53,6 +79,7 @@ cudaError_t launch(void (*kernel)(Params), const LaunchConfig& config, cudaStrea
   launch_config.numAttrs = config.cooperative ? 1 : 0;
   void* arguments[] = {const_cast<Params*>(&params)};
   return cudaLaunchKernelExC(&launch_config, function, arguments);
+#endif
 }
 
 inline cudaError_t clear_async(void* memory, int byte, size_t bytes, cudaStream_t stream) {
@@ -63,8 +90,7 @@ inline cudaError_t clear_async(void* memory, int byte, size_t bytes, cudaStream_
 template <typename Params>
 cudaError_t resident_blocks(void (*kernel)(Params), unsigned threads, size_t shared_bytes, int* blocks) {
   const void* function = reinterpret_cast<const void*>(kernel);
-  cudaError_t error =
-      cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+  cudaError_t error = allow_shared(function);
   if (error != cudaSuccess) return error;
   int device = 0, multiprocessors = 0, each = 0;
   if ((error = cudaGetDevice(&device)) != cudaSuccess) return error;
@@ -94,8 +120,6 @@ inline cudaError_t device_facts(int device, DeviceFacts* facts) {
 }
 
 }  // namespace ctxfast
-
-#endif  // CTXFAST_EMULATE
 
 namespace ctxfast {
 

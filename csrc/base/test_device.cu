@@ -94,10 +94,10 @@ __global__ void __launch_bounds__(kThreads) ring_kernel(const __grid_constant__ 
     if (thread_index() == 0) {
       uint4 token = make_uint4(0, 0, 0, 0);
       if (round > 0 || me > 0) {
-        int spins = 0;
+        const uint32_t began = spin_begins();
         do {
           token = load_relaxed(p.slots + me);
-          if (++spins > (1 << 22)) trap_with(1, me);
+          if (spun_out(began)) trap_with(1, me);
         } while (token.x == kEmpty || token.y == kEmpty || token.z == kEmpty || token.w == kEmpty);
         // Nobody writes here again before the token has gone all the way round.
         store_relaxed(p.slots + me, make_uint4(kEmpty, kEmpty, kEmpty, kEmpty));
@@ -183,6 +183,22 @@ void lanes(Report* report) {
   report->near("shuffles", to_host(params.out, 96), want, 0);
 }
 
+// What a call of a large size allowed, a call of a smaller one does not take away: between the first one's question and
+// its launch, another thread may do either.
+void shared_limits(Report* report, int most) {
+  int blocks = 0;
+  for (const size_t bytes : {size_t{96 * 1024}, size_t{64 * 1024}, size_t{1024}}) {
+    must(resident_blocks(lanes_kernel, 32, bytes, &blocks));
+    report->that("a block of " + std::to_string(bytes) + " bytes is resident", blocks > 0);
+    LaneParams params{device_bytes<float>(96, 0xff)};
+    must(launch(lanes_kernel, LaunchConfig{dim3(1), 32, bytes}, nullptr, params));
+    cudaFuncAttributes attributes;
+    must(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(lanes_kernel)));
+    report->that("after it a block may have all shared memory", attributes.maxDynamicSharedSizeBytes == most);
+  }
+  must(cudaDeviceSynchronize());
+}
+
 #ifdef CTXFAST_EMULATE
 struct Wrong {
   int kind;
@@ -194,8 +210,9 @@ void wrong_kernel(Wrong p) {
   if (p.kind == 1) *reinterpret_cast<uint32_t*>(shared_memory() + 64) = 1;
   if (p.kind == 2) copy_async_16(shared_memory(), p.memory);
   if (p.kind == 3) {
-    for (int spins = 0; load_relaxed(&p.memory->x) != 7;) {
-      if (++spins > 100) trap_with(3, 7);
+    const uint32_t began = spin_begins();
+    while (load_relaxed(&p.memory->x) != 7) {
+      if (spun_out(began)) trap_with(3, 7);
     }
   }
   if (p.kind == 4 && lane_index() < 16) {
@@ -226,6 +243,7 @@ int main() {
   DeviceFacts facts;
   must(device_facts(0, &facts));
   const bool warpgroups = facts.major == 9;
+  shared_limits(&report, facts.shared_per_block);
 #ifdef CTXFAST_EMULATE
   for (const uint64_t seed : {0, 1, 2}) {
     emulator::set_schedule(seed);

@@ -203,6 +203,9 @@ CTXFAST_DEVICE uint4 load_relaxed(const uint4* p) {
   return make_uint4(emulator::load_word(words), emulator::load_word(words + 1), emulator::load_word(words + 2),
                     emulator::load_word(words + 3));
 }
+CTXFAST_DEVICE void load_relaxed_if(uint4& v, bool wanted, const uint4* p) {
+  if (wanted) v = load_relaxed(p);
+}
 CTXFAST_DEVICE uint32_t load_acquire(const uint32_t* p) { return load_relaxed(p); }
 CTXFAST_DEVICE void store_relaxed(uint32_t* p, uint32_t v) { emulator::store_word(p, v); }
 CTXFAST_DEVICE void store_relaxed(uint4* p, uint4 v) {
@@ -285,7 +288,9 @@ CTXFAST_DEVICE void shared_written() {}
 inline void trap_with(int code, int value) {
   emulator::fail("the kernel stopped itself: code " + std::to_string(code) + ", value " + std::to_string(value));
 }
-inline void trap_silently() { emulator::fail("the kernel stopped itself"); }
+inline void trap_silently(int code, int value) { trap_with(code, value); }
+CTXFAST_DEVICE uint32_t spin_begins() { return 0; }
+CTXFAST_DEVICE bool spun_out(uint32_t) { return emulator::nobody_goes_on(); }
 CTXFAST_DEVICE long long cycles() { return 0; }
 CTXFAST_DEVICE void nanosleep(unsigned) { emulator::yield(); }
 CTXFAST_DEVICE float exp_fast(float x) { return std::exp(x); }

@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <deque>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <random>
@@ -25,6 +26,8 @@ constexpr size_t kGuardBytes = 1024;       // behind shared memory: written mean
 constexpr unsigned char kPoison = 0xFE;    // NaN as fp16 and bf16, -1.7e38 as fp32
 constexpr unsigned kFibersAtOnce = 8192;   // of a launch whose blocks need not be alive together
 constexpr int kBarriers = 16;
+constexpr int kMultiprocessors = 132, kSharedBytes = 227 * 1024;  // of a block, with opt-in
+constexpr size_t kIdleRounds = 256;                               // polls of every thread alive, in vain
 
 struct Block;
 
@@ -73,6 +76,8 @@ struct Machine {
   std::vector<Block*> dirty;  // blocks with late stores, some perhaps emptied since
   Fiber* current = nullptr;
   size_t live = 0;
+  size_t idle = 0;  // polls since anything but a poll happened
+  std::map<const void*, size_t> shared_limits;
   char* stacks = nullptr;  // kept from launch to launch
   size_t stacks_bytes = 0;
   const std::function<void()>* thread = nullptr;
@@ -128,6 +133,7 @@ void fiber_main() {
   }
   fiber->done = true;
   --machine().live;
+  machine().idle = 0;
   to_scheduler();
 }
 
@@ -149,6 +155,7 @@ void prepare(Fiber* fiber, char* stack) {
 }
 
 void write_late(Block* block, size_t at) {
+  machine().idle = 0;
   auto [address, value] = block->late[at];
   *address = value;
   block->place_of.erase(address);
@@ -269,6 +276,7 @@ bool run(const std::function<void()>& thread, Grid grid, unsigned threads, size_
   Machine& m = machine();
   std::lock_guard<std::mutex> lock(m.one_launch);
   m.random.seed(m.seed);
+  m.idle = 0;
   m.failed = false;
   m.error.clear();
   m.thread = &thread;
@@ -290,8 +298,25 @@ bool run(const std::function<void()>& thread, Grid grid, unsigned threads, size_
 const Place& place() { return machine().current->place; }
 
 void yield() {
-  machine().ready.push_back(machine().current);
+  Machine& m = machine();
+  ++m.idle;
+  m.ready.push_back(m.current);
   to_scheduler();
+}
+
+bool nobody_goes_on() { return machine().idle > kIdleRounds * machine().live; }
+
+static size_t& shared_limit(const void* function) {
+  return machine().shared_limits.try_emplace(function, 48 * 1024).first->second;
+}
+
+bool may_have_shared(const void* function, size_t bytes) {
+  Machine& m = machine();
+  std::lock_guard<std::mutex> lock(m.one_launch);
+  if (bytes <= shared_limit(function)) return true;
+  m.error = "a launch asks for " + std::to_string(bytes) + " bytes of shared memory a block and the kernel may have " +
+            std::to_string(shared_limit(function));
+  return false;
 }
 
 void fail(const std::string& what) {
@@ -339,6 +364,7 @@ void block_barrier(int id, int threads) {
   if (static_cast<int>(barrier.waiting.size()) == expected) {
     m.ready.insert(m.ready.end(), barrier.waiting.begin(), barrier.waiting.end());
     barrier.waiting.clear();
+    m.idle = 0;
   }
   to_scheduler();
 }
@@ -355,6 +381,7 @@ uint32_t load_word(const uint32_t* p) {
 void store_word(uint32_t* p, uint32_t value) {
   Machine& m = machine();
   Block* block = m.current->block;
+  m.idle = 0;
   if (m.seed == 0) {
     *p = value;
     return;
@@ -394,12 +421,49 @@ void wait_copies(int allowed) {
 
 }  // namespace ctxfast::emulator
 
-// What launchers and host programs call of the CUDA runtime.
+// What launchers and host programs call of the CUDA runtime, which poses as an H100.
 extern "C" {
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 const char* cudaGetErrorString(cudaError_t) { return ctxfast::emulator::last_error().c_str(); }
+cudaError_t cudaDriverGetVersion(int* version) { return *version = CUDART_VERSION, cudaSuccess; }
+cudaError_t cudaRuntimeGetVersion(int* version) { return *version = CUDART_VERSION, cudaSuccess; }
 cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  switch (attribute) {
+    case cudaDevAttrMultiProcessorCount:
+      return *value = ctxfast::emulator::kMultiprocessors, cudaSuccess;
+    case cudaDevAttrComputeCapabilityMajor:
+      return *value = 9, cudaSuccess;
+    case cudaDevAttrComputeCapabilityMinor:
+      return *value = 0, cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      return *value = ctxfast::emulator::kSharedBytes, cudaSuccess;
+    case cudaDevAttrCooperativeLaunch:
+      return *value = 1, cudaSuccess;
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* function) {
+  *attributes = {};
+  attributes->maxDynamicSharedSizeBytes = static_cast<int>(ctxfast::emulator::shared_limit(function));
+  return cudaSuccess;
+}
+cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribute, int value) {
+  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize || value > ctxfast::emulator::kSharedBytes)
+    return cudaErrorInvalidValue;
+  ctxfast::emulator::shared_limit(function) = static_cast<size_t>(value);
+  return cudaSuccess;
+}
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void* function, int threads,
+                                                          size_t shared_bytes) {
+  const size_t by_shared = (ctxfast::emulator::kSharedBytes + 1024) / (shared_bytes + 1024),
+               by_threads = 2048 / threads;
+  const bool allowed = shared_bytes <= ctxfast::emulator::shared_limit(function);
+  *blocks = allowed ? static_cast<int>(std::min(by_shared, by_threads)) : 0;
+  return cudaSuccess;
+}
 cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
 cudaError_t cudaMalloc(void** memory, size_t bytes) {
   *memory = std::aligned_alloc(256, (bytes + 256) / 256 * 256);
@@ -413,5 +477,8 @@ cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind)
 cudaError_t cudaMemset(void* memory, int byte, size_t bytes) {
   if (bytes > 0) std::memset(memory, byte, bytes);
   return cudaSuccess;
+}
+cudaError_t cudaMemsetAsync(void* memory, int byte, size_t bytes, cudaStream_t) {
+  return cudaMemset(memory, byte, bytes);
 }
 }

@@ -26,6 +26,10 @@ struct Grid {
 // Runs the kernel to its end; false: see last_error.
 bool run(const std::function<void()>& thread, Grid grid, unsigned threads, size_t shared_bytes, bool cooperative);
 
+// Whether a launch of this kernel may ask for so much: 48 KB, or what cudaFuncSetAttribute allowed; else see
+// last_error.
+bool may_have_shared(const void* function, size_t bytes);
+
 // --- for device.h: the thread that runs now
 
 struct Place {
@@ -40,6 +44,7 @@ const Place& place();
 void together(int count, void* argument, void (*operation)(void** arguments));
 void block_barrier(int id, int threads);  // threads 0: all of the block
 void yield();
+bool nobody_goes_on();  // for long: every thread polls, no store is under way
 [[noreturn]] void fail(const std::string& what);
 
 uint32_t load_word(const uint32_t* p);

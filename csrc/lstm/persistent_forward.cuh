@@ -82,14 +82,14 @@ CTXFAST_DEVICE V initial_h(const KernelParams& p, const Walk& at, int row, int k
 // A thread's work on cells: piece j is one cell and one row of (row tile, batch tile) number 16 j + warp.
 template <int kTiles>
 struct Pieces {
-  int lane, warp, row_tiles;
-  CTXFAST_DEVICE explicit Pieces(const KernelParams& p) : row_tiles(p.row_tiles) {
+  int lane, warp, row_tiles, row_shift;
+  CTXFAST_DEVICE explicit Pieces(const KernelParams& p) : row_tiles(p.row_tiles), row_shift(p.row_shift) {
     const int thread = thread_anew();
     lane = thread & 31, warp = thread >> 5;
   }
   CTXFAST_DEVICE bool has(int j) const { return 16 * j + warp < row_tiles * kTiles; }
   CTXFAST_DEVICE int row_tile(int j) const { return (16 * j + warp) & (row_tiles - 1); }
-  CTXFAST_DEVICE int batch_tile(int j) const { return (16 * j + warp) / row_tiles; }
+  CTXFAST_DEVICE int batch_tile(int j) const { return (16 * j + warp) >> row_shift; }
   CTXFAST_DEVICE int tile_row() const { return 2 * (lane & 3) + (lane >> 4); }
   CTXFAST_DEVICE int row(int j) const { return 8 * batch_tile(j) + tile_row(); }
   CTXFAST_DEVICE int cell(int j) const { return 4 * row_tile(j) + (lane >> 2 & 3); }
@@ -104,8 +104,8 @@ struct Publisher {
     const int vector = thread_anew() - kThreads / 2, groups = p.row_tiles / 2;
     works = vector >= 0 && vector < groups * kTiles * 8;
     if (kForMma) {
-      const int within = groups < 4 ? groups : 4, rest = vector / within;  // a pair
-      k8 = vector % within + rest / (8 * kTiles) * 4;
+      const int shift = groups < 4 ? 1 : 2, rest = vector >> shift;  // a pair: 2 or 4 of them
+      k8 = (vector & ((1 << shift) - 1)) + rest / (8 * kTiles) * 4;
       tile = rest / 8 % kTiles;
       row = rest % 8;
     } else {
@@ -158,11 +158,11 @@ CTXFAST_DEVICE void load_gates(const KernelParams& p, const Walk& at, uint2 (&ga
 }
 
 // c and m, or h without projection, of the thread's pieces; m and h to shared memory: [cell / 8][tile][row][8].
-template <typename T, int kTiles, bool kProjected>
+template <typename T, int kTiles, bool kProjected, bool kInRegisters>
 CTXFAST_DEVICE void advance_cells(const KernelParams& p, const Walk& at, const uint2 (&gates)[kTiles],
                                   const float (&sums)[kTiles][4], float (&c)[kTiles], float (&h)[kTiles]) {
   const Pieces<kTiles> pieces(p);
-  const int k_groups = (kTiles == 1 ? 64 : 16) / p.row_tiles;
+  const int k_groups = (kTiles == 1 ? 64 : 16) >> p.row_shift;
   const int lane = pieces.lane;
   const float4* partial = reinterpret_cast<const float4*>(shared_memory() + p.at.partial);
   T* published = reinterpret_cast<T*>(shared_memory() + p.at.published);
@@ -170,7 +170,7 @@ CTXFAST_DEVICE void advance_cells(const KernelParams& p, const Walk& at, const u
   for (int j = 0; j < kTiles; ++j) {
     if (!pieces.has(j)) continue;
     float4 z;
-    if (kTiles > 1 && k_groups == 1) {
+    if (kInRegisters || (kTiles > 1 && k_groups == 1)) {  // registers: for blocks of 64 cells, one K group
       z = make_float4(sums[j][0], sums[j][1], sums[j][2], sums[j][3]);
     } else {
       z = make_float4(0, 0, 0, 0);
@@ -339,23 +339,33 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_persistent_forward_kernel(co
     float c[kTiles], h[kTiles];  // h: without projection
     uint32_t last_h;             // h with projection
     begin_tile<T, kTiles, kProjected>(p, at, c, h, last_h);
-    for (at.step = 0; at.step < p.steps; ++at.step, ++at.round) {
-      uint2 gates[kTiles];
-      load_gates<T, kTiles>(p, at, gates);
+    // While h is under way; a step ahead; or, where weights fill the registers, while the product runs.
+    constexpr bool kAhead = kTiles > 1 && !kInRegisters;
+    uint2 gates[kTiles];
+    at.step = 0;
+    if constexpr (kAhead) load_gates<T, kTiles>(p, at, gates);
+    for (; at.step < p.steps; ++at.step, ++at.round) {
       float sums[kTiles][4];
       const uint4* before = h_slot<kTiles>(p, at, at.round - 1);
       if constexpr (kTiles == 1) {
-        product_mma<T>(p, w, before);
+        product_mma<T>(p, w, before, [&] { load_gates<T, kTiles>(p, at, gates); });
       } else {
-        product_wgmma<T, kTiles, kInRegisters>(p, w, before, sums);
+        product_wgmma<T, kTiles, kInRegisters>(p, w, before, sums, [&] {
+          if constexpr (!kAhead) load_gates<T, kTiles>(p, at, gates);
+        });
       }
       block_sync();
       const bool upper = thread_anew() >= kThreads / 2;
       if (!kProjected && upper) fence();
-      advance_cells<T, kTiles, kProjected>(p, at, gates, sums, c, h);
+      advance_cells<T, kTiles, kProjected, kInRegisters>(p, at, gates, sums, c, h);
       block_sync();
       if (!upper) fence();
       publish_cells<T, kTiles, kProjected>(p, at);
+      if constexpr (kAhead) {  // while the others' cells or h are under way
+        ++at.step;
+        load_gates<T, kTiles>(p, at, gates);
+        --at.step;
+      }
       if constexpr (kProjected) {
         if (8 * at.block < p.size) {
           project<T, kTiles, kInRegisters>(p, m_slot<kTiles>(p, at, at.round));

@@ -9,11 +9,10 @@ namespace ctxfast::lstm_forward {
 constexpr int kThreads = 512, kWarps = 16;
 constexpr int kSlots = 4;
 constexpr uint32_t kEmpty = 0xFFFFFFFFu;
-// About a second: a peer answers within microseconds, or never.
-constexpr int kSpins = 1 << 21;
 // k-steps of 16 whose weights a warp (its 16 or 64 gate rows) keeps in registers: 64 of them.
 constexpr int kRegisterFragments = 16;
 constexpr int kMmaTiles = 4;  // row tiles of a warp, mma.sync
+constexpr int kMmaPairs = 5;  // kpairs of a warp at most: more would not fit into shared memory
 
 // Bytes from the start of shared memory.
 struct SharedPlaces {
@@ -22,7 +21,8 @@ struct SharedPlaces {
 
 struct KernelParams {
   int batch, steps, hidden, size, directions;  // size: P, or H without projection
-  int row_tiles;                               // of a block: C / 4
+  int row_tiles;                               // of a block: C / 4, a power of 2
+  int row_shift;                               // its logarithm: a division takes 100 cycles of a step, a shift one
   int pairs;                                   // 32s of K = P
   int cell_pairs;                              // 32s of H with a projection, else 0
   bool shares_h;                               // published values and sums lie where h lay
@@ -56,31 +56,55 @@ CTXFAST_DEVICE int thread_anew() {
 
 CTXFAST_DEVICE uint32_t filled(uint32_t word) { return word == kEmpty ? 0x7FFF7FFFu : word; }
 CTXFAST_DEVICE uint4 filled(uint4 v) { return make_uint4(filled(v.x), filled(v.y), filled(v.z), filled(v.w)); }
-CTXFAST_DEVICE bool is_filled(uint4 v) { return v.x != kEmpty && v.y != kEmpty && v.z != kEmpty && v.w != kEmpty; }
+CTXFAST_DEVICE bool is_filled(uint4 v) { return (v.x != kEmpty) & (v.y != kEmpty) & (v.z != kEmpty) & (v.w != kEmpty); }
+
+struct Nothing {
+  CTXFAST_DEVICE void operator()() const {}
+};
 
 // Waits for the first `count` of N vectors, address(i). All loads are issued before the first is used: one
-// after another they cost 1.7 us a step at B = 32 (H100).
-template <bool kSpeaks, int N, typename Address>
-CTXFAST_DEVICE void wait_for(uint4 (&v)[N], int count, Address address) {
+// after another they cost 1.7 us a step at B = 32 (H100). `meanwhile` runs while they are under way.
+// kBranches: a load behind each compare. Else a count of kUsual or more makes one load right after the other.
+template <bool kSpeaks, bool kBranches, int kUsual = 0, int N, typename Address, typename Meanwhile = Nothing>
+CTXFAST_DEVICE void wait_for(uint4 (&v)[N], int count, Address address, Meanwhile meanwhile = {}) {
+  constexpr int kSure = kUsual > 0 ? kUsual : N;
+  if (!kBranches && count >= kSure) {
 #pragma unroll
-  for (int i = 0; i < N; ++i) {
-    v[i] = make_uint4(0, 0, 0, 0);
-    if (i < count) v[i] = load_relaxed(address(i));
+    for (int i = 0; i < kSure; ++i) v[i] = load_relaxed(address(i));
+#pragma unroll
+    for (int i = kSure; i < N; ++i) {
+      v[i] = make_uint4(0, 0, 0, 0);
+      if (i < count) v[i] = load_relaxed(address(i));
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      v[i] = make_uint4(0, 0, 0, 0);
+      if (i < count) v[i] = load_relaxed(address(i));
+    }
   }
-  for (int spins = 0;; ++spins) {
-    bool all = true;
+  meanwhile();
+  for (const uint32_t began = spin_begins();;) {
+    bool here[N], all = true;
 #pragma unroll
-    for (int i = 0; i < N; ++i) all = all && is_filled(v[i]);
+    for (int i = 0; i < N; ++i) {
+      here[i] = is_filled(v[i]);
+      all &= here[i];
+    }
     if (all) return;
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      if (!is_filled(v[i])) v[i] = load_relaxed(address(i));
+      if constexpr (kBranches) {
+        if (!here[i]) v[i] = load_relaxed(address(i));
+      } else {
+        load_relaxed_if(v[i], !here[i], address(i));
+      }
     }
-    if (spins > kSpins) {
+    if (spun_out(began)) {
       if constexpr (kSpeaks) {
         trap_with(1, count);
       } else {
-        trap_silently();
+        trap_silently(1, count);
       }
       __builtin_unreachable();  // so that nothing is saved for after it
     }
@@ -97,14 +121,15 @@ CTXFAST_DEVICE int slot_place(int k8, int tile, int row) {
 
 // Where a warp, or a warpgroup, stands in the product: `row` of the rows' groups, K group `k` of `k_groups`.
 struct Part {
-  int row, k, k_groups;
+  int row, k, k_groups, k_shift;  // 2^k_shift = k_groups
 };
 
 template <int kTiles>
-CTXFAST_DEVICE Part part_of(int row_tiles, int warp) {
+CTXFAST_DEVICE Part part_of(int row_shift, int warp) {
   // The shuffle tells the compiler that a warp's lanes agree: wgmma runs on only where it is sure of that.
-  const int rows = row_tiles / 4, unit = shuffle(kTiles == 1 ? warp : warp >> 2, 0);
-  return {unit & (rows - 1), unit / rows, (kTiles == 1 ? kWarps : kWarps / 4) / rows};
+  const int shift = row_shift - 2, unit = shuffle(kTiles == 1 ? warp : warp >> 2, 0);
+  const int k_shift = (kTiles == 1 ? 4 : 2) - shift;
+  return {unit & ((1 << shift) - 1), unit >> shift, 1 << k_shift, k_shift};
 }
 
 // The weights that stay: registers `w`, and what is left in shared memory. Read where they lie, 16 bytes at a time.
@@ -112,7 +137,7 @@ template <typename T, int kTiles, bool kInRegisters>
 CTXFAST_DEVICE void load_weights(const KernelParams& p, uint4 (&w)[kRegisterFragments], int direction, int block) {
   const int warp = warp_index(), lane = lane_index(), q = lane >> 2, s = lane & 3;
   uint4* shared = reinterpret_cast<uint4*>(shared_memory());
-  const Part part = part_of<kTiles>(p.row_tiles, warp);
+  const Part part = part_of<kTiles>(p.row_shift, warp);
   // Row of a tile of 16: 4 gate + cell.
   const auto at = [&](int tile, int row, int k) {
     const int64_t of_all = static_cast<int64_t>(row >> 2) * p.hidden + (block * p.row_tiles + tile) * 4 + (row & 3);
@@ -183,36 +208,30 @@ CTXFAST_DEVICE void multiply_step(float (&sums)[kMmaTiles][4], const uint4 (&w)[
 }
 
 // Products of mma.sync: h from its slot straight into registers; partial sums to shared memory.
-template <typename T>
-CTXFAST_DEVICE void product_mma(const KernelParams& p, const uint4 (&w)[kRegisterFragments], const uint4* h) {
+template <typename T, typename Meanwhile>
+CTXFAST_DEVICE void product_mma(const KernelParams& p, const uint4 (&w)[kRegisterFragments], const uint4* h,
+                                Meanwhile meanwhile) {
   const int thread = thread_anew(), warp = thread >> 5, lane = thread & 31;
-  const Part part = part_of<1>(p.row_tiles, warp);
-  const int count = part.k < p.pairs ? (p.pairs - part.k + part.k_groups - 1) / part.k_groups : 0;
-  const int left = (p.pairs + part.k_groups - 1) / part.k_groups - 2;
+  const Part part = part_of<1>(p.row_shift, warp);
+  const int count = part.k < p.pairs ? (p.pairs - part.k + part.k_groups - 1) >> part.k_shift : 0;
+  const int left = ((p.pairs + part.k_groups - 1) >> part.k_shift) - 2;
   const uint4* shared = reinterpret_cast<const uint4*>(shared_memory()) + warp * left * 256 + lane;
   float sums[kMmaTiles][4] = {};
   const auto address = [&](int i) { return h + (part.k + i * part.k_groups) * 32 + lane; };
-  constexpr int kAtOnce = 4;
-  for (int first = 0; first < count; first += kAtOnce) {
-    uint4 v[kAtOnce];
-    wait_for<true>(v, count - first, [&](int i) { return address(first + i); });
-    warp_sync();
+  uint4 v[kMmaPairs];
+  wait_for<true, false, 4>(v, count, address, meanwhile);
+  warp_sync();
 #pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      if (first + i >= count) continue;
+  for (int i = 0; i < kMmaPairs; ++i) {
+    if (i >= count) continue;
 #pragma unroll
-      for (int step = 0; step < 2; ++step) {
-        uint4 a[kMmaTiles];
+    for (int step = 0; step < 2; ++step) {
+      uint4 a[kMmaTiles];
 #pragma unroll
-        for (int t = 0; t < kMmaTiles; ++t) {
-          if (i < 2 && first == 0) {
-            a[t] = w[(i & 1) * 8 + 2 * t + step];
-          } else {
-            a[t] = shared[((first + i - 2) * 8 + 2 * t + step) * 32];
-          }
-        }
-        multiply_step<T>(sums, a, word(v[i], 2 * step), word(v[i], 2 * step + 1));
+      for (int t = 0; t < kMmaTiles; ++t) {
+        a[t] = i < 2 ? w[(i & 1) * 8 + 2 * t + step] : shared[((i - 2) * 8 + 2 * t + step) * 32];
       }
+      multiply_step<T>(sums, a, word(v[i], 2 * step), word(v[i], 2 * step + 1));
     }
   }
   float4* partial = reinterpret_cast<float4*>(shared_memory() + p.at.partial);
@@ -225,23 +244,23 @@ CTXFAST_DEVICE void product_mma(const KernelParams& p, const uint4 (&w)[kRegiste
 
 // Products of wgmma: h, or the K group's part of it, by way of shared memory. Partial sums go to shared memory if there
 // are several K groups.
-template <typename T, int kTiles, bool kInRegisters>
+template <typename T, int kTiles, bool kInRegisters, typename Meanwhile>
 CTXFAST_DEVICE void product_wgmma(const KernelParams& p, const uint4 (&w)[kRegisterFragments], const uint4* h,
-                                  float (&sums)[kTiles][4]) {
+                                  float (&sums)[kTiles][4], Meanwhile meanwhile) {
   constexpr int in_registers = kInRegisters ? kRegisterFragments : 0;
   constexpr int kAtOnce = kInRegisters ? kTiles : 8;
   const int thread = thread_anew(), warp = thread >> 5, lane = thread & 31;
-  const Part part = part_of<kTiles>(p.row_tiles, warp);
-  const int members = kThreads / part.k_groups, member = part.row * 128 + (thread & 127);
-  const int share = p.pairs / part.k_groups, begin = share * part.k;
+  const Part part = part_of<kTiles>(p.row_shift, warp);
+  const int members = kThreads >> part.k_shift, member = part.row * 128 + (thread & 127);
+  const int share = p.pairs >> part.k_shift, begin = share * part.k;
   unsigned char* at_h = shared_memory() + p.at.h;
   uint4* shared_h = reinterpret_cast<uint4*>(at_h);
   const int vectors = share * kTiles * 32;
   for (int first = member, pass = 0; pass == 0 || first < vectors; first += kAtOnce * members, ++pass) {
     uint4 v[kAtOnce];
-    const int count = first < vectors ? (vectors - first + members - 1) / members : 0;
+    const int count = first < vectors ? (vectors - first + members - 1) >> (9 - part.k_shift) : 0;
     const uint4* from = h + begin * kTiles * 32 + first;
-    wait_for<false>(v, count, [&](int i) { return from + i * members; });
+    wait_for<false, true>(v, count, [&](int i) { return from + i * members; });
     if (p.shares_h && pass == 0) block_sync();  // the sums of the step before have been read
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
@@ -276,6 +295,7 @@ CTXFAST_DEVICE void product_wgmma(const KernelParams& p, const uint4 (&w)[kRegis
     pair(k);
   }
   wgmma_commit();
+  meanwhile();
   wgmma_wait<0>();
   if (part.k_groups > 1) {
     float4* partial = reinterpret_cast<float4*>(shared_memory() + p.at.partial);
@@ -296,13 +316,14 @@ CTXFAST_DEVICE void project(const KernelParams& p, const uint4* m) {
   constexpr int kAtOnce = kInRegisters && kTiles == 4 ? 1 : 8 / kTiles;  // pairs
   constexpr int kHalves = kTiles == 1 ? 1 : kTiles / 2;
   const uint4* weights = reinterpret_cast<const uint4*>(shared_memory() + p.at.projection) + lane;
-  const int count = warp < p.cell_pairs ? (p.cell_pairs - warp + kWarps - 1) / kWarps : 0;
+  const int count =
+      warp < p.cell_pairs ? static_cast<int>(static_cast<unsigned>(p.cell_pairs - warp + kWarps - 1) / kWarps) : 0;
   float sums[kHalves][4] = {};
   for (int first = 0; first < count; first += kAtOnce) {
     uint4 v[kAtOnce * kTiles];
     const uint4* from = m + (warp + first * kWarps) * kTiles * 32 + lane;
-    wait_for<kTiles == 1>(v, (count - first) * kTiles,
-                          [&](int i) { return from + ((i / kTiles) * kWarps * kTiles + i % kTiles) * 32; });
+    wait_for<kTiles == 1, false>(v, (count - first) * kTiles,
+                                 [&](int i) { return from + ((i / kTiles) * kWarps * kTiles + i % kTiles) * 32; });
     warp_sync();
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {

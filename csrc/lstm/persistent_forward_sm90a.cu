@@ -72,6 +72,7 @@ Shape choose(const LstmPersistentDevice& device, int64_t batch, int64_t hidden, 
       if (hidden % cells != 0 || hidden / cells * directions > device.multiprocessors) continue;
       if (projected && size / 8 > hidden / cells) continue;
       if (tiles > 1 && size / 32 % (64 / cells) != 0) continue;  // K groups take equal parts
+      if (tiles == 1 && ceil_div(size / 32, 256 / cells) > kMmaPairs) continue;
       const bool may_keep = projected && tiles > 1 && cells == 64 && size >= 16 * kRegisterFragments;
       for (int kept = 0; kept <= int{may_keep}; ++kept) {
         const Shape shape = shape_of(hidden, size, projected, cells, tiles, kept != 0);
@@ -196,6 +197,7 @@ Status lstm_persistent_forward(const LstmPersistentForwardParams& p, CUstream_st
   k.hidden = static_cast<int>(p.hidden), k.size = static_cast<int>(p.size);
   k.directions = static_cast<int>(p.directions);
   k.row_tiles = shape.cells / 4;
+  while (1 << k.row_shift < k.row_tiles) ++k.row_shift;
   k.pairs = k.size / 32;
   k.cell_pairs = p.has_proj ? k.hidden / 32 : 0;
   k.shares_h = shape.shares_h;

@@ -71,14 +71,38 @@ def is_mkl_slow() -> bool:
         return False
 
 
+@constant
+@lru_cache(maxsize=1)
+def _cuda_versions() -> tuple[int, int]:
+    """CUDA as the driver knows it (0: there is none) and as the kernels were compiled with it; 13000 is 13.0."""
+    return extension().cuda_versions()
+
+
+def _driver_objection() -> str | None:
+    """None, or why this machine's driver cannot run the kernels of this build."""
+    driver, runtime = _cuda_versions()
+    if driver == 0 or driver // 1000 >= runtime // 1000:
+        return None
+    return (
+        f"CUDA kernels were compiled with CUDA {_version(runtime)} and this machine's driver knows CUDA "
+        f"{_version(driver)}. Install a newer driver, or rebuild with a CUDA {driver // 1000} toolkit (CUDA_HOME)."
+    )
+
+
+def _version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
 def why_no_cuda(arch: str | None = None) -> str | None:
-    """None if CUDA kernels were compiled, those for ``arch`` alone too; else one sentence why not and the way out."""
+    """None if CUDA kernels were compiled, those for ``arch`` alone too, and the driver is new enough for them; else one
+    sentence why not and the way out.
+    """
     if _C is None:
         return why_no_extension()
     info = build_info()
     if info.get("cuda"):
         if arch is None or arch in info["cuda_archs"]:
-            return None
+            return _driver_objection()
         listed = ", ".join(info["cuda_archs"])
         return f"CUDA kernels were compiled for {listed}; rebuild with CTXFAST_CUDA_ARCHS holding {arch}."
     return (

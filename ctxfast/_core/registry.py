@@ -391,6 +391,8 @@ def op(
                 raise ValueError(f"ctxfast.{name}: implementation {implementation.name!r} is not one of {IMPL_NAMES}.")
         if name in OPS:
             raise ValueError(f"ctxfast: op {name!r} is registered twice.")
+        if isinstance(autocast, str) and autocast not in ("lower", "keep"):
+            raise ValueError(f"ctxfast.{name}: autocast is {autocast!r}; expected 'lower', 'keep' or a function.")
         OPS[name] = spec
 
         @wraps(function)

@@ -8,18 +8,20 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from .._core.texts import as_list, described
 from .batch_encoder import BatchEncoder
 from .job import Report, embed_file
+from .precision import PRECISIONS, quantize_vectors
 from .selection import Layers, Selection
 
 _Path = str | os.PathLike[str]
 
 
 class Embedder(BatchEncoder):
-    """Contextual vectors of texts.
+    """Contextual vectors of texts. Also a transformer of scikit-learn: texts in, a matrix out.
 
     Args:
         model: a Hugging Face directory, a Google checkpoint, the name of an installed package with a model (see
@@ -70,8 +72,10 @@ class Embedder(BatchEncoder):
         prompt_name: str | None = None,
         word_pieces: str | None = None,
         truncate: bool = False,
+        truncate_dim: int | None = None,
+        precision: str = "float32",
         output: str = "numpy",
-    ) -> list[Any]:
+    ) -> Any:
         """Embed texts that fit in memory; ``embed_file`` is for those that do not.
 
         Vectors of texts (``level="sentence"``) are by default those that the model was trained with: where the folder
@@ -94,11 +98,16 @@ class Embedder(BatchEncoder):
                 a word), the "mean" of its pieces (a vector a word), or "all" pieces. A word without a piece has zeros.
             truncate: cut texts that are too long instead of raising: longer than the model's positions, than the
                 tokenizer's model_max_length, or at sentence level than the folder's max_seq_length.
+            truncate_dim: at sentence level, keep so many first numbers of a vector (models trained for it); with
+                ``normalize=True`` it is scaled to length 1 after that, else before.
+            precision: at sentence level, "int8", "uint8", "binary" or "ubinary" for fewer bits, see
+                ``ctxfast.quantize_vectors``; 8 bits take their ranges of these very texts, so that texts to be compared
+                belong into one call. "float32": as ``dtype`` says.
             output: "numpy", or "torch" for tensors on the model's device.
 
         Returns:
-            One array a text, in order: (layers, n, dim) or, for one layer or their average, (n, dim); at sentence level
-            (layers, dim) or (dim,).
+            At token level a list with one array a text, in order: (layers, n, dim) or, for one layer or their average,
+            (n, dim). At sentence level one array of all N texts: (N, layers, sentence_dim) or (N, sentence_dim).
 
         Raises:
             TypeError: a single string, a table, or texts that are neither strings nor lists of words; the message has
@@ -112,6 +121,9 @@ class Embedder(BatchEncoder):
         """
         if output not in ("numpy", "torch"):
             raise ValueError(f"ctxfast.Embedder: output is {output!r}; expected 'numpy' or 'torch'.")
+        _check_vectors(
+            level, layers, truncate_dim, precision, output, self.sentence_dim if pooling is None else self.dim
+        )
         texts, unit = _unit(texts)
         selection = self.select(
             layers=layers,
@@ -124,15 +136,66 @@ class Embedder(BatchEncoder):
             word_pieces=word_pieces,
         )
         items = self.prepare(texts, selection, _name_text, truncate)
-        results: list[Any] = [None] * len(items)
         source = self.encode(items, selection) if output == "numpy" else self._encode(items, selection)
+        if selection.level == "sentence":
+            matrix = self._matrix(len(items), selection, source, output)
+            if truncate_dim is not None:
+                matrix = _cut(matrix, truncate_dim, normalize)
+            return matrix if precision == "float32" else quantize_vectors(matrix, precision)
+        results: list[Any] = [None] * len(items)
         for batch, values in source:
             start = 0
             for index in batch:
                 rows = values[start : start + items[index].rows]
-                results[index] = _shaped(rows, selection)
+                results[index] = _of_tokens(rows, selection)
                 start += items[index].rows
         return results
+
+    def _matrix(self, count: int, selection: Selection, source: Iterable[tuple[list[int], Any]], output: str) -> Any:
+        """The vectors of all texts in one array, a row a text."""
+        shape = (count, selection.depth, selection.dim)
+        if output == "numpy":
+            matrix = np.empty(shape, self.dtype)
+        else:
+            matrix = torch.empty(shape, dtype=torch.from_numpy(np.empty(0, self.dtype)).dtype, device=self.device)
+        for batch, values in source:
+            matrix[batch] = values
+        return matrix[:, 0] if selection.is_single else matrix
+
+    def fit(self, texts: Any = None, labels: Any = None) -> Embedder:
+        """Nothing to learn; scikit-learn's pipelines call it."""
+        return self
+
+    def transform(self, texts: Iterable[str | Sequence[str]]) -> np.ndarray:
+        """(N, sentence_dim) vectors of N texts, as ``self(texts, level="sentence")``, for scikit-learn's pipelines.
+
+        ``sklearn.preprocessing.FunctionTransformer`` with ``functools.partial(embedder, level="sentence", ...)`` takes
+        other options.
+        """
+        return self(texts, level="sentence")
+
+    def fit_transform(self, texts: Iterable[str | Sequence[str]], labels: Any = None) -> np.ndarray:
+        """``transform``."""
+        return self.transform(texts)
+
+    def __sklearn_clone__(self) -> Embedder:
+        # It learns nothing from what it is fitted to, so that folds may share one model.
+        return self
+
+    def __sklearn_tags__(self) -> Any:
+        from sklearn.utils import InputTags, Tags, TargetTags, TransformerTags
+
+        return Tags(
+            estimator_type=None,
+            target_tags=TargetTags(required=False),
+            transformer_tags=TransformerTags(),
+            input_tags=InputTags(two_d_array=False, string=True),
+            requires_fit=False,
+        )
+
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """No parameters to search over: scikit-learn asks."""
+        return {}
 
     def tokens(
         self, texts: Iterable[str | Sequence[str]], *, word_pieces: str | None = None, truncate: bool = False
@@ -147,16 +210,41 @@ class Embedder(BatchEncoder):
         return embed_file(self, input, output, **options)
 
 
+def _cut(matrix: Any, size: int, normalize: bool | None) -> Any:
+    """The first ``size`` numbers of each vector, of length 1 if that is wanted of what is left."""
+    matrix = matrix[..., :size]
+    if not normalize:
+        return matrix
+    if isinstance(matrix, Tensor):
+        return torch.nn.functional.normalize(matrix, dim=-1)
+    return torch.nn.functional.normalize(torch.from_numpy(matrix), dim=-1).numpy()
+
+
+def _check_vectors(level: str, layers: Layers, truncate_dim: int | None, precision: str, output: str, dim: int) -> None:
+    """Refuse options of vectors of texts that do not apply, before anything is computed."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"ctxfast.Embedder: precision is {precision!r}; expected one of {', '.join(PRECISIONS)}.")
+    for name, value, unset in (("truncate_dim", truncate_dim, None), ("precision", precision, "float32")):
+        if value != unset and level != "sentence":
+            raise ValueError(f"ctxfast.Embedder: {name} is {value!r} at token level; expected level 'sentence' for it.")
+    if truncate_dim is not None and (
+        isinstance(truncate_dim, bool) or not isinstance(truncate_dim, int) or not 1 <= truncate_dim <= dim
+    ):
+        raise ValueError(f"ctxfast.Embedder: truncate_dim is {truncate_dim!r}; expected 1 to {dim}, a vector's size.")
+    if precision != "float32" and (output != "numpy" or not isinstance(layers, (str, int)) or layers == "all"):
+        raise ValueError(
+            f"ctxfast.Embedder: precision is {precision!r} with output {output!r} and layers {layers!r}; expected it "
+            "with output 'numpy' and one layer or their average."
+        )
+
+
 def _name_text(index: int) -> str:
     return f"text {index}"
 
 
-def _shaped(rows: Any, selection: Selection) -> Any:
+def _of_tokens(rows: Any, selection: Selection) -> Any:
     """(rows, depth, dim) of one text as ``Embedder`` returns it; a copy, so that a batch is not kept for one text."""
-    if selection.level == "sentence":
-        rows = rows[0, 0] if selection.is_single else rows[0]
-    else:
-        rows = rows[:, 0] if selection.is_single else rows.swapaxes(0, 1)
+    rows = rows[:, 0] if selection.is_single else rows.swapaxes(0, 1)
     return rows.clone() if isinstance(rows, Tensor) else np.array(rows, order="C")
 
 

@@ -23,7 +23,7 @@ class SelfAttention(tools.NotScriptable):
 
     The three projections are one parameter pair, ``qkv_weight`` (3N, N) and ``qkv_bias`` (3N,), so
     that they are one product. A state_dict has them under Hugging Face's names: ``query.weight``,
-    ``query.bias``, ``key.weight``, ... On a GPU the bias is added inside the attention op.
+    ``query.bias``, ``key.weight``, ...
 
     Args:
         hidden_size: N, a multiple of ``num_heads``.

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from .. import functional
 from .._core import registry
+from ..ops.attention import same_sequences
 from . import tools
 from .all_rows import AllRows
 from .graphs import PackedGraphs
@@ -191,6 +192,7 @@ def _one_by_one(
 ) -> list[Tensor]:
     """The output of each layer, or of the last alone."""
     states = []
+    cu_seqlens = same_sequences.for_one_pass(cu_seqlens)
     for layer in layers:
         step: Layer = partial(by_ops, layer) if isinstance(layer, LayerWeights) else layer
         if recompute is not None:
@@ -233,13 +235,11 @@ def self_attention(
     """One product for query, key and value, then attention, (T, N) -> (T, N), heads side by side. ``impl``: of
     attention."""
     heads = (3, num_heads, -1)
-    # A GPU adds the bias as it loads rows for attention; on a CPU the product's epilogue adds it for nothing.
-    is_early = x.device.type == "cpu" or rows is not None
-    qkv = _product(x, weight, bias if is_early else None, weight_dtype=weight_dtype).unflatten(-1, heads)
+    # The product's epilogue adds the bias for nothing, and rounds once.
+    qkv = _product(x, weight, bias, weight_dtype=weight_dtype).unflatten(-1, heads)
     if rows is not None:
         return rows.attend(qkv, blank_is_zero=True, dropout_p=dropout_p, impl=impl).flatten(1)
-    bias = None if is_early or bias is None else bias.unflatten(0, heads)
-    return functional.attention(qkv, cu_seqlens, max_seqlen, bias, dropout_p=dropout_p, impl=impl).flatten(1)
+    return functional.attention(qkv, cu_seqlens, max_seqlen, dropout_p=dropout_p, impl=impl).flatten(1)
 
 
 def _feed_forward(

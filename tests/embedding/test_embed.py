@@ -73,7 +73,11 @@ def test_sentences(fake):
     for words, result in zip(WORDS, fake(WORDS, level="sentence", layers=[0, 1])):
         assert result.shape == (2, DIM)
         np.testing.assert_allclose(result, vectors(words)[:2].sum(1) / max(len(words), 1), rtol=1e-5, atol=1e-7)
-    assert fake(WORDS, level="sentence")[0].shape == (DIM,)
+    matrix = fake(WORDS, level="sentence")
+    assert isinstance(matrix, np.ndarray) and matrix.shape == (len(WORDS), DIM) and matrix.dtype == np.float32
+    assert fake(WORDS, level="sentence", layers="all").shape == (len(WORDS), 3, DIM)
+    tensor = fake(WORDS, level="sentence", output="torch")
+    assert isinstance(tensor, torch.Tensor) and np.array_equal(tensor.numpy(), matrix)
 
 
 def test_strings_are_split_by_elmo(fake):
@@ -105,7 +109,8 @@ def test_torch_and_half():
 
 
 def test_nothing(fake):
-    assert fake([]) == [] and fake([], level="sentence") == [] and fake.tokens([]) == []
+    assert fake([]) == [] and fake.tokens([]) == []
+    assert fake([], level="sentence").shape == (0, DIM) and fake([], level="sentence", output="torch").shape == (0, DIM)
 
 
 def test_carry_keeps_order_and_rows():

@@ -10,6 +10,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+import torch
 from oracles.elmo_models import fixture_layers, fixture_sentences, write_model, write_variant
 
 import ctxfast
@@ -145,3 +146,18 @@ def test_an_existing_file_is_not_overwritten(embedder: ElmoEmbedder, tmp_path: P
     with pytest.raises(FileExistsError, match="out exists. Remove it, or choose another name"):
         embedder.embed_file(io.StringIO("a"), tmp_path / "out")
     assert (tmp_path / "out").read_text() == "precious"
+
+
+def test_cuda_device_as_allennlp_has_it(tmp_path: Path, monkeypatch) -> None:
+    files = write_model(tmp_path)
+    for arguments in ((-1,), ()):
+        assert ElmoEmbedder(*files, *arguments).device == torch.device("cpu")
+    assert ElmoEmbedder(*files, device="cpu").device == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(RuntimeError, match="cuda_device is 0, and torch sees 0 GPUs. Pass -1 for the CPU"):
+        ElmoEmbedder(*files, cuda_device=0)
+    for wrong in (-2, "cuda:0", 0.5, True):
+        with pytest.raises(ValueError, match="expected the number of a GPU, or -1"):
+            ElmoEmbedder(*files, wrong)
+    with pytest.raises(ValueError, match="cuda_device is 0 and device is 'cpu'; expected one of them"):
+        ElmoEmbedder(*files, 0, device="cpu")

@@ -19,7 +19,8 @@ from ctxfast._core import capability, registry
 if not torch.cuda.is_available() and not capability.is_triton_interpreted():
     pytest.skip("needs a GPU, or TRITON_INTERPRET=1", allow_module_level=True)
 
-from ctxfast.ops.attention import triton_plan
+from ctxfast.nn import SelfAttention, encoder
+from ctxfast.ops.attention import triton_blocks, triton_plan
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
@@ -79,28 +80,85 @@ def test_every_plan(lengths, D) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
-def test_ragged_batch_that_searches_its_blocks(dtype) -> None:
-    """One long sequence among short and empty ones, at the ends too; every row must find its program."""
+def test_ragged_batch_whose_blocks_are_listed(dtype) -> None:
+    """One long sequence among short and empty ones, at the ends too; every block must find its program."""
     lengths = [0, 1, 0, 170, 64, 0, 3, 63, 2, 65, 0]
     for size in (32, 64):
-        assert triton_plan.grid(sum(lengths), len(lengths), max(lengths), size).search == 32
+        assert triton_plan.grid(sum(lengths), len(lengths), max(lengths), size).has_table
     _compare(_packed(lengths, 2, 32, dtype))
 
 
+@pytest.mark.parametrize("offsets_dtype", [torch.int32, torch.int64], ids=["int32", "int64"])
+def test_table_of_blocks(offsets_dtype) -> None:
+    """All blocks of all sequences once, the longest sequences' first, then rows of length 0 that nobody works on."""
+    drawn = random.Random(0)
+    for sequences in (1, 2, 15, 16, 17, 40, 150):
+        lengths = [drawn.choice([0, 1, 64, 65, drawn.randint(0, 300)]) for _ in range(sequences)]
+        size = drawn.choice([16, 32, 64])
+        starts = [sum(lengths[:i]) for i in range(sequences + 1)]
+        programs = triton_plan.grid(starts[-1], sequences, 4096, size).programs
+        offsets = torch.tensor(starts, dtype=offsets_dtype, device=DEVICE)
+        table = triton_blocks.block_table(offsets, programs, size).tolist()
+        expected = [
+            [sequence, first, starts[sequence], lengths[sequence]]
+            for sequence in sorted(range(sequences), key=lambda i: -lengths[i])
+            for first in range(0, lengths[sequence], size)
+        ]
+        assert table[: len(expected)] == expected
+        assert all(row[3] == 0 for row in table[len(expected) :])
+
+
 def test_grid_holds_every_block() -> None:
-    """Sequence i begins at block start // size + i: what the kernels count on, for thousands of random batches."""
     drawn = random.Random(0)
     for _ in range(2000):
         lengths = [drawn.choice([0, 1, drawn.randint(0, 300)]) for _ in range(drawn.randint(1, 40))]
         size = drawn.choice([16, 32, 64])
-        starts = [sum(lengths[:i]) for i in range(len(lengths))]
-        begins = [start // size + i for i, start in enumerate(starts)]
         grid = triton_plan.grid(sum(lengths), len(lengths), max(lengths), size)
-        programs = sum(lengths) // size + len(lengths)
-        assert grid.programs == (programs if grid.search else -(-max(lengths) // size) * len(lengths))
-        assert not grid.search or grid.search >= len(lengths)
-        for begin, end, length in zip(begins, [*begins[1:], programs], lengths):
-            assert end - begin >= -(-length // size)
+        assert grid.programs >= sum(-(-length // size) for length in lengths)
+        assert grid.has_table or grid.programs == -(-max(lengths) // size) * len(lengths)
+
+
+def test_layers_of_a_pass_share_a_table(monkeypatch) -> None:
+    """It is made by the first and lives no longer than the pass: the next one may find other lengths in its place."""
+    calls = []
+    plain = triton_blocks.list_blocks
+
+    class Counted:
+        def __getitem__(self, grid):
+            calls.append(grid)
+            return plain[grid]
+
+    monkeypatch.setattr(triton_blocks, "list_blocks", Counted())
+    layers = [SelfAttention(64, 2, impl="triton", device=DEVICE, dtype=torch.float32) for _ in range(3)]
+    offsets = torch.tensor([0, 170, 171, 172, 173, 174], dtype=torch.int32, device=DEVICE)
+    x = torch.randn(174, 64, device=DEVICE)
+    for lengths in ([170, 1, 1, 1, 1], [3, 168, 1, 1, 1]):
+        calls.clear()
+        offsets.copy_(torch.tensor([0, *lengths]).cumsum(0))
+        with torch.no_grad():
+            got = encoder.run(layers, x, offsets, 170)[0]
+        assert len(calls) == 1
+        with ctxfast.use_impl("reference"), torch.no_grad():
+            expected = x
+            for layer in layers:
+                expected = ctxfast.functional.attention(
+                    ctxfast.functional.linear_act(expected, *layer.qkv()).unflatten(-1, (3, 2, 32)), offsets, 170,
+                    impl="reference",
+                ).flatten(1)  # fmt: skip
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    calls.clear()
+    encoder.run(layers, x, offsets, 170)[0].sum().backward()
+    assert len(calls) == 1  # the backward finds the forward's
+    with torch.no_grad():
+        layers[0](x, offsets, 170)
+        layers[0](x, offsets, 170)
+    assert len(calls) == 3  # calls that belong together in nobody's knowledge
+
+
+def test_bias_is_added_once_and_rounded_with_the_rows() -> None:
+    kwargs = _packed([40, 3], 2, 32, torch.float16)
+    expected = run("attention", {**kwargs, "qkv": kwargs["qkv"] + kwargs["bias"], "bias": None}, "triton")[0]
+    assert torch.equal(run("attention", kwargs, "triton")[0], expected)
 
 
 @pytest.mark.parametrize("length", [9, 20, 40, 70, 140])

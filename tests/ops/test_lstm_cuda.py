@@ -19,10 +19,12 @@ H100 = (132, 9, 0, 227 * 1024, True)
 def _emulator(monkeypatch: pytest.MonkeyPatch) -> Any:
     both = emulated.Instead(emulated.extension())
     monkeypatch.setattr(capability, "extension", lambda: both)
-    facts = cuda._facts
-    facts.cache_clear()
+    asked = (cuda._facts, capability._cuda_versions)
+    for facts in asked:
+        facts.cache_clear()
     yield
-    facts.cache_clear()
+    for facts in asked:
+        facts.cache_clear()
 
 
 def _args(
@@ -99,6 +101,22 @@ def test_refuses_builds_without_its_kernels(archs: list[str], monkeypatch: pytes
         assert says is None
     else:
         assert says == "CUDA kernels were compiled for 80, 86, 86+PTX; rebuild with CTXFAST_CUDA_ARCHS holding 90a."
+
+
+def test_refuses_a_driver_older_than_the_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else every launch would fail: the runtime is linked in, and may be newer than torch's."""
+    monkeypatch.setattr(capability, "build_info", lambda: {"cuda": True, "cuda_archs": ["90a"]})
+    for driver, runtime, old in ((12080, 13000, True), (13000, 13010, False), (13020, 12080, False), (0, 13000, False)):
+        monkeypatch.setattr(capability, "_cuda_versions", lambda versions=(driver, runtime): versions)
+        says = capability.why_no_cuda("90a")
+        assert (says is not None) == old
+        if old:
+            assert says.startswith("CUDA kernels were compiled with CUDA 13.0 and this machine's driver knows CUDA")
+
+
+def test_the_emulator_answers_with_cuda_versions() -> None:
+    driver, runtime = capability.extension().cuda_versions()
+    assert driver >= runtime >= 12000
 
 
 def test_a_compiled_graph_asks_at_compile_time() -> None:

@@ -24,12 +24,30 @@ _FORMATS = ("all", "top", "average")
 _Path = str | os.PathLike[str]
 
 
+def _device(cuda_device: int | None, device: torch.device | str | None) -> torch.device:
+    if cuda_device is None:
+        return torch.device("cpu" if device is None else device)
+    if device is not None:
+        raise ValueError(f"{_OP}: cuda_device is {cuda_device!r} and device is {device!r}; expected one of them.")
+    if isinstance(cuda_device, bool) or not isinstance(cuda_device, int) or cuda_device < -1:
+        raise ValueError(
+            f"{_OP}: cuda_device is {cuda_device!r}; expected the number of a GPU, or -1 for the CPU. device= takes "
+            "torch's names of devices."
+        )
+    if cuda_device == -1:
+        return torch.device("cpu")
+    if cuda_device >= (count := torch.cuda.device_count()):
+        raise RuntimeError(f"{_OP}: cuda_device is {cuda_device}, and torch sees {count} GPUs. Pass -1 for the CPU.")
+    return torch.device("cuda", cuda_device)
+
+
 class ElmoEmbedder:
     """Contextual vectors of tokenised sentences, every layer.
 
     Args:
         options_file, weight_file: the model's files.
-        device: where to run.
+        cuda_device: AllenNLP's way to say where to run: the number of a GPU, -1 for the CPU.
+        device: where to run, in torch's words; None for the CPU.
         state: what a sentence starts from. "steady": a fixed state, so that a sentence always gets the same vectors
             (the default here); "carry": AllenNLP's rule, where row k of a batch goes on from row k of the batch
             before; "zero".
@@ -48,13 +66,14 @@ class ElmoEmbedder:
         self,
         options_file: _Path,
         weight_file: _Path,
-        device: torch.device | str = "cpu",
+        cuda_device: int | None = None,
         *,
+        device: torch.device | str | None = None,
         state: str = "steady",
         weight_dtype: torch.dtype | None = None,
         impl: str | None = None,
     ) -> None:
-        self.device = torch.device(device)
+        self.device = _device(cuda_device, device)
         self.bilm = ElmoBiLm.from_files(
             options_file, weight_file, state=state, weight_dtype=weight_dtype, impl=impl
         ).to(self.device)

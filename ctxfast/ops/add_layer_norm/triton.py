@@ -88,7 +88,8 @@ def backward(
     # The longest rows have no registers left for a third sum.
     sum_x = x_bias is not None and with_sums and size <= triton_rows.SUMMED_SIZE
     kinds = sums if sum_x else sums[:2]
-    count = triton_rows.programs(x, -(-x.shape[0] // tile["ROWS"]), max(1, 16 // tile["num_warps"]))
+    per_processor = max(1, triton_rows.BACKWARD_WARPS // tile["num_warps"])
+    count = triton_rows.programs(x, -(-x.shape[0] // tile["ROWS"]), per_processor)
     partial = triton_rows.allocate_partial(len(kinds), count, size, x) if with_sums else None
     is_apart = grad_x.numel() > 0
     with triton_rows.on_device(x):

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..._core import capability, registry, torch_ops
 from ..shared import philox, triton_rows
-from . import definition, triton_backward, triton_forward, triton_plan
+from . import definition, triton_backward, triton_blocks, triton_forward, triton_plan
 
 _MAX_HEAD_DIM = 128
 _LOG2_E = math.log2(math.e)
@@ -43,14 +43,22 @@ def _is_empty(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> bool:
     return qkv.numel() == 0 or cu_seqlens.shape[0] == 1 or max_seqlen == 0
 
 
-def _options(qkv: Tensor, bias: Tensor | None, seeds: Tensor | None) -> dict[str, Any]:
+def _options(qkv: Tensor, seeds: Tensor | None) -> dict[str, Any]:
     """What every kernel is compiled for."""
     head_dim = qkv.shape[3]
     return dict(
-        D=head_dim, BLOCK_D=triton_rows.block(head_dim), HAS_BIAS=bias is not None, DROPOUT=seeds is not None,
+        D=head_dim, BLOCK_D=triton_rows.block(head_dim), DROPOUT=seeds is not None,
         PRECISION="tf32" if _kind(qkv.dtype) == "tf32" else "ieee",
         enable_fp_fusion=True,  # said, because Triton's default differs between versions
     )  # fmt: skip
+
+
+def _blocks(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, size: int) -> tuple[int, Tensor | None, int]:
+    """(programs, table or None, blocks a sequence) of a kernel over blocks of ``size`` tokens."""
+    sequences = cu_seqlens.shape[0] - 1
+    grid = triton_plan.grid(qkv.shape[0], sequences, max_seqlen, size)
+    table = triton_blocks.block_table(cu_seqlens, grid.programs, size) if grid.has_table else None
+    return grid.programs, table, grid.blocks
 
 
 def _outputs(qkv: Tensor, save_lse: bool) -> tuple[Tensor, Tensor]:
@@ -61,32 +69,30 @@ def _outputs(qkv: Tensor, save_lse: bool) -> tuple[Tensor, Tensor]:
 
 
 def _forward(
-    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, bias: Tensor | None, softmax_scale: float,
-    dropout_p: float, seeds: Tensor | None, save_lse: bool,
+    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, softmax_scale: float, dropout_p: float, seeds: Tensor | None,
+    save_lse: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     out, lse = _outputs(qkv, save_lse)
     if _is_empty(qkv, cu_seqlens, max_seqlen):
         return out, lse
     tokens, _, heads, _ = qkv.shape
-    sequences = cu_seqlens.shape[0] - 1
     tile = _plan(qkv, cu_seqlens, max_seqlen).forward
-    bias, cu_seqlens = None if bias is None else bias.contiguous(), cu_seqlens.contiguous()
-    options = _options(qkv, bias, seeds) | dict(
-        NEGATIVE=softmax_scale < 0, SAVE_LSE=save_lse, num_warps=tile.warps, num_stages=tile.stages
-    )
-    pointers = (qkv, bias, cu_seqlens, out, lse, seeds)
+    cu_seqlens = cu_seqlens.contiguous()
+    options = _options(qkv, seeds) | tile.options(qkv.shape[3])
+    options |= dict(NEGATIVE=softmax_scale < 0, SAVE_LSE=save_lse)
     numbers = (abs(softmax_scale) * _LOG2_E, *philox.numbers(dropout_p), *qkv.stride())
     with triton_rows.on_device(qkv):
         if tile.pairs:
-            pairs = sequences * heads
+            pairs = (cu_seqlens.shape[0] - 1) * heads
             triton_forward.forward_pairs[(triton.cdiv(pairs, tile.pairs),)](
-                *pointers, tokens, heads, pairs, *numbers, BLOCK_L=tile.rows, PAIRS=tile.pairs, **options
-            )
+                qkv, cu_seqlens, out, lse, seeds, tokens, heads, pairs, *numbers, BLOCK_L=tile.rows, PAIRS=tile.pairs,
+                **options,
+            )  # fmt: skip
         else:
-            grid = triton_plan.grid(tokens, sequences, max_seqlen, tile.rows)
-            triton_forward.forward_blocks[(heads * grid.programs,)](
-                *pointers, tokens, sequences, heads, grid.blocks, *numbers, BLOCK_M=tile.rows, BLOCK_N=tile.columns,
-                SINGLE=max_seqlen <= tile.columns, SEARCH=grid.search, **options,
+            programs, table, blocks = _blocks(qkv, cu_seqlens, max_seqlen, tile.rows)
+            triton_forward.forward_blocks[(heads * programs,)](
+                qkv, cu_seqlens, table, out, lse, seeds, tokens, heads, blocks, *numbers, BLOCK_M=tile.rows,
+                BLOCK_N=tile.columns, SINGLE=max_seqlen <= tile.columns, HAS_TABLE=table is not None, **options,
             )  # fmt: skip
     return out, lse
 
@@ -96,37 +102,38 @@ def _gradient(qkv: Tensor) -> Tensor:
 
 
 def _backward(
-    grad: Tensor, qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, bias: Tensor | None, softmax_scale: float,
-    dropout_p: float, seeds: Tensor | None, out: Tensor, lse: Tensor,
+    grad: Tensor, qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, softmax_scale: float, dropout_p: float,
+    seeds: Tensor | None, out: Tensor, lse: Tensor,
 ) -> Tensor:  # fmt: skip
     grad_qkv = _gradient(qkv)
     if _is_empty(qkv, cu_seqlens, max_seqlen):
         return grad_qkv
-    tokens, _, heads, _ = qkv.shape
-    sequences = cu_seqlens.shape[0] - 1
+    tokens, _, heads, head_dim = qkv.shape
     plan = _plan(qkv, cu_seqlens, max_seqlen)
-    bias, cu_seqlens = None if bias is None else bias.contiguous(), cu_seqlens.contiguous()
-    options = _options(qkv, bias, seeds)
+    cu_seqlens = cu_seqlens.contiguous()
+    options = _options(qkv, seeds)
     numbers = (softmax_scale * _LOG2_E, softmax_scale, *philox.numbers(dropout_p), *qkv.stride(), *grad.stride())
     with triton_rows.on_device(qkv):
         if plan.whole is None:
             delta = torch_ops.allocate(lse.shape, lse)
-            tile, grid = plan.query, triton_plan.grid(tokens, sequences, max_seqlen, plan.query.rows)
-            triton_backward.backward_query[(heads * grid.programs,)](
-                qkv, bias, cu_seqlens, out, lse, delta, grad, grad_qkv, seeds, tokens, sequences, heads, grid.blocks,
-                *numbers, BLOCK_M=tile.rows, BLOCK_N=tile.columns, SEARCH=grid.search,
-                num_warps=tile.warps, num_stages=tile.stages, **options,
+            tile = plan.query
+            programs, table, blocks = _blocks(qkv, cu_seqlens, max_seqlen, tile.rows)
+            triton_backward.backward_query[(heads * programs,)](
+                qkv, cu_seqlens, table, out, lse, delta, grad, grad_qkv, seeds, tokens, heads, blocks,
+                *numbers, BLOCK_M=tile.rows, BLOCK_N=tile.columns, HAS_TABLE=table is not None,
+                **tile.options(head_dim), **options,
             )  # fmt: skip
-            tile, grid = plan.key, triton_plan.grid(tokens, sequences, max_seqlen, plan.key.columns)
-            triton_backward.backward_key[(heads * grid.programs,)](
-                qkv, bias, cu_seqlens, lse, delta, grad, grad_qkv, seeds, tokens, sequences, heads, grid.blocks,
-                *numbers, BLOCK_M=tile.rows, BLOCK_N=tile.columns, SEARCH=grid.search,
-                num_warps=tile.warps, num_stages=tile.stages, **options,
+            tile = plan.key
+            programs, table, blocks = _blocks(qkv, cu_seqlens, max_seqlen, tile.columns)
+            triton_backward.backward_key[(heads * programs,)](
+                qkv, cu_seqlens, table, lse, delta, grad, grad_qkv, seeds, tokens, heads, blocks,
+                *numbers, BLOCK_M=tile.rows, BLOCK_N=tile.columns, HAS_TABLE=table is not None,
+                **tile.options(head_dim), **options,
             )  # fmt: skip
             return grad_qkv
-        tile, pairs = plan.whole, sequences * heads
-        pointers = (qkv, bias, cu_seqlens, lse, grad, grad_qkv, seeds)
-        options = options | dict(BLOCK_L=tile.rows, num_warps=tile.warps, num_stages=tile.stages)
+        tile, pairs = plan.whole, (cu_seqlens.shape[0] - 1) * heads
+        pointers = (qkv, cu_seqlens, lse, grad, grad_qkv, seeds)
+        options = options | dict(BLOCK_L=tile.rows) | tile.options(head_dim)
         if tile.pairs:
             triton_backward.backward_pairs[(triton.cdiv(pairs, tile.pairs),)](
                 *pointers, tokens, heads, pairs, *numbers, PAIRS=tile.pairs, **options
@@ -156,25 +163,23 @@ def _mask(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, dropout_p: float, se
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, qkv: Tensor, bias: Tensor | None, cu_seqlens: Tensor, max_seqlen: int, softmax_scale: float,
-        dropout_p: float, seeds: Tensor | None,
+        ctx: Any, qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, softmax_scale: float, dropout_p: float,
+        seeds: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        out, lse = _fwd(qkv, cu_seqlens, max_seqlen, bias, softmax_scale, dropout_p, seeds, True)
-        ctx.save_for_backward(qkv, bias, cu_seqlens, seeds, out, lse)
+        out, lse = _fwd(qkv, cu_seqlens, max_seqlen, softmax_scale, dropout_p, seeds, True)
+        ctx.save_for_backward(qkv, cu_seqlens, seeds, out, lse)
         ctx.numbers = (max_seqlen, softmax_scale, dropout_p)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        qkv, bias, cu_seqlens, seeds, out, lse = ctx.saved_tensors
-        max_seqlen, softmax_scale, dropout_p = ctx.numbers
+        qkv, cu_seqlens, seeds, out, lse = ctx.saved_tensors
+        max_seqlen, _, dropout_p = ctx.numbers
         if torch_ops.needs_definition(grad):
             mask = _mask(qkv, cu_seqlens, max_seqlen, dropout_p, seeds)
-            grads = definition.gradients(grad, qkv, bias, cu_seqlens, ctx.numbers, mask, ctx.needs_input_grad)
-            return *grads, None, None, None, None, None
-        grad_qkv = _bwd(grad, qkv, cu_seqlens, max_seqlen, bias, softmax_scale, dropout_p, seeds, out, lse)
-        grad_bias = grad_qkv.sum(0) if ctx.needs_input_grad[1] else None
-        return (grad_qkv if ctx.needs_input_grad[0] else None), grad_bias, None, None, None, None, None
+            grads = definition.gradients(grad, qkv, None, cu_seqlens, ctx.numbers, mask, (True, False))
+            return grads[0], None, None, None, None, None
+        return _bwd(grad, qkv, cu_seqlens, *ctx.numbers, seeds, out, lse), None, None, None, None, None
 
 
 def supports(args: Mapping[str, Any]) -> str | None:
@@ -203,37 +208,43 @@ def attention(
     qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, bias: Tensor | None, softmax_scale: float | None, dropout_p: float
 ) -> Tensor:
     """See ``ctxfast.functional.attention``."""
+    if bias is not None:
+        qkv = qkv + bias  # a pass of its own, which callers save by giving it to the product (see triton_forward)
     scale, seeds = definition.scale(qkv, softmax_scale), philox.draw_seeds(qkv, dropout_p)
-    if registry.needs_grad(qkv, bias):
-        return _Attention.apply(qkv, bias, cu_seqlens, max_seqlen, scale, dropout_p, seeds)
-    return _fwd(qkv, cu_seqlens, max_seqlen, bias, scale, dropout_p, seeds, False)[0]
+    if registry.needs_grad(qkv):
+        return _Attention.apply(qkv, cu_seqlens, max_seqlen, scale, dropout_p, seeds)
+    return _fwd(qkv, cu_seqlens, max_seqlen, scale, dropout_p, seeds, False)[0]
 
 
 def raw_calls(args: Mapping[str, Any]) -> list[tuple[Any, tuple]]:
     """The registered operators behind one call, with arguments for torch.library.opcheck."""
-    qkv, bias, dropout_p = args["qkv"], args["bias"], args["dropout_p"]
-    rest = (bias, definition.scale(qkv, args["softmax_scale"]), dropout_p, philox.draw_seeds(qkv, dropout_p))
+    qkv, dropout_p = args["qkv"], args["dropout_p"]
+    rest = (definition.scale(qkv, args["softmax_scale"]), dropout_p, philox.draw_seeds(qkv, dropout_p))
     forward = (qkv, args["cu_seqlens"], args["max_seqlen"], *rest, True)
     out, lse = _fwd(*forward)
     return [(_fwd, forward), (_bwd, (torch.randn_like(out), *forward[:-1], out, lse))]
 
 
-ARGUMENT_TYPES, HAS_PRODUCTS = {"scale": "fp32"}, True
+ARGUMENT_TYPES, HAS_PRODUCTS = {"scale": "fp32", "table": "*i32"}, True
 
 
 def launches(dtype: str, arch: int) -> Iterator[triton_rows.Launch]:
     """What csrc/triton_resources.py compiles: every plan of triton_plan."""
+    if dtype == "float32":
+        yield "list of blocks", triton_blocks.list_blocks, dict(SIZE=64), triton_blocks.TILE
     kind = dtype if dtype in ("float32", "tf32") else "half"
-    for head_dim in (32, 48, 64, 128) if dtype in ("float32", "bfloat16") else (32, 64, 128):  # 48 is filled up to 64
+    # 48 is filled up to 64. What float16 and TF32 change is the products' type: one size stands for all.
+    sizes = {"bfloat16": (32, 48, 64, 128), "float32": (32, 64, 128)}
+    for head_dim in sizes.get(dtype, (64,)):
         for plan in triton_plan.plans(head_dim, kind, arch // 10):
             for dropout in (True, False):
                 shared = dict(
-                    D=head_dim, BLOCK_D=triton_rows.block(head_dim), HAS_BIAS=True, DROPOUT=dropout,
+                    D=head_dim, BLOCK_D=triton_rows.block(head_dim), DROPOUT=dropout,
                     PRECISION="tf32" if kind == "tf32" else "ieee", stride_d=1, grad_stride_d=1,
                 )  # fmt: skip
                 where = f"D={head_dim} {'dropout' if dropout else 'plain'} up to {plan.longest or 'any'}"
                 for name, kernel, tile, more in _launches(plan):
-                    yield f"{where} {name}", kernel, shared | more, dict(num_warps=tile.warps, num_stages=tile.stages)
+                    yield f"{where} {name}", kernel, shared | more, tile.options(head_dim)
 
 
 def _launches(plan: triton_plan.Plan) -> Iterator[tuple[str, Any, triton_plan.Tile, dict[str, Any]]]:
@@ -244,7 +255,7 @@ def _launches(plan: triton_plan.Plan) -> Iterator[tuple[str, Any, triton_plan.Ti
         yield "forward", triton_forward.forward_pairs, tile, more | dict(BLOCK_L=tile.rows, PAIRS=tile.pairs)
     else:
         single = 0 < plan.longest <= tile.columns
-        more |= dict(BLOCK_M=tile.rows, BLOCK_N=tile.columns, SEARCH=256, SINGLE=single)
+        more |= dict(BLOCK_M=tile.rows, BLOCK_N=tile.columns, HAS_TABLE=not single, SINGLE=single)
         yield "forward", triton_forward.forward_blocks, tile, more
     tile = plan.whole
     if tile is not None and tile.pairs:
@@ -254,4 +265,4 @@ def _launches(plan: triton_plan.Plan) -> Iterator[tuple[str, Any, triton_plan.Ti
     else:
         for name, tile in (("query", plan.query), ("key", plan.key)):
             kernel = getattr(triton_backward, f"backward_{name}")
-            yield f"backward of {name}", kernel, tile, dict(BLOCK_M=tile.rows, BLOCK_N=tile.columns, SEARCH=256)
+            yield f"backward of {name}", kernel, tile, dict(BLOCK_M=tile.rows, BLOCK_N=tile.columns, HAS_TABLE=True)

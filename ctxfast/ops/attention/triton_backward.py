@@ -3,8 +3,6 @@
 
 With P the softmax, M the dropout mask over its share kept (ones without), dO the gradient and O the result:
 dV = (P M)^T dO, dP = M (dO V^T), delta = rowsum(dO O) = rowsum(P dP), dS = P (dP - delta), dQ = dS K, dK = dS^T Q.
-Rows of dS sum to zero, so the key's bias enters no gradient and K is read without it. Every tensor that a kernel
-streams is read without bias: what the bias adds there is one number per row, made from the tensors that stay.
 """
 
 from __future__ import annotations
@@ -13,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .triton_dropout import is_kept
-from .triton_forward import load_bias, load_bias_pairs, load_pairs, load_rows, locate
+from .triton_forward import load_pairs, load_rows, locate
 
 
 @triton.jit
@@ -28,38 +26,38 @@ def _store_rows(
 
 @triton.jit
 def _query_step(
-    q, d_out, base_k, base_v, first, length, lse, delta, d_bias_v, d_q, scale, seeds, pair, query, threshold, rescale,
+    q, d_out, base_k, base_v, first, length, lse, delta, d_q, scale, seeds, pair, first_query, threshold, rescale,
     stride_t, stride_d,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """What one block of keys adds to the gradient of a block of queries."""
-    key = first + tl.arange(0, BLOCK_N)
-    k = load_rows(base_k, key, stride_t, stride_d, length, D, BLOCK_D)
-    v = load_rows(base_v, key, stride_t, stride_d, length, D, BLOCK_D)
+    """What one block of keys adds to the gradient of a block of queries; WHOLE: it lies inside the sequence."""
+    column = tl.arange(0, BLOCK_N)
+    key = first + column
+    k = load_rows(base_k, key, stride_t, stride_d, length, D, BLOCK_D, WHOLE)
+    v = load_rows(base_v, key, stride_t, stride_d, length, D, BLOCK_D, WHOLE)
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     probs = tl.exp2(tl.fma(scores, scale, -lse[:, None]))
-    probs = tl.where((key < length)[None, :], probs, 0.0)
+    if not WHOLE:
+        probs = tl.where((key < length)[None, :], probs, 0.0)
     d_probs = tl.dot(d_out, tl.trans(v), input_precision=PRECISION)
-    if HAS_BIAS:
-        d_probs += d_bias_v[:, None]
     if DROPOUT:
-        keep = is_kept(seeds, pair, query[:, None], key[None, :], threshold)
+        keep = is_kept(seeds, pair, first_query, tl.arange(0, BLOCK_M)[:, None], first, column[None, :], threshold)
         d_probs = tl.where(keep, d_probs * rescale, 0.0)
     d_scores = probs * (d_probs - delta[:, None])
     return tl.dot(d_scores.to(k.dtype), k, d_q, input_precision=PRECISION)
 
 
-@triton.jit(do_not_specialize=["tokens", "sequences", "heads", "blocks", "threshold"])
+@triton.jit(do_not_specialize=["tokens", "heads", "blocks", "threshold"])
 def backward_query(
-    qkv, bias, cu_seqlens, out, lse, delta, grad_out, grad_qkv, seeds,
-    tokens, sequences, heads, blocks, scale, softmax_scale, threshold, rescale,
+    qkv, cu_seqlens, table, out, lse, delta, grad_out, grad_qkv, seeds,
+    tokens, heads, blocks, scale, softmax_scale, threshold, rescale,
     stride_t, stride_p, stride_h, stride_d, grad_stride_t, grad_stride_h, grad_stride_d,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, SEARCH: tl.constexpr, PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr, HAS_TABLE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dQ of one block of queries, and delta (H, T), which ``backward_key`` reads. Grid: see ``locate``."""
-    sequence, head, start, length, first = locate(cu_seqlens, sequences, heads, blocks, BLOCK_M, SEARCH)
+    sequence, head, start, length, first = locate(cu_seqlens, table, heads, blocks, BLOCK_M, HAS_TABLE)
     if first >= length:
         return
     pair = sequence * heads + head
@@ -77,60 +75,66 @@ def backward_query(
     statistic = head.to(tl.int64) * tokens + start + query
     tl.store(delta + statistic, row_delta, mask=inside)
     row_lse = tl.load(lse + statistic, mask=inside, other=float("inf"))
-    d_bias_v = row_delta
-    if HAS_BIAS:
-        q = (q.to(tl.float32) + load_bias(bias, 0, head, heads, D, BLOCK_D)[None, :]).to(q.dtype)
-        d_bias_v = tl.sum(d_out.to(tl.float32) * load_bias(bias, 2, head, heads, D, BLOCK_D)[None, :], 1)
     d_q = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for at in range(0, length, BLOCK_N):
+    whole = length // BLOCK_N * BLOCK_N
+    for at in range(0, whole, BLOCK_N):
         d_q = _query_step(
-            q, d_out, base_k, base_v, at, length, row_lse, row_delta, d_bias_v, d_q, scale, seeds, pair, query,
-            threshold, rescale, stride_t, stride_d, D, BLOCK_D, BLOCK_N, HAS_BIAS, DROPOUT, PRECISION,
+            q, d_out, base_k, base_v, at, length, row_lse, row_delta, d_q, scale, seeds, pair, first, threshold,
+            rescale, stride_t, stride_d, D, BLOCK_D, BLOCK_M, BLOCK_N, DROPOUT, PRECISION, True,
+        )  # fmt: skip
+    for at in range(whole, length, BLOCK_N):  # once at most
+        d_q = _query_step(
+            q, d_out, base_k, base_v, at, length, row_lse, row_delta, d_q, scale, seeds, pair, first, threshold,
+            rescale, stride_t, stride_d, D, BLOCK_D, BLOCK_M, BLOCK_N, DROPOUT, PRECISION, False,
         )  # fmt: skip
     _store_rows(grad_qkv + head * D, query, d_q * softmax_scale, 3 * heads * D, start, length, D, BLOCK_D)
 
 
 @triton.jit
 def _key_step(
-    k, v, base_q, base_grad, first, length, lse, delta, bias_scores, d_k, d_v, d_sums, scale, seeds, pair, key,
+    k, v, base_q, base_grad, first, length, lse, delta, d_k, d_v, scale, seeds, pair, first_key,
     threshold, rescale, stride_t, stride_d, grad_stride_t, grad_stride_d,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-    HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """What one block of queries adds to the gradients of a block of keys; tiles are transposed: (keys, queries)."""
-    query = first + tl.arange(0, BLOCK_M)
-    q = load_rows(base_q, query, stride_t, stride_d, length, D, BLOCK_D)
-    d_out = load_rows(base_grad, query, grad_stride_t, grad_stride_d, length, D, BLOCK_D)
-    row_lse = tl.load(lse + query, mask=query < length, other=float("inf"))
-    row_delta = tl.load(delta + query, mask=query < length, other=0.0)
-    scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-    if HAS_BIAS:
-        scores += bias_scores[:, None]
-    probs = tl.exp2(tl.fma(scores, scale, -row_lse[None, :]))
-    d_probs = tl.dot(v, tl.trans(d_out), input_precision=PRECISION)
-    if DROPOUT:
-        keep = is_kept(seeds, pair, query[None, :], key[:, None], threshold)
-        d_probs = tl.where(keep, d_probs * rescale, 0.0)
-        d_v = tl.dot(tl.where(keep, probs, 0.0).to(d_out.dtype), d_out, d_v, input_precision=PRECISION)
+    """What one block of queries adds to the gradients of a block of keys; WHOLE: it lies inside the sequence.
+
+    Tiles are (queries, keys), as in the other kernels, and turned by way of shared memory for the last two products:
+    a transposed tile would draw twice as often (see ``is_kept``).
+    """
+    row = tl.arange(0, BLOCK_M)
+    query = first + row
+    q = load_rows(base_q, query, stride_t, stride_d, length, D, BLOCK_D, WHOLE)
+    d_out = load_rows(base_grad, query, grad_stride_t, grad_stride_d, length, D, BLOCK_D, WHOLE)
+    if WHOLE:
+        row_lse, row_delta = tl.load(lse + query), tl.load(delta + query)
     else:
-        d_v = tl.dot(probs.to(d_out.dtype), d_out, d_v, input_precision=PRECISION)
-    d_scores = probs * (d_probs - row_delta[None, :])
-    d_k = tl.dot(d_scores.to(q.dtype), q, d_k, input_precision=PRECISION)
-    if HAS_BIAS:
-        d_sums += tl.sum(d_scores, 1)
-    return d_k, d_v, d_sums
+        row_lse = tl.load(lse + query, mask=query < length, other=float("inf"))
+        row_delta = tl.load(delta + query, mask=query < length, other=0.0)
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    probs = tl.exp2(tl.fma(scores, scale, -row_lse[:, None]))
+    d_probs = tl.dot(d_out, tl.trans(v), input_precision=PRECISION)
+    kept = probs
+    if DROPOUT:
+        keep = is_kept(seeds, pair, first, row[:, None], first_key, tl.arange(0, BLOCK_N)[None, :], threshold)
+        d_probs = tl.where(keep, d_probs * rescale, 0.0)
+        kept = tl.where(keep, probs, 0.0)
+    d_v = tl.dot(tl.trans(kept.to(d_out.dtype)), d_out, d_v, input_precision=PRECISION)
+    d_scores = probs * (d_probs - row_delta[:, None])
+    d_k = tl.dot(tl.trans(d_scores.to(q.dtype)), q, d_k, input_precision=PRECISION)
+    return d_k, d_v
 
 
-@triton.jit(do_not_specialize=["tokens", "sequences", "heads", "blocks", "threshold"])
+@triton.jit(do_not_specialize=["tokens", "heads", "blocks", "threshold"])
 def backward_key(
-    qkv, bias, cu_seqlens, lse, delta, grad_out, grad_qkv, seeds,
-    tokens, sequences, heads, blocks, scale, softmax_scale, threshold, rescale,
+    qkv, cu_seqlens, table, lse, delta, grad_out, grad_qkv, seeds,
+    tokens, heads, blocks, scale, softmax_scale, threshold, rescale,
     stride_t, stride_p, stride_h, stride_d, grad_stride_t, grad_stride_h, grad_stride_d,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, SEARCH: tl.constexpr, PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr, HAS_TABLE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of one block of keys. Grid: see ``locate``."""
-    sequence, head, start, length, first = locate(cu_seqlens, sequences, heads, blocks, BLOCK_N, SEARCH)
+    sequence, head, start, length, first = locate(cu_seqlens, table, heads, blocks, BLOCK_N, HAS_TABLE)
     if first >= length:
         return
     pair = sequence * heads + head
@@ -139,22 +143,22 @@ def backward_key(
     key = first + tl.arange(0, BLOCK_N)
     k = load_rows(base + stride_p, key, stride_t, stride_d, length, D, BLOCK_D)
     v = load_rows(base + stride_p + stride_p, key, stride_t, stride_d, length, D, BLOCK_D)
-    bias_scores = tl.zeros([BLOCK_N], tl.float32)
-    d_sums = tl.zeros([BLOCK_N], tl.float32)
-    if HAS_BIAS:
-        v = (v.to(tl.float32) + load_bias(bias, 2, head, heads, D, BLOCK_D)[None, :]).to(v.dtype)
-        bias_scores = tl.sum(k.to(tl.float32) * load_bias(bias, 0, head, heads, D, BLOCK_D)[None, :], 1)
     statistic = head.to(tl.int64) * tokens + start
     d_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     d_v = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    for at in range(0, length, BLOCK_M):
-        d_k, d_v, d_sums = _key_step(
-            k, v, base, base_grad, at, length, lse + statistic, delta + statistic, bias_scores, d_k, d_v, d_sums,
-            scale, seeds, pair, key, threshold, rescale, stride_t, stride_d, grad_stride_t, grad_stride_d,
-            D, BLOCK_D, BLOCK_M, HAS_BIAS, DROPOUT, PRECISION,
+    whole = length // BLOCK_M * BLOCK_M
+    for at in range(0, whole, BLOCK_M):
+        d_k, d_v = _key_step(
+            k, v, base, base_grad, at, length, lse + statistic, delta + statistic, d_k, d_v, scale, seeds, pair, first,
+            threshold, rescale, stride_t, stride_d, grad_stride_t, grad_stride_d,
+            D, BLOCK_D, BLOCK_M, BLOCK_N, DROPOUT, PRECISION, True,
         )  # fmt: skip
-    if HAS_BIAS:
-        d_k += d_sums[:, None] * load_bias(bias, 0, head, heads, D, BLOCK_D)[None, :]
+    for at in range(whole, length, BLOCK_M):  # once at most
+        d_k, d_v = _key_step(
+            k, v, base, base_grad, at, length, lse + statistic, delta + statistic, d_k, d_v, scale, seeds, pair, first,
+            threshold, rescale, stride_t, stride_d, grad_stride_t, grad_stride_d,
+            D, BLOCK_D, BLOCK_M, BLOCK_N, DROPOUT, PRECISION, False,
+        )  # fmt: skip
     if DROPOUT:
         d_v = d_v * rescale
     _store_rows(grad_qkv + (heads + head) * D, key, d_k * softmax_scale, 3 * heads * D, start, length, D, BLOCK_D)
@@ -163,21 +167,19 @@ def backward_key(
 
 @triton.jit(do_not_specialize=["tokens", "heads", "threshold"])
 def backward_whole(
-    qkv, bias, cu_seqlens, lse, grad_out, grad_qkv, seeds,
+    qkv, cu_seqlens, lse, grad_out, grad_qkv, seeds,
     tokens, heads, scale, softmax_scale, threshold, rescale,
     stride_t, stride_p, stride_h, stride_d, grad_stride_t, grad_stride_h, grad_stride_d,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_L: tl.constexpr,
-    HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_L: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """All three gradients of one head of one sequence of at most BLOCK_L tokens: five products, nothing twice."""
-    program = tl.program_id(0)
-    head = program % heads
-    sequence = program // heads
+    pair = tl.program_id(0)
+    head = pair % heads
+    sequence = pair // heads
     start = tl.load(cu_seqlens + sequence).to(tl.int64)
     length = (tl.load(cu_seqlens + sequence + 1) - start).to(tl.int32)
     if length == 0:
         return
-    pair = program
     base = qkv + start * stride_t + head.to(tl.int64) * stride_h
     base_grad = grad_out + start * grad_stride_t + head.to(tl.int64) * grad_stride_h
     row = tl.arange(0, BLOCK_L)
@@ -185,20 +187,16 @@ def backward_whole(
     k = load_rows(base + stride_p, row, stride_t, stride_d, length, D, BLOCK_D)
     statistic = head.to(tl.int64) * tokens + start + row
     row_lse = tl.load(lse + statistic, mask=row < length, other=float("inf"))
-    if HAS_BIAS:
-        q = (q.to(tl.float32) + load_bias(bias, 0, head, heads, D, BLOCK_D)[None, :]).to(q.dtype)
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     probs = tl.where((row < length)[None, :], tl.exp2(tl.fma(scores, scale, -row_lse[:, None])), 0.0)
     # lse is rounded: rows that do not sum to one would leave delta off by as much, where dP - delta is next to nothing.
     probs = probs / tl.maximum(tl.sum(probs, 1), 1e-30)[:, None]
     v = load_rows(base + stride_p + stride_p, row, stride_t, stride_d, length, D, BLOCK_D)
     d_out = load_rows(base_grad, row, grad_stride_t, grad_stride_d, length, D, BLOCK_D)
-    if HAS_BIAS:
-        v = (v.to(tl.float32) + load_bias(bias, 2, head, heads, D, BLOCK_D)[None, :]).to(v.dtype)
     d_probs = tl.dot(d_out, tl.trans(v), input_precision=PRECISION)
     kept = probs
     if DROPOUT:
-        keep = is_kept(seeds, pair, row[:, None], row[None, :], threshold)
+        keep = is_kept(seeds, pair, 0, row[:, None], 0, row[None, :], threshold)
         d_probs = tl.where(keep, d_probs * rescale, 0.0)
         kept = tl.where(keep, probs * rescale, 0.0)
     d_v = tl.dot(tl.trans(kept.to(d_out.dtype)), d_out, input_precision=PRECISION)
@@ -223,11 +221,11 @@ def _store_pairs(
 
 @triton.jit(do_not_specialize=["tokens", "heads", "pairs", "threshold"])
 def backward_pairs(
-    qkv, bias, cu_seqlens, lse, grad_out, grad_qkv, seeds,
+    qkv, cu_seqlens, lse, grad_out, grad_qkv, seeds,
     tokens, heads, pairs, scale, softmax_scale, threshold, rescale,
     stride_t, stride_p, stride_h, stride_d, grad_stride_t, grad_stride_h, grad_stride_d,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_L: tl.constexpr, PAIRS: tl.constexpr,
-    HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``backward_whole`` for PAIRS (sequence, head) pairs at once, each in one warp as in ``forward_pairs``."""
     pair = tl.program_id(0) * PAIRS + tl.arange(0, PAIRS)
@@ -247,16 +245,13 @@ def backward_pairs(
     inside = row[None, :] < length[:, None]
     statistic = (head.to(tl.int64) * tokens + start)[:, None] + row[None, :]
     row_lse = tl.load(lse + statistic, mask=inside, other=float("inf"))
-    if HAS_BIAS:
-        q = (q.to(tl.float32) + load_bias_pairs(bias, 0, head, heads, D, BLOCK_D)[:, None, :]).to(q.dtype)
-        v = (v.to(tl.float32) + load_bias_pairs(bias, 2, head, heads, D, BLOCK_D)[:, None, :]).to(v.dtype)
     scores = tl.dot(q, tl.permute(k, (0, 2, 1)), input_precision=PRECISION)
     probs = tl.where(inside[:, None, :], tl.exp2(tl.fma(scores, scale, -row_lse[:, :, None])), 0.0)
     probs = probs / tl.maximum(tl.sum(probs, 2), 1e-30)[:, :, None]  # as in backward_whole
     d_probs = tl.dot(d_out, tl.permute(v, (0, 2, 1)), input_precision=PRECISION)
     kept = probs
     if DROPOUT:
-        keep = is_kept(seeds, pair[:, None, None], row[None, :, None], row[None, None, :], threshold)
+        keep = is_kept(seeds, pair[:, None, None], 0, row[None, :, None], 0, row[None, None, :], threshold)
         d_probs = tl.where(keep, d_probs * rescale, 0.0)
         kept = tl.where(keep, probs * rescale, 0.0)
     d_v = tl.dot(tl.permute(kept.to(d_out.dtype), (0, 2, 1)), d_out, input_precision=PRECISION)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Forward kernels of ``attention`` in Triton.
 
-Only the query gets its bias on load. Softmax does not see the key's (it moves all scores of a query alike), and the
-value's is added to the finished row, so keys and values stream through asynchronous copies untouched.
-Scores are kept in units of log2: ``scale`` is softmax_scale * log2(e), taken without its sign (``NEGATIVE``).
+Scores are kept in units of log2: ``scale`` is softmax_scale * log2(e), taken without its sign (``NEGATIVE``). Queries,
+keys and values are multiplied as they lie in memory: a factor that is changed in registers first makes ptxas serialise
+Hopper's products (C7515).
 """
 
 from __future__ import annotations
@@ -15,62 +15,65 @@ from .triton_dropout import is_kept
 
 
 @triton.jit
-def locate(cu_seqlens, sequences, heads, blocks, BLOCK: tl.constexpr, SEARCH: tl.constexpr):
-    """What this program works on: sequence, head, the sequence's first row and length, the block's first row in it.
+def locate(cu_seqlens, table, heads, blocks, BLOCK: tl.constexpr, HAS_TABLE: tl.constexpr):
+    """(sequence, head, first token, its length, first token of the block inside it) of this program.
 
-    Heads are fastest (neighbouring heads share memory lines). SEARCH 0: ``blocks`` programs a sequence, and
-    those past its end have nothing to do. Otherwise a power of two above ``sequences``: sequence i begins at block
-    cu_seqlens[i] // BLOCK + i, which leaves room for all of its blocks, and a program finds its own by counting.
+    Programs stand block after block, heads innermost (neighbours then read one cache line of every token, and the
+    longest blocks begin first where a table says which those are). Without one there are ``blocks`` programs a
+    sequence, and those past its end have nothing to do; ``table``: see ``triton_blocks``.
     """
     program = tl.program_id(0)
     head = program % heads
     block = program // heads
-    if SEARCH == 0:
+    if HAS_TABLE:
+        at = table + block * 4
+        sequence, first, start, length = tl.load(at), tl.load(at + 1), tl.load(at + 2).to(tl.int64), tl.load(at + 3)
+    else:
         sequence = block // blocks
         first = block % blocks * BLOCK
         start = tl.load(cu_seqlens + sequence).to(tl.int64)
-    else:
-        index = tl.arange(0, SEARCH)
-        starts = tl.load(cu_seqlens + index, mask=index < sequences, other=0)
-        begins = (starts // BLOCK).to(tl.int32) + index
-        sequence = tl.sum(((begins <= block) & (index < sequences)).to(tl.int32)) - 1
-        start = tl.load(cu_seqlens + sequence).to(tl.int64)
-        first = (block - sequence - (start // BLOCK).to(tl.int32)) * BLOCK
-    length = (tl.load(cu_seqlens + sequence + 1) - start).to(tl.int32)
+        length = (tl.load(cu_seqlens + sequence + 1) - start).to(tl.int32)
     return sequence, head, start, length, first
 
 
 @triton.jit
-def load_rows(base, row, stride_t, stride_d, length, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows ``row`` of one head, (rows, BLOCK_D), zeros past ``length`` and past D."""
+def load_rows(
+    base, row, stride_t, stride_d, length, D: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr = False
+):  # fmt: skip
+    """Rows ``row`` of one head, (rows, BLOCK_D), zeros past ``length`` and past D. WHOLE: none is past ``length``."""
     column = tl.arange(0, BLOCK_D)
     at = base + row.to(tl.int64)[:, None] * stride_t + (column * stride_d)[None, :]
-    inside = (row < length)[:, None]
     if D != BLOCK_D:
-        inside = inside & (column < D)[None, :]
-    return tl.load(at, mask=inside, other=0.0)
-
-
-@triton.jit
-def load_bias(bias, part, head, heads, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Bias of the query (part 0), key (1) or value (2) of one head, float32 (BLOCK_D)."""
-    column = tl.arange(0, BLOCK_D)
-    return tl.load(bias + (part * heads + head) * D + column, mask=column < D, other=0.0).to(tl.float32)
+        inside = (column < D)[None, :]
+        if not WHOLE:
+            inside = inside & (row < length)[:, None]
+        return tl.load(at, mask=inside, other=0.0)
+    elif WHOLE:
+        return tl.load(at)
+    else:
+        return tl.load(at, mask=(row < length)[:, None], other=0.0)
 
 
 @triton.jit
 def _attend(
-    q, base_k, base_v, first, length, largest, total, kept, context,
-    scale, seeds, pair, query, threshold, stride_t, stride_d,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-    SINGLE: tl.constexpr,
+    q, base_k, base_v, first, length, largest, total, context,
+    scale, seeds, pair, first_query, threshold, stride_t, stride_d,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    DROPOUT: tl.constexpr, NEGATIVE: tl.constexpr, PRECISION: tl.constexpr,
+    SINGLE: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys into the running softmax; SINGLE: it is the only one, nothing has to be rescaled."""
-    key = first + tl.arange(0, BLOCK_N)
-    k = load_rows(base_k, key, stride_t, stride_d, length, D, BLOCK_D)
+    """One block of keys into the running softmax.
+
+    SINGLE: it is the only one, nothing has to be rescaled. WHOLE: it lies inside the sequence, nothing is masked.
+    """
+    column = tl.arange(0, BLOCK_N)
+    key = first + column
+    k = load_rows(base_k, key, stride_t, stride_d, length, D, BLOCK_D, WHOLE)
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    scores = tl.where((key < length)[None, :], scores, float("-inf"))
+    if NEGATIVE:
+        scores = -scores
+    if not WHOLE:
+        scores = tl.where((key < length)[None, :], scores, float("-inf"))
     before = largest
     largest = tl.max(scores, 1) * scale
     if not SINGLE:
@@ -78,37 +81,33 @@ def _attend(
     probs = tl.exp2(tl.fma(scores, scale, -largest[:, None]))
     added = tl.sum(probs, 1)
     if DROPOUT:
-        keep = is_kept(seeds, pair, query[:, None], key[None, :], threshold)
+        keep = is_kept(seeds, pair, first_query, tl.arange(0, BLOCK_M)[:, None], first, column[None, :], threshold)
         probs = tl.where(keep, probs, 0.0)
-    v = load_rows(base_v, key, stride_t, stride_d, length, D, BLOCK_D)
+    v = load_rows(base_v, key, stride_t, stride_d, length, D, BLOCK_D, WHOLE)
     if SINGLE:
         total = added
-        if HAS_BIAS and DROPOUT:
-            kept = tl.sum(probs, 1)
         context = tl.dot(probs.to(v.dtype), v, input_precision=PRECISION)
     else:
         shrink = tl.exp2(before - largest)
         total = total * shrink + added
-        if HAS_BIAS and DROPOUT:
-            kept = kept * shrink + tl.sum(probs, 1)
         context = tl.dot(probs.to(v.dtype), v, context * shrink[:, None], input_precision=PRECISION)
-    return largest, total, kept, context
+    return largest, total, context
 
 
-@triton.jit(do_not_specialize=["tokens", "sequences", "heads", "blocks", "threshold"])
+@triton.jit(do_not_specialize=["tokens", "heads", "blocks", "threshold"])
 def forward_blocks(
-    qkv, bias, cu_seqlens, out, lse, seeds, tokens, sequences, heads, blocks, scale, threshold, rescale,
+    qkv, cu_seqlens, table, out, lse, seeds, tokens, heads, blocks, scale, threshold, rescale,
     stride_t, stride_p, stride_h, stride_d,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, NEGATIVE: tl.constexpr, SAVE_LSE: tl.constexpr,
-    SINGLE: tl.constexpr, SEARCH: tl.constexpr, PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr, NEGATIVE: tl.constexpr, SAVE_LSE: tl.constexpr,
+    SINGLE: tl.constexpr, HAS_TABLE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One block of queries of one head of one sequence: qkv (T, 3, H, D) -> out (T, H, D), lse (H, T) in log2.
 
     Grid: see ``locate``; a program without queries leaves at once. SINGLE: no sequence has more than BLOCK_N tokens, so
     a head's keys and values are loaded once and softmax takes one pass.
     """
-    sequence, head, start, length, first = locate(cu_seqlens, sequences, heads, blocks, BLOCK_M, SEARCH)
+    sequence, head, start, length, first = locate(cu_seqlens, table, heads, blocks, BLOCK_M, HAS_TABLE)
     if first >= length:
         return
     pair = sequence * heads + head
@@ -117,35 +116,30 @@ def forward_blocks(
     base_v = base_k + stride_p
     query = first + tl.arange(0, BLOCK_M)
     q = load_rows(base, query, stride_t, stride_d, length, D, BLOCK_D)
-    if HAS_BIAS:
-        q = (q.to(tl.float32) + load_bias(bias, 0, head, heads, D, BLOCK_D)[None, :]).to(q.dtype)
-    if NEGATIVE:
-        q = -q
     largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    kept = tl.zeros([BLOCK_M], tl.float32)
     context = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if SINGLE:
-        largest, total, kept, context = _attend(
-            q, base_k, base_v, 0, length, largest, total, kept, context, scale, seeds, pair, query, threshold,
-            stride_t, stride_d, D, BLOCK_D, BLOCK_N, HAS_BIAS, DROPOUT, PRECISION, True,
+        largest, total, context = _attend(
+            q, base_k, base_v, 0, length, largest, total, context, scale, seeds, pair, first, threshold,
+            stride_t, stride_d, D, BLOCK_D, BLOCK_M, BLOCK_N, DROPOUT, NEGATIVE, PRECISION, True, False,
         )  # fmt: skip
     else:
-        for at in range(0, length, BLOCK_N):
-            largest, total, kept, context = _attend(
-                q, base_k, base_v, at, length, largest, total, kept, context, scale, seeds, pair, query, threshold,
-                stride_t, stride_d, D, BLOCK_D, BLOCK_N, HAS_BIAS, DROPOUT, PRECISION, False,
+        whole = length // BLOCK_N * BLOCK_N
+        for at in range(0, whole, BLOCK_N):
+            largest, total, context = _attend(
+                q, base_k, base_v, at, length, largest, total, context, scale, seeds, pair, first, threshold,
+                stride_t, stride_d, D, BLOCK_D, BLOCK_M, BLOCK_N, DROPOUT, NEGATIVE, PRECISION, False, True,
+            )  # fmt: skip
+        for at in range(whole, length, BLOCK_N):  # once at most; as a branch it costs registers
+            largest, total, context = _attend(
+                q, base_k, base_v, at, length, largest, total, context, scale, seeds, pair, first, threshold,
+                stride_t, stride_d, D, BLOCK_D, BLOCK_M, BLOCK_N, DROPOUT, NEGATIVE, PRECISION, False, False,
             )  # fmt: skip
     share = 1.0 / total
     if DROPOUT:
         share = share * rescale
     context = context * share[:, None]
-    if HAS_BIAS:
-        bias_v = load_bias(bias, 2, head, heads, D, BLOCK_D)
-        if DROPOUT:
-            context += (kept * share)[:, None] * bias_v[None, :]
-        else:
-            context += bias_v[None, :]
     column = tl.arange(0, BLOCK_D)
     inside = query < length
     at = out + ((start + query) * heads + head)[:, None] * D + column[None, :]
@@ -165,21 +159,12 @@ def load_pairs(base, row, stride_t, stride_d, length, D: tl.constexpr, BLOCK_D: 
     return tl.load(at, mask=inside, other=0.0)
 
 
-@triton.jit
-def load_bias_pairs(bias, part, head, heads, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Bias of several heads, float32 (pairs, BLOCK_D)."""
-    column = tl.arange(0, BLOCK_D)
-    at = bias + ((part * heads + head) * D)[:, None] + column[None, :]
-    return tl.load(at, mask=(column < D)[None, :], other=0.0).to(tl.float32)
-
-
 @triton.jit(do_not_specialize=["tokens", "heads", "pairs", "threshold"])
 def forward_pairs(
-    qkv, bias, cu_seqlens, out, lse, seeds, tokens, heads, pairs, scale, threshold, rescale,
+    qkv, cu_seqlens, out, lse, seeds, tokens, heads, pairs, scale, threshold, rescale,
     stride_t, stride_p, stride_h, stride_d,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_L: tl.constexpr, PAIRS: tl.constexpr,
-    HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, NEGATIVE: tl.constexpr, SAVE_LSE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr, NEGATIVE: tl.constexpr, SAVE_LSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Sequences of at most BLOCK_L tokens: PAIRS (sequence, head) pairs a program, each whole in one warp.
 
@@ -197,12 +182,10 @@ def forward_pairs(
     q = load_pairs(base, row, stride_t, stride_d, length, D, BLOCK_D)
     k = load_pairs(base + stride_p, row, stride_t, stride_d, length, D, BLOCK_D)
     v = load_pairs(base + stride_p + stride_p, row, stride_t, stride_d, length, D, BLOCK_D)
-    if HAS_BIAS:
-        q = (q.to(tl.float32) + load_bias_pairs(bias, 0, head, heads, D, BLOCK_D)[:, None, :]).to(q.dtype)
-    if NEGATIVE:
-        q = -q
     inside = row[None, :] < length[:, None]
     scores = tl.dot(q, tl.permute(k, (0, 2, 1)), input_precision=PRECISION)
+    if NEGATIVE:
+        scores = -scores
     # Finite, so that a pair without tokens meets no nan.
     scores = tl.where(inside[:, None, :], scores * scale, -1e30)
     largest = tl.max(scores, 2)
@@ -210,16 +193,10 @@ def forward_pairs(
     total = tl.sum(probs, 2)
     share = 1.0 / total
     if DROPOUT:
-        keep = is_kept(seeds, pair[:, None, None], row[None, :, None], row[None, None, :], threshold)
+        keep = is_kept(seeds, pair[:, None, None], 0, row[None, :, None], 0, row[None, None, :], threshold)
         probs = tl.where(keep, probs, 0.0)
         share = share * rescale
     context = tl.dot(probs.to(v.dtype), v, input_precision=PRECISION) * share[:, :, None]
-    if HAS_BIAS:
-        bias_v = load_bias_pairs(bias, 2, head, heads, D, BLOCK_D)
-        if DROPOUT:
-            context += (tl.sum(probs, 2) * share)[:, :, None] * bias_v[:, None, :]
-        else:
-            context += bias_v[:, None, :]
     column = tl.arange(0, BLOCK_D)
     token = start[:, None] + row[None, :]
     at = out + ((token * heads + head[:, None]) * D)[:, :, None] + column[None, None, :]

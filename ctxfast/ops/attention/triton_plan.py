@@ -3,10 +3,9 @@
 
 A search would time dozens of variants in a user's first batches and give different bits on different days. The table
 was made without a GPU. Its start is a probe on an H100 (64 x 64 tiles with 4 warps were best from 128 to 512 tokens);
-the rest are the largest tiles that do not spill, with dropout and without (csrc/triton_resources.py compiles them
-all). Two things were tried by compiler alone: a second copy of the inner loop for whole blocks, without masks,
-took 203 registers instead of 128 (two blocks an SM instead of four), and so did a loop over blocks of queries inside
-a program. To be tuned on GPUs.
+the rest are the largest tiles that do not spill, with dropout and without, by the registers and the instructions of
+compiled kernels (csrc/triton_resources.py compiles them all). Up to 128 tokens one kernel that holds a sequence whole
+has half the instructions of one over queries and one over keys, and as many warps an SM (8). To be tuned on GPUs.
 """
 
 from __future__ import annotations
@@ -21,6 +20,8 @@ class Tile:
     """How one kernel is cut: tiles of ``rows`` queries x ``columns`` keys.
 
     ``pairs`` above 0: so many (sequence, head) pairs a program, each of at most ``rows`` tokens and each in one warp.
+    ``registers``: a thread has no more, where heads fill the tile; None leaves it to the compiler, which is generous
+    where a few instructions would buy one more block an SM.
     """
 
     rows: int
@@ -28,6 +29,12 @@ class Tile:
     warps: int
     stages: int = 1
     pairs: int = 0
+    registers: int | None = None
+
+    def options(self, head_dim: int) -> dict[str, int | None]:
+        """What Triton is told at a launch."""
+        is_filled = head_dim == block(head_dim)
+        return dict(num_warps=self.warps, num_stages=self.stages, maxnreg=self.registers if is_filled else None)
 
 
 @dataclass(frozen=True)
@@ -57,20 +64,20 @@ _HOPPER = {
         Plan(32, _pairs(32), whole=_pairs(32)),
         Plan(64, Tile(64, 64, 4), whole=Tile(64, 64, 4)),
         Plan(128, Tile(64, 128, 4), whole=Tile(128, 128, 8)),
-        Plan(0, Tile(64, 64, 4, 2), query=Tile(64, 64, 4, 2), key=Tile(64, 64, 4, 2)),
+        Plan(0, Tile(64, 64, 4, 2, registers=128), query=Tile(64, 64, 4, 2), key=Tile(64, 64, 4, 2)),
     ),
     64: (
         Plan(16, _pairs(16), whole=_pairs(16)),
         Plan(32, _pairs(32), whole=Tile(32, 32, 2)),
         Plan(64, Tile(64, 64, 4), whole=Tile(64, 64, 4)),
         Plan(128, Tile(64, 128, 4), whole=Tile(128, 128, 8)),
-        Plan(0, Tile(64, 64, 4, 2), query=Tile(64, 64, 4, 2), key=Tile(32, 64, 4, 2)),
+        Plan(0, Tile(64, 64, 4, 2, registers=128), query=Tile(64, 64, 4, 2), key=Tile(64, 64, 4, 2)),
     ),
     128: (
         Plan(16, _pairs(16), whole=_pairs(16)),
         Plan(32, Tile(32, 32, 4), whole=Tile(32, 32, 4)),
         Plan(64, Tile(64, 64, 4), whole=Tile(64, 64, 4)),
-        Plan(0, Tile(64, 64, 4, 2), query=Tile(64, 32, 4, 2), key=Tile(32, 64, 8)),
+        Plan(0, Tile(64, 64, 4, 2, registers=128), query=Tile(64, 32, 4, 2), key=Tile(32, 64, 8)),
     ),
 }
 # The same dtypes everywhere else (mma.sync): operands lie in registers too, so tiles are smaller.
@@ -128,22 +135,17 @@ def choose(head_dim: int, kind: str, major: int, max_seqlen: int, mean: float) -
 
 @dataclass(frozen=True)
 class Grid:
-    """Programs per head of a kernel over blocks of a sequence, and how each finds its block (see ``locate``)."""
+    """Programs per head of a kernel over blocks of a sequence, blocks of the longest, and whether a table tells each
+    program its block (``triton_blocks``) or a division."""
 
     programs: int
     blocks: int
-    search: int
+    has_table: bool
 
 
 def grid(tokens: int, sequences: int, max_seqlen: int, size: int) -> Grid:
-    """The grid over blocks of ``size`` tokens, from what the host knows.
-
-    In a ragged batch most programs of a grid made for the longest sequence would start for nothing, and a start holds
-    a place on an SM for as long as a load takes. Where at least a third is saved, programs look for their block in
-    cu_seqlens instead: one more load, which all wait for. It is read whole, so this ends at 2,048 sequences.
-    """
+    """The grid over blocks of ``size`` tokens, from what the host knows: a table where it saves a fifth."""
     blocks = -(-max_seqlen // size)
-    fewer = tokens // size + sequences
-    if sequences <= 2048 and 1.5 * fewer <= blocks * sequences:
-        return Grid(fewer, blocks, max(32, 1 << (sequences - 1).bit_length()))
-    return Grid(blocks * sequences, blocks, 0)
+    fewer = tokens // size + sequences  # no less than all sequences' blocks
+    has_table = 5 * fewer <= 4 * blocks * sequences
+    return Grid(fewer if has_table else blocks * sequences, blocks, has_table)

@@ -2,7 +2,8 @@
 """``embed_layer_norm`` in Triton: gather, sum, LayerNorm and dropout in one pass.
 
 The backward gathers the rows again, makes the gradient of their sum once for all tables, and scatters it by torch's
-own embedding gradient: it sorts the ids and adds up equal ones in order, so it is repeatable to the last bit.
+own embedding gradient: it sorts the ids and adds up equal ones in order, so it is repeatable to the last bit. Small
+tables take a product instead.
 """
 
 from __future__ import annotations
@@ -64,7 +65,8 @@ def _backward(
         return grad_sum, grad_weight.zero_(), grad_bias.zero_()
     grad, size = triton_rows.rows(grad), grad.shape[1]
     tile = triton_rows.backward_tile(size)
-    count = triton_rows.programs(grad, -(-grad.shape[0] // tile["ROWS"]), max(1, 16 // tile["num_warps"]))
+    per_processor = max(1, triton_rows.BACKWARD_WARPS // tile["num_warps"])
+    count = triton_rows.programs(grad, -(-grad.shape[0] // tile["ROWS"]), per_processor)
     partial = triton_rows.allocate_partial(2, count, size, grad)
     with triton_rows.on_device(grad):
         triton_launch.launch(
@@ -78,6 +80,20 @@ def _backward(
 
 _fwd = torch_ops.define("embed_layer_norm_triton_fwd", _forward, _outputs, triton_rows.DISPATCH)
 _bwd = torch_ops.define("embed_layer_norm_triton_bwd", _backward, _gradients, triton_rows.DISPATCH)
+
+
+def _table_gradient(grad: Tensor, ids: Tensor, rows: int, padding: int) -> Tensor:
+    """(rows, N): the sums of those rows of grad (T, N) that have the same id."""
+    if rows > _FEW_ROWS or padding >= 0:
+        return torch.ops.aten.embedding_dense_backward(grad, ids, rows, padding, False)
+    is_row = (ids == torch.arange(rows, device=ids.device)[:, None]).to(grad.dtype)
+    with torch_ops.without_autocast(grad.device.type):
+        return is_row @ grad
+
+
+# A table of so few rows (of token types, say) has its gradient from a product: torch's embedding gradient adds up equal
+# ids one after another, and here they are most of a batch.
+_FEW_ROWS = 64
 
 
 class _EmbedLayerNorm(torch.autograd.Function):
@@ -116,7 +132,7 @@ class _EmbedLayerNorm(torch.autograd.Function):
         wanted = ctx.needs_input_grad[7 + count :]
         # Rows of padding take no gradient: words and positions may have one, types and tasks have none.
         grads = [
-            torch.ops.aten.embedding_dense_backward(grad_sum, index, table.shape[0], padding, False) if wants else None
+            _table_gradient(grad_sum, index, table.shape[0], padding) if wants else None
             for index, table, padding, wants in zip(ids, tables, (*paddings, -1, -1), wanted)
         ]
         return (None, None, None, None, grad_weight, grad_bias, None, *[None] * count, *grads)

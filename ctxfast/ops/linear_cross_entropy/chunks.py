@@ -20,7 +20,7 @@ CHUNK_BYTES = 128 << 20
 _ALIGNED = 64
 
 # (logits (R, V), labels (R), scale (R) or None, ignore_index) -> losses (R) in float32. Where scale is given, the
-# logits are changed in place to the gradient of scale times losses.
+# logits are changed in place to the gradient of scale times losses. What lies between rows is the function's to write.
 Softmax = Callable[[Tensor, Tensor, "Tensor | None", int], Tensor]
 
 

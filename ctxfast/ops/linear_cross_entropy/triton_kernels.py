@@ -13,6 +13,9 @@ def softmax(
 ):  # fmt: skip
     """logits (rows, V) -> losses (rows); GRADIENT: logits become scale * (softmax - one at the label), in place.
 
+    Rows lie ``stride`` elements apart and may be read and written up to the next: V is rarely a multiple of anything,
+    and a mask that ends there would make every load and store one element wide.
+
     One program a row. The second pass over a row finds it in L2. A row without a label has loss and gradient zero, one
     with a label that is no class the loss nan.
     """
@@ -23,9 +26,10 @@ def softmax(
     # Every lane keeps the largest value it has seen and its sum; they meet once, at the end of the row.
     largest = tl.full([BLOCK_V], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_V], tl.float32)
-    for first in range(0, V, BLOCK_V):
+    for first in range(0, stride, BLOCK_V):
         column = first + lane
-        z = tl.load(base + column, mask=column < V, other=float("-inf")).to(tl.float32)
+        z = tl.load(base + column, mask=column < stride, other=float("-inf")).to(tl.float32)
+        z = tl.where(column < V, z, float("-inf"))
         # Lanes past the row's end, and logits of -inf, must not meet -inf - -inf.
         grown = tl.maximum(largest, z)
         anchor = tl.where(grown == float("-inf"), 0.0, grown)
@@ -42,8 +46,9 @@ def softmax(
         share = tl.where(has_label, tl.load(scale + row), 0.0)
         # All threads must have read the label's logit before one of them overwrites it.
         tl.debug_barrier()
-        for first in range(0, V, BLOCK_V):
+        for first in range(0, stride, BLOCK_V):
             column = first + lane
-            z = tl.load(base + column, mask=column < V, other=float("-inf")).to(tl.float32)
+            z = tl.load(base + column, mask=column < stride, other=0.0).to(tl.float32)
             grad = (tl.exp(z - normal) - (column == label).to(tl.float32)) * share
-            tl.store(base + column, grad.to(logits.dtype.element_ty), mask=column < V)
+            grad = tl.where(column < V, grad, 0.0)
+            tl.store(base + column, grad.to(logits.dtype.element_ty), mask=column < stride)

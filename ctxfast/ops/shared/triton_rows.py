@@ -21,6 +21,9 @@ from . import triton_launch
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_SIZE = 8192  # elements of a row in registers
 SUMMED_SIZE = 4096  # elements of a row beside whose gradient three sums of columns have room
+# Warps an SM of a LayerNorm's backward, whose programs stay for all of it: as many as 80 registers a thread leave room
+# for. It waits for memory, so more of them are faster until some have to wait for a place.
+BACKWARD_WARPS = 24
 IS_INTERPRETED = capability.is_triton_interpreted()
 # The dispatch key of the operators: the interpreter computes on CPU tensors.
 DISPATCH = "CPU" if IS_INTERPRETED else "CUDA"
