@@ -88,9 +88,7 @@ def _forward(
     given = x if compute_dtype is None else x.to(compute_dtype) if low is None else low
     head_dim = x.shape[1] // num_heads
     rows, softmax_scale = _product(given, qkv, qkv_bias).view(x.shape[0], 3, num_heads, head_dim), head_dim**-0.5
-    context, lse = _attention._forward(
-        rows, cu_seqlens, max_seqlen, None, softmax_scale, attention_p, attention_seeds, save
-    )
+    context, lse = _attention._forward(rows, cu_seqlens, max_seqlen, softmax_scale, attention_p, attention_seeds, save)
     projected = context.flatten(1).mm(project.t())
     h, low_h, mean, rstd = _norm.forward(
         projected, x, scale, shift, project_bias, eps, dropout_p, norm_seeds, out_dtype, compute_dtype, save
@@ -187,7 +185,7 @@ def _backward(
         return found
     of_context = of_projected.mm(project).view(context.shape)
     of_rows = _attention._backward(
-        of_context, rows, cu_seqlens, max_seqlen, None, (x.shape[1] // num_heads) ** -0.5, attention_p, attention_seeds,
+        of_context, rows, cu_seqlens, max_seqlen, (x.shape[1] // num_heads) ** -0.5, attention_p, attention_seeds,
         context, lse,
     ).flatten(1)  # fmt: skip
     if wants(_QKV + 1):
