@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ._core import checks, torch_ops
+from ._core import checks, torch_ops, transfer
 
 _INTEGER = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -84,25 +84,36 @@ class Packing:
         # export: there a mask cannot be exported.)
         if torch.jit.is_tracing() or torch_ops.is_exporting():  # pyright: ignore[reportPrivateImportUsage]
             return cls._traced(is_real, batch_size, seqlen)
+        packing = cls.from_tokens(is_real, None if is_bool else ~(is_real & (attention_mask != 1)).any())
+        if packing is None:
+            raise ValueError(
+                "ctxfast.Packing: attention_mask holds other values than 0 and 1; expected 1 for a token, 0 for "
+                "padding. An additive mask becomes one with: mask == 0."
+            )
+        return packing
+
+    @classmethod
+    def from_tokens(cls, is_real: Tensor, holds: Tensor | None = None) -> Packing | None:
+        """As ``from_mask`` of a bool mask (B, L), unchecked; None where ``holds``, a bool on its device, is False.
+
+        The verdict travels with the lengths: a GPU is waited for once, and all that follows was launched before.
+        """
+        batch_size, seqlen = is_real.shape
         per_row = is_real.sum(dim=1)
-        if is_bool:
+        is_early = is_real.is_cuda and not torch.compiler.is_compiling()
+        indices = _places(is_real, batch_size * seqlen) if is_early else None
+        offsets = _offsets(per_row)
+        if holds is None:
             host_lengths = per_row.tolist()
         else:
-            # The verdict on the values travels with the lengths: one wait for the device, not two.
-            is_odd = (is_real & (attention_mask != 1)).any()
-            *host_lengths, has_odd = torch.cat((per_row, is_odd[None].long())).tolist()
-            if has_odd:
-                raise ValueError(
-                    "ctxfast.Packing: attention_mask holds other values than 0 and 1; expected 1 for a token, 0 for "
-                    "padding. An additive mask becomes one with: mask == 0."
-                )
+            *host_lengths, is_good = torch.cat((per_row, holds[None].long())).tolist()
+            if not is_good:
+                return None
         total = sum(host_lengths)
         if total == batch_size * seqlen:
-            return cls.full(batch_size, seqlen, attention_mask.device)
-        # Place of the k-th real token: where the running count first reaches k. As nonzero, but its size is known.
-        counts = is_real.flatten().cumsum(0)
-        indices = torch.searchsorted(counts, torch.arange(1, total + 1, device=counts.device))
-        return cls(indices, _offsets(per_row), max(host_lengths), batch_size, seqlen, tuple(host_lengths))
+            return cls.full(batch_size, seqlen, is_real.device)
+        indices = _places(is_real, total) if indices is None else indices[:total]
+        return cls(indices, offsets, max(host_lengths), batch_size, seqlen, tuple(host_lengths))
 
     @classmethod
     def _traced(cls, is_real: Tensor, batch_size: int, seqlen: int) -> Packing:
@@ -135,7 +146,7 @@ class Packing:
         try:
             host_lengths = tuple(map(operator.index, lengths))
         except TypeError as error:
-            raise TypeError(f"ctxfast.Packing: lengths is {lengths!r}; expected integers.") from error
+            raise TypeError(f"ctxfast.Packing: lengths is {lengths!r:.80}; expected integers.") from error
         longest = max(host_lengths, default=0)
         seqlen = longest if seqlen is None else seqlen
         if longest > seqlen or min(host_lengths, default=0) < 0:
@@ -149,7 +160,8 @@ class Packing:
         # Each text moves on by the padding of all texts before it.
         shift = torch.arange(len(host_lengths), device="cpu") * seqlen - cu_seqlens[:-1]
         indices = torch.arange(sum(host_lengths), device="cpu") + shift.repeat_interleave(per_row)
-        return cls(indices.to(device), cu_seqlens.to(device), longest, len(host_lengths), seqlen, host_lengths)
+        indices, cu_seqlens = transfer.to_device(indices, device), transfer.to_device(cu_seqlens, device)
+        return cls(indices, cu_seqlens, longest, len(host_lengths), seqlen, host_lengths)
 
     @classmethod
     def full(cls, batch_size: int, seqlen: int, device: torch.device | str | None = None) -> Packing:
@@ -248,6 +260,13 @@ class Packing:
             raise ValueError(
                 f"ctxfast.Packing.{method}: {name} is on {value.device}; expected {self.device}, where the packing is."
             )
+
+
+def _places(is_real: Tensor, count: int) -> Tensor:
+    """(count,) places of the first real tokens, where the running count first reaches 1, 2, ...: as nonzero, but how
+    many there are need not be known."""
+    counts = is_real.flatten().cumsum(0)
+    return torch.searchsorted(counts, torch.arange(1, count + 1, device=counts.device))
 
 
 def _offsets(per_row: Tensor) -> Tensor:

@@ -9,7 +9,20 @@ from typing import Any
 
 import pytest
 import torch
-from support.parity import GRADIENT, arguments, check, combinations, converted, device_of, flat, public, wide
+from support.parity import (
+    CLOSE,
+    GRADIENT,
+    arguments,
+    check,
+    combinations,
+    converted,
+    device_of,
+    dtype_of,
+    flat,
+    public,
+    takes,
+    wide,
+)
 from torch import Tensor
 
 import ctxfast
@@ -19,11 +32,15 @@ SEED = 11
 LARGEST = 40_000  # elements of all inputs: the definition runs three times over them
 
 
-def _small(case: registry.Case) -> dict[str, Any] | None:
+# Their smallest cases are those of the kernels' own tiles.
+_LARGEST_HALF = 300_000
+
+
+def _small(case: registry.Case, largest: int = LARGEST) -> dict[str, Any] | None:
     """Arguments of a case that has gradients, is small and not empty, draws no dropout and rounds nothing inside."""
     kwargs = case.make("cpu", torch.float32, SEED)
     sizes = [tensor.numel() for tensor in flat(list(kwargs.values()))]
-    if not case.grads or not all(sizes) or not 1 < sum(sizes) <= LARGEST:
+    if not case.grads or not all(sizes) or not 1 < sum(sizes) <= largest:
         return None
     return None if kwargs.get("dropout_p") or case.tolerance is not None else kwargs
 
@@ -37,10 +54,12 @@ def _rows(count: int) -> list:
         on_gpu, taken = device_of(implementation) == "cuda", 0
         marks = [pytest.mark.gpu] if on_gpu else []
         for case in spec.cases():
-            kwargs, is_named = _small(case), case.id == "elmo-like-ragged-state"
+            half_only = dtype_of(spec, implementation) != torch.float32
+            kwargs = _small(case, _LARGEST_HALF if half_only else LARGEST)
+            is_named = case.id == "elmo-like-ragged-state"
             if kwargs is None or (taken >= count and not is_named):
                 continue
-            if on_gpu or spec.supports(implementation, arguments(spec.name, kwargs)) is None:
+            if takes(spec, implementation, case, SEED):
                 name = f"{spec.name}-{implementation.name}-{case.id}"
                 rows.append(pytest.param(spec, implementation, case, id=name, marks=marks))
                 taken += 1
@@ -69,14 +88,16 @@ def _penalty(op: str, kwargs: dict[str, Any], names: tuple[str, ...], impl: str)
 
 @pytest.mark.parametrize(("spec", "implementation", "case"), _rows(2))
 def test_gradients_of_gradients(spec, implementation, case) -> None:
-    kwargs = case.make(device_of(implementation), torch.float32, SEED)
+    dtype = dtype_of(spec, implementation)
+    kwargs = case.make(device_of(implementation), dtype, SEED)
     got = _penalty(spec.name, kwargs, case.grads, implementation.name)
     reference = _penalty(spec.name, kwargs, case.grads, "reference")
     oracle = _penalty(spec.name, wide(kwargs), case.grads, "reference")
     for order, triple in enumerate(zip(got, reference, oracle), 1):
         for i, tensors in enumerate(zip(*triple)):
             tensors = [tensor.detach() for tensor in tensors]
-            check(f"derivative {order} of input {i}", *tensors, torch.float32, 1e-4, order * GRADIENT)
+            ceiling = 1e-4 if dtype == torch.float32 else spec.ceiling[dtype]
+            check(f"derivative {order} of input {i}", *tensors, dtype, ceiling, order * GRADIENT)
 
 
 def _function(op: str, kwargs: dict[str, Any], names: tuple[str, ...]) -> tuple[Callable[..., Any], tuple[Tensor, ...]]:
@@ -157,7 +178,8 @@ WAYS: dict[str, Callable[..., Any]] = {
 @pytest.mark.parametrize(("spec", "implementation", "case"), _rows(1))
 def test_backward_under_vmap(spec, implementation, case) -> None:
     """A kernel's own graph, walked back once for two gradients at a time."""
-    kwargs, leaves = _leaves(case.make(device_of(implementation), torch.float32, SEED), case.grads)
+    dtype = dtype_of(spec, implementation)
+    kwargs, leaves = _leaves(case.make(device_of(implementation), dtype, SEED), case.grads)
     outputs = _reached(flat(public(spec.name)(**kwargs, impl=implementation.name)))
     torch.manual_seed(0)
     given = [torch.randn(2, *output.shape).to(output) for output in outputs]
@@ -168,7 +190,8 @@ def test_backward_under_vmap(spec, implementation, case) -> None:
     for i in range(2):
         expected = back([grad[i] for grad in given])
         for one, two in zip(back(given, is_grads_batched=True), expected):
-            torch.testing.assert_close(one[i], two, rtol=1e-4, atol=1e-5 * max(1.0, float(two.abs().max())))
+            rtol, atol = (10 * each for each in CLOSE[dtype])
+            torch.testing.assert_close(one[i], two, rtol=rtol, atol=atol * max(1.0, float(two.abs().max())))
 
 
 def _dropout_calls() -> list:

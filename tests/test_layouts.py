@@ -12,14 +12,17 @@ from support.layouts import offset, sliced, strided, transposed
 from support.parity import (
     FORWARD,
     arguments,
+    cases_of,
     check,
     combinations,
     convert,
     converted,
     device_of,
+    dtype_of,
     flat,
     gradients,
     run,
+    takes,
     wide,
 )
 from torch import Tensor
@@ -38,13 +41,9 @@ def _parameters() -> list:
         device = device_of(implementation)
         marks = [pytest.mark.gpu] if device == "cuda" else []
         chosen = 0
-        for case in spec.cases():
-            if chosen == CASES_PER_OP or case.id.startswith("large"):
+        for case in cases_of(spec, implementation):
+            if chosen == CASES_PER_OP or case.id.startswith("large") or not takes(spec, implementation, case, SEED):
                 continue
-            if device == "cpu" or torch.cuda.is_available():
-                kwargs = case.make(device, torch.float32, SEED)
-                if spec.supports(implementation, arguments(spec.name, kwargs)) is not None:
-                    continue
             chosen += 1
             name = f"{spec.name}-{implementation.name}-{case.id}"
             rows.append(pytest.param(spec, implementation, case, id=name, marks=marks))
@@ -54,19 +53,24 @@ def _parameters() -> list:
 every_row = pytest.mark.parametrize(("spec", "implementation", "case"), _parameters())
 
 
+def _make(spec, implementation, case, seed: int = SEED) -> dict:
+    return case.make(device_of(implementation), dtype_of(spec, implementation), seed)
+
+
 def _compare(spec, implementation, case, kwargs: dict) -> None:
     with torch.no_grad():
         got = run(spec.name, kwargs, implementation.name)
         reference = run(spec.name, kwargs, "reference")
         oracle = run(spec.name, wide(kwargs), "reference")
+    dtype = dtype_of(spec, implementation)
     for i, tensors in enumerate(zip(got, reference, oracle)):
-        check(f"output {i}", *tensors, torch.float32, spec.ceiling[torch.float32], FORWARD)
+        check(f"output {i}", *tensors, dtype, spec.ceiling[dtype], FORWARD)
 
 
 @every_row
 @pytest.mark.parametrize("change", [strided, sliced, offset, transposed])
 def test_layouts(spec, implementation, case, change: Callable[[Tensor], Tensor]) -> None:
-    kwargs = case.make(device_of(implementation), torch.float32, SEED)
+    kwargs = _make(spec, implementation, case)
     _compare(spec, implementation, case, converted(kwargs, change))
 
 
@@ -74,7 +78,7 @@ def test_layouts(spec, implementation, case, change: Callable[[Tensor], Tensor])
 @pytest.mark.parametrize("change", [strided, transposed])
 def test_layouts_of_integers(spec, implementation, case, change: Callable[[Tensor], Tensor]) -> None:
     """Lengths, offsets, ids and masks."""
-    kwargs = case.make(device_of(implementation), torch.float32, SEED)
+    kwargs = _make(spec, implementation, case)
     changed = {
         name: convert(value, change, lambda tensor: not tensor.is_floating_point()) for name, value in kwargs.items()
     }
@@ -89,11 +93,12 @@ def test_operators_take_any_layout(spec, implementation, case, change: Callable[
         pytest.skip("not on this device: the definition has no operators of its own")
     own, plain = [], torch_ops.allocate
     monkeypatch.setattr(torch_ops, "allocate", lambda *how: own.append(plain(*how)) or own[-1])
-    args = arguments(spec.name, case.make(device_of(implementation), torch.float32, SEED))
+    args = arguments(spec.name, _make(spec, implementation, case))
     for operator, given in spec.module(implementation.name).raw_calls(args):
         changed = tuple(convert(value, change, lambda each: all(each is not made for made in own)) for value in given)
         for one, two in zip(flat(operator(*given)), flat(operator(*changed))):
-            check("output", two, one, one.cpu().double(), torch.float32, spec.ceiling[torch.float32], FORWARD)
+            dtype = dtype_of(spec, implementation)
+            check("output", two, one, one.cpu().double(), dtype, spec.ceiling[dtype], FORWARD)
 
 
 @every_row
@@ -103,14 +108,14 @@ def test_expanded_inputs(spec, implementation, case) -> None:
     def expanded(tensor: Tensor) -> Tensor:
         return tensor[:1].expand(tensor.shape) if tensor.dim() > 1 and tensor.shape[0] else tensor
 
-    kwargs = case.make(device_of(implementation), torch.float32, SEED)
+    kwargs = _make(spec, implementation, case)
     _compare(spec, implementation, case, converted(kwargs, expanded))
 
 
 @every_row
 def test_inputs_are_left_alone(spec, implementation, case) -> None:
     """Results are plain tensors, too: nothing is noted on either that another call would find."""
-    kwargs = case.make(device_of(implementation), torch.float32, SEED)
+    kwargs = _make(spec, implementation, case)
     before = [tensor.clone() for tensor in flat(list(kwargs.values()))]
     gradients(spec.name, kwargs, case.grads, implementation.name)
     with torch.no_grad():
@@ -124,7 +129,7 @@ def test_inputs_are_left_alone(spec, implementation, case) -> None:
 
 @every_row
 def test_two_runs_are_bitwise_equal(spec, implementation, case) -> None:
-    kwargs = case.make(device_of(implementation), torch.float32, SEED)
+    kwargs = _make(spec, implementation, case)
     first, first_grads, given = gradients(spec.name, kwargs, case.grads, implementation.name)
     again, again_grads, _ = gradients(spec.name, kwargs, case.grads, implementation.name, given)
     for one, two in zip(first, again):
@@ -154,7 +159,7 @@ def test_every_element_is_written(spec, implementation, case, monkeypatch) -> No
         return inside.view(tuple(size))
 
     monkeypatch.setattr(torch_ops, "allocate", fenced)
-    kwargs = case.make(device_of(implementation), torch.float32, SEED)
+    kwargs = _make(spec, implementation, case)
     outputs, grads, _ = gradients(spec.name, kwargs, case.grads, implementation.name)
     with torch.no_grad():  # may be another kernel
         outputs = [*outputs, *run(spec.name, kwargs, implementation.name)]
@@ -175,7 +180,7 @@ def test_thread_counts(spec, implementation, case) -> None:
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            _compare(spec, implementation, case, case.make("cpu", torch.float32, SEED))
+            _compare(spec, implementation, case, _make(spec, implementation, case))
     finally:
         torch.set_num_threads(before)
 
@@ -184,7 +189,7 @@ def test_thread_counts(spec, implementation, case) -> None:
 @every_row
 def test_side_stream(spec, implementation, case) -> None:
     """Work is queued on the caller's stream: inputs that are still being made there are waited for."""
-    kwargs = case.make("cuda", torch.float32, SEED)
+    kwargs = case.make("cuda", dtype_of(spec, implementation), SEED)
     if spec.supports(implementation, arguments(spec.name, kwargs)) is not None:
         pytest.skip("not on this device: the implementation is for the CPU")
     with torch.no_grad():
@@ -204,7 +209,7 @@ def test_side_stream(spec, implementation, case) -> None:
 @every_row
 def test_graph_capture(spec, implementation, case) -> None:
     """A captured call, replayed on other inputs, gives what an eager call gives."""
-    kwargs = case.make("cuda", torch.float32, SEED)
+    kwargs = case.make("cuda", dtype_of(spec, implementation), SEED)
     if implementation.device != "cuda" or spec.supports(implementation, arguments(spec.name, kwargs)) is not None:
         pytest.skip("not on this device: the implementation is not a CUDA one")
     with torch.no_grad():
@@ -213,7 +218,8 @@ def test_graph_capture(spec, implementation, case) -> None:
         with torch.cuda.graph(graph):
             captured = run(spec.name, kwargs, implementation.name)
         for tensor, new in zip(
-            flat(list(kwargs.values())), flat(list(case.make("cuda", torch.float32, SEED + 1).values()))
+            flat(list(kwargs.values())),
+            flat(list(case.make("cuda", dtype_of(spec, implementation), SEED + 1).values())),
         ):
             tensor.copy_(new)
         graph.replay()

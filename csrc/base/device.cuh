@@ -106,6 +106,7 @@ CTXFAST_DEVICE float load_constant(const float* p) { return __ldg(p); }
 // Read once: does not displace what the caches should keep.
 CTXFAST_DEVICE uint2 load_streaming(const uint2* p) { return __ldcs(p); }
 CTXFAST_DEVICE uint4 load_streaming(const uint4* p) { return __ldcs(p); }
+CTXFAST_DEVICE void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
 // --- copies from global to shared memory that run on beside the thread
 

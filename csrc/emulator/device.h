@@ -220,6 +220,7 @@ CTXFAST_DEVICE void store_release(uint32_t* p, uint32_t v) {
 CTXFAST_DEVICE float load_constant(const float* p) { return *p; }
 CTXFAST_DEVICE uint2 load_streaming(const uint2* p) { return *p; }
 CTXFAST_DEVICE uint4 load_streaming(const uint4* p) { return *p; }
+CTXFAST_DEVICE void prefetch_l2(const void* p) { static_cast<void>(*static_cast<const volatile char*>(p)); }
 
 CTXFAST_DEVICE void copy_async_16(void* shared, const void* global) { emulator::copy_later(shared, global); }
 CTXFAST_DEVICE void copy_async_commit() { emulator::commit_copies(); }

@@ -3,6 +3,8 @@
 // The whole and its reasons: persistent_backward.cuh.
 #pragma once
 
+#include <type_traits>
+
 #include "base/device.cuh"
 
 namespace ctxfast::lstm_backward {
@@ -10,8 +12,7 @@ namespace ctxfast::lstm_backward {
 constexpr int kThreads = 256, kWarps = kThreads / 32;
 constexpr int kSlots = 5;
 constexpr uint32_t kEmpty = 0xFFFFFFFFu;
-// Seconds: a peer answers within microseconds, or never. trap_with: 1 partial sums, 2 operands of a product, 3 clears.
-constexpr int kSpins = 1 << 22;
+// Codes of trap_with: 1 partial sums, 2 operands of a product, 3 clears.
 
 struct KernelParams {
   const uint4* weight_hh[2];    // (4H, P)
@@ -20,6 +21,7 @@ struct KernelParams {
   int64_t z_strides[2][2];      // of B and T
   const float* cells;           // (R, B, T, H)
   const float* c_0;             // (R, B, H) or null
+  const float* zeros;           // 9 of them
   const void* output;           // (B, T, R P); read only with proj_clip
   int64_t output_strides[2];
   const void* grad_output;  // (B, T, R P) or null
@@ -48,7 +50,10 @@ CTXFAST_DEVICE int anew(int x) {
   return x;
 }
 
-CTXFAST_DEVICE bool full(const uint4& v) { return v.x != kEmpty && v.y != kEmpty && v.z != kEmpty && v.w != kEmpty; }
+// Without branches: each would wait for the words before it.
+CTXFAST_DEVICE bool full(const uint4& v) {
+  return (v.x != kEmpty) & (v.y != kEmpty) & (v.z != kEmpty) & (v.w != kEmpty);
+}
 CTXFAST_DEVICE uint32_t published(uint32_t word) { return word == kEmpty ? 0x7FFFFFFFu : word; }
 CTXFAST_DEVICE uint4 published(const uint4& v) {
   return make_uint4(published(v.x), published(v.y), published(v.z), published(v.w));
@@ -67,11 +72,11 @@ CTXFAST_DEVICE float4 floats_of(const uint4& v) {
   return make_float4(float_of(v.x), float_of(v.y), float_of(v.z), float_of(v.w));
 }
 
-// One vector a lane, written by another block. All lanes of the warp come.
-CTXFAST_DEVICE uint4 wait(const uint4* p) {
-  uint4 v = load_relaxed(p);
-  for (int spins = 0; !all_sync(full(v)); ++spins) {
-    if (spins == kSpins) trap_with(1, spins);
+// One vector a lane, written by another block and asked for before. All lanes of the warp come.
+CTXFAST_DEVICE uint4 wait(uint4 v, const uint4* p) {
+  const uint32_t began = spin_begins();
+  while (!all_sync(full(v))) {
+    if (spun_out(began)) trap_with(1, lane_index());
     if (!full(v)) v = load_relaxed(p);
   }
   return v;
@@ -94,12 +99,13 @@ struct Arriving {
     }
   }
   CTXFAST_DEVICE void wait(const uint4* from) {
-    for (int spins = 0;; ++spins) {
+    const uint32_t began = spin_begins();
+    while (true) {
       bool here = true;
 #pragma unroll
-      for (int i = 0; i < N * kColumns; ++i) here = here && full(v[i]);
+      for (int i = 0; i < N * kColumns; ++i) here = here & full(v[i]);
       if (all_sync(here)) break;
-      if (spins == kSpins) trap_with(2, spins);
+      if (spun_out(began)) trap_with(2, lane_index());
 #pragma unroll
       for (int i = 0; i < N; ++i) {
 #pragma unroll
@@ -199,22 +205,25 @@ CTXFAST_DEVICE int pairs_of_warp(int pairs) {
 
 // A warp's part of kTilesM x kColumns tiles of 16 x 8, kpairs warp, warp + 8, ... of `pairs`. The first kRegisters of
 // them have their weights in `held`, the others in shared memory: [kpair][2 k-steps][kTilesM][lane] from kpair
-// 8 kRegisters. from: exchanged [kpair][kColumns][lane]. kVectors vectors a lane are under way while as many are used.
-template <typename T, int kTilesM, int kColumns, int kRegisters, int kVectors, int kHeld>
+// 8 kRegisters. from: exchanged [kpair][kColumns][lane]. kVectors vectors a lane are under way while as many are used;
+// the first are asked for before meanwhile() and waited for after it.
+template <typename T, int kTilesM, int kColumns, int kRegisters, int kVectors, int kHeld, typename Meanwhile>
 CTXFAST_DEVICE void product(float (&acc)[kTilesM][kColumns][4], const uint4 (&held)[kHeld], const uint4* weights,
-                            const uint4* from, int pairs) {
+                            const uint4* from, int pairs, Meanwhile meanwhile) {
   constexpr int kGroup = kVectors / kColumns, kNext = kWarps * kColumns * 32;
   static_assert(kRegisters % kGroup == 0, "whole groups in registers");
-  zero(acc);
   const int count = pairs_of_warp(pairs);
-  const int warp = anew(warp_index()), lane = anew(lane_index());
-  from += warp * kColumns * 32 + lane;
-  weights += warp * 2 * kTilesM * 32 + lane;
+  from += anew(warp_index()) * kColumns * 32 + anew(lane_index());
   Arriving<kGroup, kColumns> now, next;
+  // Both before meanwhile(): what is asked for after it would be waited for with what was asked for before.
   now.ask(from, count);
+  next.ask(from + kGroup * kNext, count - kGroup);
+  meanwhile();
+  zero(acc);
+  weights += anew(warp_index()) * 2 * kTilesM * 32 + anew(lane_index());
 #pragma unroll
   for (int first = 0; first < kRegisters; first += kGroup) {
-    next.ask(from + (first + kGroup) * kNext, count - first - kGroup);
+    if (first > 0) next.ask(from + (first + kGroup) * kNext, count - first - kGroup);
     now.wait(from + first * kNext);
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) {
@@ -232,7 +241,7 @@ CTXFAST_DEVICE void product(float (&acc)[kTilesM][kColumns][4], const uint4 (&he
   }
 #pragma unroll 1
   for (int first = kRegisters; first < count; first += kGroup) {
-    next.ask(from + (first + kGroup) * kNext, count - first - kGroup);
+    if (first > 0) next.ask(from + (first + kGroup) * kNext, count - first - kGroup);
     now.wait(from + first * kNext);
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) {
@@ -244,16 +253,17 @@ CTXFAST_DEVICE void product(float (&acc)[kTilesM][kColumns][4], const uint4 (&he
 }
 
 // The same for the few kpairs of dh: at most two a warp, loaded at once.
-template <typename T, int kTilesM, int kColumns>
+template <typename T, int kTilesM, int kColumns, typename Meanwhile>
 CTXFAST_DEVICE void short_product(float (&acc)[kTilesM][kColumns][4], const uint4* weights, const uint4* from,
-                                  int pairs) {
-  zero(acc);
+                                  int pairs, Meanwhile meanwhile) {
   const int count = pairs_of_warp(pairs);
   const int warp = anew(warp_index()), lane = anew(lane_index());
   from += warp * kColumns * 32 + lane;
   weights += warp * 2 * kTilesM * 32 + lane;
   Arriving<2, kColumns> arriving;
   arriving.ask(from, count);
+  meanwhile();
+  zero(acc);
   arriving.wait(from);
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
@@ -300,68 +310,120 @@ CTXFAST_DEVICE float4 sum_lanes(float4 v, int lanes) {
   return v;
 }
 
-// The inputs of a cell's step, read before the wait.
+// The inputs of a cell's step, read while something else is waited for.
 struct CellFacts {
-  uint16_t z[4] = {};
-  float c = 0, before = 0;
+  uint32_t z[4];  // of 16 bits each; packed: in pairs in the first two
+  float c, before;
+
+  // Frees two registers. Waits for z.
+  CTXFAST_DEVICE void pack() {
+    z[0] = static_cast<uint32_t>(anew(static_cast<int>(z[0] | z[1] << 16)));
+    z[1] = static_cast<uint32_t>(anew(static_cast<int>(z[2] | z[3] << 16)));
+  }
 };
 
-CTXFAST_DEVICE CellFacts load_cell(const KernelParams& p, int direction, int b, int t, int length, int cell) {
-  CellFacts facts;
-  if (t < 0 || t >= length) return facts;
+// Of cell `cell` and, with 4, `cell` + 8, of the batch's row b0 + column + kRow: facts[j] are of row j & 1 where there
+// are four, two rows in turn. length_of: the rows' lengths from b0 on. Nothing branches: where a row is past its end,
+// row b0 is read in its place, and nobody looks at it. t is a step, 0..steps - 1.
+template <int kRow, int kCells>
+CTXFAST_DEVICE void load_cells(const KernelParams& p, int direction, int b0, int column, int t, const int* length_of,
+                               int cell, CellFacts (&facts)[kCells]) {
+  constexpr int kBatchRows = kCells == 4 ? 2 : 1;
+  const int length = length_of[column + kRow], b = t < length ? b0 + column + kRow : b0;
+  const bool first = direction == 0 ? t == 0 : t >= length - 1;
   const uint16_t* z = p.z[direction] + b * p.z_strides[direction][0] + t * p.z_strides[direction][1] + cell;
-#pragma unroll
-  for (int gate = 0; gate < 4; ++gate) facts.z[gate] = z[gate * p.hidden];
   const int64_t row = int64_t{direction} * p.batch + b;
-  const float* cells = p.cells + row * p.steps * p.hidden + cell;
-  facts.c = cells[int64_t{t} * p.hidden];
-  const bool first = direction == 0 ? t == 0 : t == length - 1;
-  if (!first) {
-    facts.before = cells[int64_t{direction == 0 ? t - 1 : t + 1} * p.hidden];
-  } else if (p.c_0 != nullptr) {
-    facts.before = p.c_0[row * p.hidden + cell];
+  const float* c = p.cells + (row * p.steps + t) * p.hidden + cell;
+  const float* before = direction == 0 ? c - p.hidden : c + p.hidden;
+  if (first) before = p.c_0 == nullptr ? p.zeros : p.c_0 + row * p.hidden + cell;
+#pragma unroll
+  for (int j = kRow; j < kCells; j += kBatchRows) {
+    const int further = j / kBatchRows * 8;
+#pragma unroll
+    for (int gate = 0; gate < 4; ++gate) facts[j].z[gate] = z[gate * p.hidden + further];
+    facts[j].c = c[further];
+    facts[j].before = before[further];
   }
-  return facts;
 }
 
-// What goes into a thread's values of dh, read before the wait: of rows `row`, `row` + 8.
-template <int kKept>
+template <int kRow>
+using Row = std::integral_constant<int, kRow>;
+
+// What goes into a thread's values of dh, read while something else is waited for: of rows `row`, `row` + 8. As it is
+// stored: to convert it is to wait for it.
+template <typename T, int kKept>
 struct HiddenFacts {
-  float grad[kKept] = {}, h[kKept] = {};
+  T grad[kKept], h[kKept];
 };
 
 template <typename T, int kKept>
-CTXFAST_DEVICE HiddenFacts<kKept> load_hidden(const KernelParams& p, int direction, int b, int t, int row) {
-  HiddenFacts<kKept> facts;
+CTXFAST_DEVICE void load_hidden(const KernelParams& p, int direction, int b, int t, int row,
+                                HiddenFacts<T, kKept>* facts) {
   const int at = direction * p.size + row;
+  if (p.grad_output != nullptr) {
+    const T* grad = static_cast<const T*>(p.grad_output) + b * p.grad_output_strides[0] + t * p.grad_output_strides[1];
 #pragma unroll
-  for (int j = 0; j < kKept; ++j) {
-    if (p.grad_output != nullptr) {
-      const T* grad = static_cast<const T*>(p.grad_output);
-      facts.grad[j] = to_float(grad[b * p.grad_output_strides[0] + t * p.grad_output_strides[1] + at + 8 * j]);
+    for (int j = 0; j < kKept; ++j) facts->grad[j] = grad[at + 8 * j];
+  }
+  if (p.proj_clip > 0.0f) {
+    const T* h = static_cast<const T*>(p.output) + b * p.output_strides[0] + t * p.output_strides[1];
+#pragma unroll
+    for (int j = 0; j < kKept; ++j) facts->h[j] = h[at + 8 * j];
+  }
+}
+
+// Brings what load_cells and load_hidden will read of step t into the L2 cache: 8 threads for each of the batch's rows
+// from b0 on, which lie in `length_of`. cell, row: the block's first of the cells and of dh.
+template <typename T, int kBlockCells>
+CTXFAST_DEVICE void prefetch_facts(const KernelParams& p, int direction, int b0, int rows, int t, const int* length_of,
+                                   int cell, int row) {
+  const int thread = anew(kThreads - 1 - thread_index()), column = thread / 8, part = thread % 8;
+  if (column >= rows || t < 0 || t >= length_of[column]) return;
+  const int b = b0 + column;
+  const void* line = nullptr;
+  if (part < 4) {
+    line = p.z[direction] + b * p.z_strides[direction][0] + t * p.z_strides[direction][1] + part * p.hidden + cell;
+  } else if (part < 6) {
+    const int further = (part - 4) * 32;  // floats of a line
+    if (further < kBlockCells) {
+      line = p.cells + ((int64_t{direction} * p.batch + b) * p.steps + t) * p.hidden + cell + further;
     }
-    if (p.proj_clip > 0.0f) {
-      const T* h = static_cast<const T*>(p.output);
-      facts.h[j] = to_float(h[b * p.output_strides[0] + t * p.output_strides[1] + at + 8 * j]);
+  } else if (part == 6 && p.grad_output != nullptr) {
+    line = static_cast<const T*>(p.grad_output) + b * p.grad_output_strides[0] + t * p.grad_output_strides[1] +
+           direction * p.size + row;
+  } else if (part == 7 && p.proj_clip > 0.0f) {
+    line =
+        static_cast<const T*>(p.output) + b * p.output_strides[0] + t * p.output_strides[1] + direction * p.size + row;
+  }
+  if (line != nullptr) prefetch_l2(line);
+}
+
+// dz of what load_cells reads, to grad_gates; nothing of rows past the batch.
+template <int kCells>
+CTXFAST_DEVICE void store_gates(const KernelParams& p, int direction, int b, int t, int cell,
+                                const uint2 (&dz)[kCells]) {
+  constexpr int kBatchRows = kCells == 4 ? 2 : 1;
+#pragma unroll
+  for (int i = 0; i < kBatchRows; ++i) {
+    if (b + i >= p.batch) continue;
+    uint16_t* to = p.grad_gates[direction] + (int64_t{b + i} * p.steps + t) * 4 * p.hidden + cell;
+#pragma unroll
+    for (int j = i; j < kCells; j += kBatchRows) {
+      const int further = j / kBatchRows * 8;
+      to[further] = static_cast<uint16_t>(dz[j].x);
+      to[p.hidden + further] = static_cast<uint16_t>(dz[j].x >> 16);
+      to[2 * p.hidden + further] = static_cast<uint16_t>(dz[j].y);
+      to[3 * p.hidden + further] = static_cast<uint16_t>(dz[j].y >> 16);
     }
   }
-  return facts;
 }
 
-CTXFAST_DEVICE void store_gates(const KernelParams& p, int direction, int b, int t, int cell, const uint2& dz) {
-  uint16_t* to = p.grad_gates[direction] + (int64_t{b} * p.steps + t) * 4 * p.hidden + cell;
-  to[0] = static_cast<uint16_t>(dz.x);
-  to[p.hidden] = static_cast<uint16_t>(dz.x >> 16);
-  to[2 * p.hidden] = static_cast<uint16_t>(dz.y);
-  to[3 * p.hidden] = static_cast<uint16_t>(dz.y >> 16);
-}
-
-// dz (four gates, as two words) of one cell and batch row; dc is carried on. A row past its end passes everything by.
+// dz (four gates, as two words) of one cell and batch row, from packed facts; dc is carried on. A row past its end
+// passes everything by.
 template <typename T>
 CTXFAST_DEVICE uint2 cell_gradient(const CellFacts& facts, bool active, float dm, float cell_clip, float* dc) {
   if (!active) return make_uint2(0, 0);
-  const float2 z_if = unpack2<T>(facts.z[0] | static_cast<uint32_t>(facts.z[1]) << 16),
-               z_go = unpack2<T>(facts.z[2] | static_cast<uint32_t>(facts.z[3]) << 16);
+  const float2 z_if = unpack2<T>(facts.z[0]), z_go = unpack2<T>(facts.z[1]);
   const float i = sigmoid_fast(z_if.x), f = sigmoid_fast(z_if.y), g = tanh_fast(z_go.x), o = sigmoid_fast(z_go.y);
   const float tanh_c = tanh_fast(facts.c);
   float total = *dc + dm * o * (1.0f - tanh_c * tanh_c);
@@ -377,12 +439,15 @@ CTXFAST_DEVICE float total_dh(float grad, float h, float carried, float bound, b
   return grad + carried;
 }
 
-// Waits until every block of the direction has cleared the iterations before `wanted`. For one warp.
-CTXFAST_DEVICE void wait_cleared(const uint32_t* cleared, int blocks, int wanted) {
+// Waits until the block of each lane has cleared the iterations before `wanted`: 32 of `blocks` blocks, `first` and its
+// followers. For one warp.
+CTXFAST_DEVICE void wait_cleared(const uint32_t* cleared, int first, int blocks, int wanted) {
+  const int block = first + lane_index();
   if (wanted <= 0) return;
-  for (int block = lane_index(); block < blocks; block += 32) {
-    for (int spins = 0; static_cast<int>(load_acquire(cleared + block)) < wanted; ++spins) {
-      if (spins == kSpins) trap_with(3, block);
+  if (block < blocks) {
+    const uint32_t began = spin_begins();
+    while (static_cast<int>(load_acquire(cleared + block)) < wanted) {
+      if (spun_out(began)) trap_with(3, block);
     }
   }
   warp_sync();

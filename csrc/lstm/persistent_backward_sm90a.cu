@@ -17,7 +17,8 @@ constexpr const char* kOp = "lstm";
 constexpr int kRegisterPairs = 4;            // kpairs of the weights a warp keeps in registers, where it must
 constexpr int64_t kVector = 16;              // bytes
 constexpr int64_t kSharedBytes = 232448;     // of a block on Hopper
-constexpr int64_t kFlagBytes = 1024;         // the `cleared` words of both directions, at the workspace's end
+constexpr int64_t kFlagBytes = 512;          // the `cleared` words of both directions, at the workspace's end
+constexpr int64_t kZeroBytes = 64;           // zeros behind them
 constexpr int64_t kGatherBytes = 64 * 1024;  // dz of one step that a block may read whole to save an exchange
 
 // Everything about a call that its sizes decide.
@@ -132,7 +133,7 @@ LstmPersistentBackwardPlan lstm_persistent_backward_plan(int64_t batch, int64_t 
   if (!plan.refusal.empty()) return plan;
   const Shape shape = shape_of(batch, hidden, size, has_proj, directions);
   plan.blocks = shape.blocks;
-  plan.workspace_bytes = shape.x_bytes + shape.d_bytes + shape.s_bytes + kFlagBytes;
+  plan.workspace_bytes = shape.x_bytes + shape.d_bytes + shape.s_bytes + kFlagBytes + kZeroBytes;
   return plan;
 }
 
@@ -166,6 +167,7 @@ Status lstm_persistent_backward(const LstmPersistentBackwardParams& p, CUstream_
   k.s = reinterpret_cast<uint4*>(exchange + shape.x_bytes + shape.d_bytes);
   const int64_t exchanged = shape.x_bytes + shape.d_bytes + shape.s_bytes;
   k.cleared = reinterpret_cast<uint32_t*>(exchange + exchanged);
+  k.zeros = reinterpret_cast<const float*>(exchange + exchanged + kFlagBytes);
   k.directions = static_cast<int>(p.directions), k.batch = static_cast<int>(p.batch);
   k.steps = static_cast<int>(p.steps), k.hidden = static_cast<int>(p.hidden), k.size = static_cast<int>(p.size);
   k.blocks = shape.blocks, k.k_shift = 0;
@@ -178,7 +180,7 @@ Status lstm_persistent_backward(const LstmPersistentBackwardParams& p, CUstream_
   CTXFAST_RETURN_IF_ERROR(cooperative_config(kOp, "the persistent backward pass", "Pass impl='cuda_step'.", kernel,
                                              blocks, kThreads, shape.shared_bytes, &config));
   CTXFAST_CUDA_CHECK(kOp, clear_async(exchange, 0xFF, static_cast<size_t>(exchanged), stream));
-  CTXFAST_CUDA_CHECK(kOp, clear_async(exchange + exchanged, 0, kFlagBytes, stream));
+  CTXFAST_CUDA_CHECK(kOp, clear_async(exchange + exchanged, 0, kFlagBytes + kZeroBytes, stream));
   CTXFAST_CUDA_CHECK(kOp, launch(kernel, config, stream, k));
   return {};
 }

@@ -4,6 +4,7 @@ jobs over files share it."""
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._core import transfer
 from .._core.registry import use_impl, why_no_impl
 from .._core.texts import described
 from ..models.bert.sentence_modules import SentenceModel
@@ -23,6 +25,7 @@ from .selection import Selection, select
 
 STATES = ("steady", "zero", "carry")
 DTYPES = ("float32", "float16")
+COMPUTE_DTYPES = ("float32", "float16", "bfloat16")
 # Tokens of a batch: enough to fill the device; more only costs memory.
 _BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 # The vectors of a batch, all layers asked for, stay below this: two batches are in memory at a time.
@@ -31,6 +34,7 @@ _BATCH_BYTES = 256 << 20
 _CARRY_BATCH = 64
 
 _Path = str | os.PathLike[str]
+_LOG = logging.getLogger(__name__)
 
 
 class BatchEncoder:
@@ -44,12 +48,17 @@ class BatchEncoder:
         impl: str | None = None,
         state: str | None = None,
         dtype: str = "float32",
+        compute_dtype: str | None = None,
         batch_tokens: int | None = None,
         batch_size: int | None = None,
         options_file: _Path | None = None,
         weight_file: _Path | None = None,
     ) -> None:
-        for name, value, known in (("state", state, (None, *STATES)), ("dtype", dtype, DTYPES)):
+        for name, value, known in (
+            ("state", state, (None, *STATES)),
+            ("dtype", dtype, DTYPES),
+            ("compute_dtype", compute_dtype, (None, *COMPUTE_DTYPES)),
+        ):
             if value not in known:
                 raise ValueError(
                     f"ctxfast.Embedder: {name} is {value!r}; expected one of {', '.join(map(str, known))}."
@@ -65,18 +74,25 @@ class BatchEncoder:
             model = open_encoder(
                 model,
                 chosen_device(device),
-                dtype,
+                compute_dtype,
                 state=self.state,
                 options_file=options_file,
                 weight_file=weight_file,
             )
         else:
-            _check_encoder(model, device, options_file, weight_file)
+            _check_encoder(model, device, compute_dtype, options_file, weight_file)
         self.encoder: TextEncoder = model
         self.kind, self.num_layers, self.dim = model.kind, model.num_layers, model.dim
         self._sentence: SentenceModel = getattr(model, "sentence", None) or SentenceModel(model.dim)
         self.sentence_dim, self.prompts = self._sentence.dim, dict(self._sentence.prompts)
+        if compute_dtype is None and self.compute_dtype not in (None, "float32"):
+            _LOG.info(
+                "ctxfast.Embedder computes in %s on %s; compute_dtype='float32' is slower and exact",
+                self.compute_dtype,
+                self.device,
+            )
         self._has_said = False
+        self._to_host = transfer.ToHost()
         if state is not None and self.kind != "elmo":
             raise ValueError(f"ctxfast.Embedder: state is {state!r}; expected an ELMo model for it, not {self.kind}.")
         if batch_size is not None and state != "carry":
@@ -98,6 +114,12 @@ class BatchEncoder:
     @property
     def device(self) -> torch.device:
         return self.encoder.device
+
+    @property
+    def compute_dtype(self) -> str | None:
+        """What the model computes in; None where its encoder does not say."""
+        dtype = getattr(self.encoder, "compute_dtype", None)
+        return None if dtype is None else str(dtype).removeprefix("torch.")
 
     def reset(self) -> None:
         """Forget carried states."""
@@ -136,54 +158,72 @@ class BatchEncoder:
         return token_batches(lengths, self.token_budget(selection), is_padded=self.encoder.is_padded)
 
     def _encode(self, items: Sequence[Prepared], selection: Selection) -> Iterator[tuple[list[int], Tensor]]:
+        """Batches on the device."""
         for batch in self._batches(items, selection):
             with self._implementation():
                 values = self.encoder.encode([items[index] for index in batch], selection)
             yield batch, values.to(torch.float32 if self.dtype.itemsize == 4 else torch.float16)
 
+    def encode_on_device(self, items: Sequence[Prepared], selection: Selection) -> Iterator[tuple[list[int], Tensor]]:
+        """As ``encode``, with tensors on the model's device."""
+        sums = []
+        for batch, values in self._encode(items, selection):
+            sums.append(values.sum(dtype=torch.float32))
+            yield batch, values
+        if sums and self._may_overflow:
+            self._check_finite(float(torch.stack(sums).sum()))
+
     def encode(self, items: Sequence[Prepared], selection: Selection) -> Iterator[tuple[list[int], np.ndarray]]:
         """Batches of texts: their indices, and (rows, layers, dim) of all of them one after another.
 
         While a batch is copied from a GPU the next one is computed.
+
+        Raises:
+            RuntimeError: vectors that hold infinity or NaN, of a model that computes in half precision.
         """
-        waiting = None
+        waiting: list[tuple[list[int], transfer.Copy, transfer.Copy | None]] = []
+
+        def finish() -> tuple[list[int], np.ndarray]:
+            batch, values, total = waiting.pop(0)
+            if total is not None:
+                self._check_finite(float(total.finish()))
+            return batch, values.finish()
+
         for batch, values in self._encode(items, selection):
-            copy = _start_copy(values)
-            if waiting is not None:
-                yield waiting[0], _finish_copy(*waiting[1])
-            waiting = batch, copy
-        if waiting is not None:
-            yield waiting[0], _finish_copy(*waiting[1])
+            start = self._to_host.start
+            # One number tells of all: a sum of what is no number is none.
+            total = start(values.sum(dtype=torch.float32)) if self._may_overflow else None
+            waiting.append((batch, start(values), total))
+            if len(waiting) > 1:
+                yield finish()
+        while waiting:
+            yield finish()
+
+    @property
+    def _may_overflow(self) -> bool:
+        return self.compute_dtype == "float16" or self.dtype.itemsize == 2
+
+    def _check_finite(self, total: float) -> None:
+        if not np.isfinite(total):
+            raise RuntimeError(
+                f"ctxfast.Embedder: vectors hold infinity or NaN; expected numbers. The model computes in "
+                f"{self.compute_dtype} and vectors are {self.dtype.name}, and float16 ends at 65504. Pass "
+                f"compute_dtype='float32' or 'bfloat16' and dtype='float32' (--compute-dtype, --dtype)."
+            )
 
 
-def _check_encoder(model: object, device: str | torch.device, *files: _Path | None) -> None:
+def _check_encoder(model: object, device: str | torch.device, compute_dtype: str | None, *files: _Path | None) -> None:
     """Refuse what is no model, and what is said of a model's files beside one that is open already."""
     if any(not hasattr(model, name) for name in ("kind", "num_layers", "dim", "device", "prepare", "encode")):
         raise TypeError(
             f"ctxfast.Embedder: model is {described(model)}; expected a folder or a name, as a string or a path, or a "
             f"TextEncoder."
         )
-    if device != "auto" or files != (None, None):
+    if device != "auto" or compute_dtype is not None or files != (None, None):
         raise ValueError(
-            "ctxfast.Embedder: device, options_file or weight_file is given with a TextEncoder, which is on its device "
-            "already; leave it out."
+            "ctxfast.Embedder: device, compute_dtype, options_file or weight_file is given with a TextEncoder, which "
+            "is open and on its device already; leave it out."
         )
-
-
-def _start_copy(values: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
-    if values.device.type != "cuda":
-        return values.cpu(), None
-    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-    host.copy_(values, non_blocking=True)
-    event = torch.cuda.Event()
-    event.record()
-    return host, event
-
-
-def _finish_copy(host: Tensor, event: torch.cuda.Event | None) -> np.ndarray:
-    if event is not None:
-        event.synchronize()
-    return host.numpy()
 
 
 def token_batches(lengths: Sequence[int], budget: int, *, is_padded: bool) -> list[list[int]]:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._core import transfer
 from ..models.bert.modeling import Bert
 from ..models.bert.sentence_modules import SentenceModel
 from ..models.bert.tokenization import BertTokenizer, Encoding
@@ -64,6 +65,7 @@ class TextEncoder(Protocol):
         device: where it runs.
         files: files the results depend on.
         ops: names of the ops it runs, among which ``impl`` chooses; may be left out.
+        compute_dtype: what it computes in; may be left out.
     """
 
     kind: str
@@ -156,7 +158,7 @@ class _Pooler:
         self._counts = self._put(self._kept)
 
     def _put(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(self._device, non_blocking=True)
+        return transfer.to_device(array, self._device)
 
     def __call__(self, rows: Tensor, mode: str) -> Tensor:
         """(S, N) float32 of (M, N) rows."""
@@ -213,7 +215,7 @@ class BertEncoder:
         self.model, self.tokenizer, self.files = model.eval(), tokenizer, tuple(files)
         self.num_layers = model.config.num_hidden_layers + 1
         self.dim = model.config.hidden_size
-        self.device = model.device
+        self.device, self.compute_dtype = model.device, model.dtype
         self.sentence = sentence or SentenceModel(self.dim, max_length=tokenizer.max_length)
         self._steps = [step.to(self.device) for step in self.sentence.steps]
         self._limits = {"token": tokenizer.max_length, "sentence": self.sentence.max_length}
@@ -330,8 +332,7 @@ class BertEncoder:
 
     @torch.inference_mode()
     def encode(self, batch: Sequence[Prepared], selection: Selection) -> Tensor:
-        inputs = self.tokenizer.batch([item.data for item in batch])
-        inputs = {name: value.to(self.device, non_blocking=True) for name, value in inputs.items()}
+        inputs = self.tokenizer.batch([item.data for item in batch], device=self.device)
         top = self.num_layers - 1
         needs_all = selection.layers != (top,)
         found = self.model(**inputs, output_hidden_states=needs_all, return_packed=True)
@@ -340,8 +341,7 @@ class BertEncoder:
         if selection.level == "sentence":
             return self._pooled(states, batch, selection)
         index, lengths = (
-            None if part is None else torch.from_numpy(part).to(self.device, non_blocking=True)
-            for part in self._plan(batch, selection)
+            None if part is None else transfer.to_device(part, self.device) for part in self._plan(batch, selection)
         )
         return assemble(states, index, lengths, selection)
 
@@ -394,7 +394,8 @@ class ElmoEncoder:
         self.model, self.files = model.eval(), tuple(files)
         self.num_layers, self.dim = model.num_layers, model.config.output_dim
         self.sentence = SentenceModel(self.dim)
-        self.device = next(model.parameters()).device
+        weight = next(model.parameters())
+        self.device, self.compute_dtype = weight.device, weight.dtype
 
     def read_lines(self, lines: Sequence[bytes], selection: Selection) -> tuple[list[Any], int]:
         # White space is Unicode's, as in AllenNLP; bytes that are no UTF-8 go to the model as they are.
@@ -417,12 +418,12 @@ class ElmoEncoder:
     @torch.inference_mode()
     def encode(self, batch: Sequence[Prepared], selection: Selection) -> Tensor:
         ids = batch_to_ids([item.data for item in batch], max_characters=self.model.config.max_characters)
-        layers = self.model(ids.to(self.device, non_blocking=True))["activations"]
+        layers = self.model(transfer.to_device(ids, self.device))["activations"]
         counts = np.array([len(item.data) for item in batch], dtype=np.int64)
         # The row before a sentence's first word is the mark of its beginning.
         starts = np.arange(len(batch)) * layers[0].shape[1] + 1
-        index = torch.from_numpy(_spans(starts, counts)).to(self.device, non_blocking=True)
-        lengths = torch.from_numpy(counts).to(self.device) if selection.level == "sentence" else None
+        index = transfer.to_device(_spans(starts, counts), self.device)
+        lengths = transfer.to_device(counts, self.device) if selection.level == "sentence" else None
         return assemble([layers[k].flatten(0, 1) for k in selection.layers], index, lengths, selection)
 
     def tokens(self, item: Prepared, selection: Selection) -> list[str]:

@@ -302,6 +302,7 @@ class _Job:
             "layers": list(self.selection.layers),
             "pooling": "+".join(self.selection.pooling),
             "dtype": embedder.dtype.str,
+            "compute_dtype": embedder.compute_dtype,
             "device": known["gpu"] if embedder.device.type == "cuda" else embedder.device.type,
             "impl": embedder.impl,
             "state": embedder.state if embedder.kind == "elmo" else None,

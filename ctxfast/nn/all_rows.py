@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import functional
+from .._core import transfer
 from ..packing import Packing
 
 
@@ -44,8 +45,8 @@ class AllRows:
         host_keys = [length or columns for length in packing.lengths]
         repeats = [-(-columns // count) for count in host_keys]
         sequences = [count for count, repeat in zip(host_keys, repeats) for _ in range(repeat)]
-        keys = torch.tensor(host_keys, device=device)
-        rows = keys * torch.tensor(repeats, device=device)
+        keys, rows = transfer.to_device(torch.tensor((host_keys, repeats), device="cpu"), device)
+        rows = keys * rows
         starts = rows.cumsum(0) - rows
 
         texts = torch.arange(batch, device=device)
@@ -58,7 +59,8 @@ class AllRows:
         query, key = order[text, place.clamp(max=columns - 1)], order[text, place % keys[text]]
         result = torch.empty_like(order).flatten()
         result[order.flatten()] = (starts[:, None] + torch.arange(columns, device=device)).flatten()
-        cu_seqlens = torch.tensor([0, *sequences], device=device).cumsum(0, dtype=torch.int32)
+        lengths = transfer.to_device(torch.tensor([0, *sequences], device="cpu"), device)
+        cu_seqlens = lengths.cumsum(0, dtype=torch.int32)
         is_blank = (packing.cu_seqlens.diff() == 0)[text] if packing.has_empty else None
         source = torch.stack((query, key, key), dim=1)
         return cls(source, result, cu_seqlens, max(sequences), is_blank)

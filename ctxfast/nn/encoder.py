@@ -77,13 +77,15 @@ def encode(
     tokens: Sequence[Tensor | None],
     cu_seqlens: Tensor,
     max_seqlen: int,
-    flags: tuple[Any, ...] = (),
+    **options: Any,
 ) -> Sequence[Tensor]:
-    """``function(tokens, cu_seqlens, max_seqlen)``, which runs ``module``, in a CUDA graph where possible (see
-    ``PackedGraphs.run``). ``graphs`` None: without."""
+    """``function(tokens, cu_seqlens, max_seqlen)``, which runs ``module``, in a CUDA graph where possible.
+
+    ``options`` are those of ``PackedGraphs.run``; ``graphs`` None: without.
+    """
     lead = tokens[0]
     if graphs is not None and lead is not None and graphs.can_run(lead):
-        return graphs.run(function, module, tokens, cu_seqlens, max_seqlen, flags)
+        return graphs.run(function, module, tokens, cu_seqlens, max_seqlen, **options)
     return function(tokens, cu_seqlens, max_seqlen)
 
 

@@ -142,6 +142,8 @@ class PackedGraphs:
         max_seqlen: int,
         flags: tuple = (),
         per_sequence: int = 0,
+        is_still: Callable[[], bool] | None = None,
+        prepare: Callable[[], None] | None = None,
     ) -> tuple[Tensor, ...]:
         """``function(tokens, cu_seqlens, max_seqlen)``, through a graph from a bucket's second call on.
 
@@ -153,6 +155,9 @@ class PackedGraphs:
             max_seqlen: the longest sequence.
             flags: whatever else changes what the function does.
             per_sequence: how many of the outputs, the last, are (S, ...); all others are (T, ...).
+            is_still: whether what the function looks at besides the module is as in the calls before; asked after a
+                replay, while the GPU works on it.
+            prepare: called before the module is looked at anew; may move its parameters.
 
         Returns:
             The function's outputs; they are the caller's own.
@@ -177,9 +182,11 @@ class PackedGraphs:
                 self._buckets.move_to_end(key)
                 outputs = _replay(bucket, tokens, cu_seqlens, total, seqlen, per_sequence)
             state = self._state
-            if state is None or not state.is_still(module):
+            if state is None or not state.is_still(module) or not (is_still is None or is_still()):
                 self._drop()
                 is_ready, bucket = False, None
+                if prepare is not None:
+                    prepare()
                 self._state = state = State.of(module, self._is_harmless)
             if is_ready:
                 return outputs

@@ -11,7 +11,7 @@ import copy
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, repeat
-from operator import contains, itemgetter
+from operator import contains, is_, itemgetter
 from typing import Any
 
 import torch
@@ -119,6 +119,10 @@ def _attributes(state: dict[str, Any], kinds: type | tuple[type, ...]) -> Iterat
     return ((name, value) for name, value in state.items() if name not in _TABLES and isinstance(value, kinds))
 
 
+def _place(tensor: torch.Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:
+    return tensor.data_ptr(), tensor.shape, tensor.stride()
+
+
 class State:
     """All that the arithmetic of a module in evaluation mode can depend on but the values of its tensors: the modules
     in it and their classes, their attributes, where parameters, buffers and other tensors lie. Holds those tensors, and
@@ -142,9 +146,9 @@ class State:
         self._loose = [list(_attributes(state, torch.Tensor)) for state in (own, *self._states)]
         found = [pair for state in (own, *self._states) for pair in _attributes(state, (dict, list, set))]
         self._inside = [(value, copy.copy(value)) for _, value in found]
-        tensors = self._tensors(module)
-        self._addresses = [tensor.data_ptr() for tensor in tensors]
-        self._held = [tensor.detach() for tensor in tensors]  # a parameter may be given other memory
+        self._found = self._tensors(module)
+        self._places = list(map(_place, self._found))
+        self._held = [tensor.detach() for tensor in self._found]  # a parameter may be given other memory
 
     @classmethod
     def of(cls, module: nn.Module, is_harmless: IsHarmless | None = None) -> State | None:
@@ -182,4 +186,7 @@ class State:
                 return False
         except Exception:  # two objects that cannot be compared are not the same
             return False
-        return self._below.is_still() and [each.data_ptr() for each in self._tensors(module)] == self._addresses
+        found = self._tensors(module)
+        if len(found) != len(self._found) or not all(map(is_, found, self._found)):
+            return False
+        return self._below.is_still() and list(map(_place, found)) == self._places

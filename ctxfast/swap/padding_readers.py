@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from ..nn.layer_norm import LayerNorm
 from ..nn.watched import Snapshot, is_watched
 from . import identity
-from .transformers_layers import ENCODERS, is_capture
+from .transformers_kinds import ENCODERS
+from .transformers_layers import is_capture
 
 PADDINGS = ("zero", "keep")
 # What else an encoder's ``padding`` may be: padding is dropped in calls that nobody objects to, or that a known head

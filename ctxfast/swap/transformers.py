@@ -26,7 +26,8 @@ from ..nn.graphs import PackedGraphs
 from ..ops.shared.weight_cache import forget_packed
 from ..packing import Packing
 from . import attention_interface, identity, padding_readers, transformers_layers
-from .transformers_layers import ENCODERS, Kind, Layer, Layers, Parts
+from .transformers_kinds import ENCODERS, Kind, Parts
+from .transformers_layers import Layer, Layers
 
 # Encoders that look alike and cannot be swapped.
 NEAR_MISSES = {
@@ -148,17 +149,17 @@ def _recompute(layer: nn.Module) -> Callable[..., Tensor] | None:
     return layer._gradient_checkpointing_func if is_on else None
 
 
-def real_tokens(mask: Any, batch: int, length: int) -> Tensor | None:
-    """(B, L) bool, where tokens are, from a mask as encoders get it; None if it is more than a padding mask, or its
-    gradient is wanted.
+def real_tokens(mask: Any, batch: int, length: int) -> tuple[Tensor, Tensor] | None:
+    """(B, L) bool, where tokens are, from a mask as encoders get it; and a bool, whether it is that of a padding mask
+    whose texts begin at column 0. None if it cannot be one, or its gradient is wanted.
 
-    Masks: (B, L), nonzero for tokens; or (B, 1, L, L), bool or additive, made from such a one. Reads the values.
+    Masks: (B, L), nonzero for tokens; or (B, 1, L, L), bool or additive, made from such a one. Reads no value.
     """
     if not isinstance(mask, Tensor) or (mask.requires_grad and torch.is_grad_enabled()):
         return None
     if mask.dim() == 2 and tuple(mask.shape) == (batch, length):
         real = mask != 0
-        return real if bool(real[:, 0].all()) else None
+        return real, real[:, 0].all()
     if mask.dim() != 4 or mask.shape[0] not in (1, batch) or mask.shape[1] != 1 or mask.shape[3] != length:
         return None
     seen = mask if mask.dtype == torch.bool else mask == 0
@@ -169,7 +170,7 @@ def real_tokens(mask: Any, batch: int, length: int) -> Tensor | None:
         good = good & (seen == row[:, None, None]).all()
     if mask.dtype != torch.bool:
         good = good & (seen | (mask <= -1e4)).all()
-    return row.expand(batch, length) if bool(good) else None
+    return row.expand(batch, length), good
 
 
 def reads_as_padding(mask: Any, x: Tensor, attention: Any) -> bool:
@@ -187,6 +188,10 @@ def reads_as_padding(mask: Any, x: Tensor, attention: Any) -> bool:
     if mask.dtype == torch.bool:
         return name == "sdpa_attention_forward" or attention is attention_interface.attention
     return mask.dtype == x.dtype or (mask.is_floating_point() and torch.is_autocast_enabled(x.device.type))
+
+
+class _NotOurs(Exception):
+    """A call for the original: its layers are not what was swapped."""
 
 
 class PackedEncoder(nn.Module):
@@ -230,15 +235,32 @@ class PackedEncoder(nn.Module):
                 return None
         layers = list(layers._modules.values())
         known = _kept(own, "_ctxfast_layers", Layers)
-        every = known.examined(layers, kind._kind)
-        # A layer that is somebody's own may read padding as well.
-        if None in every or not reads_as_padding(mask, x, known.attention()):
-            return None
+
+        def examined() -> list[Layer]:
+            every = known.examined(layers, kind._kind)
+            # A layer that is somebody's own may read padding as well.
+            if None in every or not reads_as_padding(mask, x, known.attention()):
+                raise _NotOurs
+            return every
+
+        def run(tokens: Sequence[Tensor], cu_seqlens: Tensor, max_seqlen: int) -> list[Tensor]:
+            return _run(examined(), impl, tokens, cu_seqlens, max_seqlen)
+
+        # A replay comes first, and is looked into while the GPU works on it: nothing but time is lost where it is one
+        # that should not have been.
+        def is_still() -> bool:
+            return known.are_still(layers) and reads_as_padding(mask, x, known.attention())
+
         packed, offsets, longest = packing.pack(x), packing.cu_seqlens, packing.max_seqlen
-        if not collects and not any(map(_recompute, layers)):
-            graphs = _kept(own, "_ctxfast_graphs", _graphs) if own.get("cuda_graphs", True) else None
-            (packed,) = encoder.encode(partial(_run, every, impl), self, graphs, (packed,), offsets, longest)
-            return kind._result(last_hidden_state=packing.unpack(packed))
+        try:
+            if not collects and not any(map(_recompute, layers)):
+                graphs = _kept(own, "_ctxfast_graphs", _graphs) if own.get("cuda_graphs", True) else None
+                options = dict(is_still=is_still, prepare=partial(known.lay_out, layers, kind._kind))
+                (packed,) = encoder.encode(run, self, graphs, (packed,), offsets, longest, **options)
+                return kind._result(last_hidden_state=packing.unpack(packed))
+            every = examined()
+        except _NotOurs:
+            return None
         padded = x
         for recompute, group in groupby(zip(layers, every), key=lambda pair: _recompute(pair[0])):
             modules, found = zip(*group)
@@ -292,11 +314,9 @@ def _packing(x: Tensor, mask: Any, impl: str | None) -> Packing | None:
     batch, length = x.shape[:2]
     if mask is None:
         return None if _is_dense(x, batch * length, impl) else Packing.full(batch, length, x.device)
-    real = None if length == 0 else real_tokens(mask, batch, length)
-    if real is None:
-        return None
-    packing = Packing.from_mask(real)
-    return None if _is_dense(x, packing.total, impl) else packing
+    found = None if length == 0 else real_tokens(mask, batch, length)
+    packing = None if found is None else Packing.from_tokens(*found)
+    return None if packing is None or _is_dense(x, packing.total, impl) else packing
 
 
 def _is_dense(x: Tensor, tokens: int, impl: str | None) -> bool:

@@ -11,7 +11,6 @@ the layer itself.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from importlib import import_module
 from operator import attrgetter
 from typing import Any
@@ -25,144 +24,8 @@ from ..nn import encoder, tools
 from ..nn.layer_norm import LayerNorm
 from ..nn.watched import Snapshot
 from ..ops.shared.weight_cache import WeightCache
-from . import attention_interface, identity
-
-
-@dataclass(frozen=True)
-class Parts:
-    """The modules of one layer, whatever its names for them, and what else its arithmetic needs."""
-
-    query: nn.Linear
-    key: nn.Linear
-    value: nn.Linear
-    project: nn.Linear
-    attention_norm: nn.LayerNorm
-    widen: nn.Linear
-    narrow: nn.Linear
-    output_norm: nn.LayerNorm
-    activation: nn.Module
-    attention: nn.Module  # holds heads, scaling and the config
-    heads: int
-    attention_dropout: nn.Dropout
-    project_dropout: nn.Dropout | None
-    output_dropout: nn.Dropout
-    containers: tuple[nn.Module, ...]  # the layer and the modules between it and these, which may have hooks too
-
-    @property
-    def linears(self) -> tuple[nn.Linear, ...]:
-        return self.query, self.key, self.value, self.project, self.widen, self.narrow
-
-    @property
-    def norms(self) -> tuple[nn.LayerNorm, ...]:
-        return self.attention_norm, self.output_norm
-
-    @property
-    def dropouts(self) -> tuple[nn.Dropout, ...]:
-        every = (self.attention_dropout, self.project_dropout, self.output_dropout)
-        return tuple(dropout for dropout in every if dropout is not None)
-
-    @property
-    def every(self) -> tuple[nn.Module, ...]:
-        return *self.containers, *self.linears, *self.norms, *self.dropouts, self.activation
-
-
-def _bert_parts(layer: nn.Module) -> Parts:
-    attention, own = layer.attention, layer.attention.self
-    return Parts(
-        query=own.query,
-        key=own.key,
-        value=own.value,
-        project=attention.output.dense,
-        attention_norm=attention.output.LayerNorm,
-        widen=layer.intermediate.dense,
-        narrow=layer.output.dense,
-        output_norm=layer.output.LayerNorm,
-        activation=layer.intermediate.intermediate_act_fn,
-        attention=own,
-        heads=own.num_attention_heads,
-        attention_dropout=own.dropout,
-        project_dropout=attention.output.dropout,
-        output_dropout=layer.output.dropout,
-        containers=(layer, attention, own, attention.output, layer.intermediate, layer.output),
-    )
-
-
-def _distilbert_parts(layer: nn.Module) -> Parts:
-    attention, ffn = layer.attention, layer.ffn
-    return Parts(
-        query=attention.q_lin,
-        key=attention.k_lin,
-        value=attention.v_lin,
-        project=attention.out_lin,
-        attention_norm=layer.sa_layer_norm,
-        widen=ffn.lin1,
-        narrow=ffn.lin2,
-        output_norm=layer.output_layer_norm,
-        activation=ffn.activation,
-        attention=attention,
-        heads=attention.n_heads,
-        attention_dropout=attention.dropout,
-        project_dropout=None,
-        output_dropout=ffn.dropout,
-        containers=(layer, attention, ffn),
-    )
-
-
-@dataclass(frozen=True, eq=False)
-class Kind:
-    """One kind of encoder: its modeling module, names of classes, how a layer's parts are found, its result's class.
-
-    ``containers``: paths of the modules between a layer and its leaves, and the names of their classes; "" is the
-    layer.
-    """
-
-    modeling: str
-    name: str
-    containers: dict[str, str]
-    parts: Callable[[nn.Module], Parts]
-    result: str
-
-    @property
-    def layer(self) -> str:
-        return self.containers[""]
-
-
-def _bert_kind(model: str, name: str) -> Kind:
-    paths = {
-        "": "Layer", "attention": "Attention", "attention.self": "SelfAttention", "attention.output": "SelfOutput",
-        "intermediate": "Intermediate", "output": "Output",
-    }  # fmt: skip
-    return Kind(
-        f"transformers.models.{model}.modeling_{model}",
-        f"{name}Encoder",
-        {path: name + suffix for path, suffix in paths.items()},
-        _bert_parts,
-        "BaseModelOutputWithPastAndCrossAttentions",
-    )
-
-
-_EVERY = (
-    *(
-        _bert_kind(*names)
-        for names in (
-            ("bert", "Bert"),
-            ("roberta", "Roberta"),
-            ("xlm_roberta", "XLMRoberta"),
-            ("camembert", "Camembert"),
-            ("electra", "Electra"),
-            ("ernie", "Ernie"),
-        )
-    ),
-    Kind(
-        "transformers.models.distilbert.modeling_distilbert",
-        "Transformer",
-        {"": "TransformerBlock", "attention": "DistilBertSelfAttention", "ffn": "FFN"},
-        _distilbert_parts,
-        "BaseModelOutput",
-    ),
-)
-# Encoder's full name -> its kind.
-ENCODERS: dict[str, Kind] = {f"{kind.modeling}.{kind.name}": kind for kind in _EVERY}
+from . import attention_interface, identity, side_by_side
+from .transformers_kinds import Kind, Parts
 
 # Classes of activations (package, module, name) -> what ctxfast.linear_act calls them.
 _ACTIVATIONS = {
@@ -387,6 +250,18 @@ class Layer:
         )
         return encoder.LayerWeights(tuple(tensors), options)
 
+    def lay_out(self) -> list[Tensor]:
+        """Gives query, key and value one memory; returns tensors of the memory they had."""
+        linears = (self.parts.query, self.parts.key, self.parts.value)
+        if not self._adapters.isdisjoint(linears):
+            return []
+        found = []
+        for name in ("weight", "bias"):
+            parts = [linear._parameters[name] for linear in linears]
+            if parts[0] is not None:
+                found += side_by_side.lay(parts)
+        return found
+
     def _qkv(self) -> tuple[encoder.Weight, Tensor | None]:
         """Weight (3N, N) and bias (3N,) of one product for query, key and value."""
         linears = (self.parts.query, self.parts.key, self.parts.value)
@@ -402,10 +277,13 @@ class Layer:
             return torch.cat(sources[:3]), torch.cat(sources[3:]) if has_bias else None
 
         is_trained = torch.is_grad_enabled() and any([source.requires_grad for source in sources])
-        # On a GPU nothing tells the host, without waiting, that weights are still what they were.
         is_once = ("*", "reference") in registry.requested()
-        if is_trained or is_once or _is_on_gpu(sources[0]):
+        if is_trained or is_once:
             return join()
+        # On a GPU nothing tells the host, without waiting, that weights are still what they were: no copy is kept.
+        if _is_on_gpu(sources[0]):
+            weight, bias = side_by_side.joined(sources[:3]), side_by_side.joined(sources[3:]) if has_bias else None
+            return join() if weight is None or (has_bias and bias is None) else (weight, bias)
         return _fused.get(sources, "qkv", join)
 
 
@@ -447,6 +325,17 @@ class Layers:
         found = [self._one(layer, kind) for layer in layers]
         self._all = None if None in found else (list(layers), found, Seen(found))
         return found
+
+    def are_still(self, layers: Sequence[nn.Module]) -> bool:
+        """Whether all that ``examined`` looks at outside of the layers is as it was when it found them right."""
+        known = self._all is not None and self._all[0] == layers
+        return known and self._is_attention_still() and self._watched.are_still()
+
+    def lay_out(self, layers: Sequence[nn.Module], kind: Kind) -> None:
+        """Gives query, key and value of each layer one memory, so that their product is one without a copy."""
+        before = [each for layer in self.examined(layers, kind) if layer is not None for each in layer.lay_out()]
+        if before and before[0].is_cuda:
+            torch.cuda.synchronize(before[0].device)  # other streams may be reading where the weights were
 
     def attention(self) -> Any | None:
         """The attention function of all layers that were examined; None if they differ in it."""

@@ -16,13 +16,12 @@ import torch
 from support import fake_cuda
 from support.fake_cuda import FakeCuda
 from support.graphed import CONFIG, OnCpu, batch, plain, small_bert
+from torch import Tensor
 
 import ctxfast
 from ctxfast.nn import graphs
 from ctxfast.nn.graphs import PackedGraphs
 from ctxfast.packing import Packing
-from ctxfast.swap import transformers_layers
-from ctxfast.swap.transformers_layers import is_capture
 
 
 @pytest.fixture(autouse=True)
@@ -74,6 +73,41 @@ def test_sizes_of_one_bucket_share_a_graph_and_leave_nothing_behind(bert: ctxfas
         expected = plain(bert, *batch(lengths)).last_hidden_state
         torch.testing.assert_close(one, expected, atol=2e-6, rtol=0)
         torch.testing.assert_close(two, expected, atol=2e-6, rtol=0)
+
+
+def test_what_fills_a_bucket_up_does_not_double_its_sequences(bert: ctxfast.Bert, cuda: FakeCuda) -> None:
+    for texts in (32, 64, 256):
+        for seed in range(2):
+            with torch.no_grad():
+                bert(*batch([3] * (texts - 1) + [13], seed))
+        (bucket,) = [each for each in bert._graphs._buckets.values() if isinstance(each, graphs._Bucket)]
+        assert texts < bucket.cu_seqlens.shape[0] - 1 <= 1.125 * texts + 1
+        bert._graphs.clear()
+
+
+@pytest.mark.parametrize("lengths", [[9, 4], [9, 0, 4], [0, 16], [5, 5, 6, 0, 0]])
+def test_the_pooler_is_in_the_graph(bert: ctxfast.Bert, cuda: FakeCuda, lengths: list[int]) -> None:
+    for seed in range(4):
+        inputs = batch(lengths, seed)
+        with torch.no_grad():
+            got = bert(*inputs).pooler_output
+        torch.testing.assert_close(got, plain(bert, *inputs).pooler_output, atol=2e-6, rtol=0)
+        assert (got[[length == 0 for length in lengths]] == 0).all()
+    assert cuda.made == 1 and cuda.replayed == 3
+
+
+def test_a_pooler_of_somebody_elses_is_called(bert: ctxfast.Bert, cuda: FakeCuda) -> None:
+    class Mean(torch.nn.Module):
+        def forward(self, x: Tensor, packing: Packing) -> Tensor:
+            return packing.unpack(x).sum(1)
+
+    bert.pooler = Mean().eval()
+    inputs = batch([9, 4])
+    for _ in range(3):
+        with torch.no_grad():
+            got = bert(*inputs)
+        torch.testing.assert_close(got.pooler_output, got.last_hidden_state.sum(1))
+    assert cuda.made == 1
 
 
 def test_results_belong_to_the_caller(bert: ctxfast.Bert, cuda: FakeCuda) -> None:
@@ -275,39 +309,3 @@ def test_on_a_gpu() -> None:
     assert all(torch.equal(result, results[0]) for result in results)
     packing = Packing.from_mask(mask)
     assert packing.total == 13
-
-
-@torch.no_grad()
-def test_swapped_encoders_go_through_graphs(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
-    from support.hf_models import IDS, MASK, tiny_model
-
-    monkeypatch.setattr(transformers_layers, "_is_on_gpu", lambda tensor: True)
-
-    for kind in ("Bert", "DistilBert"):
-        model, other = tiny_model(kind), tiny_model(kind)
-        ctxfast.swap_in(model)
-        encoder = model.encoder if kind == "Bert" else model.transformer
-        encoder.__dict__["_ctxfast_graphs"] = OnCpu(is_harmless=is_capture)
-        before = cuda.made
-        expected = other(IDS, attention_mask=MASK).last_hidden_state
-        for call in range(3):
-            found = model(IDS, attention_mask=MASK).last_hidden_state
-            torch.testing.assert_close(found[MASK == 1], expected[MASK == 1], rtol=1e-4, atol=1e-5)
-            assert len(encoder._ctxfast_graphs) == (call > 0)
-        states = model(IDS, attention_mask=MASK, output_hidden_states=True).hidden_states
-        assert len(states) == 3 and cuda.made == before + 1, "collecting hidden states runs without a graph"
-        for parameter in encoder.parameters():  # in place: the graph reads them where they lie
-            parameter.mul_(1.1)
-        for parameter in (other.encoder if kind == "Bert" else other.transformer).parameters():
-            parameter.mul_(1.1)
-        expected = other(IDS, attention_mask=MASK).last_hidden_state
-        found = model(IDS, attention_mask=MASK).last_hidden_state
-        torch.testing.assert_close(found[MASK == 1], expected[MASK == 1], rtol=1e-4, atol=1e-5)
-        encoder.cuda_graphs = False
-        before = cuda.made
-        model(IDS, attention_mask=MASK)
-        assert cuda.made == before
-        copied = copy.deepcopy(model)
-        assert len((copied.encoder if kind == "Bert" else copied.transformer)._ctxfast_graphs) == 0
-        ctxfast.restore(model)
-        assert "_ctxfast_graphs" not in encoder.__dict__ and "cuda_graphs" not in encoder.__dict__

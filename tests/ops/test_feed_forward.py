@@ -18,6 +18,7 @@ from ctxfast._core import capability, registry
 from ctxfast.ops.shared.packed_weights import CACHE
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 needs_triton = pytest.mark.skipif(
     capability.why_no_triton(torch.device(DEVICE)) is not None, reason="needs a GPU, or TRITON_INTERPRET=1"
 )

@@ -18,6 +18,7 @@ from ctxfast.ops.linear_cross_entropy import chunks
 from ctxfast.ops.shared import philox
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 P = 0.25
 
 needs_triton = pytest.mark.skipif(

@@ -27,6 +27,17 @@ class Stream:
     def wait_stream(self, other: Stream) -> None:
         self.cuda.waits.append((self, other))
 
+    def record_event(self) -> Event:
+        return Event(self)
+
+
+class Event:
+    def __init__(self, stream: Stream) -> None:
+        self.stream = stream
+
+    def synchronize(self) -> None:
+        self.stream.cuda.log.append(("synchronize", self.stream))
+
 
 class Pool:
     """Segments as the allocator asks the driver for them, each with one block."""
@@ -129,6 +140,7 @@ class FakeCuda:
         computes_on: the device on whose current stream operations run.
         fails_after: operations after which a capture fails; None for never.
         made, replayed: graphs captured, replays.
+        log: what tests note, and events that were waited for.
         renewed: devices whose random numbers were put right.
     """
 
@@ -139,6 +151,7 @@ class FakeCuda:
         self.streams: list[Stream] = []
         self.waits: list[tuple[Stream, Stream]] = []
         self.graphs: list[weakref.ref] = []
+        self.log: list[tuple[str, Any]] = []
         self.pools: dict[tuple[int, int], Pool] = {}
         self.capturing: CUDAGraph | None = None
         self.total_memory = total_memory

@@ -22,5 +22,5 @@ def tiny_model(kind: str, head: str = "Model", dropout: float = 0.0, **options) 
     import transformers
 
     torch.manual_seed(4)
-    config = getattr(transformers, f"{kind}Config")(**sizes, **options)
+    config = getattr(transformers, f"{kind}Config")(**{**sizes, **options})
     return getattr(transformers, f"{kind}{head}")(config).eval()

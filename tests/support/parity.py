@@ -152,6 +152,35 @@ def combinations() -> Iterator[tuple[registry.OpSpec, registry.Impl]]:
             yield spec, implementation
 
 
+# Kernels that take 16 bits alone. All others are tried in float32, which shows the smallest faults.
+HALF_ONLY = {("lstm", "cuda")}
+# Kernels for some sizes only: how the ids of the cases that they must take begin.
+MADE_FOR = {("lstm", "cuda"): ("on-chip", "real")}
+# What a result in a dtype may differ by from the same arithmetic in another order: (rtol, atol).
+CLOSE = {torch.float32: (1e-5, 1e-6), torch.float16: (2e-3, 2e-3)}
+
+
+def dtype_of(spec: registry.OpSpec, implementation: registry.Impl) -> torch.dtype:
+    """What hazards are tried in; ``tests/test_hazards_reach_all.py`` asks the implementation whether it takes it."""
+    return torch.float16 if (spec.name, implementation.name) in HALF_ONLY else torch.float32
+
+
+def cases_of(spec: registry.OpSpec, implementation: registry.Impl) -> tuple[registry.Case, ...]:
+    """The op's cases; on a GPU sizes of real models too, ``ON_A_GPU`` beside them, the first of these before all."""
+    own = getattr(spec.module("cases"), "ON_A_GPU", ()) if device_of(implementation) == "cuda" else ()
+    return (*own[:1], *spec.cases(), *own[1:])
+
+
+def takes(spec: registry.OpSpec, implementation: registry.Impl, case: registry.Case, seed: int) -> bool:
+    """Whether a hazard's case is one for an implementation. On a GPU that is not here: whether it may be."""
+    device, dtype = device_of(implementation), dtype_of(spec, implementation)
+    if dtype not in case.dtypes:
+        return False
+    if device == "cuda" and not torch.cuda.is_available():
+        return case.id.startswith(MADE_FOR.get((spec.name, implementation.name), ""))
+    return spec.supports(implementation, arguments(spec.name, case.make(device, dtype, seed))) is None
+
+
 def device_of(implementation: registry.Impl) -> str:
     """Where an implementation's tests run."""
     if implementation.name == "triton" and capability.is_triton_interpreted():

@@ -10,6 +10,7 @@ from support.hf_models import IDS, MASK, tiny_model as _model
 from torch import Tensor
 
 import ctxfast
+from ctxfast.packing import Packing
 from ctxfast.swap import transformers as swap_transformers
 
 pytest.importorskip("transformers")
@@ -64,10 +65,12 @@ MASKS = {
 @pytest.mark.parametrize("name", MASKS)
 def test_only_padding_masks_are_read(name) -> None:
     mask, is_own = MASKS[name]
-    real = swap_transformers.real_tokens(mask, 3, 7)
+    found = swap_transformers.real_tokens(mask, 3, 7)
+    packing = None if found is None else Packing.from_tokens(*found)
     if is_own is None:
-        assert real is None
+        assert packing is None
     else:
+        real = packing.unpack(torch.ones(packing.total, dtype=torch.bool), fill=False)
         assert torch.equal(real, (MASK if is_own else MASK[1:2].expand(3, 7)).bool())
 
 

@@ -325,7 +325,7 @@ def test_evaluation_is_the_loss_of_all_masked_tokens(text, tokenizer, tmp_path, 
     batch = task._batch([held_out.instance(index) for index in range(len(held_out))])
     with torch.no_grad():
         found = task.model(
-            batch.input_ids, batch.attention_mask, batch.token_type_ids, labels=batch.labels, return_logits=True
+            batch.input_ids, None, batch.token_type_ids, labels=batch.labels, lengths=batch.lengths, return_logits=True
         )
     is_masked = batch.labels != -100
     logits, labels = found.prediction_logits[is_masked], batch.labels[is_masked]

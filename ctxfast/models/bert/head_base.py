@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ..._core import checks
 from .config import BertConfig
-from .modeling import PADDING, Bert, BertOutput, Pretrained
+from .modeling import PADDING, Bert, BertOutput
+from .pretrained import Pretrained
 
 IGNORE_INDEX = -100
 _Model = TypeVar("_Model", bound="BertWithHead")

@@ -9,28 +9,25 @@ padding are zero, and the pooler reads a text's first real token (with left padd
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..._core import checks
-from ...nn import AddLayerNorm, Embeddings, SelfAttention, TransformerLayer, encoder, tools
+from ...nn import Embeddings, TransformerLayer, encoder, tools
 from ...nn.all_rows import AllRows
 from ...nn.embeddings import roberta_position_ids
 from ...nn.graphs import PackedGraphs
 from ...nn.transformer import CachedLayers
 from ...packing import Packing
 from .config import BertConfig
-from .weights import Checkpoint, load_checkpoint, save_checkpoint
+from .pretrained import Pretrained
 
 _OP = "Bert"
-_Model = TypeVar("_Model", bound="Pretrained")
 PADDING = ("zero", "keep")
 
 
@@ -54,118 +51,6 @@ class BertOutput(NamedTuple):
     packing: Packing
     packed_last_hidden_state: Tensor
     packed_hidden_states: tuple[Tensor, ...] | None
-
-
-class Pretrained(tools.NotScriptable):
-    """What ``Bert`` and the models built on it share: first weights, reading and writing of files."""
-
-    # What stands before this module's names in the names of files (``load_checkpoint``'s normal form).
-    _file_prefix = ""
-    # End of Hugging Face's class name, where the heads alone do not give it.
-    _task: str | None = None
-
-    def __init__(self, config: BertConfig) -> None:
-        super().__init__()
-        self.config = config
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(self.parameters()).dtype
-
-    def init_weights(self, *parts: nn.Module) -> None:
-        """First weights of these parts and all inside them, as Hugging Face's: see ``Bert``."""
-        for part in parts:
-            part.apply(self._init_module)
-
-    def tie_weights(self) -> None:
-        """Makes parameters that are one under two names so again; most models have none."""
-
-    @torch.no_grad()
-    def _init_module(self, module: nn.Module) -> None:
-        std = self.config.initializer_range
-        if isinstance(module, nn.Linear):
-            module.weight.normal_(0.0, std)
-            module.bias.zero_()
-        elif isinstance(module, SelfAttention):
-            module.qkv_weight.normal_(0.0, std)
-            module.qkv_bias.zero_()
-        elif isinstance(module, nn.Embedding):
-            module.weight.normal_(0.0, std)
-            if module.padding_idx is not None:
-                module.weight[module.padding_idx].zero_()
-        elif isinstance(module, (nn.LayerNorm, AddLayerNorm)):
-            module.reset_parameters()
-
-    @staticmethod
-    def _read(path_or_name: str | os.PathLike[str], gelu: str | None) -> Checkpoint:
-        return load_checkpoint(path_or_name, gelu=gelu)
-
-    @classmethod
-    def _from_checkpoint(
-        cls: type[_Model],
-        read: Checkpoint,
-        dtype: torch.dtype | None,
-        device: torch.device | str | None,
-        **options: Any,
-    ) -> _Model:
-        """The model with the weights that were read; heads the file lacks get first weights and a warning."""
-        prefix = cls._file_prefix
-        with torch.device("meta"):  # nothing is allocated or drawn only to be overwritten
-            model = cls(read.config, **options)
-        if dtype is None:
-            dtype = read.state_dict["bert.embeddings.word_embeddings.weight"].dtype
-        place = {"device": torch.device("cpu" if device is None else device), "dtype": dtype}
-        state_dict = {
-            name.removeprefix(prefix): tensor.to(**place)
-            for name, tensor in read.state_dict.items()
-            if name.startswith(prefix)
-        }
-        known = model.state_dict().keys()
-        state_dict = {name: tensor for name, tensor in state_dict.items() if name in known}
-        missing = model.load_state_dict(state_dict, strict=False, assign=True).missing_keys
-        for module in model.modules():
-            own = dict(module.named_parameters(recurse=False))
-            if any(parameter.is_meta for parameter in own.values()):
-                for name, parameter in own.items():
-                    fresh = torch.zeros(parameter.shape, **place)
-                    setattr(module, name, nn.Parameter(fresh, requires_grad=parameter.requires_grad))
-                model._init_module(module)
-                for name, parameter in own.items():  # the file may have the weight and not the bias
-                    if not parameter.is_meta:
-                        setattr(module, name, parameter)
-        model.tie_weights()
-        if missing:
-            warnings.warn(
-                f"ctxfast.{cls.__name__}: {read.source} has no {', '.join(missing)}. They start at "
-                f"random: train them before use.",
-                stacklevel=3,
-            )
-        return model.eval()
-
-    def save_pretrained(self, directory: str | os.PathLike[str], *, overwrite: bool = False) -> list[Path]:
-        """Writes config.json and model.safetensors as Hugging Face lays them out.
-
-        Args:
-            directory: made if absent.
-            overwrite: replace files that are there.
-
-        Returns:
-            The paths written.
-
-        Raises:
-            FileExistsError: a file is there and ``overwrite`` is not set.
-        """
-        prefix = self._file_prefix
-        state_dict = {prefix + name: tensor for name, tensor in self.state_dict().items()}
-        # The decoder is stored once: its bias as cls.predictions.bias, its weight, when tied, as the word table.
-        state_dict.pop("cls.predictions.decoder.bias", None)
-        if self.config.tie_word_embeddings:
-            state_dict.pop("cls.predictions.decoder.weight", None)
-        return save_checkpoint(directory, self.config, state_dict, task=self._task, overwrite=overwrite)
 
 
 class Encoder(nn.Module):
@@ -223,6 +108,14 @@ class Pooler(nn.Module):
             return pooled
         is_empty = packing.cu_seqlens[1:] == packing.cu_seqlens[:-1]
         return pooled.masked_fill(is_empty[:, None], 0.0)
+
+    def of_sequences(self, x: Tensor, cu_seqlens: Tensor, has_empty: bool) -> Tensor:
+        """The same of packed sequences, (T, N) and (S + 1,) -> (S, N), for a CUDA graph; rows of those without tokens
+        are anything unless ``has_empty``."""
+        starts, ends = cu_seqlens[:-1], cu_seqlens[1:]
+        # Where the last ones are empty they start past the end.
+        pooled = tools.linear(x.index_select(0, starts.clamp(max=x.shape[0] - 1)), self.dense, "tanh")
+        return pooled.masked_fill((starts == ends)[:, None], 0.0) if has_empty else pooled
 
 
 class Bert(Pretrained):
@@ -351,13 +244,15 @@ class Bert(Pretrained):
         return_packed: bool = False,
         padding: str | None = None,
         check_inputs: bool = False,
+        lengths: Sequence[int] | Tensor | None = None,
     ) -> BertOutput:
         """Encodes a padded batch; padding costs nothing, unless it is kept.
 
         Args:
             input_ids: (B, L) int64 or int32.
-            attention_mask: (B, L), 1 for a token, 0 for padding, anywhere in a row; None for all
-                tokens, which spares a GPU the one wait that a mask costs.
+            attention_mask: (B, L), 1 for a token, 0 for padding, anywhere in a row; None for all tokens. How many
+                tokens there are is read from it: on a GPU the host waits once, until all that it was given before is
+                done, and never for ``lengths`` or without a mask.
             token_type_ids: (B, L); None for 0.
             position_ids: (B, L) or (1, L); None for the column (RoBERTa: count of non-padding ids,
                 from ``pad_token_id + 1``).
@@ -366,6 +261,8 @@ class Bert(Pretrained):
             return_packed: leave results packed: ``last_hidden_state`` and ``hidden_states`` are None.
             padding: "zero" or "keep" for this call, see the class; None for the model's own.
             check_inputs: check ids against their tables on a GPU too (it waits for the device); on a CPU always done.
+            lengths: in place of ``attention_mask`` where padding stands on the right: (B,) tokens of each text, a
+                sequence of integers or an int64 or int32 tensor on the CPU (from a tensor on a GPU they are read back).
 
         Returns:
             A ``BertOutput``. Rows of padding are zero, or Hugging Face's with ``padding="keep"``.
@@ -384,7 +281,9 @@ class Bert(Pretrained):
         self._check(input_ids, attention_mask, token_type_ids, position_ids, task_type_ids, check_inputs)
         batch_size, seqlen = input_ids.shape
         rows = None
-        if attention_mask is None:
+        if lengths is not None:
+            packing = self._packing_of(lengths, attention_mask, input_ids)
+        elif attention_mask is None:
             packing = Packing.full(batch_size, seqlen, input_ids.device)
         else:
             packing = Packing.from_mask(attention_mask)
@@ -403,13 +302,26 @@ class Bert(Pretrained):
             None if task_type_ids is None else packing.pack(task_type_ids),
         )
 
+        pools = type(self.pooler) is Pooler
+        has_empty = packing.has_empty
+
         def encode(tokens: Sequence[Tensor | None], cu_seqlens: Tensor, max_seqlen: int) -> list[Tensor]:
-            return self.encoder(self.embeddings(*tokens), cu_seqlens, max_seqlen, output_hidden_states, rows)
+            states = self.encoder(self.embeddings(*tokens), cu_seqlens, max_seqlen, output_hidden_states, rows)
+            if not pools:
+                return states
+            if cu_seqlens is packing.cu_seqlens:
+                return [*states, self.pooler(states[-1], packing)]
+            return [*states, self.pooler.of_sequences(states[-1], cu_seqlens, has_empty)]
 
         graphs = self._graphs if self.cuda_graphs and rows is None else None
         states = encoder.encode(
-            encode, self, graphs, tokens, packing.cu_seqlens, packing.max_seqlen, (output_hidden_states,)
-        )
+            encode, self, graphs, tokens, packing.cu_seqlens, packing.max_seqlen,
+            flags=(output_hidden_states, has_empty), per_sequence=int(pools),
+        )  # fmt: skip
+        if pools:
+            *states, pooled = states
+        else:
+            pooled = None if self.pooler is None else self.pooler(states[-1], packing)
         last = states[-1]
         packed_states = tuple(states) if output_hidden_states else None
         hidden_states = None
@@ -421,12 +333,24 @@ class Bert(Pretrained):
             last_hidden_state = hidden_states[-1] if hidden_states else packing.unpack(last)
         return BertOutput(
             last_hidden_state=last_hidden_state,
-            pooler_output=None if self.pooler is None else self.pooler(last, packing),
+            pooler_output=pooled,
             hidden_states=hidden_states,
             packing=packing,
             packed_last_hidden_state=last,
             packed_hidden_states=packed_states,
         )
+
+    @staticmethod
+    def _packing_of(lengths: Sequence[int] | Tensor, attention_mask: Tensor | None, input_ids: Tensor) -> Packing:
+        if attention_mask is not None:
+            raise ValueError("ctxfast.Bert: lengths and attention_mask are both given; expected one of them.")
+        batch_size, seqlen = input_ids.shape
+        if len(lengths) != batch_size:
+            raise ValueError(
+                f"ctxfast.Bert: lengths has {len(lengths)} entries; expected {batch_size}, one for each row of "
+                f"input_ids."
+            )
+        return Packing.from_lengths(lengths, seqlen, input_ids.device)
 
     def keeps_padding(self, padding: str | None = None) -> bool:
         """Whether a call with this argument computes rows at padding too."""

@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tokenizers
 import torch
 from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import WordPiece
 
+from ..._core import transfer
 from ..._core.files import replacing
 from ..._core.texts import as_list, described
 from .config import BertConfig, write_json
+from .encoding import Encoding
 from .tokenizer_files import ROLES, find_special_tokens, open_tokenizer
 from .tokenizer_settings import read_settings
 from .weights import find_config, resolve_model
@@ -28,73 +29,6 @@ _WHO = "ctxfast.BertTokenizer"
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 Text = str | tuple[str, str]
-
-
-class Encoding:
-    """Tokens of one text, of a pair, or of a list of words.
-
-    Every property makes a new list when it is read; keep it if it is needed twice.
-    """
-
-    __slots__ = ("_backend", "_rust", "_single_type", "truncated")
-
-    def __init__(
-        self, rust: tokenizers.Encoding, single_type: bool, truncated: int = 0, backend: Tokenizer | None = None
-    ) -> None:
-        self._rust = rust
-        self._backend = backend
-        self._single_type = single_type
-        self.truncated = truncated
-        """Number of tokens that were cut off to keep within `max_length`."""
-
-    def __len__(self) -> int:
-        return len(self._rust)
-
-    def __repr__(self) -> str:
-        cut = f", truncated={self.truncated}" if self.truncated else ""
-        return f"Encoding({len(self)} tokens{cut}: {' '.join(self.tokens[:12])})"
-
-    @property
-    def ids(self) -> list[int]:
-        """Vocabulary ids, special tokens included."""
-        return self._rust.ids
-
-    @property
-    def type_ids(self) -> list[int]:
-        """0 for the first text and 1 for the second; all 0 where the model has a single type."""
-        return [0] * len(self) if self._single_type else self._rust.type_ids
-
-    @property
-    def tokens(self) -> list[str]:
-        """The tokens as the vocabulary spells them."""
-        # The library's own list has a token that takes the space beside it (<mask>) with that space.
-        if self._backend is None:
-            return self._rust.tokens
-        return [self._backend.id_to_token(number) for number in self._rust.ids]
-
-    @property
-    def offsets(self) -> list[tuple[int, int]]:
-        """Start and end of each token in characters of its own text; (0, 0) for special ones."""
-        return self._rust.offsets
-
-    @property
-    def word_ids(self) -> list[int | None]:
-        """Number of the word each token comes from, None for special tokens.
-
-        With `encode_words` it is the index in the list; a word that leaves no token (an empty
-        one, a control character) does not occur. Each text of a pair counts from 0.
-        """
-        return self._rust.word_ids
-
-    @property
-    def sequence_ids(self) -> list[int | None]:
-        """0 or 1 for the text a token comes from, None for special tokens."""
-        return self._rust.sequence_ids
-
-    @property
-    def special_tokens_mask(self) -> list[int]:
-        """1 where the tokenizer put in a special token, 0 elsewhere."""
-        return self._rust.special_tokens_mask
 
 
 class BertTokenizer:
@@ -334,12 +268,18 @@ class BertTokenizer:
         max_length: int | None = None,
         truncation: bool = False,
         pad_to_multiple_of: int = 1,
-    ) -> dict[str, torch.Tensor]:
+        device: torch.device | str | None = None,
+    ) -> dict[str, Any]:
         """Encodes texts, pairs, or takes encodings, and pads them on the right for a model's call.
+
+        Args:
+            device: where the model is. For a GPU tensors go through pinned memory, and nobody waits for anything: in
+                place of a mask the batch has the texts' "lengths".
 
         Returns:
             "input_ids", "token_type_ids" and "attention_mask" (1 for tokens, 0 for padding), each
-            (B, T) int64 with T the longest length rounded up to `pad_to_multiple_of`.
+            (B, T) int64 with T the longest length rounded up to `pad_to_multiple_of`. With a `device` "lengths", a
+            tuple of B ints, in place of "attention_mask".
 
         Raises:
             As `encode`.
@@ -364,8 +304,14 @@ class BertTokenizer:
             flat = itertools.chain.from_iterable(rows)
             array[mask] = np.fromiter(flat, np.int64, int(lengths.sum()))
             result[name] = torch.from_numpy(array)
-        result["attention_mask"] = torch.from_numpy(mask.astype(np.int64))
-        return result
+        if device is None:
+            result["attention_mask"] = torch.from_numpy(mask.astype(np.int64))
+            return result
+        place = torch.device(device)
+        return {
+            **{name: transfer.to_device(tensor, place) for name, tensor in result.items()},
+            "lengths": tuple(lengths.tolist()),
+        }
 
     def save(self, directory: str | os.PathLike[str]) -> list[Path]:
         """Writes tokenizer.json and tokenizer_config.json and returns their paths."""

@@ -63,6 +63,14 @@ _BF16, _INT8 = torch.bfloat16, torch.int8
 # One step of rounding in h, seen in a sum over few terms.
 _TOLERANCE = {_BF16: 2e-3, _INT8: 1e-2}
 
+# Layers of real models, for GPUs: a CPU would work on them for seconds.
+ON_A_GPU = (
+    _case("real-elmo", B=9, T=3, I=64, H=4096, P=512, R=2, lengths=(3, 0, 1, 2, 3, 3, 1, 3, 2), state=True, clip=3.0),
+    _case("real-elmo-few-rows", B=3, T=4, I=64, H=4096, P=512, R=2, state=True, clip=3.0),
+    _case("real-elmo-many-rows", B=33, T=2, I=64, H=4096, P=512, R=2, clip=3.0),
+    _case("real-plain", B=17, T=3, I=64, H=1024, R=2, lengths=(3, 1, 2, 3, 0, *(3,) * 12), state=True),
+)
+
 CASES = (
     _case("one", B=1, T=1, I=1, H=1),
     _case("one-step-projected", B=1, T=1, I=3, H=5, P=2, R=2),

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..._core import transfer
 from ..._core.reading import reading
 from .checkpoints import RunDirectory
 from .config import LoopConfig
@@ -141,7 +142,7 @@ def _parts(value: Any) -> dict[str, Any]:
 def moved(batch: Any, device: torch.device) -> Any:
     """A batch with its tensors on a device."""
     if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
+        return transfer.to_device(batch, device)
     if isinstance(batch, Mapping):
         return {name: moved(part, device) for name, part in batch.items()}
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):

@@ -64,10 +64,10 @@ def sized_config(size: str, vocab_size: int, max_position_embeddings: int = 512)
 @dataclass(frozen=True)
 class BertBatch:
     """Sequences padded to the longest, (B, L) each; ``relation`` (B,) is 1 where the segments do not belong together
-    (ERNIE's sign: where they do)."""
+    (ERNIE's sign: where they do); ``lengths`` are their tokens, on the host: of a mask they would be read back."""
 
     input_ids: Tensor
-    attention_mask: Tensor
+    lengths: tuple[int, ...]
     token_type_ids: Tensor
     labels: Tensor
     relation: Tensor
@@ -166,14 +166,15 @@ class BertPretraining(BaseTask):
     def _batch(self, instances: Sequence[Instance]) -> BertBatch:
         shape = (len(instances), max(len(one.ids) for one in instances))
         ids = np.full(shape, self.tokenizer.pad_token_id, dtype=np.int64)
-        mask, types = np.zeros(shape, dtype=np.bool_), np.zeros(shape, dtype=np.int64)
+        types = np.zeros(shape, dtype=np.int64)
         labels = np.full(shape, IGNORE_INDEX, dtype=np.int64)
         for row, one in enumerate(instances):
             size = len(one.ids)
-            ids[row, :size], mask[row, :size], types[row, :size] = one.ids, True, one.token_type_ids
+            ids[row, :size], types[row, :size] = one.ids, one.token_type_ids
             labels[row, one.positions] = one.labels
         relation = np.array([one.is_random_next != self._is_ernie for one in instances], dtype=np.int64)
-        return BertBatch(*map(torch.from_numpy, (ids, mask, types, labels, relation)))
+        ids, types, labels, relation = map(torch.from_numpy, (ids, types, labels, relation))
+        return BertBatch(ids, tuple(len(one.ids) for one in instances), types, labels, relation)
 
     def weight(self, batch: BertBatch) -> Weight:
         masked = float((batch.labels != IGNORE_INDEX).sum())
@@ -183,7 +184,8 @@ class BertPretraining(BaseTask):
         if self.has_relation:
             options["next_sentence_label"] = batch.relation
         with use_impl(self.impl):
-            return model(batch.input_ids, batch.attention_mask, batch.token_type_ids, labels=batch.labels, **options)
+            options.update(labels=batch.labels, lengths=batch.lengths)
+            return model(batch.input_ids, None, batch.token_type_ids, **options)
 
     def loss(self, model: nn.Module, batch: BertBatch) -> tuple[Tensor | dict[str, Tensor], dict[str, Tensor]]:
         found = self._call(model, batch)

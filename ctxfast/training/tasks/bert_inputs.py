@@ -8,9 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from ...models.bert.tokenization import BertTokenizer, Encoding
 from .predictor import IGNORE, pad
 
@@ -134,14 +131,13 @@ def windows(sizes: Sequence[int], room: int) -> list[Window]:
     return [Window(*span, own, until) for span, own, until in zip(spans, cuts, cuts[1:])]
 
 
-def collate_rows(rows: Sequence[Row], pad_id: int, with_labels: bool) -> dict[str, Tensor]:
-    """``input_ids``, ``token_type_ids``, ``attention_mask``, and ``labels`` (B, L) of tokens if asked for."""
-    ids = pad([row.ids for row in rows], pad_id)
-    lengths = torch.tensor([row.length for row in rows])
-    batch = {
-        "input_ids": ids,
+def collate_rows(rows: Sequence[Row], pad_id: int, with_labels: bool) -> dict[str, Any]:
+    """``input_ids``, ``token_type_ids``, ``lengths`` (of a mask a GPU's host would have to read them back), and
+    ``labels`` (B, L) of tokens if asked for."""
+    batch: dict[str, Any] = {
+        "input_ids": pad([row.ids for row in rows], pad_id),
         "token_type_ids": pad([row.types for row in rows], 0),
-        "attention_mask": (torch.arange(ids.shape[1]) < lengths[:, None]).long(),
+        "lengths": tuple(row.length for row in rows),
     }
     if with_labels:
         batch["labels"] = pad([row.labels for row in rows], IGNORE)

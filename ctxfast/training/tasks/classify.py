@@ -167,7 +167,7 @@ class BertClassifier(_Classifier):
             rows.append(Row(encoding.ids, encoding.type_ids, self._target(example), index))
         return rows
 
-    def collate(self, items: Sequence[Row]) -> dict[str, Tensor]:
+    def collate(self, items: Sequence[Row]) -> dict[str, Any]:
         batch = collate_rows(items, self.tokenizer.pad_token_id, False)
         return batch | self._targets([row.labels for row in items])
 

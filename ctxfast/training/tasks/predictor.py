@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..._core.checks import shown
 from ..._core.files import replacing
 from ..loop.batches import Batches
-from ..loop.train import BaseTask
+from ..loop.train import BaseTask, moved
 from ..readers.files import fail
 
 SETTINGS_FILE = "ctxfast_task.json"
@@ -117,7 +117,7 @@ class Predictor(ABC):
                 chosen = [items[index] for index in order[start : start + _PREDICT_BATCH]]
                 batch = self.collate(chosen)
                 batch.pop("labels", None)
-                yield chosen, self.model(**{name: value.to(device) for name, value in batch.items()})
+                yield chosen, self.model(**moved(batch, device))
         finally:
             self.model.train(was_training)
 

@@ -271,7 +271,7 @@ class BertSpanFinder(_SpanFinder):
         first, last = len(self._frame.before), len(encoding) - len(self._frame.after)
         return encoding.ids[first:last], encoding.offsets[first:last]
 
-    def collate(self, items: Sequence[Row]) -> dict[str, Tensor]:
+    def collate(self, items: Sequence[Row]) -> dict[str, Any]:
         batch = collate_rows(items, self.tokenizer.pad_token_id, False)
         for k, name in enumerate(("start_positions", "end_positions")):
             batch[name] = torch.tensor([row.labels[k] for row in items])

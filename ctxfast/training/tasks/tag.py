@@ -185,7 +185,7 @@ class BertTagger(_Tagger):
         row.data = (index, words, places)
         return row
 
-    def collate(self, items: Sequence[Row]) -> dict[str, Tensor]:
+    def collate(self, items: Sequence[Row]) -> dict[str, Any]:
         return collate_rows(items, self.tokenizer.pad_token_id, True)
 
     def predict(self, examples: Sequence[Sentence], items: Sequence[Any] | None = None) -> list[list[str]]:
