@@ -62,10 +62,11 @@ TYPES |= {
 }
 TYPES |= {name: "i32" for name in ("rows", "programs", "threshold", "ignore_index", "grad_stride_t", "grad_stride_h")}
 TYPES |= {name: "i32" for name in ("tokens", "sequences", "heads", "blocks", "pairs")}
+TYPES |= {name: "i32" for name in ("M", "N", "K", "stride_w")}
 TYPES |= {"cu_seqlens": "*i32"}
 # Triton is told nothing about these; other numbers and pointers are multiples of 16, as in every model.
 UNKNOWN = {"rows", "programs", "threshold", "ignore_index", "eps", "rescale"}
-UNKNOWN |= {"tokens", "sequences", "heads", "blocks", "pairs", "softmax_scale", "V"}
+UNKNOWN |= {"tokens", "sequences", "heads", "blocks", "pairs", "softmax_scale", "V", "M"}
 # What ptxas says where products wait for one another: C7510 and its neighbours.
 SERIALIZED = re.compile(r".*wgmma\.mma_async instructions are serialized.*")
 
@@ -90,15 +91,16 @@ def compiled(op: str, kernel: Any, constants: dict[str, Any], tile: dict[str, in
     if constants.get("DROPOUT") is False:
         constants["seeds"] = None
     types = TYPES | getattr(MODULES.get(op), "ARGUMENT_TYPES", {})
-    types |= {name: value for name, value in constants.items() if str(value).startswith("*")}
-    constants = {name: value for name, value in constants.items() if not str(value).startswith("*")}
+    own = {name: value for name, value in constants.items() if str(value).startswith(("*", "tensordesc"))}
+    types |= own
+    constants = {name: value for name, value in constants.items() if name not in own}
     signature, attributes = {}, {}
     for at, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name] = "constexpr"
             continue
         signature[name] = types.get(name, "*" + DTYPES[dtype])
-        if name not in UNKNOWN and signature[name] != "fp32":
+        if name not in UNKNOWN and signature[name] != "fp32" and not signature[name].startswith("tensordesc"):
             attributes[(at,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)

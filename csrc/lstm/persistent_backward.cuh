@@ -53,6 +53,7 @@
 // fp32's range.
 #pragma once
 
+#include "lstm/persistent_backward_facts.cuh"
 #include "lstm/persistent_backward_parts.cuh"
 
 namespace ctxfast::lstm_backward {

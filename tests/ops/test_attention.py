@@ -12,6 +12,7 @@ import pytest
 import torch
 from support import attention_masks
 from support.parity import FORWARD, GRADIENT, check, gradients, run, wide
+from torch.nn.attention import SDPBackend
 
 import ctxfast
 from ctxfast._core import capability, registry
@@ -20,7 +21,7 @@ if not torch.cuda.is_available() and not capability.is_triton_interpreted():
     pytest.skip("needs a GPU, or TRITON_INTERPRET=1", allow_module_level=True)
 
 from ctxfast.nn import SelfAttention, encoder
-from ctxfast.ops.attention import triton_blocks, triton_plan
+from ctxfast.ops.attention import triton as attention_triton, triton_blocks, triton_plan
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
@@ -159,6 +160,35 @@ def test_bias_is_added_once_and_rounded_with_the_rows() -> None:
     kwargs = _packed([40, 3], 2, 32, torch.float16)
     expected = run("attention", {**kwargs, "qkv": kwargs["qkv"] + kwargs["bias"], "bias": None}, "triton")[0]
     assert torch.equal(run("attention", kwargs, "triton")[0], expected)
+
+
+def test_full_batches_may_be_sdpas(monkeypatch) -> None:
+    """Where the table says so, without dropout and gradients alone; off a GPU its plain form stands in for cuDNN's."""
+    assert not triton_plan.FULL_BY_SDPA  # no GPU has measured it
+    calls = []
+    full, ragged = _packed([70, 70, 70], 2, 32, torch.float16), _packed([70, 69, 71], 2, 32, torch.float16)
+    own = run("attention", full, "triton")[0]
+    if DEVICE == "cpu":
+        monkeypatch.setattr(attention_triton, "_SDPA", SDPBackend.MATH)
+    table = {major: lambda *sizes: calls.append(sizes) or True for major in (8, 9)}
+    monkeypatch.setattr(triton_plan, "FULL_BY_SDPA", table)
+    got = run("attention", full, "triton")[0]
+    assert calls == [(3, 70, 2, 32)] and got.is_contiguous()
+    assert torch.equal(got, run("attention", full, "triton")[0])
+    plain, right = (run("attention", given, "reference")[0] for given in (full, wide(full)))
+    check("output", got, plain, right, torch.float16, SPEC.ceiling[torch.float16], FORWARD)
+    calls.clear()
+    _compare(full)  # with gradients
+    run("attention", ragged, "triton")
+    run("attention", {**full, "max_seqlen": 80}, "triton")
+    run("attention", {**full, "softmax_scale": -0.3}, "triton")
+    run("attention", {**full, "qkv": full["qkv"].float(), "bias": full["bias"].float()}, "triton")
+    torch.manual_seed(0)
+    first = ctxfast.attention(**full, dropout_p=0.5, impl="triton")
+    torch.manual_seed(0)
+    assert torch.equal(first, ctxfast.attention(**full, dropout_p=0.5, impl="triton"))
+    assert not torch.equal(first, own)
+    assert not calls
 
 
 @pytest.mark.parametrize("length", [9, 20, 40, 70, 140])

@@ -14,8 +14,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..._core import capability, registry, torch_ops
 from ..shared import philox, triton_launch, triton_rows
@@ -32,11 +34,14 @@ def _kind(dtype: torch.dtype) -> str:
     return "tf32" if capability.allows_tf32() else "float32"
 
 
-def _plan(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> triton_plan.Plan:
+def _major(qkv: Tensor) -> int:
     # The interpreter, which computes on the CPU, is given the tiles of an H100.
-    major = capability.compute_capability(qkv.device.index)[0] if qkv.is_cuda else 9
+    return capability.compute_capability(qkv.device.index)[0] if qkv.is_cuda else 9
+
+
+def _plan(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> triton_plan.Plan:
     mean = qkv.shape[0] / (cu_seqlens.shape[0] - 1)
-    return triton_plan.choose(qkv.shape[3], _kind(qkv.dtype), major, max_seqlen, mean)
+    return triton_plan.choose(qkv.shape[3], _kind(qkv.dtype), _major(qkv), max_seqlen, mean)
 
 
 def _is_empty(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> bool:
@@ -196,6 +201,28 @@ class _Attention(torch.autograd.Function):
         return _bwd(grad, qkv, cu_seqlens, *ctx.numbers, seeds, out, lse), None, None, None, None, None
 
 
+_SDPA = SDPBackend.CUDNN_ATTENTION
+
+
+def _is_for_sdpa(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, dropout_p: float) -> bool:
+    """Whether all sequences have ``max_seqlen`` tokens, which the host knows by counting, and SDPA is faster then."""
+    if not triton_plan.FULL_BY_SDPA or torch.compiler.is_compiling():
+        return False
+    tokens, _, heads, head_dim = qkv.shape
+    sequences = cu_seqlens.shape[0] - 1
+    if dropout_p or scale <= 0 or qkv.dtype == torch.float32 or not 0 < tokens == sequences * max_seqlen:
+        return False
+    measured = triton_plan.FULL_BY_SDPA.get(_major(qkv))
+    return measured is not None and measured(sequences, max_seqlen, heads, head_dim)
+
+
+def _by_sdpa(qkv: Tensor, max_seqlen: int, scale: float) -> Tensor:
+    query, key, value = qkv.unflatten(0, (-1, max_seqlen)).permute(2, 0, 3, 1, 4)  # (S, H, L, D) each
+    with sdpa_kernel(_SDPA):
+        context = F.scaled_dot_product_attention(query, key, value, scale=scale)
+    return context.transpose(1, 2).reshape(qkv.shape[0], *qkv.shape[2:])
+
+
 def supports(args: Mapping[str, Any]) -> str | None:
     """None, or why the Triton kernels cannot run this call."""
     qkv = args["qkv"]
@@ -227,6 +254,8 @@ def attention(
     scale, seeds = definition.scale(qkv, softmax_scale), philox.draw_seeds(qkv, dropout_p)
     if registry.needs_grad(qkv):
         return _Attention.apply(qkv, cu_seqlens, max_seqlen, scale, dropout_p, seeds)
+    if _is_for_sdpa(qkv, cu_seqlens, max_seqlen, scale, dropout_p):
+        return _by_sdpa(qkv, max_seqlen, scale)
     return _fwd(qkv, cu_seqlens, max_seqlen, scale, dropout_p, seeds, False)[0]
 
 

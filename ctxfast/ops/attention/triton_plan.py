@@ -10,6 +10,7 @@ has half the instructions of one over queries and one over keys, and as many war
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..shared.triton_rows import block
@@ -77,7 +78,7 @@ _HOPPER = {
         Plan(16, _pairs(16), whole=_pairs(16)),
         Plan(32, Tile(32, 32, 4), whole=Tile(32, 32, 4)),
         Plan(64, Tile(64, 64, 4), whole=Tile(64, 64, 4)),
-        Plan(0, Tile(64, 64, 4, 2, registers=128), query=Tile(64, 32, 4, 2), key=Tile(32, 64, 8)),
+        Plan(0, Tile(64, 64, 4, 2), query=Tile(64, 32, 4, 2), key=Tile(32, 64, 8)),
     ),
 }
 # The same dtypes everywhere else (mma.sync): operands lie in registers too, so tiles are smaller.
@@ -85,8 +86,8 @@ _OTHERS = {
     32: (*_HOPPER[32][:3], Plan(0, Tile(64, 64, 4, 2), query=Tile(64, 64, 4, 2), key=Tile(64, 64, 4, 2))),
     64: (
         *_HOPPER[64][:2],
-        Plan(64, Tile(64, 64, 4), query=Tile(64, 32, 4, 2), key=Tile(32, 64, 4, 2)),
-        Plan(0, Tile(64, 64, 4, 2), query=Tile(64, 64, 4, 2), key=Tile(32, 64, 4, 2)),
+        Plan(64, Tile(64, 64, 4), query=Tile(64, 32, 4, 2), key=Tile(64, 32, 4, 2)),
+        Plan(0, Tile(64, 64, 4, 2), query=Tile(64, 32, 4, 2), key=Tile(64, 32, 4, 2)),
     ),
     128: (
         _HOPPER[128][0],
@@ -111,6 +112,11 @@ _FLOAT32 = {
 }
 # float32 with its products rounded to TensorFloat-32 (torch.backends.cuda.matmul.allow_tf32).
 _TF32 = _FLOAT32 | {64: (*_FLOAT32[64][:-1], Plan(0, Tile(32, 32, 4), query=Tile(32, 32, 4), key=Tile(32, 32, 4)))}
+
+# Full batches of one length without dropout or gradients, in 16 bits: cuDNN's kernels for Hopper overlap what these do
+# one after another. Compute capability's major number -> whether SDPA with cuDNN is faster for (sequences, length,
+# heads, head_dim); none is entered before a GPU has measured both. FULL_BY_SDPA[9] = lambda *sizes: True times it.
+FULL_BY_SDPA: dict[int, Callable[[int, int, int, int], bool]] = {}
 
 
 def plans(head_dim: int, kind: str, major: int) -> tuple[Plan, ...]:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..._core import registry, torch_ops
-from ..shared import triton_activation, triton_rows
+from ..shared import triton_activation, triton_product, triton_rows
 
 
 def _made(product: Tensor, with_bias: bool, with_result: bool) -> tuple[Tensor, Tensor]:
@@ -51,7 +51,7 @@ def forward(
     is_kept: bool = True,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """The result, and what ``backward`` wants kept, the first product (..., M); None for that unless ``is_kept``."""
-    wide, product = triton_activation.linear(x, weight1, bias1, activation, is_kept, _fwd)
+    wide, product = triton_product.linear(x, weight1, bias1, activation, is_kept, _fwd)
     return F.linear(wide, weight2, bias2), product
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..._core import registry, torch_ops
-from ..shared import triton_activation, triton_rows
+from ..shared import triton_activation, triton_product, triton_rows
 
 
 def _gradients(product: Tensor, with_bias: bool) -> tuple[Tensor, Tensor]:
@@ -40,7 +40,7 @@ _bwd = torch_ops.define("linear_act_triton_bwd", _backward, _gradients, triton_r
 class _LinearAct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-        out, product = triton_activation.linear(x, weight, bias, activation, True, _fwd)
+        out, product = triton_product.linear(x, weight, bias, activation, True, _fwd)
         ctx.save_for_backward(x, weight, bias, product)
         ctx.activation = activation
         return out
@@ -82,17 +82,20 @@ def linear_act(
     """See ``ctxfast.functional.linear_act``."""
     if registry.needs_grad(x, weight, bias):
         return _LinearAct.apply(x, weight, bias, activation)
-    return triton_activation.linear(x, weight, bias, activation, False, _fwd)[0]
+    return triton_product.linear(x, weight, bias, activation, False, _fwd)[0]
 
 
 def raw_calls(args: Mapping[str, Any]) -> list[tuple[Any, tuple]]:
     """The registered operators behind one call, with arguments for torch.library.opcheck."""
     bias, activation = args["bias"], args["activation"]
     product = F.linear(args["x"], args["weight"])
-    return [
+    calls = [
         (_fwd, (product, bias, activation)),
         (_bwd, (torch.randn_like(product), product, bias, activation, bias is not None)),
     ]
+    if product.dtype != torch.float32:
+        calls.append((triton_product.product, (args["x"].flatten(0, -2), args["weight"], bias)))
+    return calls
 
 
 def launches(dtype: str, arch: int) -> Iterator[triton_rows.Launch]:
@@ -103,3 +106,5 @@ def launches(dtype: str, arch: int) -> Iterator[triton_rows.Launch]:
         yield f"forward {activation}", triton_activation.forward_kernel, shared, tile
         no_more = dict(SUMS=True, AGAIN=False, again=None)
         yield f"backward {activation}", triton_activation.backward_kernel, shared | no_more, tile
+    if dtype in ("bfloat16", "float16"):
+        yield "product gelu", *triton_product.launch(dtype, arch)

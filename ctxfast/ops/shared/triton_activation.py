@@ -7,10 +7,6 @@ for an op that multiplies by the activation's result, makes that again, all in o
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -175,22 +171,3 @@ def backward(
         )  # fmt: skip
         if with_bias:
             triton_rows.column_sums(partial, [grad_bias])
-
-
-def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, is_kept: bool, operator: Callable[..., Tensor]
-) -> tuple[Tensor, Tensor | None]:
-    """``activation(x W^T + b)``, and the product before bias and activation if it is to be kept for a backward.
-
-    All that makes a product with an activation on a GPU stands here: cuBLAS and then ``operator``, the registered
-    ``forward`` of an op; where nothing is kept, cuBLASLt's own epilogue for the activations that it has. A product
-    whose epilogue adds the bias and computes erf-GELU would take the place of the last two lines: it spares a pass that
-    reads and writes (rows, N) beside the product, and for a backward has to store the product too.
-    """
-    # On the CPU torch's epilogue is the erf form.
-    if not is_kept and x.is_cuda and bias is not None and activation in ("relu", "gelu_tanh"):
-        flat = x.reshape(-1, x.shape[-1])
-        out = torch._addmm_activation(bias, flat, weight.t(), use_gelu=activation == "gelu_tanh")
-        return out.view(*x.shape[:-1], weight.shape[0]), None
-    product = F.linear(x, weight)
-    return operator(product, bias, activation), product if is_kept else None
