@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..._core import registry, torch_ops
-from ..shared import philox, triton_activation, triton_rows
+from ..shared import philox, triton_activation, triton_product, triton_rows
 from . import PARTS, TENSORS
 
 _OP = "transformer_layers"
@@ -88,7 +88,12 @@ def _forward(
     given = x if compute_dtype is None else x.to(compute_dtype) if low is None else low
     head_dim = x.shape[1] // num_heads
     rows, softmax_scale = _product(given, qkv, qkv_bias).view(x.shape[0], 3, num_heads, head_dim), head_dim**-0.5
-    context, lse = _attention._forward(rows, cu_seqlens, max_seqlen, softmax_scale, attention_p, attention_seeds, save)
+    if not save and _attention._is_for_sdpa(rows, cu_seqlens, max_seqlen, softmax_scale, attention_p):
+        context = _attention._by_sdpa(rows, max_seqlen, softmax_scale)
+    else:
+        context, lse = _attention._forward(
+            rows, cu_seqlens, max_seqlen, softmax_scale, attention_p, attention_seeds, save
+        )
     projected = context.flatten(1).mm(project.t())
     h, low_h, mean, rstd = _norm.forward(
         projected, x, scale, shift, project_bias, eps, dropout_p, norm_seeds, out_dtype, compute_dtype, save
@@ -212,7 +217,7 @@ def _activated(
     if activation == "none":
         product = x.mm(weight.t())
         return product if bias is None else product + bias, product
-    return triton_activation.linear(x, weight, bias, activation, is_kept, triton_activation.forward)
+    return triton_product.linear(x, weight, bias, activation, is_kept, triton_activation.forward)
 
 
 def _of_weight(grad: Tensor, x: Tensor, is_mixed: bool) -> Tensor:
