@@ -80,9 +80,8 @@ class Packing:
             )
         batch_size, seqlen = attention_mask.shape
         is_real = attention_mask if is_bool else attention_mask != 0
-        # Named so in torch's documentation, but not in a list of public names. (torch before 2.7 does not tell of an
-        # export: there a mask cannot be exported.)
-        if torch.jit.is_tracing() or torch_ops.is_exporting():  # pyright: ignore[reportPrivateImportUsage]
+        # torch before 2.7 does not tell of an export: there a mask cannot be exported.
+        if torch_ops.is_jit_tracing() or torch_ops.is_exporting():
             return cls._traced(is_real, batch_size, seqlen)
         packing = cls.from_tokens(is_real, None if is_bool else ~(is_real & (attention_mask != 1)).any())
         if packing is None:
@@ -133,7 +132,7 @@ class Packing:
             device: where the packing lies; None for the device of ``lengths`` (a sequence: the CPU).
 
         Raises:
-            TypeError: lengths that are no integers.
+            TypeError: lengths that are not integers.
             ValueError: lengths of another shape or outside 0..seqlen.
         """
         if isinstance(lengths, Tensor):

@@ -148,7 +148,7 @@ def test_errors_leave_nothing(elmo, tmp_path, capsys) -> None:
         tmp_path / "bert"
     )
     for words, message in (
-        (["nowhere", tmp_path / "new"], "is no model on this machine"),
+        (["nowhere", tmp_path / "new"], "is not a model on this machine"),
         ([elmo, tmp_path / "there"], "exists. Pass --overwrite"),
         ([elmo, elmo, "--overwrite"], "DST .* is SRC .*; expected another place"),
         ([elmo, elmo.parent, "--overwrite"], "DST .* holds SRC .*elmo; expected another place"),
@@ -164,7 +164,7 @@ def test_errors_leave_nothing(elmo, tmp_path, capsys) -> None:
         ([tmp_path / "gone.th", tmp_path / "new", *bad], "does not exist"),
         ([tmp_path / "x.json", tmp_path / "new"], "SRC .*x.json is a file and no model's; expected a model's folder"),
         ([elmo, tmp_path / "new", "--options-file", "no.json"], "--options-file no.json does not exist; expected opt"),
-        ([tmp_path / "bert", tmp_path / "new", *bad], "--options-file is given, but SRC .*bert is no ELMo model"),
+        ([tmp_path / "bert", tmp_path / "new", *bad], "--options-file is given, but SRC .*bert is not an ELMo model"),
         ([tmp_path / "bad.th", tmp_path / "new"], "there is no .*options.json"),
         ([elmo, tmp_path / "new", "--dtype", "int4"], "dtype is 'int4'"),
     ):

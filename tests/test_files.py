@@ -177,7 +177,7 @@ def test_what_is_no_lock(tmp_path, kind):
         assert theirs.exists() == (kind == "link") and (kind != "link" or theirs.read_text() == "precious")
         return
     path.mkdir() if kind == "folder" else os.mkfifo(path)
-    with pytest.raises(ValueError, match=r"^ctxfast\.x: .*lock is no file; expected one to lock\. Remove it\.$"):
+    with pytest.raises(ValueError, match=r"^ctxfast\.x: .*lock is not a file; expected one to lock\. Remove it\.$"):
         locked(path, "ctxfast.x", "another process")
     assert path.exists()
 

@@ -331,7 +331,8 @@ def test_a_dry_run_of_the_programs_that_say_what_is_right(tmp_path) -> None:
     assert done.stdout.strip().endswith("make gpu: all 3 steps passed")
     log = (tmp_path / "right.log").read_text()
     assert log.count("\n0 failed") == 3 and "WRONG" not in log
-    for op in ("attention", "add_layer_norm", "linear_act", "embed_layer_norm", "linear_cross_entropy"):
+    ops = ("attention", "add_layer_norm", "linear_act", "feed_forward", "embed_layer_norm", "linear_cross_entropy")
+    for op in ops:
         assert f"{op}/tiny/float16/forward+backward/cpu: triton" in log
 
 

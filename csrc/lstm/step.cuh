@@ -79,15 +79,9 @@ struct Gates {
 template <typename T>
 CTXFAST_DEVICE Gates<T> load_gates(const StepParams& p, int direction, int b, int t, int cell) {
   const T* at = static_cast<const T*>(p.gates[direction]) + b * p.gates_strides[direction][0] +
-                t * p.gates_strides[direction][1] + int64_t{cell} * 4;
-  if constexpr (sizeof(T) == 4) {
-    const float4 v = *reinterpret_cast<const float4*>(at);
-    return {v.x, v.y, v.z, v.w};
-  } else {
-    const uint2 v = load_streaming(reinterpret_cast<const uint2*>(at));
-    const float2 low = unpack2<T>(v.x), high = unpack2<T>(v.y);
-    return {low.x, low.y, high.x, high.y};
-  }
+                t * p.gates_strides[direction][1] + cell;
+  const int64_t hidden = p.hidden;
+  return {to_float(at[0]), to_float(at[hidden]), to_float(at[2 * hidden]), to_float(at[3 * hidden])};
 }
 
 // --- the product: sums[row][column] in shared memory, [kWarps][16 kRowTiles][8 kColumns + 1]
@@ -98,7 +92,7 @@ template <int kRowTiles, int kColumns>
 constexpr int kSums = kRowsOfTile * kRowTiles * kPitch<kRowTiles, kColumns>;
 
 // 16 bits: weights as fragments [tile][pair of k-steps][2][lane]; a pair's 32 k lie in the order that lets a lane read
-// 8 neighbours of `from` at once: k = 32 pair + 8 (lane % 4) + 4 step + 2 register + element.
+// 8 neighbours of `from` at once: k = 32 pair + 8 (lane % 4) + 4 step + 2 register + element. See step_pack.cu.
 template <typename T, int kRowTiles, int kColumns>
 CTXFAST_DEVICE void multiply(const StepParams& p, int direction, int first_tile, int first_row, float* sums) {
   const int lane = lane_index(), warp = warp_index(), g = lane / 4, t = lane % 4, pairs = p.k / 32;
@@ -242,9 +236,9 @@ CTXFAST_DEVICE void cell_gradient(const StepParams& p, int direction, int b, int
     d[3] = dm * tanh_c * o * (1.0f - o);
   }
   T* next = static_cast<T*>(to) + (int64_t{direction} * p.padded_batch + b) * p.to_k + 4 * cell;
-  T* grad = static_cast<T*>(p.grad_gates[direction]) + ((int64_t{b} * p.steps + t) * p.hidden + cell) * 4;
+  T* grad = static_cast<T*>(p.grad_gates[direction]) + (int64_t{b} * p.steps + t) * 4 * p.hidden + cell;
 #pragma unroll
-  for (int gate = 0; gate < 4; ++gate) next[gate] = grad[gate] = from_float<T>(d[gate]);
+  for (int gate = 0; gate < 4; ++gate) next[gate] = grad[int64_t{gate} * p.hidden] = from_float<T>(d[gate]);
 }
 
 // dh at step t of one element, before the clip: to the next kernel, and kept for the projection's weight gradient.

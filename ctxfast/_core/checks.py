@@ -162,7 +162,7 @@ def packed(op: str, rows_name: str, rows: Tensor, cu_seqlens: Tensor, max_seqlen
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
         raise ValueError(f"ctxfast.{op}: cu_seqlens has shape {tuple(cu_seqlens.shape)}; expected (sequences + 1,).")
     same(op, rows_name, rows, [("cu_seqlens", cu_seqlens)], dtype=False)
-    is_traced = torch.jit.is_tracing() and isinstance(max_seqlen, Tensor)  # torch.jit.trace's form of a size
+    is_traced = torch_ops.is_jit_tracing() and isinstance(max_seqlen, Tensor)  # torch.jit.trace's form of a size
     if not isinstance(max_seqlen, (int, torch.SymInt)) and not is_traced:
         raise TypeError(f"ctxfast.{op}: max_seqlen is a {type(max_seqlen).__name__}; expected an int.")
 

@@ -53,13 +53,13 @@ def _held(path: Path, who: str, *, waits: bool) -> BinaryIO | None:
                 remove(path)
                 continue
             if error.errno in (errno.EISDIR, errno.ENXIO):
-                raise ValueError(f"{who}: {path} is no file; expected one to lock. Remove it.") from None
+                raise ValueError(f"{who}: {path} is not a file; expected one to lock. Remove it.") from None
             raise
         lock = os.fdopen(handle, "rb+", buffering=0)
         try:
             status = os.fstat(handle)
             if not stat.S_ISREG(status.st_mode):
-                raise ValueError(f"{who}: {path} is no file; expected one to lock. Remove it.")
+                raise ValueError(f"{who}: {path} is not a file; expected one to lock. Remove it.")
             with naming(path):
                 fcntl.flock(handle, fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB))
             # Whoever held it before may have removed it meanwhile: then the lock is on a file without a name.

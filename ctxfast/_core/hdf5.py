@@ -29,6 +29,6 @@ def new_hdf5(path: Path, **options: Any) -> Iterator[tuple[h5py.File, Callable[[
             with h5py.File(disk, "w", **options) as file:
                 yield file, disk.check
         except Exception:
-            disk.check()  # what HDF5 says of a file that lacks parts is no news
+            disk.check()  # HDF5's own error about an incomplete file says nothing more
             raise
         disk.check()

@@ -24,7 +24,7 @@ def reading(path: str | os.PathLike[str], who: str, what: str = "file") -> Itera
     The package's own errors keep their type and text; where they do not name the file, " (in PATH)" is added. A file
     that the system does not give (absent, not permitted, a folder) stays an OSError of its kind, too little memory a
     MemoryError. Everything else, be it from a parser, from arithmetic on what the file says or from a conversion of
-    it, is a ValueError: nesting too deep for the parser, a number of thousands of digits, text that is no UTF-8.
+    it, is a ValueError: nesting too deep for the parser, a number of thousands of digits, text that is not UTF-8.
 
     Args:
         path: what is read. Named in full.
@@ -36,7 +36,7 @@ def reading(path: str | os.PathLike[str], who: str, what: str = "file") -> Itera
     try:
         yield
     except BaseException as error:
-        # Libraries written in Rust report a bug that a file brought out by this, which is no Exception.
+        # Libraries written in Rust report a bug that a file brought out by this, which is not an Exception.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         text = error.args[0] if error.args and isinstance(error.args[0], str) else str(error)

@@ -339,7 +339,7 @@ def prepared(spec: OpSpec, args: dict[str, Any], impl: str | None = None) -> tup
         spec.check_values(args)
         return function, args
     args = _autocast(spec, args)
-    if torch.jit.is_tracing():
+    if torch_ops.is_jit_tracing():
         with torch_ops.without_tracer_warnings():
             function = _checked(spec, args, impl)
     else:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 PACKED_SUFFIXES = (".gz", ".xz")
-# What unpacking raises where a file is no archive, is cut short, or holds wrong bytes.
+# What decompression raises where a file is not an archive, is truncated, or holds wrong bytes.
 DAMAGE = (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error, MemoryError)
 # A file without line ends must not fill the memory before anything says so.
 MAX_LINE_BYTES = 16 << 20
@@ -82,7 +82,7 @@ class _Xz(io.RawIOBase):
                 break
             self._packed = b""
         if zeros % 4 or (not self._count and not rest):
-            raise EOFError("its padding is no multiple of four bytes" if zeros else "it is empty")
+            raise EOFError("its padding is not a multiple of four bytes" if zeros else "it is empty")
         self._packed = rest
         if rest:
             self._stream = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_XZ_MEMORY)

@@ -29,7 +29,7 @@ def as_list(texts: Iterable[Any], who: str) -> list[Any]:
 
 
 def described(value: Any) -> str:
-    """A value that is no text, for an error: itself where that is short, and its type."""
+    """A value that is not a text, for an error message: the value itself where it is short, and its type."""
     text, kind = repr(value), type(value).__name__
     if value is None:
         return text

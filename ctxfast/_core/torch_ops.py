@@ -51,7 +51,7 @@ def without_autocast(device: str) -> AbstractContextManager:
 
 @contextmanager
 def without_tracer_warnings() -> Iterator[None]:
-    """For checks of arguments: torch.jit.trace would warn of every comparison of sizes, which are no part of it."""
+    """For checks of arguments: torch.jit.trace would warn of every comparison of sizes, which are not part of it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
         yield
@@ -92,9 +92,14 @@ def is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def is_jit_tracing() -> bool:
+    """Whether torch.jit.trace runs. (Documented under this name, but not in a list of public ones.)"""
+    return torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+
+
 def is_traced() -> bool:
     """Whether torch.jit.trace or torch.onnx.export records what is called, for a reader that knows torch alone."""
-    return torch.jit.is_tracing() or (torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export())
+    return is_jit_tracing() or (torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export())
 
 
 def is_exporting() -> bool:

@@ -53,6 +53,7 @@ class BatchEncoder:
         batch_size: int | None = None,
         options_file: _Path | None = None,
         weight_file: _Path | None = None,
+        download: bool = False,
     ) -> None:
         for name, value, known in (
             ("state", state, (None, *STATES)),
@@ -78,6 +79,7 @@ class BatchEncoder:
                 state=self.state,
                 options_file=options_file,
                 weight_file=weight_file,
+                download=download,
             )
         else:
             _check_encoder(model, device, compute_dtype, options_file, weight_file)
@@ -213,7 +215,7 @@ class BatchEncoder:
 
 
 def _check_encoder(model: object, device: str | torch.device, compute_dtype: str | None, *files: _Path | None) -> None:
-    """Refuse what is no model, and what is said of a model's files beside one that is open already."""
+    """Refuse what is not a model, and arguments for opening a model beside one that is already open."""
     if any(not hasattr(model, name) for name in ("kind", "num_layers", "dim", "device", "prepare", "encode")):
         raise TypeError(
             f"ctxfast.Embedder: model is {described(model)}; expected a folder or a name, as a string or a path, or a "

@@ -76,7 +76,7 @@ class TextEncoder(Protocol):
     files: tuple[Path, ...]
 
     def read_lines(self, lines: Sequence[bytes], selection: Selection) -> tuple[list[Any], int]:
-        """Lines of a file as ``prepare`` takes them, and how many bytes of them were no UTF-8 and were replaced."""
+        """Lines of a file as ``prepare`` takes them, and how many bytes of them were not UTF-8 and were replaced."""
         ...
 
     def prepare(self, texts: Sequence[Any], selection: Selection, where: Where, truncate: bool) -> list[Prepared]:
@@ -398,7 +398,7 @@ class ElmoEncoder:
         self.device, self.compute_dtype = weight.device, weight.dtype
 
     def read_lines(self, lines: Sequence[bytes], selection: Selection) -> tuple[list[Any], int]:
-        # White space is Unicode's, as in AllenNLP; bytes that are no UTF-8 go to the model as they are.
+        # White space is Unicode's, as in AllenNLP; bytes that are not UTF-8 go to the model as they are.
         texts = []
         for line in lines:
             text = line.decode("utf-8", "surrogateescape")

@@ -128,7 +128,7 @@ def select(
 
     Raises:
         ValueError: an unknown word, a layer the model has not, what the model cannot give, or what does not apply.
-        TypeError: a prompt that is no string.
+        TypeError: a prompt that is not a string.
     """
     for name, value, known in (
         ("level", level, LEVELS),

@@ -253,7 +253,7 @@ class WorkDirectory:
                 found = next((f"holds {entry.name}" for entry in os.scandir(self.path) if not _is_ours(entry)), None)
             if found:
                 raise FileExistsError(
-                    f"{_WHO}: {self.path} exists and is no work directory of an embedding job (it {found}). Move it "
+                    f"{_WHO}: {self.path} exists and is not a work directory of an embedding job (it {found}). Move it "
                     f"away, or choose another output."
                 )
         lock = None

@@ -55,6 +55,7 @@ class _Reader(nn.Module):
         x = layers[:, 0] if self.mix is None else self.mix(layers.unbind(1), mask)
         x = self.dropout(x)
         if self.predicate is not None:
+            assert predicate is not None
             x = torch.cat((x, self.predicate(predicate.long())), -1)
         # A text without words runs as one of a single (zero) word.
         rows = pack_padded_sequence(x, lengths.clamp(min=1).cpu(), batch_first=True, enforce_sorted=False)
@@ -97,7 +98,7 @@ class LstmTagger(nn.Module):
         self, layers: Tensor, lengths: Tensor, predicate: Tensor | None = None, labels: Tensor | None = None
     ) -> LstmOutput:
         """layers (B, K, T, N), zeros past a text's end; lengths (B,) int64; predicate (B, T) 0 or 1; labels (B, T),
-        -100 past a text's end -> ``LstmOutput``. The loss is a word's mean."""
+        -100 past a text's end -> ``LstmOutput``. The loss is averaged over words."""
         logits = self.classifier(self.reader(layers, lengths, predicate))
         if labels is None:
             loss = None
@@ -219,6 +220,7 @@ class LstmSpanFinder(nn.Module):
         start, end = logits.unbind(-1)
         if start_positions is None:
             return SpanLogits(None, start, end)
+        assert end_positions is not None
         loss = (F.cross_entropy(start, start_positions) + F.cross_entropy(end, end_positions)) / 2
         return SpanLogits(loss, start, end)
 
@@ -233,7 +235,8 @@ class OverElmo(nn.Module):
 
     def __init__(self, bilm: ElmoBiLm, head: nn.Module) -> None:
         super().__init__()
-        self.bilm, self.head = bilm, head
+        self.bilm = bilm
+        self.head: Any = head
 
     def forward(self, character_ids: Tensor, lengths: Tensor, **rest: Any) -> LstmOutput | SpanLogits:
         """character_ids (B, T, C) of ``batch_to_ids``; the rest as the head's ``forward``."""

@@ -26,8 +26,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import functional
+from .._core import torch_ops
 from ..nn.all_rows import AllRows
 from ..packing import Packing
+from .masks import kept_keys
 
 NAME = "ctxfast"
 _WHO = "ctxfast.register_attention"
@@ -105,7 +107,7 @@ def _checked(method: Callable[..., Any]) -> Callable[..., Any]:
                 _check_model(type(self))
         return method(self, *args, **kwargs)
 
-    checked.is_ctxfast = True
+    checked.is_ctxfast = True  # pyright: ignore[reportAttributeAccessIssue]
     return checked
 
 
@@ -213,7 +215,7 @@ def attention(
     if attention_mask is not None and attention_mask.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{_WHO}: attention_mask requires a gradient; expected a padding mask. Use 'eager' for it.")
     batch, heads, length, _ = query.shape
-    if torch.jit.is_tracing() or query.is_meta or (attention_mask is not None and torch.compiler.is_compiling()):
+    if torch_ops.is_jit_tracing() or query.is_meta or (attention_mask is not None and torch.compiler.is_compiling()):
         mask = None if attention_mask is None else _added(attention_mask, query)
         context = F.scaled_dot_product_attention(query, key, value, mask, dropout, scale=scaling)
         return context.transpose(1, 2), None
@@ -283,17 +285,10 @@ def _real_tokens(mask: Tensor, batch: int, heads: int, length: int) -> Tensor:
     _check_kind(mask, batch, heads, length)
     if mask.dim() == 2:
         return mask
-    real = mask if mask.dtype == torch.bool else mask == 0
-    row = real[:, :1, :1]
-    is_padding_mask = torch.ones((), dtype=torch.bool, device=mask.device)
-    if any(size > 1 and stride != 0 for size, stride in zip(mask.shape[1:3], mask.stride()[1:3])):
-        is_padding_mask = (real == row).all()
-    if mask.dtype != torch.bool:
-        # Added to a score, -10000 (of older models) and less leave a weight of 0.
-        is_padding_mask = is_padding_mask & (real | (mask <= -1e4)).all()
+    row, is_padding_mask = kept_keys(mask)
     if not is_padding_mask:
         raise ValueError(
             f"{_WHO}: attention_mask, of shape {tuple(mask.shape)}, differs by query or head or holds a bias; expected "
             "a padding mask: for each key 0, or the lowest number. Use 'sdpa' for it."
         )
-    return row[:, 0, 0].expand(batch, length)
+    return row.expand(batch, length)

@@ -28,7 +28,7 @@ from ..nn.watched import Snapshot
 
 @lru_cache
 def _folder(package: str) -> str:
-    return str(Path(import_module(package).__file__).parent) + "/"
+    return str(Path(str(import_module(package).__file__)).parent) + "/"
 
 
 def is_written_in(function: Any, *packages: str) -> bool:
@@ -89,7 +89,9 @@ _TORCH = {
 
 
 # How every module is called, and what eager attention multiplies by.
-_OTHERS = [(nn.Module, name, vars(nn.Module)[name]) for name in ("__call__", "_call_impl", "_wrapped_call_impl")]
+_OTHERS: list[tuple[Any, str, Any]] = [
+    (nn.Module, name, vars(nn.Module)[name]) for name in ("__call__", "_call_impl", "_wrapped_call_impl")
+]
 _OTHERS.append((torch, "matmul", torch.matmul))
 # Functions by which a class may change how its objects are called.
 _CALLS = ("__call__", "_call_impl", "forward")

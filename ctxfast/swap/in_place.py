@@ -54,7 +54,7 @@ def why_not(op: str, impl: str | None, **args: Any) -> str | None:
     return f"no compiled implementation of {op} runs it ({reasons or f'there is none for {device}'})."
 
 
-def _lstm_objection(module: nn.LSTM, impl: str | None) -> str | None:
+def _lstm_objection(module: Any, impl: str | None) -> str | None:
     reason = identity.why_not_stock(nn.LSTM, "torch")
     if reason is not None:
         return reason
@@ -90,7 +90,8 @@ def _allennlp_objection(module: nn.Module, impl: str | None) -> str | None:
     objection = allennlp.objection(module)
     if objection is not None or not hasattr(module, "forward_layer_0"):
         return objection
-    cell = getattr(module.forward_layer_0, "cell", module.forward_layer_0)
+    layer: Any = module.forward_layer_0
+    cell = getattr(layer, "cell", layer)
     weight, args = cell.input_linearity.weight, {}
     if hasattr(cell, "state_projection"):
         args["weight_proj"] = cell.state_projection.weight

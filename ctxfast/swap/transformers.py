@@ -26,6 +26,7 @@ from ..nn.graphs import PackedGraphs
 from ..ops.shared.weight_cache import forget_packed
 from ..packing import Packing
 from . import attention_interface, identity, padding_readers, transformers_layers
+from .masks import kept_keys
 from .transformers_kinds import ENCODERS, Kind, Parts
 from .transformers_layers import Layer, Layers
 
@@ -162,15 +163,8 @@ def real_tokens(mask: Any, batch: int, length: int) -> tuple[Tensor, Tensor] | N
         return real, real[:, 0].all()
     if mask.dim() != 4 or mask.shape[0] not in (1, batch) or mask.shape[1] != 1 or mask.shape[3] != length:
         return None
-    seen = mask if mask.dtype == torch.bool else mask == 0
-    row = seen[:, 0, 0]
-    # Texts begin at column 0, and every query sees the same keys.
-    good = row[:, 0].all()
-    if mask.stride(2) != 0:
-        good = good & (seen == row[:, None, None]).all()
-    if mask.dtype != torch.bool:
-        good = good & (seen | (mask <= -1e4)).all()
-    return row.expand(batch, length), good
+    row, is_padding = kept_keys(mask)
+    return row.expand(batch, length), row[:, 0].all() & is_padding
 
 
 def reads_as_padding(mask: Any, x: Tensor, attention: Any) -> bool:

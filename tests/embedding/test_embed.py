@@ -307,9 +307,9 @@ def test_cuda_without_a_gpu():
 @pytest.mark.parametrize(
     "names, message",
     [
-        ([], "is no model.*It holds: nothing"),
-        (["notes.txt"], "is no model.*It holds: notes.txt"),
-        (["options.json"], "is no model"),
+        ([], "is not a model.*It holds: nothing"),
+        (["notes.txt"], "is not a model.*It holds: notes.txt"),
+        (["options.json"], "is not a model"),
         (
             ["config.json", "options.json", "weights.hdf5"],
             "could be a BERT or an ELMo model.*config.json, options.json",

@@ -129,7 +129,7 @@ def test_one_tensor_under_two_names_or_in_two_files(kind: str, is_equal: bool, t
         with pytest.warns(UserWarning, match="NaN"):
             assert load_checkpoint(tmp_path).unexpected == ()
         return
-    with pytest.raises(ValueError, match=r"with other numbers; expected one of them") as caught:
+    with pytest.raises(ValueError, match=r"with different values; expected one of them") as caught:
         load_checkpoint(tmp_path)
     assert str(tmp_path) in str(caught.value) and own in str(caught.value)
 
@@ -140,9 +140,9 @@ def test_one_tensor_under_two_names_or_in_two_files(kind: str, is_equal: bool, t
         (torch.arange(20)[None], ""),
         (torch.arange(512)[None], ""),
         (torch.arange(20), ""),
-        (torch.arange(20).flip(0)[None], "holds other numbers than usual"),
-        (torch.arange(2, 22)[None], "holds other numbers than usual"),
-        (torch.tensor(3), "holds other numbers than usual"),
+        (torch.arange(20).flip(0)[None], "holds unusual values"),
+        (torch.arange(2, 22)[None], "holds unusual values"),
+        (torch.tensor(3), "holds unusual values"),
     ],
 )
 def test_position_buffers(buffer: torch.Tensor, said: str, tmp_path: Path) -> None:

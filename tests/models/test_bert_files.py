@@ -301,7 +301,7 @@ def test_resolve_model(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     (package / "model").mkdir()
     shutil.copy(folder / "config.json", package / "model")
     assert resolve_model("some-tiny-model") == package / "model"
-    with pytest.raises(FileNotFoundError, match=r"is no model.*bert-base-unheard.*Nothing is downl"):
+    with pytest.raises(FileNotFoundError, match=r"is not a model.*bert-base-unheard.*Nothing is downl"):
         resolve_model("bert-base-unheard")
     with pytest.raises(FileNotFoundError, match="directory or file some-org/bert"):
         resolve_model("some-org/bert")

@@ -96,8 +96,8 @@ _DATASETS = [
         instead("char_embed", lambda f: f.__setitem__("char_embed", h5py.ExternalLink("other.hdf5", "/x"))),
         "is an external link to other.hdf5; expected a dataset",
     ),
-    (table(shape=TABLE, dtype="f4", external=[("secret", 0, 4176)]), "takes its numbers from other files"),
-    (instead("char_embed", virtual), "takes its numbers from other files"),
+    (table(shape=TABLE, dtype="f4", external=[("secret", 0, 4176)]), "stores its data in other files"),
+    (instead("char_embed", virtual), "stores its data in other files"),
     (instead("char_embed", filtered), "packed by HDF5's filters [32000]; expected none, gzip"),
     (table(shape=TABLE, dtype="f4", chunks=TABLE, compression="lzf"), "packed by HDF5's filters [32000]"),
     (instead("char_embed", lambda f: f.create_group("char_embed") and None), "has no char_embed"),
@@ -170,7 +170,7 @@ def test_groups_nested_without_end_are_left_alone(files) -> None:
         group = file
         for _ in range(500):
             group = group.create_group("g")
-    with pytest.warns(UserWarning, match="also holds g, which is no part of ELMo: not read"):
+    with pytest.warns(UserWarning, match="also holds g, which is not part of ELMo: not read"):
         load_weights(files[1], CONFIG)
 
 

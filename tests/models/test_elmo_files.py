@@ -210,7 +210,7 @@ def test_state_dicts_of_allennlp() -> None:
         whole["classifier.weight"] = torch.zeros(2)
         if prefix:
             whole[prefix.replace("_elmo_lstm.", "scalar_mix_0.gamma")] = torch.ones(1)
-        with pytest.warns(UserWarning, match="no part of the language model and are left out: .*classifier.weight"):
+        with pytest.warns(UserWarning, match="not part of the language model and are left out: .*classifier.weight"):
             config, found = weights_from_state_dict(whole, SMALL)
         assert config == SMALL and found.keys() == tensors.keys()
         assert all(found[name] is tensors[name] for name in tensors)
@@ -302,7 +302,7 @@ def test_files_that_do_not_fit(change, error: type[Exception], message: str, tmp
 def test_softmax_weights_in_the_file_are_named_and_not_read(tmp_path: Path) -> None:
     _, weights = write_model(tmp_path)
     damage(weights, replace("softmax/W", np.zeros((5, 6), np.float32)))
-    with pytest.warns(UserWarning, match="also holds softmax, which is no part of ELMo: not read"):
+    with pytest.warns(UserWarning, match="also holds softmax, which is not part of ELMo: not read"):
         load_weights(weights, SMALL)
 
 

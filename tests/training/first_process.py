@@ -35,7 +35,7 @@ if __name__ == "__main__":
 
     def fails() -> None:
         assert group.is_first, "nothing was made for the others to find"
-        raise ValueError("ctxfast.training: line 7 is no UTF-8")
+        raise ValueError("ctxfast.training: line 7 is not UTF-8")
 
     try:
         group.after_first(fails)

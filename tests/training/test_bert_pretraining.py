@@ -464,7 +464,7 @@ def test_command_errors(text, tmp_path, capsys) -> None:
         (["--train-vocab", "100", "--impl", "cuda", "--device", "cpu"], "--impl is 'cuda', but no op has"),
         (["--train-vocab", "100", "--config", str(tmp_path / "c.json"), "--max-seq-length", "65"], "the 64 positions"),
         (["--init-from", "nowhere", "--size", "tiny"], "--size or --config is given with --init-from"),
-        (["--init-from", "nowhere"], "is no model on this machine"),
+        (["--init-from", "nowhere"], "is not a model on this machine"),
         (["--vocab", str(tmp_path / "run" / "data"), "--overwrite"], "run holds --vocab"),
         (["--train-vocab", "100", "-o", str(text.parent), "--overwrite"], "holds text "),
     ):

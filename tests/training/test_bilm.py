@@ -126,7 +126,7 @@ def test_running_text() -> None:
 
 def test_bad_text_and_vocabularies(tmp_path, text) -> None:
     (tmp_path / "bad").write_bytes(b"fine\n\xff\xfe\n")
-    with pytest.raises(ValueError, match="line 2 of .*bad is no UTF-8"):
+    with pytest.raises(ValueError, match="line 2 of .*bad is not UTF-8"):
         list(sentences(tmp_path / "bad"))
     (tmp_path / "marks").write_text("a\nb </S>\n")
     with pytest.raises(ValueError, match="line 2 of .*marks holds a sentence mark"):

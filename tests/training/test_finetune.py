@@ -245,7 +245,7 @@ def test_accumulated_batches_are_one_large_batch(files, tmp_path) -> None:
     [
         (["tag", "-m", "bert", "--train", "none.tsv"], "--train .*none.tsv does not exist"),
         (["tag", "-m", "bert"], "--train is missing"),
-        (["tag", "-m", "none", "--train", "tag.tsv"], "is no model on this machine"),
+        (["tag", "-m", "none", "--train", "tag.tsv"], "is not a model on this machine"),
         (["tag", "-m", "bert", "--predict-only"], "take --test alone"),
         (["tag", "-m", "bert", "--train", "tag.tsv", "--predicate", "sep"], "without --predicate-column"),
         (["tag", "-m", "bert", "--train", "tag.tsv", "--dev", "wrong.tsv"], "wrong.tsv, line 2: tag 'X'"),

@@ -42,7 +42,7 @@ MANY = [f"text {k}\t{label}" for k, label in enumerate("ab" * 5)]
         ("a.tsv", table("a\tx", "b\tNaN", "c\tNaN"), "^label 'NaN' stands on 2 lines, the first of them 3"),
         ("a.jsonl", [{"text": "a", "label": "x"}, {"text": "b", "label": "None"}], "label 'None'"),
         ("a.tsv", table("a\tPositive", "b\tpositive"), r"^labels 'Positive' \(line 2\) and 'positive' \(line 3\)"),
-        ("a.tsv", table("a\tnot good", "b\tnot_good"), "differ in case or signs alone; they are 2 labels"),
+        ("a.tsv", table("a\tnot good", "b\tnot_good"), "differ in case or punctuation alone; they are 2 labels"),
         (
             "a.tsv",
             table("a\tx\ty", names="text\tlabel\tcategory"),
@@ -53,7 +53,7 @@ MANY = [f"text {k}\t{label}" for k, label in enumerate("ab" * 5)]
             table("a\tx\ty", names="text\tlabel\tsentence"),
             "^the text is read from 'text'; not from 'sentence'",
         ),
-        ("a.tsv", table('"a ""b"" c"\tx', "b\ty"), "^1 texts stand in quote signs, which are kept"),
+        ("a.tsv", table('"a ""b"" c"\tx', "b\ty"), "^1 texts stand in quotation marks, which are kept"),
         ("a.tsv", table(*MANY, names="review_body\tstars"), "^line 1 is read as data, and its label 'stars' stands no"),
     ],
 )
@@ -150,7 +150,7 @@ def test_conll(tmp_path, text, options, note) -> None:
     ("text", "options", "reason"),
     [
         ("a x O\nb O\n", {}, "line 2: 2 columns; expected 3, as in the line before in the same sentence"),
-        ("a,O\nb,O\n", {}, r"line 1: 1 columns, parted by spaces \(commas part none here\)"),
+        ("a,O\nb,O\n", {}, r"line 1: 1 columns, separated by spaces \(commas do not separate here\)"),
         ("a " + "x" * 5000 + "\n", {}, "line 1: tag 'x{99}...; expected"),
     ],
 )

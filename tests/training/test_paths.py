@@ -104,7 +104,7 @@ def test_what_is_wrong_is_a_sentence_that_names_it(place, tmp_path, capsys, base
     assert main(words(base, place, tmp_path, option, f"{{0}}/{value}")) == 2
     error = capsys.readouterr().err
     assert error.startswith("ctxfast.") and error.count("\n") == 1 and f"{place}/{value}" in error
-    assert "Errno" not in error and "expected" in error or "is no model" in error or "has no" in error, error
+    assert "Errno" not in error and "expected" in error or "is not a model" in error or "has no" in error, error
     assert not (tmp_path / "run" / "config.json").exists()
 
 

@@ -119,4 +119,4 @@ def test_all_processes_hear_what_the_first_one_made_or_why_it_failed(tmp_path: P
     )
     assert done.returncode == 0, done.stderr[-3000:]
     said = [(tmp_path / f"said-{rank}").read_text() for rank in range(2)]
-    assert said == ["ctxfast.training: line 7 is no UTF-8"] * 2
+    assert said == ["ctxfast.training: line 7 is not UTF-8"] * 2

@@ -46,7 +46,7 @@ def test_a_damaged_archive_is_named(tmp_path: Path, read: Callable[[Path], objec
     path = tmp_path / f"text{suffix}"
     path.write_bytes(harmed(suffix, how))
     # Wrong bytes that unpack all the same are no text, most likely; the checksum comes after them.
-    reason = f"(is damaged, cut short or no {suffix} file|is no UTF-8)" if how == "wrong bytes" else "is damaged"
+    reason = f"(is damaged, cut short or no {suffix} file|is not UTF-8)" if how == "wrong bytes" else "is damaged"
     tool = {".gz": "gzip", ".xz": "xz"}[suffix]
     with pytest.raises(ValueError, match=rf"^ctxfast\..* {reason}.* {tool} -t tests it") as caught:
         read(path)
@@ -94,7 +94,7 @@ def test_a_file_without_line_ends_does_not_fill_the_memory(tmp_path: Path) -> No
 
 def test_other_encodings_and_folders_are_refused(tmp_path: Path) -> None:
     (tmp_path / "latin").write_bytes("good\ncafé\n".encode("latin-1"))
-    with pytest.raises(ValueError, match="line 2 of .*latin is no UTF-8 .*iconv"):
+    with pytest.raises(ValueError, match="line 2 of .*latin is not UTF-8 .*iconv"):
         list(text_lines(tmp_path / "latin"))
     with pytest.raises(FileNotFoundError, match="is a directory; expected a text file"):
         list(text_lines(tmp_path))

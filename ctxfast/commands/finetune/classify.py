@@ -30,7 +30,7 @@ Texts: .tsv, .csv or .jsonl, also .gz and .xz. Columns go by their usual names (
         header = parser.add_mutually_exclusive_group()
         header.add_argument("--header", action="store_true", default=None, help="the first row names columns")
         header.add_argument("--no-header", dest="header", action="store_false", help="it does not (else: looked at)")
-        quotes = "plain: quote signs are text (default in .tsv); csv: they delimit fields (default in .csv)"
+        quotes = "plain: quotation marks are text (default in .tsv); csv: they delimit fields (default in .csv)"
         add("--quotes", help=quotes)
         add("--format", help="tsv, csv or jsonl, where the suffix does not say")
         add("--regression", action="store_true", help="labels are numbers")

@@ -14,7 +14,7 @@ class TagCommand(TaskCommand):
     name = "tag"
     summary = "a tag for every word: entities, parts of speech, arguments"
     usage = """\
-Sentences: a word a line in columns parted by tabs or spaces, a blank line after each sentence; also .gz and .xz.
+Sentences: a word a line in columns separated by tabs or spaces, a blank line after each sentence; also .gz and .xz.
 
   ctxfast finetune tag -m MODEL --train train.tsv --dev dev.tsv -o run --epochs 4 --lr 2e-4 --batch-size 16
   ctxfast finetune tag -m MODEL --features concat4 --crf --train train.tsv --dev dev.tsv -o run --epochs 20
@@ -29,7 +29,7 @@ Sentences: a word a line in columns parted by tabs or spaces, a blank line after
         add = parser.add_argument
         add("--word-column", type=int, metavar="N", default=0, help="number from 0 (%(default)s)")
         add("--tag-column", type=int, metavar="N", default=-1, help="number; negative: from the end (%(default)s)")
-        add("--scheme", default="bio2", help="bio2 (default), iob1 or bioes (converted), or none: tags are no spans")
+        add("--scheme", default="bio2", help="bio2 (default), iob1 or bioes (converted), or none: tags are not spans")
         add("--predicate-column", type=int, metavar="N", help="column that marks the predicate (anything but - _ O 0)")
         add("--predicate", help="how BERT sees it: type (token type, default) or sep ([SEP] predicate)")
         add("--crf", action="store_true", help="with --features or ELMo: score tags together")

@@ -8,7 +8,7 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ..._core.files import replacing
 from ..._core.reading import read_json, reading
@@ -54,7 +54,7 @@ PROBLEMS = ("regression", "single_label_classification", "multi_label_classifica
 _PROBABILITIES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
 
 
-# Where a config.json gives a number alone and no name of a label, more than this is damage: a head is built from it.
+# A config.json with more labels than this, and no names for them, is damaged: a head would be built from the number.
 _MOST_UNNAMED_LABELS = 65536
 
 
@@ -73,10 +73,10 @@ def write_json(path: Path, value: Any) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class BertConfig:
-    """Describes a post-LayerNorm encoder of the BERT, RoBERTa, XLM-R or ERNIE kind.
+    """Configuration of a post-LayerNorm encoder of the BERT, RoBERTa, XLM-R or ERNIE family.
 
-    Fields carry Hugging Face's names and defaults (bert-base-uncased). The object cannot be
-    changed after it is made: use `dataclasses.replace`, `with_labels` or `with_gelu`.
+    Fields have Hugging Face's names and defaults (bert-base-uncased). The object is frozen: use
+    `dataclasses.replace`, `with_labels` or `with_gelu`.
     Keys of a config.json that have no field here are kept in `extra` and written back.
 
     Raises:
@@ -99,7 +99,7 @@ class BertConfig:
     type_vocab_size: int = 2
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-12
-    pad_token_id: int | None = None
+    pad_token_id: int = cast("int", None)  # None becomes 1 for RoBERTa's types, else 0
     classifier_dropout: float | None = None
     model_type: str = "bert"
     use_task_id: bool = False
@@ -193,7 +193,7 @@ class BertConfig:
 
     @property
     def position_offset(self) -> int:
-        """Row of the position table that a text's first token takes."""
+        """Row of the position table for the first token of a text."""
         return self.pad_token_id + 1 if self.is_roberta else 0
 
     @property
@@ -210,7 +210,7 @@ class BertConfig:
 
     @property
     def label2id(self) -> dict[str, int] | None:
-        """`id2label` turned round."""
+        """The inverse of `id2label`."""
         if self.id2label is None:
             return None
         return {name: index for index, name in self.id2label.items()}

@@ -50,7 +50,7 @@ class Encoding:
         # The library's own list has a token that takes the space beside it (<mask>) with that space.
         if self._backend is None:
             return self._rust.tokens
-        return [self._backend.id_to_token(number) for number in self._rust.ids]
+        return [self._backend.id_to_token(number) or "" for number in self._rust.ids]
 
     @property
     def offsets(self) -> list[tuple[int, int]]:

@@ -29,7 +29,7 @@ class HeadOutput(NamedTuple):
 
 
 class PreTrainingOutput(NamedTuple):
-    """Sum and parts of the loss (None without their labels), both heads' logits, the encoder's packed output."""
+    """The loss and its two terms (None without their labels), both heads' logits, the encoder's packed output."""
 
     loss: Tensor | None
     mlm_loss: Tensor | None
@@ -58,7 +58,7 @@ class Labels(NamedTuple):
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean over the rows with a label, in float32 at least; 0 where no row has one."""
+    """Cross entropy averaged over the rows with a label, in float32 or wider; 0 if no row has one."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     labels = labels.long()
     total = F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
@@ -66,11 +66,11 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _order_of_labels(file: BertConfig, wanted: BertConfig) -> list[int] | None:
-    """The file's row of each label wanted; None if the file's classifier is one of other labels."""
+    """For each wanted label its row in the file's classifier; None if that classifier has other labels."""
     if file.num_labels != wanted.num_labels:
         return None
-    rows = file.label2id
-    is_named = rows is not None and any(name != f"LABEL_{row}" for name, row in rows.items())
+    rows = file.label2id or {}
+    is_named = any(name != f"LABEL_{row}" for name, row in rows.items())
     if not is_named or wanted.id2label is None:
         return list(range(file.num_labels))
     if set(rows) != set(wanted.id2label.values()):
@@ -95,22 +95,24 @@ class BertWithHead(Pretrained):
         device: torch.device | str | None = None,
         num_labels: int | list[str] | None = None,
         padding: str = "zero",
+        download: bool = False,
     ) -> _Model:
-        """Reads a model from files on this machine; the result is in eval mode.
+        """Reads a model from files; the result is in eval mode.
 
         Args:
-            path_or_name, gelu, dtype, device, padding: as ``Bert.from_pretrained``.
-            num_labels: number or names of a classifier's labels; None for what the file says. A classifier of the same
-                names keeps its weights, row by row in the order asked for; one of other names starts anew.
+            path_or_name, gelu, dtype, device, padding, download: as ``Bert.from_pretrained``.
+            num_labels: number or names of a classifier's labels; None for what the file says. A classifier with
+                these names keeps its weights, reordered to match; one with other names is newly initialized.
 
         Raises:
             FileNotFoundError, ValueError: as ``load_checkpoint``.
 
         Warns:
-            UserWarning: names what the file does not have, such as a new classifier: it starts at random.
+            UserWarning: names the parameters that the file lacks, such as a new classifier; they are initialized
+                randomly.
         """
         checks.choice("Bert", "padding", padding, PADDING)
-        read = cls._read(path_or_name, gelu)
+        read = cls._read(path_or_name, gelu, download)
         if num_labels is not None and num_labels != read.config.num_labels:
             config = read.config.with_labels(num_labels)
             order = _order_of_labels(read.config, config)

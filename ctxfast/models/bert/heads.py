@@ -35,6 +35,12 @@ __all__ = [
 ]
 
 
+def _pooled(encoded: BertOutput) -> Tensor:
+    """(B, N), of a model that has a pooler."""
+    assert encoded.pooler_output is not None
+    return encoded.pooler_output
+
+
 class _Transform(nn.Module):
     """``LayerNorm(activation(x W^T + b))`` before the decoder."""
 
@@ -82,8 +88,8 @@ class _MaskedLM(BertWithHead):
         self.register_load_state_dict_post_hook(_after_loading)
 
     def tie_weights(self) -> None:
-        """Makes the decoder's bias ``cls.predictions.bias`` and, unless the config says no, its
-        weight the word table."""
+        """Ties the decoder's bias to ``cls.predictions.bias`` and, unless the config says otherwise, its weight to the
+        word embeddings."""
         predictions = self.cls.predictions
         predictions.decoder.bias = predictions.bias
         if self.config.tie_word_embeddings:
@@ -119,7 +125,7 @@ class _MaskedLM(BertWithHead):
 
 
 def _after_loading(model: _MaskedLM, incompatible: Any) -> None:
-    """Ties again; a tied copy that a state_dict leaves out is not missing if the original is there."""
+    """Ties the weights again; a tied copy is not reported missing if the state_dict has the original."""
     model.tie_weights()
     missing = incompatible.missing_keys
     originals = {"cls.predictions.decoder.bias": "cls.predictions.bias"}
@@ -132,7 +138,7 @@ def _after_loading(model: _MaskedLM, incompatible: Any) -> None:
 
 
 class BertForMaskedLM(_MaskedLM):
-    """Masked words: a transform and a decoder tied to the word table.
+    """BERT with a masked language modelling head: a transform and a decoder tied to the word embeddings.
 
     Reference: Devlin et al. 2019, section 3.1; names as in Hugging Face's BertForMaskedLM.
     """
@@ -174,7 +180,7 @@ class BertForMaskedLM(_MaskedLM):
 
 
 class BertForPreTraining(_MaskedLM):
-    """Masked words and next sentence, as BERT was pretrained.
+    """BERT with its pretraining heads: masked language modelling and next sentence prediction.
 
     Reference: Devlin et al. 2019, section 3.1; names as in Hugging Face's BertForPreTraining.
     """
@@ -199,10 +205,10 @@ class BertForPreTraining(_MaskedLM):
         """As ``BertForMaskedLM.forward``, and:
 
         Args:
-            next_sentence_label: (B,) int64, 0 where the second sentence follows the first, 1 where it is another.
+            next_sentence_label: (B,) int64, 0 where the second sentence follows the first, 1 where it does not.
 
         Returns:
-            A ``PreTrainingOutput``; its loss is the sum of the losses whose labels were given.
+            ``PreTrainingOutput``; its loss is the sum of the losses whose labels were given.
         """
         inputs = (input_ids, attention_mask, token_type_ids, position_ids, task_type_ids)
         self._check_labelled(labelled)
@@ -212,8 +218,7 @@ class BertForPreTraining(_MaskedLM):
             Labels("labels", labels, 2),
             Labels("next_sentence_label", next_sentence_label, 1, classes=2),
         )
-        relation = self.cls.seq_relationship
-        nsp_logits = tools.linear(encoded.pooler_output, relation)
+        nsp_logits = tools.linear(_pooled(encoded), self.cls.seq_relationship)
         mlm_loss = None if labels is None else self._mlm_loss(encoded, labels, labelled)
         nsp_loss = None if next_sentence_label is None else cross_entropy(nsp_logits, next_sentence_label)
         parts = [part for part in (mlm_loss, nsp_loss) if part is not None]
@@ -229,7 +234,7 @@ class BertForPreTraining(_MaskedLM):
 
 
 class BertForNextSentencePrediction(BertWithHead):
-    """Whether a second sentence follows the first. Names as in Hugging Face's BertForNextSentencePrediction."""
+    """BERT with a next sentence prediction head. Names as in Hugging Face's BertForNextSentencePrediction."""
 
     _task = "NextSentencePrediction"
 
@@ -248,11 +253,10 @@ class BertForNextSentencePrediction(BertWithHead):
         labels: Tensor | None = None,
         **options: Any,
     ) -> HeadOutput:
-        """As ``Bert.forward``; labels (B,) int64, 0 for a following sentence, 1 for another; logits (B, 2)."""
+        """As ``Bert.forward``; labels (B,) int64, 0 if the second sentence follows the first, else 1; logits (B, 2)."""
         inputs = (input_ids, attention_mask, token_type_ids, position_ids, task_type_ids)
         encoded = self._encode(inputs, options, Labels("labels", labels, 1, classes=2))
-        relation = self.cls.seq_relationship
-        logits = tools.linear(encoded.pooler_output, relation)
+        logits = tools.linear(_pooled(encoded), self.cls.seq_relationship)
         return HeadOutput(None if labels is None else cross_entropy(logits, labels), logits, encoded)
 
 
@@ -263,7 +267,7 @@ class BertForSequenceClassification(BertWithHead):
     integer labels, several classes for floating-point labels, as in Hugging Face.
 
     With a RoBERTa config the pooler is what Hugging Face calls ``classifier.dense`` (files are renamed on the way in
-    and out); Hugging Face drops elements before it as well as after it, here only after it.
+    and out); Hugging Face applies dropout both before and after it, this class only after it.
     """
 
     _task = "SequenceClassification"
@@ -286,17 +290,16 @@ class BertForSequenceClassification(BertWithHead):
         """As ``Bert.forward``; labels (B,) classes, (B, C) 0 or 1 for several labels, or numbers; logits (B, C)."""
         inputs = (input_ids, attention_mask, token_type_ids, position_ids, task_type_ids)
         problem = None if labels is None else self._problem(labels)
+        given = ()
         if problem == "single_label_classification":
             given = (Labels("labels", labels, 1, self.config.num_labels),)
-        else:
-            given = ()
-        if problem is not None and not given and isinstance(input_ids, Tensor):
+        elif labels is not None and isinstance(input_ids, Tensor):
             labels = self._check_numbers(labels, len(input_ids))
         encoded = self._encode(inputs, options, *given)
-        pooled = F.dropout(encoded.pooler_output, self.config.head_dropout, self.training)
+        pooled = F.dropout(_pooled(encoded), self.config.head_dropout, self.training)
         logits = tools.linear(pooled, self.classifier)
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        if problem is None:
+        if labels is None:
             loss = None
         elif problem == "single_label_classification":
             loss = cross_entropy(logits, labels)
@@ -358,9 +361,9 @@ class BertForTokenClassification(BertWithHead):
 class BertForQuestionAnswering(BertWithHead):
     """Start and end of an answer among the tokens of a text.
 
-    Padding has the lowest finite logit, so no probability: Hugging Face lets padding compete, so
-    losses on padded batches differ from its (without padding, and with ``padding="keep"``, they agree). Names as in
-    Hugging Face's BertForQuestionAnswering.
+    Padding gets the lowest finite logit, hence no probability. Hugging Face lets padding compete, so losses on padded
+    batches differ from its; without padding, and with ``padding="keep"``, they agree. Names as in Hugging Face's
+    BertForQuestionAnswering.
     """
 
     _task = "QuestionAnswering"
@@ -385,7 +388,7 @@ class BertForQuestionAnswering(BertWithHead):
 
         Args:
             start_positions, end_positions: (B,) int64 columns, both or neither. Negative ones mean
-                column 0; those past the end or at padding are left out of the loss.
+                column 0; those past the end or at padding are ignored by the loss.
 
         Returns:
             A ``SpanOutput``; the loss is the mean of both cross entropies.
@@ -406,7 +409,7 @@ class BertForQuestionAnswering(BertWithHead):
         logits = packing.unpack(packed, fill=torch.finfo(packed.dtype).min)
         start_logits, end_logits = logits.unbind(-1)
         loss = None
-        if start_positions is not None:
+        if start_positions is not None and end_positions is not None:
             is_real = packing.unpack(torch.ones_like(packing.indices, dtype=torch.bool), fill=False)
             start = self._loss(start_logits, start_positions, is_real)
             loss = (start + self._loss(end_logits, end_positions, is_real)) / 2

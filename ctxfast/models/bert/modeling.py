@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -124,15 +124,15 @@ class Bert(Pretrained):
     Args:
         config: sizes and options.
         add_pooling_layer: whether there is a pooler (``pooler_output`` is None without).
-        padding: what stands at padding, in the outputs and in what heads make of them. "zero": zeros, nothing is
-            computed there. "keep": what Hugging Face's model has there, with the "sdpa" attention that is its default
-            (a text without tokens attends to nothing); every row is computed, and the pooler reads column 0. For what
-            reads padded rows: late interaction, unpacked LSTMs, convolutions, losses over padding. The attribute
-            ``padding`` can be set, and a call can have its own.
+        padding: the values at padding, in the outputs and in the heads' results. "zero": zeros; nothing is computed
+            there. "keep": the values of Hugging Face's model with its default "sdpa" attention (a text without tokens
+            attends to nothing); every row is computed, and the pooler reads column 0. Needed by code that reads padded
+            rows: late interaction, unpacked LSTMs, convolutions, losses over padding. The attribute ``padding`` can be
+            set, and overridden per call.
 
-    The state_dict has exactly the names of Hugging Face's BertModel. Weights start as its do: normal with standard
-    deviation ``initializer_range``, biases 0, LayerNorm 1 and 0, padding rows 0. ``gradient_checkpointing_enable()``
-    recomputes each layer in the backward pass instead of keeping its activations.
+    The state_dict has exactly the names of Hugging Face's BertModel. Weights are initialized likewise: normal with
+    standard deviation ``initializer_range``, biases 0, LayerNorm 1 and 0, padding rows 0.
+    ``gradient_checkpointing_enable()`` recomputes each layer in the backward pass instead of keeping its activations.
 
     On a GPU, calls without gradients go through CUDA graphs from the second call of a size on (sizes
     are rounded up to buckets); ``cuda_graphs = False`` turns that off.
@@ -165,7 +165,7 @@ class Bert(Pretrained):
 
     @property
     def padding(self) -> str:
-        """What stands at padding, "zero" or "keep"."""
+        """The values at padding, "zero" or "keep"."""
         return self._padding
 
     @padding.setter
@@ -183,35 +183,38 @@ class Bert(Pretrained):
         device: torch.device | str | None = None,
         add_pooling_layer: bool | None = None,
         padding: str = "zero",
+        download: bool = False,
     ) -> Bert:
-        """Reads a model from files on this machine; the result is in eval mode.
+        """Reads a model from files; the result is in eval mode.
 
         Args:
-            path_or_name: a Hugging Face directory, a weight file, a TensorFlow checkpoint, or the
-                name of an installed package with a model (see ``load_checkpoint``).
+            path_or_name: a Hugging Face directory, a weight file, a TensorFlow checkpoint, the name of an installed
+                package with a model, or a name of Hugging Face's hub (see ``weights.resolve_model``).
             gelu: "erf" or "tanh" instead of the config's.
             dtype: of the parameters; None for that of the word table in the file.
             device: None for the CPU.
             add_pooling_layer: None for a pooler if the file has one; True makes one, with a warning, if not.
             padding: "zero" or "keep", see the class.
+            download: fetch a model of the hub that is not on this machine.
 
         Raises:
             FileNotFoundError, ValueError: as ``load_checkpoint``.
+            ConnectionError: the hub cannot be reached.
         """
         checks.choice(_OP, "padding", padding, PADDING)
-        read = cls._read(path_or_name, gelu)
+        read = cls._read(path_or_name, gelu, download)
         if add_pooling_layer is None:
             add_pooling_layer = "bert.pooler.dense.weight" in read.state_dict
         return cls._from_checkpoint(read, dtype, device, add_pooling_layer=add_pooling_layer, padding=padding)
 
     def quantize(self, kind: str | None = "int8") -> Bert:
-        """Computes the encoder's linear layers in 8 bits on the CPU, for inference; returns the model itself.
+        """Computes the encoder's linear layers with int8 products on the CPU, for inference; returns the model.
 
-        Weights stay what they are, in the state_dict too: their 8-bit form is made on first use, and made anew when
-        they change. Embeddings, attention, LayerNorm and the pooler keep their precision.
+        The parameters and the state_dict are unchanged: int8 copies are made on first use, and again whenever the
+        weights change. Embeddings, attention, LayerNorm and the pooler keep their precision.
 
         Args:
-            kind: "int8", or None to go back.
+            kind: "int8", or None to undo it.
 
         Raises:
             ValueError: another kind.
@@ -246,7 +249,7 @@ class Bert(Pretrained):
         check_inputs: bool = False,
         lengths: Sequence[int] | Tensor | None = None,
     ) -> BertOutput:
-        """Encodes a padded batch; padding costs nothing, unless it is kept.
+        """Encodes a padded batch. Padding is not computed unless it is kept.
 
         Args:
             input_ids: (B, L) int64 or int32.
@@ -260,7 +263,7 @@ class Bert(Pretrained):
             output_hidden_states: also return the embeddings and every layer.
             return_packed: leave results packed: ``last_hidden_state`` and ``hidden_states`` are None.
             padding: "zero" or "keep" for this call, see the class; None for the model's own.
-            check_inputs: check ids against their tables on a GPU too (it waits for the device); on a CPU always done.
+            check_inputs: check ids against the embedding tables on a GPU too, which synchronizes; always done on a CPU.
             lengths: in place of ``attention_mask`` where padding stands on the right: (B,) tokens of each text, a
                 sequence of integers or an int64 or int32 tensor on the CPU (from a tensor on a GPU they are read back).
 
@@ -269,8 +272,8 @@ class Bert(Pretrained):
 
         Raises:
             TypeError: wrong dtypes and kinds.
-            ValueError: wrong shapes and devices, ids outside their table, a sequence longer than
-                the position table, packed results of kept padding.
+            ValueError: wrong shapes or devices, ids outside their table, a sequence longer than the position table,
+                ``return_packed`` with ``padding="keep"``.
         """
         keeps = self.keeps_padding(padding)
         if keeps and return_packed:
@@ -302,7 +305,8 @@ class Bert(Pretrained):
             None if task_type_ids is None else packing.pack(task_type_ids),
         )
 
-        pools = type(self.pooler) is Pooler
+        pooler: Any = self.pooler
+        pools = type(pooler) is Pooler
         has_empty = packing.has_empty
 
         def encode(tokens: Sequence[Tensor | None], cu_seqlens: Tensor, max_seqlen: int) -> list[Tensor]:
@@ -310,8 +314,8 @@ class Bert(Pretrained):
             if not pools:
                 return states
             if cu_seqlens is packing.cu_seqlens:
-                return [*states, self.pooler(states[-1], packing)]
-            return [*states, self.pooler.of_sequences(states[-1], cu_seqlens, has_empty)]
+                return [*states, pooler(states[-1], packing)]
+            return [*states, pooler.of_sequences(states[-1], cu_seqlens, has_empty)]
 
         graphs = self._graphs if self.cuda_graphs and rows is None else None
         states = encoder.encode(

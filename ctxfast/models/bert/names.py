@@ -108,7 +108,7 @@ def from_torch_names(names: Iterable[str], config: BertConfig) -> dict[str, str]
 
     Accepts every name with or without the backbone's prefix, `module.` in front, and the old LayerNorm names gamma and
     beta. The decoder's own bias keeps its name (`DECODER_BIAS`), and so do buffers (`BUFFERS`). A RoBERTa's pooler
-    beside a classifier that has the pooler's place keeps a name without prefix, which is no part known here.
+    beside a classifier that has the pooler's place keeps a name without prefix, which is not a known part.
     """
     result: dict[str, str] = {}
     names = list(names)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``Bert`` and the models built on it share: first weights, reading and writing of files."""
+"""What ``Bert`` and the models built on it share: initialization, reading and writing of files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _Model = TypeVar("_Model", bound="Pretrained")
 
 
 class Pretrained(tools.NotScriptable):
-    """What ``Bert`` and the models built on it share: first weights, reading and writing of files."""
+    """What ``Bert`` and the models built on it share: initialization, reading and writing of files."""
 
     # What stands before this module's names in the names of files (``load_checkpoint``'s normal form).
     _file_prefix = ""
@@ -39,12 +39,12 @@ class Pretrained(tools.NotScriptable):
         return next(self.parameters()).dtype
 
     def init_weights(self, *parts: nn.Module) -> None:
-        """First weights of these parts and all inside them, as Hugging Face's: see ``Bert``."""
+        """Initializes these modules and their submodules as Hugging Face does: see ``Bert``."""
         for part in parts:
             part.apply(self._init_module)
 
     def tie_weights(self) -> None:
-        """Makes parameters that are one under two names so again; most models have none."""
+        """Ties parameters that share one tensor under two names again; most models have none."""
 
     @torch.no_grad()
     def _init_module(self, module: nn.Module) -> None:
@@ -63,8 +63,8 @@ class Pretrained(tools.NotScriptable):
             module.reset_parameters()
 
     @staticmethod
-    def _read(path_or_name: str | os.PathLike[str], gelu: str | None) -> Checkpoint:
-        return load_checkpoint(path_or_name, gelu=gelu)
+    def _read(path_or_name: str | os.PathLike[str], gelu: str | None, download: bool) -> Checkpoint:
+        return load_checkpoint(path_or_name, gelu=gelu, download=download)
 
     @classmethod
     def _from_checkpoint(
@@ -74,9 +74,9 @@ class Pretrained(tools.NotScriptable):
         device: torch.device | str | None,
         **options: Any,
     ) -> _Model:
-        """The model with the weights that were read; heads the file lacks get first weights and a warning."""
+        """The model with the weights that were read; heads that the file lacks are initialized, with a warning."""
         prefix = cls._file_prefix
-        with torch.device("meta"):  # nothing is allocated or drawn only to be overwritten
+        with torch.device("meta"):  # allocate and initialize nothing that would be overwritten
             model = cls(read.config, **options)
         if dtype is None:
             dtype = read.state_dict["bert.embeddings.word_embeddings.weight"].dtype

@@ -188,7 +188,7 @@ def _entries(root: Path) -> list[tuple[str, Path]]:
 
 
 def _known_name(kind: str) -> str | None:
-    """The class behind a module's type; None for one that is not followed here."""
+    """The class that a module's type names; None for one that is not supported."""
     for namespace in _NAMESPACES:
         parts = kind.removeprefix(namespace + ".").split(".") if kind.startswith(namespace + ".") else []
         # The class, or a file of the namespace and the class.
@@ -310,7 +310,9 @@ def _read_modules(
     dim = hidden_size * len(found["pooling"])
     steps: list[nn.Module] = []
     for kind, folder in entries[2:]:
-        step, dim = _read_step(_known_name(kind), folder, dim, files)
+        name = _known_name(kind)
+        assert name is not None  # others were refused above
+        step, dim = _read_step(name, folder, dim, files)
         if step is not None:
             steps.append(step)
     if truncate_dim is not None:
@@ -333,7 +335,7 @@ def _read_prompts(config: dict[str, Any], path: Path) -> dict[str, Any]:
         raise ValueError(
             f"{_WHO}: default_prompt_name in {path} is {default!r}; expected one of its prompts, {', '.join(prompts)}."
         )
-    return {"prompts": prompts, "default_prompt": prompts.get(default, "")}
+    return {"prompts": prompts, "default_prompt": "" if default is None else prompts[default]}
 
 
 def _config_of(folder: Path, files: list[Path], *, is_needed: bool = True) -> tuple[dict[str, Any], Path]:
@@ -422,7 +424,7 @@ def _activation(config: dict[str, Any], path: Path) -> nn.Module:
             pass
         else:
             if getattr(activation, "dim", 1) is None:
-                activation.dim = 1  # what Softmax and its kin choose for rows, with a warning
+                activation.__dict__["dim"] = 1  # what Softmax and its kin choose for rows, with a warning
             return activation
     raise ValueError(
         f"{_WHO}: activation_function in {path} is {name!r:.80}; expected a module of torch.nn that takes no "

@@ -55,7 +55,7 @@ class Source:
         kind: "safetensors", "pytorch" or "tensorflow".
         files: what was opened.
         tensors: every tensor by its name.
-        others: names of values that are no tensors.
+        others: names of values that are not tensors.
         read: the tensor of a name.
     """
 
@@ -72,7 +72,7 @@ class Source:
 
 
 def is_same(first: torch.Tensor, second: torch.Tensor) -> bool:
-    """Whether two copies hold the same numbers; NaN is itself, dtypes may differ."""
+    """Whether two copies hold the same values; NaN equals NaN, dtypes may differ."""
     if first.shape != second.shape:
         return False
     if first.dtype == second.dtype and torch.equal(first, second):
@@ -146,7 +146,7 @@ def _shards(index: Path) -> dict[str, Path]:
 
 def _check_twice(name: str, first: Path, second: Path, is_equal: bool) -> None:
     if not is_equal:
-        raise ValueError(f"{_WHO}: {first} and {second} both hold {name}, with other numbers; expected one of them")
+        raise ValueError(f"{_WHO}: {first} and {second} both hold {name}, with different values; expected one of them")
 
 
 def _open_safetensors(files: list[Path]) -> Source:
@@ -157,7 +157,7 @@ def _open_safetensors(files: list[Path]) -> Source:
             handle = handles[path] = safe_open(path, framework="pt")
             for name in handle.keys():
                 part = handle.get_slice(name)
-                dtype = part.get_dtype()
+                dtype = str(part.get_dtype())
                 stored = Stored(tuple(part.get_shape()), _SAFETENSORS_DTYPES.get(dtype, dtype), path)
                 if name not in tensors:
                     tensors[name] = stored
@@ -198,7 +198,7 @@ def load_pickle(path: Path, who: str) -> dict[str, object]:
     """The dict in a file of torch.save; no code in it runs, its tensors are plain ones that the file holds whole.
 
     Raises:
-        ValueError: code, damage, a value that is no dict or has keys that are no names, a tensor that is sparse,
+        ValueError: code, damage, a value that is not a dict or has keys that are not names, a tensor that is sparse,
             quantised, on the meta device, or larger than what the file stores of it.
     """
     size = path.stat().st_size
@@ -208,7 +208,7 @@ def load_pickle(path: Path, who: str) -> dict[str, object]:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 records = archive.infolist()
-            # torch.save packs nothing: what does is a bomb, and so are records that lie over each other.
+            # torch.save does not compress: a file that does is a zip bomb, and so are overlapping records.
             stored = sum(record.file_size for record in records)
             if stored > size or any(record.compress_type != zipfile.ZIP_STORED for record in records):
                 raise ValueError(f"{who}: {path} is compressed inside or damaged; expected a file of torch.save")
@@ -238,10 +238,10 @@ def load_pickle(path: Path, who: str) -> dict[str, object]:
             storage = value.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
             total += value.numel() * value.element_size()
-        # torch grows a storage that is too short for its tensor, with whatever lies in memory.
+        # torch enlarges a storage that is too short for its tensor, with uninitialised memory.
         if sum(storages.values()) > stored:
             raise ValueError(f"{who}: {path} has tensors of more bytes than the {size} of the file; it is damaged")
-        check_growth(total, size, who, path)  # a stride of 0 makes a matrix of one number
+        check_growth(total, size, who, path)  # a stride of 0 makes a large matrix of one value
         return values
 
 

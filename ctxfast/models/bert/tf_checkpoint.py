@@ -78,7 +78,7 @@ class TensorBundle:
 
     Raises:
         FileNotFoundError: the index or one of its data files is absent.
-        ValueError: the file is no bundle (the single-file "V1" format is named as such), is cut
+        ValueError: the file is not a bundle (the single-file "V1" format is named as such), is cut
             short or damaged, or was written on a big-endian machine.
 
     Reference: the public format of TensorFlow's tensor_bundle and of LevelDB's tables.

@@ -82,6 +82,7 @@ class BertTokenizer:
         max_length: int | None = None,
         max_word_chars: int | None = None,
         special_in_text: bool | None = None,
+        download: bool = False,
     ) -> BertTokenizer:
         """Opens the tokenizer of a model.
 
@@ -89,7 +90,7 @@ class BertTokenizer:
         in tokenizer_config.json go before those in tokenizer.json, as in Hugging Face.
 
         Args:
-            path_or_name: as `resolve_model`; the path of a tokenizer.json or vocab.txt also does.
+            path_or_name, download: as `resolve_model`; the path of a tokenizer.json or vocab.txt also does.
             do_lower_case: lower-case and strip accents (WordPiece only). By default what the files say; for a lone
                 vocab.txt False if the folder's name has "cased" but not "uncased" in it, else True.
             max_length: longest sequence; by default the smaller of `model_max_length` in
@@ -106,7 +107,7 @@ class BertTokenizer:
             UserWarning: the vocabulary has more entries than the model's word table; a setting of tokenizer.json that
                 Hugging Face's class replaces; padding on the left, where it would move positions.
         """
-        path = resolve_model(path_or_name)
+        path = resolve_model(path_or_name, download=download)
         folder = path if path.is_dir() else path.parent
         named = path.name if path.is_file() and path.suffix in (".json", ".txt") else None
         settings = read_settings(folder)
@@ -200,7 +201,9 @@ class BertTokenizer:
     def _special_id(self, role: str) -> int:
         if role not in self.special_tokens:
             raise ValueError(f"{_WHO}: the vocabulary has no {role} token")
-        return self.backend.token_to_id(self.special_tokens[role])
+        number = self.backend.token_to_id(self.special_tokens[role])
+        assert number is not None  # looked up when the tokenizer was made
+        return number
 
     def token_to_id(self, token: str) -> int | None:
         """Id of a token as the vocabulary spells it; None if it is not there."""
@@ -286,11 +289,10 @@ class BertTokenizer:
         """
         if pad_to_multiple_of < 1:
             raise ValueError(f"{_WHO}: pad_to_multiple_of is {pad_to_multiple_of}; expected at least 1")
-        texts = list(texts)
-        if texts and all(isinstance(text, Encoding) for text in texts):
-            encodings = texts
-        else:
-            encodings = self._encode(texts, max_length, truncation, offsets=False)
+        given = list(texts)
+        encodings = [text for text in given if isinstance(text, Encoding)]
+        if not given or len(encodings) < len(given):
+            encodings = self._encode(given, max_length, truncation, offsets=False)
         lengths = np.fromiter((len(e) for e in encodings), np.int64, len(encodings))
         longest = int(lengths.max(initial=0))
         width = -(-longest // pad_to_multiple_of) * pad_to_multiple_of
@@ -430,7 +432,7 @@ def _checked(texts: Sequence[Any], words: bool) -> list[Any]:
 
 
 def _run(call: Any, texts: Any, **options: Any) -> Any:
-    """Calls the library; strings that are no Unicode text (lone surrogates) are mended first."""
+    """Calls the library; strings that are not valid Unicode (lone surrogates) are repaired first."""
     try:
         return call(texts, **options)
     except (TypeError, UnicodeEncodeError):

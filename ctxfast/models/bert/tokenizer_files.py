@@ -138,25 +138,26 @@ def _open_json(path: Path, settings: Settings) -> Tokenizer:
         settings.padding_side = found.padding["direction"]
     found.no_truncation()
     found.no_padding()
-    if not isinstance(found.model, _MODELS.get(settings.kind, ())):
-        if settings.kind in _MODELS:
+    kind = settings.kind
+    if kind is None or not isinstance(found.model, _MODELS.get(kind, ())):
+        if kind in _MODELS:
             warnings.warn(
                 f"{_WHO}: {path} holds a {type(found.model).__name__} and is followed as it stands; Hugging Face's "
-                f"class for this model would take its vocabulary for that of a {_MODELS[settings.kind].__name__}. Set "
+                f"class for this model would take its vocabulary for that of a {_MODELS[kind].__name__}. Set "
                 f"tokenizer_class in tokenizer_config.json to PreTrainedTokenizerFast",
                 stacklevel=5,
             )
-        if settings.kind is None and isinstance(found.normalizer, normalizers.BertNormalizer):
+        if kind is None and isinstance(found.normalizer, normalizers.BertNormalizer):
             _set_normalizer(found, settings, found.normalizer)
         _add_tokens(found, None, settings)
         return found
-    tokenizer = Tokenizer(_model(found, settings.kind, path))
+    tokenizer = Tokenizer(_model(found, kind, path))
     for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
         if getattr(found, part) is not None:
             setattr(tokenizer, part, getattr(found, part))
     if not settings.has_decoder:
         settings.added.update(found.get_added_tokens_decoder())
-    _build(tokenizer, settings.kind, settings, path, lower=True)
+    _build(tokenizer, kind, settings, path, lower=True)
     _warn_of_changes(found, tokenizer, settings, path)
     return tokenizer
 
@@ -290,9 +291,9 @@ def _make_wordpiece(tokenizer: Tokenizer, settings: Settings, lower: bool) -> No
     if tokenizer.token_to_id(unk) is not None:
         tokenizer.model.unk_token = unk
     tokenizer.normalizer = normalizers.BertNormalizer(
-        handle_chinese_chars=settings.flag("tokenize_chinese_chars", True),
+        handle_chinese_chars=bool(settings.flag("tokenize_chinese_chars", True)),
         strip_accents=settings.flag("strip_accents", None),
-        lowercase=settings.flag("do_lower_case", lower),
+        lowercase=bool(settings.flag("do_lower_case", lower)),
     )
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece(prefix="##")
@@ -302,10 +303,10 @@ def _set_normalizer(tokenizer: Tokenizer, settings: Settings, old: normalizers.B
     """Where no file names a class: only what the settings say goes before tokenizer.json."""
     tokenizer.normalizer = normalizers.BertNormalizer(
         clean_text=old.clean_text,
-        handle_chinese_chars=settings.flag("tokenize_chinese_chars", old.handle_chinese_chars),
+        handle_chinese_chars=bool(settings.flag("tokenize_chinese_chars", old.handle_chinese_chars)),
         # Here null is a value of its own: strip accents when lower-casing.
         strip_accents=settings.flag("strip_accents", old.strip_accents),
-        lowercase=settings.flag("do_lower_case", old.lowercase),
+        lowercase=bool(settings.flag("do_lower_case", old.lowercase)),
     )
 
 
@@ -331,7 +332,7 @@ def _add_tokens(tokenizer: Tokenizer, kind: str | None, settings: Settings) -> N
     named = []
     for name in (*roles, *(name for name in settings.special if name not in roles)):
         token = settings.special.get(name)
-        usual = _CLASS_NAMES.get(kind, {}).get(name)
+        usual = _CLASS_NAMES.get(kind or "", {}).get(name)
         if name not in settings.special and usual is not None and tokenizer.token_to_id(usual) is not None:
             token = AddedToken(usual, special=True)
         if token is not None:

@@ -146,7 +146,7 @@ def _check(values: dict[str, Any], path: Path) -> None:
 
 def _token(value: object, name: str, path: Path, **flags: bool) -> AddedToken:
     """A token that a file gives plain or as an object."""
-    if _is_text(value):
+    if isinstance(value, str) and _is_text(value):
         return AddedToken(value, **flags)
     if isinstance(value, dict) and _is_text(value.get("content")):
         known = {key: value[key] for key in _TOKEN_FLAGS if key in value}

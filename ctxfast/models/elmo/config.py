@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ..._core.files import replacing
 from ..._core.reading import read_json, reading
@@ -66,8 +66,8 @@ class ElmoConfig:
     cell_clip: float | None = None
     proj_clip: float | None = None
     use_skip_connections: bool = True
-    has_lstm_projection: bool | None = None
-    has_cnn_projection: bool | None = None
+    has_lstm_projection: bool = cast("bool", None)
+    has_cnn_projection: bool = cast("bool", None)
     options: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
     source: str = field(default="", compare=False, repr=False)
 

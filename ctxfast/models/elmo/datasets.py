@@ -16,7 +16,7 @@ from pathlib import Path
 
 import h5py
 import numpy as np
-from h5py import h5d, h5z
+from h5py import h5d, h5z  # pyright: ignore[reportAttributeAccessIssue]  # compiled, without stubs
 
 from ..._core.reading import check_growth
 
@@ -37,11 +37,11 @@ def find_datasets(file: h5py.File, path: Path, who: str) -> tuple[dict[str, h5py
     """
     found: dict[str, h5py.Dataset] = {}
     others = []
-    groups = [("", file)]
+    groups: list[tuple[str, h5py.Group]] = [("", file)]
     count = 0
     while groups:
         prefix, group = groups.pop()
-        for key in group:
+        for key in map(str, group):
             name = prefix + key
             if not prefix and key not in _OWN and not key.startswith(_OWN_PREFIX):
                 others.append(name)
@@ -97,7 +97,7 @@ def _check_dataset(dataset: h5py.Dataset, name: str, shape: tuple[int, ...], pat
         raise TypeError(f"{who}: {name} in {path} has dtype {dtype}; expected floating point.")
     plan = dataset.id.get_create_plist()
     if plan.get_layout() == h5d.VIRTUAL or plan.get_external_count():
-        raise ValueError(f"{who}: {name} in {path} takes its numbers from other files; expected them here. {_REPACK}.")
+        raise ValueError(f"{who}: {name} in {path} stores its data in other files; expected it here. {_REPACK}.")
     filters = [plan.get_filter(k)[0] for k in range(plan.get_nfilters())]
     if any(code not in _FILTERS for code in filters) or filters.count(h5z.FILTER_DEFLATE) > 1:
         raise ValueError(
@@ -118,6 +118,7 @@ def _check_dataset(dataset: h5py.Dataset, name: str, shape: tuple[int, ...], pat
 
 def _check_chunks(dataset: h5py.Dataset, name: str, size: int, is_deflated: bool, path: Path, who: str) -> None:
     """Refuse chunks that hold more than they should: the library unpacks to the end, however far that is."""
+    assert dataset.chunks is not None
     starts = [range(0, length, step) for length, step in zip(dataset.shape, dataset.chunks)]
     bad = math.prod(map(len, starts)) > _MOST_CHUNKS
     for offset in () if bad else itertools.product(*starts):

@@ -79,11 +79,12 @@ class Elmo(tools.NotScriptable):
         files = [("options_file", options_file), ("weight_file", weight_file)]
         if module is not None:
             self._check_alone(files, state, weight_dtype)
-            self._elmo_lstm = module
+            self._elmo_lstm: Any = module
         else:
             for name, value in files:
                 if value is None:
                     raise ValueError(f"{_OP}: {name} is None; expected a path, or a language model as module.")
+            assert options_file is not None and weight_file is not None
             self._elmo_lstm = ElmoBiLm.from_files(
                 options_file, weight_file, requires_grad, state=state, weight_dtype=weight_dtype, impl=impl
             )
@@ -172,7 +173,7 @@ class Elmo(tools.NotScriptable):
         self._bilm("load_steady_state").load_steady_state(path)
 
     @tools.fx_leaf
-    def forward(self, inputs: Tensor, word_inputs: Tensor | None = None) -> dict[str, list[Tensor] | Tensor]:
+    def forward(self, inputs: Tensor | None, word_inputs: Tensor | None = None) -> dict[str, list[Tensor] | Tensor]:
         """Character ids to representations.
 
         Args:

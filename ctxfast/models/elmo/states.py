@@ -32,11 +32,19 @@ def _usable(value: Tensor, like: Tensor) -> Tensor:
 class _HeldState(nn.Module):
     """h and c in buffers that follow the module to its device and stay out of its state_dict."""
 
+    h: Tensor | None
+    c: Tensor | None
+
     def __init__(self, config: ElmoConfig) -> None:
         super().__init__()
         self._sizes = (config.num_layers, config.projection_dim, config.cell_size)
         self.register_buffer("h", None, persistent=False)
         self.register_buffer("c", None, persistent=False)
+
+    def held(self) -> State:
+        """h and c, where they are set."""
+        assert self.h is not None and self.c is not None
+        return self.h, self.c
 
     def _hold(self, state: State, like: Tensor, kind: str, legend: str, *rows: int) -> None:
         """Keep h (L, 2, *rows, P) and c (L, 2, *rows, H) on the device and in the dtype of ``like``."""
@@ -70,15 +78,16 @@ class CarriedState(_HeldState):
         if missing > 0:
             fresh = [like.new_zeros(layers, 2, missing, width) for width in (size, cells)]
             if self.rows:
-                fresh = [torch.cat([old.to(like), new], 2) for old, new in zip((self.h, self.c), fresh)]
+                fresh = [torch.cat([old.to(like), new], 2) for old, new in zip(self.held(), fresh)]
             self.h, self.c = fresh
-        return tuple(_usable(value[:, :, :batch], like) for value in (self.h, self.c))
+        h, c = (_usable(value[:, :, :batch], like) for value in self.held())
+        return h, c
 
     def put(self, state: State) -> None:
         """Keep the state the first rows ended in, cut off from the graph."""
         batch = state[0].shape[2]
         kept = []
-        for old, new in zip((self.h, self.c), state):
+        for old, new in zip(self.held(), state):
             new = new.detach().to(old)
             kept.append(new if batch == old.shape[2] else torch.cat([new, old[:, :, batch:]], 2))
         self.h, self.c = kept
@@ -101,7 +110,7 @@ class CarriedState(_HeldState):
                 f"ctxfast.Elmo: mask of reset_states has shape {tuple(mask.shape)}; expected (rows,) = ({self.rows},), "
                 f"the rows a state is held for."
             )
-        if self.h is not None:
+        if self.h is not None and self.c is not None:
             keep = ~mask.to(self.h.device, torch.bool)[None, None, :, None]
             self.h, self.c = self.h * keep, self.c * keep
 
@@ -121,7 +130,8 @@ class SteadyState(_HeldState):
         self.h = self.c = None
 
     def take(self, batch: int, like: Tensor) -> State:
-        return tuple(_usable(value, like)[:, :, None].expand(-1, -1, batch, -1) for value in (self.h, self.c))
+        h, c = (_usable(value, like)[:, :, None].expand(-1, -1, batch, -1) for value in self.held())
+        return h, c
 
     def save(self, path: str | os.PathLike[str], weights: str) -> None:
         """Write the state as safetensors (``h``, ``c``), under a temporary name first.
@@ -133,7 +143,8 @@ class SteadyState(_HeldState):
         if not self.is_set:
             raise RuntimeError("ctxfast.Elmo: there is no steady state yet. Call calibrate() first.")
         with replacing(Path(path)) as temporary:
-            tensors = {"h": self.h.contiguous(), "c": self.c.contiguous()}
+            h, c = self.held()
+            tensors = {"h": h.contiguous(), "c": c.contiguous()}
             save_file(tensors, temporary, {_WEIGHTS: weights})
 
     def load(self, path: str | os.PathLike[str], like: Tensor, weights: str) -> None:

@@ -190,7 +190,7 @@ def load_weights(weight_file: str | os.PathLike[str], config: ElmoConfig) -> tup
         TypeError: a dataset that is not floating point.
 
     Warns:
-        UserWarning: values that are not finite, by dataset; names that are no part of ELMo.
+        UserWarning: values that are not finite, by dataset; names that are not part of ELMo.
 
     Reference: the layout of bilm-tf's dump; AllenNLP's loaders.
     """
@@ -217,7 +217,7 @@ def _load(file: h5py.File, path: Path, config: ElmoConfig) -> tuple[ElmoConfig, 
     for name, array in arrays.items():
         _warn_not_finite(name, f" in {path}", int(np.isfinite(array).sum()), array.size, _LOAD)
     if others:
-        warnings.warn(f"{_LOAD}: {path} also holds {_some(others)}, which is no part of ELMo: not read.", stacklevel=3)
+        warnings.warn(f"{_LOAD}: {path} also holds {_some(others)}, which is not part of ELMo: not read.", stacklevel=3)
     state_dict = {}
     for name, part in parts.items():
         made = part.read(*(arrays[dataset] for dataset in part.datasets))
@@ -280,7 +280,7 @@ def weights_from_state_dict(
     left = sorted(set(state_dict) - {prefix + name for name in result})
     if left:
         warnings.warn(
-            f"{_STATE}: {len(left)} tensors of state_dict are no part of the language model and are left out: "
+            f"{_STATE}: {len(left)} tensors of state_dict are not part of the language model and are left out: "
             f"{_some(left)}.",
             stacklevel=2,
         )
@@ -331,7 +331,7 @@ def save_weights(
 
 
 def random_weights(config: ElmoConfig, seed: int = 0) -> dict[str, Tensor]:
-    """Weights before any training, drawn as bilm-tf draws them.
+    """Untrained weights, drawn as bilm-tf draws them.
 
     Args:
         config: sizes.

@@ -17,7 +17,7 @@ def softmax(
     and a mask that ends there would make every load and store one element wide.
 
     One program a row. The second pass over a row finds it in L2. A row without a label has loss and gradient zero, one
-    with a label that is no class the loss nan.
+    with a label that is not a class the loss is nan.
     """
     row = tl.program_id(0).to(tl.int64)
     base = logits + row * stride

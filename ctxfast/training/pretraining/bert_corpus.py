@@ -52,7 +52,7 @@ def text_documents(files: Sequence[str | os.PathLike[str]], is_split: bool = Fal
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a line that is no UTF-8, by its number.
+        ValueError: a line that is not UTF-8, by its number.
     """
     for file in files:
         lines: list[str] = []

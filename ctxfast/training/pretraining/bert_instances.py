@@ -130,7 +130,7 @@ def pairs(
             is_random_next = len(chunk) == 1 or draw.random() < 0.5
             if is_random_next:
                 second = _from_elsewhere(corpus, index, target - len(first), draw)
-                at -= len(chunk) - cut  # sentences that found no use come again
+                at -= len(chunk) - cut  # unused sentences are used again
             else:
                 second = [token for sentence in chunk[cut:] for token in sentence]
             truncate(first, second, limit, draw)
@@ -202,9 +202,9 @@ def shuffle(items: list[Any], draw: random.Random) -> None:
 
 
 def mask(pair: Pair, vocabulary: Vocabulary, options: PairOptions, draw: random.Random) -> Instance:
-    """Masks a pair: words in random order until the quota is met; a word that would overshoot it is passed over.
+    """Masks a pair: words in random order until the quota is met; a word that would exceed it is skipped.
 
-    Each piece of a chosen word draws for itself: 80 % become [MASK], 10 % stay, 10 % become any token.
+    Each piece of a chosen word is drawn independently: 80 % become [MASK], 10 % stay, 10 % become a random token.
     """
     units = words(pair.ids, vocabulary, options.do_whole_word_mask)
     shuffle(units, draw)

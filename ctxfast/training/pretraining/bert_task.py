@@ -246,7 +246,7 @@ class BertPretraining(BaseTask):
         return losses, right, max(1, int(labelled)), (relation_loss, relation_right)
 
     def _parts(self, instances: Sequence[Instance]) -> Iterator[list[Instance]]:
-        """Batches of like length that bound the memory of their logits."""
+        """Batches of similar length that bound the memory of their logits."""
         part: list[Instance] = []
         for one in sorted(instances, key=lambda one: len(one.ids)):
             size = (len(part) + 1) * len(one.ids) * self.model.config.vocab_size * 4

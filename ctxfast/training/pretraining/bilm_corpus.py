@@ -31,7 +31,7 @@ from .text import split_sentences, text_lines
 UNKNOWN = "<UNK>"
 MARKS = (BEGIN_SENTENCE, END_SENTENCE, UNKNOWN)
 BEGIN, END, UNKNOWN_ID = 0, 1, 2
-# A vocabulary of the One Billion Word Benchmark holds this; it is no word.
+# A vocabulary of the One Billion Word Benchmark holds this, which is not a word.
 _NO_WORD = "!!!MAXTERMID"
 _WHO = "ctxfast.training.BiLmCorpus"
 _BLOCK_TOKENS = 1 << 20
@@ -42,7 +42,7 @@ def tokenized(line: str) -> Iterator[list[str]]:
     """Sentences of words of a line of running text, by simple rules.
 
     Sentences as ``split_sentences`` finds them; words are runs of letters, digits and inner apostrophes; every other
-    sign stands for itself.
+    character is a word of its own.
     """
     for sentence in split_sentences(line):
         if words := _WORD.findall(sentence):
@@ -58,7 +58,7 @@ def sentences(path: str | os.PathLike[str], tokenize: bool = False) -> Iterator[
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a line that is no UTF-8, or that holds ``<S>`` or ``</S>``, by its number.
+        ValueError: a line that is not UTF-8, or that holds ``<S>`` or ``</S>``, by its number.
     """
     for words, _ in _in_documents(path, tokenize):
         yield words
@@ -109,7 +109,8 @@ def read_vocabulary(path: str | os.PathLike[str]) -> list[str]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: other words at the start, a word that stands there twice or a line that is no UTF-8, by line number.
+        ValueError: other words at the start, a word that stands there twice or a line that is not UTF-8, by line
+            number.
     """
     words: list[str] = []
     seen: dict[str, int] = {}
@@ -204,7 +205,7 @@ class BiLmCorpus:
 
         Raises:
             FileNotFoundError: a file is missing.
-            ValueError: no text in the files, or text that is no UTF-8.
+            ValueError: no text in the files, or text that is not UTF-8.
         """
         path = Path(directory)
         given = None if vocabulary is None else hashlib.sha256("\n".join(vocabulary).encode()).hexdigest()

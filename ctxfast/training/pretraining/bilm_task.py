@@ -4,9 +4,9 @@
 Lanes of running text; the LSTMs' state is carried from step to step and gradients go back one step's window; two
 directions share characters, projections and the output layer, and nothing else.
 
-Beyond bilm-tf, lanes begin anew from zeros, at documents and now and then elsewhere. A state that is carried from the
-first step to the last never comes near zero again, and a network that knows only the region where its lanes are may be
-of no use to whoever starts it from zeros (held-out perplexity 363 from a carried state, 39,068 from zeros was seen).
+Unlike in bilm-tf, lanes restart from zeros, at documents and now and then elsewhere. A state that is carried from the
+first step to the last never comes near zero again, and a network that has only seen the region where its lanes are may
+be useless when started from zeros (held-out perplexity 363 from a carried state, 39,068 from zeros was seen).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _WHO = "ctxfast.training.BiLmPretraining"
 _EVALUATION_STEPS = 64
 # Predictions of a batch of sentences that are judged from zeros, padding included.
 _EVALUATION_PREDICTIONS = 8192
-# A lane begins anew at a document at most once in so many windows: not for every one of a text of short ones.
+# A lane restarts at a document at most once in so many windows, not at each of many short ones.
 _WINDOWS_OF_A_DOCUMENT = 4
 _CALIBRATION_SENTENCES = 512
 
@@ -72,7 +72,7 @@ class BiLmWithSoftmax(nn.Module):
 
     @torch.no_grad()
     def initialize(self, seed: int) -> None:
-        """First weights, drawn as bilm-tf draws them."""
+        """Initial weights, drawn as bilm-tf draws them."""
         self.bilm.load_state_dict(random_weights(self.config, seed))
         draw = torch.Generator().manual_seed(seed + 1)
         self.softmax.weight.normal_(0, self.config.projection_dim**-0.5, generator=draw)
@@ -138,7 +138,7 @@ class BiLmWithSoftmax(nn.Module):
 @dataclass(frozen=True)
 class BiLmBatch:
     """A window of every lane: ``words`` (W, C), ``inputs`` and ``targets`` (2, B, U), ``is_new`` (B,) bool for lanes
-    that begin anew, negatives (2, S)."""
+    that restart, negatives (2, S)."""
 
     words: Tensor
     inputs: Tensor
@@ -167,7 +167,7 @@ class BiLmPretraining(BaseTask):
         impl: implementation of every op; None chooses.
 
     Where a lane starts is drawn anew for each epoch, at a sentence and from zeros; it reads on from there, its state
-    carried, until it begins anew.
+    carried, until it restarts.
 
     Raises:
         ValueError: a text too short for its lanes, or values out of range.
@@ -227,7 +227,7 @@ class BiLmPretraining(BaseTask):
         return windows
 
     def _make_lanes(self, epoch: int, ranks: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        """For each lane of an epoch the windows with which it begins anew, and the positions at which it does."""
+        """For each lane of an epoch the windows with which it restarts, and the positions at which it does."""
         lanes, total, unroll = self.batch_size * ranks, self.corpus.positions, self.unroll
         windows = self.windows_per_epoch(ranks)
         draw = np.random.default_rng((self.seed, epoch))

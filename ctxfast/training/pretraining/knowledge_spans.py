@@ -136,7 +136,7 @@ class SpanFile:
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a row that is no span, or one that does not lie in its line, by the row's number.
+        ValueError: a row that is not a span, or one outside its line, by the row's number.
     """
 
     def __init__(self, path: str | os.PathLike[str], files: Sequence[str | os.PathLike[str]]) -> None:

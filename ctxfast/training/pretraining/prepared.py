@@ -70,4 +70,4 @@ def stored(path: Path, who: str) -> Iterator[None]:
         with reading(path, who, "folder of prepared data"):
             yield
     except ValueError as error:
-        raise ValueError(f"{error}. Remove it; the same command makes it anew.") from error
+        raise ValueError(f"{error}. Remove it; the same command makes it again.") from error

@@ -21,7 +21,7 @@ def text_lines(path: str | os.PathLike[str]) -> Iterator[str]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a line that is no UTF-8 or longer than 16 MiB, by its number; an archive that is damaged, with the
+        ValueError: a line that is not UTF-8 or longer than 16 MiB, by its number; an archive that is damaged, with the
             last line read.
     """
     path = existing(path, _WHO, f"text {path}")
@@ -35,7 +35,7 @@ def text_lines(path: str | os.PathLike[str]) -> Iterator[str]:
                     # A damaged archive may give wrong bytes before its checksum is reached.
                     way = archive_test(path) or "iconv converts other encodings"
                     raise ValueError(
-                        f"{_WHO}: line {number} of {path} is no UTF-8 ({error.reason}); expected UTF-8 text. {way}."
+                        f"{_WHO}: line {number} of {path} is not UTF-8 ({error.reason}); expected UTF-8 text. {way}."
                     ) from None
                 yield line
     except DAMAGE as error:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Work spread over processes that cannot outlive the one that gives it."""
+"""Work spread over processes that do not outlive their parent."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 
 
 def spread(work: Callable[[Any], Any], tasks: Iterable[Any], workers: int) -> Iterator[Any]:
-    """What ``work`` gives for each task, in the order in which they are done.
+    """The results of ``work`` for each task, in the order in which they are done.
 
     Args:
         work: called in the workers; it, the tasks and what it gives can be pickled.
@@ -67,7 +67,7 @@ def _received(ours: Connection, process: Any) -> Any:
     except EOFError:
         process.join()
         raise RuntimeError(
-            f"ctxfast.training: a worker ended (exit code {process.exitcode}); if it was killed for want of memory, "
+            f"ctxfast.training: a worker ended (exit code {process.exitcode}); if it was killed for lack of memory, "
             "use fewer workers or smaller shards."
         ) from None
     if not is_done:

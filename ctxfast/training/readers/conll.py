@@ -14,7 +14,7 @@ from .notes import Say, label_notes, tell
 
 SCHEMES = ("bio2", "iob1", "bioes", "none")
 _NO_PREDICATE = ("", "-", "_", "O", "0")
-# White space that is no sign of its own; a no-break space, say, may stand in a word.
+# White space that separates; a no-break space, say, may stand in a word.
 _SPACES = re.compile(r"[ \t]+")
 # A CoNLL-U row of several words ("1-2 don't") or of a word that is not in the text ("8.1"): its words have own rows.
 _RANGE = re.compile(r"\d+[-.]\d+")
@@ -59,7 +59,7 @@ def read_conll(
         predicate_column: column that is none of "", "-", "_", "O", "0" for the words of the predicate; every sentence
             has one.
         scheme: "bio2"; "iob1" (B- only between neighbours of one kind) and "bioes" (also written BILOU), both converted
-            to BIO2; "none" for tags that are no spans, such as parts of speech. With "bio2" a tag must be O, B-x, or
+            to BIO2; "none" for tags that are not spans, such as parts of speech. With "bio2" a tag must be O, B-x, or
             I-x after B-x or I-x.
         separator: "tab" or "space"; None to look.
         say: called with a sentence for what looks odd; None: warnings.
@@ -157,15 +157,15 @@ def _check_columns(
     width = len(fields)
     signs = "tabs (as other lines are)" if has_tabs else "spaces"
     if width == 1 and "," in fields[0].strip(","):
-        signs += " (commas part none here)"
+        signs += " (commas do not separate here)"
     needed = max(column + 1 if column >= 0 else -column for _, column in columns)
     if width < needed:
-        raise fail(path, f"line {line}", f"{width} columns, parted by {signs}; expected {needed}")
+        raise fail(path, f"line {line}", f"{width} columns, separated by {signs}; expected {needed}")
     taken: dict[int, str] = {}
     for name, column in columns:
         other = taken.setdefault(column % width, name)
         if other != name:
-            found = f"{width} columns, parted by {signs}: the {other}'s is the {name}'s"
+            found = f"{width} columns, separated by {signs}: the {other}'s is the {name}'s"
             raise fail(path, f"line {line}", f"{found}; expected one for each")
 
 

@@ -89,7 +89,7 @@ def parse_json(path: str | os.PathLike[str], line: int, text: str) -> object:
             path, f"line {line}", f"has the key {error.args[0]!r} twice in one object; expected it once"
         ) from None
     except json.JSONDecodeError as error:
-        reason = f"is no JSON ({error.msg} at column {error.colno})"
+        reason = f"is not JSON ({error.msg} at column {error.colno})"
         raise fail(path, f"line {line + error.lineno - 1}", reason) from error
     except (RecursionError, ValueError) as error:
         reason = "is nested too deep" if isinstance(error, RecursionError) else "has a number of thousands of digits"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is read and looks odd: sentences for the user. Nothing is refused here, and nothing is kept silent."""
+"""Warnings about data that can be read but looks wrong. Nothing is refused here, and nothing goes unsaid."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def label_notes(labels: Mapping[str, Sequence[int]]) -> Iterator[str]:
     for label, lines in labels.items():
         if label.lower() in _MISSING:
             yield f"label {label!r} stands on {_times(lines)}; it is a label like any other here, no missing one"
-    yield from _alike({label: lines for label, lines in labels.items() if not _is_number(label)}, "case or signs")
+    yield from _alike({label: lines for label, lines in labels.items() if not _is_number(label)}, "case or punctuation")
 
 
 def class_notes(labels: Mapping[str, Sequence[int]]) -> Iterator[str]:

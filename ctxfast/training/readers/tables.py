@@ -73,8 +73,8 @@ def read_table(
         needs_label: False reads files without a label column, too.
         say: called with a sentence for what was left out and what looks odd; None: warnings.
 
-    Rows whose column ``gold_label`` is "-", as in SNLI and MultiNLI where annotators did not agree, are left out, as
-    everybody leaves them out; where labels are not needed they are kept, without one.
+    Rows whose column ``gold_label`` is "-", as in SNLI and MultiNLI where annotators did not agree, are left out, as is
+    customary; where labels are not needed they are kept, without one.
 
     Raises:
         FileNotFoundError: no such file.
@@ -109,7 +109,7 @@ def read_table(
         if kind != "jsonl" and len(row) != width:
             hint = ""
             if any('"' in field for field in row) or len(row) > width:
-                hint = f" Quote signs are {'delimiters' if _has_quotes(kind, table) else 'plain text'} here"
+                hint = f" Quotation marks are {'delimiters' if _has_quotes(kind, table) else 'plain text'} here"
             raise fail(path, f"line {line}", f"{len(row)} columns; expected {width}, as in the first row.{hint}")
         is_gold = has_header and wanted[2] is not None and names[wanted[2]].lower() == _GOLD
         example = _example(path, line, row, wanted)
@@ -126,7 +126,7 @@ def read_table(
         reason = "no row has a gold label" if undecided else "has a header and no rows"
         raise fail(path, "", f"{reason}; expected labelled texts")
     if quoted:
-        tell(say, path, f"{quoted:,} texts stand in quote signs, which are kept as text; --quotes csv takes them off")
+        tell(say, path, f"{quoted:,} texts stand in quotation marks, which are kept as text; --quotes csv removes them")
     labels: dict[str, list[int]] = {}
     for example in found:
         if example.label is not None:
@@ -139,7 +139,7 @@ def read_table(
 
 
 def _is_quoted(example: Example) -> bool:
-    """Whether a text stands in quote signs as spreadsheets and pandas write it: with those inside doubled."""
+    """Whether a text is quoted as spreadsheets and pandas write it: with inner quotation marks doubled."""
     text = example.text
     return len(text) > 3 and text[0] == text[-1] == '"' and '""' in text[1:-1]
 
@@ -176,9 +176,11 @@ def _rows(path: Any, text: str, kind: str, quoting: bool | None) -> Iterator[tup
         except StopIteration:
             return
         except csv.Error as error:
-            hint = "a quote sign opens a field and none closes it" if "unexpected end" in str(error) else str(error)
+            hint = "a quotation mark opens a field and none closes it" if "unexpected end" in str(error) else str(error)
             raise fail(
-                path, f"line {line}", f"{hint}. Where quote signs are plain text, switch quoting off (--quotes plain)"
+                path,
+                f"line {line}",
+                f"{hint}. Where quotation marks are plain text, switch quoting off (--quotes plain)",
             ) from error
         if any(field.strip() for field in row):
             yield line, row

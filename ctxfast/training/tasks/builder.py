@@ -31,7 +31,7 @@ class Choice:
         doc_stride, max_query, max_answer, n_best, null_threshold: see ``BertSpanFinder``.
 
     Raises:
-        ValueError: a size below 1, a dropout that is no probability below 1.
+        ValueError: a size below 1, a dropout outside 0 <= p < 1.
     """
 
     features: str | None = None

@@ -43,7 +43,7 @@ def class_names(examples: Sequence[Example]) -> tuple[str, ...]:
 
 
 def check_labels(path: str | os.PathLike[str], examples: Sequence[Example], known: Sequence[str]) -> None:
-    """Refuse labels that training has not seen or, without ``known``, that are no numbers.
+    """Refuse labels that do not occur in the training data or, without ``known``, that are not numbers.
 
     Raises:
         ValueError: with file and line.
@@ -102,7 +102,7 @@ class _Classifier(Predictor):
         if not self.labels:
             gold = [float(example.label) for example in examples]
             return metrics.regression_scores(gold, [float(one.label) for one in predictions])
-        # A label that training has not seen has a number of its own that is never predicted.
+        # A label that does not occur in the training data gets a number of its own, which is never predicted.
         numbers = dict(self._numbers)
         gold = [numbers.setdefault(example.label, len(numbers)) for example in examples]
         return metrics.class_scores(gold, [numbers[one.label] for one in predictions], len(numbers))
@@ -178,7 +178,7 @@ class BertClassifier(_Classifier):
 
 class FeatureClassifier(_Classifier):
     """A bidirectional LSTM over a frozen BERT or ELMo, or an ELMo trained with it. Texts are split at white
-    space, and around Chinese and Japanese signs.
+    space, and around Chinese and Japanese characters.
 
     Args:
         model: an ``LstmClassifier``, or an ``OverElmo`` around one.

@@ -28,7 +28,8 @@ _LAYERS = {"last": [-1], "second-to-last": [-2], "sum4": _LAST4, "concat4": _LAS
 # All layers of so many texts exist at a time, also where but their sum is kept.
 _EMBEDDED_TEXTS = 512
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
-# Chinese and Japanese have no spaces: each sign is a word, as BERT's tokenizer has it. Marks belong to their letter.
+# Chinese and Japanese have no spaces: each character is a word, as in BERT's tokenizer. Combining marks belong to
+# their letter.
 _IDEOGRAPH = r"[\p{Han}\p{Hiragana}\p{Katakana}]"
 _AT_SPACES = pre_tokenizers.WhitespaceSplit()
 _BY_SPACES = pre_tokenizers.Sequence([_AT_SPACES, pre_tokenizers.Split(Regex(_IDEOGRAPH), "isolated")])
@@ -42,11 +43,11 @@ _KEPT_BYTES = 4 << 30
 def split_words(text: str, at_signs: bool = False) -> list[tuple[str, tuple[int, int]]]:
     """Words of a text and where they stand among its characters.
 
-    They are parted by white space, and around every Chinese or Japanese sign; with ``at_signs`` also around every other
-    sign that is no letter, mark or number.
+    They are separated by white space, and around every Chinese or Japanese character; with ``at_signs`` also around
+    every other character that is not a letter, mark or number.
     """
     splitter = _BY_SIGNS if at_signs else _BY_SPACES
-    # JSON may hold half a character, which is no text to others. One for one, so that places stay.
+    # JSON may hold half a surrogate pair, which other libraries refuse. Replaced one for one, so that offsets stay.
     return splitter.pre_tokenize_str(_LONE_SURROGATE.sub("\ufffd", text))
 
 

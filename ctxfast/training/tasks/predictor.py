@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every fine-tuned model can do, and its way into the training loop."""
+"""The interface of every fine-tuned model, and its adapter to the training loop."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ..readers.files import fail
 SETTINGS_FILE = "ctxfast_task.json"
 FORMAT = 1
 IGNORE = -100
-# Texts of a batch without gradients: enough to fill a CPU; texts of like length come together.
+# Texts of a batch without gradients: enough to fill a CPU; texts of similar length come together.
 _PREDICT_BATCH = 32
 
 
@@ -49,14 +49,14 @@ class Predictor(ABC):
 
     @functools.cached_property
     def lost(self) -> collections.Counter[str]:
-        """How much of the examples so far the model does not see, by words that say what: "texts of more than 128
-        tokens, cut"."""
+        """Counts of what the model does not see of the examples so far, by description: "texts of more than 128 tokens,
+        cut"."""
         return collections.Counter()
 
     @property
     @abstractmethod
     def main_figure(self) -> str:
-        """The one of ``scores`` that tells which model is best."""
+        """The metric of ``scores`` by which the best model is chosen."""
 
     @abstractmethod
     def items(self, examples: Sequence[Any]) -> list[Any]:
@@ -73,7 +73,7 @@ class Predictor(ABC):
 
     @abstractmethod
     def scores(self, examples: Sequence[Any], predictions: Sequence[Any]) -> dict[str, float]:
-        """How right predictions are, for examples with labels."""
+        """Metrics of predictions for examples with labels."""
 
     @abstractmethod
     def write_predictions(self, path: Path, examples: Sequence[Any], predictions: Sequence[Any]) -> list[Path]:
@@ -84,7 +84,7 @@ class Predictor(ABC):
         """Write the model's own files."""
 
     def weight(self, batch: dict[str, Any]) -> float:
-        """What a batch's mean loss counts for: its examples."""
+        """The weight of a batch's mean loss: its number of examples."""
         return float(next(iter(batch.values())).shape[0])
 
     def save(self, directory: str | os.PathLike[str]) -> None:
@@ -108,7 +108,7 @@ class Predictor(ABC):
 
     @torch.no_grad()
     def outputs(self, items: Sequence[Any]) -> Iterable[tuple[list[Any], Any]]:
-        """Items, those of like length together, and the model's output for them; meanwhile it is in eval mode."""
+        """Items, grouped by similar length, and the model's output for them; meanwhile it is in eval mode."""
         was_training, device = self.model.training, self.device
         self.model.eval()
         try:
@@ -131,7 +131,7 @@ class FineTune(BaseTask):
         dev: held-out examples, for ``evaluate``.
         batch_size: items of a batch.
         seed: of their order.
-        order: "shuffled", or "length": examples of like length together, for models that pay for padding.
+        order: "shuffled", or "length": examples of similar length together, for models that pay for padding.
 
     Raises:
         ValueError: an unknown order, no examples.
@@ -189,7 +189,7 @@ def label_numbers(labels: Sequence[str]) -> dict[str, int]:
 
 
 def check_label(path: Any, line: int, label: str, known: Collection[str]) -> None:
-    """Refuse a label that training has not seen.
+    """Refuse a label that does not occur in the training data.
 
     Raises:
         ValueError: with file, line and the labels there are.

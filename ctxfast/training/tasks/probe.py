@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which layer knows what: a linear classifier on every layer of a frozen model, and one on a learned mix of them.
+"""Probing: a linear classifier on every layer of a frozen model, and one on a learned mix of the layers.
 
 As the ELMo paper's analysis (Peters et al. 2018, 5.3) and BERT's table of layers (Devlin et al. 2019, table 7), with a
-classifier that can learn nothing but what stands in a layer.
+classifier that can learn nothing but what a layer holds.
 """
 
 from __future__ import annotations

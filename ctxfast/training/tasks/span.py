@@ -285,7 +285,7 @@ class BertSpanFinder(_SpanFinder):
 class FeatureSpanFinder(_SpanFinder):
     """An LSTM with attention over a frozen BERT or ELMo, or an ELMo trained with it; texts are read whole.
 
-    Words are runs of letters and digits, and single other signs; so are Chinese and Japanese ones.
+    Words are runs of letters and digits, and all other characters one by one, Chinese and Japanese ones included.
 
     Args:
         model: an ``LstmSpanFinder``, or an ``OverElmo`` around one.

@@ -40,7 +40,7 @@ def tag_names(sentences: Sequence[Sentence]) -> tuple[str, ...]:
 
 
 def check_tags(path: str | os.PathLike[str], sentences: Sequence[Sentence], known: Sequence[str]) -> None:
-    """Refuse tags that training has not seen.
+    """Refuse tags that do not occur in the training data.
 
     Raises:
         ValueError: with file, line and the tags there are.
@@ -77,7 +77,7 @@ class _Tagger(Predictor):
 
     def scores(self, examples: Sequence[Sentence], predictions: Sequence[list[str]]) -> dict[str, float]:
         """``f1``, ``precision``, ``recall`` of entities (and of each kind) with ``accuracy`` of words, or that alone
-        where tags are no spans."""
+        where tags are not spans."""
         gold = [sentence.tags for sentence in examples]
         result = metrics.entity_scores(gold, predictions) if self.is_spans else {}
         return result | {"accuracy": metrics.token_accuracy(gold, predictions)}
@@ -177,7 +177,7 @@ class BertTagger(_Tagger):
                 places.append(place)
                 words.append(word)
                 if sentence.tags is not None:
-                    # A tag that training has not seen is none to learn from; it counts as wrong in scores.
+                    # A tag that does not occur in the training data cannot be learned; it counts as wrong in scores.
                     row.labels[place] = self._numbers.get(sentence.tags[word], IGNORE)
             if self.predicate == "type" and sentence.predicate[word]:
                 row.types[place : place + len(pieces[word])] = [1] * len(pieces[word])
