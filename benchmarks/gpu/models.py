@@ -2,7 +2,7 @@
 """``python -m benchmarks.gpu.models bert|step|kernels``: host and device in BERT's forward and in a training step.
 
 - bert: results beside Hugging Face's, then a call's time on the device, on the host alone and when it is waited for,
-  through CUDA graphs and op by op.
+  through CUDA graphs and op by op; again with what is off until it has been measured (``switches.py``).
 - step: a masked-LM step: wall clock, host alone, how long the device was busy and with how many kernels, memory. Where
   "wall" is far above "busy" the host is what a step waits for.
 - kernels: the kernels of a forward and of a step, by time.
@@ -25,6 +25,7 @@ from ..models import bert, bert_mlm
 from ..provider import Call, Provider
 from . import device as _device
 from .device import Device, Lines, Run, host_microseconds, relative_error, wall_milliseconds
+from .switches import all_on
 
 _BERT = ("bert-base 1x128", "bert-base ragged 256 (fill 0.15)", "bert-base 64x128", "bert-base 32x512")
 _STEPS = ("bert-base step 32x512", "bert-base step 32x128", "minilm step ragged 32", "bert-base step ragged 256")
@@ -49,6 +50,10 @@ def bert_calls(device: Device) -> int:
             ours = bert._call(model, args)
             lines.row(f"{case.workload}, against Hugging Face", _agreement, ours, peer)
             lines.row(f"{case.workload}, as a user calls it", _told, device, ours.forward)
+            with all_on():  # graphs are made in it
+                switched = bert._call(bert._ours(case, args), args)
+                lines.row(f"{case.workload}, with what is off", _agreement, switched, peer)
+                lines.row(f"{case.workload}, as a user calls it, with it", _told, device, switched.forward)
             model.cuda_graphs = False
             lines.row(f"{case.workload}, op by op", _told, device, ours.forward)
             lines.row(f"{case.workload}, Hugging Face, eager", _told, device, peer.forward)

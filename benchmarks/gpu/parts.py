@@ -175,7 +175,7 @@ def _profile(setup: Setup) -> list[Step]:
     ]
     profiler = shutil.which("ncu")
     if profiler and not setup.dry_run:
-        # Clocks are left as they are: to fix them needs rights that a lent machine may not give.
+        # Clocks are left as they are: to fix them needs rights that not everybody has.
         for rows in ("8", "32"):
             report = str(setup.results / f"forward_b{rows}")
             command = (
@@ -183,6 +183,9 @@ def _profile(setup: Setup) -> list[Step]:
                 "--set", "full", "--import-source", "yes", "-f", "-o", report, *_program("lstm", setup, "one", rows),
             )  # fmt: skip
             steps.append(Step(f"ncu, forward, {rows} rows", command, 80, 3))
+            # Stalls by instruction, into the log: where a profile is read there may be no ncu.
+            lines = (profiler, "-i", f"{report}.ncu-rep", "--page", "source", "--csv")
+            steps.append(Step(f"ncu, forward, {rows} rows, by line", lines, 40, 1))
     return steps
 
 

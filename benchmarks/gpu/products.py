@@ -2,7 +2,8 @@
 """``python -m benchmarks.gpu.products``: BERT-Base's products by shape, with what follows them inside or after.
 
 Columns: the product alone; with its bias, by cuBLASLt's epilogue (attention's bias may go there only if it is free);
-with GELU's tanh form in the epilogue; and every implementation of ``linear_act`` with GELU (erf). Then
+with GELU's tanh form in the epilogue; and every implementation of ``linear_act`` with GELU (erf), Triton's after
+cuBLAS's product and in a product of its own (``FASTER`` in ``ctxfast/ops/shared/triton_product.py``). Then
 ``add_layer_norm`` beside the time that its bytes take.
 """
 
@@ -21,8 +22,11 @@ from ctxfast import functional
 from ctxfast._core import capability, registry
 
 from . import device as _device
-from .device import Device, Lines, Run
+from .device import Device, Lines, Run, relative_error
+from .switches import gelu_in_product
 
+# Two roundings to 16 bits instead of one.
+_LIMIT = 1e-2
 _TOKENS, _WIDTH, _WIDE = (128, 1024, 8192, 12288, 16384), 768, 3072
 
 
@@ -58,6 +62,13 @@ class _Rows:
             for impl in _implementations("linear_act", self._device):
                 erf = partial(functional.linear_act, x, weight, bias, activation="gelu", impl=impl)
                 found.append(f"erf by {impl} {self._milliseconds(erf):.4f}")
+                if impl == "triton":
+                    right = erf()
+                    with gelu_in_product():
+                        error = relative_error(erf(), right)
+                        found.append(f"in its product {self._milliseconds(erf):.4f}")
+                    if not error < _LIMIT:
+                        raise AssertionError(f"GELU in the product is off by {error:.1e} from GELU after it")
         return ", ".join(found)
 
     def layer_norm(self, T: int, N: int, impl: str) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from .loop_options import check_model
+from .loop_options import DOWNLOAD, check_model
 
 _WHO = "ctxfast.convert"
 _DTYPES = ("float32", "float16", "bfloat16")
@@ -39,8 +39,9 @@ def add(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("source", metavar="SRC", help="folder, weight file, TensorFlow prefix, or name of a package with a model")
+    add("source", metavar="SRC", help="folder, weight file, TensorFlow prefix, package with a model, name on the hub")
     add("target", metavar="DST", help="folder to make")
+    add("--download", action="store_true", help=DOWNLOAD)
     add("--dtype", help=f"BERT: store weights as {', '.join(_DTYPES)} (default: as they are)")
     add("--gelu", help="BERT: erf or tanh in place of the config's (default: the config's; Google's checkpoints: tanh)")
     add("--options-file", help="ELMo: options.json, where it lies apart")
@@ -75,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
             )
     is_elmo = args.options_file is not None or source.suffix in _ELMO_SUFFIXES or (source / "options.json").is_file()
     if not is_elmo:
-        check_model(args.source, "convert", "SRC")
+        check_model(args.source, "convert", "SRC", download=args.download)
     for name in ("dtype", "gelu") if is_elmo else ():
         if getattr(args, name) is not None:
             raise ValueError(f"{_WHO}: --{name} is given for an ELMo model; expected it for BERT only.")

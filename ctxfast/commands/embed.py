@@ -9,7 +9,7 @@ import time
 from dataclasses import fields
 from typing import Any
 
-from .loop_options import check_model
+from .loop_options import DOWNLOAD, check_model
 
 _HELP = """\
 Embed a text file, a sentence a line, into a file. Input of any length in constant memory.
@@ -45,7 +45,8 @@ def add(commands: Any) -> None:
     )
     add = parser.add_argument
     add("input", metavar="INPUT", help="text file (plain, .gz, .xz), or - for standard input")
-    add("-m", "--model", help="BERT or ELMo folder, Google checkpoint, or name of a package with a model")
+    add("-m", "--model", help="BERT or ELMo folder, Google checkpoint, package with a model, or name on the hub")
+    add("--download", action="store_true", help=DOWNLOAD)
     add("-o", "--output", required=True, metavar="OUT", help="file to make; its suffix names the format")
     add("--format", help="format by name: hdf5, safetensors, npz, jsonl, parquet, extract-features")
     which = parser.add_mutually_exclusive_group()
@@ -96,7 +97,7 @@ def _run(args: argparse.Namespace) -> int:
         existing(args.input, "ctxfast.embed", f"input {args.input}")
     if args.model is None and args.options_file is None and args.weight_file is None:
         raise ValueError("ctxfast.embed: -m (--model) is missing; expected a model's folder, or the name of a package.")
-    check_model(args.model, "embed")
+    check_model(args.model, "embed", download=args.download)
     args.layers = None if args.layers is None else parse_layers(args.layers)
     from ..embedding.embedder import Embedder
 

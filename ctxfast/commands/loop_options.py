@@ -117,11 +117,17 @@ def _shown(name: str) -> str:
     return name if name == "text" else "--" + name.replace("_", "-")
 
 
-def check_model(value: str | None, who: str, option: str = "--model") -> None:
+DOWNLOAD = "fetch a model of Hugging Face's hub that is not on this machine"
+
+
+def check_model(value: str | None, who: str, option: str = "--model", *, download: bool = False) -> None:
     """Refuse a file that does not belong to a model: the model would be looked for beside it.
 
+    With ``download`` fetch a model of the hub.
+
     Raises:
-        FileNotFoundError: naming the option.
+        FileNotFoundError: naming the option; or the hub has no such model.
+        ConnectionError: the hub cannot be reached.
     """
     if value is None:
         return
@@ -131,6 +137,10 @@ def check_model(value: str | None, who: str, option: str = "--model") -> None:
             f"ctxfast.{who}: {option} {value} is a file and no model's; expected a model's folder, its weights "
             "(.safetensors, .bin), the prefix of a TensorFlow checkpoint, or the name of a package with a model."
         )
+    if download:
+        from ..models.bert.weights import resolve_model
+
+        resolve_model(value, download=True)
 
 
 def tokenizer_files(value: str, who: str, option: str) -> list[Path]:

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .loop_options import check_files, check_model
+from .loop_options import DOWNLOAD, check_files, check_model
 
 _WHO = "ctxfast.probe"
 _PICTURES = (".png", ".svg", ".pdf")
@@ -32,7 +32,8 @@ def add(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("-m", "--model", required=True, help="BERT or ELMo folder, Google checkpoint, or a package with a model")
+    add("-m", "--model", required=True, help="BERT or ELMo folder, Google checkpoint, package, name on the hub")
+    add("--download", action="store_true", help=DOWNLOAD)
     add("--train", required=True, metavar="FILE", help="tagged words in columns, to learn from")
     add("--dev", required=True, metavar="FILE", help="tagged words to judge by")
     add("--word-column", type=int, metavar="N", default=0, help="number from 0 (%(default)s)")
@@ -55,7 +56,7 @@ def add(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Probe and print."""
     check_files(args, "probe", "train", "dev")
-    check_model(args.model, "probe")
+    check_model(args.model, "probe", download=args.download)
     for name in ("output", "plot"):
         file = getattr(args, name)
         if file is not None and (file == "-" or Path(file).is_dir()):

@@ -53,6 +53,7 @@ class BatchEncoder:
         batch_size: int | None = None,
         options_file: _Path | None = None,
         weight_file: _Path | None = None,
+        download: bool = False,
     ) -> None:
         for name, value, known in (
             ("state", state, (None, *STATES)),
@@ -78,6 +79,7 @@ class BatchEncoder:
                 state=self.state,
                 options_file=options_file,
                 weight_file=weight_file,
+                download=download,
             )
         else:
             _check_encoder(model, device, compute_dtype, options_file, weight_file)

@@ -25,9 +25,9 @@ class Embedder(BatchEncoder):
     """Contextual vectors of texts. Also a transformer of scikit-learn: texts in, a matrix out.
 
     Args:
-        model: a Hugging Face directory, a Google checkpoint, the name of an installed package with a model (see
-            ``ctxfast.models.bert.weights.resolve_model``), a folder with an ELMo model's options.json and HDF5 weights,
-            or a ``TextEncoder``. None with ``options_file`` and ``weight_file``.
+        model: a Hugging Face directory, a Google checkpoint, the name of an installed package with a model, a name of
+            Hugging Face's hub (see ``ctxfast.models.bert.weights.resolve_model``), a folder with an ELMo model's
+            options.json and HDF5 weights, or a ``TextEncoder``. None with ``options_file`` and ``weight_file``.
         device: "auto" (a GPU if torch sees one), "cpu", "cuda", "cuda:1", ...
         impl: implementation of every op that has it, see ``ctxfast.use_impl``; None chooses.
         state: for ELMo alone, what a text starts from: "steady" (None; one fixed state: results depend on the text
@@ -41,6 +41,7 @@ class Embedder(BatchEncoder):
         batch_size: with state "carry" alone, in place of ``batch_tokens``: texts of a batch, on which results depend
             there; None for 64, AllenNLP's.
         options_file, weight_file: files of an ELMo model that do not lie together.
+        download: fetch a model of the hub that is not on this machine.
 
     Attributes:
         kind: "bert" or "elmo".
@@ -52,6 +53,7 @@ class Embedder(BatchEncoder):
 
     Raises:
         FileNotFoundError: no such model.
+        ConnectionError: the hub cannot be reached.
         TypeError: a model that is neither a path, a name nor a ``TextEncoder``.
         ValueError: a folder that is not a model, or could be two; a wrong option, or one that does not apply to this
             model.

@@ -62,6 +62,7 @@ def open_encoder(
     state: str = "steady",
     options_file: _Path | None = None,
     weight_file: _Path | None = None,
+    download: bool = False,
 ) -> TextEncoder:
     """Open a model, BERT or ELMo, told apart by its files; see ``Embedder``."""
     computes_in = computes_in_on(device, compute_dtype)
@@ -76,17 +77,17 @@ def open_encoder(
         raise ValueError("ctxfast.Embedder: model is None; expected a folder or a name, or an ELMo model's two files.")
     else:
         folder = Path(model).expanduser()
-        files = _elmo_files(folder) if folder.is_dir() else None
+        path = resolve_model(model, download=download)
+        root = folder if folder.is_dir() else path if path.is_dir() else path.parent
+        files = _elmo_files(root) if path.is_dir() else None
         if files is None:
-            return _open_bert(model, device, computes_in)
+            return _open_bert(path, root, device, computes_in)
     bilm = ElmoBiLm.from_files(*files, state=state)
     return ElmoEncoder(bilm.to(device, computes_in), files)
 
 
-def _open_bert(model: _Path, device: torch.device, dtype: torch.dtype) -> BertEncoder:
-    path = resolve_model(model)
-    given = Path(model).expanduser()
-    root = given if given.is_dir() else path if path.is_dir() else path.parent
+def _open_bert(path: Path, root: Path, device: torch.device, dtype: torch.dtype) -> BertEncoder:
+    """Args: ``path``: what ``resolve_model`` found; ``root``: the folder that was meant."""
     folder = transformer_folder(root)
     if path.is_dir() and folder != root:
         path = folder

@@ -67,6 +67,8 @@ class _Bucket:
 
     def __init__(self, place: Any, tokens: Sequence[Tensor | None], cu_seqlens: Tensor, replay: Any) -> None:
         self.place, self.tokens, self.cu_seqlens, self.replay = place, tokens, cu_seqlens, replay
+        self.filled = next(each.shape[0] for each in tokens if each is not None)
+        self.filled_for: tuple[int, int] | None = None  # tokens and offsets of the last call
 
 
 class PackedGraphs:
@@ -177,18 +179,18 @@ class PackedGraphs:
         key = (filled, sequences, seqlen, device, kinds, modes, flags)
         with self._lock:
             bucket = self._buckets.get(key)
-            is_ready = isinstance(bucket, _Bucket)
+            outputs: tuple[Tensor, ...] | None = None
             if isinstance(bucket, _Bucket):
                 self._buckets.move_to_end(key)
                 outputs = _replay(bucket, tokens, cu_seqlens, total, seqlen, per_sequence)
             state = self._state
             if state is None or not state.is_still(module) or not (is_still is None or is_still()):
                 self._drop()
-                is_ready, bucket = False, None
+                outputs = bucket = None
                 if prepare is not None:
                     prepare()
                 self._state = state = State.of(module, self._is_harmless)
-            if is_ready:
+            if outputs is not None:
                 return outputs
             if state is not None:
                 if bucket is _SEEN:
@@ -287,17 +289,19 @@ def _replay(
     stream = torch.cuda.current_stream(cu_seqlens.device) if cu_seqlens.is_cuda else None
     if stream is not None and place.last is not None:
         stream.wait_event(place.last)
-    for static, given in zip(bucket.tokens, tokens):
-        if static is not None and given is not None:
-            filled = static.shape[0]
-            static[:total].copy_(given)
+    pairs = [(s[:total], g) for s, g in zip(bucket.tokens, tokens) if s is not None and g is not None]
+    # Of one dtype, as ids are, they are one launch together. (Optimizers use it; it is in no list of public names.)
+    copy = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
+    copy([static for static, _ in pairs], [given for _, given in pairs])
     given = cu_seqlens.shape[0]
     offsets[:given].copy_(cu_seqlens)
     # What fills the bucket up: sequences of the bucket's length, then empty ones.
-    rest = offsets[given:]
-    if rest.shape[0]:
-        torch.arange(total + seqlen, total + seqlen * rest.shape[0] + 1, seqlen, out=rest)
-        rest.clamp_(max=filled)
+    if bucket.filled_for != (total, given):
+        rest = offsets[given:]
+        if rest.shape[0]:
+            torch.arange(total + seqlen, total + seqlen * rest.shape[0] + 1, seqlen, out=rest)
+            rest.clamp_(max=bucket.filled)
+        bucket.filled_for = (total, given)
     bucket.replay()
     made = bucket.replay.outputs
     split = len(made) - per_sequence

@@ -19,10 +19,11 @@ def kept_keys(mask: Tensor) -> tuple[Tensor, Tensor]:
     """
     kept = mask if mask.dtype == torch.bool else mask == 0
     first = kept[:, :1, :1]
-    is_padding = torch.ones((), dtype=torch.bool, device=mask.device)
+    facts: list[Tensor] = []
     if any(size > 1 and stride != 0 for size, stride in zip(mask.shape[1:3], mask.stride()[1:3])):
-        is_padding = (kept == first).all()
+        facts.append((kept == first).all())
     if mask.dtype != torch.bool:
         # Added to a score, -10000 (of older models) and less leave a weight of 0.
-        is_padding = is_padding & (kept | (mask <= -1e4)).all()
-    return first[:, 0, 0], is_padding
+        facts.append((kept | (mask <= -1e4)).all())
+    is_padding = facts[0] if facts else torch.ones((), dtype=torch.bool, device=mask.device)
+    return first[:, 0, 0], is_padding & facts[1] if len(facts) > 1 else is_padding

@@ -382,6 +382,32 @@ def test_entries_die_with_the_memory_of_parameters() -> None:
     assert len(cache) == 0
 
 
+def test_an_entry_goes_while_entries_are_read() -> None:
+    """As where the collector frees its source in the midst of a walk, which allocates memory (Python up to 3.11)."""
+    cache = WeightCache()
+    tensors = [torch.ones(4, 4) for _ in range(6)]
+
+    class Shrinking(dict):
+        times = 0
+
+        def items(self):  # noqa: ANN202
+            for number, item in enumerate(super().items()):
+                if number == 2 and self.times < 2:
+                    self.times += 1
+                    self.pop(("kind", id(tensors.pop())), None)
+                yield item
+
+    for tensor in tensors:
+        cache.get((tensor,), "kind", lambda: 1)
+    cache._entries = Shrinking(cache._entries)
+    held = torch.ones(4, 4)
+    assert cache.get((held,), "kind", lambda: 2) == 2 and cache._entries.times == 2
+    assert len(cache) == len(tensors) + 1 == 5
+    cache._entries.times = 0
+    cache.forget([held])
+    assert cache._entries.times == 2 and len(cache) == len(tensors) == 2
+
+
 def test_parameters_that_come_and_go_over_one_memory() -> None:
     """As load_state_dict(assign=True) makes them, time and again, from a state dict that is kept."""
     gc.collect()

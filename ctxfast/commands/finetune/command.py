@@ -66,7 +66,9 @@ def add(commands: Any) -> None:
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("-m", "--model", required=True, help="BERT or ELMo folder, Google checkpoint, package; or a finished model")
+    which = "BERT or ELMo folder, Google checkpoint, package, name on the hub; or a finished model"
+    add("-m", "--model", required=True, help=which)
+    add("--download", action="store_true", help=loop_options.DOWNLOAD)
     add("--train", metavar="FILE", help="examples to learn from")
     add("--dev", metavar="FILE", help="examples to choose the best model by")
     add("--test", metavar="FILE", help="examples to judge the chosen model by, or to predict")
@@ -101,7 +103,7 @@ def run(task: TaskCommand, args: argparse.Namespace) -> int:
     who = f"finetune {task.name}"
     is_done = args.predict_only or args.evaluate_only
     loop_options.check_files(args, who, "train", "dev", "test")
-    loop_options.check_model(args.model, who)
+    loop_options.check_model(args.model, who, download=args.download)
     if not is_done:
         loop_options.check_output(args, who, "model", "train", "dev", "test")
     if is_done and (args.test is None or args.train is not None or args.dev is not None):

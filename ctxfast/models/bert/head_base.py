@@ -95,11 +95,12 @@ class BertWithHead(Pretrained):
         device: torch.device | str | None = None,
         num_labels: int | list[str] | None = None,
         padding: str = "zero",
+        download: bool = False,
     ) -> _Model:
-        """Reads a model from files on this machine; the result is in eval mode.
+        """Reads a model from files; the result is in eval mode.
 
         Args:
-            path_or_name, gelu, dtype, device, padding: as ``Bert.from_pretrained``.
+            path_or_name, gelu, dtype, device, padding, download: as ``Bert.from_pretrained``.
             num_labels: number or names of a classifier's labels; None for what the file says. A classifier with
                 these names keeps its weights, reordered to match; one with other names is newly initialized.
 
@@ -111,7 +112,7 @@ class BertWithHead(Pretrained):
                 randomly.
         """
         checks.choice("Bert", "padding", padding, PADDING)
-        read = cls._read(path_or_name, gelu)
+        read = cls._read(path_or_name, gelu, download)
         if num_labels is not None and num_labels != read.config.num_labels:
             config = read.config.with_labels(num_labels)
             order = _order_of_labels(read.config, config)

@@ -183,23 +183,26 @@ class Bert(Pretrained):
         device: torch.device | str | None = None,
         add_pooling_layer: bool | None = None,
         padding: str = "zero",
+        download: bool = False,
     ) -> Bert:
-        """Reads a model from files on this machine; the result is in eval mode.
+        """Reads a model from files; the result is in eval mode.
 
         Args:
-            path_or_name: a Hugging Face directory, a weight file, a TensorFlow checkpoint, or the
-                name of an installed package with a model (see ``load_checkpoint``).
+            path_or_name: a Hugging Face directory, a weight file, a TensorFlow checkpoint, the name of an installed
+                package with a model, or a name of Hugging Face's hub (see ``weights.resolve_model``).
             gelu: "erf" or "tanh" instead of the config's.
             dtype: of the parameters; None for that of the word table in the file.
             device: None for the CPU.
             add_pooling_layer: None for a pooler if the file has one; True makes one, with a warning, if not.
             padding: "zero" or "keep", see the class.
+            download: fetch a model of the hub that is not on this machine.
 
         Raises:
             FileNotFoundError, ValueError: as ``load_checkpoint``.
+            ConnectionError: the hub cannot be reached.
         """
         checks.choice(_OP, "padding", padding, PADDING)
-        read = cls._read(path_or_name, gelu)
+        read = cls._read(path_or_name, gelu, download)
         if add_pooling_layer is None:
             add_pooling_layer = "bert.pooler.dense.weight" in read.state_dict
         return cls._from_checkpoint(read, dtype, device, add_pooling_layer=add_pooling_layer, padding=padding)

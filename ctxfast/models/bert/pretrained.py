@@ -63,8 +63,8 @@ class Pretrained(tools.NotScriptable):
             module.reset_parameters()
 
     @staticmethod
-    def _read(path_or_name: str | os.PathLike[str], gelu: str | None) -> Checkpoint:
-        return load_checkpoint(path_or_name, gelu=gelu)
+    def _read(path_or_name: str | os.PathLike[str], gelu: str | None, download: bool) -> Checkpoint:
+        return load_checkpoint(path_or_name, gelu=gelu, download=download)
 
     @classmethod
     def _from_checkpoint(

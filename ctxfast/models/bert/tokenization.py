@@ -82,6 +82,7 @@ class BertTokenizer:
         max_length: int | None = None,
         max_word_chars: int | None = None,
         special_in_text: bool | None = None,
+        download: bool = False,
     ) -> BertTokenizer:
         """Opens the tokenizer of a model.
 
@@ -89,7 +90,7 @@ class BertTokenizer:
         in tokenizer_config.json go before those in tokenizer.json, as in Hugging Face.
 
         Args:
-            path_or_name: as `resolve_model`; the path of a tokenizer.json or vocab.txt also does.
+            path_or_name, download: as `resolve_model`; the path of a tokenizer.json or vocab.txt also does.
             do_lower_case: lower-case and strip accents (WordPiece only). By default what the files say; for a lone
                 vocab.txt False if the folder's name has "cased" but not "uncased" in it, else True.
             max_length: longest sequence; by default the smaller of `model_max_length` in
@@ -106,7 +107,7 @@ class BertTokenizer:
             UserWarning: the vocabulary has more entries than the model's word table; a setting of tokenizer.json that
                 Hugging Face's class replaces; padding on the left, where it would move positions.
         """
-        path = resolve_model(path_or_name)
+        path = resolve_model(path_or_name, download=download)
         folder = path if path.is_dir() else path.parent
         named = path.name if path.is_file() and path.suffix in (".json", ".txt") else None
         settings = read_settings(folder)

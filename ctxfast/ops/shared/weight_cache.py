@@ -223,11 +223,17 @@ class WeightCache:
 
     def _keep_few_at(self, addresses: list[int], kind: Any) -> None:
         """Nobody tells the end of a parameter whose memory lives on in other tensors."""
-        there = [
-            key for key, (seen, _) in list(self._entries.items()) if key[0] == kind and seen.addresses == addresses
-        ]
+        there = [key for key, (seen, _) in self._snapshot() if key[0] == kind and seen.addresses == addresses]
         for key in there[:-_MOST_AT_ONE_PLACE]:
             self._entries.pop(key, None)
+
+    def _snapshot(self) -> list[tuple[tuple[Any, ...], tuple[Seen, Any]]]:
+        """The entries as they are now."""
+        while True:
+            try:
+                return list(self._entries.items())
+            except RuntimeError:  # garbage was collected in the midst of it, and an entry went with its source
+                continue
 
     def forget(self, tensors: Iterable[Tensor] | None = None) -> None:
         """Drops what was packed from any of these tensors; None: everything."""
@@ -237,7 +243,7 @@ class WeightCache:
                 self._entries.clear()
                 return
             ids = set(map(id, tensors))
-            for key in list(self._entries):
+            for key, _ in self._snapshot():
                 if not ids.isdisjoint(key[1:]):
                     self._entries.pop(key, None)
 
