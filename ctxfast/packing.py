@@ -10,6 +10,7 @@ import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -154,12 +155,14 @@ class Packing:
         device = torch.device("cpu" if device is None else device)
         if sum(host_lengths) == len(host_lengths) * seqlen:
             return cls.full(len(host_lengths), seqlen, device)
-        per_row = torch.tensor(host_lengths, dtype=torch.int64, device="cpu")
-        cu_seqlens = _offsets(per_row)
+        # By NumPy, which takes a fraction of torch's time for a few numbers.
+        counts = np.array(host_lengths, dtype=np.int64)
+        ends = counts.cumsum()
         # Each text moves on by the padding of all texts before it.
-        shift = torch.arange(len(host_lengths), device="cpu") * seqlen - cu_seqlens[:-1]
-        indices = torch.arange(sum(host_lengths), device="cpu") + shift.repeat_interleave(per_row)
-        indices, cu_seqlens = transfer.to_device(indices, device), transfer.to_device(cu_seqlens, device)
+        shift = np.arange(len(counts)) * seqlen - (ends - counts)
+        places = np.arange(int(ends[-1])) + shift.repeat(counts)
+        offsets = np.concatenate(([0], ends)).astype(np.int32)
+        indices, cu_seqlens = transfer.to_device(places, device), transfer.to_device(offsets, device)
         return cls(indices, cu_seqlens, longest, len(host_lengths), seqlen, host_lengths)
 
     @classmethod

@@ -22,9 +22,10 @@ constexpr int kIdOutside = 1;  // trap code
 // The kernels' own: sizes the launcher has worked out.
 struct Launch {
   CharCnnCudaParams p;
-  int32_t stride;          // numbers between a word's characters in shared memory
-  int32_t slot;            // numbers between words there
-  int32_t words_of_block;  // there at once
+  int32_t stride;           // numbers between a word's characters in shared memory
+  int32_t places, numbers;  // 32 numbers further: so many characters and numbers
+  int32_t slot;             // numbers between words there
+  int32_t words_of_block;   // there at once
   int32_t widest;
 };
 
@@ -67,10 +68,19 @@ CTXFAST_DEVICE int stage_word(const Launch& l, int64_t word, S* to) {
     tail = other > tail ? other : tail;
   }
   const int reached = tail + l.widest < p.characters ? tail + l.widest : p.characters;
-  for (int i = lane; i < reached * l.stride; i += 32) {
-    const int place = i / l.stride, d = i % l.stride;
-    const T* const row = static_cast<const T*>(p.table) + character(p, word, place) * p.size;
-    to[i] = from_float<S>(d < p.size ? to_float(row[d]) : 0.0f);
+  // Stepped, not divided: a division by a stride that the compiler does not know takes longer than all the rest. Loads
+  // that nothing decides about go out side by side: first ids (of int64 the low half: they were checked above), then
+  // rows.
+  const int32_t* const ids = static_cast<const int32_t*>(p.ids);
+  const int wide = p.is_int64 ? 1 : 0;
+#pragma unroll 4
+  for (int i = lane, place = lane / l.stride, d = lane % l.stride; i < reached * l.stride; i += 32) {
+    const int64_t id = ids[(word * p.characters + place) << wide];
+    const T* const row = static_cast<const T*>(p.table) + id * p.size;
+    const float value = to_float(row[d < p.size ? d : 0]);
+    to[i] = from_float<S>(d < p.size ? value : 0.0f);
+    place += l.places, d += l.numbers;
+    if (d >= l.stride) d -= l.stride, ++place;
   }
   return tail;
 }
@@ -299,6 +309,7 @@ bool takes_tiles(const Launch& l) {
 template <typename T>
 cudaError_t launch_tiles(Launch l, cudaStream_t stream) {
   l.stride = static_cast<int32_t>(tile_stride(l.p.size));
+  l.places = 32 / l.stride, l.numbers = 32 % l.stride;
   const int64_t bytes = word_bytes(l.p.characters, l.stride, 2), fit = kCharCnnCudaSharedBytes / (bytes + 16);
   l.slot = static_cast<int32_t>(bytes / 2);
   l.words_of_block = static_cast<int32_t>(std::min<int64_t>(fit, kWarps));
@@ -310,6 +321,7 @@ cudaError_t launch_tiles(Launch l, cudaStream_t stream) {
 template <typename T>
 cudaError_t launch_plain(Launch l, cudaStream_t stream) {
   l.stride = static_cast<int32_t>(round_up(l.p.size, kPlainAlign));
+  l.places = 32 / l.stride, l.numbers = 32 % l.stride;
   const int64_t bytes = word_bytes(l.p.characters, l.stride, 4), panel = 4 * kPanelFilters * l.widest * l.stride;
   l.slot = static_cast<int32_t>(bytes / 4);
   const int64_t fit = (kCharCnnCudaSharedBytes - panel) / bytes;
@@ -335,7 +347,7 @@ int64_t char_cnn_cuda_shared_bytes(int64_t characters, int64_t size, int64_t wid
 Status char_cnn_cuda_forward(const CharCnnCudaParams& p, CUstream_st* stream) {
   const Status checked = check(p, true);
   if (!checked.ok() || p.words == 0 || p.columns == 0) return checked;
-  Launch l = {p, 0, 0, 0, 0};
+  Launch l = {p, 0, 0, 0, 0, 0, 0};
   for (int i = 0; i < p.widths; ++i) l.widest = std::max(l.widest, p.filters[i].width);
   CTXFAST_CUDA_CHECK(kOp, p.dtype == DType::kFloat32   ? launch_plain<float>(l, stream)
                           : p.dtype == DType::kFloat16 ? launch_half<__half>(l, stream)

@@ -8,7 +8,7 @@ namespace {
 using bind::field;
 using S = LstmStepShape;
 
-struct Workspace {
+struct Asked {
   LstmStepShape shape;
   bool backward = false;
 };
@@ -28,31 +28,44 @@ bind::Fields<LstmStepForwardParams> forward_fields() {
   using P = LstmStepForwardParams;
   return bind::join<P>(
       {shape<P>(),
-       {field<&P::gates>("gates"), field<&P::gates_strides>("gates_strides"), field<&P::packed_gates>("packed_gates"),
-        field<&P::packed_proj>("packed_proj"), field<&P::lengths>("lengths"), field<&P::h_0>("h_0"),
-        field<&P::c_0>("c_0"), field<&P::cell_clip>("cell_clip"), field<&P::proj_clip>("proj_clip"),
-        field<&P::output>("output"), field<&P::h_n>("h_n"), field<&P::c_n>("c_n"), field<&P::cells>("cells"),
-        field<&P::workspace>("workspace"), field<&P::workspace_bytes>("workspace_bytes")}});
+       {field<&P::gates>("gates"), field<&P::gates_strides>("gates_strides"), field<&P::packed>("packed"),
+        field<&P::lengths>("lengths"), field<&P::h_0>("h_0"), field<&P::c_0>("c_0"), field<&P::cell_clip>("cell_clip"),
+        field<&P::proj_clip>("proj_clip"), field<&P::output>("output"), field<&P::h_n>("h_n"), field<&P::c_n>("c_n"),
+        field<&P::cells>("cells"), field<&P::workspace>("workspace"), field<&P::workspace_bytes>("workspace_bytes")}});
 }
 
 bind::Fields<LstmStepBackwardParams> backward_fields() {
   using P = LstmStepBackwardParams;
   return bind::join<P>(
       {shape<P>(),
-       {field<&P::z>("z"), field<&P::z_strides>("z_strides"), field<&P::packed_gates_t>("packed_gates_t"),
-        field<&P::packed_proj_t>("packed_proj_t"), field<&P::lengths>("lengths"), field<&P::c_0>("c_0"),
-        field<&P::cells>("cells"), field<&P::output>("output"), field<&P::grad_output>("grad_output"),
-        field<&P::grad_h_n>("grad_h_n"), field<&P::grad_c_n>("grad_c_n"), field<&P::cell_clip>("cell_clip"),
-        field<&P::proj_clip>("proj_clip"), field<&P::grad_gates>("grad_gates"), field<&P::grad_hidden>("grad_hidden"),
-        field<&P::grad_h_0>("grad_h_0"), field<&P::grad_c_0>("grad_c_0"), field<&P::workspace>("workspace"),
-        field<&P::workspace_bytes>("workspace_bytes")}});
+       {field<&P::z>("z"), field<&P::z_strides>("z_strides"), field<&P::packed>("packed"),
+        field<&P::lengths>("lengths"), field<&P::c_0>("c_0"), field<&P::cells>("cells"), field<&P::output>("output"),
+        field<&P::grad_output>("grad_output"), field<&P::grad_h_n>("grad_h_n"), field<&P::grad_c_n>("grad_c_n"),
+        field<&P::cell_clip>("cell_clip"), field<&P::proj_clip>("proj_clip"), field<&P::grad_gates>("grad_gates"),
+        field<&P::grad_hidden>("grad_hidden"), field<&P::grad_h_0>("grad_h_0"), field<&P::grad_c_0>("grad_c_0"),
+        field<&P::workspace>("workspace"), field<&P::workspace_bytes>("workspace_bytes")}});
 }
 
-int64_t workspace_bytes(const Workspace& wanted) { return lstm_step_workspace_bytes(wanted.shape, wanted.backward); }
+bind::Fields<LstmStepPackParams> pack_fields() {
+  using P = LstmStepPackParams;
+  return bind::join<P>({shape<P>(),
+                        {field<&P::backward>("backward"), field<&P::weight_hh>("weight_hh"),
+                         field<&P::weight_hh_strides>("weight_hh_strides"), field<&P::weight_proj>("weight_proj"),
+                         field<&P::weight_proj_strides>("weight_proj_strides"), field<&P::is_known>("is_known"),
+                         field<&P::packed>("packed"), field<&P::packed_bytes>("packed_bytes")}});
+}
+
+bind::Fields<Asked> asked_fields() {
+  return bind::join<Asked>({shape<Asked>(), {field<&Asked::backward>("backward")}});
+}
+
+int64_t packed_bytes(const Asked& wanted) { return lstm_step_packed_bytes(wanted.shape, wanted.backward); }
+int64_t workspace_bytes(const Asked& wanted) { return lstm_step_workspace_bytes(wanted.shape, wanted.backward); }
 
 const bind::Op op([](pybind11::module_& m) {
-  bind::def(m, "lstm_step_workspace_bytes", &workspace_bytes,
-            bind::join<Workspace>({shape<Workspace>(), {field<&Workspace::backward>("backward")}}));
+  bind::def(m, "lstm_step_workspace_bytes", &workspace_bytes, asked_fields());
+  bind::def(m, "lstm_step_packed_bytes", &packed_bytes, asked_fields());
+  bind::def(m, "lstm_step_pack", &lstm_step_pack, pack_fields());
   bind::def(m, "lstm_step_forward", &lstm_step_forward, forward_fields());
   bind::def(m, "lstm_step_backward", &lstm_step_backward, backward_fields());
 });

@@ -6,6 +6,7 @@
 #include "base/launch.cuh"
 #include "lstm/step.cuh"
 #include "lstm/step.h"
+#include "lstm/step_pack.h"
 
 namespace ctxfast {
 namespace {
@@ -17,7 +18,6 @@ constexpr int64_t kLargest = int64_t{1} << 30;
 // Batch rows that share one reading of the weights.
 constexpr int64_t kFewRows = 8, kManyRows = 32;
 
-int64_t element_bytes(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 int64_t rows_together(const LstmStepShape& shape) { return shape.batch <= kFewRows ? kFewRows : kManyRows; }
 
 // Where the pieces of the workspace begin, in bytes; the last entry is its size.
@@ -46,15 +46,10 @@ Status check_shape(const LstmStepShape& s) {
   return check_dtype(kOp, "dtype", s.dtype, {DType::kFloat16, DType::kBFloat16, DType::kFloat32});
 }
 
-Status check_gates(const char* name, const LstmStepShape& shape, const void* const gates[2],
-                   const int64_t strides[2][2]) {
+Status check_gates(const char* name, const LstmStepShape& shape, const void* const gates[2]) {
+  const auto alignment = static_cast<uintptr_t>(element_bytes(shape.dtype));
   for (int64_t r = 0; r < shape.directions; ++r) {
-    const auto alignment = static_cast<uintptr_t>(4 * element_bytes(shape.dtype));
     CTXFAST_RETURN_IF_ERROR(check_addresses(kOp, {{name, gates[r], true, alignment}}));
-    if (strides[r][0] % 4 != 0 || strides[r][1] % 4 != 0) {
-      return invalid(kOp, name, "strided by " + std::to_string(strides[r][0]) + ", " + std::to_string(strides[r][1]),
-                     "strides of batch and time that 4 divides");
-    }
   }
   return {};
 }
@@ -79,10 +74,9 @@ StepParams common(const LstmStepShape& s) {
 }
 
 // The product's side of a kernel's parameters.
-void set_product(StepParams* p, const void* const weights[2], int64_t tiles, int64_t k, const void* from, void* to,
-                 int64_t to_k) {
-  p->weights[0] = weights[0];
-  p->weights[1] = weights[1];
+void set_product(StepParams* p, const void* packed, const int64_t (&at)[2], int64_t tiles, int64_t k, const void* from,
+                 void* to, int64_t to_k) {
+  for (int r = 0; r < 2; ++r) p->weights[r] = static_cast<const unsigned char*>(packed) + at[r];
   p->tiles = static_cast<int>(tiles);
   p->k = static_cast<int>(round_up(k, kPad));
   p->from = from;
@@ -120,6 +114,7 @@ template <typename T>
 Status forward(const LstmStepForwardParams& params, cudaStream_t stream) {
   const LstmStepShape& s = params.shape;
   const Places places = places_of(s, false);
+  const PackedPlaces weights = packed_places(s, false);
   auto* workspace = static_cast<unsigned char*>(params.workspace);
   CTXFAST_CUDA_CHECK(kOp, clear_async(workspace, 0, static_cast<size_t>(places.end), stream));
   StepParams p = common(s);
@@ -149,12 +144,13 @@ Status forward(const LstmStepForwardParams& params, cudaStream_t stream) {
       direction.t = static_cast<int>(time_of(s, step, r, false));
       direction.is_last = step + 1 == s.steps;
       direction.h = now;
-      set_product(&direction, params.packed_gates, ceil_div(s.hidden, 4), s.size, now, s.has_proj ? m : next, s.hidden);
+      set_product(&direction, params.packed, weights.hh, ceil_div(s.hidden, 4), s.size, now, s.has_proj ? m : next,
+                  s.hidden);
     }
     CTXFAST_CUDA_CHECK(kOp, (launch_step<T, Step::kGates>(both, stream)));
     if (!s.has_proj) continue;
     for (StepParams& direction : both.of) {
-      set_product(&direction, params.packed_proj, ceil_div(s.size, kRowsOfTile), s.hidden, m, next, s.size);
+      set_product(&direction, params.packed, weights.proj, ceil_div(s.size, kRowsOfTile), s.hidden, m, next, s.size);
     }
     CTXFAST_CUDA_CHECK(kOp, (launch_step<T, Step::kProjection>(both, stream)));
   }
@@ -165,6 +161,7 @@ template <typename T>
 Status backward(const LstmStepBackwardParams& params, cudaStream_t stream) {
   const LstmStepShape& s = params.shape;
   const Places places = places_of(s, true);
+  const PackedPlaces weights = packed_places(s, true);
   auto* workspace = static_cast<unsigned char*>(params.workspace);
   CTXFAST_CUDA_CHECK(kOp, clear_async(workspace, 0, static_cast<size_t>(places.end), stream));
   StepParams p = common(s);
@@ -205,12 +202,13 @@ Status backward(const LstmStepBackwardParams& params, cudaStream_t stream) {
     }
     if (s.has_proj) {
       for (StepParams& direction : both.of) {
-        set_product(&direction, params.packed_proj_t, ceil_div(s.hidden, kRowsOfTile), s.size, dh, dz, 4 * s.hidden);
+        set_product(&direction, params.packed, weights.proj, ceil_div(s.hidden, kRowsOfTile), s.size, dh, dz,
+                    4 * s.hidden);
       }
       CTXFAST_CUDA_CHECK(kOp, (launch_step<T, Step::kCells>(both, stream)));
     }
     for (StepParams& direction : both.of) {
-      set_product(&direction, params.packed_gates_t, ceil_div(s.size, kRowsOfTile), 4 * s.hidden, dz,
+      set_product(&direction, params.packed, weights.hh, ceil_div(s.size, kRowsOfTile), 4 * s.hidden, dz,
                   s.has_proj ? dh : next_dz, s.has_proj ? s.size : 4 * s.hidden);
     }
     if (s.has_proj) {
@@ -224,30 +222,16 @@ Status backward(const LstmStepBackwardParams& params, cudaStream_t stream) {
 
 }  // namespace
 
-LstmStepPacked lstm_step_packed(const LstmStepShape& s) {
-  const auto count = [](int64_t tiles, int64_t k) { return tiles * kRowsOfTile * round_up(k, kPad); };
-  LstmStepPacked packed;
-  packed.gates = count(ceil_div(s.hidden, 4), s.size);
-  packed.gates_t = count(ceil_div(s.size, kRowsOfTile), 4 * s.hidden);
-  if (s.has_proj) {
-    packed.proj = count(ceil_div(s.size, kRowsOfTile), s.hidden);
-    packed.proj_t = count(ceil_div(s.hidden, kRowsOfTile), s.size);
-  }
-  return packed;
-}
-
 int64_t lstm_step_workspace_bytes(const LstmStepShape& shape, bool backward) { return places_of(shape, backward).end; }
 
 Status lstm_step_forward(const LstmStepForwardParams& p, CUstream_st* stream) {
   const Status shape = check_shape(p.shape);
   if (!shape.ok() || p.shape.batch == 0) return shape;
-  if (p.shape.steps > 0) CTXFAST_RETURN_IF_ERROR(check_gates("gates", p.shape, p.gates, p.gates_strides));
-  for (int64_t r = 0; r < p.shape.directions; ++r) {
-    CTXFAST_RETURN_IF_ERROR(check_addresses(
-        kOp, {{"packed_gates", p.packed_gates[r], true, 16}, {"packed_proj", p.packed_proj[r], p.shape.has_proj, 16}}));
-  }
-  CTXFAST_RETURN_IF_ERROR(
-      check_addresses(kOp, {{"output", p.output, p.shape.steps > 0}, {"h_n", p.h_n}, {"c_n", p.c_n, true, 4}}));
+  if (p.shape.steps > 0) CTXFAST_RETURN_IF_ERROR(check_gates("gates", p.shape, p.gates));
+  CTXFAST_RETURN_IF_ERROR(check_addresses(kOp, {{"packed", p.packed, true, 16},
+                                                {"output", p.output, p.shape.steps > 0},
+                                                {"h_n", p.h_n},
+                                                {"c_n", p.c_n, true, 4}}));
   CTXFAST_RETURN_IF_ERROR(check_workspace(p.shape, p.workspace, p.workspace_bytes, false));
   switch (p.shape.dtype) {
     case DType::kFloat16:
@@ -263,13 +247,12 @@ Status lstm_step_backward(const LstmStepBackwardParams& p, CUstream_st* stream) 
   const Status shape = check_shape(p.shape);
   if (!shape.ok() || p.shape.batch == 0) return shape;
   const bool has_steps = p.shape.steps > 0;
-  if (has_steps) CTXFAST_RETURN_IF_ERROR(check_gates("z", p.shape, p.z, p.z_strides));
+  if (has_steps) CTXFAST_RETURN_IF_ERROR(check_gates("z", p.shape, p.z));
   for (int64_t r = 0; r < p.shape.directions; ++r) {
-    CTXFAST_RETURN_IF_ERROR(check_addresses(kOp, {{"packed_gates_t", p.packed_gates_t[r], true, 16},
-                                                  {"packed_proj_t", p.packed_proj_t[r], p.shape.has_proj, 16},
-                                                  {"grad_gates", p.grad_gates[r], has_steps}}));
+    CTXFAST_RETURN_IF_ERROR(check_addresses(kOp, {{"grad_gates", p.grad_gates[r], has_steps}}));
   }
-  CTXFAST_RETURN_IF_ERROR(check_addresses(kOp, {{"cells", p.cells, has_steps, 4},
+  CTXFAST_RETURN_IF_ERROR(check_addresses(kOp, {{"packed", p.packed, true, 16},
+                                                {"cells", p.cells, has_steps, 4},
                                                 {"output", p.output, has_steps && p.proj_clip > 0},
                                                 {"grad_h_0", p.grad_h_0, true, 4},
                                                 {"grad_c_0", p.grad_c_0, true, 4}}));

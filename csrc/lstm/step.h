@@ -25,23 +25,33 @@ struct LstmStepShape {
   DType dtype = DType::kFloat16;  // kFloat16, kBFloat16 or kFloat32: of every tensor that is not float below
 };
 
-// Elements of one direction's packed weights; see cuda_step.py for their order.
-//   gates: W_hh for the forward pass; proj: W_proj, for both (0 without projection)
-//   gates_t, proj_t: their transposes, for the backward pass
-struct LstmStepPacked {
-  int64_t gates = 0, proj = 0, gates_t = 0, proj_t = 0;
+// The weights as the kernels read them: packed once for many calls, of the forward pass or, transposed, of the backward
+// pass. Beside them lies a sample of the weights' bits, by the rule of base/samples.h: every row in part, small weights
+// whole. batch and steps of the shape do not matter.
+struct LstmStepPackParams {
+  LstmStepShape shape;
+  bool backward = false;
+  const void* weight_hh[2] = {};         // (4H, P), rows in the order i, f, g, o
+  int64_t weight_hh_strides[2][2] = {};  // in elements
+  const void* weight_proj[2] = {};       // (P, H), or null
+  int64_t weight_proj_strides[2][2] = {};
+  // Whether `packed` was written by an earlier call with these very arguments: a weight is then packed again only if
+  // its sample is another one. All on the stream; the host learns nothing and waits for nothing.
+  bool is_known = false;
+  void* packed = nullptr;  // lstm_step_packed_bytes, 16-byte aligned
+  int64_t packed_bytes = 0;
 };
-LstmStepPacked lstm_step_packed(const LstmStepShape& shape);
+int64_t lstm_step_packed_bytes(const LstmStepShape& shape, bool backward);
+Status lstm_step_pack(const LstmStepPackParams& params, CUstream_st* stream);
 
 // Bytes of the workspace, 16-byte aligned; need not be cleared.
 int64_t lstm_step_workspace_bytes(const LstmStepShape& shape, bool backward);
 
 struct LstmStepForwardParams {
   LstmStepShape shape;
-  const void* gates[2] = {};           // (B, T, H, 4): W_ih x + b, a cell's four gates side by side
-  int64_t gates_strides[2][2] = {};    // of B and T, in elements, multiples of 4
-  const void* packed_gates[2] = {};    // shape.packed.gates
-  const void* packed_proj[2] = {};     // or null
+  const void* gates[2] = {};           // (B, T, 4, H): W_ih x + b, gate by gate
+  int64_t gates_strides[2][2] = {};    // of B and T, in elements
+  const void* packed = nullptr;        // by lstm_step_pack
   const int64_t* lengths = nullptr;    // (B), 0..T; null: T everywhere
   const void* h_0 = nullptr;           // (R, B, P) contiguous; null: zeros
   const float* c_0 = nullptr;          // (R, B, H) contiguous; null: zeros
@@ -56,10 +66,9 @@ struct LstmStepForwardParams {
 
 struct LstmStepBackwardParams {
   LstmStepShape shape;
-  const void* z[2] = {};         // (B, T, H, 4): gates before their nonlinearity
-  int64_t z_strides[2][2] = {};  // of B and T, multiples of 4
-  const void* packed_gates_t[2] = {};
-  const void* packed_proj_t[2] = {};  // or null
+  const void* z[2] = {};         // (B, T, 4, H): gates before their nonlinearity
+  int64_t z_strides[2][2] = {};  // of B and T
+  const void* packed = nullptr;  // by lstm_step_pack, backward
   const int64_t* lengths = nullptr;
   const float* c_0 = nullptr;
   const float* cells = nullptr;       // as stored by the forward pass
@@ -68,7 +77,7 @@ struct LstmStepBackwardParams {
   const float* grad_h_n = nullptr;    // (R, B, P); null: zeros
   const float* grad_c_n = nullptr;    // (R, B, H); null: zeros
   float cell_clip = 0, proj_clip = 0;
-  void* grad_gates[2] = {};     // (B, T, H, 4) contiguous; 0 past a row's end
+  void* grad_gates[2] = {};     // (B, T, 4, H) contiguous; 0 past a row's end
   void* grad_hidden = nullptr;  // (R, B, T, P): of h before its clip, 0 past a row's end; null: not wanted
   float* grad_h_0 = nullptr;    // (R, B, P)
   float* grad_c_0 = nullptr;    // (R, B, H)

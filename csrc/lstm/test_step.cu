@@ -8,6 +8,7 @@
 #include "base/device.cuh"
 #include "base/testing.cuh"
 #include "lstm/step.h"
+#include "lstm/step_pack.h"
 
 using namespace ctxfast;
 
@@ -29,62 +30,11 @@ struct Sizes {
   float clip;
 };
 
-// A matrix of doubles; the order that cuda_step.py packs, written down a second time.
 struct Matrix {
   int rows, columns;
   std::vector<double> at;
-  double get(int row, int column) const { return row < rows && column < columns ? at[row * columns + column] : 0.0; }
+  double get(int row, int column) const { return at[row * columns + column]; }
 };
-
-template <typename T>
-std::vector<T> pack(const Matrix& m) {
-  const int tiles = (m.rows + 15) / 16, k = (m.columns + 31) / 32 * 32;
-  std::vector<T> packed;
-  if (sizeof(T) == 4) {
-    for (int row = 0; row < 16 * tiles; ++row) {
-      for (int column = 0; column < k; ++column)
-        packed.push_back(from_float<T>(static_cast<float>(m.get(row, column))));
-    }
-    return packed;
-  }
-  for (int tile = 0; tile < tiles; ++tile) {
-    for (int pair = 0; pair < k / 32; ++pair) {
-      for (int step = 0; step < 2; ++step) {
-        for (int lane = 0; lane < 32; ++lane) {
-          for (int j = 0; j < 8; ++j) {  // four registers of two
-            const int row = 16 * tile + lane / 4 + 8 * (j / 2 % 2);
-            const int column = 32 * pair + 8 * (lane % 4) + 4 * step + 2 * (j / 4) + j % 2;
-            packed.push_back(from_float<T>(static_cast<float>(m.get(row, column))));
-          }
-        }
-      }
-    }
-  }
-  return packed;
-}
-
-// Rows in tiles of 4 gates x 4 cells.
-Matrix gate_tiles(const Matrix& hh) {
-  const int hidden = hh.rows / 4, tiles = (hidden + 3) / 4;
-  Matrix tiled{16 * tiles, hh.columns, std::vector<double>(16 * tiles * hh.columns)};
-  for (int cell = 0; cell < hidden; ++cell) {
-    for (int gate = 0; gate < 4; ++gate) {
-      for (int k = 0; k < hh.columns; ++k) {
-        tiled.at[(16 * (cell / 4) + 4 * gate + cell % 4) * hh.columns + k] = hh.get(gate * hidden + cell, k);
-      }
-    }
-  }
-  return tiled;
-}
-Matrix transposed(const Matrix& m, bool by_cells) {
-  Matrix t{m.columns, m.rows, std::vector<double>(m.at.size())};
-  const int hidden = m.rows / 4;
-  for (int row = 0; row < m.rows; ++row) {
-    const int to = by_cells ? 4 * (row % hidden) + row / hidden : row;
-    for (int column = 0; column < m.columns; ++column) t.at[column * m.rows + to] = m.get(row, column);
-  }
-  return t;
-}
 
 double squash(double x) { return 1 / (1 + std::exp(-x)); }
 double clipped(double x, double bound) { return bound > 0 ? std::min(std::max(x, -bound), bound) : x; }
@@ -118,7 +68,8 @@ void test(Report* report, const char* name, DType dtype, const Sizes& s, double 
              grad_c_n = draw(size_t(R) * B * H, 1);
   LstmStepForwardParams f;
   LstmStepBackwardParams b;
-  f.shape = b.shape = {B, T_, H, P, R, projected, dtype};
+  LstmStepPackParams w;
+  f.shape = b.shape = w.shape = {B, T_, H, P, R, projected, dtype};
   f.cell_clip = b.cell_clip = f.proj_clip = b.proj_clip = s.clip;
   f.lengths = b.lengths = to_device(lengths);
   f.h_0 = to_device(narrow(h_0));
@@ -150,12 +101,15 @@ void test(Report* report, const char* name, DType dtype, const Sizes& s, double 
     const Matrix hh{4 * H, P, draw(size_t(4) * H * P, 2 / std::sqrt(float(P)))};
     const Matrix proj{P, H, projected ? draw(size_t(P) * H, 3 / std::sqrt(float(H))) : std::vector<double>()};
     f.gates[r] = to_device(narrow(gates));
-    f.packed_gates[r] = to_device(pack<T>(gate_tiles(hh)));
-    b.packed_gates_t[r] = to_device(pack<T>(transposed(hh, true)));
-    if (projected) {
-      f.packed_proj[r] = to_device(pack<T>(proj));
-      b.packed_proj_t[r] = to_device(pack<T>(transposed(proj, false)));
+    // The projection lies column by column: the packing knows strides.
+    w.weight_hh[r] = to_device(narrow(hh.at));
+    w.weight_hh_strides[r][0] = P, w.weight_hh_strides[r][1] = 1;
+    std::vector<double> turned;
+    for (int k = 0; projected && k < H; ++k) {
+      for (int row = 0; row < P; ++row) turned.push_back(proj.get(row, k));
     }
+    if (projected) w.weight_proj[r] = to_device(narrow(turned));
+    w.weight_proj_strides[r][0] = 1, w.weight_proj_strides[r][1] = P;
     f.gates_strides[r][0] = b.z_strides[r][0] = int64_t{T_} * H * 4;
     f.gates_strides[r][1] = b.z_strides[r][1] = H * 4;
     b.grad_gates[r] = device_garbage<T>(size_t(B) * T_ * H * 4);
@@ -174,11 +128,11 @@ void test(Report* report, const char* name, DType dtype, const Sizes& s, double 
         std::vector<double> m(H), next(P);
         for (int cell = 0; cell < H; ++cell) {
           for (int gate = 0; gate < 4; ++gate) {
-            for (int k = 0; k < P; ++k) z[4 * cell + gate] += hh.get(gate * H + cell, k) * h[k];
+            for (int k = 0; k < P; ++k) z[gate * H + cell] += hh.get(gate * H + cell, k) * h[k];
           }
-          raw_c[t][cell] = squash(z[4 * cell]) * std::tanh(z[4 * cell + 2]) + squash(z[4 * cell + 1]) * c[cell];
+          raw_c[t][cell] = squash(z[cell]) * std::tanh(z[2 * H + cell]) + squash(z[H + cell]) * c[cell];
           c[cell] = clipped(raw_c[t][cell], s.clip);
-          m[cell] = squash(z[4 * cell + 3]) * std::tanh(c[cell]);
+          m[cell] = squash(z[3 * H + cell]) * std::tanh(c[cell]);
         }
         for (int p = 0; p < P; ++p) {
           next[p] = projected ? 0 : m[p];
@@ -207,20 +161,20 @@ void test(Report* report, const char* name, DType dtype, const Sizes& s, double 
         for (int cell = 0; cell < H; ++cell) {
           double dm = projected ? 0 : dh[cell];
           for (int p = 0; projected && p < P; ++p) dm += proj.get(p, cell) * dh[p];
-          const double i = squash(z[4 * cell]), keep = squash(z[4 * cell + 1]), g = std::tanh(z[4 * cell + 2]),
-                       o = squash(z[4 * cell + 3]), tanh_c = std::tanh(cells[t][cell]);
+          const double i = squash(z[cell]), keep = squash(z[H + cell]), g = std::tanh(z[2 * H + cell]),
+                       o = squash(z[3 * H + cell]), tanh_c = std::tanh(cells[t][cell]);
           dc[cell] += dm * o * (1 - tanh_c * tanh_c);
           if (s.clip > 0 && std::fabs(raw_c[t][cell]) >= s.clip) dc[cell] = 0;
-          dz[4 * cell] = dc[cell] * g * i * (1 - i);
-          dz[4 * cell + 1] = dc[cell] * before[t][cell] * keep * (1 - keep);
-          dz[4 * cell + 2] = dc[cell] * i * (1 - g * g);
-          dz[4 * cell + 3] = dm * tanh_c * o * (1 - o);
+          dz[cell] = dc[cell] * g * i * (1 - i);
+          dz[H + cell] = dc[cell] * before[t][cell] * keep * (1 - keep);
+          dz[2 * H + cell] = dc[cell] * i * (1 - g * g);
+          dz[3 * H + cell] = dm * tanh_c * o * (1 - o);
           dc[cell] *= keep;
         }
         for (int p = 0; p < P; ++p) {
           dh[p] = 0;
           for (int cell = 0; cell < H; ++cell) {
-            for (int gate = 0; gate < 4; ++gate) dh[p] += hh.get(gate * H + cell, p) * dz[4 * cell + gate];
+            for (int gate = 0; gate < 4; ++gate) dh[p] += hh.get(gate * H + cell, p) * dz[gate * H + cell];
           }
         }
       }
@@ -230,6 +184,23 @@ void test(Report* report, const char* name, DType dtype, const Sizes& s, double 
     b.z[r] = to_device(narrow(z_all));
   }
 
+  // Packed over garbage, and again where nothing has changed: the same bits.
+  for (const bool back : {false, true}) {
+    w.backward = back;
+    w.packed_bytes = lstm_step_packed_bytes(w.shape, back);
+    w.packed = device_garbage<unsigned char>(w.packed_bytes);
+    (back ? b.packed : f.packed) = w.packed;
+    std::vector<unsigned char> before;
+    for (const bool known : {false, true}) {
+      w.is_known = known;
+      const Status packed = lstm_step_pack(w, nullptr);
+      report->that(what + " " + packed.message, packed.ok());
+      must(cudaDeviceSynchronize());
+      const auto now = to_host(static_cast<const unsigned char*>(w.packed), w.packed_bytes);
+      if (known) report->that(what + " packed twice", now == before);
+      before = now;
+    }
+  }
   const Status forward = lstm_step_forward(f, nullptr);
   report->that(what + " " + forward.message, forward.ok());
   must(cudaDeviceSynchronize());
@@ -255,6 +226,57 @@ void test(Report* report, const char* name, DType dtype, const Sizes& s, double 
   }
 }
 
+// What is packed of weights that change: all of what was looked at, and nothing that was not.
+void changes(Report* report, int hidden, int size, bool is_large) {
+  using T = __half;
+  LstmStepPackParams w;
+  w.shape = {1, 1, hidden, size, 1, size != hidden, DType::kFloat16};
+  Random random(hidden);
+  const auto draw = [&](int64_t count) {
+    std::vector<T> values;
+    for (int64_t i = 0; i < count; ++i) values.push_back(from_float<T>(random.uniform(1)));
+    return values;
+  };
+  std::vector<T> hh = draw(int64_t{4} * hidden * size), proj = draw(int64_t{size} * hidden);
+  T* device_hh = to_device(hh);
+  T* device_proj = to_device(proj);
+  w.weight_hh[0] = device_hh;
+  w.weight_hh_strides[0][0] = size, w.weight_hh_strides[0][1] = 1;
+  w.weight_proj[0] = device_proj;
+  w.weight_proj_strides[0][0] = hidden, w.weight_proj_strides[0][1] = 1;
+  w.packed_bytes = lstm_step_packed_bytes(w.shape, false);
+  const auto pack = [&](void* to, bool known) {
+    w.packed = to, w.is_known = known;
+    const Status status = lstm_step_pack(w, nullptr);
+    report->that("changes " + status.message, status.ok());
+    must(cudaDeviceSynchronize());
+    // Without the flags at the end.
+    return to_host(static_cast<const unsigned char*>(to), lstm_step::packed_places(w.shape, false).changed);
+  };
+  const auto put = [&](T* to, const std::vector<T>& values) {
+    must(cudaMemcpy(static_cast<void*>(to), values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice));
+  };
+  auto* kept = device_garbage<unsigned char>(w.packed_bytes);
+  auto* fresh = device_garbage<unsigned char>(w.packed_bytes);
+  const std::string what = "weights of " + std::to_string(hidden) + " cells: ";
+  pack(kept, false);
+  // One entry: of a weight of at most 160 KiB it is seen, of a larger one where a sample lies.
+  hh[0] = from_float<T>(3.0f);
+  put(device_hh, hh);
+  report->that(what + "an entry in the sample", pack(kept, true) == pack(fresh, false));
+  const int unseen = size - 1;  // the end of the first row
+  hh[unseen] = from_float<T>(4.0f);
+  put(device_hh, hh);
+  report->that(what + "an entry outside it", (pack(kept, true) != pack(fresh, false)) == is_large);
+  for (int row = 0; row < 4 * hidden; ++row) hh[int64_t{row} * size + 1] = from_float<T>(5.0f);  // a column
+  put(device_hh, hh);
+  report->that(what + "a column", pack(kept, true) == pack(fresh, false));
+  if (size == hidden) return;
+  for (int k = 0; k < hidden; ++k) proj[hidden + k] = from_float<T>(6.0f);  // a row, of the other matrix
+  put(device_proj, proj);
+  report->that(what + "a row", pack(kept, true) == pack(fresh, false));
+}
+
 }  // namespace
 
 int main() {
@@ -273,5 +295,7 @@ int main() {
     test<__half>(&report, "fp16", DType::kFloat16, s, 4e-3);
     test<__nv_bfloat16>(&report, "bf16", DType::kBFloat16, s, 3e-2);
   }
+  changes(&report, 24, 24, false);
+  changes(&report, 256, 96, true);
   return report.finish(kProgram);
 }

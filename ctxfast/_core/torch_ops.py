@@ -200,7 +200,7 @@ def definition_gradients(
 _KINDS = {
     Tensor: "Tensor", Tensor | None: "Tensor?", Sequence[Tensor]: "Tensor[]", Sequence[Tensor | None]: "Tensor?[]",
     list[Tensor]: "Tensor[]", int: "SymInt", float: "float", bool: "bool", str: "str",
-    torch.dtype | None: "ScalarType?",
+    torch.dtype | None: "ScalarType?", int | None: "SymInt?",
 }  # fmt: skip
 
 

@@ -120,8 +120,8 @@ class FeedForward(tools.NotScriptable):
 def feed_forward(widen: nn.Module, narrow: nn.Module, x: Tensor) -> Tensor:
     """``narrow(widen(x), x)``, an ``Intermediate`` and a ``ProjectAddLayerNorm``, (..., N) -> (..., N).
 
-    Both products are one call of ``functional.feed_forward``, which keeps less for the backward, unless something
-    stands in the place of a part, watches one or sets the two apart: then they are called.
+    One call of ``functional.feed_forward``, which saves less for the backward than two of ``linear_act``. The modules
+    are called where one was replaced or is observed, or where they ask for different implementations or dtypes.
     """
     if not (
         tools.is_own(widen, Intermediate)

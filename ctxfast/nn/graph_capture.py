@@ -71,9 +71,10 @@ def unowned(tensor: Tensor) -> Tensor:
     """The same values at the same address, which the tensor's memory is not kept for.
 
     Graphs that share a pool run one after another, and what a replay leaves is copied before the next: so a graph's
-    outputs may lie where another works. They stay mapped as long as a graph of the pool is there.
+    outputs may lie where another works. They stay mapped as long as a graph of the pool is there, in torch's own
+    allocator; with another (cudaMallocAsync) the tensor is kept.
     """
-    if not tensor.is_cuda or tensor.numel() == 0:
+    if not tensor.is_cuda or tensor.numel() == 0 or cuda.get_allocator_backend() != "native":
         return tensor
     flat = torch.as_tensor(_Memory(tensor.data_ptr(), tensor.nbytes), device=tensor.device)
     return flat.view(tensor.dtype).view(tensor.shape)
@@ -111,13 +112,17 @@ class Place:
         return cuda.get_device_properties(self.device).total_memory // 8
 
     def size(self) -> int:
-        """Bytes that the graphs' pool holds."""
+        """Bytes that the graphs' pool holds; 0 with an allocator that does not say."""
         if self._pool is None:
             return 0
         index, pool = self.device.index, tuple(self._pool)
+        try:
+            segments = cuda.memory_snapshot()
+        except RuntimeError:  # cudaMallocAsync's
+            return 0
         return sum(
             segment["total_size"]
-            for segment in cuda.memory_snapshot()
+            for segment in segments
             if segment["device"] == index and tuple(segment["segment_pool_id"]) == pool
         )
 

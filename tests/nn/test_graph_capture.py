@@ -165,6 +165,17 @@ def test_memory_is_bounded(bert: ctxfast.Bert, cuda: FakeCuda) -> None:
     assert place.limit() == 1 << 37
 
 
+def test_an_allocator_that_tells_no_sizes(bert: ctxfast.Bert, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise RuntimeError("cudaMallocAsync does not yet support a snapshot")
+
+    monkeypatch.setattr(cuda, "memory_snapshot", refuse)
+    for _ in range(3):
+        with torch.no_grad():
+            bert(*batch([9, 4]))
+    assert len(bert._graphs) == 1
+
+
 @pytest.mark.gpu
 def test_another_gpu_has_graphs_of_its_own() -> None:
     if torch.cuda.device_count() < 2:

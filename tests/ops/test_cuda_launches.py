@@ -9,6 +9,7 @@ the tensor that the address was asked of.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Iterator
 from math import prod
@@ -20,7 +21,9 @@ from support import emulated, layouts
 from support.parity import arguments
 from torch import Tensor
 
+from ctxfast import forget_packed
 from ctxfast._core import capability, registry, torch_ops
+from ctxfast.ops.lstm import cuda_step
 
 FLOAT, BYTES = torch.float32, torch.uint8
 # Argument -> shape by the launcher's other arguments, in the order in which the kernel walks it, and dtype where it is
@@ -42,16 +45,16 @@ LSTM = {
     "grad_h_0": ("directions, batch, size", FLOAT),
     "grad_c_0": ("directions, batch, hidden", FLOAT),
     "workspace": (None, BYTES),
+    "packed": (None, BYTES),
 }
-GATES = ("gates", "z", "grad_gates")
-# Their tensors are (batch, steps, hidden, 4).
-BY_GATE, BY_CELL = (dict.fromkeys(GATES, ("batch, steps, " + order,)) for order in ("4, hidden", "hidden, 4"))
-PACKED = dict.fromkeys(("packed_gates", "packed_proj", "packed_gates_t", "packed_proj_t"), (None,))
+# (batch, steps, hidden, 4) as tensors.
+GATES = dict.fromkeys(("gates", "z", "grad_gates"), ("batch, steps, 4, hidden",))
 CONTRACTS: dict[str, dict[str, tuple]] = {
-    "lstm_persistent_forward": LSTM | BY_GATE,
-    "lstm_persistent_backward": LSTM | BY_GATE,
-    "lstm_step_forward": LSTM | BY_CELL | PACKED,
-    "lstm_step_backward": LSTM | BY_CELL | PACKED,
+    "lstm_persistent_forward": LSTM | GATES,
+    "lstm_persistent_backward": LSTM | GATES,
+    "lstm_step_pack": LSTM,
+    "lstm_step_forward": LSTM | GATES,
+    "lstm_step_backward": LSTM | GATES,
     "char_cnn_cuda_forward": {
         "ids": ("words, characters", torch.int64),
         "table": ("vocabulary, size",),
@@ -154,7 +157,7 @@ def _check(launcher: str, named: dict[str, Any], dtype: torch.dtype) -> None:
         if name == "ids" and not sizes["is_int64"]:
             wanted = torch.int32
         assert tensor.dtype == wanted, f"{launcher}: {name} is {tensor.dtype}"
-        if name in GATES and shape.endswith("4, hidden"):
+        if name in GATES:
             tensor = tensor.transpose(2, 3)
         extent = (tensor.numel(),) if shape is None else tuple(_size(each, sizes) for each in shape.split(", "))
         dense = list(itertools.accumulate([1, *extent[:0:-1]], lambda a, b: a * b))[::-1]
@@ -196,7 +199,63 @@ def test_kernels_read_what_they_are_given(
             for launcher, named in extension.launches:
                 _check(launcher, named, torch.float16)
                 seen.add(launcher)
-    assert len(seen) == 2  # forward and backward
+    assert {launcher.rpartition("_")[2] for launcher in seen} >= {"forward", "backward"}
+
+
+def _packings(extension: StandIn, call: Callable[[], Any]) -> list[tuple[bool, int]]:
+    """Whether the weights were known, and where they were packed, in one call."""
+    extension.launches.clear()
+    call()
+    return [(named["is_known"], named["packed"]) for name, named in extension.launches if name == "lstm_step_pack"]
+
+
+def test_weights_are_packed_once(extension: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuda_step: what the host cannot see of a change, the kernel that gets ``is_known`` looks for."""
+    case = next(case for case in registry.OPS["lstm"].cases() if case.id == "elmo-like")
+    kwargs = case.make("cpu", torch.float16, 5)
+    args = arguments("lstm", kwargs)
+    weight = args["weight_hh"][0]
+
+    def call() -> None:
+        cuda_step.lstm(**args)
+
+    with emulated.operators(monkeypatch, cuda_step), torch.no_grad():
+        ((is_known, place),) = _packings(extension, call)
+        assert not is_known
+        assert _packings(extension, call) == [(True, place)]
+        weight.data.mul_(2)
+        assert _packings(extension, call) == [(True, place)]
+        weight.mul_(2)
+        assert not _packings(extension, call)[0][0]
+        assert _packings(extension, call)[0][0]
+        for stream in range(1, 9):  # each has its own, and few are kept
+            with monkeypatch.context() as patch:
+                patch.setattr(torch_ops, "launching", lambda tensor, stream=stream: contextlib.nullcontext(stream))
+                assert not _packings(extension, call)[0][0]
+                assert _packings(extension, call)[0][0]
+        assert not _packings(extension, call)[0][0]
+        with monkeypatch.context() as patch:
+            patch.setattr(cuda_step, "_is_captured", lambda tensor: True)
+            assert not _packings(extension, call)[0][0]
+        forget_packed(weight)
+        assert not _packings(extension, call)[0][0]
+
+
+def test_a_gradient_packs_the_transposes_once(extension: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = next(case for case in registry.OPS["lstm"].cases() if case.id == "elmo-like")
+    args = arguments("lstm", case.make("cpu", torch.float16, 5))
+    args["weight_proj"][0].requires_grad_()
+
+    def call() -> None:
+        cuda_step.lstm(**args)[0].sum().backward()
+
+    with emulated.operators(monkeypatch, cuda_step):
+        forward, backward = _packings(extension, call)
+        assert not forward[0] and not backward[0] and forward[1] != backward[1]
+        assert _packings(extension, call) == [(True, forward[1]), (True, backward[1])]
+        with torch.no_grad():
+            args["weight_proj"][0].add_(1)  # an optimiser's step
+        assert [is_known for is_known, _ in _packings(extension, call)] == [False, False]
 
 
 def test_the_check_sees_a_tensor_that_is_taken_for_another(extension: StandIn) -> None:

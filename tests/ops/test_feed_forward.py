@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is peculiar to ``feed_forward``: what its backward keeps, gradients of some inputs alone, who calls it."""
+"""What is peculiar to ``feed_forward``: what it saves for the backward, gradients of some inputs, who calls it."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def test_the_parts_without_autograd() -> None:
 @needs_triton
 def test_what_triton_leaves_to_others() -> None:
     x, up, _, down, _ = (tensor.detach() for tensor in _given("triton"))
-    with pytest.raises(RuntimeError, match="there is no activation to fuse or to make again"):
+    with pytest.raises(RuntimeError, match="there is no activation to fuse or recompute"):
         ctxfast.feed_forward(x, up, None, down, activation="none", impl="triton")
     with pytest.raises(RuntimeError, match="int8 products run on the CPU"):
         ctxfast.feed_forward(x, up, None, down, weight_dtype=torch.int8, impl="triton")

@@ -10,7 +10,7 @@ import torch
 from support import emulated
 
 from ctxfast._core import capability
-from ctxfast.ops.lstm import cuda
+from ctxfast.ops.lstm import cuda, cuda_autograd
 
 H100 = (132, 9, 0, 227 * 1024, True)
 
@@ -131,7 +131,7 @@ def test_a_compiled_graph_asks_at_compile_time() -> None:
 
 
 def test_gates_and_weights_are_read_where_they_lie() -> None:
-    gates = cuda._input_gates(torch.randn(2, 3, 8).half(), torch.randn(64, 8).half(), None)
+    gates = cuda_autograd.input_gates(torch.randn(2, 3, 8).half(), torch.randn(64, 8).half(), None)
     assert gates.shape == (2, 3, 16, 4) and cuda._walkable(gates).data_ptr() == gates.data_ptr()
     copied = cuda._walkable(gates.contiguous())
     assert copied.stride()[2:] == (1, 16) and torch.equal(copied, gates)

@@ -43,13 +43,13 @@ def _check(args: Mapping[str, Any]) -> None:
         registry.Impl(
             "cpu",
             "cpu",
-            note="compiled over packed weights, float32, bfloat16, int8; keeps one tensor of the wide size in training",
+            note="compiled over packed weights, float32, bfloat16, int8; the backward recomputes the activation",
             proven="cpu",
         ),
         registry.Impl(
             "triton",
             "cuda",
-            note="products by cuBLAS, bias and activation in one pass each way, in the backward made again",
+            note="products by cuBLAS, bias and activation in one pass; the backward recomputes the activation",
             proven="interpreter",
         ),
     ),
@@ -67,7 +67,7 @@ def feed_forward(
 ) -> Tensor:
     """``activation(x W1^T + b1) W2^T + b2``, the feed-forward block of a transformer.
 
-    In training the first product alone is kept, of what is M wide; the backward makes the activation's result again.
+    Of the tensors M wide, training saves one, the first product: the backward recomputes the activation.
 
     Args:
         x: (..., N_in).
@@ -76,14 +76,14 @@ def feed_forward(
         weight2: (N_out, M).
         bias2: (N_out,); None for none: ``add_layer_norm`` can add it.
         activation: "none", "gelu" (exact, erf), "gelu_tanh", "relu" or "tanh".
-        weight_dtype: how the factors of both products are held; as in ``linear_act``.
+        weight_dtype: of the factors of both products, as in ``linear_act``.
         impl: name of an implementation; None chooses.
 
     Returns:
         (..., N_out), in the dtype of ``x``.
 
-    Numerics: without gradients, cpu gives the bits of two calls of ``linear_act``; there a row's result does not depend
-    on the other rows. Gradients are the same in every run, to the last bit.
+    Numerics: without gradients, cpu gives the bits of two calls of ``linear_act``, and a row's result does not depend
+    on the other rows. Gradients are deterministic.
     Reference: Vaswani et al. 2017, section 3.3; Devlin et al. 2019.
     """
     return registry.given(

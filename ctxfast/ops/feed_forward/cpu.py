@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """``feed_forward`` on the CPU: two products over packed weights, bias and activation in the first one's epilogue.
 
-In training the first product is kept before its activation, and the activation, torch's own there, is made again.
+Training saves the first product with its bias; the activation is torch's own operation then, and the backward
+recomputes it.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ _fwd = torch_ops.define("feed_forward_cpu_fwd", _forward, _output, "CPU")
 _fwd_and_product = torch_ops.define("feed_forward_cpu_fwd_and_product", _forward_and_product, _outputs, "CPU")
 
 
-def _through(grad: Tensor, product: Tensor, activation: str) -> Tensor:
-    """The gradient of the first product, bias included, from that of the activation's result."""
+def _activation_backward(grad: Tensor, product: Tensor, activation: str) -> Tensor:
+    """The activation's backward; ``product`` includes the bias."""
     if activation in ("gelu", "gelu_tanh"):
         return _aten.gelu_backward(grad, product, approximate="tanh" if activation == "gelu_tanh" else "none")
     if activation == "relu":
@@ -59,14 +60,14 @@ def _through(grad: Tensor, product: Tensor, activation: str) -> Tensor:
 def backward(
     grad: Tensor, x: Tensor, weight1: Tensor, weight2: Tensor, product: Tensor, activation: str, wanted: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of x, weight1, bias1, weight2 and bias2, as far as ``wanted``; x (rows, N_in)."""
+    """Gradients of x (rows, N_in), weight1, bias1, weight2 and bias2, None for those not ``wanted``."""
     multiply = linear_cpu.multiply
     wants_x, wants_weight1, wants_bias1, wants_weight2, wants_bias2 = wanted
     grad_weight2 = multiply(grad.t(), activated(product, activation)) if wants_weight2 else None
     grad_bias2 = grad.sum(0) if wants_bias2 else None
     if not (wants_x or wants_weight1 or wants_bias1):
         return None, None, None, grad_weight2, grad_bias2
-    grad_product = _through(multiply(grad, weight2), product, activation)
+    grad_product = _activation_backward(multiply(grad, weight2), product, activation)
     grad_x = multiply(grad_product, weight1) if wants_x else None
     grad_weight1 = multiply(grad_product.t(), x) if wants_weight1 else None
     return grad_x, grad_weight1, grad_product.sum(0) if wants_bias1 else None, grad_weight2, grad_bias2

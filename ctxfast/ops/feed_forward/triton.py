@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``feed_forward`` on a GPU: products by cuBLAS, bias and activation in one Triton pass each way.
+"""``feed_forward`` on a GPU: products by cuBLAS, bias and activation in one Triton pass, forward and backward.
 
-What is M wide is kept once, as the first product. The backward takes the activation's slope from it, makes the
-activation's result again and adds up the first bias's gradient in one pass, which writes the product's gradient over
-that of the result: beside what was kept, two tensors of that size are all that it needs at a time.
+Of the tensors M wide only the first product is saved. In the backward one pass computes its gradient in place of the
+activation's, recomputes the activation and sums the bias gradient; two more tensors of that size are alive at a time.
 
-``forward`` and ``backward`` are whole ones without autograd, for whoever differentiates more than this op at once.
+``forward`` and ``backward`` know nothing of autograd: a ``Function`` over more than this op can call them.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from ..shared import triton_activation, triton_product, triton_rows
 
 
 def _made(product: Tensor, with_bias: bool, with_result: bool) -> tuple[Tensor, Tensor]:
-    """The activation's result and the first bias's gradient; empty what is not wanted."""
+    """The activation's result and the gradient of the bias; what is not wanted is empty."""
     result = triton_activation.output(product) if with_result else torch_ops.allocate((0,), product)
     return result, triton_activation.bias_gradient(product, with_bias)
 
@@ -30,7 +29,7 @@ def _made(product: Tensor, with_bias: bool, with_result: bool) -> tuple[Tensor, 
 def _activation_backward(
     grad: Tensor, product: Tensor, bias: Tensor | None, activation: str, with_bias: bool, with_result: bool
 ) -> tuple[Tensor, Tensor]:
-    """``grad`` (rows, M), contiguous: that of the activation's result, and after it that of the product."""
+    """Turns ``grad`` (rows, M), contiguous, from the gradient of the activation's result into the product's."""
     if not grad.is_contiguous():
         raise ValueError("ctxfast::feed_forward_triton_bwd: grad is written to in place; expected a contiguous tensor.")
     result, grad_bias = _made(product, with_bias, with_result)
@@ -41,17 +40,15 @@ def _activation_backward(
 _fwd = torch_ops.define(
     "feed_forward_triton_fwd", triton_activation.forward, triton_activation.output, triton_rows.DISPATCH
 )
-_bwd = torch_ops.define(
-    "feed_forward_triton_bwd", _activation_backward, _made, triton_rows.DISPATCH, changed="grad"
-)  # fmt: skip
+_bwd = torch_ops.define("feed_forward_triton_bwd", _activation_backward, _made, triton_rows.DISPATCH, changed="grad")
 
 
 def forward(
     x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None, activation: str,
-    is_kept: bool = True,
+    saves: bool = True,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """The result, and what ``backward`` wants kept, the first product (..., M); None for that unless ``is_kept``."""
-    wide, product = triton_product.linear(x, weight1, bias1, activation, is_kept, _fwd)
+    """The result, and the first product (..., M) for ``backward``; None for it unless ``saves``."""
+    wide, product = triton_product.linear(x, weight1, bias1, activation, saves, _fwd)
     return F.linear(wide, weight2, bias2), product
 
 
@@ -59,12 +56,12 @@ def backward(
     grad: Tensor, x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, product: Tensor, activation: str,
     wanted: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """Gradients of x, weight1, bias1, weight2 and bias2, as far as ``wanted``; ``grad`` (..., N_out) is left alone."""
+    """Gradients of x, weight1, bias1, weight2 and bias2, None for those not ``wanted``."""
     wants_x, wants_weight1, wants_bias1, wants_weight2, wants_bias2 = wanted
     grad, product = grad.reshape(-1, weight2.shape[0]), product.reshape(-1, weight1.shape[0])
     grad_x = grad_weight1 = grad_bias1 = grad_weight2 = grad_product = wide = None
     if wants_x or wants_weight1 or wants_bias1:
-        grad_product = grad.mm(weight2)  # so far that of the activation's result
+        grad_product = grad.mm(weight2)  # the gradient of the activation's result, until the next line
         wide, grad_bias1 = _bwd(grad_product, product, bias1, activation, wants_bias1, wants_weight2)
     elif wants_weight2:
         wide = _fwd(product, bias1, activation)
@@ -111,7 +108,7 @@ def supports(args: Mapping[str, Any]) -> str | None:
     if args["weight_dtype"] is not None:
         return "int8 products run on the CPU."
     if args["activation"] == "none":
-        return "there is no activation to fuse or to make again: torch's two linear layers are all of it."
+        return "there is no activation to fuse or recompute: torch's two linear layers are all of it."
     return None
 
 
@@ -127,7 +124,7 @@ def feed_forward(
     """See ``ctxfast.functional.feed_forward``."""
     if registry.needs_grad(x, weight1, bias1, weight2, bias2):
         return _FeedForward.apply(x, weight1, bias1, weight2, bias2, activation)
-    return forward(x, weight1, bias1, weight2, bias2, activation, is_kept=False)[0]
+    return forward(x, weight1, bias1, weight2, bias2, activation, saves=False)[0]
 
 
 def raw_calls(args: Mapping[str, Any]) -> list[tuple[Any, tuple]]:
@@ -146,5 +143,5 @@ def launches(dtype: str, arch: int) -> Iterator[triton_rows.Launch]:
     """What csrc/triton_resources.py compiles: every activation at BERT-Base's size. The forward is ``linear_act``'s."""
     tile = triton_activation.tile(3072)
     for activation in ("gelu", "gelu_tanh", "relu", "tanh"):
-        constants = dict(N=3072, ACTIVATION=activation, HAS_BIAS=True, SUMS=True, AGAIN=True)
+        constants = dict(N=3072, ACTIVATION=activation, HAS_BIAS=True, SUMS=True, RECOMPUTE=True)
         yield f"backward {activation}", triton_activation.backward_kernel, constants, tile

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``linear_act`` on the CPU: a product over packed weights with bias and activation in its epilogue.
 
-In training the activation is torch's own, and its input is kept beside its result.
+In training the activation is torch's own operation, which saves its input or its result.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """``linear_act`` on a GPU: the product by cuBLAS, bias and activation in one Triton pass.
 
-Of the layer's own values only the product is kept for the backward. The result is the caller's: what multiplies by it
-keeps it too, unless it is the second half of ``feed_forward``, which makes it again.
+Only the product is saved for the backward. A product that follows saves its input, the activation's result, as well;
+``feed_forward`` is both products in one op, which recomputes it.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def launches(dtype: str, arch: int) -> Iterator[triton_rows.Launch]:
     for activation in ("gelu", "gelu_tanh", "relu", "tanh"):
         shared = dict(N=3072, ACTIVATION=activation, HAS_BIAS=True)
         yield f"forward {activation}", triton_activation.forward_kernel, shared, tile
-        no_more = dict(SUMS=True, AGAIN=False, again=None)
-        yield f"backward {activation}", triton_activation.backward_kernel, shared | no_more, tile
+        alone = dict(SUMS=True, RECOMPUTE=False, recomputed=None)
+        yield f"backward {activation}", triton_activation.backward_kernel, shared | alone, tile
     if dtype in ("bfloat16", "float16"):
         yield "product gelu", *triton_product.launch(dtype, arch)

@@ -13,7 +13,6 @@ from operator import index
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..._core import capability, registry, torch_ops
@@ -35,11 +34,6 @@ def _facts(ordinal: int) -> tuple[int, int, int, int, bool]:
 
 def _ordinal(tensor: Tensor) -> int:
     return tensor.device.index if tensor.is_cuda else 0  # tests run the kernels on the CPU
-
-
-def _input_gates(x: Tensor, weight_ih: Tensor, bias: Tensor | None) -> Tensor:
-    """W_ih x + b of all steps: (B, T, I) -> (B, T, H, 4), gate by gate in memory."""
-    return F.linear(x, weight_ih, bias).unflatten(2, (4, -1)).transpose(2, 3)
 
 
 def _walkable(gates: Tensor) -> Tensor:
@@ -136,9 +130,9 @@ def supports(args: Mapping[str, Any]) -> str | None:
 
 def lstm(**args: Any) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """See ``ctxfast.functional.lstm``."""
-    return cuda_autograd.run(_fwd, _recurrence, args, _input_gates)
+    return cuda_autograd.run(_fwd, _recurrence, args)
 
 
 def raw_calls(args: Mapping[str, Any]) -> list[tuple[Any, tuple]]:
     """The registered operators behind one call, with arguments for torch.library.opcheck."""
-    return cuda_autograd.raw_calls(_fwd, cuda_backward._bwd, args, _input_gates)
+    return cuda_autograd.raw_calls(_fwd, cuda_backward._bwd, args)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What ``lstm``'s CUDA implementations share: layouts, autograd, and the large products around the recurrence.
 
-The four gates of a cell lie side by side: gates are (B, T, H, 4), made by one product with the weights' rows in that
-order. The forward pass stores h (the output) and c; the backward pass makes all gates again by one product, a kernel
-walks the recurrence, and the weights' gradients are products over all steps of what it returns.
+Gates are (B, T, H, 4) and lie gate by gate in memory, as one product with the weights as they are makes them. The
+forward pass stores h (the output) and c; the backward pass makes all gates again by one product, a kernel walks the
+recurrence, and the weights' gradients are products over all steps of what it returns.
 """
 
 from __future__ import annotations
@@ -20,20 +20,16 @@ from .reference import recurrence as recurrence_definition
 from .states import previous
 
 
-def cell_major(weight: Tensor) -> Tensor:
-    """(4H, ...) gate by gate -> (4H, ...) cell by cell."""
-    return weight.unflatten(0, (4, -1)).transpose(0, 1).flatten(0, 1)
-
-
-def gate_major(weight: Tensor) -> Tensor:
-    """The inverse of ``cell_major``."""
-    return weight.unflatten(0, (-1, 4)).transpose(0, 1).flatten(0, 1)
-
-
 def input_gates(x: Tensor, weight_ih: Tensor, bias: Tensor | None) -> Tensor:
-    """W_ih x + b of all steps: (B, T, I) -> (B, T, H, 4)."""
-    # Ordered at every call: to know on the host that weights on a GPU have not changed would mean waiting for it.
-    return F.linear(x, cell_major(weight_ih), None if bias is None else cell_major(bias)).unflatten(2, (-1, 4))
+    """W_ih x + b of all steps: (B, T, I) -> (B, T, H, 4), gate by gate in memory."""
+    return F.linear(x, weight_ih, bias).unflatten(2, (4, -1)).transpose(2, 3)
+
+
+def by_gate(gates: Tensor) -> Tensor:
+    """Gates (B, T, H, 4) with the cells of a gate side by side in memory."""
+    if gates.stride()[2:] == (1, gates.shape[2]):
+        return gates
+    return gates.transpose(2, 3).contiguous().transpose(2, 3)
 
 
 def forward_outputs(
@@ -52,48 +48,26 @@ def forward_outputs(
 
 
 def backward_outputs(z: Sequence[Tensor], weight_hh: Sequence[Tensor]) -> list[Tensor]:
-    """R of grad_gates (B, T, H, 4), grad_hidden (R, B, T, P), grad_h_0 and grad_c_0 in float32; uninitialised."""
-    return [*(torch_ops.allocate(gates.shape, gates) for gates in z), *state_gradients(z, weight_hh)]
-
-
-def state_gradients(z: Sequence[Tensor], weight_hh: Sequence[Tensor]) -> list[Tensor]:
-    """grad_hidden (R, B, T, P), grad_h_0 and grad_c_0 in float32; uninitialised."""
+    """R of grad_gates (B, T, H, 4), gate by gate in memory, grad_hidden (R, B, T, P), grad_h_0 and grad_c_0 in float32;
+    uninitialised."""
     batch, steps, hidden, _ = z[0].shape
     directions, size, like = len(z), weight_hh[0].shape[1], z[0]
     return [
+        *(torch_ops.allocate((batch, steps, 4, hidden), gates).transpose(2, 3) for gates in z),
         torch_ops.allocate((directions, batch, steps, size), like),
         torch_ops.allocate((directions, batch, size), like, torch.float32),
         torch_ops.allocate((directions, batch, hidden), like, torch.float32),
     ]
 
 
-def walkable(gates: Tensor) -> Tensor:
-    """Gates (B, T, H, 4) as they are if a kernel can walk them: dense in the last two dimensions, others in fours."""
-    hidden = gates.shape[2]
-    if gates.stride()[2:] == (4, 1) and gates.data_ptr() % 16 == 0:
-        if all(stride % 4 == 0 for stride in gates.stride()[:2]) or hidden == 0:
-            return gates
-    return gates.contiguous()
-
-
-def lie_by_gate(gates: Tensor) -> bool:
-    """Whether gates (B, T, H, 4) lie gate by gate in memory, as a product with the weights as they are makes them."""
-    return gates.stride(3) != 1
-
-
 def _all_gates(gates: Tensor, h_before: Tensor, weight_hh: Tensor) -> Tensor:
-    """Gates before their nonlinearity, of all steps, laid out as ``gates``."""
-    if lie_by_gate(gates):
-        return (gates.transpose(2, 3) + F.linear(h_before, weight_hh).unflatten(2, (4, -1))).transpose(2, 3)
-    return gates + F.linear(h_before, cell_major(weight_hh)).unflatten(2, (-1, 4))
+    """Gates before their nonlinearity, of all steps."""
+    return (gates.transpose(2, 3) + F.linear(h_before, weight_hh).unflatten(2, (4, -1))).transpose(2, 3)
 
 
 def _gate_product(of_gates: Tensor, h_before: Tensor) -> Tensor:
     """The gradient of weight_hh, (4H, P), summed over rows and steps."""
-    by_gate = lie_by_gate(of_gates)
-    flat_gates = (of_gates.transpose(2, 3) if by_gate else of_gates).flatten(2).flatten(0, 1)
-    product = flat_gates.t() @ h_before.flatten(0, 1)
-    return product if by_gate else gate_major(product)
+    return of_gates.transpose(2, 3).flatten(2).flatten(0, 1).t() @ h_before.flatten(0, 1)
 
 
 def _definition(
@@ -175,10 +149,9 @@ def run(
     fwd: Callable[..., Any],
     differentiable: Callable[..., tuple[Tensor, Tensor, Tensor]],
     args: Mapping[str, Any],
-    gates_of: Callable[..., Tensor] = input_gates,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """One call of ``lstm`` by these operators."""
-    gates, hh, proj, h_0, c_0, clips = flat(args, gates_of)
+    gates, hh, proj, h_0, c_0, clips = flat(args)
     if registry.needs_grad(gates, hh, proj, h_0, c_0):
         output, h_n, c_n = differentiable(len(gates), args["lengths"], clips, h_0, c_0, *gates, *hh, *proj)
     else:
@@ -187,22 +160,22 @@ def run(
 
 
 def flat(
-    args: Mapping[str, Any], gates_of: Callable[..., Tensor] = input_gates
+    args: Mapping[str, Any],
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor | None, Tensor | None, tuple[float, float]]:
     """gates, weight_hh, weight_proj (empty without), h_0, c_0 (float32), clips (0: off) of a call's arguments."""
     bias = args["bias"]
-    gates = [gates_of(x, args["weight_ih"][r], None if bias is None else bias[r]) for r, x in enumerate(args["input"])]
+    gates = [
+        input_gates(x, args["weight_ih"][r], None if bias is None else bias[r]) for r, x in enumerate(args["input"])
+    ]
     h_0, c_0 = args["initial_state"] if args["initial_state"] is not None else (None, None)
     clips = (args["cell_clip"] or 0.0, args["proj_clip"] or 0.0)
     c_0 = None if c_0 is None else c_0.float()
     return gates, list(args["weight_hh"]), list(args["weight_proj"] or ()), h_0, c_0, clips
 
 
-def raw_calls(
-    fwd: Any, bwd: Any, args: Mapping[str, Any], gates_of: Callable[..., Tensor] = input_gates
-) -> list[tuple[Any, tuple]]:
+def raw_calls(fwd: Any, bwd: Any, args: Mapping[str, Any]) -> list[tuple[Any, tuple]]:
     """The registered operators behind one call, with arguments for torch.library.opcheck."""
-    gates, hh, proj, h_0, c_0, clips = flat(args, gates_of)
+    gates, hh, proj, h_0, c_0, clips = flat(args)
     output, h_n, c_n, cells = fwd(gates, hh, proj, args["lengths"], h_0, c_0, *clips, True)
     grads = (torch.randn_like(output), torch.randn_like(h_n).float(), torch.randn_like(c_n))
     return [

@@ -47,20 +47,6 @@ def _rows(tensor: Tensor | None) -> Tensor | None:
     return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _by_gate(gates: Tensor) -> Tensor:
-    """(B, T, H, 4) with the cells of a gate side by side."""
-    if gates.stride()[2:] == (1, gates.shape[2]):
-        return gates
-    return gates.transpose(2, 3).contiguous().transpose(2, 3)
-
-
-def _outputs(z: Sequence[Tensor], weight_hh: Sequence[Tensor]) -> list[Tensor]:
-    """As ``cuda_autograd.backward_outputs``, but grad_gates lie gate by gate; uninitialised."""
-    batch, steps, hidden, _ = z[0].shape
-    by_gate = [torch_ops.allocate((batch, steps, 4, hidden), gates).transpose(2, 3) for gates in z]
-    return [*by_gate, *cuda_autograd.state_gradients(z, weight_hh)]
-
-
 def _backward(
     z: Sequence[Tensor],  # R of (B, T, H, 4), gates before their nonlinearity
     weight_hh: Sequence[Tensor],
@@ -75,7 +61,7 @@ def _backward(
     cell_clip: float,  # 0: off
     proj_clip: float,
 ) -> list[Tensor]:
-    results = _outputs(z, weight_hh)
+    results = cuda_autograd.backward_outputs(z, weight_hh)
     *grad_gates, grad_hidden, grad_h_0, grad_c_0 = results
     batch, steps, hidden, _ = z[0].shape
     size = weight_hh[0].shape[1]
@@ -83,7 +69,7 @@ def _backward(
     if found["refusal"]:
         raise RuntimeError(f"ctxfast.lstm: impl='cuda' cannot run this call: backwards, {found['refusal']}")
     weight_hh, weight_proj = [_aligned(w) for w in weight_hh], [_aligned(w) for w in weight_proj]
-    z = [_by_gate(gates) for gates in z]
+    z = [cuda_autograd.by_gate(gates) for gates in z]
     output, cells = _rows(output), cells.contiguous()
     grad_output = None if grad_output is None else _rows(grad_output.to(output.dtype))
     lengths = as_int64(lengths)
@@ -110,4 +96,4 @@ def _backward(
     return results
 
 
-_bwd = torch_ops.define("lstm_cuda_bwd", _backward, _outputs, "CUDA")
+_bwd = torch_ops.define("lstm_cuda_bwd", _backward, cuda_autograd.backward_outputs, "CUDA")

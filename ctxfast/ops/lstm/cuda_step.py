@@ -1,7 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """``lstm`` on any GPU from sm_80 and of any size: one fused launch a step, both directions in it.
 
-Weights stream from the L2 cache at every step.
+Weights stream from the L2 cache at every step, in an order that matrix instructions take. They are packed once and kept
+by the contract of ``shared/weight_cache.py``: the host compares what it knows of them without asking the GPU (versions,
+addresses, shapes), and a kernel before each call compares a sample of their bits and packs anew what has changed
+behind PyTorch's back. Nobody waits for the GPU. A captured call packs in its graph, each time: a replay finds the
+weights that are there then.
 """
 
 from __future__ import annotations
@@ -10,48 +14,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..._core import capability, torch_ops
+from ..shared.weight_cache import WeightCache
 from . import cuda_autograd
 from .states import as_int64
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# Streams that have packed weights of their own, at most: on a stream all is in order, between two it is not.
+_MOST_STREAMS = 4
 
-
-def _fragments(matrix: Tensor) -> Tensor:
-    """(rows, K) -> the kernels' order: tiles of 16 rows by pairs of k-steps, zeros where the matrix ends.
-
-    16 bits: [tile][pair][step][8 rows][4][register][half of the rows][2], k = 32 pair + 8 (of 4) + 4 step + 2 register
-    + (of 2). float32: rows as they are.
-    """
-    rows, k = matrix.shape
-    matrix = F.pad(matrix, (0, -k % 32, 0, -rows % 16))
-    if matrix.dtype == torch.float32:
-        return matrix.contiguous()
-    parts = matrix.unflatten(0, (-1, 2, 8)).unflatten(3, (-1, 4, 2, 2, 2))  # tile half row pair four step register two
-    return parts.permute(0, 3, 5, 2, 4, 6, 1, 7).contiguous()
-
-
-def _gate_tiles(weight_hh: Tensor) -> Tensor:
-    """(4H, P) -> rows in tiles of 4 gates x 4 cells."""
-    gates = weight_hh.unflatten(0, (4, -1))
-    gates = F.pad(gates, (0, 0, 0, -gates.shape[1] % 4))
-    return gates.unflatten(1, (-1, 4)).transpose(0, 1).flatten(0, 2)
-
-
-_ORDERS = {
-    "gates": _gate_tiles,
-    "proj": lambda weight: weight,
-    "gates_t": lambda weight: cuda_autograd.cell_major(weight).t(),
-    "proj_t": lambda weight: weight.t(),
-}
-
-
-def _pack(kind: str, weights: Sequence[Tensor]) -> list[Tensor]:
-    # At every call, some tens of microseconds for ELMo's layer: see cuda_autograd.input_gates.
-    return [_fragments(_ORDERS[kind](weight)) for weight in weights]
+_packed = WeightCache()
 
 
 def _shape(gates: Sequence[Tensor], weight_hh: Sequence[Tensor], weight_proj: Sequence[Tensor]) -> dict[str, Any]:
@@ -60,6 +34,38 @@ def _shape(gates: Sequence[Tensor], weight_hh: Sequence[Tensor], weight_proj: Se
         batch=batch, steps=steps, hidden=hidden, size=weight_hh[0].shape[1], directions=len(gates),
         has_proj=bool(weight_proj), dtype=capability.DTYPE_NAMES[gates[0].dtype],
     )  # fmt: skip
+
+
+def _is_captured(tensor: Tensor) -> bool:
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _pack(
+    shape: Mapping[str, Any], weight_hh: Sequence[Tensor], weight_proj: Sequence[Tensor], backward: bool, stream: int
+) -> Tensor:
+    """The weights of all directions in the kernels' order, on this stream."""
+    c, like = capability.extension(), weight_hh[0]
+
+    def run(packed: Tensor | None) -> Tensor:
+        is_known = packed is not None
+        if packed is None:
+            size = c.lstm_step_packed_bytes(**shape, backward=backward)
+            packed = torch_ops.allocate((size,), like, torch.uint8)
+        c.lstm_step_pack(
+            **shape, backward=backward, weight_hh=[w.data_ptr() for w in weight_hh],
+            weight_hh_strides=[w.stride() for w in weight_hh], weight_proj=[w.data_ptr() for w in weight_proj],
+            weight_proj_strides=[w.stride() for w in weight_proj], is_known=is_known, packed=packed.data_ptr(),
+            packed_bytes=packed.numel(), stream=stream,
+        )  # fmt: skip
+        return packed
+
+    if _is_captured(like):
+        return run(None)
+    of_streams = _packed.get((*weight_hh, *weight_proj), backward, dict, is_read=lambda tensor: True)
+    packed = of_streams[stream] = run(of_streams.get(stream))
+    for other in list(of_streams)[:-_MOST_STREAMS]:
+        of_streams.pop(other, None)
+    return packed
 
 
 def _workspace(shape: Mapping[str, Any], backward: bool, like: Tensor) -> Tensor:
@@ -81,17 +87,16 @@ def _forward(
     outputs = cuda_autograd.forward_outputs(gates, weight_hh, save_cells)
     output, h_n, c_n, cells = outputs
     shape = _shape(gates, weight_hh, weight_proj)
-    gates = [cuda_autograd.walkable(gate) for gate in gates]
-    packed_gates, packed_proj = _pack("gates", weight_hh), _pack("proj", weight_proj)
+    gates = [cuda_autograd.by_gate(gate) for gate in gates]
     lengths = as_int64(lengths)
     h_0, c_0 = (None if state is None else state.contiguous() for state in (h_0, c_0))
     workspace = _workspace(shape, False, output)
     with torch_ops.launching(output) as stream:
+        packed = _pack(shape, weight_hh, weight_proj, False, stream)
         capability.extension().lstm_step_forward(
             **shape, gates=[gate.data_ptr() for gate in gates], gates_strides=[gate.stride()[:2] for gate in gates],
-            packed_gates=[weights.data_ptr() for weights in packed_gates],
-            packed_proj=[weights.data_ptr() for weights in packed_proj],
-            lengths=torch_ops.address(lengths), h_0=torch_ops.address(h_0), c_0=torch_ops.address(c_0),
+            packed=packed.data_ptr(), lengths=torch_ops.address(lengths),
+            h_0=torch_ops.address(h_0), c_0=torch_ops.address(c_0),
             cell_clip=cell_clip, proj_clip=proj_clip, output=output.data_ptr(), h_n=h_n.data_ptr(),
             c_n=c_n.data_ptr(), cells=cells.data_ptr() if save_cells else 0,
             workspace=workspace.data_ptr(), workspace_bytes=workspace.numel(), stream=stream,
@@ -116,8 +121,7 @@ def _backward(
     results = cuda_autograd.backward_outputs(z, weight_hh)
     *grad_gates, grad_hidden, grad_h_0, grad_c_0 = results
     shape = _shape(z, weight_hh, weight_proj)
-    z = [cuda_autograd.walkable(gates) for gates in z]
-    packed_gates, packed_proj = _pack("gates_t", weight_hh), _pack("proj_t", weight_proj)
+    z = [cuda_autograd.by_gate(gates) for gates in z]
     lengths = as_int64(lengths)
     output, cells = output.contiguous(), cells.contiguous()
     grad_output = None if grad_output is None else grad_output.to(output.dtype).contiguous()
@@ -126,11 +130,11 @@ def _backward(
     )
     workspace = _workspace(shape, True, output)
     with torch_ops.launching(output) as stream:
+        packed = _pack(shape, weight_hh, weight_proj, True, stream)
         capability.extension().lstm_step_backward(
             **shape, z=[gates.data_ptr() for gates in z], z_strides=[gates.stride()[:2] for gates in z],
-            packed_gates_t=[weights.data_ptr() for weights in packed_gates],
-            packed_proj_t=[weights.data_ptr() for weights in packed_proj],
-            lengths=torch_ops.address(lengths), c_0=torch_ops.address(c_0), cells=cells.data_ptr(),
+            packed=packed.data_ptr(), lengths=torch_ops.address(lengths), c_0=torch_ops.address(c_0),
+            cells=cells.data_ptr(),
             output=output.data_ptr(), grad_output=torch_ops.address(grad_output), grad_h_n=torch_ops.address(grad_h_n),
             grad_c_n=torch_ops.address(grad_c_n), cell_clip=cell_clip, proj_clip=proj_clip,
             grad_gates=[grad.data_ptr() for grad in grad_gates], grad_hidden=grad_hidden.data_ptr(),

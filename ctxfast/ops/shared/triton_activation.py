@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bias and activation of a product in one Triton pass each way, for the ops that end a product so.
+"""Bias and activation of a matrix product, fused in one Triton pass, forward and backward.
 
-What is kept for the backward is the product: it takes the activation's slope from it, adds up the bias gradient and,
-for an op that multiplies by the activation's result, makes that again, all in one pass over memory.
+Only the product is saved for the backward. In one pass over memory that reads the activation's derivative off it, sums
+the bias gradient and, where the activation's result is needed once more, recomputes it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..._core import torch_ops
-from . import triton_rows
+from . import triton_launch, triton_rows
 from .triton_rows import load_tile, store_partial
 
 _HALF_ROOT = tl.constexpr(0.7071067811865476)
@@ -90,12 +90,12 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=["rows"])
 def backward_kernel(
-    grad, product, bias, grad_product, again, partial, rows, stride_g,
+    grad, product, bias, grad_product, recomputed, partial, rows, stride_g,
     N: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr, ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr,
-    SUMS: tl.constexpr, AGAIN: tl.constexpr,
+    SUMS: tl.constexpr, RECOMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """grad (rows, N) -> grad_product (rows, N), which may be the same memory, again (rows, N): the activation's result,
-    partial (1, programs, N). Grid: (shares of the rows, column blocks)."""
+    """grad (rows, N) -> grad_product (rows, N), which may be the same memory, recomputed (rows, N), the activation's
+    result, and partial (1, programs, N). Grid: (shares of the rows, column blocks)."""
     program = tl.program_id(0)
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     sums = tl.zeros([ROWS, BLOCK_N], tl.float32)
@@ -106,8 +106,8 @@ def backward_kernel(
         dz = load_tile(grad, row, stride_g, inside, column, BLOCK_N) * _slope(z, ACTIVATION)
         at = row[:, None] * N + column[None, :]
         tl.store(grad_product + at, dz.to(grad_product.dtype.element_ty), mask=inside)
-        if AGAIN:
-            tl.store(again + at, _activated(z, ACTIVATION).to(again.dtype.element_ty), mask=inside)
+        if RECOMPUTE:
+            tl.store(recomputed + at, _activated(z, ACTIVATION).to(recomputed.dtype.element_ty), mask=inside)
         if SUMS:
             sums += dz
     if SUMS:
@@ -134,8 +134,9 @@ def forward(product: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     flat, chosen = product.reshape(-1, product.shape[-1]).contiguous(), tile(product.shape[-1])
     across = -(-flat.shape[1] // chosen["BLOCK_N"])
     with triton_rows.on_device(flat):
-        forward_kernel[(across * -(-flat.shape[0] // chosen["ROWS"]),)](
-            flat, None if bias is None else bias.contiguous(), out, flat.shape[0],
+        triton_launch.launch(
+            forward_kernel, (across * -(-flat.shape[0] // chosen["ROWS"]),), flat,
+            None if bias is None else bias.contiguous(), out, flat.shape[0],
             N=flat.shape[1], ACTIVATION=activation, HAS_BIAS=bias is not None, **chosen,
         )  # fmt: skip
     return out
@@ -147,11 +148,11 @@ def bias_gradient(product: Tensor, with_bias: bool) -> Tensor:
 
 
 def backward(
-    grad: Tensor, product: Tensor, bias: Tensor | None, activation: str, grad_product: Tensor, again: Tensor | None,
-    grad_bias: Tensor,
+    grad: Tensor, product: Tensor, bias: Tensor | None, activation: str, grad_product: Tensor,
+    recomputed: Tensor | None, grad_bias: Tensor,
 ) -> None:  # fmt: skip
-    """Writes the gradient of the product, which may be over ``grad`` itself if that is contiguous; the activation's
-    result, unless ``again`` is None; the bias's gradient, unless that is empty."""
+    """Writes ``grad_product`` (which may be ``grad`` itself if that is contiguous), the activation's result into
+    ``recomputed`` unless that is None, and ``grad_bias`` unless that is empty."""
     with_bias = grad_bias.numel() > 0
     if product.numel() == 0:
         grad_bias.zero_()
@@ -162,10 +163,10 @@ def backward(
     count = triton_rows.programs(flat, -(-flat.shape[0] // chosen["ROWS"]), max(1, 8 // across))
     partial = triton_rows.allocate_partial(1, count, size, flat) if with_bias else None
     with triton_rows.on_device(flat):
-        backward_kernel[(count, across)](
-            grad, flat, None if bias is None else bias.contiguous(), grad_product, again, partial, flat.shape[0],
-            grad.stride(0), N=size, ACTIVATION=activation, HAS_BIAS=bias is not None, SUMS=with_bias,
-            AGAIN=again is not None, **chosen,
+        triton_launch.launch(
+            backward_kernel, (count, across), grad, flat, None if bias is None else bias.contiguous(), grad_product,
+            recomputed, partial, flat.shape[0], grad.stride(0), N=size, ACTIVATION=activation,
+            HAS_BIAS=bias is not None, SUMS=with_bias, RECOMPUTE=recomputed is not None, **chosen,
         )  # fmt: skip
         if with_bias:
             triton_rows.column_sums(partial, [grad_bias])

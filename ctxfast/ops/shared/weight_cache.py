@@ -17,6 +17,10 @@ What a packed copy may be used for is a contract:
 For this an entry keeps the facts of its sources and a sample of their bits: of every row some neighbours, which move on
 from row to row, so that no column is left out either. Facts are compared first: only memory that a source still holds
 is read. Entries die with their sources.
+
+Weights on a GPU keep the same contract: there the samples lie beside the packed weights, a kernel compares them before
+each use and packs again what has changed (csrc/lstm/step_pack.cu), and the host, which keeps the facts alone, waits for
+nothing. What is captured into a CUDA graph packs at each replay.
 """
 
 from __future__ import annotations
@@ -49,7 +53,7 @@ _changes_at_once = threading.RLock()  # a collection may call forget_packed whil
 
 
 def forget_packed(*of: nn.Module | Tensor) -> None:
-    """Forgets the packed copies of weights on the CPU; the next call packs them again.
+    """Forgets the packed copies of weights; the next call packs them again.
 
     Needed only after writing to a part of a large weight behind PyTorch's back, as through ``.data`` or a NumPy view.
     Every other change is noticed: whatever PyTorch counts, and by any road a change of every entry of a row, of a
@@ -182,7 +186,7 @@ class Seen:
 
 
 class WeightCache:
-    """Maps the identity and content of some CPU tensors to what was packed from them."""
+    """Maps the identity and content of some tensors to what was packed from them."""
 
     def __init__(self) -> None:
         self._entries: dict[tuple[Any, ...], tuple[Seen, Any]] = {}
@@ -198,8 +202,8 @@ class WeightCache:
     ) -> Any:
         """The packed form of ``sources`` for this ``kind``, made by ``pack()`` unless it is at hand and current.
 
-        ``is_read`` tells sources of which only the address is kept: their values are read where they are. ``pack`` must
-        not keep its sources or views of them: entries would not die.
+        ``is_read`` tells sources of which only the facts are kept: their values are read where they are, or compared
+        elsewhere, as all values on a GPU. ``pack`` must not keep its sources or views of them: entries would not die.
         """
         key = (kind, *map(id, sources))
         entry = self._entries.get(key)
