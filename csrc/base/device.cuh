@@ -72,13 +72,6 @@ CTXFAST_DEVICE uint4 load_relaxed(const uint4* p) {
                : "memory");
   return v;
 }
-// Into v if wanted; no branch, so that several go out one right after the other.
-CTXFAST_DEVICE void load_relaxed_if(uint4& v, bool wanted, const uint4* p) {
-  asm volatile("{.reg .pred q; setp.ne.u32 q, %5, 0; @q ld.relaxed.gpu.global.v4.u32 {%0,%1,%2,%3}, [%4];}"
-               : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)
-               : "l"(p), "r"(static_cast<uint32_t>(wanted))
-               : "memory");
-}
 CTXFAST_DEVICE uint32_t load_relaxed(const uint32_t* p) {
   uint32_t v;
   asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
@@ -199,6 +192,13 @@ CTXFAST_DEVICE bool spun_out(uint32_t began) { return spin_begins() - began > 4;
 CTXFAST_DEVICE long long cycles() { return clock64(); }
 CTXFAST_DEVICE void nanosleep(unsigned ns) { __nanosleep(ns); }
 
+CTXFAST_DEVICE uint32_t max3(uint32_t a, uint32_t b, uint32_t c) { return __vimax3_u32(a, b, c); }
+// The nearest of -bound .. bound; NaN stays NaN.
+CTXFAST_DEVICE float clipped(float x, float bound) {
+  asm("max.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(-bound));
+  asm("min.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(bound));
+  return x;
+}
 CTXFAST_DEVICE float exp_fast(float x) { return __expf(x); }
 CTXFAST_DEVICE float tanh_fast(float x) {
   float y;
@@ -233,6 +233,13 @@ CTXFAST_DEVICE __half from_float<__half>(float x) {
 template <>
 CTXFAST_DEVICE __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
   return __float2bfloat16_rn(x);
+}
+
+template <typename T>
+CTXFAST_DEVICE float bits_to_float(uint16_t bits) {
+  T value;
+  memcpy(static_cast<void*>(&value), &bits, sizeof(bits));
+  return to_float(value);
 }
 
 // Two 16-bit values in a word, the first in its low half.

@@ -220,17 +220,52 @@ void wrong_kernel(Wrong p) {
   } else if (p.kind == 4) {
     shuffle_xor(1.0f, 1);
   }
+  if (p.kind >= 5) {
+    float d[1][4] = {};
+    if (p.kind == 6) wgmma_fence();
+    wgmma_ss<__half, 8>(d, wgmma_descriptor(shared_memory(), 1024, 128), wgmma_descriptor(shared_memory(), 128, 128));
+    wgmma_commit();
+  }
+}
+
+struct LateParams {
+  float* out;  // (128, 2): one of a thread's sums before its products were waited for, and after
+};
+
+// Products of halves of 1, and what a kernel must not do: d is read, and b is overwritten by 2, before they end.
+void late_kernel(LateParams p) {
+  const int thread = thread_index();
+  auto* const values = reinterpret_cast<__half*>(shared_memory());  // a: (64, 16), then b: (8, 16)
+  for (int i = thread; i < 72 * 16; i += 128) values[i] = __half(1.0f);
+  shared_written();
+  block_sync();
+  float d[1][4] = {};
+  wgmma_fence();
+  wgmma_ss<__half, 8>(d, wgmma_descriptor(values, 1024, 128), wgmma_descriptor(values + 64 * 16, 128, 128));
+  wgmma_commit();
+  p.out[2 * thread] = d[0][0];
+  values[64 * 16 + thread] = __half(2.0f);
+  block_sync();
+  wgmma_wait<0>();
+  p.out[2 * thread + 1] = d[0][0];
 }
 
 // What a kernel gets wrong must be seen, or the tests above and the kernels' own would prove little.
 void notices(Report* report) {
   uint4 memory = {};
-  const char* const expected[] = {"waits for others", "past its 64 bytes", "never waited for", "code 3",
-                                  "different operations"};
-  for (int kind = 0; kind < 5; ++kind) {
-    const cudaError_t error = launch(wrong_kernel, LaunchConfig{dim3(1), 32, 64}, nullptr, Wrong{kind, &memory});
+  const char* const expected[] = {"waits for others",     "past its 64 bytes",   "never waited for",        "code 3",
+                                  "different operations", "without wgmma_fence", "products it never waited"};
+  for (int kind = 0; kind < 7; ++kind) {
+    const LaunchConfig config = {dim3(1), kind < 5 ? 32u : 128u, kind < 5 ? size_t{64} : size_t{4096}};
+    const cudaError_t error = launch(wrong_kernel, config, nullptr, Wrong{kind, &memory});
     report->that(std::string("notices: ") + expected[kind] + "; says: " + cudaGetErrorString(error),
                  error != cudaSuccess && std::strstr(cudaGetErrorString(error), expected[kind]) != nullptr);
+  }
+  std::vector<float> out(256);
+  must(launch(late_kernel, LaunchConfig{dim3(1), 128, 4096}, nullptr, LateParams{out.data()}));
+  for (int thread = 0; thread < 128; ++thread) {
+    const bool was_nan = std::isnan(out[2 * thread]), is_late = out[2 * thread + 1] == 32;
+    if (!was_nan || !is_late || thread == 0) report->that("notices: products run late", was_nan && is_late);
   }
 }
 #endif

@@ -2,9 +2,11 @@
 // The functions of csrc/base/device.cuh and base/wgmma.cuh, on the emulator.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <string>
+#include <utility>
 
 #include "emulator/emulator.h"
 
@@ -129,43 +131,91 @@ float core_element(const unsigned char* shared, uint64_t descriptor, int row, in
   return value_at(shared + at, static_cast<const T*>(nullptr));
 }
 
+// 128 threads' sums += a b; see base/wgmma.cuh for the layouts.
+template <typename T, int N>
+void multiply(const emulator::Product& product, float* sums) {
+  float b_of[16][N];
+  for (int k = 0; k < 16; ++k) {
+    for (int n = 0; n < N; ++n) b_of[k][n] = core_element<T>(product.shared, product.b, n, k);
+  }
+  for (int warp = 0; warp < 4; ++warp) {
+    float a_of[16][16];
+    if (!product.a_registers.empty()) {
+      const uint32_t* registers[32];
+      for (int lane = 0; lane < 32; ++lane) registers[lane] = &product.a_registers[4 * (32 * warp + lane)];
+      unfold_a<T>(registers, a_of);
+    } else {
+      for (int r = 0; r < 16; ++r) {
+        for (int k = 0; k < 16; ++k) a_of[r][k] = core_element<T>(product.shared, product.a, 16 * warp + r, k);
+      }
+    }
+    for (int lane = 0; lane < 32; ++lane) {
+      for (int i = 0; i < N / 8; ++i) {
+        for (int j = 0; j < 4; ++j) {
+          const int row = lane / 4 + 8 * (j >> 1), column = 8 * i + 2 * (lane % 4) + (j & 1);
+          float sum = 0;
+          for (int k = 0; k < 16; ++k) sum += a_of[row][k] * b_of[k][column];
+          sums[(32 * warp + lane) * (N / 2) + 4 * i + j] += sum;
+        }
+      }
+    }
+  }
+}
+
 template <typename T, int N>
 void wgmma(float (*d)[4], const uint32_t* a_registers, uint64_t a, uint64_t b) {
   Wgmma mine{d, a_registers, a, b, emulator::place().shared};
   emulator::together(128, &mine, [](void** all) {
-    const auto thread_of = [&](int thread) { return static_cast<Wgmma*>(all[thread]); };
-    const Wgmma& first = *thread_of(0);
-    float b_of[16][N];
-    for (int k = 0; k < 16; ++k) {
-      for (int n = 0; n < N; ++n) b_of[k][n] = core_element<T>(first.shared, first.b, n, k);
+    const auto thread_of = [&](int thread) -> Wgmma& { return *static_cast<Wgmma*>(all[thread]); };
+    const Wgmma& first = thread_of(0);
+    emulator::Warpgroup& group = emulator::warpgroup();
+    if (!group.fenced) emulator::fail("wgmma without wgmma_fence since its registers could be touched");
+    emulator::Product product{&multiply<T, N>, {}, first.a, first.b, first.shared, &first.d[0][0]};
+    emulator::Accumulator& accumulator = group.accumulators[product.d];
+    const bool is_new = accumulator.d.empty();
+    for (int thread = 0; thread < 128; ++thread) {
+      const Wgmma& each = thread_of(thread);
+      if (each.b != first.b || each.a != first.a) emulator::fail("wgmma's descriptors differ within a warpgroup");
+      if (each.a_registers != nullptr) {
+        product.a_registers.insert(product.a_registers.end(), each.a_registers, each.a_registers + 4);
+      }
+      if (!is_new) continue;
+      accumulator.d.push_back(&each.d[0][0]);
+      accumulator.sums.insert(accumulator.sums.end(), &each.d[0][0], &each.d[0][0] + N / 2);
+      std::fill_n(&each.d[0][0], N / 2, NAN);
     }
-    for (int warp = 0; warp < 4; ++warp) {
-      float a_of[16][16];
-      const uint32_t* registers[32];
-      for (int lane = 0; lane < 32; ++lane) {
-        const Wgmma& thread = *thread_of(32 * warp + lane);
-        if (thread.b != first.b || thread.a != first.a) emulator::fail("wgmma's descriptors differ within a warpgroup");
-        registers[lane] = thread.a_registers;
-      }
-      if (first.a_registers != nullptr) {
-        unfold_a<T>(registers, a_of);
-      } else {
-        for (int r = 0; r < 16; ++r) {
-          for (int k = 0; k < 16; ++k) a_of[r][k] = core_element<T>(first.shared, first.a, 16 * warp + r, k);
-        }
-      }
-      for (int lane = 0; lane < 32; ++lane) {
-        for (int i = 0; i < N / 8; ++i) {
-          for (int j = 0; j < 4; ++j) {
-            const int row = lane / 4 + 8 * (j >> 1), column = 8 * i + 2 * (lane % 4) + (j & 1);
-            float sum = 0;
-            for (int k = 0; k < 16; ++k) sum += a_of[row][k] * b_of[k][column];
-            thread_of(32 * warp + lane)->d[i][j] += sum;
-          }
-        }
-      }
-    }
+    group.open.push_back(std::move(product));
   });
+}
+
+// Of the warpgroup that runs now, all committed groups of products but so many.
+inline void finish_products(int allowed) {
+  emulator::Warpgroup& group = emulator::warpgroup();
+  group.fenced = false;
+  for (; static_cast<int>(group.committed.size()) > allowed; group.committed.pop_front()) {
+    for (const emulator::Product& product : group.committed.front()) {
+      product.multiply(product, group.accumulators.at(product.d).sums.data());
+    }
+  }
+  const auto is_awaited = [&](float* d) {
+    const auto has = [d](const std::vector<emulator::Product>& products) {
+      return std::any_of(products.begin(), products.end(),
+                         [d](const emulator::Product& product) { return product.d == d; });
+    };
+    return has(group.open) || std::any_of(group.committed.begin(), group.committed.end(), has);
+  };
+  for (auto at = group.accumulators.begin(); at != group.accumulators.end();) {
+    const emulator::Accumulator& accumulator = at->second;
+    if (is_awaited(at->first)) {
+      ++at;
+      continue;
+    }
+    const size_t each = accumulator.sums.size() / accumulator.d.size();
+    for (size_t thread = 0; thread < accumulator.d.size(); ++thread) {
+      std::copy_n(accumulator.sums.data() + thread * each, each, accumulator.d[thread]);
+    }
+    at = group.accumulators.erase(at);
+  }
 }
 
 }  // namespace emulated
@@ -202,9 +252,6 @@ CTXFAST_DEVICE uint4 load_relaxed(const uint4* p) {
   const uint32_t* words = &p->x;
   return make_uint4(emulator::load_word(words), emulator::load_word(words + 1), emulator::load_word(words + 2),
                     emulator::load_word(words + 3));
-}
-CTXFAST_DEVICE void load_relaxed_if(uint4& v, bool wanted, const uint4* p) {
-  if (wanted) v = load_relaxed(p);
 }
 CTXFAST_DEVICE uint32_t load_acquire(const uint32_t* p) { return load_relaxed(p); }
 CTXFAST_DEVICE void store_relaxed(uint32_t* p, uint32_t v) { emulator::store_word(p, v); }
@@ -266,14 +313,18 @@ CTXFAST_DEVICE uint64_t wgmma_descriptor(const void* shared, uint32_t k_stride_b
          static_cast<uint64_t>(row_stride_bytes >> 4) << 32;
 }
 CTXFAST_DEVICE void wgmma_fence() {
-  emulator::together(128, nullptr, [](void**) {});
+  emulator::together(128, nullptr, [](void**) { emulator::warpgroup().fenced = true; });
 }
 CTXFAST_DEVICE void wgmma_commit() {
-  emulator::together(128, nullptr, [](void**) {});
+  emulator::together(128, nullptr, [](void**) {
+    emulator::Warpgroup& group = emulator::warpgroup();
+    group.committed.push_back(std::move(group.open));
+    group.open.clear();
+  });
 }
 template <int N>
 CTXFAST_DEVICE void wgmma_wait() {
-  emulator::together(128, nullptr, [](void**) {});
+  emulator::together(128, nullptr, [](void**) { emulated::finish_products(N); });
 }
 template <typename T, int N>
 CTXFAST_DEVICE void wgmma_rs(float (&d)[N / 8][4], const uint4& a, uint64_t b) {
@@ -294,6 +345,8 @@ CTXFAST_DEVICE uint32_t spin_begins() { return 0; }
 CTXFAST_DEVICE bool spun_out(uint32_t) { return emulator::nobody_goes_on(); }
 CTXFAST_DEVICE long long cycles() { return 0; }
 CTXFAST_DEVICE void nanosleep(unsigned) { emulator::yield(); }
+CTXFAST_DEVICE uint32_t max3(uint32_t a, uint32_t b, uint32_t c) { return std::max({a, b, c}); }
+CTXFAST_DEVICE float clipped(float x, float bound) { return x > bound ? bound : x < -bound ? -bound : x; }
 CTXFAST_DEVICE float exp_fast(float x) { return std::exp(x); }
 CTXFAST_DEVICE float tanh_fast(float x) { return std::tanh(x); }
 

@@ -58,6 +58,7 @@ struct Barrier {
 struct Block {
   std::vector<Fiber> fibers;
   std::vector<Gathering> warps, warpgroups;
+  std::vector<Warpgroup> products;  // by warpgroup
   Barrier barriers[kBarriers];
   std::vector<unsigned char> shared;
   // Relaxed stores that only this block sees so far.
@@ -239,6 +240,7 @@ void run_blocks(const std::vector<Place>& places, unsigned threads, size_t share
     block->fibers = std::vector<Fiber>(threads);
     block->warps.resize((threads + 31) / 32);
     block->warpgroups.resize((threads + 127) / 128);
+    block->products.resize((threads + 127) / 128);
     for (unsigned t = 0; t < threads; ++t, stack += kStackBytes) {
       Fiber& fiber = block->fibers[t];
       fiber.place = place;
@@ -254,6 +256,11 @@ void run_blocks(const std::vector<Place>& places, unsigned threads, size_t share
   schedule();
   for (const auto& block : m.blocks) {
     while (!block->late.empty()) write_late(block.get(), block->late.size() - 1);
+    for (const Warpgroup& group : block->products) {
+      if (m.failed || group.accumulators.empty()) continue;
+      m.failed = true;
+      m.error = "a warpgroup ended with products it never waited for";
+    }
     const unsigned char* end = block->fibers[0].place.shared + shared_bytes;
     if (!m.failed && std::any_of(end, end + kGuardBytes, [](unsigned char byte) { return byte != kPoison; })) {
       m.failed = true;
@@ -401,6 +408,11 @@ void store_word(uint32_t* p, uint32_t value) {
 void flush_stores() {
   Block* block = machine().current->block;
   while (!block->late.empty()) write_late(block, block->late.size() - 1);
+}
+
+Warpgroup& warpgroup() {
+  Fiber* self = machine().current;
+  return self->block->products[self->place.thread / 128];
 }
 
 void copy_later(void* to, const void* from) { machine().current->open_copies.emplace_back(to, from); }

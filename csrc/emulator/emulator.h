@@ -2,14 +2,19 @@
 // Runs CUDA kernels written against csrc/base/device.cuh on the CPU: every thread a fiber, all blocks of a cooperative
 // launch alive at once, shared memory per block. One thread at a time runs, until it waits; which one runs next is
 // drawn from a seed, and relaxed stores reach other blocks late and in any order. So indexing, reduction order, missing
-// barriers and the flags between blocks are tested without a GPU. What it cannot show: speed, races of plain accesses
-// inside a block between two barriers that happen to run in a lucky order, resources.
+// barriers and the flags between blocks are tested without a GPU; a warpgroup's products run when they are waited for,
+// so a missing fence, commit or wait shows. What it cannot show: speed, races of plain accesses inside a block between
+// two barriers that happen to run in a lucky order, loads that come early or stale (acquire is as relaxed), products
+// that read shared memory before ordinary stores to it were handed over (shared_written), registers.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <deque>
 #include <functional>
+#include <map>
 #include <string>
+#include <vector>
 
 namespace ctxfast::emulator {
 
@@ -50,6 +55,27 @@ bool nobody_goes_on();  // for long: every thread polls, no store is under way
 uint32_t load_word(const uint32_t* p);
 void store_word(uint32_t* p, uint32_t value);
 void flush_stores();
+
+// Products of a warpgroup that run on beside its threads. Here they run when they are waited for, as late as they may:
+// until then d holds NaN, and what is written to their shared memory goes into them.
+struct Product {
+  void (*multiply)(const Product&, float* sums);  // sums: those of thread after thread
+  std::vector<uint32_t> a_registers;              // four of each thread, or none
+  uint64_t a, b;                                  // descriptors
+  const unsigned char* shared;
+  float* d;  // that of the first thread
+};
+struct Accumulator {
+  std::vector<float*> d;    // of each thread
+  std::vector<float> sums;  // as in Product
+};
+struct Warpgroup {
+  bool fenced = false;  // since registers were last anybody's to touch
+  std::vector<Product> open;
+  std::deque<std::vector<Product>> committed;
+  std::map<float*, Accumulator> accumulators;  // by the first thread's d
+};
+Warpgroup& warpgroup();  // of the thread that runs now
 
 void copy_later(void* to, const void* from);  // 16 bytes
 void commit_copies();

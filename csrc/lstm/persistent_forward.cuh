@@ -8,14 +8,14 @@
 //
 // One step (round) of a tile:
 //   product   W_hh h. Tiles of 8 rows by mma.sync: a warp takes 4 row tiles and every KG-th 32 of K, reads its part of
-//             h straight from L2 into registers and starts when that part is there. 16 and 32 rows by wgmma: a K group
-//             of 4 KG warps copies its part of h to shared memory first. K groups meet in shared memory.
-//             (4096/512, B = 8: predicted 1,650 cycles against the predecessor's 2,230 for one row tile per warp and h
-//             in shared memory; all weights of a step must still pass, 128 bytes a cycle.)
+//             h straight from L2 into registers. 16 and 32 rows by wgmma: a K group of 4 KG warps copies its part of h
+//             to shared memory first. K groups meet in shared memory. The input's part of the gates comes meanwhile.
 //   cells     a warp holds the four gates of 4 cells x 8 rows: c, m = o tanh(c). Published: h, or m with a projection.
 //   project   8 rows of W_proj times all m, gathered as operands from L2, 8 vectors of a thread under way at once; 4
-//             where weights fill the registers and 8 would spill (4096/512, B = 32: as the predecessor, 6,100 cycles).
-//             The 16 warps' sums meet in shared memory without bank conflicts. Published: h.
+//             where weights fill the registers and 8 would spill, the next ones then asked for before these are
+//             multiplied. The 16 warps' sums meet in shared memory without bank conflicts. Published: h.
+// ELMo's layer (4096/512) has kernels of its own, in which all sizes are constants. What a step is estimated to take,
+// phase by phase: docs/cycles.md.
 //
 // Exchange. The data is its own flag: a word of a slot is kEmpty until it is written; no arithmetic makes that pair of
 // NaNs (conversions make 0x7FFF), and `filled` maps away what comes from memory. Slot n % kSlots carries round n; h_0
@@ -39,6 +39,12 @@
 //    published in round r + 1, in round r + 1 (m) or r + 2 (h), and executes a fence after that and before it polls the
 //    word: an acquire. So the clear happens before the read. Before the first rounds the launcher clears on the stream.
 // 3. A word's clear and its next write are by the same thread, in program order.
+//    Both are fences of release and acquire (fence.acq_rel.gpu), which is enough: the argument orders one clear before
+//    one read by way of what was published in between (a clear, a fence, a publication that the reader saw, a fence, a
+//    read: release pattern, observation, acquire pattern), never two unrelated words against each other, which alone
+//    would need sequential consistency (__threadfence, dearer). That clears and publications go through relaxed
+//    (strong) accesses at GPU scope and barriers of a block order its threads makes each chain one of the PTX model's
+//    causality order.
 // 4. Nobody waits for ever: round n waits only for what rounds <= n of blocks that are all resident publish.
 // Every spin is bounded and traps. All blocks run all rounds, whatever the lengths.
 //
@@ -52,44 +58,56 @@ namespace ctxfast::lstm_forward {
 
 // Where the walk stands. `round` counts on over the tiles of the batch.
 struct Walk {
-  int direction, block, base, step, round;                                               // base: first row of the tile
-  CTXFAST_DEVICE bool last(const KernelParams& p) const { return step + 1 == p.steps; }  // of the tile
-  CTXFAST_DEVICE bool very_last(const KernelParams& p, int rows) const { return last(p) && base + rows >= p.batch; }
-  CTXFAST_DEVICE int64_t state(const KernelParams& p, int row) const {
+  int direction, block, base, step, round;                                          // base: first row of the tile
+  CTXFAST_DEVICE bool last(const Tensors& p) const { return step + 1 == p.steps; }  // of the tile
+  CTXFAST_DEVICE bool very_last(const Tensors& p, int rows) const { return last(p) && base + rows >= p.batch; }
+  CTXFAST_DEVICE int64_t state(const Tensors& p, int row) const {
     return static_cast<int64_t>(direction) * p.batch + base + row;
   }
   // Where a row of this length stands in time; past its end every later place once.
   CTXFAST_DEVICE int time_of(int length) const { return direction == 1 && step < length ? length - 1 - step : step; }
 };
 
-template <int kTiles>
-CTXFAST_DEVICE uint4* h_slot(const KernelParams& p, const Walk& at, int round) {
+template <int kTiles, typename Params>
+CTXFAST_DEVICE uint4* h_slot(const Params& p, const Walk& at, int round) {
   return p.h_slots + (at.direction * kSlots + (round & (kSlots - 1))) * p.pairs * kTiles * 32;
 }
-template <int kTiles>
-CTXFAST_DEVICE uint4* m_slot(const KernelParams& p, const Walk& at, int round) {
+template <int kTiles, typename Params>
+CTXFAST_DEVICE uint4* m_slot(const Params& p, const Walk& at, int round) {
   return p.m_slots + (at.direction * kSlots + (round & (kSlots - 1))) * p.cell_pairs * kTiles * 32;
 }
-CTXFAST_DEVICE int* lengths_of(const KernelParams& p) { return reinterpret_cast<int*>(shared_memory() + p.at.lengths); }
+template <typename Params>
+CTXFAST_DEVICE int* lengths_of(const Params& p) {
+  return reinterpret_cast<int*>(shared_memory() + p.at.lengths);
+}
 
 // V: the thread's uint4 or uint32_t of h_0, 8 or 2 values of a row from k on; zeros where there is none.
-template <typename T, typename V>
-CTXFAST_DEVICE V initial_h(const KernelParams& p, const Walk& at, int row, int k) {
+template <typename T, typename V, typename Params>
+CTXFAST_DEVICE V initial_h(const Params& p, const Walk& at, int row, int k) {
   if (p.h_0 == nullptr || at.base + row >= p.batch) return V{};
   return *reinterpret_cast<const V*>(static_cast<const T*>(p.h_0) + at.state(p, row) * p.size + k);
 }
 
+template <typename T, typename Params>
+CTXFAST_DEVICE T* output_at(const Params& p, const Walk& at, int row, int length) {
+  uint4* const step = static_cast<uint4*>(p.output) + static_cast<uint64_t>(at.base + row) * p.output_strides[0] +
+                      static_cast<uint64_t>(at.time_of(length)) * p.output_strides[1];
+  return reinterpret_cast<T*>(step) + at.direction * p.size;
+}
+
 // A thread's work on cells: piece j is one cell and one row of (row tile, batch tile) number 16 j + warp.
-template <int kTiles>
+// kElmo: of 16 row tiles each warp has one, and of it every batch tile.
+template <int kTiles, bool kElmo>
 struct Pieces {
   int lane, warp, row_tiles, row_shift;
-  CTXFAST_DEVICE explicit Pieces(const KernelParams& p) : row_tiles(p.row_tiles), row_shift(p.row_shift) {
+  template <typename Params>
+  CTXFAST_DEVICE explicit Pieces(const Params& p) : row_tiles(p.row_tiles), row_shift(p.row_shift) {
     const int thread = thread_anew();
     lane = thread & 31, warp = thread >> 5;
   }
-  CTXFAST_DEVICE bool has(int j) const { return 16 * j + warp < row_tiles * kTiles; }
-  CTXFAST_DEVICE int row_tile(int j) const { return (16 * j + warp) & (row_tiles - 1); }
-  CTXFAST_DEVICE int batch_tile(int j) const { return (16 * j + warp) >> row_shift; }
+  CTXFAST_DEVICE bool has(int j) const { return kElmo || 16 * j + warp < row_tiles * kTiles; }
+  CTXFAST_DEVICE int row_tile(int j) const { return kElmo ? warp : (16 * j + warp) & (row_tiles - 1); }
+  CTXFAST_DEVICE int batch_tile(int j) const { return kElmo ? j : (16 * j + warp) >> row_shift; }
   CTXFAST_DEVICE int tile_row() const { return 2 * (lane & 3) + (lane >> 4); }
   CTXFAST_DEVICE int row(int j) const { return 8 * batch_tile(j) + tile_row(); }
   CTXFAST_DEVICE int cell(int j) const { return 4 * row_tile(j) + (lane >> 2 & 3); }
@@ -100,7 +118,8 @@ template <int kTiles, bool kForMma>
 struct Publisher {
   bool works;
   int k8, tile, row;  // of 8 cells, in the block; row in the tile
-  CTXFAST_DEVICE explicit Publisher(const KernelParams& p) {
+  template <typename Params>
+  CTXFAST_DEVICE explicit Publisher(const Params& p) {
     const int vector = thread_anew() - kThreads / 2, groups = p.row_tiles / 2;
     works = vector >= 0 && vector < groups * kTiles * 8;
     if (kForMma) {
@@ -114,8 +133,12 @@ struct Publisher {
       row = vector % 8;
     }
   }
-  CTXFAST_DEVICE int first_k8(const KernelParams& p, int block) const { return block * (p.row_tiles / 2) + k8; }
-  CTXFAST_DEVICE int place(const KernelParams& p, int block) const {
+  template <typename Params>
+  CTXFAST_DEVICE int first_k8(const Params& p, int block) const {
+    return block * (p.row_tiles / 2) + k8;
+  }
+  template <typename Params>
+  CTXFAST_DEVICE int place(const Params& p, int block) const {
     return slot_place<kTiles, kForMma>(first_k8(p, block), tile, row);
   }
 };
@@ -125,7 +148,8 @@ template <int kTiles>
 struct Finisher {
   bool works;
   int lane, warp, tile, tile_row, pair;
-  CTXFAST_DEVICE Finisher(const KernelParams& p, int block) {
+  template <typename Params>
+  CTXFAST_DEVICE Finisher(const Params& p, int block) {
     const int thread = thread_anew();
     lane = thread & 31, warp = thread >> 5;
     works = 8 * block < p.size && warp < 2 * kTiles;
@@ -137,31 +161,48 @@ struct Finisher {
   CTXFAST_DEVICE int word(int block) const { return 4 * slot_place<kTiles, kTiles == 1>(block, tile, tile_row) + pair; }
 };
 
-// The gates' part that does not depend on h: loads under way while h is waited for. Of a pair of cells the even one's
-// thread loads i and f of both, the other g and o.
-template <typename T, int kTiles>
-CTXFAST_DEVICE void load_gates(const KernelParams& p, const Walk& at, uint2 (&gates)[kTiles]) {
-  const Pieces<kTiles> pieces(p);
+// The gates' part that does not depend on h: loads under way while h is, or the product. i, f, g, o as they lie, 16
+// bits each.
+template <typename T, int kTiles, typename Params>
+CTXFAST_DEVICE void load_gates(const Params& p, const Walk& at, uint2 (&gates)[kTiles]) {
+  const Pieces<kTiles, is_constant<Params>> pieces(p);
 #pragma unroll
   for (int j = 0; j < kTiles; ++j) {
     gates[j] = make_uint2(0, 0);
     if (!pieces.has(j)) continue;
     const int length = lengths_of(p)[pieces.row(j)];
     if (at.step >= length) continue;
-    const int cell = at.block * 4 * p.row_tiles + pieces.cell(j);
-    const T* from = static_cast<const T*>(p.gates[at.direction]) +
-                    (at.base + pieces.row(j)) * p.gates_strides[at.direction][0] +
-                    at.time_of(length) * p.gates_strides[at.direction][1] + (cell & 1) * 2 * p.hidden + (cell & ~1);
-    gates[j] =
-        make_uint2(*reinterpret_cast<const uint32_t*>(from), *reinterpret_cast<const uint32_t*>(from + p.hidden));
+    const uint32_t (&strides)[2] = p.gates_strides[at.direction];
+    const uint32_t* row = static_cast<const uint32_t*>(p.gates[at.direction]) +
+                          static_cast<uint64_t>(at.base + pieces.row(j)) * strides[0] +
+                          static_cast<uint64_t>(at.time_of(length)) * strides[1];
+    const uint16_t* from = reinterpret_cast<const uint16_t*>(row) + at.block * 4 * p.row_tiles + pieces.cell(j);
+    gates[j] = make_uint2(from[0] | from[p.hidden] << 16, from[2 * p.hidden] | from[3 * p.hidden] << 16);
+  }
+}
+
+// Rarely: c of this step and of the last.
+template <int kTiles, typename Params>
+CTXFAST_DEVICE void store_cells(const Params& p, const Walk& at, const float (&c)[kTiles]) {
+  const Pieces<kTiles, is_constant<Params>> pieces(p);
+#pragma unroll
+  for (int j = 0; j < kTiles; ++j) {
+    const int row = pieces.row(j);
+    if (!pieces.has(j) || at.base + row >= p.batch) continue;
+    const int64_t state = at.state(p, row);
+    const int length = lengths_of(p)[row], cell = at.block * 4 * p.row_tiles + pieces.cell(j);
+    if (p.cells != nullptr) {
+      p.cells[(state * p.steps + at.time_of(length)) * p.hidden + cell] = at.step < length ? c[j] : 0.0f;
+    }
+    if (at.last(p)) p.c_n[state * p.hidden + cell] = c[j];
   }
 }
 
 // c and m, or h without projection, of the thread's pieces; m and h to shared memory: [cell / 8][tile][row][8].
-template <typename T, int kTiles, bool kProjected, bool kInRegisters>
-CTXFAST_DEVICE void advance_cells(const KernelParams& p, const Walk& at, const uint2 (&gates)[kTiles],
+template <typename T, int kTiles, bool kProjected, bool kInRegisters, typename Params>
+CTXFAST_DEVICE void advance_cells(const Params& p, const Walk& at, const uint2 (&gates)[kTiles],
                                   const float (&sums)[kTiles][4], float (&c)[kTiles], float (&h)[kTiles]) {
-  const Pieces<kTiles> pieces(p);
+  const Pieces<kTiles, is_constant<Params>> pieces(p);
   const int k_groups = (kTiles == 1 ? 64 : 16) >> p.row_shift;
   const int lane = pieces.lane;
   const float4* partial = reinterpret_cast<const float4*>(shared_memory() + p.at.partial);
@@ -184,11 +225,7 @@ CTXFAST_DEVICE void advance_cells(const KernelParams& p, const Walk& at, const u
     // Lanes 0-15 hold i and g, the others f and o, of two rows of the batch; each takes one row.
     const bool low = lane < 16;
     const float other0 = shuffle_xor(low ? z.y : z.x, 16), other1 = shuffle_xor(low ? z.w : z.z, 16);
-    const bool odd = lane & 4;
-    const uint32_t lows = (gates[j].x & 0xFFFFu) | gates[j].y << 16,
-                   highs = gates[j].x >> 16 | (gates[j].y & 0xFFFF0000u);
-    const uint32_t other = shuffle_xor(odd ? lows : highs, 4);
-    const float2 given_if = unpack2<T>(odd ? other : lows), given_go = unpack2<T>(odd ? highs : other);
+    const float2 given_if = unpack2<T>(gates[j].x), given_go = unpack2<T>(gates[j].y);
     const float i = given_if.x + (low ? z.x : other0), f = given_if.y + (low ? other0 : z.y);
     const float g = given_go.x + (low ? z.z : other1), o = given_go.y + (low ? other1 : z.w);
     const float new_c = clipped(sigmoid_fast(i) * tanh_fast(g) + sigmoid_fast(f) * c[j], p.cell_clip);
@@ -202,59 +239,62 @@ CTXFAST_DEVICE void advance_cells(const KernelParams& p, const Walk& at, const u
     }
     published[(((cell >> 3) * kTiles + pieces.batch_tile(j)) * 8 + pieces.tile_row()) * 8 + (cell & 7)] =
         from_float<T>(m);
-    if (at.base + row >= p.batch) continue;
-    const int64_t state = at.state(p, row);
-    const int of_all = at.block * 4 * p.row_tiles + cell;
-    if (p.cells != nullptr) {
-      p.cells[(state * p.steps + at.time_of(length)) * p.hidden + of_all] = active ? new_c : 0.0f;
-    }
-    if (at.last(p)) p.c_n[state * p.hidden + of_all] = c[j];
   }
+  if (p.cells != nullptr || at.last(p)) store_cells<kTiles>(p, at, c);
 }
 
-// Warps 8-15: what advance_cells left in shared memory, to the other blocks; without projection it is h.
-template <typename T, int kTiles, bool kProjected>
-CTXFAST_DEVICE void publish_cells(const KernelParams& p, const Walk& at) {
-  const Publisher<kTiles, kTiles == 1 || kProjected> publisher(p);
-  if (!publisher.works) return;
-  const uint4* published = reinterpret_cast<const uint4*>(shared_memory() + p.at.published);
-  const uint4 v = published[(publisher.k8 * kTiles + publisher.tile) * 8 + publisher.row];
-  const uint4 empty = make_uint4(kEmpty, kEmpty, kEmpty, kEmpty);
-  const int place = publisher.place(p, at.block);
-  if (kProjected) {
-    store_relaxed(m_slot<kTiles>(p, at, at.round) + place, filled(v));
-    if (at.round > 0) store_relaxed(m_slot<kTiles>(p, at, at.round - 1) + place, empty);
-    return;
+// Warps 8-15: what advance_cells left in shared memory, to the other blocks; without projection it is h. What it needs
+// beside that is computed before the barrier, at construction.
+template <typename T, int kTiles, bool kProjected, typename Params>
+struct CellsPublisher {
+  Publisher<kTiles, kTiles == 1 || kProjected> of;
+  const uint4* published;
+  int place;
+  CTXFAST_DEVICE CellsPublisher(const Params& p, const Walk& at) : of(p) {
+    published =
+        reinterpret_cast<const uint4*>(shared_memory() + p.at.published) + (of.k8 * kTiles + of.tile) * 8 + of.row;
+    place = of.place(p, at.block);
   }
-  const int row = 8 * publisher.tile + publisher.row, k = 8 * publisher.first_k8(p, at.block);
-  if (!at.very_last(p, 8 * kTiles)) {
-    const uint4 next = at.last(p) ? initial_h<T, uint4>(p, at, row + 8 * kTiles, k) : v;
-    store_relaxed(h_slot<kTiles>(p, at, at.round) + place, filled(next));
+  CTXFAST_DEVICE void publish(const Params& p, const Walk& at) const {
+    if (!of.works) return;
+    const uint4 v = *published;
+    const uint4 empty = make_uint4(kEmpty, kEmpty, kEmpty, kEmpty);
+    if (kProjected) {
+      store_relaxed(m_slot<kTiles>(p, at, at.round) + place, filled(v));
+      if (at.round > 0) store_relaxed(m_slot<kTiles>(p, at, at.round - 1) + place, empty);
+      return;
+    }
+    const int row = 8 * of.tile + of.row, k = 8 * of.first_k8(p, at.block);
+    if (!at.very_last(p, 8 * kTiles)) {
+      const uint4 next = at.last(p) ? initial_h<T, uint4>(p, at, row + 8 * kTiles, k) : v;
+      store_relaxed(h_slot<kTiles>(p, at, at.round) + place, filled(next));
+    }
+    if (at.round > 0) store_relaxed(h_slot<kTiles>(p, at, at.round - 2) + place, empty);
+    if (at.base + row >= p.batch) return;
+    const int length = lengths_of(p)[row];
+    *reinterpret_cast<uint4*>(output_at<T>(p, at, row, length) + k) = at.step < length ? v : make_uint4(0, 0, 0, 0);
+    if (at.last(p)) *reinterpret_cast<uint4*>(static_cast<T*>(p.h_n) + at.state(p, row) * p.size + k) = v;
   }
-  if (at.round > 0) store_relaxed(h_slot<kTiles>(p, at, at.round - 2) + place, empty);
-  if (at.base + row >= p.batch) return;
-  const int length = lengths_of(p)[row];
-  T* to = static_cast<T*>(p.output) + (at.base + row) * p.output_strides[0] + at.time_of(length) * p.output_strides[1] +
-          at.direction * p.size + k;
-  *reinterpret_cast<uint4*>(to) = at.step < length ? v : make_uint4(0, 0, 0, 0);
-  if (at.last(p)) *reinterpret_cast<uint4*>(static_cast<T*>(p.h_n) + at.state(p, row) * p.size + k) = v;
-}
+};
 
 // Warps 0 to 2 kTiles - 1: h of the block's rows of the projection, to the other blocks and the output. `last_h`: of a
 // row, past its end too.
-template <typename T, int kTiles>
-CTXFAST_DEVICE void finish_h(const KernelParams& p, const Walk& at, uint32_t& last_h) {
+template <typename T, int kTiles, typename Params>
+CTXFAST_DEVICE void finish_h(const Params& p, const Walk& at, uint32_t& last_h) {
   const Finisher<kTiles> finisher(p, at.block);
   if (!finisher.works) return;
   const int lane = finisher.lane;
-  const float2* from =
-      reinterpret_cast<const float2*>(shared_memory() + p.at.sums) + finisher.warp * kWarps * 16 + (lane & 15);
-  float2 sum = make_float2(0, 0);
+  const float2* from = reinterpret_cast<const float2*>(shared_memory() + p.at.sums) + finisher.warp * kWarps * 16 +
+                       (lane >> 4) * (kWarps / 2) * 16 + (lane & 15);
+  float2 part[kWarps / 2];
 #pragma unroll
-  for (int i = 0; i < kWarps / 2; ++i) {
-    const float2 part = from[((lane >> 4) * (kWarps / 2) + i) * 16];
-    sum.x += part.x, sum.y += part.y;
+  for (int i = 0; i < kWarps / 2; ++i) part[i] = from[i * 16];
+#pragma unroll
+  for (int half = kWarps / 4; half > 0; half /= 2) {
+#pragma unroll
+    for (int i = 0; i < half; ++i) part[i].x += part[i + half].x, part[i].y += part[i + half].y;
   }
+  float2 sum = part[0];
   sum.x += shuffle_xor(sum.x, 16);
   sum.y += shuffle_xor(sum.y, 16);
   const uint32_t h = pack2<T>(clipped(sum.x, p.proj_clip), clipped(sum.y, p.proj_clip));
@@ -268,15 +308,34 @@ CTXFAST_DEVICE void finish_h(const KernelParams& p, const Walk& at, uint32_t& la
   }
   store_relaxed(reinterpret_cast<uint32_t*>(h_slot<kTiles>(p, at, at.round - 1)) + word, kEmpty);
   if (at.base + row >= p.batch) return;
-  T* to = static_cast<T*>(p.output) + (at.base + row) * p.output_strides[0] + at.time_of(length) * p.output_strides[1] +
-          at.direction * p.size + k;
-  *reinterpret_cast<uint32_t*>(to) = at.step < length ? h : 0;
+  *reinterpret_cast<uint32_t*>(output_at<T>(p, at, row, length) + k) = at.step < length ? h : 0;
   if (at.last(p)) *reinterpret_cast<uint32_t*>(static_cast<T*>(p.h_n) + at.state(p, row) * p.size + k) = last_h;
 }
 
+// Where weights fill the registers, the state lies in shared memory while m is gathered, so that two groups of m can be
+// under way.
+template <int kTiles, typename Params>
+CTXFAST_DEVICE float* parked(const Params& p) {
+  return reinterpret_cast<float*>(shared_memory() + p.at.parked) + thread_anew();
+}
+template <int kTiles, typename Params>
+CTXFAST_DEVICE void park(const Params& p, const float (&c)[kTiles], uint32_t last_h) {
+  float* const to = parked<kTiles>(p);
+#pragma unroll
+  for (int j = 0; j < kTiles; ++j) to[j * kThreads] = c[j];
+  reinterpret_cast<uint32_t*>(to)[kTiles * kThreads] = last_h;
+}
+template <int kTiles, typename Params>
+CTXFAST_DEVICE void unpark(const Params& p, float (&c)[kTiles], uint32_t& last_h) {
+  const float* const from = parked<kTiles>(p);
+#pragma unroll
+  for (int j = 0; j < kTiles; ++j) c[j] = from[j * kThreads];
+  last_h = reinterpret_cast<const uint32_t*>(from)[kTiles * kThreads];
+}
+
 // Round -1: h_0 of the first tile.
-template <typename T, int kTiles, bool kProjected>
-CTXFAST_DEVICE void publish_initial(const KernelParams& p, const Walk& at) {
+template <typename T, int kTiles, bool kProjected, typename Params>
+CTXFAST_DEVICE void publish_initial(const Params& p, const Walk& at) {
   if (kProjected) {
     const Finisher<kTiles> finisher(p, at.block);
     if (!finisher.works || finisher.lane >= 16) return;
@@ -292,8 +351,8 @@ CTXFAST_DEVICE void publish_initial(const KernelParams& p, const Walk& at) {
 }
 
 // Lengths of a tile's rows to shared memory, states to registers.
-template <typename T, int kTiles, bool kProjected>
-CTXFAST_DEVICE void begin_tile(const KernelParams& p, const Walk& at, float (&c)[kTiles], float (&h)[kTiles],
+template <typename T, int kTiles, bool kProjected, typename Params>
+CTXFAST_DEVICE void begin_tile(const Params& p, const Walk& at, float (&c)[kTiles], float (&h)[kTiles],
                                uint32_t& last_h) {
   const int thread = thread_anew();
   block_sync();
@@ -310,7 +369,7 @@ CTXFAST_DEVICE void begin_tile(const KernelParams& p, const Walk& at, float (&c)
   }
   shared_written();  // of the weights
   block_sync();
-  const Pieces<kTiles> pieces(p);
+  const Pieces<kTiles, is_constant<Params>> pieces(p);
 #pragma unroll
   for (int j = 0; j < kTiles; ++j) {
     c[j] = h[j] = 0;
@@ -328,8 +387,10 @@ CTXFAST_DEVICE void begin_tile(const KernelParams& p, const Walk& at, float (&c)
 }
 
 // 8 kTiles rows of the batch at a time. kInRegisters: the first k-steps of wgmma's weights are kept there.
-template <typename T, int kTiles, bool kProjected, bool kInRegisters>
-__global__ void __launch_bounds__(kThreads, 1) lstm_persistent_forward_kernel(const __grid_constant__ KernelParams p) {
+template <typename T, int kTiles, bool kProjected, bool kInRegisters, typename Sizes>
+__global__ void __launch_bounds__(kThreads, 1)
+    lstm_persistent_forward_kernel(const __grid_constant__ KernelParams<Sizes> p) {
+  using Params = KernelParams<Sizes>;
   Walk at = {};
   at.direction = block_index() & (p.directions - 1), at.block = block_index() >> (p.directions - 1);
   uint4 w[kRegisterFragments];
@@ -360,7 +421,8 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_persistent_forward_kernel(co
       advance_cells<T, kTiles, kProjected, kInRegisters>(p, at, gates, sums, c, h);
       block_sync();
       if (!upper) fence();
-      publish_cells<T, kTiles, kProjected>(p, at);
+      const CellsPublisher<T, kTiles, kProjected, Params> cells(p, at);
+      cells.publish(p, at);
       if constexpr (kAhead) {  // while the others' cells or h are under way
         ++at.step;
         load_gates<T, kTiles>(p, at, gates);
@@ -368,8 +430,10 @@ __global__ void __launch_bounds__(kThreads, 1) lstm_persistent_forward_kernel(co
       }
       if constexpr (kProjected) {
         if (8 * at.block < p.size) {
+          if constexpr (kInRegisters) park<kTiles>(p, c, last_h);
           project<T, kTiles, kInRegisters>(p, m_slot<kTiles>(p, at, at.round));
           block_sync();
+          if constexpr (kInRegisters) unpark<kTiles>(p, c, last_h);
         }
         finish_h<T, kTiles>(p, at, last_h);
         if (upper) fence();

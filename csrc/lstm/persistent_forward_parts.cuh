@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// The persistent forward recurrence: parameters, exchange between blocks, products. The whole: the _impl.cuh beside it.
+// The persistent forward recurrence: parameters, exchange between blocks, products. The whole: persistent_forward.cuh.
 #pragma once
+
+#include <type_traits>
 
 #include "base/device.cuh"
 
@@ -16,35 +18,90 @@ constexpr int kMmaPairs = 5;  // kpairs of a warp at most: more would not fit in
 
 // Bytes from the start of shared memory.
 struct SharedPlaces {
-  int projection, h, partial, published, sums, lengths;
+  int projection, h, partial, published, sums, parked, lengths, end;
 };
 
-struct KernelParams {
-  int batch, steps, hidden, size, directions;  // size: P, or H without projection
-  int row_tiles;                               // of a block: C / 4, a power of 2
-  int row_shift;                               // its logarithm: a division takes 100 cycles of a step, a shift one
-  int pairs;                                   // 32s of K = P
-  int cell_pairs;                              // 32s of H with a projection, else 0
-  bool shares_h;                               // published values and sums lie where h lay
+// What the sizes and the rows of a tile decide, tiles of 8 rows at once.
+constexpr SharedPlaces places_of(int hidden, int size, bool projected, int cells, int tiles, bool in_registers) {
+  constexpr int kVector = 16;  // bytes
+  const int pairs = size / 32, cell_pairs = projected ? hidden / 32 : 0;
+  const int groups = (tiles == 1 ? 64 : 16) * 4 / cells;  // K groups
+  SharedPlaces at = {};
+  int end = 0;
+  const auto place = [&end](int bytes) {
+    const int here = end;
+    end += (bytes + 127) / 128 * 128;
+    return here;
+  };
+  const int published = cells * tiles * kVector;
+  const int sums = projected ? tiles * kWarps * 32 * 8 : 0;
+  if (tiles == 1) {
+    const int left = (pairs + groups - 1) / groups - 2;  // of the warp with most, beside its registers
+    place((left > 0 ? left : 0) * kWarps * 8 * 32 * kVector);
+  } else {
+    place((2 * pairs - (in_registers ? kRegisterFragments : 0)) * (cells / 16) * 128 * kVector);
+  }
+  at.projection = place(cell_pairs * 32 * kVector);
+  if (tiles == 1) {
+    // The sums of warp e's half lie where warp e writes its own partial sums, after it has read them.
+    at.partial = at.sums = place(kWarps * kMmaTiles * 32 * kVector);
+    at.published = place(published);
+  } else {  // with a projection, published values and sums lie where h lay
+    const int parked = in_registers ? kThreads * (tiles + 1) * 4 : 0;
+    const int h = pairs * tiles * 32 * kVector, instead = projected ? published + sums + parked : 0;
+    at.h = place(h > instead ? h : instead);
+    at.partial = place(groups > 1 ? 16 * tiles * 32 * kVector : 0);
+    at.published = projected ? at.h : place(published);
+    at.sums = at.h + published, at.parked = at.sums + sums;
+  }
+  at.lengths = place(tiles * 8 * 4);
+  at.end = end;
+  return at;
+}
+
+// Sizes of any layer.
+struct AnySizes {
+  int hidden, size;  // size: P, or H without projection
+  int row_tiles;     // of a block: C / 4, a power of 2
+  int row_shift;     // its logarithm: a division takes 100 cycles of a step, a shift one
+  int pairs;         // 32s of K = P
+  int cell_pairs;    // 32s of H with a projection, else 0
   SharedPlaces at;
+};
+
+// Those of ELMo's layer, as constants: no branch of a step depends on them, and addresses are stepped.
+template <int kTiles>
+struct ElmoSizes {
+  static constexpr int hidden = 4096, size = 512, row_tiles = 16, row_shift = 4, pairs = 16, cell_pairs = 128;
+  static constexpr bool in_registers = kTiles > 1;
+  static constexpr SharedPlaces at = places_of(hidden, size, true, 64, kTiles, in_registers);
+};
+
+struct Tensors {
+  int batch, steps, directions;
   const void* weight_hh[2];  // (4H, P)
-  int64_t hh_stride[2];      // of a row; all strides in elements
+  int64_t hh_stride[2];      // of a row; in elements
   const void* weight_proj[2];
   int64_t proj_stride[2];
-  const void* gates[2];         // (B, T, 4H)
-  int64_t gates_strides[2][2];  // of B and T
-  const int64_t* lengths;       // or null
-  const void* h_0;              // or null
-  const float* c_0;             // or null
-  float cell_clip, proj_clip;   // infinity: off
+  const void* gates[2];          // (B, T, 4H)
+  uint32_t gates_strides[2][2];  // of B and T, in pairs of elements: 32 bits make an address one multiplication
+  const int64_t* lengths;        // or null
+  const void* h_0;               // or null
+  const float* c_0;              // or null
+  float cell_clip, proj_clip;    // infinity: off
   void* output;
-  int64_t output_strides[2];
+  uint32_t output_strides[2];  // of B and T, in 8s of elements
   void* h_n;
   float* c_n;
   float* cells;    // or null
   uint4* h_slots;  // [directions][kSlots][pairs][kTiles][32]
   uint4* m_slots;  // [directions][kSlots][cell_pairs][kTiles][32]
 };
+
+template <typename Sizes>
+struct KernelParams : Tensors, Sizes {};
+template <typename Params>
+constexpr bool is_constant = !std::is_base_of_v<AnySizes, Params>;
 
 // The thread's index, but for the compiler a new number each time: what follows from it is computed anew where it is
 // needed (a few instructions), not kept in registers over all steps.
@@ -56,55 +113,43 @@ CTXFAST_DEVICE int thread_anew() {
 
 CTXFAST_DEVICE uint32_t filled(uint32_t word) { return word == kEmpty ? 0x7FFF7FFFu : word; }
 CTXFAST_DEVICE uint4 filled(uint4 v) { return make_uint4(filled(v.x), filled(v.y), filled(v.z), filled(v.w)); }
-CTXFAST_DEVICE bool is_filled(uint4 v) { return (v.x != kEmpty) & (v.y != kEmpty) & (v.z != kEmpty) & (v.w != kEmpty); }
+// The largest word of some vectors: kEmpty, the largest of all, if any word is. Two comparisons in an instruction.
+template <int N>
+CTXFAST_DEVICE uint32_t largest(const uint4* v) {
+  uint32_t most = 0;
+#pragma unroll
+  for (int i = 0; i < N; ++i) most = max3(max3(v[i].x, v[i].y, v[i].z), v[i].w, most);
+  return most;
+}
 
-struct Nothing {
-  CTXFAST_DEVICE void operator()() const {}
-};
-
-// Waits for the first `count` of N vectors, address(i). All loads are issued before the first is used: one
-// after another they cost 1.7 us a step at B = 32 (H100). `meanwhile` runs while they are under way.
-// kBranches: a load behind each compare. Else a count of kUsual or more makes one load right after the other.
-template <bool kSpeaks, bool kBranches, int kUsual = 0, int N, typename Address, typename Meanwhile = Nothing>
-CTXFAST_DEVICE void wait_for(uint4 (&v)[N], int count, Address address, Meanwhile meanwhile = {}) {
-  constexpr int kSure = kUsual > 0 ? kUsual : N;
-  if (!kBranches && count >= kSure) {
+// Asks for the first `count` of N vectors, address(i), one right after the other: one after another's answer they cost
+// 1.7 us a step at B = 32 (H100). kSure: so many there always are.
+template <int kSure, int N, typename Address>
+CTXFAST_DEVICE void ask(uint4 (&v)[N], int count, Address address) {
 #pragma unroll
-    for (int i = 0; i < kSure; ++i) v[i] = load_relaxed(address(i));
-#pragma unroll
-    for (int i = kSure; i < N; ++i) {
-      v[i] = make_uint4(0, 0, 0, 0);
-      if (i < count) v[i] = load_relaxed(address(i));
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
+  for (int i = 0; i < N; ++i) {
+    if (i < kSure) {
+      v[i] = load_relaxed(address(i));
+    } else {
       v[i] = make_uint4(0, 0, 0, 0);
       if (i < count) v[i] = load_relaxed(address(i));
     }
   }
-  meanwhile();
-  for (const uint32_t began = spin_begins();;) {
-    bool here[N], all = true;
+}
+
+// Waits until all that was asked for is there; what was not is asked for again.
+template <bool kSpeaks, int N, typename Address>
+CTXFAST_DEVICE void wait_for(uint4 (&v)[N], Address address) {
+  for (const uint32_t began = spin_begins(); largest<N>(v) == kEmpty;) {
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      here[i] = is_filled(v[i]);
-      all &= here[i];
-    }
-    if (all) return;
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      if constexpr (kBranches) {
-        if (!here[i]) v[i] = load_relaxed(address(i));
-      } else {
-        load_relaxed_if(v[i], !here[i], address(i));
-      }
+      if (largest<1>(&v[i]) == kEmpty) v[i] = load_relaxed(address(i));
     }
     if (spun_out(began)) {
       if constexpr (kSpeaks) {
-        trap_with(1, count);
+        trap_with(1, N);
       } else {
-        trap_silently(1, count);
+        trap_silently(1, N);
       }
       __builtin_unreachable();  // so that nothing is saved for after it
     }
@@ -133,8 +178,8 @@ CTXFAST_DEVICE Part part_of(int row_shift, int warp) {
 }
 
 // The weights that stay: registers `w`, and what is left in shared memory. Read where they lie, 16 bytes at a time.
-template <typename T, int kTiles, bool kInRegisters>
-CTXFAST_DEVICE void load_weights(const KernelParams& p, uint4 (&w)[kRegisterFragments], int direction, int block) {
+template <typename T, int kTiles, bool kInRegisters, typename Params>
+CTXFAST_DEVICE void load_weights(const Params& p, uint4 (&w)[kRegisterFragments], int direction, int block) {
   const int warp = warp_index(), lane = lane_index(), q = lane >> 2, s = lane & 3;
   uint4* shared = reinterpret_cast<uint4*>(shared_memory());
   const Part part = part_of<kTiles>(p.row_shift, warp);
@@ -208,8 +253,8 @@ CTXFAST_DEVICE void multiply_step(float (&sums)[kMmaTiles][4], const uint4 (&w)[
 }
 
 // Products of mma.sync: h from its slot straight into registers; partial sums to shared memory.
-template <typename T, typename Meanwhile>
-CTXFAST_DEVICE void product_mma(const KernelParams& p, const uint4 (&w)[kRegisterFragments], const uint4* h,
+template <typename T, typename Params, typename Meanwhile>
+CTXFAST_DEVICE void product_mma(const Params& p, const uint4 (&w)[kRegisterFragments], const uint4* h,
                                 Meanwhile meanwhile) {
   const int thread = thread_anew(), warp = thread >> 5, lane = thread & 31;
   const Part part = part_of<1>(p.row_shift, warp);
@@ -217,13 +262,20 @@ CTXFAST_DEVICE void product_mma(const KernelParams& p, const uint4 (&w)[kRegiste
   const int left = ((p.pairs + part.k_groups - 1) >> part.k_shift) - 2;
   const uint4* shared = reinterpret_cast<const uint4*>(shared_memory()) + warp * left * 256 + lane;
   float sums[kMmaTiles][4] = {};
-  const auto address = [&](int i) { return h + (part.k + i * part.k_groups) * 32 + lane; };
-  uint4 v[kMmaPairs];
-  wait_for<true, false, 4>(v, count, address, meanwhile);
+  const uint4* from = h + part.k * 32 + lane;
+  const auto address = [&](int i) { return from + (i << part.k_shift) * 32; };
+  constexpr bool is_elmo = is_constant<Params>;
+  constexpr int pairs = is_elmo ? 4 : kMmaPairs;
+  uint4 v[pairs];
+  ask<is_elmo ? pairs : 0>(v, count, address);
+  meanwhile();
+  wait_for<true>(v, address);
   warp_sync();
+  // Pairs with weights in registers and in shared memory in turn: the latter come while the former are multiplied.
 #pragma unroll
-  for (int i = 0; i < kMmaPairs; ++i) {
-    if (i >= count) continue;
+  for (int turn = 0; turn < pairs; ++turn) {
+    const int i = is_elmo ? (turn & 1) * 2 + (turn >> 1) : turn;
+    if (!is_elmo && i >= count) continue;
 #pragma unroll
     for (int step = 0; step < 2; ++step) {
       uint4 a[kMmaTiles];
@@ -244,8 +296,8 @@ CTXFAST_DEVICE void product_mma(const KernelParams& p, const uint4 (&w)[kRegiste
 
 // Products of wgmma: h, or the K group's part of it, by way of shared memory. Partial sums go to shared memory if there
 // are several K groups.
-template <typename T, int kTiles, bool kInRegisters, typename Meanwhile>
-CTXFAST_DEVICE void product_wgmma(const KernelParams& p, const uint4 (&w)[kRegisterFragments], const uint4* h,
+template <typename T, int kTiles, bool kInRegisters, typename Params, typename Meanwhile>
+CTXFAST_DEVICE void product_wgmma(const Params& p, const uint4 (&w)[kRegisterFragments], const uint4* h,
                                   float (&sums)[kTiles][4], Meanwhile meanwhile) {
   constexpr int in_registers = kInRegisters ? kRegisterFragments : 0;
   constexpr int kAtOnce = kInRegisters ? kTiles : 8;
@@ -255,16 +307,29 @@ CTXFAST_DEVICE void product_wgmma(const KernelParams& p, const uint4 (&w)[kRegis
   const int share = p.pairs >> part.k_shift, begin = share * part.k;
   unsigned char* at_h = shared_memory() + p.at.h;
   uint4* shared_h = reinterpret_cast<uint4*>(at_h);
-  const int vectors = share * kTiles * 32;
-  for (int first = member, pass = 0; pass == 0 || first < vectors; first += kAtOnce * members, ++pass) {
-    uint4 v[kAtOnce];
-    const int count = first < vectors ? (vectors - first + members - 1) >> (9 - part.k_shift) : 0;
-    const uint4* from = h + begin * kTiles * 32 + first;
-    wait_for<false, true>(v, count, [&](int i) { return from + i * members; });
-    if (p.shares_h && pass == 0) block_sync();  // the sums of the step before have been read
+  if constexpr (is_constant<Params>) {  // one K group, kTiles vectors a thread
+    uint4 v[kTiles];
+    const uint4* from = h + thread;
+    const auto address = [&](int i) { return from + i * kThreads; };
+    ask<kTiles>(v, kTiles, address);
+    wait_for<false>(v, address);
+    block_sync();  // the sums of the step before have been read
 #pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      if (i < count) shared_h[begin * kTiles * 32 + first + i * members] = v[i];
+    for (int i = 0; i < kTiles; ++i) shared_h[thread + i * kThreads] = v[i];
+  } else {
+    const int vectors = share * kTiles * 32;
+    for (int first = member, pass = 0; pass == 0 || first < vectors; first += kAtOnce * members, ++pass) {
+      uint4 v[kAtOnce];
+      const int count = first < vectors ? (vectors - first + members - 1) >> (9 - part.k_shift) : 0;
+      const uint4* from = h + begin * kTiles * 32 + first;
+      const auto address = [&](int i) { return from + i * members; };
+      ask<0>(v, count, address);
+      wait_for<false>(v, address);
+      if (p.cell_pairs > 0 && pass == 0) block_sync();  // the sums of the step before have been read
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (i < count) shared_h[begin * kTiles * 32 + first + i * members] = v[i];
+      }
     }
   }
   shared_written();
@@ -310,25 +375,22 @@ CTXFAST_DEVICE void product_wgmma(const KernelParams& p, const uint4 (&w)[kRegis
 
 // 8 rows of W_proj times all m, gathered from their slot; the warps' sums to shared memory:
 // [tile][half of the lanes][warp][16] of float2: row of the batch lane / 4, rows 2 (lane % 4) and the next of W_proj.
-template <typename T, int kTiles, bool kInRegisters>
-CTXFAST_DEVICE void project(const KernelParams& p, const uint4* m) {
+template <typename T, int kTiles, bool kInRegisters, typename Params>
+CTXFAST_DEVICE void project(const Params& p, const uint4* m) {
   const int thread = thread_anew(), warp = thread >> 5, lane = thread & 31;
-  constexpr int kAtOnce = kInRegisters && kTiles == 4 ? 1 : 8 / kTiles;  // pairs
+  constexpr int kAtOnce = kInRegisters ? 4 / kTiles : 8 / kTiles;  // pairs
+  constexpr int kVectors = kAtOnce * kTiles;
   constexpr int kHalves = kTiles == 1 ? 1 : kTiles / 2;
-  const uint4* weights = reinterpret_cast<const uint4*>(shared_memory() + p.at.projection) + lane;
-  const int count =
-      warp < p.cell_pairs ? static_cast<int>(static_cast<unsigned>(p.cell_pairs - warp + kWarps - 1) / kWarps) : 0;
-  float sums[kHalves][4] = {};
-  for (int first = 0; first < count; first += kAtOnce) {
-    uint4 v[kAtOnce * kTiles];
-    const uint4* from = m + (warp + first * kWarps) * kTiles * 32 + lane;
-    wait_for<kTiles == 1, false>(v, (count - first) * kTiles,
-                                 [&](int i) { return from + ((i / kTiles) * kWarps * kTiles + i % kTiles) * 32; });
-    warp_sync();
+  constexpr int kChains = kTiles == 4 ? 1 : 2;  // of products that wait for one another, each half
+  const uint4* weights = reinterpret_cast<const uint4*>(shared_memory() + p.at.projection) + warp * 32 + lane;
+  const uint4* from = m + warp * kTiles * 32 + lane;
+  float sums[kHalves][kChains][4] = {};
+  const auto place = [](int i) { return ((i / kTiles) * kWarps * kTiles + i % kTiles) * 32; };
+  const auto multiply = [&](const uint4(&v)[kVectors], const uint4* of, int count) {
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
-      if (first + i >= count) continue;
-      const uint4 f = weights[(warp + (first + i) * kWarps) * 32];
+      if (i >= count) continue;
+      const uint4 f = of[i * kWarps * 32];
 #pragma unroll
       for (int step = 0; step < 2; ++step) {
         const uint32_t b[2] = {word(f, 2 * step), word(f, 2 * step + 1)};
@@ -342,21 +404,60 @@ CTXFAST_DEVICE void project(const KernelParams& p, const uint4* m) {
             a[1] = word(high, 2 * step);
             a[3] = word(high, 2 * step + 1);
           }
-          mma_16x8x16<T>(sums[half], a, b);
+          mma_16x8x16<T>(sums[half][step % kChains], a, b);
         }
       }
+    }
+  };
+  const auto address = [&](int i) { return from + place(i); };
+  constexpr int step = kAtOnce * kWarps * 32;
+  if constexpr (is_constant<Params>) {
+    constexpr int groups = Params::cell_pairs / kWarps / kAtOnce;
+    static_assert(groups * kAtOnce * kWarps == Params::cell_pairs && (groups == 1 || groups % 2 == 0));
+    uint4 v[kVectors];
+    ask<kVectors>(v, kVectors, address);
+    wait_for<kTiles == 1>(v, address);
+    warp_sync();
+    if constexpr (groups == 1) {
+      multiply(v, weights, kAtOnce);
+    } else {
+      // A group is asked for before the one that came is multiplied, and not sooner: nvcc waits for all loads that are
+      // under way as one, whichever it needs.
+      const auto next = [&](int i) { return from + step * kTiles + place(i); };
+#pragma unroll 1
+      for (int group = 0; group < groups; group += 2) {
+        uint4 u[kVectors];
+        ask<kVectors>(u, kVectors, next);
+        multiply(v, weights, kAtOnce);
+        wait_for<false>(u, next);
+        warp_sync();
+        from += 2 * step * kTiles;
+        const bool more = group + 2 < groups;
+        if (more) ask<kVectors>(v, kVectors, address);
+        multiply(u, weights + step, kAtOnce);
+        weights += 2 * step;
+        if (more) wait_for<false>(v, address);
+        warp_sync();
+      }
+    }
+  } else {
+    int count =
+        warp < p.cell_pairs ? static_cast<int>(static_cast<unsigned>(p.cell_pairs - warp + kWarps - 1) / kWarps) : 0;
+    for (; count > 0; count -= kAtOnce, from += step * kTiles, weights += step) {
+      uint4 v[kVectors];
+      ask<0>(v, count * kTiles, address);
+      wait_for<kTiles == 1>(v, address);
+      warp_sync();
+      multiply(v, weights, count);
     }
   }
   float2* to = reinterpret_cast<float2*>(shared_memory() + p.at.sums);
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) {
-    to[((2 * n + (lane >> 4)) * kWarps + warp) * 16 + (lane & 15)] =
-        make_float2(sums[n >> 1][2 * (n & 1)], sums[n >> 1][2 * (n & 1) + 1]);
+    float2 sum = make_float2(sums[n >> 1][0][2 * (n & 1)], sums[n >> 1][0][2 * (n & 1) + 1]);
+    if constexpr (kChains == 2) sum.x += sums[n >> 1][1][2 * (n & 1)], sum.y += sums[n >> 1][1][2 * (n & 1) + 1];
+    to[((2 * n + (lane >> 4)) * kWarps + warp) * 16 + (lane & 15)] = sum;
   }
-}
-
-CTXFAST_DEVICE float clipped(float x, float bound) {  // NaN stays NaN
-  return x > bound ? bound : x < -bound ? -bound : x;
 }
 
 }  // namespace ctxfast::lstm_forward

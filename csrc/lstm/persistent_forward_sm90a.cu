@@ -17,66 +17,39 @@ constexpr const char* kOp = "lstm";
 constexpr int64_t kMaxBatch = 128;
 constexpr int64_t kVector = 16;  // bytes
 
-// Everything that the sizes and the rows of a tile decide; ok() if it fits.
 struct Shape {
   int cells = 0, blocks = 0, tiles = 0;  // tiles of 8 rows at once
   bool in_registers = false;
-  bool shares_h = false;
   SharedPlaces at = {};
-  int64_t shared_bytes = 0;
 };
 
-Shape shape_of(int64_t hidden, int64_t size, bool projected, int cells, int tiles, bool in_registers) {
-  Shape shape;
-  shape.cells = cells, shape.tiles = tiles, shape.in_registers = in_registers;
-  shape.blocks = static_cast<int>(hidden / cells);
-  const int64_t pairs = size / 32, cell_pairs = projected ? hidden / 32 : 0;
-  const int64_t groups = (tiles == 1 ? 64 : 16) * 4 / cells;  // K groups
-  int64_t at = 0;
-  const auto place = [&](int64_t bytes) {
-    const int64_t here = at;
-    at += round_up(bytes, 128);
-    return static_cast<int>(here);
-  };
-  const int64_t published = int64_t{cells} * tiles * kVector;
-  const int64_t sums = projected ? int64_t{tiles} * kWarps * 32 * 8 : 0;
-  if (tiles == 1) {
-    place(std::max<int64_t>(0, ceil_div(pairs, groups) - 2) * kWarps * 8 * 32 * kVector);
-  } else {
-    place((2 * pairs - (in_registers ? kRegisterFragments : 0)) * (cells / 16) * 128 * kVector);
+// Cells of a block, the preferred first. With a projection large blocks: each then has rows of it. Without, small ones:
+// less work between two exchanges.
+constexpr int kCells[2][3] = {{16, 32, 64}, {64, 32, 16}};
+constexpr bool are_powers_of_2() {
+  for (const auto& row : kCells) {
+    for (const int cells : row) {
+      if (cells & (cells - 1)) return false;
+    }
   }
-  shape.at.projection = place(cell_pairs * 32 * kVector);
-  if (tiles == 1) {
-    // The sums of warp e's half lie where warp e writes its own partial sums, after it has read them.
-    shape.at.partial = shape.at.sums = place(int64_t{kWarps} * kMmaTiles * 32 * kVector);
-    shape.at.published = place(published);
-  } else {
-    shape.shares_h = projected;
-    shape.at.h = place(std::max(pairs * tiles * 32 * kVector, projected ? published + sums : 0));
-    shape.at.partial = place(groups > 1 ? int64_t{16} * tiles * 32 * kVector : 0);
-    shape.at.published = projected ? shape.at.h : place(published);
-    shape.at.sums = shape.at.h + static_cast<int>(published);
-  }
-  shape.at.lengths = place(int64_t{tiles} * 8 * 4);
-  shape.shared_bytes = at;
-  return shape;
+  return true;
 }
+static_assert(are_powers_of_2(), "the kernel divides by shifts");
 
 // The first shape that fits: many rows at once before few, and cells as preferred. cells = 0: none.
 Shape choose(const LstmPersistentDevice& device, int64_t batch, int64_t hidden, int64_t size, bool projected,
              int64_t directions) {
-  // With a projection large blocks: each then has rows of it. Without, small ones: less work between two exchanges.
-  const int preferred[2][3] = {{16, 32, 64}, {64, 32, 16}};
   for (int tiles = batch > 16 ? 4 : batch > 8 ? 2 : 1; tiles >= 1; tiles /= 2) {
-    for (const int cells : preferred[projected]) {
+    for (const int cells : kCells[projected]) {
       if (hidden % cells != 0 || hidden / cells * directions > device.multiprocessors) continue;
       if (projected && size / 8 > hidden / cells) continue;
       if (tiles > 1 && size / 32 % (64 / cells) != 0) continue;  // K groups take equal parts
       if (tiles == 1 && ceil_div(size / 32, 256 / cells) > kMmaPairs) continue;
       const bool may_keep = projected && tiles > 1 && cells == 64 && size >= 16 * kRegisterFragments;
       for (int kept = 0; kept <= int{may_keep}; ++kept) {
-        const Shape shape = shape_of(hidden, size, projected, cells, tiles, kept != 0);
-        if (shape.shared_bytes <= device.shared_per_block) return shape;
+        const SharedPlaces at =
+            places_of(static_cast<int>(hidden), static_cast<int>(size), projected, cells, tiles, kept != 0);
+        if (at.end <= device.shared_per_block) return {cells, static_cast<int>(hidden / cells), tiles, kept != 0, at};
       }
     }
   }
@@ -107,29 +80,17 @@ std::string refusal_of(const LstmPersistentDevice& device, int64_t batch, int64_
   return "";
 }
 
-using Kernel = void (*)(KernelParams);
-
-template <typename T, int kTiles>
-Kernel kernel_of(bool projected, bool in_registers) {
-  if (!projected) return lstm_persistent_forward_kernel<T, kTiles, false, false>;
-  if constexpr (kTiles > 1) {
-    if (in_registers) return lstm_persistent_forward_kernel<T, kTiles, true, true>;
-  }
-  return lstm_persistent_forward_kernel<T, kTiles, true, false>;
-}
-
-template <typename T>
-Kernel kernel_of(const Shape& shape, bool projected) {
-  if (shape.tiles == 1) return kernel_of<T, 1>(projected, shape.in_registers);
-  if (shape.tiles == 2) return kernel_of<T, 2>(projected, shape.in_registers);
-  return kernel_of<T, 4>(projected, shape.in_registers);
-}
-
 int64_t slots_bytes(const Shape& shape, int64_t values, int64_t directions) {
   return directions * kSlots * (values / 32) * shape.tiles * 32 * kVector;
 }
 
 bool are_multiples(const int64_t (&strides)[2], int64_t of) { return strides[0] % of == 0 && strides[1] % of == 0; }
+
+// The kernel has 32 bits for them, in units of `of` elements.
+bool fit(const int64_t (&strides)[2], int64_t of) {
+  const auto fits = [of](int64_t stride) { return stride >= 0 && stride / of <= int64_t{0xFFFFFFFF}; };
+  return fits(strides[0]) && fits(strides[1]);
+}
 
 Status check(const LstmPersistentForwardParams& p, const LstmPersistentForwardPlan& plan) {
   if (!plan.refusal.empty()) return runtime_error(kOp, "the persistent recurrence cannot run this: " + plan.refusal);
@@ -142,6 +103,7 @@ Status check(const LstmPersistentForwardParams& p, const LstmPersistentForwardPl
                                                   {"weight_hh", p.weight_hh[r], true, 16},
                                                   {"weight_proj", p.weight_proj[r], p.has_proj, 16}}));
     if (!are_multiples(p.gates_strides[r], 2)) return invalid(kOp, "a stride of gates", "odd", "even");
+    if (!fit(p.gates_strides[r], 2)) return invalid(kOp, "a stride of gates", "negative or too large", "0 to 2^33");
     if (!are_multiples({p.weight_hh_stride[r], p.weight_proj_stride[r]}, 8)) {
       return invalid(kOp, "a weight's stride", "no multiple of 8 elements", "one");
     }
@@ -149,11 +111,52 @@ Status check(const LstmPersistentForwardParams& p, const LstmPersistentForwardPl
   if (!are_multiples(p.output_strides, 8)) {
     return invalid(kOp, "a stride of output", "no multiple of 8 elements", "one");
   }
+  if (!fit(p.output_strides, 8)) return invalid(kOp, "a stride of output", "negative or too large", "0 to 2^35");
   return check_addresses(kOp, {{"output", p.output, true, 16},
                                {"h_0", p.h_0, false, 16},
                                {"h_n", p.h_n, true, 16},
                                {"c_n", p.c_n},
                                {"workspace", p.workspace, true, 16}});
+}
+
+template <typename T, int kTiles, bool kProjected, bool kInRegisters, typename Sizes>
+Status launch_kernel(const Shape& shape, const Tensors& tensors, const Sizes& sizes, CUstream_st* stream) {
+  const auto kernel = lstm_persistent_forward_kernel<T, kTiles, kProjected, kInRegisters, Sizes>;
+  LaunchConfig config;
+  CTXFAST_RETURN_IF_ERROR(cooperative_config(kOp, "the persistent recurrence", "Pass impl='cuda_step'.", kernel,
+                                             tensors.directions * shape.blocks, kThreads, shape.at.end, &config));
+  CTXFAST_CUDA_CHECK(kOp, launch(kernel, config, stream, KernelParams<Sizes>{tensors, sizes}));
+  return {};
+}
+
+template <typename T, int kTiles>
+Status launch_tiles(const LstmPersistentForwardParams& p, const Shape& shape, const Tensors& tensors,
+                    CUstream_st* stream) {
+  using Elmo = ElmoSizes<kTiles>;
+  if (p.has_proj && p.hidden == Elmo::hidden && p.size == Elmo::size && shape.cells == 4 * Elmo::row_tiles &&
+      shape.in_registers == Elmo::in_registers) {
+    return launch_kernel<T, kTiles, true, Elmo::in_registers>(shape, tensors, Elmo{}, stream);
+  }
+  AnySizes sizes = {};
+  sizes.hidden = static_cast<int>(p.hidden), sizes.size = static_cast<int>(p.size);
+  sizes.row_tiles = shape.cells / 4;  // 4, 8 or 16
+  while (1 << sizes.row_shift < sizes.row_tiles) ++sizes.row_shift;
+  sizes.pairs = sizes.size / 32;
+  sizes.cell_pairs = p.has_proj ? sizes.hidden / 32 : 0;
+  sizes.at = shape.at;
+  if (!p.has_proj) return launch_kernel<T, kTiles, false, false>(shape, tensors, sizes, stream);
+  if constexpr (kTiles > 1) {
+    if (shape.in_registers) return launch_kernel<T, kTiles, true, true>(shape, tensors, sizes, stream);
+  }
+  return launch_kernel<T, kTiles, true, false>(shape, tensors, sizes, stream);
+}
+
+template <typename T>
+Status launch_dtype(const LstmPersistentForwardParams& p, const Shape& shape, const Tensors& tensors,
+                    CUstream_st* stream) {
+  if (shape.tiles == 1) return launch_tiles<T, 1>(p, shape, tensors, stream);
+  if (shape.tiles == 2) return launch_tiles<T, 2>(p, shape, tensors, stream);
+  return launch_tiles<T, 4>(p, shape, tensors, stream);
 }
 
 float bound(float clip) { return clip > 0 ? clip : INFINITY; }
@@ -170,7 +173,7 @@ LstmPersistentForwardPlan lstm_persistent_forward_plan(const LstmPersistentDevic
   plan.cells = shape.cells;
   plan.blocks = shape.blocks;
   plan.tile_rows = 8 * shape.tiles;
-  plan.shared_bytes = shape.shared_bytes;
+  plan.shared_bytes = shape.at.end;
   plan.workspace_bytes = slots_bytes(shape, size, directions) + (has_proj ? slots_bytes(shape, hidden, directions) : 0);
   return plan;
 }
@@ -189,40 +192,27 @@ Status lstm_persistent_forward(const LstmPersistentForwardParams& p, CUstream_st
   const Status status = check(p, plan);
   if (!status.ok()) return status;
   const Shape shape = choose(p.device, p.batch, p.hidden, p.size, p.has_proj, p.directions);
-  const Kernel kernel =
-      p.dtype == DType::kFloat16 ? kernel_of<__half>(shape, p.has_proj) : kernel_of<__nv_bfloat16>(shape, p.has_proj);
 
-  KernelParams k = {};
+  Tensors k = {};
   k.batch = static_cast<int>(p.batch), k.steps = static_cast<int>(p.steps);
-  k.hidden = static_cast<int>(p.hidden), k.size = static_cast<int>(p.size);
   k.directions = static_cast<int>(p.directions);
-  k.row_tiles = shape.cells / 4;
-  while (1 << k.row_shift < k.row_tiles) ++k.row_shift;
-  k.pairs = k.size / 32;
-  k.cell_pairs = p.has_proj ? k.hidden / 32 : 0;
-  k.shares_h = shape.shares_h;
-  k.at = shape.at;
   for (int64_t r = 0; r < p.directions; ++r) {
     k.weight_hh[r] = p.weight_hh[r], k.hh_stride[r] = p.weight_hh_stride[r];
     k.weight_proj[r] = p.weight_proj[r], k.proj_stride[r] = p.weight_proj_stride[r];
     k.gates[r] = p.gates[r];
-    for (int i = 0; i < 2; ++i) k.gates_strides[r][i] = p.gates_strides[r][i];
+    for (int i = 0; i < 2; ++i) k.gates_strides[r][i] = static_cast<uint32_t>(p.gates_strides[r][i] / 2);
   }
   k.lengths = p.lengths, k.h_0 = p.h_0, k.c_0 = p.c_0;
   k.cell_clip = bound(p.cell_clip), k.proj_clip = bound(p.proj_clip);
   k.output = p.output, k.h_n = p.h_n, k.c_n = p.c_n, k.cells = p.cells;
-  for (int i = 0; i < 2; ++i) k.output_strides[i] = p.output_strides[i];
+  for (int i = 0; i < 2; ++i) k.output_strides[i] = static_cast<uint32_t>(p.output_strides[i] / 8);
   auto* slots = static_cast<unsigned char*>(p.workspace);
   k.h_slots = reinterpret_cast<uint4*>(slots);
   k.m_slots = reinterpret_cast<uint4*>(slots + slots_bytes(shape, p.size, p.directions));
 
-  LaunchConfig config;
-  const int blocks = static_cast<int>(p.directions) * shape.blocks;
-  CTXFAST_RETURN_IF_ERROR(cooperative_config(kOp, "the persistent recurrence", "Pass impl='cuda_step'.", kernel, blocks,
-                                             kThreads, shape.shared_bytes, &config));
   CTXFAST_CUDA_CHECK(kOp, clear_async(slots, 0xFF, static_cast<size_t>(plan.workspace_bytes), stream));
-  CTXFAST_CUDA_CHECK(kOp, launch(kernel, config, stream, k));
-  return {};
+  return p.dtype == DType::kFloat16 ? launch_dtype<__half>(p, shape, k, stream)
+                                    : launch_dtype<__nv_bfloat16>(p, shape, k, stream);
 }
 
 }  // namespace ctxfast
