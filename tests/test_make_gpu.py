@@ -18,7 +18,7 @@ from support import emulated
 from support.benchmark_rows import row
 
 from benchmarks import cases, measure, peers, report, targets
-from benchmarks.gpu import __main__ as runner, device, lstm, models, parts, table
+from benchmarks.gpu import __main__ as runner, build, device, lstm, models, parts, table
 from benchmarks.gpu.parts import Part, Setup, Step
 from benchmarks.targets import TARGETS, Target, Versus, find, predictions
 
@@ -114,6 +114,20 @@ def test_every_part_ends_within_eight_minutes(dry_run, tmp_path, monkeypatch) ->
         steps = part.steps(setup)
         assert steps and len({step.name for step in steps}) == len(steps)
         assert all(step.seconds <= part.seconds for step in steps), part.name
+
+
+def test_programs_to_build_are_chosen_by_name(monkeypatch, tmp_path) -> None:
+    asked = []
+    monkeypatch.setattr(
+        build.csrc.Build, "run", lambda self, targets, *options: asked.append((targets, options)) or True
+    )
+    (step,) = [step for step in parts._build(Setup(tmp_path, dry_run=True)) if step.name == "test programs"]
+    assert build.main(step.command[3:]) == 0
+    assert asked.pop() == (["emulated_test_base_device", "emulated_test_scalar_mix_cuda"], ())
+    assert build.main(["extension", "--dry-run"]) == 0
+    targets, options = asked.pop()
+    assert options == ("-n",) and targets[0].startswith("_C.")
+    assert build.main(["programs", "nothing-such", "--emulated"]) == 1
 
 
 def test_a_part_is_of_the_gpu_that_is_there(tmp_path, monkeypatch) -> None:
