@@ -69,7 +69,16 @@ def _peer(task: str, model: str, labels: tuple[str, ...]) -> torch.nn.Module:
 
     kind = getattr(transformers, f"BertFor{_CLASSES.get(task, 'SequenceClassification')}")
     options = {} if task == "span" else {"num_labels": len(labels)}
-    return kind.from_pretrained(resolve_model(model), **options)
+    found = kind.from_pretrained(resolve_model(model), **options)
+    found.register_forward_pre_hook(_with_mask, with_kwargs=True)
+    return found
+
+
+def _with_mask(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """Lengths as the mask that Hugging Face's models take; they ignore arguments that they do not know."""
+    ids, lengths = kwargs["input_ids"], torch.tensor(kwargs.pop("lengths"))
+    mask = torch.arange(ids.shape[1]) < lengths[:, None]
+    return args, {**kwargs, "attention_mask": mask.long().to(ids.device)}
 
 
 def _without_dropout(model: str, folder: Path) -> str:
@@ -85,6 +94,13 @@ def _without_dropout(model: str, folder: Path) -> str:
     return str(folder)
 
 
+def _with_mask(batch: dict[str, Any]) -> dict[str, Any]:
+    """A batch with a mask in place of the texts' lengths, as Transformers wants it."""
+    lengths = torch.tensor(batch.pop("lengths"))
+    columns = torch.arange(batch["input_ids"].shape[1])
+    return {**batch, "attention_mask": (columns < lengths[:, None]).long()}
+
+
 def measure(side: str, args: argparse.Namespace, train_data: list[Any], dev_data: list[Any]) -> dict[str, Any]:
     """Train one side; its figures and times."""
     labels: tuple[str, ...] = ()
@@ -97,7 +113,8 @@ def measure(side: str, args: argparse.Namespace, train_data: list[Any], dev_data
     if side == "transformers":
         own = predictor.model
         torch.manual_seed(args.seed)
-        predictor.model = _peer(args.task, args.model, labels)
+        predictor.model, collate = _peer(args.task, args.model, labels), predictor.collate
+        predictor.collate = lambda items: _with_mask(collate(items))
         if args.no_dropout:
             predictor.model.load_state_dict(own.state_dict())
     task = _Timed(predictor, train_data, dev_data, batch_size=args.batch_size, seed=args.seed, order=args.order)

@@ -18,7 +18,6 @@ import io
 import json
 import multiprocessing
 import os
-import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from support import emulated
 from support.benchmark_rows import row
 
 from benchmarks import cases, measure, peers, report, targets
-from benchmarks.gpu import __main__ as runner, lstm, parts, table
+from benchmarks.gpu import __main__ as runner, build, device, lstm, models, parts, table
 from benchmarks.gpu.parts import Part, Setup, Step
 from benchmarks.targets import TARGETS, Target, Versus, find, predictions
 
@@ -113,6 +114,20 @@ def test_every_part_ends_within_eight_minutes(dry_run, tmp_path, monkeypatch) ->
         steps = part.steps(setup)
         assert steps and len({step.name for step in steps}) == len(steps)
         assert all(step.seconds <= part.seconds for step in steps), part.name
+
+
+def test_programs_to_build_are_chosen_by_name(monkeypatch, tmp_path) -> None:
+    asked = []
+    monkeypatch.setattr(
+        build.csrc.Build, "run", lambda self, targets, *options: asked.append((targets, options)) or True
+    )
+    (step,) = [step for step in parts._build(Setup(tmp_path, dry_run=True)) if step.name == "test programs"]
+    assert build.main(step.command[3:]) == 0
+    assert asked.pop() == (["emulated_test_base_device", "emulated_test_scalar_mix_cuda"], ())
+    assert build.main(["extension", "--dry-run"]) == 0
+    targets, options = asked.pop()
+    assert options == ("-n",) and targets[0].startswith("_C.")
+    assert build.main(["programs", "nothing-such", "--emulated"]) == 1
 
 
 def test_a_part_is_of_the_gpu_that_is_there(tmp_path, monkeypatch) -> None:
@@ -236,6 +251,63 @@ def test_what_waits_for_the_device_is_not_captured(monkeypatch) -> None:
     assert calls == [0, 0, "error"] and cuda.current is cuda.outside and cuda.mode == 0
     assert result.status == "cannot run" and result.note.endswith("called a synchronizing CUDA operation")
     assert cuda.captures == 0
+
+
+class _Event:
+    def __init__(self, enable_timing: bool = False) -> None:
+        self.at = None
+
+    def record(self) -> None:
+        self.at = time.perf_counter()
+
+    def elapsed_time(self, later) -> float:
+        return 1e3 * (later.at - self.at)
+
+
+class _OnCpu(device.Gpu):
+    """All that the programs ask of a GPU, asked of a made-up torch.cuda, with tensors on the CPU."""
+
+    kind, is_stand_in, halves = "cpu", True, (torch.float16,)
+
+
+def _made_up_cuda(monkeypatch) -> _Cuda:
+    cuda = _Cuda(monkeypatch, capture_fails=False)
+    for name, value in dict(
+        is_available=lambda: True, get_device_name=lambda: "a GPU", Event=_Event, reset_peak_memory_stats=lambda: None,
+        memory_allocated=lambda: 2**20, max_memory_allocated=lambda: 3 * 2**20, current_device=lambda: 0,
+        get_device_properties=lambda index: SimpleNamespace(L2_cache_size=2**20),
+    ).items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(device, "StandIn", _OnCpu)
+    return cuda
+
+
+@pytest.mark.parametrize("program", [(lstm, "choose"), (models, "bert")], ids=["lstm", "models"])
+def test_programs_ask_a_gpu_for_what_torch_has(program, monkeypatch, capsys) -> None:
+    module, what = program
+    cuda = _made_up_cuda(monkeypatch)
+    assert module.main([what, "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("a GPU, torch") and said.strip().endswith("0 failed")
+    assert cuda.current is cuda.outside
+
+
+def test_a_gpu_is_timed_by_its_events(monkeypatch) -> None:
+    _made_up_cuda(monkeypatch)
+    gpu = _OnCpu()
+    assert gpu.milliseconds(lambda: time.sleep(2e-3), 0.01) >= 2
+    assert gpu.peak_mib(lambda: None) == 2.0
+    with gpu.stream():
+        assert torch.cuda.current_stream() is not None
+    for stream in gpu.streams(2) * 2:
+        with stream:
+            pass
+    one = torch.zeros(1)
+    assert gpu.graph(lambda: one)() is one
+    assert measure._peak_memory(lambda: 5, "cuda") == (5, 2.0)
+    times = [measure._Runner(row("a", None), lambda: time.sleep(1e-3)), measure._Runner(row("b", None), lambda: None)]
+    measure._time_cuda(times, 0.05, is_model=True)
+    assert all(len(each.times) >= 3 for each in times) and min(times[0].times) >= 1e-3
 
 
 # targets and predictions

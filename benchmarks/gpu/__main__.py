@@ -172,6 +172,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background: steps would ignore it too
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     known = {part.name: part for part in PARTS}
     unknown = [name for name in options.parts if name not in known]
     if unknown:

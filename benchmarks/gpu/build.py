@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help="part of a program's name; none for all")
     parser.add_argument("--emulated", action="store_true", help="programs for the emulator instead of a GPU")
     parser.add_argument("--dry-run", action="store_true", help="say what would be compiled of the extension")
-    options = parser.parse_args(argv)
+    options = parser.parse_intermixed_args(argv)
     try:
         build = csrc.Build(dict(os.environ))
         if options.what == "extension":

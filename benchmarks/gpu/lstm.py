@@ -210,7 +210,7 @@ def choose(device: Device, impls: Sequence[str]) -> int:
 
 
 def _beside(device: Device, impls: Sequence[str], B: int, T: int, size: dict[str, Any], backward: bool) -> str:
-    dtype = torch.float32 if device.is_stand_in else torch.float16
+    dtype = torch.float32 if "cpu" in impls else torch.float16
     kwargs = inputs(device, B, T, dtype=dtype, **size)
     leaves = [t for name in _GRADIENTS if kwargs[name] is not None for t in _flat(kwargs[name])]
     if backward:

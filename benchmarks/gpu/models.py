@@ -35,7 +35,7 @@ _LIMIT = 2e-2
 
 def _cases(op: str, workloads: Sequence[str], device: Device) -> list[Case]:
     if device.is_stand_in:
-        return [Case(op, "small", dict(model="minilm", lengths=(9, 4)), "float32", False, "cpu", "small")]
+        return [Case(op, "small", dict(model="tiny", lengths=(9, 4)), "float32", False, "cpu", "small")]
     found = [case for case in cases.select("cuda", "full", [op]) if case.dtype_name == "bfloat16"]
     return [next(case for case in found if case.workload.startswith(workload)) for workload in workloads]
 

@@ -23,7 +23,7 @@ from . import device as _device
 from .parts import GROUPS
 
 # Small enough for a dry run on a CPU, and of the same kind.
-_TINY_MODEL = dict(model="minilm", lengths=(9, 4))
+_TINY_MODEL = dict(model="tiny", lengths=(9, 4))
 
 
 def case_of(target: Target, is_stand_in: bool) -> Case:

@@ -41,6 +41,7 @@ class Sizes:
 SIZES = {
     "minilm": Sizes(layers=6, hidden=384, heads=12, feed_forward=1536),
     "bert-base": Sizes(layers=12, hidden=768, heads=12, feed_forward=3072),
+    "tiny": Sizes(layers=2, hidden=64, heads=2, feed_forward=128),  # for dry runs
 }
 
 ROWS = (

@@ -68,10 +68,17 @@ CTXFAST_DEVICE int stage_word(const Launch& l, int64_t word, S* to) {
     tail = other > tail ? other : tail;
   }
   const int reached = tail + l.widest < p.characters ? tail + l.widest : p.characters;
-  // Stepped, not divided: a division by a stride that the compiler does not know takes longer than all the rest.
+  // Stepped, not divided: a division by a stride that the compiler does not know takes longer than all the rest. Loads
+  // that nothing decides about go out side by side: first ids (of int64 the low half: they were checked above), then
+  // rows.
+  const int32_t* const ids = static_cast<const int32_t*>(p.ids);
+  const int wide = p.is_int64 ? 1 : 0;
+#pragma unroll 4
   for (int i = lane, place = lane / l.stride, d = lane % l.stride; i < reached * l.stride; i += 32) {
-    const T* const row = static_cast<const T*>(p.table) + character(p, word, place) * p.size;
-    to[i] = from_float<S>(d < p.size ? to_float(row[d]) : 0.0f);
+    const int64_t id = ids[(word * p.characters + place) << wide];
+    const T* const row = static_cast<const T*>(p.table) + id * p.size;
+    const float value = to_float(row[d < p.size ? d : 0]);
+    to[i] = from_float<S>(d < p.size ? value : 0.0f);
     place += l.places, d += l.numbers;
     if (d >= l.stride) d -= l.stride, ++place;
   }

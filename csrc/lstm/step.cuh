@@ -11,6 +11,8 @@
 //   carry        W_hh^T dz        -> dh of the step before        (backward, with projection)
 //   carry_cells  W_hh^T dz        -> dh, then dz, dc of the step before (backward, without)
 // Weights stream from L2 (ELMo's 42 MB of both directions fit an H100's 50): the bound of this implementation.
+// Estimated from the machine code (2026-12, no GPU): ELMo's gates, B <= 8, take a warp 2,540 cycles, reads at 300 each;
+// that a cell's four gates lie apart costs nothing, and no pass over the input's weights puts them side by side.
 #pragma once
 
 #include "base/device.cuh"

@@ -211,6 +211,10 @@ int main(int count, char** arguments) {
   }
   both(&report, {3, 7, 512, 64, 2, true, true, true, 1.0f, 0.5f}, 3);
   both(&report, {9, 2, 256, 64, 1, true, false, false, 0, 0}, 3);
+  // Weights that fill shared memory, so that some of them stay in registers, as ELMo's do.
+  for (const int64_t B : {3, 9, 17}) {
+    test<__half>(&report, "fp16", DType::kFloat16, 4e-3, {B, 3, 1024, 512, 1, true, true, true, 1.0f, 0.5f}, 2);
+  }
   test<__half>(&report, "fp16", DType::kFloat16, 4e-3, {33, 3, 512, 64, 2, true, true, true, 0, 0}, 3);
   both(&report, {3, 7, 128, 128, 2, false, true, true, 1.0f, 0.5f}, 3);
   test<__half>(&report, "fp16", DType::kFloat16, 4e-3, {33, 3, 192, 192, 1, false, true, true, 0, 0}, 3);

@@ -200,7 +200,7 @@ def definition_gradients(
 _KINDS = {
     Tensor: "Tensor", Tensor | None: "Tensor?", Sequence[Tensor]: "Tensor[]", Sequence[Tensor | None]: "Tensor?[]",
     list[Tensor]: "Tensor[]", int: "SymInt", float: "float", bool: "bool", str: "str",
-    torch.dtype | None: "ScalarType?",
+    torch.dtype | None: "ScalarType?", int | None: "SymInt?",
 }  # fmt: skip
 
 
@@ -238,7 +238,8 @@ def define(
             if any(isinstance(item, Tensor) and item.requires_grad for item in flat):
                 raise RuntimeError(
                     f"ctxfast::{name} is the raw kernel and has no gradient of its own. Call the function in "
-                    f"ctxfast.functional, or wrap the call in torch.no_grad()."
+                    f"ctxfast.functional, or wrap the call in torch.no_grad(). A program that was exported under "
+                    f"torch.no_grad() is called under it, too; exported with gradients enabled it has gradients."
                 )
         return kernel(*args)
 

@@ -55,7 +55,10 @@ def add(parser: argparse.ArgumentParser, **defaults: Any) -> None:
     add(
         "--max-grad-norm", type=float, default=own["max_grad_norm"], help="clip gradients to it; 0: never (%(default)s)"
     )
-    add("--amp", default="no", help="no, bf16 or fp16: compute in half precision (%(default)s)")
+    add(
+        "--amp", default="auto",
+        help="no, bf16 or fp16: compute in half precision (%(default)s: bf16 on a GPU that has it, else no)",
+    )  # fmt: skip
     add("--seed", type=int, default=0, help="of data order, dropout and new weights (%(default)s)")
     add("--log-every", type=int, metavar="N", default=own["log_every"], help="steps between reports (%(default)s)")
     add("--eval-every", type=int, metavar="N", default=own["eval_every"], help="steps between evaluations")
@@ -201,10 +204,13 @@ def check(args: argparse.Namespace, who: str) -> None:
         raise ValueError(f"ctxfast.{who}: --warmup is {args.warmup}; expected steps, 0 or more, or a share below 1.")
     from .._core.registry import use_impl
     from ..training.loop.parallel import device_of
-    from ..training.loop.train import board_writer, check_amp
+    from ..training.loop.train import board_writer, check_amp, usual_amp
 
     with use_impl(args.impl):  # refuses a name that no op knows
         pass
+    args.is_amp_chosen = args.amp == "auto"
+    if args.is_amp_chosen:
+        args.amp = usual_amp(device_of(args.device))
     check_amp(args.amp, device_of(args.device))
     check_impl(args, who)
     # How many steps epochs have is not known yet; it bounds the warm-up only. A learning rate may be the model's.
@@ -300,6 +306,8 @@ def run(
     from ..training.loop.train import train
 
     show = None if args.quiet else Show(name)
+    if show is not None and args.is_amp_chosen and loop.amp != "no" and task_is_first():
+        print(f"{name}: computes in {loop.amp} with float32 weights; --amp no computes in float32", file=sys.stderr)
     try:
         report = train(task, loop, args.output, overwrite=args.overwrite, settings=settings, notes=notes, show=show)
     finally:
@@ -317,7 +325,9 @@ def run(
 
 
 def task_is_first() -> bool:
-    """Whether this process is the one that prints."""
+    """Whether this process is the one that prints; before it has joined the others, the first of its machine."""
     import torch.distributed as dist
 
-    return not dist.is_initialized() or dist.get_rank() == 0
+    if dist.is_initialized():
+        return dist.get_rank() == 0
+    return not dist.is_torchelastic_launched() or dist.get_node_local_rank(0) == 0

@@ -6,9 +6,10 @@ Modules, both ctxfast's and swapped ones of other packages, describe what their 
 A layer is called as a module where no such description holds: a part of it was replaced, is observed by hooks, or has
 been given an ``impl`` of its own.
 
-One call (``functional.transformer_layers``) is faster on a CPU, where the overhead of a short text's ops exceeds their
-arithmetic. Layers run op by op on a GPU (CUDA graphs remove the overhead), with gradients (one call would recompute the
-layers in the backward pass), under autocast, and where an implementation of a layer's op was requested by name.
+One call (``functional.transformer_layers``) avoids the overhead of the layers' ops. On a CPU it counts for short texts;
+there layers run op by op with gradients (one call would recompute the layers in the backward pass), with dropout and
+under autocast. On a GPU it always counts, in training most of all. Layers run op by op under torch.compile, and where
+an implementation of a layer's op was requested by name.
 """
 
 from __future__ import annotations
@@ -122,9 +123,13 @@ def run(
 
 def _is_open(x: Tensor) -> bool:
     """Whether one call may compute layers over these tokens, if the layers themselves allow it."""
-    if not x.is_cpu or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+    requested = dict(registry.requested())
+    name = requested.get("transformer_layers", requested.get("*"))
+    if any(op in requested for op in _OPS) or name not in (None, "cpu", "triton"):
         return False
-    return not any(op in _OPS or (op == "*" and name != "cpu") for op, name in registry.requested())
+    if name == "triton" or not x.is_cpu:
+        return not torch.compiler.is_compiling()
+    return not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"))
 
 
 def _groups(
@@ -148,7 +153,7 @@ def _one_calls_kind(layer: LayerWeights) -> tuple[LayerOptions, int] | None:
     """What layers must share to be computed by one call: options and the feed-forward block's width; None for a layer
     that cannot be."""
     options = layer.options
-    if options.by_ops or any(options.dropout_p) or options.eps[0] != options.eps[1]:
+    if options.by_ops or options.eps[0] != options.eps[1]:
         return None
     qkv: Any = layer.tensors[0]  # a tensor, and the next too: no module replaces a product
     widen: Any = layer.tensors[6]
@@ -169,7 +174,7 @@ def one_call(
     args = spec.arguments(
         x, cu_seqlens, max_seqlen, [tensor for layer in layers for tensor in layer.tensors],
         num_heads=options.num_heads, activation=options.activation, eps=options.eps[0],
-        weight_dtype=options.weight_dtype, all_layers=all_layers,
+        weight_dtype=options.weight_dtype, all_layers=all_layers, dropout_p=options.dropout_p,
     )  # fmt: skip
     function, args = registry.prepared(spec, args)
     if function is spec.reference:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from .. import nn as ctxfast_nn
+from .._core import torch_ops
 from ..nn import tools
 from ..nn.lstm import State
 from . import identity
@@ -29,7 +30,7 @@ class LSTM(ctxfast_nn.LSTM, nn.LSTM):
         if not issubclass(kind, LSTM):  # restored, and somebody kept this function
             return kind.forward(self, input, hx)
         if torch.compiler.is_compiling():
-            return self._as_torch().forward(input, hx) if torch.compiler.is_exporting() else super().forward(input, hx)
+            return self._as_torch().forward(input, hx) if torch_ops.is_exporting() else super().forward(input, hx)
         # Somebody replaced the forward of all torch.nn.LSTM, or sees torch's functions as they are called.
         if nn.LSTM.forward is not _FORWARD or identity.is_overridden():
             return self._as_torch().forward(input, hx)

@@ -12,7 +12,20 @@ from typing import Any
 
 import pytest
 import torch
-from support.tool_modules import MODULES, Tagger, Upto, ids, mask_of, normal, swapped, tiny_bert, tiny_elmo
+from support.tool_modules import (
+    MODULES,
+    First,
+    Tagger,
+    Upto,
+    first,
+    ids,
+    made,
+    mask_of,
+    normal,
+    swapped,
+    tiny_bert,
+    tiny_elmo,
+)
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
@@ -27,29 +40,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::t
 every_module = pytest.mark.parametrize("name", MODULES)
 
 
-def _first(output: Any) -> Tensor:
-    while not isinstance(output, Tensor):
-        output = next(iter(output.values())) if isinstance(output, dict) else output[0]
-    return output
-
-
-class _First(nn.Module):
-    """A module's first tensor: what tools can take that know tensors alone."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, *given: Any) -> Tensor:
-        return _first(self.module(*given))
-
-
-def _made(name: str) -> tuple[nn.Module, tuple[Any, ...], tuple[Any, ...]]:
-    make, given, other = MODULES[name]
-    torch.manual_seed(3)
-    return _First(make()).eval(), given, other
-
-
 def _close(one: Tensor, two: Tensor, bound: float = 1e-5) -> None:
     torch.testing.assert_close(one, two, rtol=bound, atol=bound)
 
@@ -61,7 +51,7 @@ def _map(change: Callable[[Tensor], Tensor], value: Any) -> Any:
 @every_module
 def test_trace(name) -> None:
     """A trace is torch's own operations, is the same with gradients and without, and right for other sizes."""
-    model, given, other = _made(name)
+    model, given, other = made(name)
     traced = torch.jit.trace(model, given)
     assert "ctxfast::" not in str(traced.inlined_graph) and "prim::PythonOp" not in str(traced.inlined_graph)
     for call in (given, other):
@@ -69,7 +59,7 @@ def test_trace(name) -> None:
 
 
 def test_a_traced_lstm_is_torchs() -> None:
-    model, given, _ = _made("swapped LSTM")
+    model, given, _ = made("swapped LSTM")
     plain = copy.deepcopy(model)
     ctxfast.restore(plain)
     kinds = [[node.kind() for node in torch.jit.trace(each, given).inlined_graph.nodes()] for each in (model, plain)]
@@ -80,7 +70,7 @@ def test_a_traced_lstm_is_torchs() -> None:
 def test_traces_load_without_ctxfast(tmp_path) -> None:
     calls = {}
     for i, name in enumerate(("LSTM", "LSTM, clips", "Bert")):
-        model, given, other = _made(name)
+        model, given, other = made(name)
         with torch.no_grad():
             torch.jit.save(torch.jit.trace(model, given), tmp_path / f"{i}.pt")
             calls[f"{i}.pt"] = (other, model(*other))
@@ -99,10 +89,10 @@ def test_traces_load_without_ctxfast(tmp_path) -> None:
 @every_module
 @pytest.mark.filterwarnings("ignore:ctxfast.nn.LSTM")
 def test_script(name) -> None:
-    model, given, other = _made(name)
+    model, given, other = made(name)
     model = model.module if name != "swapped LSTM" else model
     if name in ("LayerNorm", "swapped LSTM"):
-        model = model.module if isinstance(model, _First) else model
+        model = model.module if isinstance(model, First) else model
         scripted = torch.jit.script(copy.deepcopy(model))
         _close(scripted(*other), model(*other))
     elif name == "LSTM":
@@ -129,7 +119,7 @@ def test_a_scripted_model_keeps_torchs_lstm_and_says_so() -> None:
 
 @every_module
 def test_fx_records_one_call(name) -> None:
-    model, given, other = _made(name)
+    model, given, other = made(name)
 
     class Holder(nn.Module):
         def __init__(self) -> None:
@@ -146,7 +136,7 @@ def test_fx_records_one_call(name) -> None:
     traced = torch.fx.symbolic_trace(Holder())
     if not isinstance(model.module, (Tagger, Upto)):
         assert [node.target for node in traced.graph.nodes if node.op == "call_module"] == ["held"]
-    _close(_first(traced(*other)), model(*other))
+    _close(first(traced(*other)), model(*other))
 
 
 def test_fx_cannot_look_inside() -> None:
@@ -157,7 +147,7 @@ def test_fx_cannot_look_inside() -> None:
 @every_module
 def test_tensors_without_values(name) -> None:
     """On the meta device, and as FakeTensors, shapes come out."""
-    model, given, _ = _made(name)
+    model, given, _ = made(name)
     shape = model(*given).shape
     if name == "Bert":
         for device in ("meta", "fake"):
@@ -182,7 +172,7 @@ def test_tensors_without_values(name) -> None:
 @every_module
 def test_other_default_device_and_dtype(name) -> None:
     """What is allocated inside lies where the inputs lie, whatever the process has for its defaults."""
-    model, given, _ = _made(name)
+    model, given, _ = made(name)
     leaves = [parameter for parameter in model.parameters() if parameter.requires_grad]
     expected = model(*given)
     grads = torch.autograd.grad(expected.sum(), leaves, allow_unused=True)
@@ -226,7 +216,7 @@ class _Held(Tensor):
 
 @every_module
 def test_weights_of_a_tensor_subclass(name) -> None:
-    model, given, _ = _made(name)
+    model, given, _ = made(name)
     expected = model(*given).detach()
     for module in model.modules():
         for key, parameter in module._parameters.items():
@@ -247,7 +237,7 @@ def _penalties(model: nn.Module, given: tuple[Any, ...]) -> list[Tensor | None]:
 
 @every_module
 def test_gradients_of_gradients(name) -> None:
-    model, given, _ = _made(name)
+    model, given, _ = made(name)
     found = _penalties(model, given)
     with ctxfast.use_impl("reference"):
         expected = _penalties(model, given)
@@ -260,7 +250,7 @@ def test_gradients_of_gradients(name) -> None:
 
 def test_gradients_of_gradients_in_training_with_dropout() -> None:
     """One seed, one mask in attention: what is recorded is what was dropped."""
-    model = _First(tiny_bert()).train()
+    model = First(tiny_bert()).train()
     model.module.embeddings.dropout = 0.0
     for module in model.modules():
         if isinstance(module, ctxfast.nn.AddLayerNorm):
@@ -308,7 +298,7 @@ def test_lstm_packed_has_all_derivatives() -> None:
 )
 def test_gradients_of_every_sample(name) -> None:
     """torch.func: functional_call, grad, vmap."""
-    model, given, _ = _made(name)
+    model, given, _ = made(name)
     given = given[:1] if name in ("Bert", "ElmoLstm") else given
     parameters = {key: value.detach() for key, value in model.named_parameters()}
 
@@ -364,7 +354,7 @@ class _Halved(nn.Module):
 @pytest.mark.parametrize("how", ["pruned", "parametrised"])
 def test_computed_weights(name, how) -> None:
     """Weights that are computed before each call count as computed, after a step of an optimiser too."""
-    model, given, _ = _made(name)
+    model, given, _ = made(name)
     expected = copy.deepcopy(model)
     for changed, plain in zip(list(model.modules()), list(expected.modules())):
         for key, parameter in list(plain._parameters.items()):
@@ -397,11 +387,11 @@ def test_quantisation_by_type() -> None:
     assert ".quantized" in type(found.lstm).__module__
 
     for name in ("FeedForward", "Highway", "Bert"):
-        plain, given, _ = _made(name)
+        plain, given, _ = made(name)
         found = torch.ao.quantization.quantize_dynamic(plain, {nn.Linear})
         difference = (found(*given) - plain(*given)).abs().max()
         assert 0 < difference < 0.05, name
-    elmo, given, _ = _made("Elmo")
+    elmo, given, _ = made("Elmo")
     with pytest.raises(
         RuntimeError, match=r"^ctxfast.nn.ElmoLstm: forward_layer_0.input_linearity is a .*weight_dtype"
     ):
@@ -431,56 +421,11 @@ def test_a_replaced_linear_layer_is_called() -> None:
             _close(found, shifted(x))
 
 
-def test_bert_exports_with_a_mask() -> None:
-    """One exported graph, packing and kernels in it, for every mask and size."""
-    model, given, other = _made("Bert")
-    sizes = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
-    with torch.no_grad():
-        program = torch.export.export(model, given, dynamic_shapes=((sizes, sizes),))
-        assert any("ctxfast" in str(node.target) for node in program.graph.nodes)
-        for call in (given, other, (given[0], mask_of(1, 7)), (given[0], torch.ones(2, 7, dtype=torch.long))):
-            _close(program.module()(*call), model(*call))
-
-
-@every_module
-@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_an_export_with_gradients_can_be_trained(name, strict) -> None:
-    """It records torch's own operations, and says so where ctxfast has a kernel."""
-    model, given, _ = _made(name)
-    leaves = {path: each.requires_grad_() for path, each in model.named_parameters() if each.is_floating_point()}
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        program = torch.export.export(model, given, strict=strict)
-    assert not any("ctxfast" in str(node.target) for node in program.graph.nodes)
-    if name not in ("swapped LSTM", "ScalarMix"):  # these have no kernel in any export on a CPU
-        assert any("under torch.no_grad() to record ctxfast's kernels" in str(each.message) for each in said)
-    exported = program.module()
-    expected, found = model(*given), exported(*given)
-    _close(found, expected)
-    weight = normal(*expected.shape)
-    wanted = torch.autograd.grad((expected * weight).sum(), list(leaves.values()), allow_unused=True)
-    (found * weight).sum().backward()
-    for path, gradient in zip(leaves, wanted):
-        other = dict(exported.named_parameters())[path]
-        assert (other.grad is None) == (gradient is None), path
-        if gradient is not None:
-            _close(other.grad, gradient, 1e-4)
-
-
-def test_an_implementation_asked_for_by_name_refuses_an_export_with_gradients() -> None:
-    layer = ctxfast.nn.LSTM(3, 4, batch_first=True, cell_clip=1.0, impl="cpu")
-    with pytest.raises(RuntimeError, match=r"impl='cpu' was asked for .*Export under torch.no_grad\(\) for inference"):
-        torch.export.export(layer, (normal(2, 5, 3),), strict=False)
-    with torch.no_grad():
-        program = torch.export.export(layer, (normal(2, 5, 3),), strict=False)
-    assert any("ctxfast.lstm_cpu_fwd" in str(node.target) for node in program.graph.nodes)
-
-
 def test_onnx_is_torchs_own_operations() -> None:
     """What torch.onnx.export reads: LSTM's operator, no ctxfast's; the older road is told apart from a trace."""
     from torch.onnx._internal.exporter import _flags
 
-    model, given, _ = _made("swapped LSTM")
+    model, given, _ = made("swapped LSTM")
 
     @_flags.set_onnx_exporting_flag
     def exported(model: nn.Module, given: tuple[Any, ...]) -> set[str]:
@@ -489,7 +434,7 @@ def test_onnx_is_torchs_own_operations() -> None:
 
     assert "aten.lstm.input" in exported(model, given)
     for name in ("LSTM, clips", "Highway", "CharCnn", "Elmo"):
-        model, given, _ = _made(name)
+        model, given, _ = made(name)
         assert not any("ctxfast" in target for target in exported(model, given))
 
 
@@ -497,7 +442,7 @@ def test_a_trace_keeps_no_state() -> None:
     elmo = tiny_elmo()
     elmo._elmo_lstm.state = "carry"
     with pytest.raises(RuntimeError, match=r"^ctxfast.Elmo: state is 'carry' under torch.jit.trace"):
-        torch.jit.trace(_First(elmo), (ids(2, 3, 50),))
+        torch.jit.trace(First(elmo), (ids(2, 3, 50),))
 
 
 def test_many_modules_compile_in_one_process() -> None:

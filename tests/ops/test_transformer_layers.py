@@ -315,7 +315,7 @@ def test_calls_that_go_another_way(calls, around: Callable[[], AbstractContextMa
 
 
 def test_what_no_part_can_run_is_refused_as_before() -> None:
-    with torch.no_grad(), ctxfast.use_impl("triton"), pytest.raises(RuntimeError, match="triton"):
+    with torch.no_grad(), ctxfast.use_impl(linear_act="triton"), pytest.raises(RuntimeError, match="triton"):
         _layer()(*_tokens())
 
 

@@ -117,3 +117,27 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], tuple[Any, ...], tuple[Any, ..
     "Bert": (tiny_bert, (ids(2, 7), mask_of(7, 4)), (ids(3, 9), mask_of(2, 9, 5))),
     "Elmo": (tiny_elmo, (ids(2, 3, 50),), (ids(2, 4, 50),)),
 }  # fmt: skip
+
+
+def first(output: Any) -> Tensor:
+    while not isinstance(output, Tensor):
+        output = next(iter(output.values())) if isinstance(output, dict) else output[0]
+    return output
+
+
+class First(nn.Module):
+    """A module's first tensor: what tools can take that know tensors alone."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *given: Any) -> Tensor:
+        return first(self.module(*given))
+
+
+def made(name: str) -> tuple[nn.Module, tuple[Any, ...], tuple[Any, ...]]:
+    """A module of ``MODULES``, and two sets of arguments."""
+    make, given, other = MODULES[name]
+    torch.manual_seed(3)
+    return First(make()).eval(), given, other

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ctxfast.training.loop import optimizers
 from ctxfast.training.loop.optimizers import BertAdam, Lamb, parameter_groups, share_of_rate
 
 
@@ -51,6 +52,37 @@ def test_formulas(kind: str, decay: float) -> None:
     optimizer = (BertAdam if kind == "bert" else Lamb)(model.parameters(), lr=0.01, weight_decay=decay)
     for mine, want in zip(_run(optimizer, model, gradients), wanted):
         torch.testing.assert_close(mine, want, atol=1e-12, rtol=1e-10)
+
+
+@pytest.mark.parametrize("kind", [BertAdam, Lamb])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_fused_steps_are_the_same(kind, dtype, monkeypatch) -> None:
+    """By torch's kernel, which a CPU has too; going on from a state of either."""
+    model, gradients = _model().to(dtype), _gradients(_model(), 6)
+    gradients = [[each.to(dtype) for each in given] for given in gradients]
+    gradients[2][0].zero_()
+    kernels, fused = [], torch._fused_adamw_
+    monkeypatch.setattr(torch, "_fused_adamw_", lambda *args, **kwargs: kernels.append(1) or fused(*args, **kwargs))
+    found = {}
+    for order in ((False, False), (True, True), (False, True), (True, False)):
+        own = copy.deepcopy(model)
+        optimizer = kind(parameter_groups(own, 0.1), lr=0.01)
+        for is_fused, part in zip(order, (gradients[:3], gradients[3:])):
+            monkeypatch.setattr(optimizers, "_can_fuse", lambda *lists, is_fused=is_fused: is_fused)
+            fresh = kind(parameter_groups(own, 0.1), lr=0.5)
+            fresh.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+            optimizer = fresh
+            found[order] = _run(optimizer, own, part)
+            assert bool(kernels) == (is_fused or any(order[:1]))
+        kernels.clear()
+        assert {type(state["step"]) for state in optimizer.state.values()} == {int}
+    for each in found.values():
+        for one, two in zip(each, found[False, False]):
+            torch.testing.assert_close(one, two, rtol=1e-5 if dtype == torch.float32 else 1e-12, atol=1e-6)
+
+
+def test_only_a_gpus_own_tensors_are_fused() -> None:
+    assert not optimizers._can_fuse([nn.Parameter(torch.zeros(3))], [torch.zeros(3)])
 
 
 def test_without_decay_lamb_is_torchs_adam() -> None:

@@ -101,16 +101,27 @@ class _MaskedLM(BertWithHead):
         hidden = self.cls.predictions.transform(encoded.packed_last_hidden_state)
         return encoded.packing.unpack(tools.linear(hidden, decoder))
 
-    def _mlm_loss(self, encoded: BertOutput, labels: Tensor) -> Tensor:
+    def _mlm_loss(self, encoded: BertOutput, labels: Tensor, labelled: Tensor | None) -> Tensor:
         decoder, packing = self.cls.predictions.decoder, encoded.packing
         hidden, labels = encoded.packed_last_hidden_state, packing.pack(labels)
-        if not torch.compiler.is_compiling() and checks.has_values(labels):
-            # One in seven tokens has a label, so the head runs on those rows only. The count is read on the host (a GPU
-            # is waited for once); a compiled graph keeps all rows, where the count would break it.
-            labelled = (labels != IGNORE_INDEX).nonzero().flatten()
-            hidden, labels = hidden.index_select(0, labelled), labels.index_select(0, labelled)
+        ignored: int | None = IGNORE_INDEX
+        # One in seven tokens has a label, so the head runs on those rows only. Their number is read on the host: a GPU
+        # is waited for once, unless the caller names them. A compiled or captured graph, where that would break it,
+        # keeps all rows.
+        if labelled is None and not torch.compiler.is_compiling() and checks.has_values(labels):
+            if not (labels.is_cuda and torch.cuda.is_current_stream_capturing()):
+                labelled = (labels != IGNORE_INDEX).nonzero().flatten()
+        if labelled is not None:
+            hidden, labels, ignored = hidden.index_select(0, labelled), labels.index_select(0, labelled), None
         hidden = self.cls.predictions.transform(hidden)
-        return functional.linear_cross_entropy(hidden, decoder.weight, labels, decoder.bias, ignore_index=IGNORE_INDEX)
+        return functional.linear_cross_entropy(hidden, decoder.weight, labels, decoder.bias, ignore_index=ignored)
+
+    def _check_labelled(self, labelled: Tensor | None) -> None:
+        if labelled is not None:
+            owner = type(self).__name__
+            checks.shape(owner, "labelled", checks.integer(owner, "labelled", labelled), (None,), "(labelled tokens,)")
+            table = self.bert.embeddings.word_embeddings.weight
+            checks.same(owner, "the model", table, [("labelled", labelled)], dtype=False)
 
 
 def _after_loading(model: _MaskedLM, incompatible: Any) -> None:
@@ -144,6 +155,7 @@ class BertForMaskedLM(_MaskedLM):
         task_type_ids: Tensor | None = None,
         labels: Tensor | None = None,
         *,
+        labelled: Tensor | None = None,
         return_logits: bool | None = None,
         **options: Any,
     ) -> HeadOutput:
@@ -152,14 +164,17 @@ class BertForMaskedLM(_MaskedLM):
         Args:
             labels: (B, L) int64 or int32 word ids, -100 where there is no label. The loss is the
                 mean over labelled tokens, 0 without any; only their rows go through the head.
+            labelled: (M,) int64, which tokens have a label, counted over the texts' tokens without padding (rows of
+                ``encoder.packed_last_hidden_state``). Found in ``labels`` if None, for which the host waits for a GPU.
             return_logits: whether to compute (B, L, V) logits, zeros at padding; None: only without labels.
 
         Returns:
             ``HeadOutput(loss, logits, encoder)``.
         """
         inputs = (input_ids, attention_mask, token_type_ids, position_ids, task_type_ids)
+        self._check_labelled(labelled)
         encoded = self._encode(inputs, options, Labels("labels", labels, 2))
-        loss = None if labels is None else self._mlm_loss(encoded, labels)
+        loss = None if labels is None else self._mlm_loss(encoded, labels, labelled)
         is_wanted = labels is None if return_logits is None else return_logits
         return HeadOutput(loss, self._mlm_logits(encoded) if is_wanted else None, encoded)
 
@@ -183,6 +198,7 @@ class BertForPreTraining(_MaskedLM):
         labels: Tensor | None = None,
         next_sentence_label: Tensor | None = None,
         *,
+        labelled: Tensor | None = None,
         return_logits: bool | None = None,
         **options: Any,
     ) -> PreTrainingOutput:
@@ -195,6 +211,7 @@ class BertForPreTraining(_MaskedLM):
             ``PreTrainingOutput``; its loss is the sum of the losses whose labels were given.
         """
         inputs = (input_ids, attention_mask, token_type_ids, position_ids, task_type_ids)
+        self._check_labelled(labelled)
         encoded = self._encode(
             inputs,
             options,
@@ -202,7 +219,7 @@ class BertForPreTraining(_MaskedLM):
             Labels("next_sentence_label", next_sentence_label, 1, classes=2),
         )
         nsp_logits = tools.linear(_pooled(encoded), self.cls.seq_relationship)
-        mlm_loss = None if labels is None else self._mlm_loss(encoded, labels)
+        mlm_loss = None if labels is None else self._mlm_loss(encoded, labels, labelled)
         nsp_loss = None if next_sentence_label is None else cross_entropy(nsp_logits, next_sentence_label)
         parts = [part for part in (mlm_loss, nsp_loss) if part is not None]
         is_wanted = labels is None if return_logits is None else return_logits

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..._core import registry, torch_ops
-from ..shared import philox, triton_rows
+from ..shared import philox, triton_launch, triton_rows
 from . import triton_kernels
 
 
@@ -41,9 +41,9 @@ def forward(
     x_bias = None if x_bias is None else x_bias.contiguous()
     tile = triton_rows.forward_tile(size)
     with triton_rows.on_device(x):
-        triton_kernels.forward[(-(-x.shape[0] // tile["ROWS"]),)](
-            x, residual, x_bias, weight.contiguous(), bias.contiguous(), out, None if low_dtype is None else low,
-            mean, rstd, seeds, x.shape[0],
+        triton_launch.launch(
+            triton_kernels.forward, (-(-x.shape[0] // tile["ROWS"]),), x, residual, x_bias, weight.contiguous(),
+            bias.contiguous(), out, None if low_dtype is None else low, mean, rstd, seeds, x.shape[0],
             x.stride(0), 0 if residual is None else residual.stride(0), eps, *philox.numbers(dropout_p),
             N=size, HAS_RESIDUAL=residual is not None, HAS_BIAS=x_bias is not None, DROPOUT=seeds is not None,
             SAVE=save, LOW=low_dtype is not None, **tile,
@@ -97,9 +97,10 @@ def backward(
     partial = triton_rows.allocate_partial(len(kinds), count, size, x) if with_sums else None
     is_apart = grad_x.numel() > 0
     with triton_rows.on_device(x):
-        triton_kernels.backward[(count,)](
-            grad, low_grad, x, residual, x_bias, weight.contiguous(), mean, rstd, seeds, grad_sum, grad_x, partial,
-            x.shape[0], grad.stride(0), 0 if low_grad is None else low_grad.stride(0), x.stride(0),
+        triton_launch.launch(
+            triton_kernels.backward, (count,), grad, low_grad, x, residual, x_bias, weight.contiguous(), mean, rstd,
+            seeds, grad_sum, grad_x, partial, x.shape[0], grad.stride(0),
+            0 if low_grad is None else low_grad.stride(0), x.stride(0),
             0 if residual is None else residual.stride(0), *philox.numbers(dropout_p),
             N=size, HAS_RESIDUAL=residual is not None, HAS_BIAS=x_bias is not None, DROPOUT=seeds is not None,
             SUMS=with_sums, SUM_X=sum_x, LOW=low_grad is not None, STORE_X=is_apart, **tile,

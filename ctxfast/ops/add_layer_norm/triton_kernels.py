@@ -79,12 +79,12 @@ def backward(
         row = (first + tl.arange(0, ROWS)).to(tl.int64)
         inside = (row < rows)[:, None] & (column < N)[None, :]
         dy = load_tile(grad, row, stride_g, inside, column, BLOCK_N)
-        if LOW:
-            dy += load_tile(low_grad, row, stride_l, inside, column, BLOCK_N)
         z, kept = _added(
             x, residual, x_bias, seeds, row, inside, column, stride_x, stride_r, threshold, rescale,
             N, BLOCK_N, HAS_RESIDUAL, HAS_BIAS, DROPOUT,
         )  # fmt: skip
+        if LOW:
+            dy += load_tile(low_grad, row, stride_l, inside, column, BLOCK_N)
         average = tl.load(mean + row, mask=row < rows, other=0.0)
         inverse = tl.load(rstd + row, mask=row < rows, other=0.0)
         normal = tl.where(inside, (z - average[:, None]) * inverse[:, None], 0.0)

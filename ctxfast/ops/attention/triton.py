@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..._core import capability, registry, torch_ops
-from ..shared import philox, triton_rows
+from ..shared import philox, triton_launch, triton_rows
 from . import definition, triton_backward, triton_blocks, triton_forward, triton_plan
 
 _MAX_HEAD_DIM = 128
@@ -89,13 +89,15 @@ def _forward(
     with triton_rows.on_device(qkv):
         if tile.pairs:
             pairs = (cu_seqlens.shape[0] - 1) * heads
-            triton_forward.forward_pairs[(triton.cdiv(pairs, tile.pairs),)](
+            triton_launch.launch(
+                triton_forward.forward_pairs, (triton.cdiv(pairs, tile.pairs),),
                 qkv, cu_seqlens, out, lse, seeds, tokens, heads, pairs, *numbers, BLOCK_L=tile.rows, PAIRS=tile.pairs,
                 **options,
             )  # fmt: skip
         else:
             programs, table, blocks = _blocks(qkv, cu_seqlens, max_seqlen, tile.rows)
-            triton_forward.forward_blocks[(heads * programs,)](
+            triton_launch.launch(
+                triton_forward.forward_blocks, (heads * programs,),
                 qkv, cu_seqlens, table, out, lse, seeds, tokens, heads, blocks, *numbers, BLOCK_M=tile.rows,
                 BLOCK_N=tile.columns, SINGLE=max_seqlen <= tile.columns, HAS_TABLE=table is not None, **options,
             )  # fmt: skip
@@ -123,14 +125,16 @@ def _backward(
             delta = torch_ops.allocate(lse.shape, lse)
             tile = plan.query
             programs, table, blocks = _blocks(qkv, cu_seqlens, max_seqlen, tile.rows)
-            triton_backward.backward_query[(heads * programs,)](
+            triton_launch.launch(
+                triton_backward.backward_query, (heads * programs,),
                 qkv, cu_seqlens, table, out, lse, delta, grad, grad_qkv, seeds, tokens, heads, blocks,
                 *numbers, BLOCK_M=tile.rows, BLOCK_N=tile.columns, HAS_TABLE=table is not None,
                 **tile.options(head_dim), **options,
             )  # fmt: skip
             tile = plan.key
             programs, table, blocks = _blocks(qkv, cu_seqlens, max_seqlen, tile.columns)
-            triton_backward.backward_key[(heads * programs,)](
+            triton_launch.launch(
+                triton_backward.backward_key, (heads * programs,),
                 qkv, cu_seqlens, table, lse, delta, grad, grad_qkv, seeds, tokens, heads, blocks,
                 *numbers, BLOCK_M=tile.rows, BLOCK_N=tile.columns, HAS_TABLE=table is not None,
                 **tile.options(head_dim), **options,
@@ -140,11 +144,21 @@ def _backward(
         pointers = (qkv, cu_seqlens, lse, grad, grad_qkv, seeds)
         options = options | dict(BLOCK_L=tile.rows) | tile.options(head_dim)
         if tile.pairs:
-            triton_backward.backward_pairs[(triton.cdiv(pairs, tile.pairs),)](
-                *pointers, tokens, heads, pairs, *numbers, PAIRS=tile.pairs, **options
+            triton_launch.launch(
+                triton_backward.backward_pairs,
+                (triton.cdiv(pairs, tile.pairs),),
+                *pointers,
+                tokens,
+                heads,
+                pairs,
+                *numbers,
+                PAIRS=tile.pairs,
+                **options,
             )
         else:
-            triton_backward.backward_whole[(pairs,)](*pointers, tokens, heads, *numbers, **options)
+            triton_launch.launch(
+                triton_backward.backward_whole, (pairs,), *pointers, tokens, heads, *numbers, **options
+            )
     return grad_qkv
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..._core import registry, torch_ops
-from ..shared import philox, triton_rows
+from ..shared import philox, triton_launch, triton_rows
 from . import triton_kernels
 
 
@@ -37,8 +37,9 @@ def _forward(
     size = out.shape[1]
     tile = triton_rows.forward_tile(size)
     with triton_rows.on_device(out):
-        triton_kernels.forward[(-(-out.shape[0] // tile["ROWS"]),)](
-            *_four(ids), *_four(tables), weight.contiguous(), bias.contiguous(), out, mean, rstd, seeds,
+        triton_launch.launch(
+            triton_kernels.forward, (-(-out.shape[0] // tile["ROWS"]),), *_four(ids), *_four(tables),
+            weight.contiguous(), bias.contiguous(), out, mean, rstd, seeds,
             out.shape[0], eps, *philox.numbers(dropout_p),
             N=size, HAS_TASK=len(ids) == 4, DROPOUT=seeds is not None, SAVE=save, **tile,
         )  # fmt: skip
@@ -67,9 +68,9 @@ def _backward(
     count = triton_rows.programs(grad, -(-grad.shape[0] // tile["ROWS"]), triton_rows.resident(tile))
     partial = triton_rows.allocate_partial(2, count, size, grad)
     with triton_rows.on_device(grad):
-        triton_kernels.backward[(count,)](
-            grad, *_four(ids), *_four(tables), weight.contiguous(), mean, rstd, seeds, grad_sum, partial,
-            grad.shape[0], grad.stride(0), *philox.numbers(dropout_p),
+        triton_launch.launch(
+            triton_kernels.backward, (count,), grad, *_four(ids), *_four(tables), weight.contiguous(), mean, rstd,
+            seeds, grad_sum, partial, grad.shape[0], grad.stride(0), *philox.numbers(dropout_p),
             N=size, HAS_TASK=len(ids) == 4, DROPOUT=seeds is not None, **tile,
         )  # fmt: skip
         triton_rows.column_sums(partial, [grad_weight, grad_bias])

@@ -26,8 +26,14 @@ def _check(args: Mapping[str, Any]) -> None:
     checks.same(_OP, "hidden", hidden, [("labels", labels)], dtype=False)
     checks.choice(_OP, "reduction", args["reduction"], ("mean", "sum", "none"))
     if checks.is_readable(labels):
-        used, hint = labels[labels != args["ignore_index"]], "Rows without a label hold ignore_index"
-        checks.in_range(_OP, "labels", used, 0, weight.shape[0] - 1, f"{hint} ({args['ignore_index']}).")
+        ignored = args["ignore_index"]
+        used = labels if ignored is None else labels[labels != ignored]
+        hint = (
+            "With ignore_index=None every row has a label."
+            if ignored is None
+            else (f"Rows without a label hold ignore_index ({ignored}).")
+        )
+        checks.in_range(_OP, "labels", used, 0, weight.shape[0] - 1, hint)
 
 
 @registry.op(
@@ -45,7 +51,7 @@ def linear_cross_entropy(
     labels: Tensor,
     bias: Tensor | None = None,
     *,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     reduction: str = "mean",
     impl: str | None = None,
 ) -> Tensor:
@@ -56,7 +62,8 @@ def linear_cross_entropy(
         weight: (V, N).
         labels: (T,) int64 or int32, 0..V-1, or ``ignore_index`` for a row without a label.
         bias: (V,); None for none.
-        ignore_index: the value that marks a row without a label.
+        ignore_index: the value that marks a row without a label; None where every row has one. A GPU is waited for
+            once, until it has counted them, and not for None.
         reduction: "mean" over labelled rows (0 when there is none), "sum", or "none" for (T,) with 0 at ignored rows.
         impl: name of an implementation; None chooses.
 

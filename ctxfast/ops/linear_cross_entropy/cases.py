@@ -20,7 +20,7 @@ def _case(
     labelled: float = 0.5,
     bias: bool = True,
     reduction: str = "mean",
-    ignore: int = -100,
+    ignore: int | None = -100,
 ) -> Case:
     def make(device: str, dtype: torch.dtype, seed: int) -> dict[str, Any]:
         sample = Sampler(device, dtype, seed)
@@ -29,7 +29,7 @@ def _case(
         return dict(
             hidden=sample.normal(T, N),
             weight=sample.normal(V, N, spread=N**-0.5),
-            labels=labels.masked_fill(without, ignore),
+            labels=labels if ignore is None else labels.masked_fill(without, ignore),
             bias=sample.normal(V, spread=0.5) if bias else None,
             ignore_index=ignore,
             reduction=reduction,
@@ -46,6 +46,8 @@ CASES = (
     _case("each-row", T=33, N=32, V=127, reduction="none"),
     _case("no-bias", T=9, N=31, V=65, bias=False),
     _case("own-ignore-index", T=12, N=8, V=7, ignore=-1),
+    _case("every-row-has-one", T=9, N=8, V=7, ignore=None),
+    _case("every-row-has-one-each", T=9, N=8, V=7, ignore=None, reduction="none", bias=False),
     _case("one-row", T=1, N=8, V=3, labelled=1.0),
     _case("one-class", T=4, N=8, V=1, labelled=1.0),
     _case("no-rows", T=0, N=8, V=5),

@@ -21,15 +21,17 @@ _ALIGNED = 64
 
 # (logits (R, V), labels (R), scale (R) or None, ignore_index) -> losses (R) in float32. Where scale is given, the
 # logits are changed in place to the gradient of scale times losses. What lies between rows is the function's to write.
-Softmax = Callable[[Tensor, Tensor, "Tensor | None", int], Tensor]
+Softmax = Callable[[Tensor, Tensor, "Tensor | None", "int | None"], Tensor]
 
 
-def labelled(labels: Tensor, ignore_index: int) -> Tensor | None:
-    """Indices of the rows that have a label; None for all rows.
+def labelled(labels: Tensor, ignore_index: int | None) -> Tensor | None:
+    """Indices of the rows that have a label; None for all rows, as with ``ignore_index`` None.
 
     Their number is read by the host, which waits for the device here once a call. A stream that is being captured into
     a CUDA graph cannot wait: there all rows are computed, those without a label with a gradient of zero.
     """
+    if ignore_index is None:
+        return None
     if labels.is_cuda and torch.cuda.is_current_stream_capturing():
         return None
     rows = torch.nonzero(labels != ignore_index).squeeze(1)
@@ -63,7 +65,7 @@ def losses_output(hidden: Tensor, labels: Tensor) -> Tensor:
 
 
 def losses(
-    softmax: Softmax, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, ignore_index: int
+    softmax: Softmax, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, ignore_index: int | None
 ) -> Tensor:
     """Loss of every row (T), float32, zero where there is no label."""
     out = losses_output(hidden, labels).zero_()
@@ -87,8 +89,8 @@ def gradients_outputs(
 
 
 def gradients(
-    softmax: Softmax, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, ignore_index: int,
-    scale: Tensor, with_weight: bool,
+    softmax: Softmax, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None,
+    ignore_index: int | None, scale: Tensor, with_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Losses (T), and the gradients of hidden, weight and bias of the sum of scale (T) times losses.
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from . import recorded
 
 
-def _softmax(logits: Tensor, labels: Tensor, scale: Tensor | None, ignore_index: int) -> Tensor:
+def _softmax(logits: Tensor, labels: Tensor, scale: Tensor | None, ignore_index: int | None) -> Tensor:
     wide = logits.float()
     normal = torch.logsumexp(wide, dim=1)
     at = labels.long().unsqueeze(1)
@@ -39,7 +39,7 @@ def supports(args: Mapping[str, Any]) -> str | None:
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, ignore_index: int, reduction: str
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, ignore_index: int | None, reduction: str
 ) -> Tensor:
     """See ``ctxfast.functional.linear_cross_entropy``."""
     return recorded.call(_operators, hidden, weight, labels, bias, ignore_index, reduction)

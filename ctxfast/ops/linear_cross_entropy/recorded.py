@@ -28,8 +28,11 @@ class Operators:
         self.gradients = torch_ops.define(f"{name}_bwd", gradients, chunks.gradients_outputs, key)
 
 
-def _shares(labels: Tensor, ignore_index: int, reduction: str) -> Tensor:
+def _shares(labels: Tensor, ignore_index: int | None, reduction: str) -> Tensor:
     """What a row's loss counts in the result (T), float32."""
+    if ignore_index is None:
+        share = 1.0 if reduction == "sum" else 1.0 / max(1, labels.shape[0])
+        return torch.full(labels.shape, share, dtype=torch.float32, device=labels.device)
     has_label = labels != ignore_index
     if reduction == "sum":
         return has_label.float()
@@ -51,7 +54,7 @@ class _InForward(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, operators: Operators, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor,
-        ignore_index: int, reduction: str, with_weight: bool,
+        ignore_index: int | None, reduction: str, with_weight: bool,
     ) -> Tensor:  # fmt: skip
         shares = _shares(labels, ignore_index, reduction)
         losses, *grads = operators.gradients(hidden, weight, labels, bias, ignore_index, shares, with_weight)
@@ -77,7 +80,7 @@ class _InBackward(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, operators: Operators, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor,
-        ignore_index: int, reduction: str, with_weight: bool,
+        ignore_index: int | None, reduction: str, with_weight: bool,
     ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(hidden, weight, bias, labels)
         ctx.rest = (operators, ignore_index, reduction, with_weight)
@@ -102,7 +105,7 @@ def call(
     weight: Tensor,
     labels: Tensor,
     bias: Tensor | None,
-    ignore_index: int,
+    ignore_index: int | None,
     reduction: str,
 ) -> Tensor:
     """The loss, differentiable."""

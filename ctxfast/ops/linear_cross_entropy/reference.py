@@ -13,7 +13,7 @@ def linear_cross_entropy(
     weight: Tensor,  # (V, N)
     labels: Tensor,  # (T,)
     bias: Tensor | None,  # (V,)
-    ignore_index: int,
+    ignore_index: int | None,
     reduction: str,
 ) -> Tensor:
     """See ``ctxfast.functional.linear_cross_entropy``."""
@@ -21,6 +21,9 @@ def linear_cross_entropy(
     # The softmax over tens of thousands of words is taken in fp32 at least.
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     labels = labels.long()
+    if ignore_index is None:
+        losses = F.cross_entropy(logits, labels, ignore_index=-1, reduction="none")
+        return losses if reduction == "none" else losses.sum() / (max(1, len(labels)) if reduction == "mean" else 1)
     if reduction == "none":
         return F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="none")
     total = F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="sum")

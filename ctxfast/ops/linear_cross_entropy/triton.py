@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..._core import torch_ops
-from ..shared import triton_rows
+from ..shared import triton_launch, triton_rows
 from . import recorded, triton_kernels
 
 
@@ -23,14 +23,16 @@ def tile(classes: int) -> dict[str, int]:
     return dict(BLOCK_V=block, num_warps=max(1, block // 512))
 
 
-def _softmax(logits: Tensor, labels: Tensor, scale: Tensor | None, ignore_index: int) -> Tensor:
+def _softmax(logits: Tensor, labels: Tensor, scale: Tensor | None, ignore_index: int | None) -> Tensor:
     losses = torch_ops.allocate((logits.shape[0],), logits, torch.float32)
     if losses.numel() == 0:
         return losses
     with triton_rows.on_device(logits):
-        triton_kernels.softmax[(logits.shape[0],)](
-            logits, labels.contiguous(), None if scale is None else scale.contiguous(), losses, logits.stride(0),
-            ignore_index, logits.shape[1], GRADIENT=scale is not None, **tile(logits.shape[1]),
+        triton_launch.launch(
+            triton_kernels.softmax, (logits.shape[0],), logits, labels.contiguous(),
+            None if scale is None else scale.contiguous(), losses, logits.stride(0),
+            -1 if ignore_index is None else ignore_index, logits.shape[1],
+            GRADIENT=scale is not None, **tile(logits.shape[1]),
         )  # fmt: skip
     return losses
 
@@ -44,7 +46,7 @@ def supports(args: Mapping[str, Any]) -> str | None:
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, ignore_index: int, reduction: str
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, ignore_index: int | None, reduction: str
 ) -> Tensor:
     """See ``ctxfast.functional.linear_cross_entropy``."""
     return recorded.call(_operators, hidden, weight, labels, bias, ignore_index, reduction)

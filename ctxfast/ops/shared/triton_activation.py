@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..._core import torch_ops
-from . import triton_rows
+from . import triton_launch, triton_rows
 from .triton_rows import load_tile, store_partial
 
 _HALF_ROOT = tl.constexpr(0.7071067811865476)
@@ -134,8 +134,9 @@ def forward(product: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     flat, chosen = product.reshape(-1, product.shape[-1]).contiguous(), tile(product.shape[-1])
     across = -(-flat.shape[1] // chosen["BLOCK_N"])
     with triton_rows.on_device(flat):
-        forward_kernel[(across * -(-flat.shape[0] // chosen["ROWS"]),)](
-            flat, None if bias is None else bias.contiguous(), out, flat.shape[0],
+        triton_launch.launch(
+            forward_kernel, (across * -(-flat.shape[0] // chosen["ROWS"]),), flat,
+            None if bias is None else bias.contiguous(), out, flat.shape[0],
             N=flat.shape[1], ACTIVATION=activation, HAS_BIAS=bias is not None, **chosen,
         )  # fmt: skip
     return out
@@ -162,10 +163,10 @@ def backward(
     count = triton_rows.programs(flat, -(-flat.shape[0] // chosen["ROWS"]), max(1, 8 // across))
     partial = triton_rows.allocate_partial(1, count, size, flat) if with_bias else None
     with triton_rows.on_device(flat):
-        backward_kernel[(count, across)](
-            grad, flat, None if bias is None else bias.contiguous(), grad_product, recomputed, partial,
-            flat.shape[0], grad.stride(0), N=size, ACTIVATION=activation, HAS_BIAS=bias is not None, SUMS=with_bias,
-            RECOMPUTE=recomputed is not None, **chosen,
+        triton_launch.launch(
+            backward_kernel, (count, across), grad, flat, None if bias is None else bias.contiguous(), grad_product,
+            recomputed, partial, flat.shape[0], grad.stride(0), N=size, ACTIVATION=activation,
+            HAS_BIAS=bias is not None, SUMS=with_bias, RECOMPUTE=recomputed is not None, **chosen,
         )  # fmt: skip
         if with_bias:
             triton_rows.column_sums(partial, [grad_bias])

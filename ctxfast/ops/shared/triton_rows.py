@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..._core import capability, torch_ops
+from . import triton_launch
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_SIZE = 8192  # elements of a row in registers
@@ -89,7 +90,7 @@ def programs(tensor: Tensor, tiles: int, per_processor: int) -> int:
 
 def rows(tensor: Tensor) -> Tensor:
     """(..., N) as (rows, N) whose elements lie side by side; rows may have any distance."""
-    flat = tensor.reshape(-1, tensor.shape[-1])
+    flat = tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
     return flat if flat.stride(1) == 1 else flat.contiguous()
 
 
@@ -183,7 +184,7 @@ def column_sums(partial: Tensor, sums: list[Tensor]) -> None:
     # A kind that is not there is never stored to, but a pointer must have a type.
     first, second, third = (*sums, *[sums[0]] * (3 - kinds))
     grid = (triton.cdiv(size, COLUMN_SUMS_TILE["BLOCK_N"]), kinds)
-    column_sums_kernel[grid](partial, first, second, third, count, N=size, **COLUMN_SUMS_TILE)
+    triton_launch.launch(column_sums_kernel, grid, partial, first, second, third, count, N=size, **COLUMN_SUMS_TILE)
 
 
 def allocate_partial(kinds: int, count: int, size: int, like: Tensor) -> Tensor:

@@ -18,9 +18,30 @@ _OP = "transformer_layers"
 # Parts of a layer, (weight, bias) each, in the order of ``weights``.
 PARTS = ("qkv", "project", "attention_norm", "widen", "narrow", "output_norm")
 TENSORS = 2 * len(PARTS)
+_MAY_MISS = tuple(2 * PARTS.index(part) + 1 for part in ("qkv", "project", "widen", "narrow"))
 
 
-def _check_layer(x: Tensor, layer: int, weights: Sequence[Tensor | None], wide: int) -> None:
+def _is_right(x: Tensor, weights: Sequence[Any], wide: int | None, is_mixed: bool) -> bool:
+    """Whether the tensors of a layer are those that ``_check_layer`` wants, found out in a tenth of its time."""
+    size, dtype, device = x.shape[1], x.dtype, x.device
+    row, long_row = (size,), (wide,)
+    shapes = (
+        (3 * size, size), (3 * size,), (size, size), row, row, row,
+        (wide, size), long_row, (size, wide), row, row, row,
+    )  # fmt: skip
+    for place, (tensor, shape) in enumerate(zip(weights, shapes)):
+        if tensor is None and place in _MAY_MISS:
+            continue
+        if not isinstance(tensor, Tensor) or tensor.shape != shape or tensor.device != device:
+            return False
+        if tensor.dtype not in checks.FLOATING if is_mixed else tensor.dtype is not dtype:
+            return False
+    return True
+
+
+def _check_layer(x: Tensor, layer: int, weights: Sequence[Tensor | None], wide: int, is_mixed: bool) -> None:
+    if _is_right(x, weights, wide, is_mixed):
+        return
     size = x.shape[1]
     shapes = {
         "qkv": ((3 * size, size), "(3*hidden_size, hidden_size)"),
@@ -35,7 +56,11 @@ def _check_layer(x: Tensor, layer: int, weights: Sequence[Tensor | None], wide: 
         if bias is not None or is_norm:
             first = meaning.strip("()").partition(",")[0]
             checks.shape(_OP, f"bias of {name}", bias, shape[:1], f"({first},)")
-        checks.same(_OP, "x", x, [(f"weight of {name}", weight), (f"bias of {name}", bias)])
+        pairs = [(f"weight of {name}", weight), (f"bias of {name}", bias)]
+        checks.same(_OP, "x", x, pairs, dtype=not is_mixed)
+        for each, value in pairs:
+            if value is not None:
+                checks.floating(_OP, each, value)
 
 
 def _check(args: Mapping[str, Any]) -> None:
@@ -58,9 +83,24 @@ def _check(args: Mapping[str, Any]) -> None:
     first = checks.tensor(_OP, "weight of widen of layer 0", weights[2 * PARTS.index("widen")])
     wide = first.shape[0] if first.dim() else None
     for i in range(0, len(weights), TENSORS):
-        _check_layer(x, i // TENSORS, weights[i : i + TENSORS], wide)
+        _check_layer(x, i // TENSORS, weights[i : i + TENSORS], wide, args["compute_dtype"] is not None)
     checks.choice(_OP, "activation", args["activation"], ACTIVATIONS)
     checks.choice(_OP, "weight_dtype", args["weight_dtype"], (None, torch.int8))
+    checks.choice(_OP, "compute_dtype", args["compute_dtype"], (None, torch.float16, torch.bfloat16))
+    if len(args["dropout_p"]) != 3:
+        raise ValueError(
+            f"ctxfast.{_OP}: dropout_p holds {len(args['dropout_p'])} probabilities; expected 3: of an attention "
+            f"weight, and of an element before each of the two residual sums."
+        )
+    for p in args["dropout_p"]:
+        checks.probability(_OP, "dropout_p", p)
+
+
+def _autocast(args: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """Products in autocast's dtype, all else in float32, as torch's own modules give it."""
+    is_given = args["compute_dtype"] is not None
+    is_double = any(each.dtype == torch.float64 for each in registry.tensors(args))
+    return dict(args) if is_given or is_double else {**args, "compute_dtype": dtype}
 
 
 def _check_offsets(args: Mapping[str, Any]) -> None:
@@ -71,10 +111,15 @@ def _check_offsets(args: Mapping[str, Any]) -> None:
     reference=reference,
     check=_check,
     check_values=_check_offsets,
-    autocast="lower",
+    autocast=_autocast,
     # Roundings and sums of six products and two norms add up.
     ceiling={torch.float32: 2e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1},
-    impls=(registry.Impl("cpu", "cpu", note="one parallel region for all layers, weights packed", proven="cpu"),),
+    impls=(
+        registry.Impl("cpu", "cpu", note="one parallel region for all layers, weights packed", proven="cpu"),
+        registry.Impl(
+            "triton", "cuda", note="a layer is one step of autograd, of its parts' kernels", proven="interpreter"
+        ),
+    ),
 )
 def transformer_layers(
     x: Tensor,
@@ -87,9 +132,11 @@ def transformer_layers(
     eps: float = 1e-12,
     weight_dtype: torch.dtype | None = None,
     all_layers: bool = False,
+    dropout_p: Sequence[float] = (0.0, 0.0, 0.0),
+    compute_dtype: torch.dtype | None = None,
     impl: str | None = None,
 ) -> Tensor | tuple[Tensor, ...]:
-    """Whole post-LN encoder layers over S packed sequences, one after another, without dropout.
+    """Whole post-LN encoder layers over S packed sequences, one after another.
 
     A layer: ``h = LayerNorm(x + project(attention(qkv(x))))``; ``LayerNorm(h + narrow(activation(widen(h))))``.
 
@@ -104,10 +151,14 @@ def transformer_layers(
         activation, weight_dtype: as in ``linear_act``.
         eps: of every LayerNorm.
         all_layers: return what every layer gives, not only the last.
+        dropout_p: probabilities, in this call, of dropping an attention weight, and an element before each of the two
+            residual sums (0 at inference).
+        compute_dtype: float16 or bfloat16: that of the products and attention, whatever the tensors' own; sums,
+            LayerNorms and results are float32 then. None: all in one dtype. Under autocast its dtype.
         impl: name of an implementation; None chooses.
 
     Returns:
-        (T, N), in the dtype of ``x``; with ``all_layers`` one for each layer.
+        (T, N), in the dtype of ``x`` (with ``compute_dtype`` float32); with ``all_layers`` one for each layer.
 
     Numerics: cpu gives the bits that its parts (``linear_act``, ``attention``, ``add_layer_norm``) give one by one; in
     float32 and int8 a sequence's do not depend on the others.
@@ -124,4 +175,6 @@ def transformer_layers(
         eps=eps,
         weight_dtype=weight_dtype,
         all_layers=all_layers,
+        dropout_p=tuple(dropout_p),
+        compute_dtype=compute_dtype,
     )

@@ -24,7 +24,10 @@ def _case(
     slack: int = 0,
     layers: int = 1,
     all_layers: bool = False,
+    mixed: torch.dtype | None = None,
 ) -> Case:
+    """``mixed``: float32 tensors, and products in this dtype."""
+
     def make(device: str, dtype: torch.dtype, seed: int) -> dict[str, Any]:
         sample = Sampler(device, dtype, seed)
 
@@ -41,7 +44,7 @@ def _case(
         offsets = [0]
         for length in lengths:
             offsets.append(offsets[-1] + length)
-        return dict(
+        found: dict[str, Any] = dict(
             x=sample.normal(offsets[-1], hidden),
             cu_seqlens=torch.tensor(offsets, dtype=torch.int32, device=device),
             max_seqlen=max(lengths, default=0) + slack,
@@ -52,7 +55,10 @@ def _case(
             weight_dtype=weight_dtype,
             all_layers=all_layers,
         )
+        return found if mixed is None else found | dict(compute_dtype=mixed)
 
+    if mixed is not None:
+        return Case(name, make, ("x", "weights"), (torch.float32,), (torch.float32,), 4 * torch.finfo(mixed).eps)
     if weight_dtype is not None:  # see linear_act: values near the middle of two steps go either way
         return Case(name, make, dtypes=(torch.float32,), tolerance=3e-2)
     # relu's kink is crossed by half precision's rounding
@@ -75,6 +81,9 @@ CASES = (
     _case("all-layers", (4, 0, 7), 32, 2, 48, layers=3, all_layers=True),
     _case("all-of-one", (3, 2), 32, 2, 48, all_layers=True),
     _case("no-tokens-all-layers", (0,), 32, 2, 48, layers=2, all_layers=True),
+    _case("mixed-bfloat16", (5, 1, 17), 64, 4, 96, layers=2, mixed=torch.bfloat16),
+    _case("mixed-float16", (5, 1, 17), 64, 4, 96, layers=2, mixed=torch.float16),
+    _case("mixed-all-layers", (4, 0, 7), 32, 2, 48, layers=2, all_layers=True, mixed=torch.float16, bias=False),
     _case("int8", (11, 4), 64, 4, 96, weight_dtype=torch.int8),
     _case("int8-odd", (1, 6), 33, 3, 35, bias=False, activation="relu", weight_dtype=torch.int8),
 )

@@ -112,6 +112,10 @@ def supports(args: Mapping[str, Any]) -> str | None:
     x, wide = args["x"], args["weights"][_WIDEN].shape[0]
     if x.device.type != "cpu":
         return f"it runs on the CPU and x is on {x.device}."
+    if any(args["dropout_p"]):
+        return "it has no dropout."
+    if args["compute_dtype"] is not None:
+        return "it computes in one dtype."
     if x.dtype not in (torch.float32, torch.bfloat16):
         return f"it takes float32 and bfloat16 and x is {x.dtype}."
     if x.shape[1] > 8192 or x.shape[1] // args["num_heads"] > 1024 or not 0 < wide <= 65536:
@@ -136,6 +140,8 @@ def transformer_layers(
     eps: float,
     weight_dtype: torch.dtype | None,
     all_layers: bool,
+    dropout_p: tuple[float, float, float],
+    compute_dtype: torch.dtype | None,
 ) -> Tensor | tuple[Tensor, ...]:
     """See ``ctxfast.functional.transformer_layers``."""
     options = (num_heads, activation, eps)

@@ -19,12 +19,24 @@ from ..shared.definitions import activated, rounded
 Pair = tuple[Tensor, "Tensor | None"]
 
 
+# What dropout multiplies a layer's attention weights (S, H, L, L) and what goes into its LayerNorms (T, N) by; None for
+# none, or for one to be drawn.
+Masks = tuple["Tensor | None", "Tensor | None", "Tensor | None"]
+_NO_MASKS: Masks = (None, None, None)
+
+
 def _product(x: Tensor, pair: Pair, weight_dtype: torch.dtype | None) -> Tensor:
     weight, bias = pair
     return F.linear(rounded(x, weight_dtype), rounded(weight, weight_dtype), bias)
 
 
-def _attended(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+def _dropped(x: Tensor, p: float, mask: Tensor | None) -> Tensor:
+    if mask is not None:
+        return x * mask
+    return F.dropout(x, p) if p > 0 else x
+
+
+def _attended(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, p: float, mask: Tensor | None) -> Tensor:
     """(T, 3, H, D) -> (T, H, D)."""
     total, _, _, head_dim = qkv.shape
     cu_seqlens = cu_seqlens.long()
@@ -35,7 +47,8 @@ def _attended(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
     wide = torch.promote_types(qkv.dtype, torch.float32)
     scores = (torch.matmul(query, key.transpose(-1, -2)) * head_dim**-0.5).to(wide)
     scores = scores.masked_fill(~inside[:, None, None, :], torch.finfo(wide).min)
-    context = torch.matmul(torch.softmax(scores, dim=-1).to(qkv.dtype), value).transpose(1, 2)  # (S, L, H, D)
+    shares = _dropped(torch.softmax(scores, dim=-1), p, mask)
+    context = torch.matmul(shares.to(qkv.dtype), value).transpose(1, 2)  # (S, L, H, D)
     token = torch.arange(total, device=qkv.device)
     sequence = (token[:, None] >= cu_seqlens[1:]).sum(dim=1)
     return context[sequence, token - cu_seqlens[sequence]]
@@ -50,17 +63,39 @@ def _layer(
     activation: str,
     eps: float,
     weight_dtype: torch.dtype | None,
+    dropout_p: tuple[float, float, float],
+    compute_dtype: torch.dtype | None,
+    masks: Masks,
 ) -> Tensor:
-    qkv, project, attention_norm, widen, narrow, output_norm = zip(weights[::2], weights[1::2])
     size = x.shape[1:]
-    rows = _product(x, qkv, weight_dtype).unflatten(-1, (3, num_heads, size[0] // num_heads))
+    attention_p, dropout_p, last_p = dropout_p
+    attention_mask, mask, last_mask = masks
+    wide = x.dtype if compute_dtype is None else torch.promote_types(x.dtype, torch.float32)
+
+    def low(tensor: Tensor | None) -> Tensor | None:
+        return tensor if compute_dtype is None or tensor is None else tensor.to(compute_dtype)
+
+    def ended(x: Tensor, y: Tensor, pair: Pair, norm: Pair, p: float, mask: Tensor | None) -> Tensor:
+        """The end of a block; with ``compute_dtype`` the bias is added in float32."""
+        if compute_dtype is None:
+            product = _product(y, pair, weight_dtype)
+        else:
+            product = _product(y, (low(pair[0]), None), weight_dtype).to(wide)
+            product = product if pair[1] is None else product + pair[1].to(wide)
+        scale, shift = norm
+        return F.layer_norm(x.to(wide) + _dropped(product, p, mask), size, scale.to(wide), shift.to(wide), eps)
+
+    qkv, project, attention_norm, widen, narrow, output_norm = zip(weights[::2], weights[1::2])
+    rows = _product(low(x), tuple(map(low, qkv)), weight_dtype).unflatten(-1, (3, num_heads, size[0] // num_heads))
     # Without tokens nothing is attended to; the sum keeps the graph. A recorded graph's sizes are no ints: it has some.
     is_empty = (isinstance(x.shape[0], int) and x.shape[0] == 0) or max_seqlen == 0
-    context = rows.sum(dim=1) if is_empty else _attended(rows, cu_seqlens, max_seqlen)
-    projected = _product(context.flatten(1), project, weight_dtype)
-    x = F.layer_norm(x + projected, size, *attention_norm, eps)
-    wide = activated(_product(x, widen, weight_dtype), activation)
-    return F.layer_norm(x + _product(wide, narrow, weight_dtype), size, *output_norm, eps)
+    if is_empty:
+        context = rows.sum(dim=1)
+    else:
+        context = _attended(rows, cu_seqlens, max_seqlen, attention_p, attention_mask)
+    x = ended(x, context.flatten(1), project, attention_norm, dropout_p, mask)
+    made = activated(_product(low(x), tuple(map(low, widen)), weight_dtype), activation)
+    return ended(x, made, narrow, output_norm, last_p, last_mask)
 
 
 def transformer_layers(
@@ -75,13 +110,19 @@ def transformer_layers(
     eps: float,
     weight_dtype: torch.dtype | None,
     all_layers: bool,
+    dropout_p: tuple[float, float, float] = (0.0, 0.0, 0.0),
+    compute_dtype: torch.dtype | None = None,
+    dropout_masks: Sequence[Masks] | None = None,
 ) -> Tensor | tuple[Tensor, ...]:
-    """See ``ctxfast.functional.transformer_layers``."""
+    """See ``ctxfast.functional.transformer_layers``; ``dropout_masks``, of each layer, stand in for drawn ones."""
     states = []
-    # In the inputs' dtype, under autocast too: it has lowered them already, and would raise parts of a layer again.
+    # In the dtypes asked for, under autocast too: it would raise and lower others.
     has_autocast = torch.amp.is_autocast_available(x.device.type)
     with torch.autocast(x.device.type, enabled=False) if has_autocast else nullcontext():
         for i in range(0, len(weights), 12):
-            x = _layer(x, cu_seqlens, max_seqlen, weights[i : i + 12], num_heads, activation, eps, weight_dtype)
+            x = _layer(
+                x, cu_seqlens, max_seqlen, weights[i : i + 12], num_heads, activation, eps, weight_dtype, dropout_p,
+                compute_dtype, _NO_MASKS if dropout_masks is None else dropout_masks[i // 12],
+            )  # fmt: skip
             states.append(x)
     return tuple(states) if all_layers else x

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+_ENDLESS = 2.0**60
+
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """The trainable parameters of a model as two groups: decayed, and not decayed (biases and normalisation).
@@ -65,6 +67,9 @@ class _Moments(torch.optim.Optimizer):
             grads = [parameter.grad.to(parameter.dtype) for parameter in params]
             first = [self.state[parameter]["exp_avg"] for parameter in params]
             second = [self.state[parameter]["exp_avg_sq"] for parameter in params]
+            if _can_fuse(params, grads, first, second):
+                self._step_fused(group, params, grads, first, second)
+                continue
             beta1, beta2 = group["betas"]
             torch._foreach_lerp_(first, grads, 1 - beta1)
             torch._foreach_mul_(second, beta2)
@@ -75,6 +80,13 @@ class _Moments(torch.optim.Optimizer):
             self._apply(group, params, updates)
         return loss
 
+    def _step_fused(
+        self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], first: list[Tensor],
+        second: list[Tensor],
+    ) -> None:  # fmt: skip
+        """The same by torch's kernel of AdamW, in one pass over all tensors of a group."""
+        raise NotImplementedError
+
     def _updates(
         self, group: dict[str, Any], params: list[Tensor], first: list[Tensor], second: list[Tensor]
     ) -> list[Tensor]:
@@ -84,6 +96,39 @@ class _Moments(torch.optim.Optimizer):
 
     def _apply(self, group: dict[str, Any], params: list[Tensor], updates: list[Tensor]) -> None:
         torch._foreach_add_(params, updates, alpha=-group["lr"])
+
+
+def _can_fuse(params: list[Tensor], *others: list[Tensor]) -> bool:
+    """Whether torch's kernel takes these lists: on a GPU, where passes over memory are what a step takes. On a CPU the
+    passes stay, and with them the bits."""
+    if not params[0].is_cuda:
+        return False
+    kinds = {(type(each) in (Tensor, nn.Parameter), each.device, each.dtype) for each in params}
+    same = all(
+        type(each) in (Tensor, nn.Parameter) and each.stride() == own.stride() and each.dtype == own.dtype
+        for tensors in others
+        for each, own in zip(tensors, params)
+    )
+    return len(kinds) == 1 and kinds.pop()[0] and same
+
+
+def _adamw(
+    params: list[Tensor],
+    grads: list[Tensor],
+    first: list[Tensor],
+    second: list[Tensor],
+    steps: list[float],
+    lr: float,
+    group: dict[str, Any],
+    weight_decay: float,
+) -> None:
+    """AdamW's update of parameters and moments; ``steps``: each tensor's, for the correction of its bias."""
+    at = {step: torch.full((), step, dtype=torch.float32, device=params[0].device) for step in set(steps)}
+    beta1, beta2 = group["betas"]
+    torch._fused_adamw_(
+        params, grads, first, second, [], [at[step] for step in steps],
+        lr=lr, beta1=beta1, beta2=beta2, weight_decay=weight_decay, eps=group["eps"], amsgrad=False, maximize=False,
+    )  # fmt: skip
 
 
 class BertAdam(_Moments):
@@ -114,6 +159,14 @@ class BertAdam(_Moments):
         weight_decay: float = 0.01,
     ) -> None:
         super().__init__(params, lr, betas, eps, weight_decay)
+
+    def _step_fused(
+        self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], first: list[Tensor],
+        second: list[Tensor],
+    ) -> None:  # fmt: skip
+        # After as many steps as these there is no bias left to correct.
+        steps = [_ENDLESS] * len(params)
+        _adamw(params, grads, first, second, steps, group["lr"], group, group["weight_decay"])
 
 
 class Lamb(_Moments):
@@ -147,10 +200,21 @@ class Lamb(_Moments):
         torch._foreach_add_(scale, group["eps"])
         return list(torch._foreach_div(torch._foreach_div(first, [1 - beta1**step for step in steps]), scale))
 
+    def _step_fused(
+        self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], first: list[Tensor],
+        second: list[Tensor],
+    ) -> None:  # fmt: skip
+        steps = [float(self.state[parameter]["step"]) for parameter in params]
+        # At a rate of -1, what AdamW makes of zeros is the update itself.
+        updates = [torch.zeros_like(parameter) for parameter in params]
+        _adamw(updates, grads, first, second, steps, -1.0, group, 0.0)
+        if group["weight_decay"]:
+            torch._foreach_add_(updates, params, alpha=group["weight_decay"])
+        self._apply(group, params, updates)
+
     def _apply(self, group: dict[str, Any], params: list[Tensor], updates: list[Tensor]) -> None:
         if group["weight_decay"]:
-            for parameter, update in zip(params, updates):
-                own, change = parameter.norm(), update.norm()
+            for update, own, change in zip(updates, torch._foreach_norm(params), torch._foreach_norm(updates)):
                 # No wait for the device: the choice is made there.
                 update.mul_(torch.where((own > 0) & (change > 0), own / change, torch.ones_like(own)))
         torch._foreach_add_(params, updates, alpha=-group["lr"])

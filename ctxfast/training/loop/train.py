@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..._core import transfer
+from ..._core import capability, transfer
 from ..._core.reading import reading
 from .checkpoints import RunDirectory
 from .config import LoopConfig
@@ -132,6 +132,12 @@ def check_amp(amp: str, device: torch.device) -> None:
     """
     if amp == "fp16" and device.type != "cuda":
         raise ValueError("ctxfast.training: amp is 'fp16' on a CPU; expected 'bf16' or 'no' there.")
+
+
+def usual_amp(device: torch.device) -> str:
+    """The half precision that a device is fastest with, where it costs no care: "bf16" or "no"."""
+    has_it = device.type == "cuda" and capability.compute_capability(device.index) >= (8, 0)
+    return "bf16" if has_it else "no"
 
 
 def _parts(value: Any) -> dict[str, Any]:
@@ -329,7 +335,9 @@ class _Run:
         own = torch.tensor([sum(weight[name] for weight in weights) for name in names], dtype=torch.float64)
         if group.ranks > 1:
             own = group.add(own.to(group.device))
-        totals = dict(zip(names, own.tolist()))
+        own.clamp_(min=1e-12)
+        # A GPU is not waited for; numbers of the CPU are read.
+        totals = dict(zip(names, own.tolist() if own.is_cpu else own.unbind(0)))
         for place, (batch, weight) in enumerate(zip(micro, weights)):
             with self.spread.local(place + 1 < len(micro)):
                 amp = torch.bfloat16 if config.amp == "bf16" else torch.float16
@@ -337,9 +345,7 @@ class _Run:
                     loss, figures = self.task.loss(self.spread.model, moved(batch, group.device))
                 # DDP and FSDP divide by the number of processes.
                 parts = _parts(loss)
-                scaled = sum(
-                    part * (weight[name] * group.ranks / max(totals[name], 1e-12)) for name, part in parts.items()
-                )
+                scaled = sum(part * (weight[name] * group.ranks / totals[name]) for name, part in parts.items())
                 (scaled if self.scaler is None else self.scaler.scale(scaled)).backward()
             self.is_sound &= torch.isfinite(scaled.detach())
             for name, value in {**parts, **figures}.items():

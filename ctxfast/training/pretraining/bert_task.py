@@ -64,12 +64,14 @@ def sized_config(size: str, vocab_size: int, max_position_embeddings: int = 512)
 @dataclass(frozen=True)
 class BertBatch:
     """Sequences padded to the longest, (B, L) each; ``relation`` (B,) is 1 where the segments do not belong together
-    (ERNIE's sign: where they do); ``lengths`` are their tokens, on the host: of a mask they would be read back."""
+    (ERNIE's sign: where they do). ``lengths`` are their tokens, on the host, and ``labelled`` (M,) which of all these
+    tokens have a label: of a mask and of labels they would be read back."""
 
     input_ids: Tensor
     lengths: tuple[int, ...]
     token_type_ids: Tensor
     labels: Tensor
+    labelled: Tensor
     relation: Tensor
 
 
@@ -168,13 +170,17 @@ class BertPretraining(BaseTask):
         ids = np.full(shape, self.tokenizer.pad_token_id, dtype=np.int64)
         types = np.zeros(shape, dtype=np.int64)
         labels = np.full(shape, IGNORE_INDEX, dtype=np.int64)
+        before, labelled = 0, []
         for row, one in enumerate(instances):
             size = len(one.ids)
             ids[row, :size], types[row, :size] = one.ids, one.token_type_ids
             labels[row, one.positions] = one.labels
+            labelled += sorted(before + place for place in one.positions)
+            before += size
         relation = np.array([one.is_random_next != self._is_ernie for one in instances], dtype=np.int64)
         ids, types, labels, relation = map(torch.from_numpy, (ids, types, labels, relation))
-        return BertBatch(ids, tuple(len(one.ids) for one in instances), types, labels, relation)
+        lengths = tuple(len(one.ids) for one in instances)
+        return BertBatch(ids, lengths, types, labels, torch.tensor(labelled, dtype=torch.int64), relation)
 
     def weight(self, batch: BertBatch) -> Weight:
         masked = float((batch.labels != IGNORE_INDEX).sum())
@@ -184,7 +190,7 @@ class BertPretraining(BaseTask):
         if self.has_relation:
             options["next_sentence_label"] = batch.relation
         with use_impl(self.impl):
-            options.update(labels=batch.labels, lengths=batch.lengths)
+            options.update(labels=batch.labels, lengths=batch.lengths, labelled=batch.labelled)
             return model(batch.input_ids, None, batch.token_type_ids, **options)
 
     def loss(self, model: nn.Module, batch: BertBatch) -> tuple[Tensor | dict[str, Tensor], dict[str, Tensor]]:

@@ -52,5 +52,14 @@ BAD = (
     (dict(max_seqlen=3.5), TypeError, "max_seqlen is a float; expected an int."),
     (dict(activation="swish"), ValueError,
      "activation is 'swish'; expected one of 'none', 'gelu', 'gelu_tanh', 'relu', 'tanh'."),
+    (dict(dropout_p=(0.1, 0.1)), ValueError,
+     "dropout_p holds 2 probabilities; expected 3: of an attention weight, and of an element before each of the two "
+     "residual sums."),
+    (dict(dropout_p=(0.1, 1.0, 0.1)), ValueError, "dropout_p is 1.0; expected a probability, 0 <= dropout_p < 1."),
+    (dict(compute_dtype=torch.float32), ValueError,
+     "compute_dtype is torch.float32; expected one of None, torch.float16, torch.bfloat16."),
+    (dict(compute_dtype=torch.float16, weights=_weights(at=0, put=zeros(24, 8).long())), TypeError,
+     "weight of qkv of layer 0 has dtype torch.int64; expected float32, float16, bfloat16 or float64. Convert it with "
+     ".float()."),
     (dict(weight_dtype=torch.float16), ValueError, "weight_dtype is torch.float16; expected one of None, torch.int8."),
 )  # fmt: skip
