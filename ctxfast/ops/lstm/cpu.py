@@ -189,21 +189,22 @@ class _Lstm(torch.autograd.Function):
         counts: tuple[int, ...],  # how many tensors of each of the five kinds
         lengths: Tensor | None,
         clips: tuple[float, float],
-        kind: str,
+        how: tuple[str, bool],  # ``_kind``; whether gradients' products may round their results to bfloat16
         h_0: Tensor | None,
         c_0: Tensor | None,
         *tensors: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         x, *weights = _split(tensors, counts)
+        kind, _ = how
         output, h_n, c_n, cells, z = _fwd(x * (counts[1] // counts[0]), *weights, lengths, h_0, c_0, *clips, kind, True)
         ctx.save_for_backward(lengths, h_0, c_0, output, cells, z, *tensors)
-        ctx.facts = (counts, clips, kind)
+        ctx.facts = (counts, clips, how)
         return output, h_n, c_n
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         lengths, h_0, c_0, output, cells, z, *tensors = ctx.saved_tensors
-        counts, clips, kind = ctx.facts
+        counts, clips, (kind, is_rounded) = ctx.facts
         x, weight_ih, bias, hh, proj = _split(tensors, counts)
         if torch_ops.needs_definition(*grads):
             return _definition_gradients(ctx, grads)
@@ -213,8 +214,8 @@ class _Lstm(torch.autograd.Function):
         )
         size = hh[0].shape[1]
 
-        # Products of bfloat16 factors are bfloat16's own: twice as fast, and the gradients are rounded once more.
-        dtype = torch.bfloat16 if rounding is torch.bfloat16 else torch.float32
+        # torch's product of bfloat16 factors is twice as fast and gives bfloat16.
+        dtype = torch.bfloat16 if is_rounded else torch.float32
         rounded_z = grad_z.to(dtype)
 
         def factor(rows: Tensor) -> Tensor:
@@ -250,7 +251,7 @@ class _Lstm(torch.autograd.Function):
 def _definition_gradients(ctx: Any, grads: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
     """What a backward returns that is itself differentiated."""
     lengths, h_0, c_0, _, _, _, *tensors = ctx.saved_tensors
-    counts, (cell_clip, proj_clip), kind = ctx.facts
+    counts, (cell_clip, proj_clip), (kind, _) = ctx.facts
 
     def definition(h_0: Tensor | None, c_0: Tensor | None, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, weight_ih, bias, hh, proj = _split([tensor.float() for tensor in tensors], counts)
@@ -312,7 +313,8 @@ def lstm(**args: Any) -> tuple[Tensor, tuple[Tensor, Tensor]]:
             groups[0] = groups[0][:1]  # one argument: torch.compile takes no tensor twice
         counts = tuple(len(group) for group in groups)
         tensors = [tensor for group in groups for tensor in group]
-        output, h_n, c_n = _Lstm.apply(counts, lengths, tuple(clips), kind, h_0, c_0, *tensors)
+        is_rounded = args["input"][0].dtype is torch.bfloat16
+        output, h_n, c_n = _Lstm.apply(counts, lengths, tuple(clips), (kind, is_rounded), h_0, c_0, *tensors)
     else:
         output, h_n, c_n, _, _ = _fwd(*groups, lengths, h_0, c_0, *clips, kind, False)
     dtype = args["input"][0].dtype
