@@ -49,12 +49,12 @@ void test(Report* report, const char* name, DType dtype, const Sizes& s, double 
   // Values that T holds.
   const auto draw = [&](size_t count, float scale) {
     std::vector<double> values(count);
-    for (double& value : values) value = to_float(from_float<T>(random.uniform(scale)));
+    for (double& value : values) value = as_float(static_cast<T>(random.uniform(scale)));
     return values;
   };
   const auto narrow = [](const std::vector<double>& values) {
     std::vector<T> found;
-    for (const double value : values) found.push_back(from_float<T>(static_cast<float>(value)));
+    for (const double value : values) found.push_back(static_cast<T>(static_cast<float>(value)));
     return found;
   };
   const auto single = [](const std::vector<double>& values) {
@@ -234,7 +234,7 @@ void changes(Report* report, int hidden, int size, bool is_large) {
   Random random(hidden);
   const auto draw = [&](int64_t count) {
     std::vector<T> values;
-    for (int64_t i = 0; i < count; ++i) values.push_back(from_float<T>(random.uniform(1)));
+    for (int64_t i = 0; i < count; ++i) values.push_back(static_cast<T>(random.uniform(1)));
     return values;
   };
   std::vector<T> hh = draw(int64_t{4} * hidden * size), proj = draw(int64_t{size} * hidden);
@@ -261,18 +261,18 @@ void changes(Report* report, int hidden, int size, bool is_large) {
   const std::string what = "weights of " + std::to_string(hidden) + " cells: ";
   pack(kept, false);
   // One entry: of a weight of at most 160 KiB it is seen, of a larger one where a sample lies.
-  hh[0] = from_float<T>(3.0f);
+  hh[0] = static_cast<T>(3.0f);
   put(device_hh, hh);
   report->that(what + "an entry in the sample", pack(kept, true) == pack(fresh, false));
   const int unseen = size - 1;  // the end of the first row
-  hh[unseen] = from_float<T>(4.0f);
+  hh[unseen] = static_cast<T>(4.0f);
   put(device_hh, hh);
   report->that(what + "an entry outside it", (pack(kept, true) != pack(fresh, false)) == is_large);
-  for (int row = 0; row < 4 * hidden; ++row) hh[int64_t{row} * size + 1] = from_float<T>(5.0f);  // a column
+  for (int row = 0; row < 4 * hidden; ++row) hh[int64_t{row} * size + 1] = static_cast<T>(5.0f);  // a column
   put(device_hh, hh);
   report->that(what + "a column", pack(kept, true) == pack(fresh, false));
   if (size == hidden) return;
-  for (int k = 0; k < hidden; ++k) proj[hidden + k] = from_float<T>(6.0f);  // a row, of the other matrix
+  for (int k = 0; k < hidden; ++k) proj[hidden + k] = static_cast<T>(6.0f);  // a row, of the other matrix
   put(device_proj, proj);
   report->that(what + "a row", pack(kept, true) == pack(fresh, false));
 }
