@@ -29,11 +29,12 @@ def _made(product: Tensor, with_bias: bool, with_result: bool) -> tuple[Tensor, 
 def _activation_backward(
     grad: Tensor, product: Tensor, bias: Tensor | None, activation: str, with_bias: bool, with_result: bool
 ) -> tuple[Tensor, Tensor]:
-    """Turns ``grad`` (rows, M), contiguous, from the gradient of the activation's result into the product's."""
-    if not grad.is_contiguous():
-        raise ValueError("ctxfast::feed_forward_triton_bwd: grad is written to in place; expected a contiguous tensor.")
+    """Turns ``grad`` (rows, M) from the gradient of the activation's result into the product's."""
     result, grad_bias = _made(product, with_bias, with_result)
-    triton_activation.backward(grad, product, bias, activation, grad, result if with_result else None, grad_bias)
+    rows = grad.contiguous()  # itself, as ``backward`` makes it
+    triton_activation.backward(rows, product, bias, activation, rows, result if with_result else None, grad_bias)
+    if rows is not grad:
+        grad.copy_(rows)
     return result, grad_bias
 
 
