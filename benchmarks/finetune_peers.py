@@ -69,16 +69,7 @@ def _peer(task: str, model: str, labels: tuple[str, ...]) -> torch.nn.Module:
 
     kind = getattr(transformers, f"BertFor{_CLASSES.get(task, 'SequenceClassification')}")
     options = {} if task == "span" else {"num_labels": len(labels)}
-    found = kind.from_pretrained(resolve_model(model), **options)
-    found.register_forward_pre_hook(_with_mask, with_kwargs=True)
-    return found
-
-
-def _with_mask(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-    """Lengths as the mask that Hugging Face's models take; they ignore arguments that they do not know."""
-    ids, lengths = kwargs["input_ids"], torch.tensor(kwargs.pop("lengths"))
-    mask = torch.arange(ids.shape[1]) < lengths[:, None]
-    return args, {**kwargs, "attention_mask": mask.long().to(ids.device)}
+    return kind.from_pretrained(resolve_model(model), **options)
 
 
 def _without_dropout(model: str, folder: Path) -> str:

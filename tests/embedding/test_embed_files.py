@@ -289,7 +289,7 @@ def test_foreign_files_are_left_alone(source, tmp_path):
     folder.mkdir()
     (folder / "thesis.tex").write_text("years of work")
     for overwrite in (False, True):
-        with pytest.raises(FileExistsError, match="no work directory .*thesis.tex"):
+        with pytest.raises(FileExistsError, match="not a work directory .*thesis.tex"):
             embed(source, tmp_path / "out.hdf5", overwrite=overwrite)
     assert (folder / "thesis.tex").read_text() == "years of work"
 
@@ -486,6 +486,6 @@ def test_links_are_not_followed(source, tmp_path, suffix):
     assert {path.read_text() for path in theirs.iterdir()} == {"precious"}
     assert names(tmp_path) == ["in.txt", f"out{suffix}", "theirs"]
     folder.symlink_to(theirs)
-    with pytest.raises(FileExistsError, match=r"no work directory of an embedding job \(it is a link\)"):
+    with pytest.raises(FileExistsError, match=r"not a work directory of an embedding job \(it is a link\)"):
         embed(source, tmp_path / f"out{suffix}", overwrite=True)
     assert len(list(theirs.iterdir())) == len(planted)
