@@ -111,6 +111,7 @@ def test_a_peer_that_is_not_installed_keeps_its_row(monkeypatch):
     assert {each.status for each in found.values()} == {"not installed"}
 
 
+@pytest.mark.slow
 def test_a_training_step_passes_its_gate():
     case = Case("bert_mlm", "tiny", dict(model="minilm", lengths=(9, 5)), "float32", False, "cpu", "small")
     found = _measured(case, ("ctxfast", "Hugging Face, eager"))

@@ -85,6 +85,7 @@ def test_layouts_of_integers(spec, implementation, case, change: Callable[[Tenso
     _compare(spec, implementation, case, changed)
 
 
+@pytest.mark.slow
 @every_row
 @pytest.mark.parametrize("change", [sliced, transposed])
 def test_operators_take_any_layout(spec, implementation, case, change: Callable[[Tensor], Tensor], monkeypatch) -> None:

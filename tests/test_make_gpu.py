@@ -60,6 +60,7 @@ def test_parts_run_on_after_each_failure_and_the_last_line_names_it(monkeypatch,
     assert {path.name for path in tmp_path.iterdir()} == {"one.log", "two.log", "three.log", "summary.txt"}
 
 
+@pytest.mark.slow
 def test_what_hangs_is_stopped_with_all_it_started(monkeypatch, tmp_path, capsys) -> None:
     monkeypatch.setattr(runner, "_GRACE_SECONDS", 1)
     child = "import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']);"
@@ -144,6 +145,7 @@ def test_a_part_is_of_the_gpu_that_is_there(tmp_path, monkeypatch) -> None:
 # tests whose process lost the device
 
 
+@pytest.mark.slow
 def test_a_worker_without_a_device_is_replaced_and_its_test_named(tmp_path) -> None:
     pytest.importorskip("xdist")
     (tmp_path / "conftest.py").write_text(
@@ -282,6 +284,7 @@ def _made_up_cuda(monkeypatch) -> _Cuda:
     return cuda
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", [(lstm, "choose"), (models, "bert")], ids=["lstm", "models"])
 def test_programs_ask_a_gpu_for_what_torch_has(program, monkeypatch, capsys) -> None:
     module, what = program
@@ -397,6 +400,7 @@ def _parts(*names: str, results: Path, timeout: int) -> subprocess.CompletedProc
     )
 
 
+@pytest.mark.slow
 def test_a_dry_run_of_the_programs_that_say_what_is_right(tmp_path) -> None:
     done = _parts("right", results=tmp_path, timeout=1200)
     assert done.returncode == 0, done.stdout + done.stderr

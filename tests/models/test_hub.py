@@ -155,6 +155,7 @@ def _run(environment: dict[str, str], *words: str | Path) -> subprocess.Complete
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
 
 
+@pytest.mark.slow
 def test_a_model_is_fetched_once(hub, tmp_path: Path) -> None:
     environment, handler = hub
     (tmp_path / "lines.txt").write_text("one two\nthree\n")
@@ -174,6 +175,7 @@ def test_a_model_is_fetched_once(hub, tmp_path: Path) -> None:
     assert all(np.array_equal(first[name], second[name]) for name in first.files)
 
 
+@pytest.mark.slow
 def test_what_the_hub_does_not_have(hub, tmp_path: Path) -> None:
     environment, _ = hub
     absent = _run(environment, "convert", "some-org/unheard", tmp_path / "out", "--download")

@@ -143,6 +143,7 @@ def test_only_what_is_wanted_gets_a_gradient(amp) -> None:
                 assert one is None or torch.equal(one, two), (pick, name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("amp", [None, torch.float16], ids=str)
 def test_dropout_is_drawn_again_and_kept_by_checkpoints(amp) -> None:
     inputs, model, runs = _batch(), _model(0.3), []
