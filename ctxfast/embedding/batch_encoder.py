@@ -118,6 +118,11 @@ class BatchEncoder:
         return self.encoder.device
 
     @property
+    def torch_dtype(self) -> torch.dtype:
+        """``dtype`` in torch's words."""
+        return torch.float32 if self.dtype.itemsize == 4 else torch.float16
+
+    @property
     def compute_dtype(self) -> str | None:
         """What the model computes in; None where its encoder does not say."""
         dtype = getattr(self.encoder, "compute_dtype", None)
@@ -164,7 +169,7 @@ class BatchEncoder:
         for batch in self._batches(items, selection):
             with self._implementation():
                 values = self.encoder.encode([items[index] for index in batch], selection)
-            yield batch, values.to(torch.float32 if self.dtype.itemsize == 4 else torch.float16)
+            yield batch, values.to(self.torch_dtype)
 
     def encode_on_device(self, items: Sequence[Prepared], selection: Selection) -> Iterator[tuple[list[int], Tensor]]:
         """As ``encode``, with tensors on the model's device."""

@@ -165,7 +165,7 @@ class Embedder(BatchEncoder):
         if output == "numpy":
             matrix = np.empty(shape, self.dtype)
         else:
-            matrix = torch.empty(shape, dtype=torch.from_numpy(np.empty(0, self.dtype)).dtype, device=self.device)
+            matrix = torch.empty(shape, dtype=self.torch_dtype, device=self.device)
         for batch, values in source:
             # A list of indices would be copied to the GPU in a way that waits for it.
             rows: Any = batch if output == "numpy" else transfer.to_device(torch.tensor(batch), self.device)

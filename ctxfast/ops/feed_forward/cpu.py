@@ -16,6 +16,7 @@ from torch import Tensor
 from ..._core import registry, torch_ops
 from ..shared import linear_cpu
 from ..shared.definitions import activated
+from . import definition
 
 _aten = torch.ops.aten
 
@@ -89,10 +90,7 @@ class _FeedForward(torch.autograd.Function):
         *given, product = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:5]
         if torch_ops.needs_definition(grad):
-            definition = registry.OPS["feed_forward"].reference
-            grads = torch_ops.definition_gradients(
-                lambda *given: definition(*given, ctx.activation, None), given, wanted, (grad,)
-            )
+            grads = definition.gradients(given, ctx.activation, wanted, grad)
         else:
             x, weight1, _, weight2, _ = given
             grads = backward(grad, x, weight1, weight2, product, ctx.activation, wanted)

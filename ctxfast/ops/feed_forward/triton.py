@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..._core import registry, torch_ops
 from ..shared import triton_activation, triton_product, triton_rows
+from . import definition
 
 
 def _made(product: Tensor, with_bias: bool, with_result: bool) -> tuple[Tensor, Tensor]:
@@ -92,10 +93,7 @@ class _FeedForward(torch.autograd.Function):
         *given, product = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:5]
         if torch_ops.needs_definition(grad):
-            definition = registry.OPS["feed_forward"].reference
-            grads = torch_ops.definition_gradients(
-                lambda *given: definition(*given, ctx.activation, None), given, wanted, (grad,)
-            )
+            grads = definition.gradients(given, ctx.activation, wanted, grad)
         else:
             grads = backward(grad, *given[:4], product, ctx.activation, wanted)
         return *grads, None
@@ -103,14 +101,9 @@ class _FeedForward(torch.autograd.Function):
 
 def supports(args: Mapping[str, Any]) -> str | None:
     """None, or why the Triton kernels cannot run this call."""
-    objection = triton_rows.why_not("x", args["x"])
-    if objection is not None:
-        return objection
-    if args["weight_dtype"] is not None:
-        return "int8 products run on the CPU."
-    if args["activation"] == "none":
-        return "there is no activation to fuse or recompute: torch's two linear layers are all of it."
-    return None
+    return triton_activation.why_not(
+        args, "there is no activation to fuse or recompute: torch's two linear layers are all of it."
+    )
 
 
 def feed_forward(

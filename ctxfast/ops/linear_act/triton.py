@@ -66,14 +66,7 @@ class _LinearAct(torch.autograd.Function):
 
 def supports(args: Mapping[str, Any]) -> str | None:
     """None, or why the Triton kernels cannot run this call."""
-    objection = triton_rows.why_not("x", args["x"])
-    if objection is not None:
-        return objection
-    if args["weight_dtype"] is not None:
-        return "int8 products run on the CPU."
-    if args["activation"] == "none":
-        return "there is no activation to fuse: torch's linear layer is all of it."
-    return None
+    return triton_activation.why_not(args, "there is no activation to fuse: torch's linear layer is all of it.")
 
 
 def linear_act(

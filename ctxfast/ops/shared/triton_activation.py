@@ -7,6 +7,9 @@ the bias gradient and, where the activation's result is needed once more, recomp
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -120,6 +123,16 @@ def tile(size: int) -> dict[str, int]:
     if triton_rows.IS_INTERPRETED:
         return dict(BLOCK_N=block, ROWS=32, num_warps=1)
     return dict(BLOCK_N=block, ROWS=max(1, 2048 // block), num_warps=8)
+
+
+def why_not(args: Mapping[str, Any], no_activation: str) -> str | None:
+    """None, or why an op over these kernels cannot run a call; ``no_activation``: what it says where there is none."""
+    objection = triton_rows.why_not("x", args["x"])
+    if objection is not None:
+        return objection
+    if args["weight_dtype"] is not None:
+        return "int8 products run on the CPU."
+    return no_activation if args["activation"] == "none" else None
 
 
 def output(product: Tensor) -> Tensor:

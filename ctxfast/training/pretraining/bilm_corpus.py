@@ -157,6 +157,7 @@ class BiLmCorpus:
         characters: (D, C) int16, character ids of every distinct word of the text, the vocabulary's first.
         positions: predictions in each direction.
         num_sentences: sentences.
+        starts: (sentences + 1,) int64, the position at which each sentence starts, and the end of the last.
         documents: (N,) int64, positions at which documents begin.
     """
 
@@ -166,11 +167,10 @@ class BiLmCorpus:
             self.vocabulary = read_vocabulary(path / "vocabulary.txt")
             self.characters = np.load(path / "characters.npy", mmap_mode="r")
             self._tokens = np.load(path / "tokens.npy", mmap_mode="r")
-            # Position at which each sentence starts, and the end of the last.
-            self._starts = np.load(path / "starts.npy", mmap_mode="r")
+            self.starts = np.load(path / "starts.npy", mmap_mode="r")
             self.documents = np.load(path / "documents.npy", mmap_mode="r")
-            self.num_sentences = len(self._starts) - 1
-            self.positions = int(self._starts[-1])
+            self.num_sentences = len(self.starts) - 1
+            self.positions = int(self.starts[-1])
 
     @property
     def unknown_share(self) -> float:
@@ -246,10 +246,10 @@ class BiLmCorpus:
         for lane, start in enumerate(starts):
             left = steps if ends is None else max(0, min(steps, ends[lane] - start))
             start %= self.positions
-            number = int(np.searchsorted(self._starts, start, side="right")) - 1
+            number = int(np.searchsorted(self.starts, start, side="right")) - 1
             filled = 0
             while filled < left:
-                first, last = int(self._starts[number]), int(self._starts[number + 1])
+                first, last = int(self.starts[number]), int(self.starts[number + 1])
                 words = self._tokens[first - number : last - number - 1]
                 sentence = np.concatenate([[BEGIN], words, [END]])
                 offset = start - first
@@ -259,22 +259,17 @@ class BiLmCorpus:
                     targets[direction, lane, filled : filled + size] = line[offset + 1 : offset + 1 + size]
                 filled += size
                 number = (number + 1) % self.num_sentences
-                start = int(self._starts[number])
+                start = int(self.starts[number])
         targets[targets >= len(self.vocabulary)] = UNKNOWN_ID
         return Window(inputs, targets)
 
     def sentence_starts(self, positions: np.ndarray) -> np.ndarray:
         """Where the sentences of positions (any shape, int64) start; a position past the end counts from the start."""
-        return self._starts[np.searchsorted(self._starts, positions % self.positions, side="right") - 1]
-
-    @property
-    def starts(self) -> np.ndarray:
-        """(sentences + 1,) int64, the position at which each sentence starts, and the end of the last."""
-        return self._starts
+        return self.starts[np.searchsorted(self.starts, positions % self.positions, side="right") - 1]
 
     def words(self, sentence: int) -> list[bytes]:
         """Words of a sentence by its number, UTF-8, as far as their characters are read."""
-        first, last = int(self._starts[sentence]), int(self._starts[sentence + 1])
+        first, last = int(self.starts[sentence]), int(self.starts[sentence + 1])
         rows = self.characters[self._tokens[first - sentence : last - sentence - 1]]
         # The row of a word: its begin mark, its bytes, each + 1, its end mark.
         return [bytes((row[1 : int(np.argmax(row == END_WORD_ID))] - 1).astype(np.uint8)) for row in rows]

@@ -122,9 +122,11 @@ class _SampledSoftmax(torch.autograd.Function):
         if is_wanted:
             # A block's gradients are those of a sum of losses times _SCALE, which keeps them from vanishing in float16.
             of_hidden /= _SCALE
+            of_sampled /= _SCALE
+            of_shift /= _SCALE
             of_hidden += of_true[:, None] * own
             ctx.save_for_backward(
-                of_hidden, of_true[:, None] * hidden, of_true, of_sampled / _SCALE, of_shift, targets, negatives
+                of_hidden, of_true[:, None] * hidden, of_true, of_sampled, of_shift, targets, negatives
             )
             ctx.facts = weight.shape, weight.dtype, bias.dtype, dtype
         return losses.mean()
@@ -156,7 +158,7 @@ def _rows_at_once(hidden: Tensor, negatives: int) -> tuple[int, int]:
 def _chances(logits: Tensor, shift: Tensor, true: Tensor, place: Tensor, of_shift: Tensor) -> tuple[Tensor, Tensor]:
     """Losses of a strip of rows and their gradients by the targets' logits.
 
-    ``logits`` (R, S) become gradients, times ``_SCALE``; their sum over rows is added to ``of_shift``. ``place`` (R):
+    ``logits`` (R, S) become gradients times ``_SCALE``, whose sum over rows is added to ``of_shift``. ``place`` (R):
     the column of a row's target, which does not count, or -1.
     """
     wide = logits + shift
@@ -167,8 +169,7 @@ def _chances(logits: Tensor, shift: Tensor, true: Tensor, place: Tensor, of_shif
     wide.sub_(highest[:, None]).exp_()
     own = torch.exp(true - highest)
     total = wide.sum(1) + own
-    wide.div_(total[:, None])
+    wide.div_((total / _SCALE)[:, None])
     of_shift += wide.sum(0)
-    torch.mul(wide, _SCALE, out=wide)
     logits.copy_(wide)
     return total.log() + highest - true, own / total - 1
