@@ -109,6 +109,7 @@ def run(
         recompute: ``recompute(layer, x, cu_seqlens, max_seqlen, rows)`` calls a layer, and calls it again in the
             backward pass instead of keeping its activations.
     """
+    cu_seqlens = same_sequences.for_one_pass(cu_seqlens)
     if rows is not None or recompute is not None or not _is_open(x):
         states = _one_by_one(layers, x, cu_seqlens, max_seqlen, all_layers, rows, recompute)
         return [x, *states] if all_layers else states
@@ -194,7 +195,6 @@ def _one_by_one(
 ) -> list[Tensor]:
     """The output of each layer, or of the last alone."""
     states = []
-    cu_seqlens = same_sequences.for_one_pass(cu_seqlens)
     for layer in layers:
         step: Layer = partial(by_ops, layer) if isinstance(layer, LayerWeights) else layer
         if recompute is not None:

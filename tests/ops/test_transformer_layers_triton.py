@@ -16,6 +16,7 @@ import ctxfast
 from ctxfast._core import capability, registry
 from ctxfast.models.bert.config import BertConfig
 from ctxfast.models.bert.modeling import Bert
+from ctxfast.ops.attention import triton_blocks
 from ctxfast.ops.shared import philox
 
 if not torch.cuda.is_available() and not capability.is_triton_interpreted():
@@ -29,6 +30,31 @@ SIZES = dict(
 )  # fmt: skip
 # The compiled embeddings have other bits with a gradient than without.
 TRITON = dict(transformer_layers="triton", embed_layer_norm="reference")
+
+
+def test_layers_of_a_pass_share_a_list_of_blocks(monkeypatch, runs) -> None:
+    """Where layers are one step each, too; a pass with other lengths makes its own."""
+    calls, plain = [], triton_blocks.list_blocks
+
+    class Counted:
+        def __getitem__(self, grid):
+            calls.append(grid)
+            return plain[grid]
+
+    monkeypatch.setattr(triton_blocks, "list_blocks", Counted())
+    config = BertConfig(**{**SIZES, "hidden_size": 64, "num_hidden_layers": 3, "max_position_embeddings": 256})
+    model = Bert(config).to(DEVICE).eval()
+    for lengths in ([170, 1, 1, 1, 1], [3, 168, 1, 1, 1]):
+        mask = torch.arange(max(lengths), device=DEVICE) < torch.tensor(lengths, device=DEVICE)[:, None]
+        ids = torch.randint(1, 60, mask.shape, device=DEVICE)
+        with torch.no_grad():
+            with ctxfast.use_impl("reference"):
+                expected = model(ids, mask).last_hidden_state
+            calls.clear()
+            with ctxfast.use_impl(**TRITON):
+                found = model(ids, mask).last_hidden_state
+        assert len(calls) == 1 and runs
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.fixture
