@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ctxfast import functional as functional  # enters all ops in the table
 from ctxfast._core import registry
 
 from . import report, results

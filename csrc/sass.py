@@ -23,9 +23,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import toolchain
-
 import build
+import toolchain
 
 CSRC = Path(__file__).resolve().parent
 PARAMETERS = 0x210  # of a kernel in constant bank 0, on sm_90

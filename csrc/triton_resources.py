@@ -28,13 +28,13 @@ os.environ["TRITON_INTERPRET"] = "0"  # interpreted kernels cannot be compiled; 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import triton
-from resources import Resources, compare, find_faults, format_table, parse_ptxas
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-import ctxfast  # noqa: F401  enters all ops in the table
+from ctxfast import functional as functional  # enters all ops in the table
 from ctxfast._core import registry
 from ctxfast.ops.shared import triton_rows
+from resources import Resources, compare, find_faults, format_table, parse_ptxas
 
 # Op -> its module of launchers. It says with what kernels are launched (``launches``), which types arguments have whose
 # names are not in ``TYPES`` below (``ARGUMENT_TYPES``), and whether matrices are multiplied (``HAS_PRODUCTS``).

@@ -3,19 +3,17 @@
 
 from __future__ import annotations
 
-from importlib import import_module, metadata
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from . import functional
-from ._core.registry import use_impl
-from ._core.report import show_config
-from .functional import *  # noqa: F403
-from .ops.shared.weight_cache import forget_packed
-
 if TYPE_CHECKING:  # what is loaded on first use below
-    from . import models as models, nn as nn, packing as packing
+    from . import functional as functional, models as models, nn as nn, packing as packing
+    from ._core.registry import use_impl as use_impl
+    from ._core.report import show_config as show_config
     from .embedding.embedder import Embedder as Embedder
+    from .embedding.precision import quantize_vectors as quantize_vectors
     from .embedding.ray_data import embed_dataset as embed_dataset
+    from .functional import *  # noqa: F403
     from .models.bert.config import BertConfig as BertConfig
     from .models.bert.heads import (
         BertForMaskedLM as BertForMaskedLM,
@@ -30,16 +28,34 @@ if TYPE_CHECKING:  # what is loaded on first use below
     from .models.elmo.embedder import ElmoEmbedder as ElmoEmbedder
     from .models.elmo.modeling import Elmo as Elmo
     from .models.elmo.tokenization import batch_to_ids as batch_to_ids
+    from .ops.shared.weight_cache import forget_packed as forget_packed
     from .swap.attention_interface import register_attention as register_attention
     from .swap.in_place import restore as restore, swap_in as swap_in
 
-try:
-    __version__ = metadata.version("ctxfast")
-except metadata.PackageNotFoundError:  # a source tree that was never installed
-    __version__ = "0+source"
+    __version__: str
 
-# Loaded on first use, so that `import ctxfast` stays quick and needs no tokenizer or HDF5 library.
+# Loaded on first use: `import ctxfast`, and with it `ctxfast --help`, needs neither torch nor numpy. The first use of
+# any of it loads all ops.
 _LAZY = {
+    **dict.fromkeys(
+        (
+            "add_layer_norm",
+            "attention",
+            "char_cnn",
+            "embed_layer_norm",
+            "explain",
+            "feed_forward",
+            "linear_act",
+            "linear_cross_entropy",
+            "lstm",
+            "scalar_mix",
+            "transformer_layers",
+        ),
+        "ctxfast.functional",
+    ),
+    "forget_packed": "ctxfast.ops.shared.weight_cache",
+    "show_config": "ctxfast._core.report",
+    "use_impl": "ctxfast._core.registry",
     "Embedder": "ctxfast.embedding.embedder",
     "embed_dataset": "ctxfast.embedding.ray_data",
     "quantize_vectors": "ctxfast.embedding.precision",
@@ -59,18 +75,19 @@ _LAZY = {
     "BertForSequenceClassification": "ctxfast.models.bert.heads",
     "BertForTokenClassification": "ctxfast.models.bert.heads",
 }
-_LAZY_MODULES = ("nn", "models", "packing")
+_LAZY_MODULES = ("functional", "nn", "models", "packing")
 
-__all__ = ["forget_packed", "functional", "show_config", "use_impl"]
-__all__ += functional.__all__
-__all__ += [*_LAZY, *_LAZY_MODULES]
+__all__ = [*_LAZY, *_LAZY_MODULES]
 
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
+        import_module("ctxfast.functional")  # the ops, whose table some of these read
         value = getattr(import_module(_LAZY[name]), name)
     elif name in _LAZY_MODULES:
         value = import_module(f"ctxfast.{name}")
+    elif name == "__version__":
+        value = _version()
     else:
         raise AttributeError(f"module 'ctxfast' has no attribute {name!r}")
     globals()[name] = value
@@ -78,4 +95,13 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, "__version__"})
+
+
+def _version() -> str:
+    from importlib import metadata
+
+    try:
+        return metadata.version("ctxfast")
+    except metadata.PackageNotFoundError:  # a source tree that was never installed
+        return "0+source"

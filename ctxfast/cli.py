@@ -15,7 +15,6 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
-from . import __version__
 from .commands import COMMANDS, GROUPS
 
 # Errors of a disk that has no room; with room the same command goes on.
@@ -41,9 +40,17 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *of_argparse: Any) -> None:
+        from . import __version__  # read when it is asked for: every start would pay for it
+
+        print(f"ctxfast {__version__}")
+        parser.exit()
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="ctxfast", description="Contextual word embeddings, fast.")
-    parser.add_argument("--version", action="version", version=f"ctxfast {__version__}")
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
     groups: dict[str, Any] = {}
     for name, module in COMMANDS.items():
@@ -80,6 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.rest = rest
     hint = " The same command goes on where this stopped." if getattr(args, "resumes", False) else ""
     try:
+        if "hands_on" not in args:
+            from . import functional as functional  # --impl and CTXFAST_IMPL are held against its ops
         return args.run(args)
     except KeyboardInterrupt:
         print(f"\nctxfast: interrupted.{hint}", file=sys.stderr)

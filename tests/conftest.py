@@ -18,6 +18,8 @@ ROOT = Path(__file__).resolve().parents[1]
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from ctxfast import functional as functional  # noqa: E402  enters all ops in the table, which tests walk
+
 
 def _data_folder() -> Path | None:
     for candidate in (os.environ.get("CTXFAST_TEST_DATA"), ROOT.parent / "shared" / "data"):

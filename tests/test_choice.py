@@ -168,8 +168,9 @@ def test_environment(value, expected) -> None:
 
 
 def test_environment_that_cannot_be_read() -> None:
-    done = _in_new_process("import ctxfast", CTXFAST_IMPL="lstm=quick")
-    assert done.returncode != 0
+    code = "import sys; from ctxfast import cli; sys.exit(cli.main(['info']))"
+    done = _in_new_process(code, CTXFAST_IMPL="lstm=quick")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert "CTXFAST_IMPL='lstm=quick' cannot be read. ctxfast.lstm: impl is 'quick'; expected one of" in done.stderr
 
 

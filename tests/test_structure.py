@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import ctxfast
 from ctxfast import functional
 from ctxfast._core import registry
 from ctxfast.nn import graphs
@@ -117,6 +118,7 @@ def test_core_knows_no_op() -> None:
 def test_every_folder_of_ops_is_a_function_of_functional() -> None:
     folders = {path.parent.name for path in (PACKAGE / "ops").glob("*/__init__.py")} - {"shared"}
     assert folders == set(registry.OPS) == set(functional.__all__) - {"explain"}
+    assert set(functional.__all__) <= set(ctxfast.__all__)
 
 
 @pytest.mark.parametrize("spec", list(registry.OPS.values()), ids=lambda spec: spec.name)
@@ -261,12 +263,22 @@ def test_no_vague_rooms() -> None:
 
 
 def test_import_is_light() -> None:
-    """`import ctxfast` touches no GPU and loads no tokenizer, HDF5, Triton or Hugging Face library."""
+    """`import ctxfast` and the command's help load neither torch nor what only files and models need; with torch,
+    ctxfast touches no GPU and loads no Triton, tokenizer, HDF5 or Hugging Face library."""
     code = (
-        "import sys, torch, ctxfast\n"
+        "import contextlib, sys, ctxfast.cli\n"
+        "for words in ('--help', '--version', 'finetune tag --help'):\n"
+        "    with contextlib.suppress(SystemExit):\n"
+        "        ctxfast.cli.main(words.split())\n"
+        "heavy = {'torch', 'numpy', 'tqdm', 'triton', 'transformers', 'tokenizers', 'h5py', 'pyarrow', 'matplotlib'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+        "assert not any(name.startswith('ctxfast.ops') for name in sys.modules)\n"
+        "import torch\n"
+        "ctxfast.lstm\n"
         "assert not torch.cuda.is_initialized()\n"
-        "heavy = {'triton', 'transformers', 'tokenizers', 'h5py', 'pyarrow', 'matplotlib'} & set(sys.modules)\n"
-        "assert not heavy, heavy\n"
+        "heavy -= {'torch', 'numpy', 'tqdm'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+        "assert set(ctxfast.__all__) <= set(dir(ctxfast))\n"
         "for name in ctxfast.__all__:\n"
         "    getattr(ctxfast, name)\n"
     )

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from ctxfast import functional as functional  # enters all ops in the table
 from ctxfast._core import capability, registry
 
 from .. import cases, peers

@@ -82,7 +82,7 @@ class _Driver(DriverBase):
 
 triton.runtime.driver.set_active(_Driver())
 
-import ctxfast  # noqa: E402, F401  enters all ops in the table
+from ctxfast import functional as functional  # noqa: E402  enters all ops in the table
 from ctxfast._core import capability, registry  # noqa: E402
 from ctxfast.ops.shared import triton_rows  # noqa: E402
 
