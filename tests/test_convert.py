@@ -88,6 +88,33 @@ def test_elmo_state_dict_and_back(elmo, tmp_path, capsys) -> None:
         torch.testing.assert_close(again[name], value, rtol=0, atol=1e-7)
 
 
+def test_elmo_in_half_precision_keeps_its_steady_state(elmo, tmp_path, capsys, monkeypatch) -> None:
+    made = ctxfast.Elmo(elmo / "options.json", elmo / "elmo_weights.hdf5", state="steady")
+    made.calibrate()
+    made.save_steady_state(elmo / "steady_state.safetensors")
+    (elmo / "vocabulary.txt").write_text("<S>\n")
+    box = tmp_path / "box"
+    assert convert(elmo, box / "tiny-elmo", "--dtype", "float16") == 0
+    assert "its steady state; not copied: vocabulary.txt" in capsys.readouterr().err
+    assert sorted(file.name for file in (box / "tiny-elmo").iterdir()) == [
+        "options.json",
+        "steady_state.safetensors",
+        "weights.safetensors",
+    ]
+    # As a model of the package, by its name; and back into AllenNLP's files.
+    monkeypatch.setattr("ctxfast.models.packaged._FOLDER", box)
+    assert convert("tiny-elmo", tmp_path / "back") == 0
+    for folder in ("tiny-elmo", tmp_path / "back"):
+        model = ctxfast.Elmo.from_pretrained(folder, state="steady", dropout=0.0)
+        for found, expected in zip(model.steady_state, made.steady_state):
+            assert torch.equal(found, expected)
+    by_name, by_class = ctxfast.Embedder("tiny-elmo"), ctxfast.ElmoEmbedder.from_pretrained("tiny-elmo", state="steady")
+    found = by_name(SENTENCES[:1], layers="all")[0]
+    torch.testing.assert_close(torch.as_tensor(found), torch.as_tensor(by_class.embed_sentence(SENTENCES[0])))
+    with pytest.raises(FileNotFoundError, match=r"models of ctxfast \(tiny-elmo\)"):
+        ctxfast.Embedder("tiny-elmo2")
+
+
 def test_real_models(shared_data, minilm_dir, tmp_path, capsys) -> None:
     assert convert(shared_data / "elmo" / "allennlp_tiny", tmp_path / "elmo") == 0
     assert convert(shared_data / "bert" / "xsmall_dummy", tmp_path / "dummy") == 0
@@ -158,8 +185,8 @@ def test_errors_leave_nothing(elmo, tmp_path, capsys) -> None:
             "holds --options-file .*options.json",
         ),
         ([elmo, elmo / "part", "--overwrite"], "DST .*part is a part of SRC"),
-        ([elmo, tmp_path / "new"], "elmo_weights.hdf5, other_weights.hdf5; expected one"),
-        ([elmo / "elmo_weights.hdf5", tmp_path / "new", "--dtype", "float16"], "--dtype is given for an ELMo model"),
+        ([elmo, tmp_path / "new"], r"elmo_weights.hdf5, other_weights.hdf5\); expected one"),
+        ([elmo / "elmo_weights.hdf5", tmp_path / "new", "--gelu", "erf"], "--gelu is given for an ELMo model"),
         ([tmp_path / "bad.th", tmp_path / "new", *bad], "bad.th is damaged, cut short or no PyTorch weight file"),
         ([tmp_path / "gone.th", tmp_path / "new", *bad], "does not exist"),
         ([tmp_path / "x.json", tmp_path / "new"], "SRC .*x.json is a file and no model's; expected a model's folder"),

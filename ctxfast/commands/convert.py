@@ -16,14 +16,17 @@ _WHO = "ctxfast.convert"
 _DTYPES = ("float32", "float16", "bfloat16")
 _SENTENCE_PARTS = ("modules.json", "sentence_*_config.json", "config_sentence_transformers.json", "[0-9]*_*")
 _ELMO_SUFFIXES = (".hdf5", ".h5", ".th", ".pt")
+# Beside a biLM that `ctxfast pretrain elmo` made: its output layer and the words of it.
+_PACKED = "weights.safetensors"
+_OF_TRAINING = ("softmax.safetensors", "vocabulary.txt")
 _HELP = """\
 Convert a model. What SRC is decides what DST gets; DST is a folder that appears when it is whole.
 
   BERT (Google's TensorFlow checkpoint, pytorch_model.bin, safetensors, a package's name)
        -> config.json, model.safetensors and the tokenizer's files, as Hugging Face lays them out
-  ELMo (folder with options.json and HDF5 weights, or a state dict .th / .pt of AllenNLP with --options-file)
-       -> options.json, weights.hdf5, as AllenNLP and bilm-tf lay them out; of a whole AllenNLP model the language
-          model alone (what is left out is named)
+  ELMo (folder with options.json and weights, a name, or a state dict .th / .pt of AllenNLP with --options-file)
+       -> options.json, weights.hdf5, as AllenNLP and bilm-tf lay them out, or weights.safetensors with --dtype; the
+          steady state beside them; of a whole AllenNLP model the language model alone (what is left out is named)
 
   ctxfast convert uncased_L-12_H-768_A-12/bert_model.ckpt bert-base
   ctxfast convert archive/weights.th elmo --options-file options.json
@@ -42,7 +45,7 @@ def add(commands: Any) -> None:
     add("source", metavar="SRC", help="folder, weight file, TensorFlow prefix, package with a model, name on the hub")
     add("target", metavar="DST", help="folder to make")
     add("--download", action="store_true", help=DOWNLOAD)
-    add("--dtype", help=f"BERT: store weights as {', '.join(_DTYPES)} (default: as they are)")
+    add("--dtype", help=f"store weights as {', '.join(_DTYPES)} (BERT: as they are; ELMo: float32 in HDF5)")
     add("--gelu", help="BERT: erf or tanh in place of the config's (default: the config's; Google's checkpoints: tanh)")
     add("--options-file", help="ELMo: options.json, where it lies apart")
     add("--overwrite", action="store_true", help="replace DST")
@@ -65,27 +68,36 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"{_WHO}: {target} is a file; expected a folder to make.")
     if args.dtype is not None and args.dtype not in _DTYPES:
         raise ValueError(f"{_WHO}: dtype is {args.dtype!r}; expected one of {', '.join(_DTYPES)}.")
-    if args.options_file is not None:
-        if not Path(args.options_file).is_file():
-            raise FileNotFoundError(
-                f"{_WHO}: --options-file {args.options_file} does not exist; expected options.json."
-            )
-        if source.suffix not in _ELMO_SUFFIXES and not any(source.glob("*.h*5")):
-            raise ValueError(
-                f"{_WHO}: --options-file is given, but SRC {source} is not an ELMo model; expected it for those."
-            )
-    is_elmo = args.options_file is not None or source.suffix in _ELMO_SUFFIXES or (source / "options.json").is_file()
-    if not is_elmo:
-        check_model(args.source, "convert", "SRC", download=args.download)
-    for name in ("dtype", "gelu") if is_elmo else ():
-        if getattr(args, name) is not None:
-            raise ValueError(f"{_WHO}: --{name} is given for an ELMo model; expected it for BERT only.")
+    elmo = _elmo_source(args, source)
+    if elmo is not None and args.gelu is not None:
+        raise ValueError(f"{_WHO}: --gelu is given for an ELMo model; expected it for BERT only.")
     target.parent.mkdir(parents=True, exist_ok=True)
     with replacing_folder(target) as folder:
-        what = _elmo(source, folder, args.options_file) if is_elmo else _bert(args, folder)
+        what = _bert(args, folder) if elmo is None else _elmo(elmo, folder, args.options_file, args.dtype)
     if not args.quiet:
         print(f"ctxfast convert: {target}: {what}", file=sys.stderr)
     return 0
+
+
+def _elmo_source(args: argparse.Namespace, source: Path) -> Path | None:
+    """Where the ELMo model is that ``args.source`` means; None if it means another kind."""
+    if args.options_file is not None and not Path(args.options_file).is_file():
+        raise FileNotFoundError(f"{_WHO}: --options-file {args.options_file} does not exist; expected options.json.")
+    if source.suffix in _ELMO_SUFFIXES:
+        return source
+    if args.options_file is not None:
+        if source.suffix != ".safetensors" and not any(source.glob("*.h*5")) and not (source / _PACKED).is_file():
+            raise ValueError(
+                f"{_WHO}: --options-file is given, but SRC {source} is not an ELMo model; expected it for those."
+            )
+        return source
+    if source.name == _PACKED and source.with_name("options.json").is_file():
+        return source
+    check_model(args.source, "convert", "SRC", download=args.download)
+    from ..models.bert.weights import resolve_model
+
+    found = source if source.is_dir() else resolve_model(args.source)
+    return found if (found / "options.json").is_file() else None
 
 
 def _bert(args: argparse.Namespace, folder: Path) -> str:
@@ -126,22 +138,25 @@ def _some(names: Collection[str], limit: int = 8) -> str:
     return ", ".join(list(names)[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
-def _elmo(source: Path, folder: Path, options_file: str | None) -> str:
+def _elmo(source: Path, folder: Path, options_file: str | None, dtype: str | None) -> str:
     import torch
 
     from .._core.reading import reading
     from ..models.bert.sources import load_pickle
+    from ..models.elmo.bilm import ElmoBiLm
     from ..models.elmo.config import ElmoConfig
+    from ..models.elmo.files import OPTIONS, STEADY_STATE, find_elmo_files
     from ..models.elmo.weights import load_weights, save_weights, weights_from_state_dict
 
     if not source.exists():
         raise FileNotFoundError(f"{_WHO}: {source} does not exist; expected an ELMo folder or weight file.")
     place = source if source.is_dir() else source.parent
-    options = Path(options_file) if options_file is not None else place / "options.json"
+    found = find_elmo_files(source, _WHO, options_file) if source.is_dir() else None
+    weights = source if found is None else found[1]
+    options = Path(options_file) if options_file is not None else place / OPTIONS if found is None else found[0]
     if not options.is_file():
         raise FileNotFoundError(f"{_WHO}: there is no {options}. Pass --options-file.")
     config = ElmoConfig.from_file(options)
-    weights = _weight_file(source) if source.is_dir() else source
     if weights.suffix in (".th", ".pt"):
         whole = load_pickle(weights, _WHO)
         tensors = {name: value for name, value in whole.items() if isinstance(value, torch.Tensor)}
@@ -151,15 +166,19 @@ def _elmo(source: Path, folder: Path, options_file: str | None) -> str:
     else:
         config, state = load_weights(weights, config)
         left = 0
-    save_weights(state, config, folder / "options.json", folder / "weights.hdf5")
+    target = folder / ("weights.hdf5" if dtype is None else _PACKED)
+    save_weights(state, config, folder / OPTIONS, target, dtype=getattr(torch, dtype or "float32"))
     what = f"elmo, {sum(value.numel() for value in state.values()):,} parameters"
-    return what + (f"; {left} tensors beside the language model are left out" if left else "")
-
-
-def _weight_file(folder: Path) -> Path:
-    found = sorted(path for path in folder.iterdir() if path.suffix in (".hdf5", ".h5"))
-    named = [path for path in found if "weights" in path.name]
-    if len(named or found) != 1:
-        names = ", ".join(path.name for path in named or found) or "none"
-        raise ValueError(f"{_WHO}: {folder} has these HDF5 weight files: {names}; expected one. Name the file itself.")
-    return (named or found)[0]
+    steady = place / STEADY_STATE
+    if steady.is_file():
+        # It names the weights that it belongs to, which are rounded in another dtype.
+        model = ElmoBiLm.from_weights(config, state, state="steady")
+        model.load_steady_state(steady)
+        made = ElmoBiLm.from_files(folder / OPTIONS, target, state="steady")
+        made.steady_state = model.steady_state
+        made.save_steady_state(folder / STEADY_STATE)
+        what += ", its steady state"
+    if left:
+        what += f"; {left} tensors beside the language model are left out"
+    rest = [name for name in _OF_TRAINING if (place / name).is_file()]
+    return what + (f"; not copied: {', '.join(rest)}" if rest else "")

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -15,6 +14,7 @@ from ..models.bert.sentence_modules import read_sentence_model, transformer_fold
 from ..models.bert.tokenization import BertTokenizer
 from ..models.bert.weights import resolve_model
 from ..models.elmo.bilm import ElmoBiLm
+from ..models.elmo.files import find_elmo_files
 from .encoders import BertEncoder, ElmoEncoder, TextEncoder
 
 _MODEL_SUFFIXES = (".json", ".txt", ".safetensors", ".bin", ".model", ".pt", ".pth")
@@ -79,7 +79,7 @@ def open_encoder(
         folder = Path(model).expanduser()
         path = resolve_model(model, download=download)
         root = folder if folder.is_dir() else path if path.is_dir() else path.parent
-        files = _elmo_files(root) if path.is_dir() else None
+        files = find_elmo_files(root, "ctxfast.Embedder") if path.is_dir() else None
         if files is None:
             return _open_bert(path, root, device, computes_in)
     bilm = ElmoBiLm.from_files(*files, state=state)
@@ -128,45 +128,3 @@ def _refuse_adapters(folder: Path) -> None:
             f"ctxfast.Embedder: {path} names code of its own for the model, {auto_map['AutoModel']!r}; no code of a "
             f"folder is run here. Remove auto_map from a copy of it if the model is a plain {config.get('model_type')}."
         )
-
-
-def _elmo_files(folder: Path) -> tuple[Path, Path] | None:
-    """Options and weights of the ELMo model in a folder; None if it holds something else.
-
-    Raises:
-        ValueError: both ELMo and BERT, neither, or no telling which file.
-    """
-    names = sorted(file.name for file in folder.iterdir())
-    found = f"It holds: {', '.join(names[:20]) or 'nothing'}{' ...' if len(names) > 20 else ''}."
-    options = _the_one(names, ("options.json",), lambda name: "options" in name and name.endswith(".json"))
-    tables = [name for name in names if name.endswith((".hdf5", ".h5"))]
-    weights = _the_one(tables, ("weights.hdf5",), lambda name: "weights" in name) or _the_one(
-        tables, (), lambda _: True
-    )
-    is_bert = any(name in names for name in ("config.json", "bert_config.json", "modules.json", "0_Transformer"))
-    if options is not None and tables and is_bert:
-        raise ValueError(
-            f"ctxfast.Embedder: {folder} could be a BERT or an ELMo model; expected one of them. {found} Pass "
-            f"options_file and weight_file for ELMo."
-        )
-    if is_bert:
-        return None
-    if options is not None and weights is not None:
-        return folder / options, folder / weights
-    if options is not None and tables:
-        raise ValueError(
-            f"ctxfast.Embedder: {folder} has several HDF5 files ({', '.join(tables)}); expected one that is named "
-            f"*weights*. Pass options_file and weight_file."
-        )
-    raise ValueError(
-        f"ctxfast.Embedder: {folder} is not a model: expected config.json (BERT) or options.json with HDF5 weights "
-        f"(ELMo). {found}"
-    )
-
-
-def _the_one(names: Sequence[str], best: Sequence[str], fits: Callable[[str], bool]) -> str | None:
-    for name in best:
-        if name in names:
-            return name
-    found = [name for name in names if fits(name)]
-    return found[0] if len(found) == 1 else None

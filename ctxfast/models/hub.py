@@ -13,10 +13,11 @@ from pathlib import Path
 _WHO = "ctxfast.download_model"
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 # Of formats that are read here; a repository may hold the same weights in five.
-_TEXTS = (".json", ".txt", ".model")
+_BESIDE_WEIGHTS = (".json", ".txt", ".model", "steady_state.safetensors")
 _WEIGHTS = (
     re.compile(r"(.*/)?model(-\d+-of-\d+)?\.safetensors"),
     re.compile(r"(.*/)?pytorch_model(-\d+-of-\d+)?\.bin"),
+    re.compile(r"weights\.safetensors"),
     re.compile(r".*\.(hdf5|h5)|.*\.ckpt.*"),
 )
 # One of them lies beside the weights of every model that can be read.
@@ -91,7 +92,7 @@ def _wanted(files: list[str]) -> list[str]:
     weights: list[str] = []
     for pattern in _WEIGHTS:
         weights = weights or [file for file in own if pattern.fullmatch(file)]
-    return [file for file in own if file.endswith(_TEXTS)] + weights
+    return [file for file in own if file.endswith(_BESIDE_WEIGHTS)] + weights
 
 
 def _first(error: Exception) -> str:

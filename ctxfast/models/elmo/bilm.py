@@ -24,7 +24,8 @@ from ...nn.words import add_sentence_marks
 from .calibration import SENTENCES
 from .character_encoder import ElmoCharacterEncoder, check_right_padded
 from .config import ElmoConfig
-from .states import STEADY_STATE, CarriedState, State, SteadyState
+from .files import STEADY_STATE, elmo_files
+from .states import CarriedState, State, SteadyState
 from .tokenization import Word, batch_to_ids
 from .weights import load_weights
 
@@ -103,7 +104,8 @@ class ElmoBiLm(tools.NotScriptable):
     def from_files(
         cls, options_file: _Path, weight_file: _Path, requires_grad: bool = False, **kwargs: Any
     ) -> ElmoBiLm:
-        """The model of an options.json and an HDF5 weight file; ``kwargs`` as for the class.
+        """The model of an options.json and its weights (HDF5, or safetensors of AllenNLP's names); ``kwargs`` as for
+        the class.
 
         With ``state="steady"`` it starts texts from the ``steady_state.safetensors`` beside the weight file, if there
         is one.
@@ -114,6 +116,23 @@ class ElmoBiLm(tools.NotScriptable):
         if model.state == "steady" and stored.is_file():
             model.load_steady_state(stored)
         return model
+
+    @classmethod
+    def from_pretrained(
+        cls, path_or_name: _Path, requires_grad: bool = False, *, download: bool = False, **kwargs: Any
+    ) -> ElmoBiLm:
+        """The model of a folder or name; ``kwargs`` as for the class.
+
+        Args:
+            path_or_name: a folder with options and weights, or a name, see
+                ``ctxfast.models.bert.weights.resolve_model``.
+            download: fetch a model of the hub that is not on this machine.
+
+        Raises:
+            FileNotFoundError: no such model.
+            ValueError: the folder holds no ELMo model, or files that do not fit each other.
+        """
+        return cls.from_files(*elmo_files(path_or_name, download=download), requires_grad, **kwargs)
 
     def get_output_dim(self) -> int:
         """2P."""
@@ -147,8 +166,15 @@ class ElmoBiLm(tools.NotScriptable):
 
     @property
     def steady_state(self) -> State | None:
-        """The fixed state, h (L, 2, P) and c (L, 2, H); None before it was calibrated or loaded."""
+        """The fixed state, h (L, 2, P) and c (L, 2, H); None before it was calibrated or loaded; may be set."""
         return self._steady.held() if self._steady.is_set else None
+
+    @steady_state.setter
+    def steady_state(self, state: State | None) -> None:
+        if state is None:
+            self._steady.clear()
+        else:
+            self._steady.set(state, self._weight)
 
     def save_steady_state(self, path: _Path) -> None:
         """Write the steady state (safetensors ``h``, ``c``), which is not part of the state_dict."""

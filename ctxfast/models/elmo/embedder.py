@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import h5py
 import numpy as np
@@ -17,6 +17,7 @@ from ..._core.files import replacing
 from ..._core.hdf5 import new_hdf5
 from .bilm import ElmoBiLm
 from .character_encoder import remove_sentence_marks
+from .files import elmo_files
 from .tokenization import Word, batch_to_ids, lazy_batches
 
 _OP = "ctxfast.ElmoEmbedder"
@@ -78,6 +79,11 @@ class ElmoEmbedder:
             options_file, weight_file, state=state, weight_dtype=weight_dtype, impl=impl
         ).to(self.device)
         self.bilm.eval()
+
+    @classmethod
+    def from_pretrained(cls, path_or_name: _Path, *, download: bool = False, **kwargs: Any) -> ElmoEmbedder:
+        """The model of a folder or name, see ``ElmoBiLm.from_pretrained``; ``kwargs`` as for the class."""
+        return cls(*elmo_files(path_or_name, download=download), **kwargs)
 
     @torch.no_grad()
     def embed_batch(self, batch: Sequence[Sequence[Word]]) -> list[np.ndarray]:

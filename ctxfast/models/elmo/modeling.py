@@ -20,6 +20,7 @@ from ...nn.scalar_mix import ScalarMix
 from .bilm import ElmoBiLm
 from .character_encoder import remove_sentence_marks, without_sentence_marks
 from .config import ElmoConfig
+from .files import elmo_files
 from .states import State
 from .tokenization import Word
 from .weights import random_weights
@@ -35,7 +36,7 @@ class Elmo(tools.NotScriptable):
 
     Args:
         options_file: options.json of AllenNLP or bilm-tf.
-        weight_file: the HDF5 file that belongs to it.
+        weight_file: the file that belongs to it: HDF5, or safetensors of AllenNLP's names.
         num_output_representations: how many mixes, each with weights of its own.
         requires_grad: whether the language model is trained, too.
         do_layer_norm: normalise layers before they are mixed, see ``ScalarMix``.
@@ -139,6 +140,19 @@ class Elmo(tools.NotScriptable):
             config, random_weights(config, seed), requires_grad, state=state, weight_dtype=weight_dtype, impl=impl
         )
         return cls(num_output_representations=num_output_representations, module=bilm, impl=impl, **kwargs)
+
+    @classmethod
+    def from_pretrained(
+        cls, path_or_name: _Path, num_output_representations: int = 1, *, download: bool = False, **kwargs: Any
+    ) -> Elmo:
+        """The model of a folder or name, see ``ElmoBiLm.from_pretrained``.
+
+        Args:
+            path_or_name: a folder with options and weights, or a name.
+            download: fetch a model of the hub that is not on this machine.
+            kwargs: the other arguments of the class.
+        """
+        return cls(*elmo_files(path_or_name, download=download), num_output_representations, **kwargs)
 
     def _bilm(self, what: str) -> ElmoBiLm:
         if not isinstance(self._elmo_lstm, ElmoBiLm):

@@ -17,7 +17,6 @@ from .config import ElmoConfig
 
 State = tuple[Tensor, Tensor]
 # Beside a weight file: the steady state that belongs to it.
-STEADY_STATE = "steady_state.safetensors"
 _WEIGHTS = "sha256_of_first_rows"
 
 

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ELMo weight files: the HDF5 layout of bilm-tf and AllenNLP to and from a state dict under AllenNLP's names.
+"""ELMo weight files: the HDF5 layout of bilm-tf and AllenNLP to and from a state dict under AllenNLP's names; and that
+state dict as safetensors.
 
-The file holds TensorFlow's matrices, (in, out), with the gates of a cell in the order i, j (= g), f, o, a forget bias
-that 1 is added to at run time, and highways whose gate says how much of the transformed side to take. The state dict
-holds torch's: (out, in), gates i, f, g, o, the 1 folded into the bias, and a gate that says how much of the input to
-keep. The character table of the file has no row for "no word"; the state dict's has one more, row 0, of zeros.
+The HDF5 file holds TensorFlow's matrices, (in, out), with the gates of a cell in the order i, j (= g), f, o, a forget
+bias that 1 is added to at run time, and highways whose gate says how much of the transformed side to take. The state
+dict holds torch's: (out, in), gates i, f, g, o, the 1 folded into the bias, and a gate that says how much of the input
+to keep. The character table of the file has no row for "no word"; the state dict's has one more, row 0, of zeros.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..._core.files import replacing
@@ -173,10 +175,11 @@ def _warn_not_finite(name: str, place: str, finite: int, size: int, who: str) ->
 
 
 def load_weights(weight_file: str | os.PathLike[str], config: ElmoConfig) -> tuple[ElmoConfig, dict[str, Tensor]]:
-    """Read an HDF5 weight file of AllenNLP or bilm-tf.
+    """Read a weight file.
 
     Args:
-        weight_file: the file.
+        weight_file: HDF5 of AllenNLP or bilm-tf; or ``.safetensors`` with AllenNLP's names of parameters, in any
+            floating-point dtype.
         config: from the options that belong to it.
 
     Returns:
@@ -197,6 +200,10 @@ def load_weights(weight_file: str | os.PathLike[str], config: ElmoConfig) -> tup
     path = Path(weight_file)
     if not path.is_file():
         raise FileNotFoundError(f"{_LOAD}: there is no weight file {path}.")
+    if path.suffix == ".safetensors":
+        with reading(path, _LOAD, "safetensors file of weights"):
+            config, state_dict = weights_from_state_dict(load_file(path), config)
+        return config, {name: value.float() for name, value in state_dict.items()}
     with reading(path, _LOAD, "HDF5 file of weights"), h5py.File(path, "r") as file:
         return _load(file, path, config)
 
@@ -293,27 +300,42 @@ def save_weights(
     options_path: str | os.PathLike[str],
     weights_path: str | os.PathLike[str],
     *,
+    dtype: torch.dtype = torch.float32,
     overwrite: bool = False,
 ) -> None:
-    """Write options.json and the HDF5 weight file that AllenNLP and bilm-tf read.
+    """Write options.json and a weight file: HDF5 that AllenNLP and bilm-tf read, or safetensors.
 
     Args:
-        state_dict: as ``weights_from_state_dict`` takes it; stored as float32.
+        state_dict: as ``weights_from_state_dict`` takes it.
         config: sizes.
-        options_path, weights_path: the two files; their folders exist. The weights come into place first.
+        options_path, weights_path: the two files; their folders exist. The weights come into place first; they are
+            safetensors if their name ends so.
+        dtype: of the numbers; HDF5 has float32 alone.
         overwrite: whether files of these names may be replaced.
 
-    A forget bias is stored less 1, so it returns within 6e-8; all else returns bit by bit.
+    In HDF5 a forget bias is stored less 1, so it returns within 6e-8; all else returns bit by bit.
 
     Raises:
         FileExistsError: a target exists and ``overwrite`` is False.
-        ValueError: as ``weights_from_state_dict``.
+        ValueError: as ``weights_from_state_dict``; another dtype for HDF5.
     """
     options_path, weights_path = Path(options_path), Path(weights_path)
     for path in (options_path, weights_path):
         if path.exists() and not overwrite:
             raise FileExistsError(f"{_SAVE}: {path} exists. Pass overwrite=True to replace it.")
+    is_packed = weights_path.suffix == ".safetensors"
+    if dtype != torch.float32 and not is_packed:
+        raise ValueError(
+            f"{_SAVE}: dtype is {dtype}; expected float32 for HDF5. A name with .safetensors takes others."
+        )
     config, tensors = weights_from_state_dict(state_dict, config)
+    if is_packed:
+        with replacing(weights_path) as temporary:
+            save_file(
+                {name: value.detach().to("cpu", dtype).contiguous() for name, value in tensors.items()}, temporary
+            )
+        config.save(options_path)
+        return
     arrays = {name: value.detach().cpu().to(torch.float32).numpy() for name, value in tensors.items()}
     datasets: dict[str, np.ndarray] = {}
     for name, part in _parts(config).items():

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from ... import functional
 from ...models.elmo.bilm import ElmoBiLm
 from ...models.elmo.config import ElmoConfig
-from ...models.elmo.states import STEADY_STATE
+from ...models.elmo.files import STEADY_STATE
 from ...models.elmo.weights import load_weights, random_weights, save_weights
 from ..loop.train import BaseTask, moved
 from .bilm_corpus import BiLmCorpus, Window, read_vocabulary
