@@ -28,6 +28,7 @@ class Embeddings(tools.NotScriptable):
 
     Args:
         vocab_size, hidden_size, max_position_embeddings, type_vocab_size: sizes of the tables.
+            No token types, and no table of them, with a ``type_vocab_size`` of 0 (DistilBERT).
         task_type_vocab_size: rows of ERNIE's task table; None for no such table.
         padding_idx: word id whose row gets no gradient, as in torch.nn.Embedding; None for none.
         position_padding_idx: the same for the position table (RoBERTa); None for none.
@@ -63,7 +64,7 @@ class Embeddings(tools.NotScriptable):
         self.position_embeddings = nn.Embedding(
             max_position_embeddings, hidden_size, padding_idx=position_padding_idx, **place
         )
-        self.token_type_embeddings = nn.Embedding(type_vocab_size, hidden_size, **place)
+        self.token_type_embeddings = nn.Embedding(type_vocab_size, hidden_size, **place) if type_vocab_size else None
         if task_type_vocab_size is not None:
             self.task_type_embeddings = nn.Embedding(task_type_vocab_size, hidden_size, **place)
         else:
@@ -79,12 +80,13 @@ class Embeddings(tools.NotScriptable):
         token_type_ids: Tensor | None = None,
         task_type_ids: Tensor | None = None,
     ) -> Tensor:
-        """(T,) int64 each -> (T, N). Types that are not given are 0.
+        """(T,) int64 each -> (T, N). Types that are not given are 0; without a table of them they are not read.
 
         Raises:
             RuntimeError: an embedding was replaced by another module, whose ``forward`` would be ignored.
         """
-        if token_type_ids is None:
+        words, types = self.word_embeddings.weight, self.token_type_embeddings
+        if token_type_ids is None or types is None:
             token_type_ids = torch.zeros_like(input_ids)
         for name in ("word_embeddings", "position_embeddings", "token_type_embeddings", "task_type_embeddings"):
             if getattr(self, name) is not None:
@@ -96,9 +98,9 @@ class Embeddings(tools.NotScriptable):
             input_ids,
             position_ids,
             token_type_ids,
-            self.word_embeddings.weight,
+            words,
             self.position_embeddings.weight,
-            self.token_type_embeddings.weight,
+            words.new_zeros(1, words.shape[1]) if types is None else types.weight,
             self.LayerNorm.weight,
             self.LayerNorm.bias,
             task_type_ids,

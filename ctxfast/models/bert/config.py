@@ -12,9 +12,10 @@ from typing import Any, cast
 
 from ..._core.files import replacing
 from ..._core.reading import read_json, reading
+from .families import FAMILIES, Family
 
 ROBERTA_TYPES = ("roberta", "xlm-roberta", "camembert")
-MODEL_TYPES = ("bert", *ROBERTA_TYPES, "ernie")
+MODEL_TYPES = tuple(FAMILIES)
 
 # Hugging Face's hidden_act -> the name `linear_act` uses. The five names of the tanh form stand
 # for one formula; "gelu_new" is the one this package writes.
@@ -30,18 +31,10 @@ ACTIVATIONS = {
     "tanh": "tanh",
 }
 
-# Class names written by files that predate the model_type key, longest prefix first.
-_ARCHITECTURE_TYPES = (
-    ("XLMRoberta", "xlm-roberta"),
-    ("Camembert", "camembert"),
-    ("Roberta", "roberta"),
-    ("Ernie", "ernie"),
-    ("Bert", "bert"),
-)
-
 _POSITIVE = (
     "vocab_size",
     "hidden_size",
+    "embedding_size",
     "num_hidden_layers",
     "num_attention_heads",
     "intermediate_size",
@@ -73,18 +66,24 @@ def write_json(path: Path, value: Any) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class BertConfig:
-    """Configuration of a post-LayerNorm encoder of the BERT, RoBERTa, XLM-R or ERNIE family.
+    """Configuration of a post-LayerNorm encoder: BERT, RoBERTa, XLM-R, CamemBERT, ERNIE, DistilBERT or ELECTRA.
 
-    Fields have Hugging Face's names and defaults (bert-base-uncased). The object is frozen: use
-    `dataclasses.replace`, `with_labels` or `with_gelu`.
+    Fields have the names and defaults of Hugging Face's BertConfig (bert-base-uncased), whatever the model type; files
+    have each type's own (`dim`, `n_layers`, ... of DistilBERT). The object is frozen: use `dataclasses.replace`,
+    `with_labels` or `with_gelu`.
     Keys of a config.json that have no field here are kept in `extra` and written back.
+
+    Attributes:
+        embedding_size: width of the tables (None: `hidden_size`); ELECTRA's may be another and is then projected.
+        type_vocab_size: 0 for DistilBERT, which has no token types; None becomes that, else 2.
 
     Raises:
         ValueError: a value out of range, an unknown activation, model type or position embedding,
             a hidden size that the heads do not divide, or a decoder.
         TypeError: a size that is not an integer.
 
-    Reference: Devlin et al. 2019 (BERT); Liu et al. 2019 (RoBERTa); Sun et al. 2020 (ERNIE 2.0).
+    Reference: Devlin et al. 2019 (BERT); Liu et al. 2019 (RoBERTa); Sun et al. 2020 (ERNIE 2.0); Sanh et al. 2019
+    (DistilBERT); Clark et al. 2020 (ELECTRA).
     """
 
     vocab_size: int = 30522
@@ -96,7 +95,7 @@ class BertConfig:
     hidden_dropout_prob: float = 0.1
     attention_probs_dropout_prob: float = 0.1
     max_position_embeddings: int = 512
-    type_vocab_size: int = 2
+    type_vocab_size: int = cast("int", None)
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-12
     pad_token_id: int = cast("int", None)  # None becomes 1 for RoBERTa's types, else 0
@@ -108,6 +107,7 @@ class BertConfig:
     id2label: dict[int, str] | None = None
     position_embedding_type: str = "absolute"
     tie_word_embeddings: bool = True
+    embedding_size: int = cast("int", None)
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -115,19 +115,30 @@ class BertConfig:
             raise _fail("model_type", self.model_type, f"one of {', '.join(MODEL_TYPES)}")
         if self.pad_token_id is None:
             object.__setattr__(self, "pad_token_id", 1 if self.is_roberta else 0)
+        if self.embedding_size is None:
+            object.__setattr__(self, "embedding_size", self.hidden_size)
+        has_types = "type_vocab_size" not in self.family.absent
+        if self.type_vocab_size is None:
+            object.__setattr__(self, "type_vocab_size", 2 if has_types else 0)
         for name in (*_POSITIVE, "pad_token_id"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"ctxfast.BertConfig: {name} is {value!r}; expected an integer")
-            if value < (0 if name == "pad_token_id" else 1):
+            may_be_zero = name == "pad_token_id" or (name == "type_vocab_size" and not has_types)
+            if value < (0 if may_be_zero else 1):
                 raise _fail(name, value, "a positive integer")
+        if not has_types and self.type_vocab_size:
+            raise _fail("type_vocab_size", self.type_vocab_size, f"0: {self.model_type} has no token types")
+        if self.embedding_size != self.hidden_size and "embedding_size" in self.family.absent:
+            expected = f"hidden_size = {self.hidden_size} for model_type {self.model_type!r}"
+            raise _fail("embedding_size", self.embedding_size, expected)
         if self.hidden_size % self.num_attention_heads:
             raise _fail(
                 "hidden_size", self.hidden_size, f"a multiple of num_attention_heads = {self.num_attention_heads}"
             )
         if self.hidden_act not in ACTIVATIONS:
             raise _fail("hidden_act", self.hidden_act, f"one of {', '.join(ACTIVATIONS)}")
-        for name in _PROBABILITIES:
+        for name in (*_PROBABILITIES, "span_dropout"):
             value = getattr(self, name)
             if name == "classifier_dropout" and value is None:
                 continue
@@ -177,6 +188,11 @@ class BertConfig:
                 )
 
     @property
+    def family(self) -> Family:
+        """What is peculiar to the model type."""
+        return FAMILIES[self.model_type]
+
+    @property
     def is_roberta(self) -> bool:
         """True for the types with RoBERTa's position numbering and head names."""
         return self.model_type in ROBERTA_TYPES
@@ -203,10 +219,20 @@ class BertConfig:
 
     @property
     def head_dropout(self) -> float:
-        """Dropout before a classifier: `classifier_dropout`, else `hidden_dropout_prob`."""
+        """Dropout before a classifier of texts: `classifier_dropout`, else `hidden_dropout_prob`."""
         if self.classifier_dropout is None:
             return self.hidden_dropout_prob
         return self.classifier_dropout
+
+    @property
+    def token_dropout(self) -> float:
+        """Dropout before a classifier of tokens; DistilBERT's `classifier_dropout` is that of texts alone."""
+        return self.hidden_dropout_prob if self.model_type == "distilbert" else self.head_dropout
+
+    @property
+    def span_dropout(self) -> float:
+        """Dropout before answer spans, which DistilBERT alone has (`qa_dropout`)."""
+        return self.extra.get("qa_dropout", 0.1) if self.model_type == "distilbert" else 0.0
 
     @property
     def label2id(self) -> dict[str, int] | None:
@@ -237,6 +263,9 @@ class BertConfig:
         extra = dict(values.pop("extra", {}))
         if values.get("model_type") is None:
             values["model_type"] = _type_from_architectures(values.get("architectures"))
+        family = FAMILIES.get(values["model_type"]) if isinstance(values["model_type"], str) else None
+        if family is not None:
+            values = _own_fields(values, family, extra)
         labels = values.pop("id2label", None)
         label2id = values.pop("label2id", None)
         if labels is None and label2id:
@@ -281,6 +310,9 @@ class BertConfig:
         }
         if self.model_type != "ernie":
             del values["use_task_id"], values["task_type_vocab_size"]
+        for name in self.family.absent:
+            del values[name]
+        values = {self.family.fields.get(name, name): value for name, value in values.items()}
         labels = self.id2label
         if labels is None and self.num_labels != 2:
             labels = {index: f"LABEL_{index}" for index in range(self.num_labels)}
@@ -313,12 +345,21 @@ class BertConfig:
         return dataclasses.replace(self, hidden_act="gelu" if form == "erf" else "gelu_new")
 
 
+def _own_fields(values: dict[str, Any], family: Family, extra: dict[str, Any]) -> dict[str, Any]:
+    """The keys of a config.json under the names of fields here, with the defaults of their type; keys that would be
+    taken for fields that the type does not have go to ``extra``."""
+    extra.update((name, values.pop(name)) for name in family.absent if name in values)
+    theirs = {theirs: ours for ours, theirs in family.fields.items()}
+    return {**family.defaults, **{theirs.get(name, name): value for name, value in values.items()}}
+
+
 def _type_from_architectures(architectures: object) -> str:
-    """Model type behind class names such as ["RobertaForMaskedLM"]; "bert" without any."""
+    """Model type behind class names such as ["RobertaForMaskedLM"], which stand alone in files that predate the
+    model_type key; "bert" without any."""
     if not isinstance(architectures, (list, tuple)) or not architectures:
         return "bert"
     name = str(architectures[0])
-    for prefix, model_type in _ARCHITECTURE_TYPES:
-        if name.startswith(prefix):
+    for model_type, family in FAMILIES.items():
+        if name.startswith(family.classes):
             return model_type
     raise _fail("architectures", list(architectures), f"classes of {', '.join(MODEL_TYPES)}")

@@ -46,10 +46,10 @@ class _Transform(nn.Module):
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.LayerNorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        # RoBERTa's head has GELU whatever the encoder's activation is.
-        is_fixed = config.is_roberta and not config.activation.startswith("gelu")
+        self.dense = nn.Linear(config.hidden_size, config.embedding_size)
+        self.LayerNorm = LayerNorm(config.embedding_size, eps=config.layer_norm_eps)
+        # RoBERTa's and ELECTRA's head has GELU whatever the encoder's activation is.
+        is_fixed = (config.is_roberta or config.model_type == "electra") and not config.activation.startswith("gelu")
         self.activation = "gelu" if is_fixed else config.activation
 
     def forward(self, x: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ class _Predictions(nn.Module):
         super().__init__()
         self.transform = _Transform(config)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
-        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
+        self.decoder = nn.Linear(config.embedding_size, config.vocab_size)
 
 
 class _Heads(nn.Module):
@@ -266,8 +266,9 @@ class BertForSequenceClassification(BertWithHead):
     The kind of problem is the config's ``problem_type``; without one it is regression for a single label, one class for
     integer labels, several classes for floating-point labels, as in Hugging Face.
 
-    With a RoBERTa config the pooler is what Hugging Face calls ``classifier.dense`` (files are renamed on the way in
-    and out); Hugging Face applies dropout both before and after it, this class only after it.
+    With a RoBERTa or ELECTRA config the pooler is what Hugging Face calls ``classifier.dense``, with DistilBERT's
+    ``pre_classifier`` (files are renamed on the way in and out); before ``classifier.dense`` Hugging Face applies
+    dropout, too, this class only after it.
     """
 
     _task = "SequenceClassification"
@@ -352,7 +353,7 @@ class BertForTokenClassification(BertWithHead):
         """As ``Bert.forward``; labels (B, L) classes, -100 for none; logits (B, L, C), zeros at padding."""
         inputs = (input_ids, attention_mask, token_type_ids, position_ids, task_type_ids)
         encoded = self._encode(inputs, options, Labels("labels", labels, 2, self.config.num_labels))
-        hidden = F.dropout(encoded.packed_last_hidden_state, self.config.head_dropout, self.training)
+        hidden = F.dropout(encoded.packed_last_hidden_state, self.config.token_dropout, self.training)
         logits = tools.linear(hidden, self.classifier)
         loss = None if labels is None else cross_entropy(logits, encoded.packing.pack(labels))
         return HeadOutput(loss, encoded.packing.unpack(logits), encoded)
@@ -405,7 +406,8 @@ class BertForQuestionAnswering(BertWithHead):
             inputs, options, Labels("start_positions", start_positions, 1), Labels("end_positions", end_positions, 1)
         )
         packing = encoded.packing
-        packed = tools.linear(encoded.packed_last_hidden_state, self.qa_outputs)
+        hidden = F.dropout(encoded.packed_last_hidden_state, self.config.span_dropout, self.training)
+        packed = tools.linear(hidden, self.qa_outputs)
         logits = packing.unpack(packed, fill=torch.finfo(packed.dtype).min)
         start_logits, end_logits = logits.unbind(-1)
         loss = None

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The BERT encoder (also RoBERTa's and ERNIE's) over packed tokens: no padding is computed anywhere inside.
+"""The encoder of BERT and kin (RoBERTa, ERNIE, DistilBERT, ELECTRA) over packed tokens: no padding is computed anywhere
+inside.
 
 Names of parameters and state_dict are those of Hugging Face's BertModel. Differences from it, by design: outputs at
 padding are zero, and the pooler reads a text's first real token (with left padding, column 0 holds none). With
@@ -70,6 +71,9 @@ class Encoder(nn.Module):
             )
             for _ in range(config.num_hidden_layers)
         )
+        if not config.family.drops_projection:
+            for layer in self.layer:
+                layer.attention.output.LayerNorm.dropout = 0.0
         self.gradient_checkpointing = False
         self._cached_layers = CachedLayers()
 
@@ -95,15 +99,16 @@ class Encoder(nn.Module):
 
 
 class Pooler(nn.Module):
-    """``tanh(W h + b)`` of each text's first token. Parameters: ``dense.{weight,bias}``."""
+    """``activation(W h + b)`` of each text's first token. Parameters: ``dense.{weight,bias}``."""
 
-    def __init__(self, hidden_size: int) -> None:
+    def __init__(self, hidden_size: int, activation: str = "tanh") -> None:
         super().__init__()
         self.dense = nn.Linear(hidden_size, hidden_size)
+        self.activation = activation
 
     def forward(self, x: Tensor, packing: Packing) -> Tensor:
         """(T, N) packed tokens -> (B, N); zeros for a text without tokens."""
-        pooled = tools.linear(packing.first(x), self.dense, "tanh")
+        pooled = tools.linear(packing.first(x), self.dense, self.activation)
         if not packing.has_empty:
             return pooled
         is_empty = packing.cu_seqlens[1:] == packing.cu_seqlens[:-1]
@@ -114,12 +119,12 @@ class Pooler(nn.Module):
         are anything unless ``has_empty``."""
         starts, ends = cu_seqlens[:-1], cu_seqlens[1:]
         # Where the last ones are empty they start past the end.
-        pooled = tools.linear(x.index_select(0, starts.clamp(max=x.shape[0] - 1)), self.dense, "tanh")
+        pooled = tools.linear(x.index_select(0, starts.clamp(max=x.shape[0] - 1)), self.dense, self.activation)
         return pooled.masked_fill((starts == ends)[:, None], 0.0) if has_empty else pooled
 
 
 class Bert(Pretrained):
-    """BERT's encoder; with a RoBERTa or ERNIE config, theirs.
+    """BERT's encoder; with a config of another model type (RoBERTa, DistilBERT, ELECTRA, ...), theirs.
 
     Args:
         config: sizes and options.
@@ -130,14 +135,16 @@ class Bert(Pretrained):
             rows: late interaction, unpacked LSTMs, convolutions, losses over padding. The attribute ``padding`` can be
             set, and overridden per call.
 
-    The state_dict has exactly the names of Hugging Face's BertModel. Weights are initialized likewise: normal with
+    The state_dict has exactly the names of Hugging Face's BertModel, whatever the model type (ELECTRA's
+    ``embeddings_project`` beside them); files have each type's own. Weights are initialized likewise: normal with
     standard deviation ``initializer_range``, biases 0, LayerNorm 1 and 0, padding rows 0.
     ``gradient_checkpointing_enable()`` recomputes each layer in the backward pass instead of keeping its activations.
 
     On a GPU, calls without gradients go through CUDA graphs from the second call of a size on (sizes
     are rounded up to buckets); ``cuda_graphs = False`` turns that off.
 
-    Reference: Devlin et al. 2019; Liu et al. 2019 (RoBERTa); Sun et al. 2020 (ERNIE 2.0).
+    Reference: Devlin et al. 2019; Liu et al. 2019 (RoBERTa); Sun et al. 2020 (ERNIE 2.0); Sanh et al. 2019
+    (DistilBERT); Clark et al. 2020 (ELECTRA).
     """
 
     _file_prefix = "bert."
@@ -148,7 +155,7 @@ class Bert(Pretrained):
         self.padding = padding
         self.embeddings = Embeddings(
             config.vocab_size,
-            config.hidden_size,
+            config.embedding_size,
             config.max_position_embeddings,
             config.type_vocab_size,
             task_type_vocab_size=config.task_type_vocab_size if config.use_task_id else None,
@@ -157,8 +164,11 @@ class Bert(Pretrained):
             eps=config.layer_norm_eps,
             dropout=config.hidden_dropout_prob,
         )
+        self.embeddings_project = None
+        if config.embedding_size != config.hidden_size:
+            self.embeddings_project = nn.Linear(config.embedding_size, config.hidden_size)
         self.encoder = Encoder(config)
-        self.pooler = Pooler(config.hidden_size) if add_pooling_layer else None
+        self.pooler = Pooler(config.hidden_size, config.family.pooler) if add_pooling_layer else None
         self.cuda_graphs = True
         self._graphs = PackedGraphs()
         self.init_weights(self)
@@ -193,7 +203,8 @@ class Bert(Pretrained):
             gelu: "erf" or "tanh" instead of the config's.
             dtype: of the parameters; None for that of the word table in the file.
             device: None for the CPU.
-            add_pooling_layer: None for a pooler if the file has one; True makes one, with a warning, if not.
+            add_pooling_layer: None for a pooler if the file has one (DistilBERT and ELECTRA have none); True makes one,
+                with a warning, if not.
             padding: "zero" or "keep", see the class.
             download: fetch a model of the hub that is not on this machine.
 
@@ -204,7 +215,7 @@ class Bert(Pretrained):
         checks.choice(_OP, "padding", padding, PADDING)
         read = cls._read(path_or_name, gelu, download)
         if add_pooling_layer is None:
-            add_pooling_layer = "bert.pooler.dense.weight" in read.state_dict
+            add_pooling_layer = read.config.family.pools and "bert.pooler.dense.weight" in read.state_dict
         return cls._from_checkpoint(read, dtype, device, add_pooling_layer=add_pooling_layer, padding=padding)
 
     def quantize(self, kind: str | None = "int8") -> Bert:
@@ -256,7 +267,7 @@ class Bert(Pretrained):
             attention_mask: (B, L), 1 for a token, 0 for padding, anywhere in a row; None for all tokens. How many
                 tokens there are is read from it: on a GPU the host waits once, until all that it was given before is
                 done, and never for ``lengths`` or without a mask.
-            token_type_ids: (B, L); None for 0.
+            token_type_ids: (B, L); None for 0. A model without token types (DistilBERT) does not read them.
             position_ids: (B, L) or (1, L); None for the column (RoBERTa: count of non-padding ids,
                 from ``pad_token_id + 1``).
             task_type_ids: (B, L), ERNIE's; None for 0.
@@ -310,7 +321,10 @@ class Bert(Pretrained):
         has_empty = packing.has_empty
 
         def encode(tokens: Sequence[Tensor | None], cu_seqlens: Tensor, max_seqlen: int) -> list[Tensor]:
-            states = self.encoder(self.embeddings(*tokens), cu_seqlens, max_seqlen, output_hidden_states, rows)
+            x = self.embeddings(*tokens)
+            if self.embeddings_project is not None:
+                x = tools.linear(x, self.embeddings_project)
+            states = self.encoder(x, cu_seqlens, max_seqlen, output_hidden_states, rows)
             if not pools:
                 return states
             if cu_seqlens is packing.cu_seqlens:
@@ -415,6 +429,8 @@ class Bert(Pretrained):
             if not (name == "position_ids" and tuple(value.shape) == (1, seqlen)):
                 checks.shape(_OP, name, value, (batch_size, seqlen), "(batch, seqlen)")
             checks.same(_OP, "the model", table, [(name, value)], dtype=False)
+            if rows == 0:
+                continue
             if check_inputs and value.device.type != "cpu":
                 value = value.cpu()
             hint = f"The model has {rows} rows for them."

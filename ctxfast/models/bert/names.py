@@ -8,52 +8,24 @@ type; `cls.predictions...`, `cls.seq_relationship...`, `classifier...` and `qa_o
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from .config import BertConfig
+from .families import FAMILIES
 
-_FILE_PREFIX = {"bert": "bert", "ernie": "ernie"}  # every RoBERTa type: "roberta"
-_CLASS_PREFIX = {
-    "bert": "Bert",
-    "roberta": "Roberta",
-    "xlm-roberta": "XLMRoberta",
-    "camembert": "Camembert",
-    "ernie": "Ernie",
-}
 # Counts from 0 and zeros that older classes stored; Hugging Face's library does not read them.
 BUFFERS = ("bert.embeddings.position_ids", "bert.embeddings.token_type_ids")
 DECODER_WEIGHT, DECODER_BIAS = "cls.predictions.decoder.weight", "cls.predictions.decoder.bias"
 WORDS, BIAS = "bert.embeddings.word_embeddings.weight", "cls.predictions.bias"
 
-# RoBERTa's heads compute what BERT's do under other names: `classifier.dense` with tanh on the
-# first token is the pooler, `out_proj` the classifier behind it.
-_ROBERTA_HEADS = (
-    ("lm_head.dense.", "cls.predictions.transform.dense."),
-    ("lm_head.layer_norm.", "cls.predictions.transform.LayerNorm."),
-    ("lm_head.decoder.", "cls.predictions.decoder."),
-    ("lm_head.bias", "cls.predictions.bias"),
-    ("classifier.dense.", "bert.pooler.dense."),
-    ("classifier.out_proj.", "classifier."),
-)
-
 # A dimension is the config field that gives it; "labels" is free.
 Shape = tuple[str, ...]
 _H, _F, _V = "hidden_size", "intermediate_size", "vocab_size"
 POOLER_SHAPES: dict[str, Shape] = {"bert.pooler.dense.weight": (_H, _H), "bert.pooler.dense.bias": (_H,)}
-HEAD_SHAPES: dict[str, Shape] = {
-    "cls.predictions.transform.dense.weight": (_H, _H),
-    "cls.predictions.transform.dense.bias": (_H,),
-    "cls.predictions.transform.LayerNorm.weight": (_H,),
-    "cls.predictions.transform.LayerNorm.bias": (_H,),
-    "cls.predictions.bias": (_V,),
-    "cls.predictions.decoder.weight": (_V, _H),
-    "cls.seq_relationship.weight": ("labels", _H),
-    "cls.seq_relationship.bias": ("labels",),
-    "classifier.weight": ("labels", _H),
-    "classifier.bias": ("labels",),
-    "qa_outputs.weight": ("labels", _H),
-    "qa_outputs.bias": ("labels",),
-}
+# Beginnings of the backbone's names.
+_BACKBONE = ("embeddings.", "embeddings_project.", "encoder.", "pooler.")
+# Names of the backbone that is meant, for a file that belongs to another config.
+PREFIXES = tuple(dict.fromkeys(f"{family.prefix}." for family in FAMILIES.values()))
 
 _TF_RENAMES = {
     "cls/predictions/output_bias": "cls.predictions.bias",
@@ -68,15 +40,48 @@ _TF_LAST = {"kernel": "weight", "gamma": "weight", "beta": "bias", "bias": "bias
 _TF_SLOT = re.compile(r"(^|/)(adam_[mv]|\w*Optimizer(_\d+)?|Adam(_\d+)?|global_step|beta[12]_power)$")
 
 
+def _table_width(config: BertConfig) -> str:
+    """The field that says how wide the embedding tables are."""
+    return _H if config.embedding_size == config.hidden_size else "embedding_size"
+
+
+def head_shapes(config: BertConfig) -> dict[str, Shape]:
+    """Every tensor of the heads with its dimensions; files have few of them."""
+    width = _table_width(config)
+    return {
+        "cls.predictions.transform.dense.weight": (width, _H),
+        "cls.predictions.transform.dense.bias": (width,),
+        "cls.predictions.transform.LayerNorm.weight": (width,),
+        "cls.predictions.transform.LayerNorm.bias": (width,),
+        "cls.predictions.bias": (_V,),
+        "cls.predictions.decoder.weight": (_V, width),
+        "cls.seq_relationship.weight": ("labels", _H),
+        "cls.seq_relationship.bias": ("labels",),
+        "cls.discriminator.dense.weight": (_H, _H),
+        "cls.discriminator.dense.bias": (_H,),
+        "cls.discriminator.dense_prediction.weight": ("labels", _H),
+        "cls.discriminator.dense_prediction.bias": ("labels",),
+        "classifier.weight": ("labels", _H),
+        "classifier.bias": ("labels",),
+        "qa_outputs.weight": ("labels", _H),
+        "qa_outputs.bias": ("labels",),
+    }
+
+
 def backbone_shapes(config: BertConfig) -> dict[str, Shape]:
     """Every backbone tensor but the pooler, which many files leave out, with its dimensions."""
+    width = _table_width(config)
     shapes: dict[str, Shape] = {
-        "bert.embeddings.word_embeddings.weight": (_V, _H),
-        "bert.embeddings.position_embeddings.weight": ("max_position_embeddings", _H),
-        "bert.embeddings.token_type_embeddings.weight": ("type_vocab_size", _H),
-        "bert.embeddings.LayerNorm.weight": (_H,),
-        "bert.embeddings.LayerNorm.bias": (_H,),
+        "bert.embeddings.word_embeddings.weight": (_V, width),
+        "bert.embeddings.position_embeddings.weight": ("max_position_embeddings", width),
+        "bert.embeddings.LayerNorm.weight": (width,),
+        "bert.embeddings.LayerNorm.bias": (width,),
     }
+    if config.type_vocab_size:
+        shapes["bert.embeddings.token_type_embeddings.weight"] = ("type_vocab_size", width)
+    if width != _H:
+        shapes["bert.embeddings_project.weight"] = (_H, width)
+        shapes["bert.embeddings_project.bias"] = (_H,)
     if config.use_task_id:
         shapes["bert.embeddings.task_type_embeddings.weight"] = ("task_type_vocab_size", _H)
     blocks: dict[str, Shape] = {
@@ -107,30 +112,42 @@ def from_torch_names(names: Iterable[str], config: BertConfig) -> dict[str, str]
     """Maps names of a PyTorch file to the normal form; several may have the same.
 
     Accepts every name with or without the backbone's prefix, `module.` in front, and the old LayerNorm names gamma and
-    beta. The decoder's own bias keeps its name (`DECODER_BIAS`), and so do buffers (`BUFFERS`). A RoBERTa's pooler
+    beta. The decoder's own bias keeps its name (`DECODER_BIAS`), and so do buffers (`BUFFERS`). A pooler
     beside a classifier that has the pooler's place keeps a name without prefix, which is not a known part.
     """
-    result: dict[str, str] = {}
-    names = list(names)
+    family = config.family
+    blocks = {theirs: ours for ours, theirs in family.blocks.items()}
     stripped = {name: name.removeprefix("module.") for name in names}
-    has_dense_head = config.is_roberta and "classifier.dense.weight" in stripped.values()
+    # A layer before a classifier of texts takes the pooler's place.
+    pooled = tuple(theirs for theirs, ours in family.sentence_head if ours.startswith("bert.pooler."))
+    has_dense_head = bool(pooled) and any(key.startswith(pooled) for key in stripped.values())
+    result: dict[str, str] = {}
     for name, key in stripped.items():
         if key.endswith(".gamma"):
             key = key.removesuffix("gamma") + "weight"
         elif key.endswith(".beta"):
             key = key.removesuffix("beta") + "bias"
-        for prefix in ("bert.", "roberta.", "ernie."):
+        for prefix in PREFIXES:
             key = key.removeprefix(prefix)
-        if key.startswith(("embeddings.", "encoder.", "pooler.")):
+        if key.startswith((*_BACKBONE, f"{family.layers}.")):
             if not (has_dense_head and key.startswith("pooler.")):
-                key = f"bert.{key}"
-        elif config.is_roberta:
-            for theirs, ours in _ROBERTA_HEADS:
+                key = f"bert.{_renamed_layer(key, family.layers, 'encoder.layer', blocks)}"
+        else:
+            for theirs, ours in (*family.heads, *family.sentence_head):
                 if key.startswith(theirs):
                     key = ours + key.removeprefix(theirs)
                     break
         result[name] = key
     return result
+
+
+def _renamed_layer(name: str, layers: str, others: str, blocks: Mapping[str, str]) -> str:
+    """A tensor of a layer under its other name, "encoder.layer.0.output.dense.weight" say."""
+    match = re.fullmatch(rf"{re.escape(layers)}\.(\d+)\.(.+)\.(weight|bias)", name)
+    if match is None:
+        return name
+    number, block, kind = match.groups()
+    return f"{others}.{number}.{blocks.get(block, block)}.{kind}"
 
 
 def from_tensorflow_names(names: Iterable[str]) -> dict[str, str]:
@@ -163,7 +180,7 @@ def class_name(config: BertConfig, names: Iterable[str], task: str | None = None
     classification, unless `task` or the class recorded in the config says which.
     """
     names = set(names)
-    prefix = _CLASS_PREFIX[config.model_type]
+    prefix = config.family.classes
     if task is None and "classifier.weight" in names:
         recorded = config.extra.get("architectures") or [""]
         task = next(
@@ -172,6 +189,8 @@ def class_name(config: BertConfig, names: Iterable[str], task: str | None = None
         )
     if task is not None:
         return f"{prefix}For{task}"
+    if "cls.discriminator.dense.weight" in names:
+        return prefix + "ForPreTraining"
     if "cls.predictions.bias" in names:
         both = "cls.seq_relationship.weight" in names
         return prefix + ("ForPreTraining" if both else "ForMaskedLM")
@@ -187,25 +206,23 @@ def to_torch_names(config: BertConfig, names: Iterable[str], task: str | None = 
 
     Raises ValueError for a head that the model type's classes do not have.
     """
-    names = list(names)
+    names, family = list(names), config.family
     target = class_name(config, names, task)
-    prefix = "" if target.endswith("Model") else _FILE_PREFIX.get(config.model_type, "roberta") + "."
+    prefix = "" if target.endswith("Model") else f"{family.prefix}."
+    is_of_choices = family.is_of_choices and target.endswith("ForMultipleChoice")
+    of_texts = is_of_choices or target.endswith("ForSequenceClassification")
+    heads = (*family.heads, *(family.sentence_head if of_texts else ()))
     result = {}
     for name in names:
-        key = name
-        if config.is_roberta:
-            if name.startswith("cls.seq_relationship."):
-                raise ValueError(
-                    f"ctxfast.save_checkpoint: {name} has no place in a {config.model_type} model; "
-                    "leave the head out of state_dict"
-                )
-            heads = [
-                pair
-                for pair in _ROBERTA_HEADS
-                if pair[0].startswith("lm_head.") or target.endswith("ForSequenceClassification")
-            ]
-            key = next((a + name.removeprefix(b) for a, b in heads if name.startswith(b)), name)
+        if (name.startswith("cls.seq_relationship.") and not family.has_next_sentence) or (
+            name.startswith("bert.pooler.") and not family.pools and not of_texts
+        ):
+            raise ValueError(
+                f"ctxfast.save_checkpoint: {name} has no place in a {config.model_type} model; "
+                "leave the head out of state_dict"
+            )
+        key = next((a + name.removeprefix(b) for a, b in heads if name.startswith(b)), name)
         if key.startswith("bert."):
-            key = prefix + key.removeprefix("bert.")
+            key = prefix + _renamed_layer(key.removeprefix("bert."), "encoder.layer", family.layers, family.blocks)
         result[name] = key
     return result

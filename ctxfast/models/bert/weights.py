@@ -19,19 +19,21 @@ from ..._core.files import replacing
 from ..._core.reading import check_growth, read_json, reading
 from ..hub import cached_model, download_model, is_name
 from ..packaged import packaged_model, packaged_models
-from .config import ROBERTA_TYPES, BertConfig, write_json
+from .config import BertConfig, write_json
+from .families import FAMILIES
 from .names import (
     BIAS,
     BUFFERS,
     DECODER_BIAS,
     DECODER_WEIGHT,
-    HEAD_SHAPES,
     POOLER_SHAPES,
+    PREFIXES,
     WORDS,
     backbone_shapes,
     class_name,
     from_tensorflow_names,
     from_torch_names,
+    head_shapes,
     layer_of,
     to_torch_names,
 )
@@ -197,11 +199,7 @@ def _load(model: Path, config_path: Path, config: BertConfig, gelu: str | None) 
             gelu = "tanh"
     else:
         mapping = from_torch_names(source.tensors, config)
-        if not config.is_roberta and any(name.removeprefix("module.").startswith("roberta.") for name in mapping):
-            raise ValueError(
-                f"{_WHO}: {source.place} holds a RoBERTa's weights, but {config_path} is of model_type "
-                f"{config.model_type!r}; expected one of {', '.join(ROBERTA_TYPES)}, whose positions begin elsewhere"
-            )
+        _check_type(config, mapping, source.place, config_path)
     if gelu is not None:
         config = config.with_gelu(gelu)
     where = f"{source.place} and {config_path}"
@@ -215,7 +213,8 @@ def _load(model: Path, config_path: Path, config: BertConfig, gelu: str | None) 
         )
     # Before a table of all layers is made: the config may say a thousand million.
     _check_depth(config, places, where)
-    known = {**backbone_shapes(config), **POOLER_SHAPES, **HEAD_SHAPES, DECODER_BIAS: HEAD_SHAPES[BIAS]}
+    heads = head_shapes(config)
+    known = {**backbone_shapes(config), **POOLER_SHAPES, **heads, DECODER_BIAS: heads[BIAS]}
     unexpected = [theirs for theirs, ours in mapping.items() if ours not in known and ours not in BUFFERS]
     places = {ours: theirs for ours, theirs in places.items() if ours in known or ours in BUFFERS}
     size = 0
@@ -262,7 +261,7 @@ def check_state_dict(
     for name in backbone:
         if name not in state_dict:
             raise ValueError(f"{_WHO}: {name} is missing ({source})")
-    known = {**backbone, **POOLER_SHAPES, **HEAD_SHAPES}
+    known = {**backbone, **POOLER_SHAPES, **head_shapes(config)}
     broken = []
     for name, shape in known.items():
         tensor = state_dict.get(name)
@@ -325,7 +324,7 @@ def save_checkpoint(
     renamed = to_torch_names(config, state_dict, task)
     # safetensors refuses tensors that share memory, such as slices of one packed QKV weight.
     tensors = {renamed[name]: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state_dict.items()}
-    if BIAS in state_dict and not config.tie_word_embeddings:
+    if BIAS in state_dict and not config.tie_word_embeddings and config.family.has_decoder_bias:
         # Hugging Face's library looks for the decoder's own bias then.
         tensors[renamed[BIAS].removesuffix("bias") + "decoder.bias"] = tensors[renamed[BIAS]].clone()
     values = config.to_dict()
@@ -347,6 +346,21 @@ def _some(names: Iterable[str], limit: int = 8) -> str:
     names = list(names)
     rest = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + rest
+
+
+def _check_type(config: BertConfig, names: Iterable[str], place: Path, config_path: Path) -> None:
+    """Refuse the weights of one model type beside the config of another, which would be computed as what they are
+    not."""
+    found = {prefix for name in names for prefix in PREFIXES if name.removeprefix("module.").startswith(prefix)}
+    # ERNIEs may be stored as a BERT, and so may any.
+    foreign = found - {"bert.", "ernie.", f"{config.family.prefix}."}
+    if foreign:
+        prefix = min(foreign)
+        types = [name for name, family in FAMILIES.items() if f"{family.prefix}." == prefix]
+        raise ValueError(
+            f"{_WHO}: {place} holds weights whose names begin with {prefix!r}, but {config_path} is of model_type "
+            f"{config.model_type!r}; expected one of {', '.join(types)}"
+        )
 
 
 def _check_depth(config: BertConfig, names: Iterable[str], source: str) -> None:
@@ -416,7 +430,7 @@ def _one_decoder(config: BertConfig, state_dict: dict[str, torch.Tensor], source
                 "Face's library from version 5 (before, the other)",
                 stacklevel=4,
             )
-    elif shared is not None and not config.tie_word_embeddings:
+    elif shared is not None and not config.tie_word_embeddings and config.family.has_decoder_bias:
         warnings.warn(
             f"{_WHO}: {source.place} has no {DECODER_BIAS}, and the config ties nothing; {BIAS} is used, as in Hugging "
             "Face's library before version 5 (since, zeros)",
