@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import json
+import lzma
 import re
 import subprocess
 import sys
@@ -35,7 +37,7 @@ def _output(name: str, *arguments: str) -> str:
 
 def test_every_example_is_listed() -> None:
     scripts = {path.name for path in EXAMPLES.glob("*.py")}
-    assert scripts == {*CASES, "demo.py"}
+    assert scripts == {*CASES, "demo.py", "elmo_small.py"}
     readme = (EXAMPLES / "README.md").read_text()
     assert all(f"`{name}`" in readme for name in scripts)
 
@@ -60,3 +62,33 @@ def test_on_real_data(shared_data, tmp_path, minilm_dir) -> None:
          + [str(shared_data / "elmo/allennlp_tiny/lm_weights.hdf5")]),
     ):  # fmt: skip
         assert "largest difference" in _output(name, *arguments)
+
+
+@pytest.mark.slow
+def test_the_model_in_the_box_is_made(tmp_path) -> None:
+    paragraph = "The bank of the river was steep. Nobody had seen the river rise so high before that spring.\n"
+    document = paragraph * 8
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for name, text in {
+        "en_openstax.txt.xz": "\n".join([document] * 80),
+        "en_presidential.txt.xz": document,
+        "en_eltec.txt.xz": "\n".join([document] * 2),
+        "en_wordnet_glosses.tsv.xz": 'bank\tsloping land; "they sat on the bank"\n' * 20,
+    }.items():
+        (texts / name).write_bytes(lzma.compress(text.encode()))
+    sizes = ("--steps", "4", "--vocab-size", "20", "--negatives", "8")
+    found = json.loads(_output("elmo_small.py", str(texts), "-o", str(tmp_path / "made"), *sizes))
+    assert found == json.loads((tmp_path / "made" / "figures.json").read_text())
+    assert found["words_read"] == 4 * 64 * 20 and found["bytes"] < 12e6
+    # Weights rounded to half precision predict as the run's best do.
+    log = map(json.loads, (tmp_path / "made" / "run" / "log.jsonl").read_text().splitlines())
+    best = min(line["perplexity"] for line in log if line["kind"] == "eval")
+    assert found["held_out"]["perplexity"] == pytest.approx(best, rel=0.01)
+    assert {file.name for file in (tmp_path / "made" / "ctxfast-elmo-small").iterdir()} == {
+        "options.json",
+        "steady_state.safetensors",
+        "weights.safetensors",
+    }
+    held_out = (tmp_path / "made" / "texts" / "held_out.txt").read_text()
+    assert held_out.count("\n\n") == 1 and "\n\n\n" not in held_out

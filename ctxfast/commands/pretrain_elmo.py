@@ -44,7 +44,7 @@ def add(commands: Any) -> None:
     add("--vocab", metavar="FILE", help="words of the output layer: <S>, </S>, <UNK>, then frequent before rare")
     add("--vocab-size", type=int, metavar="N", help="else the N most frequent words of the text")
     add("--min-count", type=int, metavar="N", default=1, help="of them those seen N times or more (%(default)s)")
-    add("--init-from", metavar="DIR", help="go on from a model: options.json, weights.hdf5 (softmax.safetensors)")
+    add("--init-from", metavar="DIR", help="go on from a model: options.json, its weights (softmax.safetensors)")
     add("--unroll", type=int, metavar="N", default=20, help="steps that gradients go back (%(default)s)")
     add("--negatives", type=int, metavar="N", default=8192, help="words of the sampled softmax; 0: full (%(default)s)")
     add(
@@ -187,7 +187,7 @@ def _check(args: argparse.Namespace) -> None:
     if args.init_from is not None and not (Path(args.init_from) / "options.json").is_file():
         raise FileNotFoundError(
             f"ctxfast.{_WHO}: --init-from {args.init_from} has no options.json; expected a folder with it and "
-            "weights.hdf5."
+            "the model's weights."
         )
     for name, least in (("unroll", 1), ("negatives", 0), ("min_count", 1), ("vocab_size", 4)):
         value = getattr(args, name)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from ... import functional
 from ...models.elmo.bilm import ElmoBiLm
 from ...models.elmo.config import ElmoConfig
-from ...models.elmo.files import STEADY_STATE
+from ...models.elmo.files import STEADY_STATE, find_elmo_files
 from ...models.elmo.weights import load_weights, random_weights, save_weights
 from ..loop.train import BaseTask, moved
 from .bilm_corpus import BiLmCorpus, Window, read_vocabulary
@@ -381,7 +381,10 @@ class BiLmPretraining(BaseTask):
         Raises:
             ValueError: weights of other sizes, or an output layer over another vocabulary.
         """
-        _, state = load_weights(directory / "weights.hdf5", self.config)
+        files = find_elmo_files(directory, _WHO)
+        if files is None:
+            raise ValueError(f"{_WHO}: {directory} holds a BERT model; expected options.json and ELMo's weights.")
+        _, state = load_weights(files[1], self.config)
         self.model.bilm.load_state_dict(state)
         if (directory / "softmax.safetensors").is_file():
             if read_vocabulary(directory / "vocabulary.txt") != self.corpus.vocabulary:
