@@ -26,9 +26,9 @@ def embedder(tmp_path: Path) -> ElmoEmbedder:
     return ElmoEmbedder(*write_model(folder))
 
 
-def test_carry_reproduces_allennlp(shared_data: Path) -> None:
+def test_by_default_it_carries_and_reproduces_allennlp(shared_data: Path) -> None:
     folder = shared_data / "elmo" / "allennlp_tiny"
-    embedder = ctxfast.ElmoEmbedder(folder / "options.json", folder / "lm_weights.hdf5", state="carry")
+    embedder = ctxfast.ElmoEmbedder(folder / "options.json", folder / "lm_weights.hdf5")
     lanes, expected = fixture_sentences(folder), [fixture_layers(folder, lane) for lane in range(3)]
     stream = (lanes[k][step] for step in range(4) for k in range(3))
     for number, found in enumerate(embedder.embed_sentences(stream, batch_size=3)):
@@ -46,7 +46,8 @@ def test_shapes(embedder: ElmoEmbedder) -> None:
     assert embedder.embed_batch([]) == [] and list(embedder.embed_sentences([])) == []
 
 
-def test_steady_by_default(embedder: ElmoEmbedder) -> None:
+def test_steady(tmp_path: Path) -> None:
+    embedder = ElmoEmbedder(*write_model(tmp_path), state="steady")
     first = embedder.embed_sentence(["the", "cat"])
     embedder.embed_sentence(["something", "else"])
     np.testing.assert_array_equal(embedder.embed_sentence(["the", "cat"]), first)
@@ -75,13 +76,15 @@ def test_other_word_length(tmp_path: Path) -> None:
 def test_file(embedder: ElmoEmbedder, tmp_path: Path, output_format: str) -> None:
     (tmp_path / "in.txt").write_text("\n".join(TEXT) + "\n", encoding="utf-8")
     embedder.embed_file(tmp_path / "in.txt", tmp_path / "out.hdf5", output_format, batch_size=3)
+    embedder.bilm.reset_states()
+    batches = [[line.split() for line in TEXT[first : first + 3]] for first in range(0, len(TEXT), 3)]
+    expected_layers = [layers for batch in batches for layers in embedder.embed_batch(batch)]
     with h5py.File(tmp_path / "out.hdf5", "r") as file:
         assert sorted(file) == ["0", "1", "2", "3", "sentence_to_index"]
         index = json.loads(file["sentence_to_index"][0])
         assert file["sentence_to_index"].shape == (1,)
         assert index == {TEXT[0]: "0", "a": "3", TEXT[2]: "2"}
-        for number, line in enumerate(TEXT):
-            layers = embedder.embed_sentence(line.split())
+        for number, layers in enumerate(expected_layers):
             expected = {"all": layers, "top": layers[-1], "average": layers.mean(0)}[output_format]
             assert file[str(number)].dtype == np.float32
             np.testing.assert_allclose(file[str(number)][...], expected, atol=1e-6, rtol=1e-5)

@@ -49,9 +49,9 @@ class ElmoEmbedder:
         options_file, weight_file: the model's files.
         cuda_device: AllenNLP's way to say where to run: the number of a GPU, -1 for the CPU.
         device: where to run, in torch's words; None for the CPU.
-        state: the LSTM state at the start of a sentence. "steady": a fixed state, so that a sentence always gets the
-            same vectors (the default here); "carry": AllenNLP's rule, where row k of a batch goes on from row k of the
-            batch before; "zero".
+        state: the LSTM state at the start of a sentence. "carry": AllenNLP's rule, where row k of a batch goes on from
+            row k of the batch before, so that a sentence's vectors depend on what came before it; "steady": a fixed
+            state, so that a sentence always gets the same vectors (``ctxfast.Embedder``'s default); "zero".
         weight_dtype: torch.bfloat16 or torch.int8 for the products of the recurrent layers; see ``ctxfast.lstm``. What
             it costs: vectors off by 0.4 % and 1.8 % of their root mean square (original size, random weights).
         impl: implementation of every op; None chooses.
@@ -70,7 +70,7 @@ class ElmoEmbedder:
         cuda_device: int | None = None,
         *,
         device: torch.device | str | None = None,
-        state: str = "steady",
+        state: str = "carry",
         weight_dtype: torch.dtype | None = None,
         impl: str | None = None,
     ) -> None:
