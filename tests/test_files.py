@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import stat
 import threading
@@ -172,7 +173,7 @@ def test_what_is_no_lock(tmp_path, kind):
         theirs.write_text("precious")
     if "link" in kind:
         path.symlink_to(theirs)
-        locked(path, "ctxfast.x", "another process").close()
+        locked(path, "ctxfast.x", "another process").release()
         assert path.is_file() and not path.is_symlink() and path.stat().st_size == 0
         assert theirs.exists() == (kind == "link") and (kind != "link" or theirs.read_text() == "precious")
         return
@@ -187,23 +188,26 @@ def test_a_lock_empties_nothing_and_is_held_once(tmp_path):
     lock = locked(tmp_path / "lock", "ctxfast.x", "another process works there.")
     with pytest.raises(RuntimeError, match=r"^ctxfast\.x: another process works there\.$"):
         locked(tmp_path / "lock", "ctxfast.x", "another process works there.")
-    lock.close()
-    locked(tmp_path / "lock", "ctxfast.x", "").close()
+    lock.release()
+    locked(tmp_path / "lock", "ctxfast.x", "").release()
     assert (tmp_path / "lock").read_text() == "precious"
 
 
 def test_a_lock_that_lost_its_name_is_taken_anew(tmp_path, monkeypatch):
     """Whoever held it removed it between our opening and locking it."""
-    flock, seen = files.fcntl.flock, []
+    flock, seen = fcntl.flock, []
 
     def once(handle, how):
         if not seen:
             seen.append(os.unlink(tmp_path / "lock"))
         return flock(handle, how)
 
-    monkeypatch.setattr(files.fcntl, "flock", once)
-    with locked(tmp_path / "lock", "ctxfast.x", "") as lock:
-        assert os.path.samestat(os.fstat(lock.fileno()), (tmp_path / "lock").stat())
+    monkeypatch.setattr(fcntl, "flock", once)
+    lock = locked(tmp_path / "lock", "ctxfast.x", "")
+    with open(tmp_path / "lock") as named, pytest.raises(BlockingIOError):
+        flock(named, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    lock.release()
+    assert seen
 
 
 def test_create_replaces_what_is_there(tmp_path):

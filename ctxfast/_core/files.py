@@ -9,28 +9,32 @@ what will be ``NAME``, ``old`` what has been. A process that is killed leaves it
 from __future__ import annotations
 
 import errno
-import fcntl
 import io
 import os
 import re
 import shutil
-import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
+
+from filelock import FileLock, Timeout
 
 _Path = str | os.PathLike[str]
 _WORKPLACE = re.compile(r"\.(.+)\.ctxfast")
 # What a disk says that is full or broken; libraries often report what followed from it instead.
 _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
+# Seconds after which a file counts as another process's: one that has just let go of it may have removed it meanwhile,
+# and the next is tried then.
+_PATIENCE = 0.1
+
 
 # Locks
 
 
-def locked(path: Path, who: str, busy: str) -> BinaryIO:
-    """A file that this process alone holds: closing it, or the end of the process, lets others in.
+def locked(path: Path, who: str, busy: str) -> FileLock:
+    """A file that this process alone holds: ``release``, or the end of the process, lets others in.
 
     Raises:
         RuntimeError: ``who: busy``, where another process holds it.
@@ -42,37 +46,24 @@ def locked(path: Path, who: str, busy: str) -> BinaryIO:
     return lock
 
 
-def _held(path: Path, who: str, *, waits: bool) -> BinaryIO | None:
+def _held(path: Path, who: str, *, waits: bool) -> FileLock | None:
     """The file ``path``, made if absent and locked; None where another process holds it."""
+    # Not in the way of other threads; where a file system knows no locks, a file that a killed process leaves is none.
+    lock = FileLock(path, thread_local=False, fallback_to_soft=False)
     while True:
+        # Others may have put anything there in a folder that is shared: a link is not followed, nothing is emptied.
+        if path.is_symlink():
+            remove(path)
+        if os.path.lexists(path) and not path.is_file():
+            raise ValueError(f"{who}: {path} is not a file; expected one to lock. Remove it.")
         try:
-            # Others may have put anything there in a folder that is shared: a link is not followed, nothing is emptied.
-            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
-        except OSError as error:
-            if path.is_symlink():
-                remove(path)
-                continue
-            if error.errno in (errno.EISDIR, errno.ENXIO):
-                raise ValueError(f"{who}: {path} is not a file; expected one to lock. Remove it.") from None
-            raise
-        lock = os.fdopen(handle, "rb+", buffering=0)
-        try:
-            status = os.fstat(handle)
-            if not stat.S_ISREG(status.st_mode):
-                raise ValueError(f"{who}: {path} is not a file; expected one to lock. Remove it.")
             with naming(path):
-                fcntl.flock(handle, fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB))
-            # Whoever held it before may have removed it meanwhile: then the lock is on a file without a name.
-            with suppress(FileNotFoundError):
-                if os.path.samestat(status, os.lstat(path)):
-                    return lock
-        except BlockingIOError:
-            lock.close()
+                return lock.acquire(timeout=-1 if waits else _PATIENCE).lock
+        except Timeout:
             return None
-        except BaseException:
-            lock.close()
-            raise
-        lock.close()
+        except OSError as error:
+            if error.errno != errno.ELOOP:  # a link that was put there meanwhile
+                raise
 
 
 # What is made
@@ -187,7 +178,7 @@ def _clear(path: Path, place: Path) -> None:
             remove(entry)
 
 
-def _leave(place: Path, lock: BinaryIO) -> None:
+def _leave(place: Path, lock: FileLock) -> None:
     try:
         for entry in list(place.iterdir()):
             if entry.name != "lock":
@@ -196,7 +187,7 @@ def _leave(place: Path, lock: BinaryIO) -> None:
         with suppress(OSError):  # another process may have begun to wait in it
             os.rmdir(place)
     finally:
-        lock.close()
+        lock.release()
 
 
 # Errors

@@ -264,7 +264,7 @@ class WorkDirectory:
         self._lock = lock
 
     def release(self) -> None:
-        self._lock.close()
+        self._lock.release()
 
     def clear(self, keep: Sequence[str] = ()) -> None:
         """Remove what earlier jobs left, but for the lock and ``keep``."""

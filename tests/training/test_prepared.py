@@ -57,7 +57,7 @@ def test_two_commands_do_not_prepare_in_one_directory(tmp_path: Path, capsys, ki
     assert cli.main(_words(kind, tmp_path)) == 2
     assert "another process works in" in capsys.readouterr().err
     assert sorted(path.name for path in (tmp_path / "run" / "data").iterdir()) == ["lock"]
-    lock.close()
+    lock.release()
     cli.main(_words(kind, tmp_path))
     assert "another process" not in capsys.readouterr().err and (tmp_path / "run" / "data" / "train").is_dir()
 

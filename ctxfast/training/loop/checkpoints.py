@@ -185,7 +185,7 @@ class RunDirectory:
 
     def close(self) -> None:
         """Let others in."""
-        self._lock.close()
+        self._lock.release()
 
     def checkpoints(self) -> list[Path]:
         """Oldest first."""

@@ -7,19 +7,20 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
+from filelock import FileLock
 
 from ..._core.files import clear_left, locked
 from ..._core.reading import read_json, reading
 
 
-def hold(path: str | os.PathLike[str]) -> BinaryIO:
+def hold(path: str | os.PathLike[str]) -> FileLock:
     """Keep other commands from preparing in a folder, and remove what killed ones left half-made there.
 
     Returns:
-        The lock; closing it, or the end of the process, lets others in.
+        The lock; its ``release``, or the end of the process, lets others in.
 
     Raises:
         RuntimeError: another process has it.
