@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds the extension ``ctxfast._C`` with ``csrc/build.py``; everything else about the package is in pyproject.toml.
+"""Builds the extension ``ctxfast._C`` with ``csrc/build.py``, and README as a package index shows it; everything else
+about the package is in pyproject.toml.
 
 The sources know neither torch nor, outside the bindings, Python. So this needs no torch, takes seconds, and the result
 loads next to any torch and on machines without a GPU or driver. Settings (environment) are ``csrc/build.py``'s:
-CTXFAST_CUDA, CTXFAST_CUDA_ARCHS, CXX and MAX_JOBS.
+CTXFAST_CUDA, CTXFAST_CUDA_ARCHS, CXX and MAX_JOBS; CTXFAST_HOMEPAGE is where the repository is published.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import sys
+from email.parser import HeaderParser
 from pathlib import Path
 
 import setuptools
@@ -42,6 +45,25 @@ class BuildExtension(build_ext):
         print(csrc.told(build, target.name))
 
 
+def homepage() -> str:
+    """Where the repository is published: as the environment says, or as the sdist does that this is; else nothing."""
+    given = os.environ.get("CTXFAST_HOMEPAGE", "").strip().rstrip("/")
+    if given and not re.fullmatch(r"https?://\S+", given):
+        raise SystemExit(f"error: ctxfast: CTXFAST_HOMEPAGE is {given!r}; expected an address that begins with https://.")
+    if not given and (ROOT / "PKG-INFO").is_file():
+        known = HeaderParser().parsestr((ROOT / "PKG-INFO").read_text(encoding="utf-8"))
+        urls = dict(url.split(", ", 1) for url in known.get_all("Project-URL", ()))
+        given = urls.get("Homepage", "")
+    return given
+
+
+def index_page(readme: str, home: str) -> str:
+    """README for a page that has no files beside it: links to files lead to ``home``, if there is one."""
+    if not home:
+        return readme
+    return re.sub(r"\]\((?![a-z]+:|#)([^)]+)\)", rf"]({home}/blob/main/\1)", readme)
+
+
 def main() -> None:
     if int(setuptools.__version__.partition(".")[0]) < OLDEST_SETUPTOOLS:
         raise SystemExit(
@@ -55,7 +77,15 @@ def main() -> None:
         extensions = [Extension("ctxfast._C", sources=every)]
     else:
         print(f"ctxfast: no compiled extension on {sys.platform}: it is built on Linux only.")
-    setup(ext_modules=extensions, cmdclass={"build_ext": BuildExtension})
+    home = homepage()
+    urls = {"Homepage": home, "Changelog": f"{home}/blob/main/CHANGELOG.md", "Issues": f"{home}/issues"}
+    setup(
+        ext_modules=extensions,
+        cmdclass={"build_ext": BuildExtension},
+        long_description=index_page((ROOT / "README.md").read_text(encoding="utf-8"), home),
+        long_description_content_type="text/markdown",
+        project_urls=urls if home else {},
+    )
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ from .commands import COMMANDS, GROUPS
 
 # Errors of a disk that has no room; with room the same command goes on.
 _OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# Arguments that name files or folders, by what the help calls them or by their own names.
+_OF_FILES = ("FILE", "DIR", "TEXT", "INPUT", "OUT", "SRC", "DST", "model", "options_file", "weight_file")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -48,9 +50,39 @@ class _Version(argparse.Action):
         parser.exit()
 
 
+class _Completion(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, shell: Any, *of_argparse: Any) -> None:
+        try:
+            import shtab
+        except ImportError:
+            parser.error("--print-completion needs shtab, which is not installed; pip install 'ctxfast[completion]'")
+        if shell not in shtab.SUPPORTED_SHELLS:
+            known = ", ".join(shtab.SUPPORTED_SHELLS)
+            parser.error(f"--print-completion is {shell!r}; expected one of {known}")
+        _complete_files(parser, shtab.FILE)
+        print(shtab.complete(parser, shell))
+        parser.exit()
+
+
+def _complete_files(parser: argparse.ArgumentParser, files: Any) -> None:
+    """Mark the arguments of a parser, and of all below it, that name files or folders."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for own in action.choices.values():
+                _complete_files(own, files)
+        elif action.metavar in _OF_FILES or action.dest in _OF_FILES:
+            action.complete = files  # type: ignore[attr-defined]
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="ctxfast", description="Contextual word embeddings, fast.")
     parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
+    parser.add_argument(
+        "--print-completion",
+        action=_Completion,
+        metavar="SHELL",
+        help="print what completes commands and options in bash, zsh, fish, tcsh or powershell; needs shtab",
+    )
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
     groups: dict[str, Any] = {}
     for name, module in COMMANDS.items():

@@ -305,6 +305,36 @@ def test_version(capsys):
     assert stop.value.code == 0 and capsys.readouterr().out.strip() == f"ctxfast {ctxfast.__version__}"
 
 
+def test_completion(monkeypatch, tmp_path, capsys):
+    """The shell's own answer, from what the command prints."""
+    pytest.importorskip("shtab")
+    with pytest.raises(SystemExit) as stop:
+        run("--print-completion", "bash")
+    assert stop.value.code == 0
+    (tmp_path / "ctxfast.bash").write_text(capsys.readouterr().out)
+    (tmp_path / "corpus.txt").write_text("")
+    for line, expected in {
+        "ctxfast pre": "pretrain",
+        "ctxfast pretrain e": "elmo",
+        "ctxfast finetune tag --sch": "--scheme --schedule",
+        "ctxfast embed corp": "corpus.txt",
+    }.items():
+        words = line.split()
+        script = f"source ctxfast.bash; COMP_WORDS=({line}); COMP_CWORD={len(words) - 1}; _shtab_ctxfast"
+        script += "; echo ${COMPREPLY[@]}"
+        done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True)
+        assert done.stdout.strip() == expected, (line, done.stderr)
+    for word, missing, said in (
+        ("csh", False, "--print-completion is 'csh'; expected one of bash, "),
+        ("bash", True, "needs shtab, which is not installed; pip install 'ctxfast[completion]'"),
+    ):
+        if missing:
+            monkeypatch.setitem(sys.modules, "shtab", None)
+        with pytest.raises(SystemExit) as stop:
+            run("--print-completion", word)
+        assert stop.value.code == 2 and said in capsys.readouterr().err
+
+
 def test_bench(monkeypatch, capsys, tmp_path):
     calls = []
     monkeypatch.setattr(bench.subprocess, "call", lambda command, cwd: calls.append((command, cwd)) or 3)
