@@ -116,14 +116,14 @@ def test_options_arrive(source, tmp_path, monkeypatch, fake, words, expected):
 def test_options_of_the_model_arrive(source, tmp_path, monkeypatch):
     got = {}
 
-    def open_encoder(model, device, compute_dtype, **options):
-        got.update(options, model=model, device=device.type, compute_dtype=compute_dtype)
+    def open_encoder(model, device, dtype, **options):
+        got.update(options, model=model, device=device.type, dtype=dtype)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(batch_encoder, "open_encoder", open_encoder)
-    words = "--options-file o --weight-file w --state carry --device cpu --compute-dtype bfloat16".split()
+    words = "--options-file o --weight-file w --state carry --device cpu --dtype bfloat16".split()
     assert run("embed", source, "-o", tmp_path / "o.npz", *words) == 130
-    wanted = dict(model=None, device="cpu", compute_dtype="bfloat16", state="carry", options_file="o", weight_file="w")
+    wanted = dict(model=None, device="cpu", dtype="bfloat16", state="carry", options_file="o", weight_file="w")
     assert got == {**wanted, "download": False}
 
 

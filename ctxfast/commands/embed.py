@@ -30,7 +30,7 @@ lines holds line numbers from 0. Messages count lines from 1.
 """
 # Arguments of ``Embedder``; those of ``embed_file`` are the fields of ``FileOptions``.
 _MODEL_OPTIONS = (
-    "device", "impl", "state", "dtype", "compute_dtype", "batch_tokens", "batch_size", "options_file", "weight_file",
+    "device", "impl", "state", "dtype", "vector_dtype", "batch_tokens", "batch_size", "options_file", "weight_file",
 )  # fmt: skip
 
 
@@ -74,9 +74,9 @@ def add(commands: Any) -> None:
     add("--batch-tokens", type=int, metavar="N", help="else tokens of a batch (default: 2048 on a CPU, 16384 on a GPU)")
     add("--window", type=int, default=4096, metavar="N", help="lines sorted by length together (default: 4096)")
     add("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
-    add("--dtype", default="float32", help="of the vectors: float32 (default) or float16")
-    computes = "what the model computes in: float32, float16 or bfloat16; default: float16 on a GPU, else float32"
-    add("--compute-dtype", metavar="DTYPE", help=computes)
+    computes = "what the model computes in: float32, bfloat16, float16 (GPU) or int8 (CPU); default: float16 on a GPU"
+    add("--dtype", help=f"{computes}, else float32")
+    add("--vector-dtype", metavar="DTYPE", default="float32", help="of the vectors: float32 (default) or float16")
     add("--impl", help="implementation of every op that has it, e.g. reference")
     add("--forget-sentences", action="store_true", help="HDF5: no sentence_to_index")
     add("--use-sentence-keys", action="store_true", help="HDF5: name datasets by their sentences")
@@ -103,8 +103,8 @@ def _run(args: argparse.Namespace) -> int:
 
     embedder = Embedder(args.model, **{name: getattr(args, name) for name in _MODEL_OPTIONS})
     options = {option.name: getattr(args, option.name) for option in fields(FileOptions)}
-    if not args.quiet and args.compute_dtype is None and embedder.compute_dtype not in (None, "float32"):
-        _say(f"computes in {embedder.compute_dtype} on {embedder.device} (--compute-dtype float32 is slower, exact)")
+    if not args.quiet and args.dtype is None and embedder.dtype not in (None, "float32"):
+        _say(f"computes in {embedder.dtype} on {embedder.device} (--dtype float32 is slower, exact)")
     show = _silent if args.quiet else _Bar() if sys.stderr.isatty() else _Lines()
     try:
         report = embedder.embed_file(args.input, args.output, progress=show, **options)

@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
     from ..embedding.embedder import Embedder
     from ..training.tasks.predictor import write_text
 
-    embedder = Embedder(args.model, device=args.device, impl=args.impl, dtype="float16")
+    embedder = Embedder(args.model, device=args.device, impl=args.impl, vector_dtype="float16")
     made = {f"--{name}": [getattr(args, name)] for name in ("output", "plot") if getattr(args, name) is not None}
     check_apart(
         _WHO, made, {"--train": [args.train], "--dev": [args.dev], "a file of the model,": embedder.encoder.files}

@@ -24,8 +24,8 @@ from .open_model import chosen_device, open_encoder
 from .selection import Selection, select
 
 STATES = ("steady", "zero", "carry")
-DTYPES = ("float32", "float16")
-COMPUTE_DTYPES = ("float32", "float16", "bfloat16")
+DTYPES = ("float32", "float16", "bfloat16", "int8")
+VECTOR_DTYPES = ("float32", "float16")
 # Tokens of a batch: enough to fill the device; more only costs memory.
 _BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 # The vectors of a batch, all layers asked for, stay below this: two batches are in memory at a time.
@@ -47,18 +47,19 @@ class BatchEncoder:
         device: str | torch.device = "auto",
         impl: str | None = None,
         state: str | None = None,
-        dtype: str = "float32",
-        compute_dtype: str | None = None,
+        dtype: str | torch.dtype | None = None,
+        vector_dtype: str | torch.dtype = "float32",
         batch_tokens: int | None = None,
         batch_size: int | None = None,
         options_file: _Path | None = None,
         weight_file: _Path | None = None,
         download: bool = False,
     ) -> None:
+        dtype, vector_dtype = _name_of(dtype), _name_of(vector_dtype)
         for name, value, known in (
             ("state", state, (None, *STATES)),
-            ("dtype", dtype, DTYPES),
-            ("compute_dtype", compute_dtype, (None, *COMPUTE_DTYPES)),
+            ("dtype", dtype, (None, *DTYPES)),
+            ("vector_dtype", vector_dtype, VECTOR_DTYPES),
         ):
             if value not in known:
                 raise ValueError(
@@ -67,7 +68,7 @@ class BatchEncoder:
         for name, number in (("batch_tokens", batch_tokens), ("batch_size", batch_size)):
             if number is not None and number < 1:
                 raise ValueError(f"ctxfast.Embedder: {name} is {number}; expected 1 or more.")
-        self.impl, self.dtype = impl, np.dtype("<f4" if dtype == "float32" else "<f2")
+        self.impl, self.vector_dtype = impl, np.dtype("<f4" if vector_dtype == "float32" else "<f2")
         self.state = state or "steady"
         with self._implementation():  # an unknown name is an error now, not at the first text
             pass
@@ -75,22 +76,22 @@ class BatchEncoder:
             model = open_encoder(
                 model,
                 chosen_device(device),
-                compute_dtype,
+                dtype,
                 state=self.state,
                 options_file=options_file,
                 weight_file=weight_file,
                 download=download,
             )
         else:
-            _check_encoder(model, device, compute_dtype, options_file, weight_file)
+            _check_encoder(model, device, dtype, options_file, weight_file)
         self.encoder: TextEncoder = model
         self.kind, self.num_layers, self.dim = model.kind, model.num_layers, model.dim
         self._sentence: SentenceModel = getattr(model, "sentence", None) or SentenceModel(model.dim)
         self.sentence_dim, self.prompts = self._sentence.dim, dict(self._sentence.prompts)
-        if compute_dtype is None and self.compute_dtype not in (None, "float32"):
+        if dtype is None and self.dtype not in (None, "float32"):
             _LOG.info(
-                "ctxfast.Embedder computes in %s on %s; compute_dtype='float32' is slower and exact",
-                self.compute_dtype,
+                "ctxfast.Embedder computes in %s on %s; dtype='float32' is slower and exact",
+                self.dtype,
                 self.device,
             )
         self._has_said = False
@@ -119,14 +120,13 @@ class BatchEncoder:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """``dtype`` in torch's words."""
-        return torch.float32 if self.dtype.itemsize == 4 else torch.float16
+        """``vector_dtype`` in torch's words."""
+        return torch.float32 if self.vector_dtype.itemsize == 4 else torch.float16
 
     @property
-    def compute_dtype(self) -> str | None:
+    def dtype(self) -> str | None:
         """What the model computes in; None where its encoder does not say."""
-        dtype = getattr(self.encoder, "compute_dtype", None)
-        return None if dtype is None else str(dtype).removeprefix("torch.")
+        return getattr(self.encoder, "dtype", None)
 
     def reset(self) -> None:
         """Forget carried states."""
@@ -208,27 +208,32 @@ class BatchEncoder:
 
     @property
     def _may_overflow(self) -> bool:
-        return self.compute_dtype == "float16" or self.dtype.itemsize == 2
+        return self.dtype == "float16" or self.vector_dtype.itemsize == 2
 
     def _check_finite(self, total: float) -> None:
         if not np.isfinite(total):
             raise RuntimeError(
                 f"ctxfast.Embedder: vectors hold infinity or NaN; expected numbers. The model computes in "
-                f"{self.compute_dtype} and vectors are {self.dtype.name}, and float16 ends at 65504. Pass "
-                f"compute_dtype='float32' or 'bfloat16' and dtype='float32' (--compute-dtype, --dtype)."
+                f"{self.dtype} and vectors are {self.vector_dtype.name}, and float16 ends at 65504. Pass "
+                f"dtype='float32' or 'bfloat16' and vector_dtype='float32' (--dtype, --vector-dtype)."
             )
 
 
-def _check_encoder(model: object, device: str | torch.device, compute_dtype: str | None, *files: _Path | None) -> None:
+def _name_of(dtype: Any) -> Any:
+    """ "float16" for torch.float16, too."""
+    return str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
+
+
+def _check_encoder(model: object, device: str | torch.device, dtype: str | None, *files: _Path | None) -> None:
     """Refuse what is not a model, and arguments for opening a model beside one that is already open."""
     if any(not hasattr(model, name) for name in ("kind", "num_layers", "dim", "device", "prepare", "encode")):
         raise TypeError(
             f"ctxfast.Embedder: model is {described(model)}; expected a folder or a name, as a string or a path, or a "
             f"TextEncoder."
         )
-    if device != "auto" or compute_dtype is not None or files != (None, None):
+    if device != "auto" or dtype is not None or files != (None, None):
         raise ValueError(
-            "ctxfast.Embedder: device, compute_dtype, options_file or weight_file is given with a TextEncoder, which "
+            "ctxfast.Embedder: device, dtype, options_file or weight_file is given with a TextEncoder, which "
             "is open and on its device already; leave it out."
         )
 

@@ -33,9 +33,12 @@ class Embedder(BatchEncoder):
         state: for ELMo alone, what a text starts from: "steady" (None; one fixed state: results depend on the text
             alone), "zero", or "carry" (AllenNLP's rule: row k of a batch goes on from row k of the batch before;
             ``reset`` forgets).
-        dtype: of the vectors: "float32" or "float16".
-        compute_dtype: what the model computes in. None: "float16" on a GPU, where it is many times as fast as
-            "float32" and its vectors differ from those by about a thousandth; "float32" on a CPU. "bfloat16" on both.
+        dtype: what the model computes in; a name, or torch's dtype. None: "float16" on a GPU, where it is many times as
+            fast as "float32" and its vectors differ from those by about a thousandth; "float32" on a CPU. "bfloat16" on
+            both. "int8" on a CPU: both factors of products in 8 bits (see ``ctxfast.linear_act``, ``ctxfast.lstm``:
+            weight_dtype), those of BERT's layers and of ELMo's recurrent ones; all else in float32, as with "bfloat16"
+            for ELMo on a CPU. docs/precision.md has what each costs in quality.
+        vector_dtype: of the vectors: "float32" or "float16".
         batch_tokens: most tokens of a batch (padding counts for ELMo); None for 2048 on a CPU, 16384 on a GPU, or what
             256 MiB of vectors allow.
         batch_size: with state "carry" alone, in place of ``batch_tokens``: texts of a batch, on which results depend
@@ -47,7 +50,8 @@ class Embedder(BatchEncoder):
         kind: "bert" or "elmo".
         num_layers: layers that can be chosen; 0 is the token layer (BERT: the output of the embedding block).
         dim: size of a token's vector.
-        compute_dtype: what the model computes in.
+        dtype: what the model computes in, by name.
+        vector_dtype: of the vectors, NumPy's.
         sentence_dim: size of a text's vector, which the model's folder may make another.
         prompts: what the model's folder has to write before texts, by name ("query", "document", ...).
 
@@ -64,7 +68,7 @@ class Embedder(BatchEncoder):
     def __repr__(self) -> str:
         return (
             f"Embedder({self.kind}, layers={self.num_layers}, dim={self.dim}, device={self.device}, "
-            f"computes in {self.compute_dtype or '?'}, impl={self.impl or 'auto'})"
+            f"computes in {self.dtype or '?'}, impl={self.impl or 'auto'})"
         )
 
     def __call__(
@@ -109,7 +113,7 @@ class Embedder(BatchEncoder):
                 ``normalize=True`` it is scaled to length 1 after that, else before.
             precision: at sentence level, "int8", "uint8", "binary" or "ubinary" for fewer bits, see
                 ``ctxfast.quantize_vectors``; 8 bits take their ranges of these very texts, so that texts to be compared
-                belong into one call. "float32": as ``dtype`` says.
+                belong into one call. "float32": as ``vector_dtype`` says.
             output: "numpy", or "torch" for tensors on the model's device.
 
         Returns:
@@ -163,7 +167,7 @@ class Embedder(BatchEncoder):
         """The vectors of all texts in one array, a row a text."""
         shape = (count, selection.depth, selection.dim)
         if output == "numpy":
-            matrix = np.empty(shape, self.dtype)
+            matrix = np.empty(shape, self.vector_dtype)
         else:
             matrix = torch.empty(shape, dtype=self.torch_dtype, device=self.device)
         for batch, values in source:

@@ -65,7 +65,7 @@ class TextEncoder(Protocol):
         device: where it runs.
         files: files the results depend on.
         ops: names of the ops it runs, among which ``impl`` chooses; may be left out.
-        compute_dtype: what it computes in; may be left out.
+        dtype: what it computes in, by name ("float32", "int8", ...); may be left out.
     """
 
     kind: str
@@ -142,6 +142,11 @@ def _scaled(result: Tensor, selection: Selection) -> Tensor:
     return torch.nn.functional.normalize(result, dim=-1) if selection.normalize else result
 
 
+def _computes_in(dtype: torch.dtype, weight_dtype: torch.dtype | None) -> str:
+    """What the products of a model are computed in, by name."""
+    return str(weight_dtype or dtype).removeprefix("torch.")
+
+
 class _Pooler:
     """Vectors of texts from packed rows, as sentence-transformers' Pooling makes them.
 
@@ -215,7 +220,7 @@ class BertEncoder:
         self.model, self.tokenizer, self.files = model.eval(), tokenizer, tuple(files)
         self.num_layers = model.config.num_hidden_layers + 1
         self.dim = model.config.hidden_size
-        self.device, self.compute_dtype = model.device, model.dtype
+        self.device, self.dtype = model.device, _computes_in(model.dtype, model.weight_dtype)
         self.sentence = sentence or SentenceModel(self.dim, max_length=tokenizer.max_length)
         self._steps = [step.to(self.device) for step in self.sentence.steps]
         self._limits = {"token": tokenizer.max_length, "sentence": self.sentence.max_length}
@@ -395,7 +400,7 @@ class ElmoEncoder:
         self.num_layers, self.dim = model.num_layers, model.config.output_dim
         self.sentence = SentenceModel(self.dim)
         weight = next(model.parameters())
-        self.device, self.compute_dtype = weight.device, weight.dtype
+        self.device, self.dtype = weight.device, _computes_in(weight.dtype, model.weight_dtype)
 
     def read_lines(self, lines: Sequence[bytes], selection: Selection) -> tuple[list[Any], int]:
         # White space is Unicode's, as in AllenNLP; bytes that are not UTF-8 go to the model as they are.

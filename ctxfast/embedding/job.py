@@ -301,8 +301,8 @@ class _Job:
             **asdict(self.selection),
             "layers": list(self.selection.layers),
             "pooling": "+".join(self.selection.pooling),
-            "dtype": embedder.dtype.str,
-            "compute_dtype": embedder.compute_dtype,
+            "vector_dtype": embedder.vector_dtype.str,
+            "dtype": embedder.dtype,
             "device": known["gpu"] if embedder.device.type == "cuda" else embedder.device.type,
             "impl": embedder.impl,
             "state": embedder.state if embedder.kind == "elmo" else None,
@@ -349,7 +349,7 @@ class _Job:
         return Done()
 
     def _shard(self, number: int) -> Shard:
-        return self.work.shard(number, self.shape, self.embedder.dtype)
+        return self.work.shard(number, self.shape, self.embedder.vector_dtype)
 
     def layout(self, done: Done) -> writers.Layout:
         selection, embedder = self.selection, self.embedder
@@ -361,7 +361,7 @@ class _Job:
             depth=selection.depth,
             dim=selection.dim,
             is_single=selection.is_single,
-            dtype=embedder.dtype,
+            dtype=embedder.vector_dtype,
             layers=tuple(layer - embedder.num_layers for layer in selection.layers),
             facts={
                 "level": selection.level,
@@ -398,7 +398,7 @@ class _Job:
     ) -> Done:
         embedder, work = self.embedder, self.work
         rows = [item.rows for item in items]
-        writer = work.write(self.shards, rows, self.shape, embedder.dtype)
+        writer = work.write(self.shards, rows, self.shape, embedder.vector_dtype)
         all_tokens = sum(item.length for item in items)
         tokens = texts = 0
         for batch, values in embedder.encode(items, self.selection):

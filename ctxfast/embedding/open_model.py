@@ -34,7 +34,7 @@ def chosen_device(name: str | torch.device) -> torch.device:
     return device
 
 
-def computes_in_on(device: torch.device, asked: str | None) -> torch.dtype:
+def computes_in_on(device: torch.device, asked: str | None) -> str:
     """What a model computes in on a device: what was asked for, else float16 on a GPU, float32 elsewhere.
 
     On a GPU half precision is many times as fast as float32. Of its two kinds float16 has 11 bits to bfloat16's 8, and
@@ -42,22 +42,27 @@ def computes_in_on(device: torch.device, asked: str | None) -> torch.dtype:
     so.
 
     Raises:
-        ValueError: float16 on a CPU.
+        ValueError: float16 on a CPU, int8 elsewhere.
     """
     if asked is None:
-        return torch.float16 if device.type == "cuda" else torch.float32
+        return "float16" if device.type == "cuda" else "float32"
     if asked == "float16" and device.type == "cpu":
         raise ValueError(
-            "ctxfast.Embedder: compute_dtype is 'float16' on a CPU; expected 'float32' or 'bfloat16' there. For "
-            "vectors of float16 pass dtype='float16'."
+            "ctxfast.Embedder: dtype is 'float16' on a CPU; expected 'float32', 'bfloat16' or 'int8' there. For "
+            "vectors of float16 pass vector_dtype='float16' (--vector-dtype)."
         )
-    return getattr(torch, asked)
+    if asked == "int8" and device.type != "cpu":
+        raise ValueError(
+            f"ctxfast.Embedder: dtype is 'int8' on {device}; expected 'float16', 'bfloat16' or 'float32' there: "
+            f"products of 8 bits are the CPU's alone. Pass device='cpu' (--device cpu) for them."
+        )
+    return asked
 
 
 def open_encoder(
     model: _Path | None,
     device: torch.device,
-    compute_dtype: str | None = None,
+    dtype: str | None = None,
     *,
     state: str = "steady",
     options_file: _Path | None = None,
@@ -65,7 +70,7 @@ def open_encoder(
     download: bool = False,
 ) -> TextEncoder:
     """Open a model, BERT or ELMo, told apart by its files; see ``Embedder``."""
-    computes_in = computes_in_on(device, compute_dtype)
+    computes_in = computes_in_on(device, dtype)
     if (options_file is None) != (weight_file is None):
         given, missing = ("options_file", "weight_file") if weight_file is None else ("weight_file", "options_file")
         raise ValueError(f"ctxfast.Embedder: {given} is given without {missing}; an ELMo model needs both.")
@@ -82,18 +87,23 @@ def open_encoder(
         files = find_elmo_files(root, "ctxfast.Embedder") if path.is_dir() else None
         if files is None:
             return _open_bert(path, root, device, computes_in)
-    bilm = ElmoBiLm.from_files(*files, state=state)
-    return ElmoEncoder(bilm.to(device, computes_in), files)
+    # On a CPU the rest of an ELMo is fastest, and exact, in float32.
+    narrow = getattr(torch, computes_in) if device.type == "cpu" and computes_in != "float32" else None
+    bilm = ElmoBiLm.from_files(*files, state=state, weight_dtype=narrow)
+    return ElmoEncoder(bilm.to(device, torch.float32 if narrow else getattr(torch, computes_in)), files)
 
 
-def _open_bert(path: Path, root: Path, device: torch.device, dtype: torch.dtype) -> BertEncoder:
+def _open_bert(path: Path, root: Path, device: torch.device, dtype: str) -> BertEncoder:
     """Args: ``path``: what ``resolve_model`` found; ``root``: the folder that was meant."""
     folder = transformer_folder(root)
     if path.is_dir() and folder != root:
         path = folder
     folder = path if path.is_dir() else path.parent
     _refuse_adapters(folder)
-    bert = Bert.from_pretrained(path, dtype=dtype, device=device, add_pooling_layer=False)
+    held = torch.float32 if dtype == "int8" else getattr(torch, dtype)
+    bert = Bert.from_pretrained(path, dtype=held, device=device, add_pooling_layer=False)
+    if dtype == "int8":
+        bert.quantize("int8")
     # A checkpoint of TensorFlow is several files that begin alike.
     files = [
         file

@@ -69,7 +69,7 @@ def embed_dataset(
         batch_size: rows of a block; they are sorted by length inside.
         concurrency: workers, or (least, most) of them; each holds the model.
         num_gpus, num_cpus: of a worker; with a GPU the model goes there.
-        embedder: options of ``Embedder``, e.g. ``{"dtype": "float16"}``.
+        embedder: options of ``Embedder``, e.g. ``{"dtype": "bfloat16"}``.
         call: options of its call: ``level``, ``layers``, ``pooling``, ``normalize``, ``prompt_name``, ``truncate``, ...
 
     Returns:

@@ -102,10 +102,10 @@ def test_batches_and_own_memory(fake):
 
 
 def test_torch_and_half():
-    results = Embedder(FakeEncoder(), dtype="float16")(WORDS, output="torch")
+    results = Embedder(FakeEncoder(), vector_dtype="float16")(WORDS, output="torch")
     assert all(isinstance(result, torch.Tensor) and result.dtype == torch.float16 for result in results)
     np.testing.assert_array_equal(results[0].numpy(), vectors(WORDS[0])[2].astype(np.float16))
-    assert Embedder(FakeEncoder(), dtype="float16")(WORDS)[0].dtype == np.float16
+    assert Embedder(FakeEncoder(), vector_dtype="float16")(WORDS)[0].dtype == np.float16
 
 
 def test_nothing(fake):
@@ -211,13 +211,14 @@ def test_texts_of_other_libraries(minilm):
     "options, kind, message",
     [
         (dict(state="stateful"), ValueError, "state is 'stateful'; expected one of None, steady, zero, carry"),
-        (dict(dtype="bfloat16"), ValueError, "dtype is 'bfloat16'; expected one of float32, float16"),
-        (dict(compute_dtype="half"), ValueError, "compute_dtype is 'half'; expected one of None, float32, float16, bf"),
-        (dict(compute_dtype="float32"), ValueError, "compute_dtype, options_file or weight_file is given with a Text"),
+        (dict(vector_dtype="bfloat16"), ValueError, "vector_dtype is 'bfloat16'; expected one of float32, float16"),
+        (dict(dtype="half"), ValueError, "dtype is 'half'; expected one of None, float32, float16, bfloat16, int8"),
+        (dict(dtype=torch.int16), ValueError, "dtype is 'int16'; expected one of None, float32"),
+        (dict(dtype="float32"), ValueError, "dtype, options_file or weight_file is given with a Text"),
         (
-            dict(model="m", compute_dtype="float16", device="cpu"),
+            dict(model="m", dtype="float16", device="cpu"),
             ValueError,
-            "'float16' on a CPU; expected",
+            "'float16' on a CPU; expected 'float32', 'bfloat16' or 'int8' there. For vectors of float16 pass vector_d",
         ),
         (dict(batch_tokens=0), ValueError, "batch_tokens is 0"),
         (dict(batch_size=0), ValueError, "batch_size is 0"),
@@ -227,12 +228,12 @@ def test_texts_of_other_libraries(minilm):
         (
             dict(device="cpu"),
             ValueError,
-            "device, compute_dtype, options_file or weight_file is given with a TextEncoder",
+            "device, dtype, options_file or weight_file is given with a TextEncoder",
         ),
         (
             dict(weight_file="w.hdf5"),
             ValueError,
-            "device, compute_dtype, options_file or weight_file is given with a TextEncoder",
+            "device, dtype, options_file or weight_file is given with a TextEncoder",
         ),
         (dict(model=5), TypeError, "model is 5 (int); expected a folder or a name"),
         (dict(model=torch.nn.Linear(2, 2)), TypeError, "model is of type Linear; expected a folder or a name"),

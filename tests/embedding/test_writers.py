@@ -27,9 +27,9 @@ def source(tmp_path) -> Path:
     return path
 
 
-def embed(source: Path, name: str, dtype: str = "float32", **options) -> Path:
+def embed(source: Path, name: str, vector_dtype: str = "float32", **options) -> Path:
     target = source.parent / name
-    Embedder(FakeEncoder(), batch_tokens=8, dtype=dtype).embed_file(source, target, **{"window": 4, **options})
+    Embedder(FakeEncoder(), batch_tokens=8, vector_dtype=vector_dtype).embed_file(source, target, **{"window": 4, **options})
     assert sorted(path.name for path in source.parent.iterdir()) == ["in.txt", name]
     return target
 
@@ -203,7 +203,7 @@ def test_empty_input_and_only_blank_lines(source, suffix):
 def test_half_precision(source, suffix):
     if suffix == "parquet":
         pytest.importorskip("pyarrow", reason="needs pyarrow: pip install 'ctxfast[parquet]'")
-    target = embed(source, f"out.{suffix}", dtype="float16")
+    target = embed(source, f"out.{suffix}", vector_dtype="float16")
     wanted = vectors(LINES[0].split())[-1].astype(np.float16)
     if suffix == "hdf5":
         with h5py.File(target) as file:

@@ -218,6 +218,11 @@ class Bert(Pretrained):
             add_pooling_layer = read.config.family.pools and "bert.pooler.dense.weight" in read.state_dict
         return cls._from_checkpoint(read, dtype, device, add_pooling_layer=add_pooling_layer, padding=padding)
 
+    @property
+    def weight_dtype(self) -> torch.dtype | None:
+        """torch.int8 after ``quantize``: how both factors of the encoder's products are held; None for as they are."""
+        return getattr(self.encoder.layer[0].intermediate, "weight_dtype", None)
+
     def quantize(self, kind: str | None = "int8") -> Bert:
         """Computes the encoder's linear layers with int8 products on the CPU, for inference; returns the model.
 

@@ -139,6 +139,11 @@ class ElmoBiLm(tools.NotScriptable):
         return self.config.output_dim
 
     @property
+    def weight_dtype(self) -> torch.dtype | None:
+        """As the argument."""
+        return self._elmo_lstm.weight_dtype
+
+    @property
     def _weight(self) -> Tensor:
         """A parameter: the device and dtype of states."""
         cell: Any = self._elmo_lstm.forward_layer_0

@@ -93,7 +93,7 @@ def build(
     if choice.features is not None:
         return _over_features(task, Embedder(model, device=device), labels, choice)
     if _is_elmo(model):
-        return _over_elmo(task, Embedder(model, device=device, state="zero", compute_dtype="float32"), labels, choice)
+        return _over_elmo(task, Embedder(model, device=device, state="zero", dtype="float32"), labels, choice)
     if choice.crf:
         raise ValueError("ctxfast.finetune: crf is asked for with all of BERT trained; expected features, or ELMo.")
     with warnings.catch_warnings():  # that the head is new is the point of it
