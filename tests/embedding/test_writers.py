@@ -29,7 +29,9 @@ def source(tmp_path) -> Path:
 
 def embed(source: Path, name: str, vector_dtype: str = "float32", **options) -> Path:
     target = source.parent / name
-    Embedder(FakeEncoder(), batch_tokens=8, vector_dtype=vector_dtype).embed_file(source, target, **{"window": 4, **options})
+    Embedder(FakeEncoder(), batch_tokens=8, vector_dtype=vector_dtype).embed_file(
+        source, target, **{"window": 4, **options}
+    )
     assert sorted(path.name for path in source.parent.iterdir()) == ["in.txt", name]
     return target
 

@@ -125,7 +125,7 @@ class _Probes(nn.Module):
 
 
 class _Layers:
-    """The vectors of all words of a set of sentences, in one array: (K, W, N) in the embedder's dtype."""
+    """The vectors of all words of a set of sentences, in one array: (K, W, N) in the embedder's vector_dtype."""
 
     def __init__(self, embedder: Embedder, sentences: Sequence[Sentence]) -> None:
         frozen = FrozenLayers(embedder, "mix")
@@ -135,7 +135,7 @@ class _Layers:
         for start in range(0, len(sentences), _SENTENCES):
             for vectors in frozen([sentence.words for sentence in sentences[start : start + _SENTENCES]]):
                 if place == 0:
-                    self.values = np.empty((vectors.shape[0], words, vectors.shape[2]), dtype=embedder.dtype)
+                    self.values = np.empty((vectors.shape[0], words, vectors.shape[2]), dtype=embedder.vector_dtype)
                 self.values[:, place : place + vectors.shape[1]] = vectors
                 place += vectors.shape[1]
 
@@ -159,7 +159,7 @@ def probe(
     """Train and judge probes of every layer. Every word's vectors are computed once.
 
     Args:
-        embedder: the frozen model; its dtype is that in which vectors are kept (float16 halves the memory).
+        embedder: the frozen model; its vector_dtype is that in which vectors are kept (float16 halves the memory).
         train, dev: tagged sentences to learn from and to judge by.
         is_spans: tags are BIO spans, judged by F1; else by accuracy.
         epochs, batch_size (words), learning_rate, seed: of the probes (Adam, decaying to 0).
