@@ -69,8 +69,8 @@ resources: build  ## registers, shared memory and spills of every CUDA and Trito
 	$(PYTHON) csrc/resources.py
 	$(PY) csrc/triton_resources.py
 
-bench: build     ## the benchmark suite; result files and report under benchmarks/results
-	$(PY) -m benchmarks --set full --models --report
+bench: build     ## the benchmark suite; result files and report under benchmarks/results, one HTML page bench.html
+	$(PY) -m benchmarks --set full --models --report --page bench.html --overwrite
 
 # On a machine with a GPU and its own torch, pytest and pytest-xdist; needs no network and no virtual environment.
 # Parts, in the order in which they tell most (benchmarks/gpu/parts.py): PARTS="build kernels right" selects. Each is a

@@ -8,12 +8,14 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from . import cases, committed, measure, report, results
+from . import cases, committed, measure, page, report, results
 from .peers import providers
 
+_PATHS = ("--json", "--page", "--since")
 _README = Path(__file__).resolve().parents[1] / "README.md"
 
 
@@ -39,10 +41,14 @@ def _parser() -> argparse.ArgumentParser:
     out = parser.add_argument_group("results")
     out.add_argument("--json", metavar="PATH", help="write a result file: a .json path, or a folder")
     out.add_argument("--report", action="store_true", help="also write a page and a plot beside the result file")
-    out.add_argument("--overwrite", action="store_true", help="replace the file that --json names")
+    out.add_argument("--page", metavar="FILE.html", help="also write one HTML page: plots, times, memory, errors")
+    out.add_argument(
+        "--since", metavar="OLD.json", help="on that page, show what is slower or faster than in this file"
+    )
+    out.add_argument("--overwrite", action="store_true", help="replace the files that --json and --page name")
     out.add_argument("--list", action="store_true", help="print the cases and stop")
     out.add_argument("--base", nargs=2, metavar=("OLD.json", "NEW.json"), help="compare two result files and stop")
-    out.add_argument("--render", metavar="FILE.json", help="write page and plot of a result file and stop")
+    out.add_argument("--render", metavar="FILE.json", help="write the pages of a result file and stop")
     out.add_argument("--prune", action="store_true", help="take what later runs replace out of the results and stop")
     out.add_argument("--readme", action="store_true", help="write README's tables and the list of results and stop")
     return parser
@@ -56,8 +62,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.base:
             print(report.compare(*(results.load(path) for path in options.base)))
             return 0
+        before = _check_page(options)
         if options.render:
-            print("\n".join(str(path) for path in report.write(results.load(options.render), options.render)))
+            document = results.load(options.render)
+            written = (
+                report.write(document, options.render) if options.page is None else [_page(options, document, before)]
+            )
+            print("\n".join(map(str, written)))
             return 0
         if options.prune:
             print("\n".join(committed.prune()))
@@ -66,13 +77,32 @@ def main(argv: Sequence[str] | None = None) -> int:
             _README.write_text(committed.with_tables(_README.read_text(encoding="utf-8")), encoding="utf-8")
             (results.FOLDER / "README.md").write_text(committed.index(), encoding="utf-8")
             return 0
-        return _run(options, argv)
+        return _run(options, argv, before)
     except (ValueError, FileNotFoundError, FileExistsError, RuntimeError) as error:
         print(error, file=sys.stderr)
         return 2
 
 
-def _run(options: argparse.Namespace, argv: Sequence[str]) -> int:
+def _check_page(options: argparse.Namespace) -> dict[str, Any] | None:
+    """The older result file that the page is to show, if any; refuse a page that cannot be written."""
+    if options.page is None:
+        if options.since is not None:
+            raise ValueError("benchmarks: --since is given without --page; expected the page that shows it.")
+        return None
+    path = Path(options.page)
+    if path.is_dir() or not path.parent.is_dir():
+        raise FileNotFoundError(f"benchmarks: --page {path} is no file in a folder that exists.")
+    if path.exists() and not options.overwrite:
+        raise FileExistsError(f"benchmarks: {path} is there already. Name another file, or pass --overwrite.")
+    return None if options.since is None else results.load(options.since)
+
+
+def _page(options: argparse.Namespace, document: dict[str, Any], before: dict[str, Any] | None) -> Path:
+    results.write_bytes(Path(options.page), page.html(document, before).encode())
+    return Path(options.page)
+
+
+def _run(options: argparse.Namespace, argv: Sequence[str], before: dict[str, Any] | None) -> int:
     selected = cases.select(options.device, options.set, options.op, options.models, options.case)
     if options.list:
         print("\n".join(case.id for case in selected))
@@ -93,7 +123,7 @@ def _run(options: argparse.Namespace, argv: Sequence[str]) -> int:
         print(
             f"load is {load}: other programs share these cores, so times will be off, and ratios too", file=sys.stderr
         )
-    path = None
+    path, written = None, []
     if options.json or options.report:
         path = results.place(options.json, description, overwrite=options.overwrite)
     started, others, rows = time.monotonic(), results.Others(), []
@@ -108,17 +138,20 @@ def _run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     print("* what ctxfast runs by itself; ratio: a row's time over that one's. Times: median, p20..p80.")
     if path is not None:
         written = [path, *(report.write(results.load(path), path) if options.report else ())]
-        print("\n".join(str(name) for name in written), file=sys.stderr)
+    if options.page is not None:
+        written.append(_page(options, {**description, "rows": rows}, before))
+    for name in written:
+        print(name, file=sys.stderr)
     return _verdict(rows)
 
 
 def _without_paths(argv: Sequence[str]) -> list[str]:
-    """The command as a result file tells it: where the file went says nothing about what was measured."""
+    """The command as a result file tells it: where files went says nothing about what was measured."""
     kept, words = [], iter(argv)
     for word in words:
-        if word == "--json":
+        if word in _PATHS:
             next(words, None)
-        elif not word.startswith("--json="):
+        elif not word.startswith(tuple(f"{path}=" for path in _PATHS)):
             kept.append(word)
     return kept
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 import torch
 from support.benchmark_rows import QUICK, document, row, tiny
 
-from benchmarks import __main__ as program, committed, measure, peers, report, results
+from benchmarks import __main__ as program, committed, measure, page, peers, report, results
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -109,11 +111,38 @@ def test_the_page_of_a_case_without_our_time():
 
 def test_page_and_plot_are_written_beside_the_file(pages, tmp_path):
     pytest.importorskip("matplotlib", reason="needs matplotlib, for the plot")
-    page, picture = report.write(pages, tmp_path / "a.json")
-    assert page.name == "a.md" and "(a.png)" in page.read_text()
+    text, picture = report.write(pages, tmp_path / "a.json")
+    assert text.name == "a.md" and "(a.png)" in text.read_text()
     assert picture.read_bytes().startswith(b"\x89PNG")
     (only,) = report.write(document([row("peer", None, status="cannot run")]), tmp_path / "b.json")
     assert only.name == "b.md"
+
+
+def test_the_html_page(pages):
+    text = page.html(pages)
+    titles = re.findall(r'<span class=what>(.*?)<small>.*?<span class="ratio (win|loss)">(.*?)</span>', text, re.S)
+    assert titles == [("w", "win", "2x"), ("lost", "loss", "0.25x")]
+    assert "1 of 2" in text and "not installed (pip install gone)" in text and "<b class=loss>WRONG</b>" in text
+    # The axis holds the smallest and the largest ratio, and the bar of the lost case ends left of 1.
+    places = [float(x) for x in re.findall(r'<rect x="([\d.]+)%"', text)]
+    one = float(re.search(r'<line x1="([\d.]+)%"[^>]*stroke="var\(--ink\)"', text)[1])
+    assert places[0] == pytest.approx(one, abs=0.01) and 0 < places[1] < one
+    parser = HTMLParser()
+    parser.feed(text)
+    assert "http" not in text and "<script" not in text  # nothing is fetched
+
+
+def test_the_html_page_shows_what_became_slower(pages):
+    old = document(
+        [row("ctxfast cpu", 1.0, ours=True, chosen=True), row("peer", 9.0), row("ctxfast reference", 6.0, ours=True)]
+    )
+    text = page.html(pages, old)
+    assert "2 rows of ctxfast are in both files; 1 are slower, 0 faster" in text and "1 to 2 ms" in text
+    assert "slower" not in page.html(pages)
+
+
+def test_names_are_escaped_on_the_html_page():
+    assert "<i>" not in page.html(document([row("<i>", 4.0), row("ctxfast cpu", 2.0, ours=True, chosen=True)]))
 
 
 def test_compare():

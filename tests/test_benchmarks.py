@@ -350,15 +350,27 @@ def test_others_do_not_count_this_process(monkeypatch):
 def test_command_runs_and_writes(tmp_path, capsys):
     target = tmp_path / "r.json"
     words = ["--op", "scalar_mix", "--case", "elmo", "--seconds", "0", "--json", str(target)]
+    words += ["--page", str(tmp_path / "r.html")]
     assert command.main(words) == 0
     output = capsys.readouterr()
     assert "stack and einsum" in output.out and "[1/1" in output.err
     saved = results.load(target)
     assert str(tmp_path) not in json.dumps(saved, default=vars)
+    assert "stack and einsum" in (tmp_path / "r.html").read_text()
     assert command.main(words) == 2 and "--overwrite" in capsys.readouterr().err
     assert command.main(["--base", str(target), str(target)]) == 0
     assert " 1.00x  same" in capsys.readouterr().out
     assert command.main(["--base", str(target), str(tmp_path / "no.json")]) == 2
+    render = ["--render", str(target), "--page", str(tmp_path / "again.html")]
+    assert (
+        command.main([*render, "--since", str(target)]) == 0 and "0 are slower" in (tmp_path / "again.html").read_text()
+    )
+    for bad, message in (
+        (render, "is there already"),
+        (["--page", str(tmp_path / "no" / "x.html")], "no file in a folder"),
+    ):
+        assert command.main(bad) == 2 and message in capsys.readouterr().err
+    assert command.main(["--since", str(target)]) == 2 and "without --page" in capsys.readouterr().err
 
 
 def test_command_lists_and_refuses(capsys):

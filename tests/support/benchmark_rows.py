@@ -22,8 +22,8 @@ def row(
 
 
 def document(rows, **more) -> dict:
-    settings = dict(threads="2 threads", load_before=0.0, others_kept_busy=0.25)
-    facts = dict(cpu="A CPU, 2 threads", gpu="none", torch="2", python="3")
+    settings = dict(threads="2 threads", load_before=0.0, others_kept_busy=0.25, seconds_per_case=1.0)
+    facts = dict(ctxfast="1", cpu="A CPU, 2 threads", gpu="none", torch="2", python="3")
     return dict(
         schema=1, machine="a-cpu-2t", device="cpu", date="2026-01-02T03:04:05Z", commit="abc", dirty=False,
         command="python -m benchmarks", facts=facts, instruction_sets=[], settings=settings, rows=list(rows),
