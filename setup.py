@@ -18,6 +18,7 @@ from pathlib import Path
 import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "csrc"))
 
@@ -26,6 +27,8 @@ import build as csrc
 ROOT = Path(__file__).resolve().parent
 # The first that reads pyproject.toml's license, as its standard has it since: others stop with a riddle.
 OLDEST_SETUPTOOLS = 77
+# Of benchmarks/: what needs a checkout.
+NOT_INSTALLED = ("results", "gpu", "conftest.py", "test_bench.py")
 
 
 class BuildExtension(build_ext):
@@ -43,6 +46,21 @@ class BuildExtension(build_ext):
         target = Path(self.get_ext_fullpath(ext.name))
         csrc.place(build.folder / name, target)
         print(csrc.told(build, target.name))
+
+
+class BuildPython(build_py):
+    """``build_py`` that puts the benchmark suite into the package of a wheel, for ``ctxfast bench``."""
+
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode:  # it is found beside the package
+            return
+        for source in (ROOT / "benchmarks").rglob("*"):
+            path = source.relative_to(ROOT)
+            if source.suffix in (".py", ".json") and path.parts[1] not in NOT_INSTALLED:
+                target = Path(self.build_lib, "ctxfast", path)
+                self.mkpath(str(target.parent))
+                self.copy_file(str(source), str(target))
 
 
 def homepage() -> str:
@@ -81,7 +99,7 @@ def main() -> None:
     urls = {"Homepage": home, "Changelog": f"{home}/blob/main/CHANGELOG.md", "Issues": f"{home}/issues"}
     setup(
         ext_modules=extensions,
-        cmdclass={"build_ext": BuildExtension},
+        cmdclass={"build_ext": BuildExtension, "build_py": BuildPython},
         long_description=index_page((ROOT / "README.md").read_text(encoding="utf-8"), home),
         long_description_content_type="text/markdown",
         project_urls=urls if home else {},

@@ -51,7 +51,10 @@ def _git(*command: str) -> str | None:
 
 
 def commit() -> tuple[str, bool | None]:
-    """Short commit hash ("no-git" outside a repository) and whether anything but result files differs from it."""
+    """Short commit hash ("no-git" outside a repository, "release" in an installed package) and whether anything but
+    result files differs from it."""
+    if not (_ROOT / "setup.py").is_file():
+        return "release", None
     head = _git("rev-parse", "--short=10", "HEAD")
     if head is None:
         return "no-git", None

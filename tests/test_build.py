@@ -252,3 +252,17 @@ def test_old_setuptools_are_told_apart(tmp_path) -> None:
     )  # fmt: skip
     assert done.returncode != 0
     assert "setuptools 76.1 does not read this pyproject.toml; expected 77 or newer" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_wheel_holds_the_benchmark_suite(tmp_path) -> None:
+    words = ["-q", "build_py", "--build-lib", str(tmp_path)]
+    subprocess.run([sys.executable, "setup.py", *words], cwd=ROOT, check=True, capture_output=True)
+    program = (
+        "import sys; sys.argv[1:] = ['bench', '--list', '--op', 'scalar_mix']; from ctxfast.cli import main; main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True
+    )
+    assert done.stdout.startswith("scalar_mix/"), done.stderr
+    assert not (tmp_path / "ctxfast" / "benchmarks" / "results").exists()

@@ -336,15 +336,14 @@ def test_completion(monkeypatch, tmp_path, capsys):
 
 
 def test_bench(monkeypatch, capsys, tmp_path):
-    calls = []
-    monkeypatch.setattr(bench.subprocess, "call", lambda command, cwd: calls.append((command, cwd)) or 3)
-    assert run("bench", "--set", "small", "-k", "lstm") == 3
-    (command, folder), *_ = calls
-    assert command[1:] == ["-m", "benchmarks", "--set", "small", "-k", "lstm"]
-    assert (folder / "benchmarks").is_dir()
-    monkeypatch.setattr(bench, "__file__", str(tmp_path / "ctxfast" / "commands" / "bench.py"))
+    assert run("bench", "--list", "--op", "scalar_mix") == 0
+    assert capsys.readouterr().out.startswith("scalar_mix/")
+    given = []
+    monkeypatch.setattr("benchmarks.__main__.main", lambda words: given.append(words) or 3)
+    assert run("bench") == 3 and given == [["--models", "--page", "ctxfast-bench.html", "--overwrite"]]
+    monkeypatch.setattr(bench, "_PACKAGE", tmp_path / "ctxfast")
     assert run("bench") == 2
-    assert "not of an installed package" in capsys.readouterr().err
+    assert "neither in the installed package nor beside it" in capsys.readouterr().err
 
 
 # Real kills

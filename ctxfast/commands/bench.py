@@ -1,26 +1,41 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``ctxfast bench``: the benchmark suite of a checkout."""
+"""``ctxfast bench``: the benchmark suite, of a checkout or of an installed package."""
 
 from __future__ import annotations
 
 import argparse
-import subprocess
+import importlib
 import sys
 from pathlib import Path
 from typing import Any
 
+_PACKAGE = Path(__file__).resolve().parents[1]
+# What is measured where nothing is said: the small set beside the peers that are installed.
+_QUICK = ("--models", "--page", "ctxfast-bench.html", "--overwrite")
+
 
 def add(commands: Any) -> None:
     """Add the command."""
-    bench = commands.add_parser("bench", help="the benchmark suite of a checkout; arguments go to it", add_help=False)
+    bench = commands.add_parser(
+        "bench",
+        help="measure ctxfast beside the peers that are installed: one page, ctxfast-bench.html; --help says more",
+        add_help=False,
+    )
     bench.set_defaults(run=_run, hands_on=True)
 
 
 def _run(args: argparse.Namespace) -> int:
-    checkout = Path(__file__).resolve().parents[2]
-    if not (checkout / "benchmarks" / "__main__.py").is_file():
+    return _suite().main(args.rest or list(_QUICK))
+
+
+def _suite() -> Any:
+    """The suite's program: in the package, where a wheel puts it, else beside it, in a checkout."""
+    if (_PACKAGE / "benchmarks" / "__main__.py").is_file():
+        return importlib.import_module("ctxfast.benchmarks.__main__")
+    if not (_PACKAGE.parent / "benchmarks" / "__main__.py").is_file():
         raise FileNotFoundError(
-            "ctxfast.bench: the benchmark suite is not here; it is part of the source tree, not of an installed "
-            "package. Clone the repository and run: make bench"
+            "ctxfast.bench: the benchmark suite is neither in the installed package nor beside it. Install ctxfast "
+            "anew, or run make bench in a clone of the repository."
         )
-    return subprocess.call([sys.executable, "-m", "benchmarks", *args.rest], cwd=checkout)
+    sys.path.insert(0, str(_PACKAGE.parent))
+    return importlib.import_module("benchmarks.__main__")
