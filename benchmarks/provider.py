@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ctxfast._core import registry
+from ctxfast._core import choice
 
 from .cases import Case
 
@@ -89,7 +89,7 @@ def on_references(call: Call) -> Call:
     """The call with every op of ctxfast on its reference."""
 
     def forward() -> Outputs:
-        with registry.use_impl("reference"):
+        with choice.use_impl("reference"):
             return call.forward()
 
     return Call(forward, to_case=call.to_case)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what is loaded on first use below
     from . import functional as functional, models as models, nn as nn, packing as packing
-    from ._core.registry import use_impl as use_impl
+    from ._core.choice import use_impl as use_impl
     from ._core.report import show_config as show_config
     from .embedding.embedder import Embedder as Embedder
     from .embedding.precision import quantize_vectors as quantize_vectors
@@ -55,7 +55,7 @@ _LAZY = {
     ),
     "forget_packed": "ctxfast.ops.shared.weight_cache",
     "show_config": "ctxfast._core.report",
-    "use_impl": "ctxfast._core.registry",
+    "use_impl": "ctxfast._core.choice",
     "Embedder": "ctxfast.embedding.embedder",
     "embed_dataset": "ctxfast.embedding.ray_data",
     "quantize_vectors": "ctxfast.embedding.precision",

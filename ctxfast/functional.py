@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ._core import registry
+from ._core import calls, choice, registry
 from .ops.add_layer_norm import add_layer_norm
 from .ops.attention import attention
 from .ops.char_cnn import char_cnn
@@ -43,10 +43,10 @@ __all__ = [
 ]
 
 registry.load_implementations()
-registry.read_environment()
+choice.read_environment()
 
 
-def explain(op: str, *args: Any, **kwargs: Any) -> registry.Explanation:
+def explain(op: str, *args: Any, **kwargs: Any) -> calls.Explanation:
     """Which implementation of ``op`` would run this call, and why the others would not; nothing is run.
 
     Args:
@@ -61,4 +61,4 @@ def explain(op: str, *args: Any, **kwargs: Any) -> registry.Explanation:
     """
     if op not in registry.OPS:
         raise ValueError(f"ctxfast.explain: op is {op!r}; expected one of {', '.join(sorted(registry.OPS))}.")
-    return registry.explain(registry.OPS[op], *args, **kwargs)
+    return calls.explain(registry.OPS[op], *args, **kwargs)

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import ctxfast
-from ctxfast._core import capability, registry
+from ctxfast._core import calls, capability, choice, registry
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -77,7 +77,7 @@ def test_a_name_for_all_binds_only_ops_that_have_it(qkv) -> None:
 )
 def test_a_name_that_would_change_nothing_on_a_device(monkeypatch, name, device, ops, reason) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    found = registry.why_no_impl(name, torch.device(device), ops)
+    found = choice.why_no_impl(name, torch.device(device), ops)
     assert found is None if reason is None else found.startswith(reason)
 
 
@@ -86,7 +86,7 @@ def test_use_impl_ends_with_its_block_even_after_an_error(qkv) -> None:
         with ctxfast.use_impl("reference"):
             raise KeyError("inside")
     assert _used(qkv) == "cpu"
-    assert registry.requested() == ()
+    assert choice.requested() == ()
 
 
 def test_what_is_asked_for_never_falls_back(qkv) -> None:
@@ -275,8 +275,8 @@ def test_a_backward_pass_keeps_what_its_forward_chose(monkeypatch) -> None:
     model = ctxfast.Bert(config).train()
     model.gradient_checkpointing_enable()
     ran, spec = [], registry.OPS["attention"]
-    resolve = registry.resolve
-    monkeypatch.setattr(registry, "resolve", lambda of, *rest: _noted(ran, of, spec, resolve(of, *rest)))
+    resolve = calls.resolve
+    monkeypatch.setattr(calls, "resolve", lambda of, *rest: _noted(ran, of, spec, resolve(of, *rest)))
     ids = torch.ones(2, 4, dtype=torch.int64)
     with ctxfast.use_impl(attention="reference"):
         loss = model(ids).last_hidden_state.sum()
@@ -338,16 +338,16 @@ def test_compiled_functions_are_guarded_by_the_choice(qkv) -> None:
     compiled = torch.compile(inside, fullgraph=True, backend=backend)
     torch.testing.assert_close(compiled(*qkv), 2 * eager)
     assert kernels[-1] == [True, True]
-    assert registry.requested() == ()
+    assert choice.requested() == ()
     with ctxfast.use_impl("reference"):
         torch.testing.assert_close(compiled(*qkv), 2 * eager)
-        assert kernels[-1] == [False, True] and registry.requested() == (("*", "reference"),)
+        assert kernels[-1] == [False, True] and choice.requested() == (("*", "reference"),)
 
 
 def test_an_unknown_autocast_rule_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^ctxfast.misspelt: autocast is 'fp32'; expected 'lower', 'keep' or a "):
 
-        @registry.op(reference=len, check=lambda args: None, autocast="fp32")
+        @calls.op(reference=len, check=lambda args: None, autocast="fp32")
         def misspelt() -> None: ...
 
     assert "misspelt" not in registry.OPS

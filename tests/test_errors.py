@@ -10,7 +10,7 @@ import pytest
 import torch
 from support.parity import arguments, combinations, convert, device_of, public
 
-from ctxfast._core import registry
+from ctxfast._core import calls, registry
 
 ARGUMENTS = {op: importlib.import_module(f"support.arguments.{op}") for op in sorted(registry.OPS)}
 BAD = [pytest.param(op, *row, id=f"{op}-{i}") for op, own in ARGUMENTS.items() for i, row in enumerate(own.BAD)]
@@ -21,7 +21,7 @@ def test_bad_input(op, change, kind, message, monkeypatch) -> None:
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("an implementation ran before the check")
 
-    monkeypatch.setattr(registry, "resolve", never)
+    monkeypatch.setattr(calls, "resolve", never)
     with pytest.raises(kind) as error:
         public(op)(**{**ARGUMENTS[op].GOOD, **change})
     assert str(error.value) == f"ctxfast.{op}: {message}"

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ctxfast._core import registry
+from ctxfast._core import choice
 from ctxfast.models.bert.heads import BertForMaskedLM
 
 from ..cases import SEED, Case, Row, Work
@@ -93,7 +93,7 @@ def _build_reference(case: Case, args: Mapping[str, Any]) -> Call:
     model = _ours(args, 0.1)
 
     def on_references(*inputs: Any, **options: Any) -> Any:
-        with registry.use_impl("reference"):
+        with choice.use_impl("reference"):
             return model(*inputs, **options)
 
     return _step(case, args, model, on_references)
@@ -120,7 +120,7 @@ def _build_hf_compiled(mode: str | None) -> Callable[[Case, Mapping[str, Any]], 
 def oracle(case: Case, args: Mapping[str, Any]) -> Outputs:
     """The loss at the first weights: no dropout, float32, plain references."""
     model = _ours(args, 0.0).to(case.device).eval()
-    with registry.use_impl("reference"):
+    with choice.use_impl("reference"):
         loss = model(args["input_ids"], attention_mask=args["attention_mask"], labels=args["labels"]).loss
     return (loss.reshape(1),)
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import torch_ops
+from .choice import requested
 
 # Facts of calls -> the function that runs them.
 FOUND: dict[tuple[Any, ...], Callable[..., Any]] = {}
@@ -20,9 +21,7 @@ _MOST = 4096
 _SIMPLE = frozenset((type(None), int, float, bool, str, torch.dtype))
 
 
-def facts(
-    op: str, impl: str | None, requested: Callable[[], tuple[Any, ...]], args: Mapping[str, Any]
-) -> tuple[Any, ...]:
+def facts(op: str, impl: str | None, args: Mapping[str, Any]) -> tuple[Any, ...]:
     """Everything that the choice and the checks, but those of values, look at; () where they must look again."""
     if torch_ops.must_dispatch() or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         return ()

@@ -202,7 +202,7 @@ def check(args: argparse.Namespace, who: str) -> None:
         raise ValueError(f"ctxfast.{who}: --batch-size is {args.batch_size}; expected 1 or more.")
     if not 0 <= args.warmup < math.inf:
         raise ValueError(f"ctxfast.{who}: --warmup is {args.warmup}; expected steps, 0 or more, or a share below 1.")
-    from .._core.registry import use_impl
+    from .._core.choice import use_impl
     from ..training.loop.parallel import device_of
     from ..training.loop.train import board_writer, check_amp, usual_amp
 
@@ -233,7 +233,7 @@ def check_impl(args: argparse.Namespace, who: str, ops: Collection[str] | None =
     Raises:
         RuntimeError: none of these ops has it on the device.
     """
-    from .._core.registry import why_no_impl
+    from .._core.choice import why_no_impl
     from ..training.loop.parallel import device_of
 
     reason = why_no_impl(args.impl, device_of(args.device), ops)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .._core import transfer
-from .._core.registry import use_impl, why_no_impl
+from .._core.choice import use_impl, why_no_impl
 from .._core.texts import described
 from ..models.bert.sentence_modules import SentenceModel
 from .encoders import Prepared, TextEncoder, Where

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional
-from .._core import registry
+from .._core import calls, choice, registry
 from ..ops.attention import same_sequences
 from . import tools
 from .all_rows import AllRows
@@ -124,7 +124,7 @@ def run(
 
 def _is_open(x: Tensor) -> bool:
     """Whether one call may compute layers over these tokens, if the layers themselves allow it."""
-    requested = dict(registry.requested())
+    requested = dict(choice.requested())
     name = requested.get("transformer_layers", requested.get("*"))
     if any(op in requested for op in _OPS) or name not in (None, "cpu", "triton"):
         return False
@@ -177,7 +177,7 @@ def one_call(
         num_heads=options.num_heads, activation=options.activation, eps=options.eps[0],
         weight_dtype=options.weight_dtype, all_layers=all_layers, dropout_p=options.dropout_p,
     )  # fmt: skip
-    function, args = registry.prepared(spec, args)
+    function, args = calls.prepared(spec, args)
     if function is spec.reference:
         return None
     states = function(**args)
@@ -198,7 +198,7 @@ def _one_by_one(
     for layer in layers:
         step: Layer = partial(by_ops, layer) if isinstance(layer, LayerWeights) else layer
         if recompute is not None:
-            step = partial(recompute, registry.with_choice(step))
+            step = partial(recompute, choice.with_choice(step))
         x = step(x, cu_seqlens, max_seqlen, rows)
         if all_layers:
             states.append(x)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._core import capability, registry, torch_ops
+from .._core import capability, choice, torch_ops
 from .graph_capture import Place
 from .watched import IsHarmless, State
 
@@ -174,7 +174,7 @@ class PackedGraphs:
             torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type),
             capability.allows_tf32(),
             torch.are_deterministic_algorithms_enabled(),
-            registry.requested(),
+            choice.requested(),
         )
         key = (filled, sequences, seqlen, device, kinds, modes, flags)
         with self._lock:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from .. import functional
-from .._core import registry
+from .._core import choice, registry
 from ..nn.transformer import TransformerLayer
 from . import allennlp, identity, padding_readers, transformers
 from .torch_modules import LSTM, LayerNorm
@@ -258,7 +258,7 @@ def _objection(module: nn.Module, name: str, impl: str | None) -> str | None:
 
 def _no_impl(module: nn.Module, name: str, impl: str | None) -> str | None:
     device = next((each.device for each in module.parameters()), torch.device("cpu"))  # a LayerNorm may have none
-    reason = registry.why_no_impl(impl, device, _TABLE[name].ops)
+    reason = choice.why_no_impl(impl, device, _TABLE[name].ops)
     return None if reason is None else f"impl={impl!r} was asked for, but {reason}"
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._core import capability, registry
+from .._core import capability, choice
 from ..nn import encoder
 from ..nn.graphs import PackedGraphs
 from ..ops.shared.weight_cache import forget_packed
@@ -139,7 +139,7 @@ def _run(
 ) -> list[Tensor]:
     """``nn.encoder.run`` over layers that were examined."""
     (x,) = tokens
-    with nullcontext() if impl is None else registry.use_impl(impl):
+    with nullcontext() if impl is None else choice.use_impl(impl):
         # One at a time: where query, key and value are joined anew, all layers' would be there at once.
         described = layers if recompute is not None else (layer.weights() for layer in layers)
         return encoder.run(described, x, cu_seqlens, max_seqlen, all_layers=all_layers, recompute=recompute)

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._core import registry
+from .._core import choice
 from ..nn import encoder, tools
 from ..nn.layer_norm import LayerNorm
 from ..nn.watched import Snapshot
@@ -281,7 +281,7 @@ class Layer:
             return torch.cat(sources[:3]), torch.cat(sources[3:]) if has_bias else None
 
         is_trained = torch.is_grad_enabled() and any([source.requires_grad for source in sources])
-        is_once = ("*", "reference") in registry.requested()
+        is_once = ("*", "reference") in choice.requested()
         if is_trained or is_once:
             return join()
         # On a GPU nothing tells the host, without waiting, that weights are still what they were: no copy is kept.

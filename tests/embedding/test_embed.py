@@ -15,7 +15,7 @@ import torch
 from support.fake_encoder import DIM, LAYERS, FakeEncoder, vectors
 
 import ctxfast
-from ctxfast._core import registry
+from ctxfast._core import calls, choice
 from ctxfast.embedding.batch_encoder import STATES
 from ctxfast.embedding.embedder import Embedder
 from ctxfast.embedding.open_model import open_encoder
@@ -272,8 +272,8 @@ def test_bert_has_no_state(minilm, minilm_dir, state):
 def test_ops_of_a_model_are_those_that_it_runs(minilm, shared_data, monkeypatch):
     """An implementation by name is judged by them."""
     elmo = Embedder(shared_data / "elmo" / "allennlp_tiny", device="cpu")
-    prepared, ran = registry.prepared, set()
-    monkeypatch.setattr(registry, "prepared", lambda spec, *rest: ran.add(spec.name) or prepared(spec, *rest))
+    prepared, ran = calls.prepared, set()
+    monkeypatch.setattr(calls, "prepared", lambda spec, *rest: ran.add(spec.name) or prepared(spec, *rest))
     for embedder, by_layer in ((minilm, {"attention", "linear_act", "feed_forward", "add_layer_norm"}), (elmo, set())):
         ran.clear()
         embedder([["a", "bank"]], layers="all")
@@ -424,12 +424,12 @@ def test_impl_holds_for_the_model_only():
 
     class Spy(FakeEncoder):
         def encode(self, batch, selection):
-            asked.append(registry.requested())
+            asked.append(choice.requested())
             return super().encode(batch, selection)
 
     embedder = Embedder(Spy(), impl="reference", batch_tokens=8)
     for _ in embedder.encode(embedder.prepare(WORDS, embedder.select(), str, False), embedder.select()):
-        assert registry.requested() == ()
+        assert choice.requested() == ()
     assert asked == [(("*", "reference"),)] * len(asked) and len(asked) > 2
 
 
@@ -439,7 +439,7 @@ def test_embedders_in_threads_have_their_own_impl():
     class Spy(FakeEncoder):
         def encode(self, batch, selection):
             together.wait(30)  # both are inside
-            asked.setdefault(threading.get_ident(), set()).add(registry.requested())
+            asked.setdefault(threading.get_ident(), set()).add(choice.requested())
             return super().encode(batch, selection)
 
     def run(impl):

@@ -14,7 +14,7 @@ from support.hf_models import IDS, MASK, tiny_model
 from torch import Tensor, nn
 
 import ctxfast
-from ctxfast._core import capability, registry
+from ctxfast._core import calls, capability, registry
 from ctxfast.ops.shared.packed_weights import CACHE
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -202,9 +202,9 @@ def test_weights_in_training_are_not_kept_packed() -> None:
 def _ops(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The ops that are called inside, in their order."""
     ran: list[str] = []
-    prepared = registry.prepared
+    prepared = calls.prepared
     with monkeypatch.context() as patch:
-        patch.setattr(registry, "prepared", lambda spec, *rest: ran.append(spec.name) or prepared(spec, *rest))
+        patch.setattr(calls, "prepared", lambda spec, *rest: ran.append(spec.name) or prepared(spec, *rest))
         yield ran
 
 

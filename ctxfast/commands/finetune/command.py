@@ -119,7 +119,7 @@ def run(task: TaskCommand, args: argparse.Namespace) -> int:
     if args.epochs is None and args.steps is None:
         args.epochs = 3.0
     loop_options.check(args, who)
-    from ..._core.registry import use_impl
+    from ..._core.choice import use_impl
 
     with use_impl(args.impl):
         job = _FineTune(task, args)

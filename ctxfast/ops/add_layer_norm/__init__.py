@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._core import checks, registry
+from ..._core import calls, checks, registry
 from .reference import add_layer_norm as reference
 
 _OP = "add_layer_norm"
@@ -48,10 +48,10 @@ def _autocast(args: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     return dict(args) if is_given or is_double else {**args, "out_dtype": torch.float32}
 
 
-@registry.op(
+@calls.op(
     reference=reference,
     check=_check,
-    check_values=registry.no_values,
+    check_values=calls.no_values,
     autocast=_autocast,
     impls=(
         registry.Impl("cpu", "cpu", note="one compiled pass over the rows; torch's with a gradient", proven="cpu"),
@@ -90,7 +90,7 @@ def add_layer_norm(
     dropout.
     Reference: Ba et al. 2016; Vaswani et al. 2017, section 3.1.
     """
-    return registry.given(
+    return calls.given(
         impl,
         x=x,
         residual=residual,

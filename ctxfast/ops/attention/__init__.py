@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..._core import checks, registry
+from ..._core import calls, checks, registry
 from .reference import attention as reference
 
 _OP = "attention"
@@ -32,7 +32,7 @@ def _check_offsets(args: Mapping[str, Any]) -> None:
     checks.offsets(_OP, args["cu_seqlens"], args["max_seqlen"], "qkv", args["qkv"].shape[0])
 
 
-@registry.op(
+@calls.op(
     reference=reference,
     check=_check,
     check_values=_check_offsets,
@@ -69,7 +69,7 @@ def attention(
     Numerics: softmax in float32 (float64 for float64); deterministic without dropout, and with it for a given seed.
     Reference: Vaswani et al. 2017, equation 1; Devlin et al. 2019.
     """
-    return registry.given(
+    return calls.given(
         impl,
         qkv=qkv,
         cu_seqlens=cu_seqlens,

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..._core import checks, registry
+from ..._core import calls, checks, registry
 from .reference import char_cnn as reference
 
 _OP = "char_cnn"
@@ -40,7 +40,7 @@ def _check(args: Mapping[str, Any]) -> None:
     checks.choice(_OP, "activation", args["activation"], ("relu", "tanh"))
 
 
-@registry.op(
+@calls.op(
     reference=reference,
     check=_check,
     autocast="lower",
@@ -82,7 +82,7 @@ def char_cnn(
         takes the gradient (the reference shares it out).
     Reference: Kim et al. 2016; Peters et al. 2018; AllenNLP's _ElmoCharacterEncoder.
     """
-    return registry.given(
+    return calls.given(
         impl,
         char_ids=char_ids,
         char_embeddings=char_embeddings,

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..._core import checks, registry
+from ..._core import calls, checks, registry
 from .reference import embed_layer_norm as reference
 
 _OP = "embed_layer_norm"
@@ -60,7 +60,7 @@ def _check_ids(args: Mapping[str, Any]) -> None:
             checks.in_range(_OP, id_name, args[id_name], 0, last, hint)
 
 
-@registry.op(
+@calls.op(
     reference=reference,
     check=_check,
     check_values=_check_ids,
@@ -112,7 +112,7 @@ def embed_layer_norm(
 
     Reference: Devlin et al. 2019, figure 2; Sun et al. 2020 (task embedding).
     """
-    return registry.given(
+    return calls.given(
         impl,
         input_ids=input_ids,
         position_ids=position_ids,

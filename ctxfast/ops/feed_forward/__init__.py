@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._core import checks, registry
+from ..._core import calls, checks, registry
 from ..shared.definitions import ACTIVATIONS
 from .reference import feed_forward as reference
 
@@ -32,10 +32,10 @@ def _check(args: Mapping[str, Any]) -> None:
     checks.choice(_OP, "weight_dtype", args["weight_dtype"], (None, torch.int8))
 
 
-@registry.op(
+@calls.op(
     reference=reference,
     check=_check,
-    check_values=registry.no_values,
+    check_values=calls.no_values,
     autocast="lower",
     # Two products' roundings add up.
     ceiling={torch.float32: 2e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1},
@@ -86,7 +86,7 @@ def feed_forward(
     on the other rows. Gradients are deterministic.
     Reference: Vaswani et al. 2017, section 3.3; Devlin et al. 2019.
     """
-    return registry.given(
+    return calls.given(
         impl,
         x=x,
         weight1=weight1,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._core import checks, registry
+from ..._core import calls, checks, registry
 from ..shared.definitions import ACTIVATIONS
 from .reference import linear_act as reference
 
@@ -28,10 +28,10 @@ def _check(args: Mapping[str, Any]) -> None:
     checks.choice(_OP, "weight_dtype", args["weight_dtype"], (None, torch.int8))
 
 
-@registry.op(
+@calls.op(
     reference=reference,
     check=_check,
-    check_values=registry.no_values,
+    check_values=calls.no_values,
     autocast="lower",
     impls=(
         registry.Impl(
@@ -74,4 +74,4 @@ def linear_act(
     Numerics: a row's result on the CPU does not depend on the other rows, to the last bit (impl cpu).
     Reference: Hendrycks & Gimpel 2016 (both forms of GELU); Devlin et al. 2019.
     """
-    return registry.given(impl, x=x, weight=weight, bias=bias, activation=activation, weight_dtype=weight_dtype)
+    return calls.given(impl, x=x, weight=weight, bias=bias, activation=activation, weight_dtype=weight_dtype)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..._core import checks, registry
+from ..._core import calls, checks, registry
 from .reference import linear_cross_entropy as reference
 
 _OP = "linear_cross_entropy"
@@ -36,7 +36,7 @@ def _check(args: Mapping[str, Any]) -> None:
         checks.in_range(_OP, "labels", used, 0, weight.shape[0] - 1, hint)
 
 
-@registry.op(
+@calls.op(
     reference=reference,
     check=_check,
     autocast="lower",
@@ -72,6 +72,6 @@ def linear_cross_entropy(
 
     Reference: Devlin et al. 2019, section 3.1.
     """
-    return registry.given(
+    return calls.given(
         impl, hidden=hidden, weight=weight, labels=labels, bias=bias, ignore_index=ignore_index, reduction=reduction
     )

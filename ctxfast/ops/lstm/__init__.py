@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._core import checks, registry
+from ..._core import calls, checks, registry
 from .reference import lstm as reference
 
 _OP = "lstm"
@@ -94,7 +94,7 @@ def _per_direction(value: Tensor | Sequence[Tensor] | None) -> tuple[Tensor, ...
     return (value,) if isinstance(value, Tensor) else tuple(value)
 
 
-@registry.op(
+@calls.op(
     reference=reference,
     check=_check,
     autocast="lower",
@@ -160,7 +160,7 @@ def lstm(
     """
     weights = _per_direction(weight_ih)
     inputs = _per_direction(input)
-    return registry.given(
+    return calls.given(
         impl,
         input=inputs * len(weights) if isinstance(input, Tensor) else inputs,
         weight_ih=weights,

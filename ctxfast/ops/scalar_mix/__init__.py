@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._core import checks, registry
+from ..._core import calls, checks, registry
 from .reference import scalar_mix as reference
 
 _OP = "scalar_mix"
@@ -47,7 +47,7 @@ def _check(args: Mapping[str, Any]) -> None:
     checks.positive(_OP, "eps", args["eps"])
 
 
-@registry.op(
+@calls.op(
     reference=reference,
     check=_check,
     autocast="keep",
@@ -81,7 +81,7 @@ def scalar_mix(
     Reference: Peters et al. 2018, equation 1; AllenNLP's ScalarMix.
     """
     layers = tensors.unbind(0) if isinstance(tensors, Tensor) else tuple(tensors)
-    return registry.given(
+    return calls.given(
         impl,
         tensors=layers,
         scalar_parameters=scalar_parameters,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._core import checks, registry
+from ..._core import calls, checks, registry
 from ..shared.definitions import ACTIVATIONS
 from .reference import transformer_layers as reference
 
@@ -107,7 +107,7 @@ def _check_offsets(args: Mapping[str, Any]) -> None:
     checks.offsets(_OP, args["cu_seqlens"], args["max_seqlen"], "x", args["x"].shape[0])
 
 
-@registry.op(
+@calls.op(
     reference=reference,
     check=_check,
     check_values=_check_offsets,
@@ -164,7 +164,7 @@ def transformer_layers(
     float32 and int8 a sequence's do not depend on the others.
     Reference: Vaswani et al. 2017, section 3.1; Devlin et al. 2019.
     """
-    return registry.given(
+    return calls.given(
         impl,
         x=x,
         cu_seqlens=cu_seqlens,

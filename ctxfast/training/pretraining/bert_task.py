@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..._core.registry import use_impl
+from ..._core.choice import use_impl
 from ...models.bert.config import BertConfig
 from ...models.bert.head_base import IGNORE_INDEX
 from ...models.bert.heads import BertForMaskedLM, BertForPreTraining
