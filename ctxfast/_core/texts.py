@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lists of texts as callers hand them over: what is none is named before anything is computed."""
+"""Lists of texts as callers hand them over, where what is none is named before anything is computed; texts as messages
+show them."""
 
 from __future__ import annotations
 
@@ -34,3 +35,9 @@ def described(value: Any) -> str:
     if value is None:
         return text
     return f"{text} ({kind})" if len(text) <= 40 and "\n" not in text else f"of type {kind}"
+
+
+def some(names: Iterable[str]) -> str:
+    """The first names of a list, for a message, and how many more there are."""
+    names, most = list(names), 8
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -103,6 +103,7 @@ def _elmo_source(args: argparse.Namespace, source: Path) -> Path | None:
 def _bert(args: argparse.Namespace, folder: Path) -> str:
     import torch
 
+    from .._core.texts import some
     from ..models.bert.tokenization import BertTokenizer
     from ..models.bert.weights import load_checkpoint, save_checkpoint
     from ..training.tasks.predictor import SETTINGS_FILE
@@ -122,9 +123,9 @@ def _bert(args: argparse.Namespace, folder: Path) -> str:
     count = sum(value.numel() for value in state.values())
     what = f"{found.config.model_type}, {count:,} parameters" + ("" if has_tokenizer else "; no tokenizer found")
     if found.unexpected:
-        what += f"; left out: {_some(found.unexpected)}"
+        what += f"; left out: {some(found.unexpected)}"
     rest = _not_converted(place, folder, found.files)
-    return what + (f"; not copied: {_some(rest)}" if rest else "")
+    return what + (f"; not copied: {some(rest)}" if rest else "")
 
 
 def _not_converted(place: Path, folder: Path, read: Collection[Path]) -> list[str]:
@@ -132,10 +133,6 @@ def _not_converted(place: Path, folder: Path, read: Collection[Path]) -> list[st
     prompts, lengths): named, so that nobody takes the new folder for the whole model."""
     parts = [path for pattern in _SENTENCE_PARTS for path in sorted(place.glob(pattern))]
     return [path.name for path in parts if path not in read and not (folder / path.name).exists()]
-
-
-def _some(names: Collection[str], limit: int = 8) -> str:
-    return ", ".join(list(names)[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
 def _elmo(source: Path, folder: Path, options_file: str | None, dtype: str | None) -> str:

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from ..._core.checks import FLOATING
 from ..._core.files import replacing
 from ..._core.reading import check_growth, read_json, reading
+from ..._core.texts import some
 from ..hub import cached_model, download_model, is_name
 from ..packaged import packaged_model, packaged_models
 from .config import BertConfig, write_json
@@ -232,7 +233,7 @@ def _load(model: Path, config_path: Path, config: BertConfig, gelu: str | None) 
     check_state_dict(config, state_dict, source=where)
     left = tuple(sorted((*unexpected, *source.others)))
     if left:
-        warnings.warn(f"{_WHO}: {source.place} has {len(left)} tensors that were not used: {_some(left)}", stacklevel=3)
+        warnings.warn(f"{_WHO}: {source.place} has {len(left)} tensors that were not used: {some(left)}", stacklevel=3)
     return Checkpoint(config, state_dict, source.kind, model, (config_path, *source.files), left)
 
 
@@ -274,7 +275,7 @@ def check_state_dict(
             if not (torch.isfinite(low) and torch.isfinite(high)):
                 broken.append(name)
     if broken:
-        warnings.warn(f"{_WHO}: {len(broken)} tensors hold NaN or infinity: {_some(broken)} ({source})", stacklevel=2)
+        warnings.warn(f"{_WHO}: {len(broken)} tensors hold NaN or infinity: {some(broken)} ({source})", stacklevel=2)
     for head in ("classifier", "qa_outputs", "cls.seq_relationship"):
         weight, bias = state_dict.get(f"{head}.weight"), state_dict.get(f"{head}.bias")
         if weight is not None and bias is not None and len(weight) != len(bias):
@@ -320,7 +321,7 @@ def save_checkpoint(
             raise FileExistsError(f"{who}: {path} exists. Pass overwrite=True to replace it")
     unexpected = check_state_dict(config, state_dict)
     if unexpected:
-        raise ValueError(f"{who}: names with no place in the file: {_some(unexpected)}")
+        raise ValueError(f"{who}: names with no place in the file: {some(unexpected)}")
     renamed = to_torch_names(config, state_dict, task)
     # safetensors refuses tensors that share memory, such as slices of one packed QKV weight.
     tensors = {renamed[name]: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state_dict.items()}
@@ -339,13 +340,6 @@ def save_checkpoint(
     # Last, so that a folder with a config.json has whole weights.
     write_json(config_path, values)
     return [config_path, weights_path]
-
-
-def _some(names: Iterable[str], limit: int = 8) -> str:
-    """The first names of a list, and how many more there are."""
-    names = list(names)
-    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + rest
 
 
 def _check_type(config: BertConfig, names: Iterable[str], place: Path, config_path: Path) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import h5py
@@ -25,6 +25,7 @@ from torch import Tensor
 from ..._core.files import replacing
 from ..._core.hdf5 import new_hdf5
 from ..._core.reading import reading
+from ..._core.texts import some
 from .config import ElmoConfig
 from .datasets import find_datasets, read_datasets
 
@@ -153,20 +154,14 @@ def _check_names(found: Mapping[str, h5py.Dataset], expected: Mapping[str, tuple
     missing = [name for name in expected if name not in found]
     if missing:
         raise ValueError(
-            f"{_LOAD}: {path} has no {_some(missing)}. The options ask for it; does options.json belong to this file?"
+            f"{_LOAD}: {path} has no {some(missing)}. The options ask for it; does options.json belong to this file?"
         )
     extra = [name for name in found if name not in expected]
     if extra:
         raise ValueError(
-            f"{_LOAD}: {path} also holds {_some(extra)}, which the options know nothing of (fewer layers, filters "
+            f"{_LOAD}: {path} also holds {some(extra)}, which the options know nothing of (fewer layers, filters "
             f"or highways). Does options.json belong to this file?"
         )
-
-
-def _some(names: Iterable[str], limit: int = 8) -> str:
-    """The first names of a list, and how many more there are."""
-    names = list(names)
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
 def _warn_not_finite(name: str, place: str, finite: int, size: int, who: str) -> None:
@@ -224,7 +219,7 @@ def _load(file: h5py.File, path: Path, config: ElmoConfig) -> tuple[ElmoConfig, 
     for name, array in arrays.items():
         _warn_not_finite(name, f" in {path}", int(np.isfinite(array).sum()), array.size, _LOAD)
     if others:
-        warnings.warn(f"{_LOAD}: {path} also holds {_some(others)}, which is not part of ELMo: not read.", stacklevel=3)
+        warnings.warn(f"{_LOAD}: {path} also holds {some(others)}, which is not part of ELMo: not read.", stacklevel=3)
     state_dict = {}
     for name, part in parts.items():
         made = part.read(*(arrays[dataset] for dataset in part.datasets))
@@ -283,12 +278,12 @@ def weights_from_state_dict(
     own = ("_token_embedder.", "_elmo_lstm.forward_layer_", "_elmo_lstm.backward_layer_")
     extra = [name for name in found_names if name.startswith(own) and name not in result]
     if extra:
-        raise ValueError(f"{_STATE}: state_dict also holds {_some(extra)}, which the config knows nothing of.")
+        raise ValueError(f"{_STATE}: state_dict also holds {some(extra)}, which the config knows nothing of.")
     left = sorted(set(state_dict) - {prefix + name for name in result})
     if left:
         warnings.warn(
             f"{_STATE}: {len(left)} tensors of state_dict are not part of the language model and are left out: "
-            f"{_some(left)}.",
+            f"{some(left)}.",
             stacklevel=2,
         )
     return config, result
