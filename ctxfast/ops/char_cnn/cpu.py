@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..._core import capability, registry, torch_ops
 from ..shared.weight_cache import WeightCache
-from . import definition
+from . import recorded
 
 _PANEL = 32  # filters side by side
 _MOST = 16384  # numbers of a word: the kernel keeps it on its stack
@@ -107,29 +107,7 @@ def _backward(grad: Tensor, at: Tensor, ids: Tensor, table: Tensor, weights: Seq
 
 _fwd = torch_ops.define("char_cnn_cpu_fwd", _forward, _output, "CPU")
 _fwd_at = torch_ops.define("char_cnn_cpu_fwd_at", _forward_at, _outputs, "CPU")
-_bwd = torch_ops.define("char_cnn_cpu_bwd", _backward, definition.gradient_outputs, "CPU")
-
-
-class _CharCnn(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, ids: Tensor, is_tanh: bool, is_kept: bool, table: Tensor, *parameters: Tensor) -> Tensor:
-        count = len(parameters) // 2
-        weights, biases = list(parameters[:count]), list(parameters[count:])
-        y, at = _fwd_at(ids, table, weights, biases, is_tanh, is_kept)
-        ctx.save_for_backward(y, at, ids, table, *parameters)
-        ctx.is_tanh = is_tanh
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        y, at, ids, table, *parameters = ctx.saved_tensors
-        count = len(parameters) // 2
-        if torch_ops.needs_definition(grad):
-            grads = definition.gradients(grad, ids, table, parameters, ctx.is_tanh, ctx.needs_input_grad[3:])
-            return None, None, None, *grads
-        weights = parameters[:count]
-        grad = grad * (1 - y * y) if ctx.is_tanh else grad.masked_fill(y <= 0, 0.0)
-        return (None, None, None, *_bwd(grad, at, ids, table, weights))
+_bwd = torch_ops.define("char_cnn_cpu_bwd", _backward, recorded.gradient_outputs, "CPU")
 
 
 def supports(args: Mapping[str, Any]) -> str | None:
@@ -160,7 +138,7 @@ def char_cnn(
     in_training = registry.needs_grad(weights)
     is_kept = not (in_training or torch.is_autocast_enabled("cpu"))
     if registry.needs_grad(char_embeddings, weights, biases):
-        return _CharCnn.apply(char_ids, is_tanh, is_kept, char_embeddings, *weights, *biases)
+        return recorded.CharCnn.apply(_fwd_at, _bwd, is_kept, char_ids, is_tanh, char_embeddings, *weights, *biases)
     forward = _forward if torch_ops.is_direct(char_ids, char_embeddings, *weights, *biases) else _fwd
     return forward(char_ids, char_embeddings, weights, biases, is_tanh, is_kept)
 

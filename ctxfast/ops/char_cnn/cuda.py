@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..._core import capability, registry, torch_ops
-from . import definition
+from . import recorded
 
 _MOST_WIDTHS = 16  # the kernel takes their addresses by value
 _SHARED_BYTES = 96 * 1024
@@ -82,29 +82,7 @@ def _backward(grad: Tensor, at: Tensor, ids: Tensor, table: Tensor, weights: Seq
 
 
 _fwd = torch_ops.define("char_cnn_cuda_fwd", _forward, _outputs, "CUDA")
-_bwd = torch_ops.define("char_cnn_cuda_bwd", _backward, definition.gradient_outputs, "CUDA")
-
-
-class _CharCnn(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, ids: Tensor, is_tanh: bool, table: Tensor, *parameters: Tensor) -> Tensor:
-        count = len(parameters) // 2
-        weights, biases = list(parameters[:count]), list(parameters[count:])
-        y, at = _fwd(ids, table, weights, biases, is_tanh, True)
-        ctx.save_for_backward(y, at, ids, table, *parameters)
-        ctx.is_tanh = is_tanh
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        y, at, ids, table, *parameters = ctx.saved_tensors
-        count = len(parameters) // 2
-        if torch_ops.needs_definition(grad):
-            grads = definition.gradients(grad, ids, table, parameters, ctx.is_tanh, ctx.needs_input_grad[2:])
-            return None, None, *grads
-        weights = parameters[:count]
-        grad = grad * (1 - y * y) if ctx.is_tanh else grad.masked_fill(y <= 0, 0.0)
-        return (None, None, *_bwd(grad, at, ids, table, weights))
+_bwd = torch_ops.define("char_cnn_cuda_bwd", _backward, recorded.gradient_outputs, "CUDA")
 
 
 def _shared_bytes(characters: int, size: int, width: int) -> int:
@@ -140,7 +118,7 @@ def char_cnn(
     """See ``ctxfast.functional.char_cnn``."""
     weights, biases, is_tanh = list(conv_weights), list(conv_biases), activation == "tanh"
     if registry.needs_grad(char_embeddings, weights, biases):
-        return _CharCnn.apply(char_ids, is_tanh, char_embeddings, *weights, *biases)
+        return recorded.CharCnn.apply(_fwd, _bwd, True, char_ids, is_tanh, char_embeddings, *weights, *biases)
     return _fwd(char_ids, char_embeddings, weights, biases, is_tanh, False)[0]
 
 
