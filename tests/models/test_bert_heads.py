@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from support.hf_models import pair
 from torch import Tensor
 
 from ctxfast.models.bert import heads
@@ -34,17 +35,7 @@ B, L = MASK.shape
 
 
 def _pair(name: str, **fields: object) -> tuple[torch.nn.Module, torch.nn.Module]:
-    config = BertConfig.from_dict({**SIZES, **fields})
-    theirs_config = transformers.BertConfig.from_dict(config.to_dict())
-    theirs_config._attn_implementation = "eager"
-    theirs = getattr(transformers, name)(theirs_config).eval()
-    with torch.no_grad():
-        for parameter in theirs.parameters():
-            if parameter.dim() == 1:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-    ours = getattr(heads, name)(config).eval()
-    ours.load_state_dict(theirs.state_dict(), strict=True)
-    return ours, theirs
+    return pair(head=name.removeprefix("Bert"), **{**SIZES, **fields})
 
 
 def _ids() -> Tensor:

@@ -7,38 +7,26 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
+from support.hf_models import HF_FAMILIES, pair
 from torch import Tensor
 
 import ctxfast
 from ctxfast.models.bert import heads
-from ctxfast.models.bert.config import BertConfig
 from ctxfast.models.bert.modeling import Bert
 
 SIZES = dict(
     vocab_size=120, hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96,
     max_position_embeddings=66, initializer_range=0.1,
 )  # fmt: skip
-FAMILIES = {"bert": "Bert", "roberta": "Roberta", "xlm-roberta": "XLMRoberta", "ernie": "Ernie"}
 B, L = 4, 11
 
 
 def _pair(
     model_type: str = "bert", head: str = "Model", attention: str = "sdpa", **fields: object
 ) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """Ours, with padding kept, and Hugging Face's of the same random weights, in eval mode."""
-    config = BertConfig.from_dict({"model_type": model_type, **SIZES, **fields})
-    family = FAMILIES[model_type]
-    theirs_config = getattr(transformers, f"{family}Config").from_dict(config.to_dict())
-    theirs_config._attn_implementation = attention
+    """Ours, with padding kept, and Hugging Face's."""
     torch.manual_seed(0)
-    theirs = getattr(transformers, family + head)(theirs_config).eval()
-    with torch.no_grad():
-        for parameter in theirs.parameters():
-            if parameter.dim() == 1:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-    ours = (Bert(config) if head == "Model" else getattr(heads, f"Bert{head}")(config)).eval()
-    ours.load_state_dict(theirs.state_dict(), strict=True)
+    ours, theirs = pair(model_type, head, attention, **{**SIZES, **fields})
     encoder = ours if head == "Model" else ours.bert
     encoder.padding = "keep"
     return ours, theirs
@@ -71,7 +59,7 @@ def _close(found: Tensor, expected: Tensor, bound: float = 1e-5) -> None:
 
 
 @pytest.mark.parametrize("kind", MASKS)
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", HF_FAMILIES)
 def test_every_row_of_every_layer(model_type, kind) -> None:
     # Where a text has no token, Hugging Face's two attentions differ: sdpa, its default, gives zeros for the context,
     # eager attention the mean of all values.

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from support.hf_models import pair
 from torch import Tensor
 
 import ctxfast
-from ctxfast.models.bert.config import BertConfig
 from ctxfast.models.bert.modeling import Bert
 
 BASE = dict(
@@ -25,28 +25,6 @@ SMALL = dict(
     vocab_size=120, hidden_size=48, num_hidden_layers=2, num_attention_heads=4,
     intermediate_size=96, initializer_range=0.1,
 )  # fmt: skip
-FAMILIES = {
-    "bert": (transformers.BertConfig, transformers.BertModel),
-    "roberta": (transformers.RobertaConfig, transformers.RobertaModel),
-    "xlm-roberta": (transformers.XLMRobertaConfig, transformers.XLMRobertaModel),
-    "ernie": (transformers.ErnieConfig, transformers.ErnieModel),
-}
-
-
-def _pair(model_type: str, **fields: object) -> tuple[Bert, torch.nn.Module]:
-    """Ours and Hugging Face's with the same random weights, in eval mode."""
-    config = BertConfig(model_type=model_type, **fields)
-    config_class, model_class = FAMILIES[model_type]
-    theirs_config = config_class.from_dict(config.to_dict())
-    theirs_config._attn_implementation = "eager"
-    theirs = model_class(theirs_config).eval()
-    with torch.no_grad():
-        for parameter in theirs.parameters():
-            if parameter.dim() == 1:  # biases and LayerNorm start at 0 and 1, which hides mistakes
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-    ours = Bert(config)
-    ours.load_state_dict(theirs.state_dict(), strict=True)
-    return ours.eval(), theirs
 
 
 def _masks(batch_size: int, seqlen: int) -> dict[str, Tensor | None]:
@@ -80,7 +58,7 @@ def _compare(ours: Bert, theirs: torch.nn.Module, mask: Tensor | None, **inputs:
 @pytest.mark.parametrize("hidden_act", ["gelu", "gelu_new"])
 @pytest.mark.parametrize("kind", ["none", "ragged", "holes"])
 def test_base_shape_agrees_at_every_layer(hidden_act: str, kind: str) -> None:
-    ours, theirs = _pair("bert", hidden_act=hidden_act, num_hidden_layers=2, **BASE)
+    ours, theirs = pair("bert", hidden_act=hidden_act, num_hidden_layers=2, **BASE)
     ids, types = torch.randint(1000, (4, 40)), torch.randint(2, (4, 40))
     mask = _masks(4, 40)[kind]
     assert _compare(ours, theirs, mask, input_ids=ids, token_type_ids=types) <= 1e-5
@@ -90,7 +68,7 @@ def test_base_shape_agrees_at_every_layer(hidden_act: str, kind: str) -> None:
 @pytest.mark.parametrize("hidden_act", ["gelu", "gelu_new"])
 def test_twelve_layers_agree(hidden_act: str) -> None:
     fields = {**BASE, "initializer_range": 0.02}
-    ours, theirs = _pair("bert", hidden_act=hidden_act, num_hidden_layers=12, **fields)
+    ours, theirs = pair("bert", hidden_act=hidden_act, num_hidden_layers=12, **fields)
     ids, types = torch.randint(1000, (6, 128)), torch.randint(2, (6, 128))
     mask = _masks(6, 128)["ragged"]
     assert _compare(ours, theirs, mask, input_ids=ids, token_type_ids=types) <= 1e-5
@@ -98,7 +76,7 @@ def test_twelve_layers_agree(hidden_act: str) -> None:
 
 @pytest.mark.parametrize("hidden_act", ["gelu", "gelu_new", "relu"])
 def test_small_shape_with_given_positions(hidden_act: str) -> None:
-    ours, theirs = _pair("bert", hidden_act=hidden_act, **SMALL)
+    ours, theirs = pair("bert", hidden_act=hidden_act, **SMALL)
     ids, mask = torch.randint(120, (3, 11)), _masks(3, 11)["holes"]
     positions = torch.randint(512, (1, 11))
     assert _compare(ours, theirs, mask, input_ids=ids, position_ids=positions) <= 1e-5
@@ -111,7 +89,7 @@ def test_small_shape_with_given_positions(hidden_act: str) -> None:
 @pytest.mark.parametrize("model_type", ["roberta", "xlm-roberta"])
 def test_roberta_positions_count_ids_that_are_not_padding(model_type: str) -> None:
     fields = dict(max_position_embeddings=66, type_vocab_size=1, layer_norm_eps=1e-5)
-    ours, theirs = _pair(model_type, **SMALL, **fields)
+    ours, theirs = pair(model_type, **SMALL, **fields)
     ids = torch.randint(2, 120, (4, 20))
     ids[0, 5:9] = 1  # padding ids inside a text, where the mask is 1
     ids[1, :6] = 1  # left padding
@@ -124,7 +102,7 @@ def test_roberta_positions_count_ids_that_are_not_padding(model_type: str) -> No
 
 def test_ernie_task_types() -> None:
     fields = dict(use_task_id=True, task_type_vocab_size=5, hidden_act="relu")
-    ours, theirs = _pair("ernie", **SMALL, **fields)
+    ours, theirs = pair("ernie", **SMALL, **fields)
     ids, tasks = torch.randint(120, (3, 9)), torch.randint(5, (3, 9))
     mask = _masks(3, 9)["ragged"]
     types = torch.randint(2, (3, 9))
@@ -150,7 +128,7 @@ def _gradients(model: torch.nn.Module) -> dict[str, Tensor]:
 @pytest.mark.parametrize("model_type", ["bert", "roberta", "ernie"])
 def test_gradients_of_every_parameter(model_type: str) -> None:
     extra = dict(use_task_id=True) if model_type == "ernie" else {}
-    ours, theirs = _pair(model_type, **SMALL, **extra)
+    ours, theirs = pair(model_type, **SMALL, **extra)
     ids, mask = torch.randint(2, 120, (4, 13)), _masks(4, 13)["ragged"]
     ids[0, 3] = ours.config.pad_token_id  # that word row must get no gradient
     ids[mask == 0] = ours.config.pad_token_id
@@ -203,14 +181,14 @@ def test_old_bin_checkpoint(shared_data: Path) -> None:
 
 
 def test_reference_implementations_agree_too() -> None:
-    ours, theirs = _pair("bert", **SMALL)
+    ours, theirs = pair("bert", **SMALL)
     ids, mask = torch.randint(120, (3, 11)), _masks(3, 11)["holes"]
     with ctxfast.use_impl("reference"):
         assert _compare(ours, theirs, mask, input_ids=ids) <= 1e-5
 
 
 def test_saved_model_opens_in_hugging_face(tmp_path: Path) -> None:
-    ours, _ = _pair("bert", **SMALL)
+    ours, _ = pair("bert", **SMALL)
     ours.save_pretrained(tmp_path)
     theirs, report = transformers.BertModel.from_pretrained(
         tmp_path, attn_implementation="eager", output_loading_info=True

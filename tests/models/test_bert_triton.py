@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 import transformers
+from support.hf_models import pair
 from torch import Tensor, nn
 
 import ctxfast
@@ -40,19 +41,9 @@ def on_triton() -> Iterator[None]:
         yield
 
 
-def _pair(ours_class: type, theirs_class: type, **fields: object) -> tuple[nn.Module, nn.Module]:
-    """Ours and Hugging Face's with the same random weights, in eval mode."""
-    config = BertConfig(**{**SIZES, **fields})
-    theirs_config = transformers.BertConfig.from_dict(config.to_dict())
-    theirs_config._attn_implementation = "eager"
-    theirs = theirs_class(theirs_config).eval()
-    with torch.no_grad():
-        for parameter in theirs.parameters():
-            if parameter.dim() == 1:  # biases and LayerNorm start at 0 and 1, which hides mistakes
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-    ours = ours_class(config)
-    ours.load_state_dict(theirs.state_dict(), strict=True)
-    return ours.eval().to(DEVICE), theirs.to(DEVICE)
+def _pair(head: str = "Model", **fields: object) -> tuple[nn.Module, nn.Module]:
+    ours, theirs = pair(head=head, **{**SIZES, **fields})
+    return ours.to(DEVICE), theirs.to(DEVICE)
 
 
 def _ragged(lengths: list[int], seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -64,7 +55,7 @@ def _ragged(lengths: list[int], seed: int = 0) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 @pytest.mark.parametrize("hidden_act", ["gelu", "gelu_new"])
 def test_every_layer_agrees_with_hugging_face(hidden_act: str) -> None:
-    ours, theirs = _pair(Bert, transformers.BertModel, hidden_act=hidden_act)
+    ours, theirs = _pair(hidden_act=hidden_act)
     ids, mask = _ragged([40, 3, 17, 64])
     mask[1, 1] = 0  # a hole
     with on_triton():
@@ -86,7 +77,7 @@ def _named(model: nn.Module) -> dict[str, Tensor]:
 
 
 def test_gradients_of_the_masked_language_model() -> None:
-    ours, theirs = _pair(BertForMaskedLM, transformers.BertForMaskedLM)
+    ours, theirs = _pair("ForMaskedLM")
     ids, mask = _ragged([33, 2, 65, 16])
     labels = torch.where((torch.rand(ids.shape, device=DEVICE) < 0.2) & mask.bool(), ids, -100)
     with on_triton():
@@ -104,10 +95,8 @@ def test_gradients_of_the_masked_language_model() -> None:
 
 def test_training_steps_have_hugging_faces_losses() -> None:
     """Weights change between the steps: what the kernels read is never stale."""
-    ours, theirs = _pair(
-        BertForMaskedLM, transformers.BertForMaskedLM, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-        initializer_range=0.02,
-    )  # fmt: skip
+    off = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    ours, theirs = _pair("ForMaskedLM", **off, initializer_range=0.02)
     curves = []
     for model in (ours, theirs):
         model.train()
@@ -129,7 +118,7 @@ def test_training_steps_have_hugging_faces_losses() -> None:
 
 @torch.no_grad()
 def test_float16_errs_no_more_than_hugging_face() -> None:
-    ours, theirs = _pair(Bert, transformers.BertModel, num_hidden_layers=4)
+    ours, theirs = _pair(num_hidden_layers=4)
     ids, mask = _ragged([48, 31, 16, 5, 40, 22, 9, 64])
     real = mask.bool()
     oracle = copy.deepcopy(theirs).half().double()(ids, attention_mask=mask).last_hidden_state[real]

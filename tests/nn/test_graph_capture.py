@@ -7,7 +7,6 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from support import fake_cuda
 from support.fake_cuda import FakeCuda
 from support.graphed import CONFIG, batch, plain, small_bert
 from torch import Tensor
@@ -16,12 +15,7 @@ import ctxfast
 from ctxfast.nn import graph_capture
 from ctxfast.nn.graph_capture import CannotCapture, Place, Refusing
 
-
-@pytest.fixture(autouse=True)
-def cuda(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> FakeCuda | None:
-    if request.node.get_closest_marker("gpu") is not None:
-        return None
-    return fake_cuda.install(monkeypatch)
+pytestmark = pytest.mark.usefixtures("cuda")
 
 
 @pytest.fixture

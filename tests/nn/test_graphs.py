@@ -13,7 +13,6 @@ import weakref
 
 import pytest
 import torch
-from support import fake_cuda
 from support.fake_cuda import FakeCuda
 from support.graphed import CONFIG, OnCpu, batch, plain, small_bert
 from torch import Tensor
@@ -23,12 +22,7 @@ from ctxfast.nn import graphs
 from ctxfast.nn.graphs import PackedGraphs
 from ctxfast.packing import Packing
 
-
-@pytest.fixture(autouse=True)
-def cuda(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> FakeCuda | None:
-    if request.node.get_closest_marker("gpu") is not None:
-        return None
-    return fake_cuda.install(monkeypatch)
+pytestmark = pytest.mark.usefixtures("cuda")
 
 
 @pytest.fixture

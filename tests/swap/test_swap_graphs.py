@@ -10,7 +10,6 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from support import fake_cuda
 from support.fake_cuda import FakeCuda
 from support.graphed import OnCpu
 from torch import Tensor, nn
@@ -25,9 +24,8 @@ from support.hf_models import IDS, MASK, tiny_model  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
-def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+def _is_on_gpu(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transformers_layers, "_is_on_gpu", lambda tensor: True)
-    return fake_cuda.install(monkeypatch)
 
 
 def swapped(kind: str = "Bert") -> tuple[nn.Module, nn.Module]:

@@ -222,15 +222,18 @@ def test_data_that_changed_under_its_name_is_another_configuration(files, tmp_pa
     assert f"another configuration: settings.sha256.train.{path} was" in capsys.readouterr().err
 
 
+def _without_dropout(model: Path, folder: Path) -> Path:
+    """A copy of a model in a folder, its dropout off."""
+    shutil.copytree(model, folder)
+    config = json.loads((model / "config.json").read_text())
+    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
 def test_accumulated_batches_are_one_large_batch(files, tmp_path) -> None:
     """With dropout off, two micro-batches of 4 give what one of 8 gives: losses are weighted by labelled words."""
-    config = json.loads((files / "bert" / "config.json").read_text())
-    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    model = tmp_path / "model"
-    model.mkdir()
-    for file in (files / "bert").iterdir():
-        (model / file.name).write_bytes(file.read_bytes())
-    (model / "config.json").write_text(json.dumps(config))
+    model = _without_dropout(files / "bert", tmp_path / "model")
     states = []
     for name, options in (("one", ["--batch-size", 8]), ("two", ["--batch-size", 4, "--accumulate", 2])):
         argv = ["-m", model, "--train", files / "tag.tsv", "--steps", 3, "--lr", 1e-3, "--warmup", 0]
@@ -362,13 +365,7 @@ def test_a_model_of_another_task_is_refused(files, tmp_path, capsys) -> None:
 @pytest.mark.slow
 def test_two_processes_with_a_sharded_model(files, tmp_path) -> None:
     """FSDP2 keeps parameters whose names in files are others (query, key, value); two processes do what one does."""
-    config = json.loads((files / "bert" / "config.json").read_text())
-    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    model = tmp_path / "model"
-    model.mkdir()
-    for file in (files / "bert").iterdir():
-        (model / file.name).write_bytes(file.read_bytes())
-    (model / "config.json").write_text(json.dumps(config))
+    model = _without_dropout(files / "bert", tmp_path / "model")
     argv = ["tag", "-m", model, "--train", files / "tag.tsv", "--steps", 4, "--lr", 1e-3, "--save-every", 2]
     argv = [*map(str, argv), "--device", "cpu", "--quiet"]
     assert main(["finetune", *argv, "--batch-size", "4", "--accumulate", "2", "-o", str(tmp_path / "one")]) == 0
