@@ -6,7 +6,7 @@ Modules import nothing heavy at the top: every start of ``ctxfast`` imports them
 
 from types import ModuleType
 
-from . import bench, convert, embed, finetune, info, pretrain_bert, pretrain_elmo, probe
+from . import bench, convert, embed, finetune, info, neighbours, pretrain_bert, pretrain_elmo, probe
 
 # In the order of the help; the first of two words is a group of ``GROUPS``.
 COMMANDS: dict[str, ModuleType] = {
@@ -16,6 +16,7 @@ COMMANDS: dict[str, ModuleType] = {
     "convert": convert,
     "finetune": finetune,
     "probe": probe,
+    "neighbours": neighbours,
     "info": info,
     "bench": bench,
 }

@@ -13,7 +13,6 @@ from typing import Any
 from .loop_options import DOWNLOAD, check_files, check_model
 
 _WHO = "ctxfast.probe"
-_PICTURES = (".png", ".svg", ".pdf")
 _HELP = """\
 Train a linear classifier on every layer of a frozen BERT or ELMo, and one on a learned mix of all layers; print how
 well each does on held-out words, and what share each layer has in the mix. Layers are computed once.
@@ -69,17 +68,14 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"{_WHO}: lr is {args.lr}; expected a number above 0.")
     if args.unseen not in ("error", "keep"):
         raise ValueError(f"{_WHO}: --unseen is {args.unseen!r}; expected 'error' or 'keep'.")
-    if args.plot is not None and Path(args.plot).suffix not in _PICTURES:
-        raise ValueError(f"{_WHO}: --plot is {args.plot!r}; expected a name that ends with {', '.join(_PICTURES)}.")
     from .._core.files import check_apart
+    from .._core.pictures import check_picture
     from ..training.readers.conll import read_conll
     from ..training.tasks.metrics import check_libraries
-    from ..training.tasks.probe import figure_class, probe
+    from ..training.tasks.probe import probe
     from ..training.tasks.tag import check_tags, tag_names
 
-    if args.plot is not None:
-        figure_class()  # that there is none is better known before than after hours of work
-
+    check_picture(args.plot, _WHO)
     if args.scheme != "none":
         check_libraries("tag", is_spans=True)
     columns = {"word_column": args.word_column, "tag_column": args.tag_column, "scheme": args.scheme, "say": _say}

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..._core.files import replacing
+from ..._core import pictures
 from ...embedding.embedder import Embedder
 from ...nn import ScalarMix
 from ..loop.batches import Batches
@@ -77,8 +77,7 @@ class ProbeReport:
         Raises:
             RuntimeError: matplotlib is not installed.
         """
-        figure_type = figure_class()
-        figure = figure_type(figsize=_PLOT_SIZE, layout="constrained")
+        figure = pictures.figure_class("ctxfast.probe")(figsize=_PLOT_SIZE, layout="constrained")
         left, right = figure.subplots(1, 2)
         numbers = range(len(self.layers))
         left.plot(numbers, [100 * score for score in self.layers], "o-", label="one layer")
@@ -88,24 +87,7 @@ class ProbeReport:
         left.legend()
         right.bar(numbers, self.mix_weights)
         right.set(xlabel="layer (0: tokens)", ylabel="weight in the mix", xticks=list(numbers))
-        with replacing(Path(path)) as temporary:
-            figure.savefig(temporary, dpi=120)
-
-
-def figure_class() -> Any:
-    """Matplotlib's Figure.
-
-    Raises:
-        RuntimeError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise RuntimeError(
-            "ctxfast.probe: matplotlib is not installed; expected it for a plot. "
-            "Install it: pip install 'ctxfast[plot]'"
-        ) from error
-    return Figure
+        pictures.save(figure, path)
 
 
 class _Probes(nn.Module):
