@@ -4,8 +4,8 @@
 //
 // sets: generic avx2 avx512 avx512bf16 amx
 // flags: -ffp-contract=off
-#include "base/typed_vector.h"
 #include "lstm/recurrence.h"
+#include "lstm/recurrence_backward.h"
 #include "lstm/tiles.h"
 
 namespace ctxfast {
@@ -53,8 +53,8 @@ struct Bfloat16 {
 }  // namespace
 
 #if defined(__AMX_TILE__)
-CTXFAST_KERNELS(LstmKernels, lstm_bfloat16) = {&forward<Tiles<Bfloat16, false>>, nullptr};
+CTXFAST_KERNELS(LstmKernels, lstm_bfloat16) = {&forward<Tiles<Bfloat16, false>>, &backward<Bfloat16>};
 #else
-CTXFAST_KERNELS(LstmKernels, lstm_bfloat16) = {&forward<Bfloat16>, nullptr};
+CTXFAST_KERNELS(LstmKernels, lstm_bfloat16) = {&forward<Bfloat16>, &backward<Bfloat16>};
 #endif
 }  // namespace ctxfast

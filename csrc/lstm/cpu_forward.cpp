@@ -42,6 +42,7 @@ Status check(const LstmParams& p) {
       kOp, {{"batch", B}, {"steps", T}, {"directions", R, 1, kLstmMaxDirections}, {"threads", p.threads, 1}}));
   if (!(p.cell_clip >= 0)) return invalid(kOp, "cell_clip", std::to_string(p.cell_clip), "above 0, or 0 for none");
   if (!(p.proj_clip >= 0)) return invalid(kOp, "proj_clip", std::to_string(p.proj_clip), "above 0, or 0 for none");
+  CTXFAST_RETURN_IF_ERROR(check_dtype(kOp, "z_dtype", p.z_dtype, {DType::kFloat32, DType::kBFloat16}));
   const LstmInputShape input = {H, p.input, p.shape.weight_dtype};
   CTXFAST_RETURN_IF_ERROR(check_input_shape(input));
   const bool has_weights = gate_words(p.shape) + proj_words(p.shape) > 0;
@@ -151,7 +152,8 @@ Status lstm_forward(const LstmParams& p) {
     job.h_n = p.h_n + r * B * P;
     job.c_n = p.c_n + r * B * H;
     job.cells = p.cells ? p.cells + r * B * T * H : nullptr;
-    job.z = p.z ? p.z + r * B * T * 4 * H : nullptr;
+    job.z_bf16 = p.z_dtype == DType::kBFloat16;
+    job.z = p.z ? static_cast<char*>(p.z) + r * B * T * 4 * H * (job.z_bf16 ? 2 : 4) : nullptr;
     job.row = row.data(), job.length = length.data();
     job.barrier = &barrier;
   }

@@ -215,13 +215,15 @@ Status lstm_pack(const LstmPackParams& p) {
 int64_t lstm_backward_packed_bytes(const LstmShape& shape) {
   const int64_t H = shape.hidden, P = shape.proj_size;
   if (H < 0 || P < 0) return 0;
-  const int64_t back = ceil_div(P, kLstmPanel) * panel_words(DType::kFloat32, 4 * H);
-  const int64_t proj = shape.has_projection ? ceil_div(H, kLstmPanel) * panel_words(DType::kFloat32, P) : 0;
+  const int64_t back = ceil_div(P, kLstmPanel) * panel_words(shape.weight_dtype, 4 * H);
+  const int64_t proj = shape.has_projection ? ceil_div(H, kLstmPanel) * panel_words(shape.weight_dtype, P) : 0;
   return 4 * (back + proj);
 }
 
 Status lstm_pack_backward(const LstmPackParams& p) {
   const int64_t H = p.shape.hidden, P = p.shape.proj_size;
+  CTXFAST_RETURN_IF_ERROR(
+      check_dtype(kOp, "weight_dtype", p.shape.weight_dtype, {DType::kFloat32, DType::kBFloat16}));
   CTXFAST_RETURN_IF_ERROR(check_pack(p, lstm_backward_packed_bytes(p.shape)));
   advise_huge_pages(p.packed, lstm_backward_packed_bytes(p.shape));
   const PackCall hh = {p.weight_hh,
@@ -229,12 +231,12 @@ Status lstm_pack_backward(const LstmPackParams& p) {
                        P,
                        0,
                        4 * H,
-                       DType::kFloat32,
+                       p.shape.weight_dtype,
                        static_cast<uint32_t*>(p.packed)};
   CTXFAST_RETURN_IF_ERROR(pack_all(hh, p.threads));
   if (!p.shape.has_projection) return {};
   return pack_all(
-      {p.weight_proj, {p.weight_proj_strides[1], p.weight_proj_strides[0]}, H, 0, P, DType::kFloat32, hh.end()},
+      {p.weight_proj, {p.weight_proj_strides[1], p.weight_proj_strides[0]}, H, 0, P, p.shape.weight_dtype, hh.end()},
       p.threads);
 }
 

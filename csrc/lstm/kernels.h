@@ -49,7 +49,8 @@ struct LstmJob {
   float* h_n;
   float* c_n;
   float* cells;  // may be null
-  float* z;      // (B, T, 4H); may be null
+  void* z;       // (B, T, 4H), bfloat16 if z_bf16; may be null
+  bool z_bf16;
   // rows in order of falling length: row[i] is the caller's row number, length[i] its length
   const int64_t* row;
   const int64_t* length;
@@ -73,14 +74,15 @@ struct LstmJob {
   void* barrier;
 };
 
-// The backward of one direction, float32: from each row's last step to its first.
+// The backward of one direction: from each row's last step to its first. S: bfloat16 where the products' factors are,
+// else float32.
 struct LstmBackwardJob {
   int64_t batch, steps, hidden, proj_size;
   bool has_projection, reverse;
   float cell_clip, proj_clip;  // 0: off
   // caller's arrays of this direction
-  const float* z;  // (B, T, 4H): gates before their nonlinearities
-  float* grad_z;   // (B, T, 4H)
+  const void* z;  // (B, T, 4H) S: gates before their nonlinearities
+  void* grad_z;   // (B, T, 4H) S
   const float* cells;
   const float* c_0;  // may be null
   const float* output;
@@ -91,30 +93,33 @@ struct LstmBackwardJob {
   const float* grad_c_n;
   const void* weight_hh;    // panels of 64 of P, terms 4H
   const void* weight_proj;  // panels of 64 cells, terms P
-  float* grad_hidden;       // (B, T, P): gradient of h before its clip
-  float* m;                 // (B, T, H), with projection
+  void* grad_hidden;        // (B, T, P) S: gradient of h before its clip
+  void* m;                  // (B, T, H) S, with projection
+  float* grad_bias;         // (4H)
   float* grad_h_0;
   float* grad_c_0;
   const int64_t* row;
   const int64_t* length;
-  // workspace
-  float* carried;  // (batch, ld_h): gradient of h from the step after
-  float* d_h;      // (batch, ld_h): of the step's h, before its clip
-  float* d_c;      // (panels of 64 cells, batch, 64)
-  float* d_z;      // (batch, ld_z)
-  float* partial;  // (proj panels, groups of kLstmBackwardGroup blocks, batch, 64)
-  float* scratch;  // (threads, batch, 64)
-  int64_t ld_h, ld_z;
+  // workspace; words: what the products read, S
+  float* carried;     // (batch, ld_h): gradient of h from the step after
+  float* d_h;         // (batch, ld_h): of the step's h, before its clip
+  uint32_t* h_words;  // (batch, ld_h_words): d_h itself, or d_h rounded
+  uint32_t* z_words;  // (batch, ld_z_words): gradient of the step's z
+  float* d_c;         // (panels of 64 cells, batch, 64)
+  float* d_bias;      // (panels of 64 cells, 4, 64)
+  float* partial;     // (proj panels, groups of kLstmBackwardTerms, batch, 64)
+  float* scratch;     // (threads, batch, 64)
+  int64_t ld_h, ld_h_words, ld_z_words;
   void* barrier;
 };
 
-// Blocks of the sum over 4H gates that one thread adds up.
-constexpr int kLstmBackwardGroup = 16;
+// Terms of the sum over 4H gates that one thread adds up: whole blocks of every kind of product.
+constexpr int kLstmBackwardTerms = 1024;
 
 // One set of kernels: one way to hold the factors, on one instruction set. Thread `index` of `count`.
 struct LstmKernels {
   void (*forward)(const LstmJob& job, int index, int count);
-  void (*backward)(const LstmBackwardJob& job, int index, int count);  // float32 only, else null
+  void (*backward)(const LstmBackwardJob& job, int index, int count);  // null for int8
 };
 
 // All threads meet here; cpu_forward.cpp defines it.

@@ -63,12 +63,13 @@ struct LstmParams {
   float proj_clip = 0;                                // 0: off
 
   // Written in full, zeros past a row's length. Outputs may not overlap inputs or each other.
-  float* output = nullptr;         // (B, T, R * P), last dimension contiguous
-  int64_t output_strides[2] = {};  // of B and T
-  float* h_n = nullptr;            // (R, B, P) contiguous: the state after each row's last step
-  float* c_n = nullptr;            // (R, B, H) contiguous
-  float* cells = nullptr;          // (R, B, T, H) contiguous: c of every step; null: not wanted
-  float* z = nullptr;              // (R, B, T, 4H) contiguous: z of every step; null: not wanted
+  float* output = nullptr;          // (B, T, R * P), last dimension contiguous
+  int64_t output_strides[2] = {};   // of B and T
+  float* h_n = nullptr;             // (R, B, P) contiguous: the state after each row's last step
+  float* c_n = nullptr;             // (R, B, H) contiguous
+  float* cells = nullptr;           // (R, B, T, H) contiguous: c of every step; null: not wanted
+  void* z = nullptr;                // (R, B, T, 4H) contiguous: z of every step; null: not wanted
+  DType z_dtype = DType::kFloat32;  // or kBFloat16
 
   int64_t threads = 1;  // at most; fewer where there is little to do
   Isa isa = best_isa();
@@ -99,11 +100,12 @@ Status lstm_pack_input(const LstmPackInputParams& params);
 
 Status lstm_forward(const LstmParams& params);
 
-// The backward of one direction, in float32: gradients of z at every step and of the initial state. Gradients
-// that are products over all steps (of the weights and of x) are left to the caller: their factors are grad_z,
-// grad_hidden and m. A clipped value, |c| or |h| at its bound, has no gradient.
+// The backward of one direction: gradients of z at every step, of the bias and of the initial state. Gradients that are
+// products over all steps (of the weights and of x) are left to the caller: their factors are grad_z, grad_hidden and
+// m. A clipped value, |c| or |h| at its bound, has no gradient. With weight_dtype kBFloat16 the recurrence's products
+// have bfloat16 factors, and z, grad_z, grad_hidden and m are bfloat16 (S below); all else is float32.
 struct LstmBackwardParams {
-  LstmShape shape;  // weight_dtype kFloat32
+  LstmShape shape;  // weight_dtype kFloat32 or kBFloat16
   int64_t batch = 0;
   int64_t steps = 0;
   bool reverse = false;
@@ -111,7 +113,7 @@ struct LstmBackwardParams {
   float proj_clip = 0;
   const int64_t* lengths = nullptr;     // (B); null: T everywhere
   const void* packed = nullptr;         // from lstm_pack_backward with the same shape
-  const float* z = nullptr;             // (B, T, 4H) contiguous, from lstm_forward
+  const void* z = nullptr;              // (B, T, 4H) S, contiguous, from lstm_forward
   const float* cells = nullptr;         // (B, T, H) contiguous, from lstm_forward
   const float* c_0 = nullptr;           // (B, H) contiguous; null: zeros
   const float* output = nullptr;        // (B, T, P), last dimension contiguous
@@ -121,11 +123,12 @@ struct LstmBackwardParams {
   const float* grad_h_n = nullptr;      // (B, P) contiguous
   const float* grad_c_n = nullptr;      // (B, H) contiguous
   // Written in full, zeros past a row's length.
-  float* grad_z = nullptr;       // (B, T, 4H) contiguous
-  float* grad_hidden = nullptr;  // (B, T, P) contiguous: gradient of h before its clip
-  float* m = nullptr;            // (B, T, H) contiguous: what was projected; null without projection
-  float* grad_h_0 = nullptr;     // (B, P) contiguous
-  float* grad_c_0 = nullptr;     // (B, H) contiguous
+  void* grad_z = nullptr;       // (B, T, 4H) S, contiguous
+  void* grad_hidden = nullptr;  // (B, T, P) S, contiguous: gradient of h before its clip
+  void* m = nullptr;            // (B, T, H) S, contiguous: what was projected; null without projection
+  float* grad_bias = nullptr;   // (4H): the sum of grad_z, before it is rounded, over B and T
+  float* grad_h_0 = nullptr;    // (B, P) contiguous
+  float* grad_c_0 = nullptr;    // (B, H) contiguous
   int64_t threads = 1;
   Isa isa = best_isa();
 };

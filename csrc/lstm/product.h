@@ -11,7 +11,7 @@
 //   value(z, header, scale)  columns' finished sums as floats
 #pragma once
 
-#include "base/vector.h"
+#include "base/typed_vector.h"
 #include "lstm/kernels.h"
 
 namespace ctxfast {
@@ -19,6 +19,14 @@ namespace {
 
 constexpr int kCells = kLstmPanelCells;
 constexpr int kPanel = kLstmPanel;
+
+// Into an array of float32 or bfloat16.
+inline void store_as(void* to, bool is_bf16, int64_t at, Vec value, int64_t n) {
+  return is_bf16 ? store_typed<true, true>(to, at, value, n) : store_typed<false, true>(to, at, value, n);
+}
+inline void zero_as(void* to, bool is_bf16, int64_t at, int64_t n) {
+  for (int64_t i = 0; i < n; i += kLanes) store_as(to, is_bf16, at + i, Vec{}, n - i);
+}
 
 inline int64_t padded_words(int64_t words) { return (words + kLstmTileWords - 1) / kLstmTileWords * kLstmTileWords; }
 

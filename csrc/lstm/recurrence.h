@@ -27,7 +27,7 @@ void begin(const LstmJob& job, int index, int count) {
     for (int64_t t = job.length[i]; t < job.steps; ++t) {
       fill_zero(job.output + row * job.output_batch + t * job.output_time, job.proj_size);
       if (job.cells) fill_zero(job.cells + (row * job.steps + t) * job.hidden, job.hidden);
-      if (job.z) fill_zero(job.z + (row * job.steps + t) * 4 * job.hidden, 4 * job.hidden);
+      if (job.z) zero_as(job.z, job.z_bf16, (row * job.steps + t) * 4 * job.hidden, 4 * job.hidden);
     }
   }
   const Share panels(ceil_div(job.hidden, kCells), index, count);
@@ -121,7 +121,7 @@ void step_cells(const LstmJob& job, int64_t s, int64_t rows, int64_t panel, int6
                   Kind::value(z + i * kPanel + g * kCells + j, weight + g * kCells + j, scale);
       }
       for (int g = 0; job.z && g < 4; ++g) {
-        store_some(job.z + ((row * job.steps + t) * 4 + g) * job.hidden + cell + j, gate[g], there - j);
+        store_as(job.z, job.z_bf16, ((row * job.steps + t) * 4 + g) * job.hidden + cell + j, gate[g], there - j);
       }
       const Vec entered = sigmoid_tanh(gate[0], gate[2]);
       Vec c = sigmoid(gate[1]) * load(state + j) + entered;

@@ -23,7 +23,7 @@ struct Problem {
 };
 
 struct Gradients {
-  std::vector<double> z, hidden, m, h_0, c_0;
+  std::vector<double> z, hidden, m, bias, h_0, c_0;
 };
 
 Problem make(const Size& s, uint64_t seed) {
@@ -46,8 +46,11 @@ constexpr float kCellClip = 1.0f, kProjClip = 0.8f;
 
 Gradients expected(const Problem& p) {
   const Size& s = p.s;
-  Gradients g{std::vector<double>(p.z.size()), std::vector<double>(p.output.size()),
-              std::vector<double>(s.projection ? p.cells.size() : 0), std::vector<double>(s.B * s.P),
+  Gradients g{std::vector<double>(p.z.size()),
+              std::vector<double>(p.output.size()),
+              std::vector<double>(s.projection ? p.cells.size() : 0),
+              std::vector<double>(4 * s.H),
+              std::vector<double>(s.B * s.P),
               std::vector<double>(s.B * s.H)};
   for (int64_t b = 0; b < s.B; ++b) {
     std::vector<double> dh(p.grad_h_n.begin() + b * s.P, p.grad_h_n.begin() + (b + 1) * s.P);
@@ -76,6 +79,7 @@ Gradients expected(const Problem& p) {
         grad[s.H] = d * before * forget * (1 - forget);
         grad[2 * s.H] = d * in * (1 - enter * enter);
         grad[3 * s.H] = dm * bent * out * (1 - out);
+        for (int gate = 0; gate < 4; ++gate) g.bias[gate * s.H + j] += grad[gate * s.H];
         dc[j] = d * forget;
         if (s.projection) g.m[at * s.H + j] = out * bent;
       }
@@ -90,46 +94,76 @@ Gradients expected(const Problem& p) {
   return g;
 }
 
-void test(Report* report, const Problem& p) {
+std::vector<float> rounded(std::vector<float> values) {
+  for (float& value : values) value = to_float(to_bf16(value));
+  return values;
+}
+
+// An array of float32 or bfloat16.
+struct Array {
+  std::vector<float> wide;
+  std::vector<uint16_t> narrow;
+  Array(size_t size, bool is_narrow) : wide(is_narrow ? 0 : size, NAN), narrow(is_narrow ? size : 0, 0x7fc0) {}
+  Array(const std::vector<float>& values, bool is_narrow) : Array(values.size(), is_narrow) {
+    for (size_t i = 0; i < values.size(); ++i)
+      is_narrow ? void(narrow[i] = to_bf16(values[i])) : void(wide[i] = values[i]);
+  }
+  void* data() { return narrow.empty() ? static_cast<void*>(wide.data()) : narrow.data(); }
+  std::vector<float> floats() const {
+    std::vector<float> values = wide;
+    for (const uint16_t bits : narrow) values.push_back(to_float(bits));
+    return values;
+  }
+};
+
+void test(Report* report, Problem p, DType dtype) {
+  const bool narrow = dtype == DType::kBFloat16;
+  if (narrow) p.hh = rounded(p.hh), p.proj = rounded(p.proj), p.z = rounded(p.z);
   const Size& s = p.s;
   const Gradients want = expected(p);
   LstmPackParams pack;
-  pack.shape = {s.H, s.P, s.projection, DType::kFloat32};
+  pack.shape = {s.H, s.P, s.projection, dtype};
   std::vector<uint32_t> packed(lstm_backward_packed_bytes(pack.shape) / 4);
   pack.weight_hh = p.hh.data(), pack.weight_hh_strides[0] = s.P, pack.weight_hh_strides[1] = 1;
   pack.weight_proj = s.projection ? p.proj.data() : nullptr;
   pack.weight_proj_strides[0] = s.H, pack.weight_proj_strides[1] = 1;
   pack.packed = packed.data();
   report->that("pack", lstm_pack_backward(pack).ok());
+  Array saved_z(p.z, narrow);
   for (const Isa isa : runnable_isas()) {
     std::vector<float> first;
     for (const int64_t threads : {1, 5}) {
-      std::vector<float> z(want.z.size(), NAN), hidden(want.hidden.size(), NAN), m(want.m.size(), NAN);
-      std::vector<float> h_0(want.h_0.size(), NAN), c_0(want.c_0.size(), NAN);
+      Array z(want.z.size(), narrow), hidden(want.hidden.size(), narrow), m(want.m.size(), narrow);
+      std::vector<float> bias(want.bias.size(), NAN), h_0(want.h_0.size(), NAN), c_0(want.c_0.size(), NAN);
       LstmBackwardParams params;
       params.shape = pack.shape;
       params.batch = s.B, params.steps = s.T, params.reverse = s.reverse;
       params.cell_clip = s.clips ? kCellClip : 0, params.proj_clip = s.clips ? kProjClip : 0;
       params.lengths = p.lengths.data(), params.packed = packed.data();
-      params.z = p.z.data(), params.cells = p.cells.data(), params.c_0 = s.states ? p.c_0.data() : nullptr;
+      params.z = saved_z.data(), params.cells = p.cells.data(), params.c_0 = s.states ? p.c_0.data() : nullptr;
       params.output = p.output.data(), params.grad_output = p.grad_output.data();
       params.output_strides[0] = params.grad_output_strides[0] = s.T * s.P;
       params.output_strides[1] = params.grad_output_strides[1] = s.P;
       params.grad_h_n = p.grad_h_n.data(), params.grad_c_n = p.grad_c_n.data();
       params.grad_z = z.data(), params.grad_hidden = hidden.data(), params.m = s.projection ? m.data() : nullptr;
-      params.grad_h_0 = h_0.data(), params.grad_c_0 = c_0.data();
+      params.grad_bias = bias.data(), params.grad_h_0 = h_0.data(), params.grad_c_0 = c_0.data();
       params.threads = threads, params.isa = isa;
       const Status status = lstm_backward(params);
-      const std::string what = std::string(isa_name(isa)) + " B" + std::to_string(s.B) + " T" + std::to_string(s.T) +
-                               " H" + std::to_string(s.H) + " P" + std::to_string(s.P);
+      const std::string what = std::string(isa_name(isa)) + (narrow ? " bfloat16" : " float32") + " B" +
+                               std::to_string(s.B) + " T" + std::to_string(s.T) + " H" + std::to_string(s.H) + " P" +
+                               std::to_string(s.P);
+      const double loose = narrow ? 2e-2 : 1e-5;  // gradients are 1 to 4 here
       report->that(what + " " + status.message, status.ok());
-      report->near(what + " z", z, want.z, 1e-5);
-      report->near(what + " hidden", hidden, want.hidden, 1e-5);
-      report->near(what + " m", m, want.m, 1e-6);
-      report->near(what + " h_0", h_0, want.h_0, 1e-5);
-      report->near(what + " c_0", c_0, want.c_0, 1e-5);
-      if (threads > 1) report->that(what + " same bits with 5 threads", z == first);
-      first = z;
+      report->near(what + " z", z.floats(), want.z, loose);
+      report->near(what + " hidden", hidden.floats(), want.hidden, loose);
+      report->near(what + " m", m.floats(), want.m, narrow ? 2e-3 : 1e-6);
+      report->near(what + " bias", bias, want.bias, loose);
+      report->near(what + " h_0", h_0, want.h_0, loose);
+      report->near(what + " c_0", c_0, want.c_0, loose);
+      std::vector<float> all = z.floats();
+      all.insert(all.end(), bias.begin(), bias.end());
+      if (threads > 1) report->that(what + " same bits with 5 threads", all == first);
+      first = all;
     }
   }
 }
@@ -143,6 +177,9 @@ int main() {
                         {0, 3, 4, 4, false, false, false, true},    {7, 3, 600, 65, true, true, true, true}};
   Report report;
   uint64_t seed = 0;
-  for (const Size& size : sizes) test(&report, make(size, ++seed));
+  for (const Size& size : sizes) {
+    ++seed;
+    for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) test(&report, make(size, seed), dtype);
+  }
   return report.finish("test_lstm_backward");
 }

@@ -149,7 +149,7 @@ def test_a_row_does_not_depend_on_its_batch(kind) -> None:
 
     def run(x: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, ...]:
         both = ([w, w] for w in (x, ih, bias, hh, proj))
-        return fwd(*both, lengths, None, None, 0.0, 0.0, kind, True)
+        return fwd(*both, lengths, None, None, 0.0, 0.0, kind, True, kind == "bfloat16")
 
     whole = run(x, lengths)
     before = torch.get_num_threads()
