@@ -31,6 +31,7 @@ lines holds line numbers from 0. Messages count lines from 1.
 # Arguments of ``Embedder``; those of ``embed_file`` are the fields of ``FileOptions``.
 _MODEL_OPTIONS = (
     "device", "impl", "state", "dtype", "vector_dtype", "batch_tokens", "batch_size", "options_file", "weight_file",
+    "split",
 )  # fmt: skip
 
 
@@ -66,7 +67,10 @@ def add(commands: Any) -> None:
         "--empty", default="keep", help="blank lines: keep as texts without tokens (default), skip, or error"
     )
     blank.add_argument("--skip-empty", dest="empty", action="store_const", const="skip", help="--empty skip")
-    add("--truncate", action="store_true", help="cut lines that are too long for the model")
+    long = parser.add_mutually_exclusive_group()
+    long.add_argument("--truncate", action="store_true", help="cut lines that are too long for the model")
+    split = "BERT: embed lines that are too long in windows that overlap by N tokens"
+    long.add_argument("--split", type=int, metavar="N", help=split)
     add("--options-file", help="ELMo: options.json, where it lies apart")
     add("--weight-file", help="ELMo: HDF5 weights, where they lie apart")
     add("--state", help="ELMo: steady (default), zero, or carry (AllenNLP's, order matters)")

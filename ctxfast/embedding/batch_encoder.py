@@ -54,6 +54,7 @@ class BatchEncoder:
         options_file: _Path | None = None,
         weight_file: _Path | None = None,
         download: bool = False,
+        split: int | None = None,
     ) -> None:
         dtype, vector_dtype = _name_of(dtype), _name_of(vector_dtype)
         for name, value, known in (
@@ -68,6 +69,9 @@ class BatchEncoder:
         for name, number in (("batch_tokens", batch_tokens), ("batch_size", batch_size)):
             if number is not None and number < 1:
                 raise ValueError(f"ctxfast.Embedder: {name} is {number}; expected 1 or more.")
+        if split is not None and (isinstance(split, bool) or not isinstance(split, int) or split < 0):
+            raise ValueError(f"ctxfast.Embedder: split is {split!r}; expected a number of tokens, 0 or more, or None.")
+        self.split = split
         self.impl, self.vector_dtype = impl, np.dtype("<f4" if vector_dtype == "float32" else "<f2")
         self.state = state or "steady"
         with self._implementation():  # an unknown name is an error now, not at the first text
@@ -81,9 +85,10 @@ class BatchEncoder:
                 options_file=options_file,
                 weight_file=weight_file,
                 download=download,
+                split=split,
             )
         else:
-            _check_encoder(model, device, dtype, options_file, weight_file)
+            _check_encoder(model, device, dtype, split, options_file, weight_file)
         self.encoder: TextEncoder = model
         self.kind, self.num_layers, self.dim = model.kind, model.num_layers, model.dim
         self._sentence: SentenceModel = getattr(model, "sentence", None) or SentenceModel(model.dim)
@@ -224,16 +229,16 @@ def _name_of(dtype: Any) -> Any:
     return str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
 
 
-def _check_encoder(model: object, device: str | torch.device, dtype: str | None, *files: _Path | None) -> None:
+def _check_encoder(model: object, device: str | torch.device, *options: object) -> None:
     """Refuse what is not a model, and arguments for opening a model beside one that is already open."""
     if any(not hasattr(model, name) for name in ("kind", "num_layers", "dim", "device", "prepare", "encode")):
         raise TypeError(
             f"ctxfast.Embedder: model is {described(model)}; expected a folder or a name, as a string or a path, or a "
             f"TextEncoder."
         )
-    if device != "auto" or dtype is not None or files != (None, None):
+    if device != "auto" or any(option is not None for option in options):
         raise ValueError(
-            "ctxfast.Embedder: device, dtype, options_file or weight_file is given with a TextEncoder, which "
+            "ctxfast.Embedder: device, dtype, split, options_file or weight_file is given with a TextEncoder, which "
             "is open and on its device already; leave it out."
         )
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .._core import transfer
-from .._core.texts import as_list, described
+from .._core.texts import as_list, described, wrong_text
 from .batch_encoder import BatchEncoder
 from .job import Report, embed_file
 from .precision import PRECISIONS, quantize_vectors
@@ -45,6 +45,11 @@ class Embedder(BatchEncoder):
             there; None for 64, AllenNLP's.
         options_file, weight_file: files of an ELMo model that do not lie together.
         download: fetch a model of the hub that is not on this machine.
+        split: for BERT: texts that are longer than the model takes are embedded in windows of as many tokens as it
+            takes, which overlap by this number (64, say; 0 for none), each with the special tokens and the prompt. A
+            token's vector is that of the window in which it is farthest from an edge. A text's vector is the mean of
+            its windows' pooled ones, each counting by its tokens; modules that follow the pooling see that mean. None:
+            such texts raise, or are cut with ``truncate``.
 
     Attributes:
         kind: "bert" or "elmo".
@@ -271,9 +276,7 @@ def _unit(texts: Iterable[Any]) -> tuple[list[Any], str]:
         if isinstance(text, str):
             continue
         if isinstance(text, bytes) or not isinstance(text, Sequence):
-            raise TypeError(
-                f"ctxfast.Embedder: text {index} is {described(text)}; expected a string or a list of words."
-            )
+            raise wrong_text("ctxfast.Embedder", index, texts, "a string or a list of words")
         for word in text:
             if not isinstance(word, str):
                 raise TypeError(

@@ -23,7 +23,9 @@ from ..models.bert.sentence_modules import SentenceModel
 from ..models.bert.tokenization import BertTokenizer, Encoding
 from ..models.elmo.bilm import ElmoBiLm
 from ..models.elmo.tokenization import batch_to_ids
+from .pooling import Merged, Pooler, spans, sums
 from .selection import Selection
+from .windows import Windows, cut
 
 # How Google's feature extraction writes a pair of texts on one line.
 _PAIR = re.compile(r"^(.*) \|\|\| (.*)$")
@@ -43,6 +45,7 @@ class Prepared:
         places: for words: where their vectors come from.
         words: for words: these, as far as they have rows.
         cut: tokens lost because the text was too long.
+        windows: of a text that is too long and was not cut: its pieces.
     """
 
     length: int
@@ -51,6 +54,7 @@ class Prepared:
     places: Any = None
     words: Any = None
     cut: int = 0
+    windows: Windows | None = None
 
 
 class TextEncoder(Protocol):
@@ -117,14 +121,9 @@ def assemble(states: Sequence[Tensor], index: Tensor | None, lengths: Tensor | N
         if index is not None:
             state = state.index_select(0, index)
         state = state.float()
-        return state if lengths is None else _sums(state, lengths) / lengths.clamp(min=1)[:, None]
+        return state if lengths is None else sums(state, lengths) / lengths.clamp(min=1)[:, None]
 
     return _scaled(_stacked(map(rows, states), selection), selection)
-
-
-def _sums(rows: Tensor, lengths: Tensor) -> Tensor:
-    """(S, N) sums of successive rows, one row after another: a sum does not depend on what else is in the batch."""
-    return torch.segment_reduce(rows, "sum", lengths=lengths, axis=0, unsafe=True)
 
 
 def _stacked(parts: Iterable[Tensor], selection: Selection) -> Tensor:
@@ -147,56 +146,21 @@ def _computes_in(dtype: torch.dtype, weight_dtype: torch.dtype | None) -> str:
     return str(weight_dtype or dtype).removeprefix("torch.")
 
 
-class _Pooler:
-    """Vectors of texts from packed rows, as sentence-transformers' Pooling makes them.
-
-    Args:
-        lengths: (S,) tokens of the texts, all rows in order.
-        skipped: tokens at the beginning that are left out, those of a prompt.
-        device: of the rows.
-    """
-
-    def __init__(self, lengths: np.ndarray, skipped: int, device: torch.device) -> None:
-        self._lengths, self._skipped, self._device = lengths, skipped, device
-        self._starts = np.cumsum(lengths) - lengths
-        self._kept = np.maximum(lengths - skipped, 0)
-        self._counts = self._put(self._kept)
-
-    def _put(self, array: np.ndarray) -> Tensor:
-        return transfer.to_device(array, self._device)
-
-    def __call__(self, rows: Tensor, mode: str) -> Tensor:
-        """(S, N) float32 of (M, N) rows."""
-        if mode == "cls":
-            first = self._starts + np.where(self._kept > 0, self._skipped, 0)
-            return rows.index_select(0, self._put(first)).float()
-        if mode == "lasttoken":
-            last = rows.index_select(0, self._put(self._starts + self._lengths - 1)).float()
-            return last * (self._counts > 0)[:, None]
-        if self._skipped:
-            rows = rows.index_select(0, self._put(_spans(self._starts + self._skipped, self._kept)))
-        rows = rows.float()
-        if mode == "max":
-            return torch.segment_reduce(rows, "max", lengths=self._counts, axis=0, unsafe=True)
-        if mode == "weightedmean":
-            # Weights grow from a text's first token, which has 1, whether it is left out or not.
-            places = _spans(np.full_like(self._kept, self._skipped), self._kept) + 1
-            weights = self._put(places)[:, None].float()
-            return _sums(rows * weights, self._counts) / _sums(weights, self._counts).clamp(min=1e-9)
-        counts = self._counts.clamp(min=1)[:, None]
-        return _sums(rows, self._counts) / (counts.float().sqrt() if mode == "mean_sqrt_len_tokens" else counts)
+def _pieces(item: Prepared) -> Sequence[Any]:
+    """What the model is given of a text."""
+    return [item.data] if item.windows is None else item.windows.pieces
 
 
-def _spans(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Row numbers start, start + 1, ..., ``counts`` of them, of every text."""
-    before = np.cumsum(counts) - counts
-    return np.arange(int(counts.sum())) + np.repeat(starts - before, counts)
+def _rows(item: Prepared, places: np.ndarray, start: int) -> np.ndarray:
+    """Rows of a text's tokens in a batch in which it begins at ``start``."""
+    return start + (places if item.windows is None else item.windows.rows[places])
 
 
 def _too_long(where: str, tokens: int, limit: int) -> ValueError:
     return ValueError(
         f"ctxfast.embed: {where} has {tokens} tokens, special ones included; expected at most {limit}, the most that "
-        f"the model takes. Pass --truncate (truncate=True) to cut such texts, or split them."
+        f"the model takes. Pass --split 64 (Embedder(split=64)) to embed them in windows that overlap by so many "
+        f"tokens, or --truncate (truncate=True) to cut them."
     )
 
 
@@ -208,6 +172,7 @@ class BertEncoder:
         tokenizer: the model's.
         files: files both were read from.
         sentence: what the model's folder says of vectors of texts; None for nothing.
+        split: tokens by which windows of texts that are too long overlap; None to refuse such texts, or cut them.
     """
 
     kind = "bert"
@@ -215,7 +180,12 @@ class BertEncoder:
     ops = Bert.ops
 
     def __init__(
-        self, model: Bert, tokenizer: BertTokenizer, files: Sequence[Path] = (), sentence: SentenceModel | None = None
+        self,
+        model: Bert,
+        tokenizer: BertTokenizer,
+        files: Sequence[Path] = (),
+        sentence: SentenceModel | None = None,
+        split: int | None = None,
     ) -> None:
         self.model, self.tokenizer, self.files = model.eval(), tokenizer, tuple(files)
         self.num_layers = model.config.num_hidden_layers + 1
@@ -225,7 +195,8 @@ class BertEncoder:
         self._steps = [step.to(self.device) for step in self.sentence.steps]
         self._limits = {"token": tokenizer.max_length, "sentence": self.sentence.max_length}
         # The limit of a call is one of those two; the tokenizer's own is what the model has positions for.
-        tokenizer.max_length = max((limit for limit in self._limits.values() if limit is not None), default=None)
+        limits = [limit for limit in self._limits.values() if limit is not None]
+        tokenizer.max_length = max(limits, default=None) if split is None else None  # texts to be split are whole
         if tokenizer.pad_token_id >= model.config.vocab_size:
             raise ValueError(
                 f"ctxfast.Embedder: the padding token of {tokenizer.source} has the id {tokenizer.pad_token_id}; "
@@ -243,6 +214,18 @@ class BertEncoder:
         self._before = special.index(0)
         self._after = special[::-1].index(0)
         self._special_ids = np.array(sorted(tokenizer.special_ids))
+        self._split = split
+        if split is not None and limits:
+            self._check_overlap(min(limits), self._before)
+
+    def _check_overlap(self, limit: int, before: int) -> None:
+        """Raise ValueError where windows of this many tokens could not go on."""
+        room = limit - before - self._after
+        if self._split is not None and self._split >= room:
+            raise ValueError(
+                f"ctxfast.Embedder: split is {self._split}; expected at most {room - 1}: of the {limit} tokens of a "
+                f"window {room} are the text's, and fewer of them overlap."
+            )
 
     def read_lines(self, lines: Sequence[bytes], selection: Selection) -> tuple[list[Any], int]:
         replaced = 0
@@ -263,13 +246,15 @@ class BertEncoder:
 
     def prepare(self, texts: Sequence[Any], selection: Selection, where: Where, truncate: bool) -> list[Prepared]:
         limit = self._limits[selection.level]
-        cut = {"max_length": limit, "truncation": True}
+        is_split = self._split is not None and limit is not None and selection.unit != "pairs"
+        options = {} if is_split else {"max_length": limit, "truncation": True}
         if selection.unit == "words":
-            encodings = self.tokenizer.encode_words_batch(texts, **cut)
+            encodings = self.tokenizer.encode_words_batch(texts, **options)
         else:
             if selection.prompt:
                 texts = [selection.prompt + text for text in texts]
-            encodings = self.tokenizer.encode_batch(texts, **cut)
+            encodings = self.tokenizer.encode_batch(texts, **options)
+        before = self._in_every_window(selection) if is_split else 0
         result = []
         special = 0 if selection.unit == "pairs" else self._before + self._after
         for i, encoding in enumerate(encodings):
@@ -279,6 +264,9 @@ class BertEncoder:
             if self.tokenizer.vocab_size > self.model.config.vocab_size:
                 self._check_ids(encoding, where(i))
             item = Prepared(length, length - special, encoding, cut=encoding.truncated)
+            if is_split and limit is not None and length > limit:
+                item.windows = cut(encoding, before, self._after, limit, self._split or 0)
+                item.length = sum(map(len, item.windows.pieces))
             if selection.level == "sentence":
                 item.rows = 1
             elif selection.unit == "words":
@@ -299,11 +287,20 @@ class BertEncoder:
 
     def _prompt_length(self, selection: Selection) -> int:
         """Tokens at a text's beginning that are not pooled."""
-        if selection.pools_prompt or not selection.prompt:
-            return 0
-        limit = self._limits["sentence"]
-        ids = self.tokenizer.encode(selection.prompt, max_length=limit, truncation=True).ids
+        return 0 if selection.pools_prompt or not selection.prompt else self._tokens_of_prompt(selection.prompt)
+
+    def _tokens_of_prompt(self, prompt: str) -> int:
+        """How many they are, special ones before them included."""
+        ids = self.tokenizer.encode(prompt, max_length=self._limits["sentence"], truncation=True).ids
         return len(ids) - int(np.isin(ids[-1], self._special_ids))
+
+    def _in_every_window(self, selection: Selection) -> int:
+        """Tokens at a text's beginning that every window of it begins with."""
+        before = self._before if not selection.prompt else self._tokens_of_prompt(selection.prompt)
+        limit = self._limits[selection.level]
+        if limit is not None:
+            self._check_overlap(limit, before)
+        return before
 
     @staticmethod
     def _word_places(encoding: Encoding, words: Sequence[str], selection: Selection) -> tuple[np.ndarray, ...]:
@@ -328,8 +325,11 @@ class BertEncoder:
         if selection.unit == "pairs":
             return None, None
         if selection.unit == "text":
-            return _spans(starts + self._before, lengths - (self._before + self._after)), None
-        index = np.concatenate([item.places[0] + start for item, start in zip(batch, starts)])
+            if all(item.windows is None for item in batch):
+                return spans(starts + self._before, lengths - (self._before + self._after)), None
+            places = [np.arange(self._before, len(item.data) - self._after) for item in batch]
+            return np.concatenate([_rows(*each) for each in zip(batch, places, starts)]), None
+        index = np.concatenate([_rows(item, item.places[0], start) for item, start in zip(batch, starts)])
         if selection.word_pieces == "all":
             return index, None
         counts = np.concatenate([item.places[1] for item in batch])
@@ -337,7 +337,8 @@ class BertEncoder:
 
     @torch.inference_mode()
     def encode(self, batch: Sequence[Prepared], selection: Selection) -> Tensor:
-        inputs = self.tokenizer.batch([item.data for item in batch], device=self.device)
+        pieces = [piece for item in batch for piece in _pieces(item)]
+        inputs = self.tokenizer.batch(pieces, device=self.device)
         top = self.num_layers - 1
         needs_all = selection.layers != (top,)
         found = self.model(**inputs, output_hidden_states=needs_all, return_packed=True)
@@ -352,11 +353,13 @@ class BertEncoder:
 
     def _pooled(self, states: Sequence[Tensor], batch: Sequence[Prepared], selection: Selection) -> Tensor:
         """(texts, layers, dim) float32 of the chosen layers."""
-        lengths = np.array([item.length for item in batch], dtype=np.int64)
-        pooler = _Pooler(lengths, self._prompt_length(selection), self.device)
+        pieces = [_pieces(item) for item in batch]
+        lengths = np.array([len(piece) for own in pieces for piece in own], dtype=np.int64)
+        pooler = Pooler(lengths, self._prompt_length(selection), self.device)
+        merge = Merged([len(own) for own in pieces], lengths, self.device)
         if selection.is_average and "max" in selection.pooling:  # the others may be averaged afterwards
             states = [torch.stack([state.float() for state in states]).mean(0)] * len(states)
-        parts = (torch.cat([pooler(state, mode) for mode in selection.pooling], dim=-1) for state in states)
+        parts = (merge(torch.cat([pooler(state, mode) for mode in selection.pooling], dim=-1)) for state in states)
         result = _stacked(parts, selection)
         if selection.has_steps:
             # As rows of vectors: an activation may choose its axis by how many there are.
@@ -427,7 +430,7 @@ class ElmoEncoder:
         counts = np.array([len(item.data) for item in batch], dtype=np.int64)
         # The row before a sentence's first word is the mark of its beginning.
         starts = np.arange(len(batch)) * layers[0].shape[1] + 1
-        index = transfer.to_device(_spans(starts, counts), self.device)
+        index = transfer.to_device(spans(starts, counts), self.device)
         lengths = transfer.to_device(counts, self.device) if selection.level == "sentence" else None
         return assemble([layers[k].flatten(0, 1) for k in selection.layers], index, lengths, selection)
 

@@ -189,7 +189,8 @@ def _notes(done: Done) -> Iterator[str]:
     if done.skipped:
         yield f"blank lines skipped: {done.skipped}"
     if done.cut_texts:
-        yield f"lines too long for the model and cut: {done.cut_texts}; tokens they lost: {done.cut_tokens}"
+        lost = f"lines too long for the model and cut: {done.cut_texts}; tokens they lost: {done.cut_tokens}"
+        yield f"{lost} (--split 64 embeds such lines whole, in windows)"
     if done.replaced:
         yield f"invalid UTF-8 sequences replaced by U+FFFD: {done.replaced}"
 
@@ -311,6 +312,7 @@ class _Job:
             "window": self.how.window,
             "empty": self.how.empty,
             "truncate": self.how.truncate,
+            "split": embedder.split,
             "words": self.how.words,
             "tokens_kept": self.keeps_tokens,
         }

@@ -68,6 +68,7 @@ def open_encoder(
     options_file: _Path | None = None,
     weight_file: _Path | None = None,
     download: bool = False,
+    split: int | None = None,
 ) -> TextEncoder:
     """Open a model, BERT or ELMo, told apart by its files; see ``Embedder``."""
     computes_in = computes_in_on(device, dtype)
@@ -86,14 +87,16 @@ def open_encoder(
         root = folder if folder.is_dir() else path if path.is_dir() else path.parent
         files = find_elmo_files(root, "ctxfast.Embedder") if path.is_dir() else None
         if files is None:
-            return _open_bert(path, root, device, computes_in)
+            return _open_bert(path, root, device, computes_in, split)
+    if split is not None:
+        raise ValueError(f"ctxfast.Embedder: split is {split}; expected None: an ELMo model takes texts of any length.")
     # On a CPU the rest of an ELMo is fastest, and exact, in float32.
     narrow = getattr(torch, computes_in) if device.type == "cpu" and computes_in != "float32" else None
     bilm = ElmoBiLm.from_files(*files, state=state, weight_dtype=narrow)
     return ElmoEncoder(bilm.to(device, torch.float32 if narrow else getattr(torch, computes_in)), files)
 
 
-def _open_bert(path: Path, root: Path, device: torch.device, dtype: str) -> BertEncoder:
+def _open_bert(path: Path, root: Path, device: torch.device, dtype: str, split: int | None) -> BertEncoder:
     """Args: ``path``: what ``resolve_model`` found; ``root``: the folder that was meant."""
     folder = transformer_folder(root)
     if path.is_dir() and folder != root:
@@ -114,7 +117,8 @@ def _open_bert(path: Path, root: Path, device: torch.device, dtype: str) -> Bert
     sentence = read_sentence_model(root, bert.config.hidden_size, bert.config.max_length, tokenizer.max_length)
     if sentence.do_lower_case:
         tokenizer.add_lower_case()
-    return BertEncoder(bert, tokenizer, [*files, *(file for file in sentence.files if file not in files)], sentence)
+    files += [file for file in sentence.files if file not in files]
+    return BertEncoder(bert, tokenizer, files, sentence, split)
 
 
 def _refuse_adapters(folder: Path) -> None:

@@ -157,11 +157,14 @@ def test_wrong_choices(fake, options, message):
         (None, "texts is of type NoneType; expected a list of texts"),
         (3, "texts is of type int"),
         (np.array("a"), "texts is of type ndarray"),
-        ({"text": ["a"]}, "texts is of type dict; .* Pass one column of it"),
+        ({"text": ["a"]}, "texts is of type dict, a table; .* Pass one column of it, such as texts..text..; it has 't"),
         ({"a", "b"}, "texts is of type set, which has no order"),
-        (["a", "b", None], "text 2 is None; expected a string or a list of words"),
-        ([None, "a"], "text 0 is None"),
-        (["a", float("nan")], r"text 1 is nan \(float\); expected a string"),
+        (
+            ["a", "b", None],
+            "text 2 is None; expected a string or a list of words. It alone is missing: leave such texts",
+        ),
+        ([None, "a", float("nan")], r"text 0 is None; .* 2 texts are missing: leave such texts out .*, or put '' in"),
+        (["a", float("nan")], r"text 1 is nan \(float\); expected a string .* It alone is missing"),
         (np.array(["a", 3], dtype=object), r"text 1 is 3 \(int\)"),
         (["a", 1, None], r"text 1 is 1 \(int\)"),
         (["a", b"b"], r"text 1 is b'b' \(bytes\)"),
@@ -188,9 +191,12 @@ def test_texts_of_other_libraries(minilm):
     """Strings and lists in other people's containers."""
     pd = pytest.importorskip("pandas")
     for texts, message in (
-        (pd.DataFrame({"text": ["a", "b"]}), "texts is of type DataFrame; .* Pass one column of it"),
-        (pd.Series(["a", "b", None], dtype=object), "text 2 is None"),
-        (pd.Series(["a", "b", None], dtype="string"), "text 2 is (<NA>|nan)"),
+        (
+            pd.DataFrame({"text": ["a", "b"], "n": [1, 2]}),
+            r"type DataFrame, a table; .* such as texts\['text'\]; it has 'text', 'n'\.",
+        ),
+        (pd.Series(["a", "b", None], dtype=object), "text 2 is None; .* It alone is missing"),
+        (pd.Series(["a", "b", None], dtype="string"), "text 2 is (<NA>|nan).* It alone is missing"),
     ):
         with pytest.raises(TypeError, match=message):
             minilm(texts)
@@ -214,7 +220,7 @@ def test_texts_of_other_libraries(minilm):
         (dict(vector_dtype="bfloat16"), ValueError, "vector_dtype is 'bfloat16'; expected one of float32, float16"),
         (dict(dtype="half"), ValueError, "dtype is 'half'; expected one of None, float32, float16, bfloat16, int8"),
         (dict(dtype=torch.int16), ValueError, "dtype is 'int16'; expected one of None, float32"),
-        (dict(dtype="float32"), ValueError, "dtype, options_file or weight_file is given with a Text"),
+        (dict(dtype="float32"), ValueError, "dtype, split, options_file or weight_file is given with a Text"),
         (
             dict(model="m", dtype="float16", device="cpu"),
             ValueError,
@@ -228,12 +234,12 @@ def test_texts_of_other_libraries(minilm):
         (
             dict(device="cpu"),
             ValueError,
-            "device, dtype, options_file or weight_file is given with a TextEncoder",
+            "device, dtype, split, options_file or weight_file is given with a TextEncoder",
         ),
         (
             dict(weight_file="w.hdf5"),
             ValueError,
-            "device, dtype, options_file or weight_file is given with a TextEncoder",
+            "device, dtype, split, options_file or weight_file is given with a TextEncoder",
         ),
         (dict(model=5), TypeError, "model is 5 (int); expected a folder or a name"),
         (dict(model=torch.nn.Linear(2, 2)), TypeError, "model is of type Linear; expected a folder or a name"),

@@ -3,7 +3,20 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import tokenizers
+
+
+@dataclass(slots=True)
+class TokenIds:
+    """What a model is given of a text: ids and types of its tokens, special ones included."""
+
+    ids: list[int]
+    type_ids: list[int]
+
+    def __len__(self) -> int:
+        return len(self.ids)
 
 
 class Encoding:

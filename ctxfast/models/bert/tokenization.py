@@ -18,9 +18,9 @@ from tokenizers.models import WordPiece
 
 from ..._core import transfer
 from ..._core.files import replacing
-from ..._core.texts import as_list, described
+from ..._core.texts import as_list, wrong_text
 from .config import BertConfig, write_json
-from .encoding import Encoding
+from .encoding import Encoding, TokenIds
 from .tokenizer_files import ROLES, find_special_tokens, open_tokenizer
 from .tokenizer_settings import read_settings
 from .weights import find_config, resolve_model
@@ -266,7 +266,7 @@ class BertTokenizer:
 
     def batch(
         self,
-        texts: Sequence[Text] | Sequence[Encoding],
+        texts: Sequence[Text] | Sequence[Encoding | TokenIds],
         *,
         max_length: int | None = None,
         truncation: bool = False,
@@ -290,7 +290,7 @@ class BertTokenizer:
         if pad_to_multiple_of < 1:
             raise ValueError(f"{_WHO}: pad_to_multiple_of is {pad_to_multiple_of}; expected at least 1")
         given = list(texts)
-        encodings = [text for text in given if isinstance(text, Encoding)]
+        encodings = [text for text in given if isinstance(text, (Encoding, TokenIds))]
         if not given or len(encodings) < len(given):
             encodings = self._encode(given, max_length, truncation, offsets=False)
         lengths = np.fromiter((len(e) for e in encodings), np.int64, len(encodings))
@@ -427,7 +427,7 @@ def _checked(texts: Sequence[Any], words: bool) -> list[Any]:
             )
             expected = "a string or a tuple of two strings"
         if not fits:
-            raise TypeError(f"{_WHO}: text {i} is {described(text)}; expected {expected}")
+            raise wrong_text(_WHO, i, texts, expected)
     return texts
 
 
