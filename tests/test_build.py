@@ -266,3 +266,50 @@ def test_a_wheel_holds_the_benchmark_suite(tmp_path) -> None:
     )
     assert done.stdout.startswith("scalar_mix/"), done.stderr
     assert not (tmp_path / "ctxfast" / "benchmarks" / "results").exists()
+
+
+# ---- what an index takes
+
+
+def test_an_index_page_has_no_link_to_a_file_beside_it(monkeypatch) -> None:
+    """README's links lead to where the repository is published; without such a place they stay as they are."""
+    setup = _load(ROOT / "setup.py")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    page = setup.index_page(readme, "https://example.org/x")
+    links = re.findall(r"\]\(([^)]+)\)", page)
+    assert len(links) > 5 and all(link.startswith("https://") for link in links)
+    assert "](https://example.org/x/blob/main/docs/house.md)" in page
+    assert setup.index_page(readme, "") == readme
+    kept = "[a](https://example.org) [b](#part) [c](docs/c.md#part)"
+    assert setup.index_page(kept, "h:").endswith("[a](https://example.org) [b](#part) [c](h:/blob/main/docs/c.md#part)")
+    for text, expected in (("", ""), ("https://example.org/x/", "https://example.org/x")):
+        monkeypatch.setenv("CTXFAST_HOMEPAGE", text)
+        assert setup.homepage() == expected
+    monkeypatch.setenv("CTXFAST_HOMEPAGE", "example.org")
+    with pytest.raises(SystemExit, match="CTXFAST_HOMEPAGE is 'example.org'; expected an address"):
+        setup.homepage()
+
+
+def test_an_unpacked_sdist_knows_its_home(monkeypatch, tmp_path) -> None:
+    setup = _load(ROOT / "setup.py")
+    monkeypatch.delenv("CTXFAST_HOMEPAGE", raising=False)
+    monkeypatch.setattr(setup, "ROOT", tmp_path)
+    (tmp_path / "PKG-INFO").write_text(
+        "Name: ctxfast\nProject-URL: Issues, https://a\nProject-URL: Homepage, https://b\n\n"
+    )
+    assert setup.homepage() == "https://b"
+
+
+def test_dead_links_of_the_reference_are_found(tmp_path) -> None:
+    """Those that pdoc made of bare names are taken away, all others are faults."""
+    reference = _load(ROOT / "docs" / "reference.py")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "a.html").write_text(
+        '<h1 id="A.b"></h1><a href="#A.b">A.b</a><a href="#A.c">A.c</a><a href="in/b.html#x">see there</a>'
+        '<a href="in/b.html#y">and there</a><a href="https://example.org">out</a><a href="gone.html">gone, too</a>'
+    )
+    (tmp_path / "in" / "b.html").write_text('<p id="x"></p><a href="../a.html#A.b">A.b</a><img src="no.png">')
+    reference.unlink_names(tmp_path)
+    dead = {path.name: links for path, links in reference.dead_links(tmp_path).items()}
+    assert dead == {"a.html": ["in/b.html#y", "gone.html"], "b.html": ["no.png"]}
+    assert '<a href="#A.b">A.b</a>A.c<' in (tmp_path / "a.html").read_text()

@@ -17,7 +17,8 @@ import ctxfast
 from ctxfast.embedding.embedder import Embedder
 from ctxfast.models.bert.config import BertConfig
 from ctxfast.models.bert.heads import BertForMaskedLM
-from ctxfast.training.loop.train import BaseTask, LoopConfig, train
+from ctxfast.training.loop.task import BaseTask
+from ctxfast.training.loop.train import LoopConfig, train
 
 every_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 # Heads of 32 and rows of 64: sizes that the kernels of a GPU take in tiles.

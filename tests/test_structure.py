@@ -189,6 +189,19 @@ def test_environment_is_read_in_core_only() -> None:
             assert "os.environ" not in text and "getenv" not in text, path
 
 
+def test_only_commands_print() -> None:
+    """The library has the logger "ctxfast" and those below it, one a module, and warnings."""
+    for path in _modules():
+        nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+        calls = [node for node in nodes if isinstance(node, ast.Call)]
+        if _room(_name(path)) not in ("cli", "commands"):
+            assert not [call.lineno for call in calls if getattr(call.func, "id", "") == "print"], path
+            assert not [node.lineno for node in nodes if getattr(node, "attr", "") in ("stdout", "stderr")], path
+        for call in calls:
+            if getattr(call.func, "attr", "") == "getLogger":
+                assert ast.unparse(call.args[0]) == "__name__", path
+
+
 def test_only_core_loads_the_extension() -> None:
     for path in _modules():
         if "_core" not in path.parts:
@@ -218,7 +231,8 @@ def test_the_map_shows_the_floors() -> None:
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "CONTRIBUTING.md", "docs/house.md", "docs/command_line.md", "docs/results.md"]
+    "page",
+    ["README.md", "CONTRIBUTING.md", "docs/house.md", "docs/command_line.md", "docs/publishing.md", "docs/results.md"],
 )
 def test_pages_name_what_is_there(page) -> None:
     """Paths and links; "<op>" and the like, and stars, stand for any letters."""

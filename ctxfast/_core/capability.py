@@ -107,7 +107,8 @@ def why_no_cuda(arch: str | None = None) -> str | None:
         return f"CUDA kernels were compiled for {listed}; rebuild with CTXFAST_CUDA_ARCHS holding {arch}."
     return (
         f"CUDA kernels were not compiled ({info.get('cuda_reason') or 'no reason recorded'}). "
-        f"Install the CUDA toolkit and rebuild with CTXFAST_CUDA=1 pip install --force-reinstall ."
+        f"Install the CUDA toolkit and build them: CTXFAST_CUDA=1 pip install --force-reinstall --no-deps "
+        f"--no-binary ctxfast ctxfast (in a clone: a dot in place of the last word)."
     )
 
 

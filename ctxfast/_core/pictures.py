@@ -6,6 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from .extras import need
 from .files import replacing
 
 SUFFIXES = (".png", ".svg", ".pdf")
@@ -17,13 +18,7 @@ def figure_class(who: str) -> Any:
     Raises:
         RuntimeError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise RuntimeError(
-            f"{who}: matplotlib is not installed; expected it for a plot. Install it: pip install 'ctxfast[plot]'"
-        ) from error
-    return Figure
+    return need(who, "matplotlib.figure", "a plot", "plot").Figure
 
 
 def check_picture(path: str | None, who: str) -> None:

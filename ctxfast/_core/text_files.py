@@ -41,6 +41,15 @@ def open_binary(path: Path) -> BinaryIO:
     return open(path, "rb", buffering=_BLOCK_BYTES)
 
 
+def position(file: BinaryIO) -> int:
+    """How many bytes of the file on the disk have been read, by what ``open_binary`` gave."""
+    if isinstance(file, gzip.GzipFile):
+        return file.fileobj.tell()
+    if isinstance(file.raw, _Xz):
+        return file.raw.position
+    return file.tell()
+
+
 class _Xz(io.RawIOBase):
     """The streams of an .xz file, one after another. Python's own reader takes whatever it cannot read after the first
     one for the end, damage included, and gives a file as much memory as it asks for."""
@@ -50,6 +59,10 @@ class _Xz(io.RawIOBase):
         self._stream: lzma.LZMADecompressor | None = None
         self._packed = b""
         self._count = 0
+
+    @property
+    def position(self) -> int:
+        return self._file.tell()
 
     def readable(self) -> bool:
         return True

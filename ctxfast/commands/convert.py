@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import sys
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from .loop_options import DOWNLOAD, check_model
+from .progress import say
 
 _WHO = "ctxfast.convert"
 _DTYPES = ("float32", "float16", "bfloat16")
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     with replacing_folder(target) as folder:
         what = _bert(args, folder) if elmo is None else _elmo(elmo, folder, args.options_file, args.dtype)
     if not args.quiet:
-        print(f"ctxfast convert: {target}: {what}", file=sys.stderr)
+        say("convert", f"{target}: {what}")
     return 0
 
 

@@ -7,10 +7,13 @@ import argparse
 import sys
 import time
 from dataclasses import fields
+from functools import partial
 from typing import Any
 
 from .loop_options import DOWNLOAD, check_model
+from .progress import LONGEST_SILENCE, duration, say
 
+_say = partial(say, "embed")
 _HELP = """\
 Embed a text file, a sentence a line, into a file. Input of any length in constant memory.
 
@@ -120,18 +123,12 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _say(text: str) -> None:
-    print(f"ctxfast embed: {text}", file=sys.stderr, flush=True)
-
-
 def _silent(tokens: int, texts: int, share: float | None) -> None:
     return
 
 
 class _Lines:
     """Progress where stderr is not a terminal: a line every half minute."""
-
-    _EVERY = 30.0
 
     def __init__(self) -> None:
         self.start = self._said = time.monotonic()
@@ -147,13 +144,13 @@ class _Lines:
     def __call__(self, tokens: int, texts: int, share: float | None) -> None:
         now = time.monotonic()
         rate = self.rate(tokens, now)
-        if now - self._said < self._EVERY:
+        if now - self._said < LONGEST_SILENCE:
             return
         self._said = now
         ahead = ""
         if share and rate:
             left = tokens * (1 - share) / share / rate
-            ahead = f", {100 * share:.1f} %, about {_duration(left)} left"
+            ahead = f", {100 * share:.1f} %, about {duration(left)} left"
         _say(f"{texts:,} lines, {tokens:,} tokens, {rate:,.0f} tokens/s{ahead}")
 
 
@@ -180,15 +177,9 @@ class _Bar(_Lines):
         self._bar.close()
 
 
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
 def _print_report(report: Any, seconds: float) -> None:
     done = report.done
     before = f" ({report.resumed:,} of them by an earlier run)" if report.resumed else ""
-    _say(f"{report.output}: {done.texts:,} lines{before}, {done.tokens:,} tokens, {_duration(seconds)}")
+    _say(f"{report.output}: {done.texts:,} lines{before}, {done.tokens:,} tokens, {duration(seconds)}")
     for note in report.notes:
         _say(note)

@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arguments that every training command has, and what it prints while it trains."""
+"""Arguments that every training command has, and how it trains."""
 
 from __future__ import annotations
 
 import argparse
 import math
-import sys
-import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .progress import Reading, Training, duration, say
+
 # Arguments of the loop that hold without training, too.
 _UNTRAINED = ("output", "device", "impl", "quiet", "overwrite")
-_MOST_SHOWN = 6  # figures on a line
 # What tokenizers are made of, in a model's folder.
 _OF_TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "config.json", "tokenizer_config.json")
 _OF_TOKENIZERS += ("special_tokens_map.json", "added_tokens.json")
@@ -114,6 +114,20 @@ def check_output(args: argparse.Namespace, who: str, *names: str) -> None:
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     inputs = {_shown(name): value if isinstance(value, list) else [value] for name, value in given.items()}
     check_apart(f"ctxfast.{who}", {"-o": [args.output]}, inputs)
+
+
+def check_directory(args: argparse.Namespace, who: str) -> None:
+    """Refuse a directory that this command may not work in, one with a run of another included.
+
+    Raises:
+        ValueError: naming what it holds.
+    """
+    from ..training.loop import checkpoints
+
+    if args.overwrite:
+        checkpoints.check_directory(args.output)
+    else:
+        checkpoints.check_kind(args.output, who)
 
 
 def _shown(name: str) -> str:
@@ -268,60 +282,40 @@ def config(args: argparse.Namespace, steps: int, **more: Any) -> Any:
     )
 
 
-class Show:
-    """Prints figures as training goes: a bar with the last ones on a terminal, a line for each report elsewhere."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.start = time.monotonic()
-        self._bar: Any = None
-
-    def __call__(self, step: int, steps: int, figures: dict[str, float]) -> None:
-        shown = {name: value for name, value in figures.items() if name not in ("steps_per_second", "learning_rate")}
-        text = ", ".join(f"{name} {value:.4g}" for name, value in list(shown.items())[:_MOST_SHOWN])
-        if "learning_rate" in figures and sys.stderr.isatty():
-            if self._bar is None:
-                from tqdm import tqdm
-
-                self._bar = tqdm(total=steps, initial=step, unit="step", desc=self.name)
-            self._bar.set_postfix_str(text, refresh=False)
-            self._bar.update(step - self._bar.n)
-            return
-        rate = f", {figures['steps_per_second']:.3g} steps/s" if "steps_per_second" in figures else ""
-        line = f"{self.name}: step {step:,} of {steps:,}: {text}{rate}"
-        if self._bar is not None:
-            self._bar.write(line, file=sys.stderr)
-        else:
-            print(line, file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-
 def run(
-    args: argparse.Namespace, name: str, task: Any, loop: Any, settings: dict[str, Any], notes: Sequence[str] = ()
+    args: argparse.Namespace, who: str, task: Any, loop: Any, settings: dict[str, Any], notes: Sequence[str] = ()
 ) -> Any:
-    """Train as the arguments say, print the end, return the loop's report; ``notes`` go to its log."""
+    """Train as the arguments say, tell how far it is, return the loop's report; ``notes`` go to its log."""
     from ..training.loop.train import train
 
-    show = None if args.quiet else Show(name)
-    if show is not None and args.is_amp_chosen and loop.amp != "no" and task_is_first():
-        print(f"{name}: computes in {loop.amp} with float32 weights; --amp no computes in float32", file=sys.stderr)
+    is_told = not args.quiet and task_is_first()
+    if is_told and args.is_amp_chosen and loop.amp != "no":
+        say(who, f"computes in {loop.amp} with float32 weights; --amp no computes in float32")
+    show = Training(who)
+    told = {"show": show.report, "tick": show.tick} if is_told else {}
     try:
-        report = train(task, loop, args.output, overwrite=args.overwrite, settings=settings, notes=notes, show=show)
+        report = train(task, loop, args.output, overwrite=args.overwrite, settings=settings, notes=notes, **told)
     finally:
-        if show is not None:
-            show.close()
-    if show is not None and task_is_first():
+        show.close()
+    if is_told:
         before = f" (from step {report.resumed:,})" if report.resumed else ""
         figures = ", ".join(f"{key} {value:.4g}" for key, value in report.figures.items())
-        print(
-            f"{name}: {report.directory}/final, {report.step:,} steps{before}, {report.seconds:.0f} s"
-            + (f"; {figures}" if figures else ""),
-            file=sys.stderr,
-        )
+        end = f"{report.directory}/final, {report.step:,} steps{before}, {duration(report.seconds)}"
+        say(who, f"{end}; {figures}" if figures else end)
     return report
+
+
+@contextmanager
+def preparing(args: argparse.Namespace, who: str) -> Iterator[None]:
+    """Shows in the block how far data is read."""
+    from .._core.progress import watching
+
+    show = Reading(who)
+    try:
+        with watching(None if args.quiet or not task_is_first() else show):
+            yield
+    finally:
+        show.close()
 
 
 def task_is_first() -> bool:

@@ -6,11 +6,11 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 from .loop_options import DOWNLOAD, check_files, check_model
+from .progress import say
 
 _WHO = "ctxfast.neighbours"
 _HELP = """\
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
 
     def progress(done: int) -> None:
         if not args.quiet:
-            print(f"ctxfast neighbours: {done:,} of {len(found):,} uses", file=sys.stderr, flush=True)
+            say("neighbours", f"{done:,} of {len(found):,} uses")
 
     asked, vectors = uses.embed_uses(embedder, queries), uses.embed_uses(embedder, found, progress)
     report = []

@@ -7,12 +7,11 @@ import argparse
 import dataclasses
 import math
 import os
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from . import loop_options
+from . import loop_options, progress
 
 _WHO = "pretrain bert"
 _HELP = """\
@@ -101,35 +100,36 @@ def add(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prepare the text, train, write the model."""
+    loop_options.check_directory(args, _WHO)
     if not args.prepare_only:
         from ..models.bert.modeling import Bert
 
         loop_options.check(args, _WHO)
         loop_options.check_impl(args, _WHO, (*Bert.ops, "linear_cross_entropy"))
     _check(args)
-    from ..training.loop.checkpoints import check_directory, check_settings
+    from ..training.loop.checkpoints import check_settings
     from ..training.loop.parallel import join
 
     recipe = _recipe(args)
     sources, sources_name = _sources(args)
     settings = _settings(args, recipe, sources_name)
-    check_directory(args.output)
     if not args.overwrite:
         check_settings(args.output, settings)
     group = join(args.parallel, args.device)
-    say = None if args.quiet or not group.is_first else _say
+    say = None if args.quiet or not group.is_first else partial(progress.say, _WHO)
     locks: list[Any] = []  # held to the end: another command must not prepare what this one reads
     prepare = partial(_prepare, args, recipe, sources, sources_name, group.is_first, locks, say)
-    tokenizer, corpus, held_out = group.after_first(prepare)
+    with loop_options.preparing(args, _WHO):
+        tokenizer, corpus, held_out = group.after_first(prepare)
     if args.prepare_only:
         return 0
     task = _task(args, tokenizer, corpus, held_out, say)
     steps = args.steps or task.batches.steps(args.epochs, args.accumulate, group.ranks)
     if say is not None:
-        _describe(args, task, corpus, steps)
+        _describe(args, task, corpus, steps, say)
     loop = loop_options.config(args, steps, best="-loss" if held_out is not None else None)
     settings["model"] = task.model.config.to_dict()
-    loop_options.run(args, f"ctxfast {_WHO}", task, loop, settings)
+    loop_options.run(args, _WHO, task, loop, settings)
     group.leave()
     return 0
 
@@ -251,13 +251,13 @@ def _task(args: argparse.Namespace, tokenizer: Any, corpus: Any, held_out: Any, 
     )
 
 
-def _describe(args: argparse.Namespace, task: Any, corpus: Any, steps: int) -> None:
+def _describe(args: argparse.Namespace, task: Any, corpus: Any, steps: int, say: Any) -> None:
     """Say what is trained, and what looks odd about it."""
     parameters = sum(value.numel() for value in task.model.parameters())
-    _say(f"{len(corpus):,} sequences, {corpus.tokens:,} tokens; {parameters:,} parameters; {steps:,} steps")
+    say(f"{len(corpus):,} sequences, {corpus.tokens:,} tokens; {parameters:,} parameters; {steps:,} steps")
     if (share := corpus.wrong_share) > _MOST_WRONG:
         way = "" if args.split_sentences else "--split-sentences, "
-        _say(
+        say(
             f"note: {100 * share:.0f} % of second segments come from elsewhere, as lines fill sequences alone; "
             f"{way}longer sequences or --pairs order help"
         )
@@ -378,7 +378,3 @@ def _sources(args: argparse.Namespace) -> tuple[list[Any], Any]:
 
 def _say_of(say: Any, name: str, text: str) -> None:
     say(text if name == "train" else f"held-out text, {text}")
-
-
-def _say(text: str) -> None:
-    print(f"ctxfast {_WHO}: {text}", file=sys.stderr, flush=True)

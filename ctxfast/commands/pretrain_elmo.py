@@ -4,12 +4,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from . import loop_options
+from . import loop_options, progress
 
 _WHO = "pretrain elmo"
 _HELP = """\
@@ -70,23 +69,24 @@ def add(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prepare the text, train, write the model."""
+    loop_options.check_directory(args, _WHO)
     loop_options.check(args, _WHO)
     loop_options.check_files(args, _WHO, "text", "held_out", "options", "vocab")
     loop_options.check_output(args, _WHO, "text", "held_out", "options", "vocab", "init_from")
     _check(args)
-    from ..training.loop.checkpoints import check_directory, check_settings
+    from ..training.loop.checkpoints import check_settings
     from ..training.loop.parallel import join
 
-    check_directory(args.output)
     config, vocabulary = _model_config(args), _vocabulary(args)
     settings = _settings(args, config)
     if not args.overwrite:
         check_settings(args.output, settings)
     group = join(args.parallel, args.device)
-    say = None if args.quiet or not group.is_first else _say
+    say = None if args.quiet or not group.is_first else partial(progress.say, _WHO)
     locks: list[Any] = []  # held to the end: another command must not prepare what this one reads
     prepare = partial(_prepare, args, config.max_characters, vocabulary, group.is_first, locks, say)
-    corpus, held_out = group.after_first(prepare)
+    with loop_options.preparing(args, _WHO):
+        corpus, held_out = group.after_first(prepare)
     task = _task(args, corpus, config, held_out)
     windows = task.windows_per_epoch(group.ranks)
     steps = args.steps or max(1, round(args.epochs * windows) // args.accumulate)
@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
             f"{corpus.num_sentences:,} sentences, {corpus.positions:,} predictions each way, {share:.2f} % of words "
             f"outside the vocabulary; {parameters:,} parameters; {steps:,} steps"
         )
-    loop_options.run(args, f"ctxfast {_WHO}", task, loop, settings)
+    loop_options.run(args, _WHO, task, loop, settings)
     group.leave()
     return 0
 
@@ -207,7 +207,3 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(
             f"ctxfast.{_WHO}: --vocab-size or --min-count is given with --vocab, which has its words; leave it out."
         )
-
-
-def _say(text: str) -> None:
-    print(f"ctxfast {_WHO}: {text}", file=sys.stderr, flush=True)

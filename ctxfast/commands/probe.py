@@ -6,13 +6,15 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from .loop_options import DOWNLOAD, check_files, check_model
+from .progress import say
 
 _WHO = "ctxfast.probe"
+_say = partial(say, "probe")
 _HELP = """\
 Train a linear classifier on every layer of a frozen BERT or ELMo, and one on a learned mix of all layers; print how
 well each does on held-out words, and what share each layer has in the mix. Layers are computed once.
@@ -78,7 +80,12 @@ def run(args: argparse.Namespace) -> int:
     check_picture(args.plot, _WHO)
     if args.scheme != "none":
         check_libraries("tag", is_spans=True)
-    columns = {"word_column": args.word_column, "tag_column": args.tag_column, "scheme": args.scheme, "say": _say}
+    columns = {
+        "word_column": args.word_column,
+        "tag_column": args.tag_column,
+        "scheme": args.scheme,
+        "say": _say,
+    }
     if args.quiet:
         columns["say"] = lambda note: None
     train, dev = read_conll(args.train, **columns)[: args.sentences], read_conll(args.dev, **columns)
@@ -110,7 +117,3 @@ def run(args: argparse.Namespace) -> int:
         Path(args.plot).parent.mkdir(parents=True, exist_ok=True)
         report.plot(args.plot, f"{Path(args.model).name}: {Path(args.train).name}")
     return 0
-
-
-def _say(text: str) -> None:
-    print(f"ctxfast probe: {text}", file=sys.stderr, flush=True)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .._core.extras import need
 from .embedder import Embedder
 
 if TYPE_CHECKING:
@@ -77,17 +78,14 @@ def embed_dataset(
 
     Raises:
         ValueError: carried ELMo states, whose results depend on the order of texts, which workers do not keep.
-        ImportError: Ray is not installed.
+        RuntimeError: Ray is not installed.
 
     Example:
         >>> vectors = ctxfast.embed_dataset(ray.data.read_text("corpus/"), "path/to/model", level="sentence",
         ...                                 concurrency=8, num_gpus=1)
         >>> vectors.write_parquet("vectors/")
     """
-    try:
-        import ray.data  # noqa: F401
-    except ImportError as error:
-        raise ImportError(f"{_WHO}: Ray is not installed; run: pip install 'ctxfast[ray]'") from error
+    need(_WHO, "ray.data", "datasets on many machines", "ray")
     options = {"device": "cuda" if num_gpus else "cpu", **(embedder or {})}
     if options.get("state") == "carry":
         raise ValueError(f"{_WHO}: state is 'carry'; expected 'steady' or 'zero': workers do not keep the order.")

@@ -7,7 +7,6 @@ not is shown with U+FFFD.
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import shutil
@@ -22,6 +21,7 @@ import h5py
 import numpy as np
 from h5py import h5d, h5p, h5s, h5t  # pyright: ignore[reportAttributeAccessIssue]  # compiled, without stubs
 
+from .._core.extras import need
 from .._core.files import create
 from .._core.hdf5 import new_hdf5
 from .shards import Item, Shard
@@ -102,10 +102,8 @@ def format_of(target: Path, name: str | None = None) -> str:
         )
     if name not in (None, found) and found is not None and (name, found) != ("extract-features", "jsonl"):
         raise ValueError(f"ctxfast.embed: format is {name!r}, but output {target} ends as {found} does.")
-    if chosen == "parquet" and importlib.util.find_spec("pyarrow") is None:
-        raise RuntimeError(
-            "ctxfast.embed: Parquet needs pyarrow, which is not installed. Run: pip install 'ctxfast[parquet]'"
-        )
+    if chosen == "parquet":
+        need("ctxfast.embed", "pyarrow", "Parquet", "parquet")
     return chosen
 
 

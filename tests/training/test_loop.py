@@ -18,7 +18,8 @@ import torch
 from torch import nn
 
 from ctxfast.training.loop.batches import Batches
-from ctxfast.training.loop.train import BaseTask, LoopConfig, TrainingDiverged, stream, train
+from ctxfast.training.loop.task import BaseTask
+from ctxfast.training.loop.train import LoopConfig, TrainingDiverged, stream, train
 
 HERE = Path(__file__).parent
 
@@ -41,6 +42,9 @@ class Line(BaseTask):
 
     def weight(self, batch: dict) -> float:
         return len(batch["x"])
+
+    def size(self, batch: dict) -> int:
+        return 10 * len(batch["x"])
 
     def loss(self, model: nn.Module, batch: dict) -> tuple[torch.Tensor, dict]:
         self.losses += 1
@@ -86,8 +90,8 @@ def test_it_trains_and_leaves_a_whole_run(tmp_path) -> None:
     assert report.best["step"] == 20 and report.best["figures"] == report.figures
     reports = [line for line in report.log if line["kind"] == "train"]
     assert [line["step"] for line in reports] == [5, 10, 15, 20]
-    assert {"loss", "absolute", "learning_rate", "steps_per_second"} <= set(reports[0])
-    assert shown[0] == (5, 20, ["absolute", "learning_rate", "loss", "steps_per_second"])
+    assert {"loss", "absolute", "learning_rate", "steps_per_second", "tokens_per_second"} <= set(reports[0])
+    assert shown[0] == (5, 20, ["absolute", "learning_rate", "loss", "steps_per_second", "tokens_per_second"])
     names = sorted(path.name for path in (tmp_path / "run").iterdir())
     assert names == [
         "best",
@@ -101,6 +105,19 @@ def test_it_trains_and_leaves_a_whole_run(tmp_path) -> None:
     assert json.loads((tmp_path / "run" / "final" / "training.json").read_text())["step"] == 20
     again = train(Line(), config(eval_every=10, best="-error", warmup_steps=2), tmp_path / "run")
     assert again.step == 20 and again.resumed == 20 and again.figures == report.figures and again.log == report.log
+
+
+def test_it_tells_of_every_step(tmp_path, caplog) -> None:
+    """Steps, what was read, the mean loss since the last report; without ``show`` reports go to the logger."""
+    ticks = []
+    caplog.set_level("INFO", "ctxfast")
+    report = train(Line(examples=7), config(accumulate=2), tmp_path / "run", tick=ticks.append)
+    assert [(tick.step, tick.steps, tick.unit) for tick in ticks] == [(step, 20, "tokens") for step in range(1, 21)]
+    assert {tick.size for tick in ticks} == {70}  # batches of 4 and 3
+    reports = {line["step"]: line["loss"] for line in report.log if line["kind"] == "train"}
+    assert {tick.step: tick.loss for tick in ticks if tick.step in reports} == pytest.approx(reports)
+    said = [record.getMessage() for record in caplog.records if record.name == "ctxfast.training.loop.train"]
+    assert len(said) == 5 and said[0].startswith("step 5 of 20: loss ") and said[-1].startswith("step 20 of 20: error ")
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "bert_adam", "lamb", "adagrad"])
@@ -127,7 +144,7 @@ def test_a_break_changes_no_bit(tmp_path, optimizer: str, accumulate: int) -> No
 
     def log(name: str) -> list[dict]:
         lines = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
-        return [{key: value for key, value in line.items() if key != "steps_per_second"} for line in lines]
+        return [{key: value for key, value in line.items() if not key.endswith("_per_second")} for line in lines]
 
     assert log("whole") == log("broken")
 

@@ -266,7 +266,7 @@ def test_finetune_looks_for_its_libraries_before_it_trains(tmp_path, bert, monke
 
 
 def test_tensorboard_is_looked_for_before_anything_is_read(tmp_path, bert, monkeypatch, capsys) -> None:
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
     path = write(tmp_path, "a.tsv", "no table")
     assert finetune("classify", bert, tmp_path, "--train", path, "--tensorboard") == 2
     assert "tensorboard is not installed" in capsys.readouterr().err and not (tmp_path / "run").exists()

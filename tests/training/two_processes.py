@@ -11,7 +11,8 @@ from torch import nn
 
 from ctxfast.training.loop.batches import Batches
 from ctxfast.training.loop.parallel import join
-from ctxfast.training.loop.train import BaseTask, LoopConfig, train
+from ctxfast.training.loop.task import BaseTask
+from ctxfast.training.loop.train import LoopConfig, train
 
 
 class Halves(BaseTask):

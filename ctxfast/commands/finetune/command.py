@@ -4,13 +4,12 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .. import loop_options
+from .. import loop_options, progress
 from .classify import ClassifyCommand, PairCommand
 from .span import SpanCommand
 from .tag import TagCommand
@@ -102,6 +101,8 @@ def run(task: TaskCommand, args: argparse.Namespace) -> int:
     """Train and predict, or only predict."""
     who = f"finetune {task.name}"
     is_done = args.predict_only or args.evaluate_only
+    if not is_done:
+        loop_options.check_directory(args, who)
     loop_options.check_files(args, who, "train", "dev", "test")
     loop_options.check_model(args.model, who, download=args.download)
     if not is_done:
@@ -144,7 +145,7 @@ class _FineTune:
 
     def _say(self, text: str) -> None:
         if not self.args.quiet and loop_options.task_is_first():
-            print(f"ctxfast finetune {self.task.name}: {text}", file=sys.stderr, flush=True)
+            progress.say(f"finetune {self.task.name}", text)
 
     def _note(self, text: str) -> None:
         """Say something of the data, once, and keep it for the log."""
@@ -210,11 +211,9 @@ class _FineTune:
             self._check_labels(getattr(args, name), examples, labels)
         import torch
 
-        from ...training.loop.checkpoints import check_directory
         from ...training.loop.parallel import join
         from ...training.tasks.build import build
 
-        check_directory(args.output)
         group = join(args.parallel, args.device)
         torch.manual_seed(args.seed)
         predictor = build(task.name, args.model, labels, choice, device=group.device)
@@ -236,9 +235,9 @@ class _FineTune:
         order = args.order
         if order == "auto":  # BERT computes nothing at padding
             order = "shuffled" if is_bert else "length"
-        run = FineTune(
-            predictor, data["train"], data.get("dev", ()), batch_size=args.batch_size, seed=args.seed, order=order
-        )
+        options = {"batch_size": args.batch_size, "seed": args.seed, "order": order}
+        with loop_options.preparing(args, f"finetune {self.task.name}"):
+            run = FineTune(predictor, data["train"], data.get("dev", ()), **options)
         steps = args.steps or run.batches.steps(args.epochs, args.accumulate, group.ranks)
         if args.eval_every is None and args.dev is not None:
             args.eval_every = run.batches.steps(1, args.accumulate, group.ranks)
@@ -249,7 +248,7 @@ class _FineTune:
             self._note(f"train: {count:,} {what}")
         loop = loop_options.config(args, steps, best=best)
         settings = self._settings(predictor.labels, choice, order)
-        report = loop_options.run(args, f"ctxfast finetune {self.task.name}", run, loop, settings, self.notes)
+        report = loop_options.run(args, f"finetune {self.task.name}", run, loop, settings, self.notes)
         return report.directory / ("best" if best else "final")
 
     def _settings(self, labels: tuple[str, ...], choice: Any, order: str) -> dict[str, Any]:

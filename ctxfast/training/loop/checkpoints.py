@@ -44,6 +44,7 @@ _FREE = frozenset({"loop.keep", "loop.log_every", "loop.save_every", "loop.tenso
 # Differences that a refusal names.
 _MOST_NAMED = 3
 _LONGEST_NAME = 300  # names hold paths
+_LONGEST_COMMAND = 80
 
 
 def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -75,6 +76,32 @@ def check_directory(path: str | os.PathLike[str]) -> None:
             f"ctxfast.training: {path} holds {strange[0]}{without}; expected an empty directory, or one of an earlier "
             "run. Choose another."
         )
+
+
+def check_kind(path: str | os.PathLike[str], command: str) -> None:
+    """``check_directory``; and refuse a directory that holds a run of another command, before anything is read.
+
+    Raises:
+        ValueError: naming both.
+    """
+    check_directory(path)
+    file = Path(path) / "config.json"
+    if file.exists():
+        was = _read_config(file)["settings"].get("command")
+        if was != command:
+            raise _refusal(Path(path), _other_kind(was, command))
+
+
+def _other_kind(was: object, now: object) -> str:
+    was, now = (str(command or "another program")[:_LONGEST_COMMAND] for command in (was, now))
+    return f"holds a run of {was}, and this is one of {now}"
+
+
+def _refusal(path: Path, found: str) -> ValueError:
+    return ValueError(
+        f"ctxfast.training: {path} {found}. Go on with the same, choose another directory, or pass overwrite "
+        "(--overwrite) to start anew."
+    )
 
 
 def check_settings(path: str | os.PathLike[str], settings: Mapping[str, Any]) -> None:
@@ -118,17 +145,14 @@ def _compare(path: Path, before: Mapping[str, Any], after: Mapping[str, Any]) ->
         if old.get(name) != new.get(name)
     ]
     if changed:
-        was, now = (str(config.get("settings.command", "another program"))[:80] for config in (old, new))
+        was, now = (config.get("settings.command") for config in (old, new))
         if was != now:
-            found = f"holds a run of {was}, and this is one of {now}"
+            found = _other_kind(was, now)
         else:
             more = len(changed) - _MOST_NAMED
             rest = f"; and {more} more differences" if more > 0 else ""
             found = f"holds a run of another configuration: {'; '.join(changed[:_MOST_NAMED])}{rest}"
-        raise ValueError(
-            f"ctxfast.training: {path} {found}. Go on with the same, choose another directory, or pass overwrite "
-            "(--overwrite) to start anew."
-        )
+        raise _refusal(path, found)
 
 
 def _no_link(path: str, flags: int) -> int:

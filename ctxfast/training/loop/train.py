@@ -9,87 +9,35 @@ worker; here going on needs the parameters, the optimiser and the number of the 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..._core import capability, transfer
+from ..._core.extras import need
 from ..._core.reading import reading
 from .checkpoints import RunDirectory
 from .config import LoopConfig
-from .optimizers import BertAdam, Lamb, parameter_groups, share_of_rate
+from .optimizers import BertAdam, Lamb, share_of_rate
 from .parallel import Group, Spread, join
 from .signals import Stop
+from .task import Task, Tick
 
 _FORMAT = 2
-
-# Of a mean loss, or of each part of one.
-Weight = float | dict[str, float]
+_LOG = logging.getLogger(__name__)
 
 
 class TrainingDiverged(RuntimeError):
     """The loss or a gradient is no number any more."""
-
-
-class Task(Protocol):
-    """What is trained, on what, and how it is judged. ``BaseTask`` has the defaults."""
-
-    model: nn.Module
-
-    def batch(self, step: int, rank: int, ranks: int) -> Any:
-        """Micro-batch ``step`` (counted over all epochs) of one of ``ranks`` processes, on the CPU, in nested
-        dataclasses, dicts, lists and tuples. A pure function; it runs in a thread beside the step before."""
-
-    def weight(self, batch: Any) -> Weight:
-        """What its mean loss counts for among the micro-batches and processes of a step, e.g. labelled tokens; for a
-        loss of several parts, that of each by its name."""
-
-    def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor | dict[str, Tensor], dict[str, Tensor]]:
-        """Mean loss of a batch, or the means of its parts, whose sum is trained; and figures to report (means over what
-        the first part is a mean over). Calls ``model``, not ``self.model``, once."""
-
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Held-out figures. Every process calls it and gets the same."""
-
-    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        """For the optimiser; a group's own ``lr`` replaces the configured one."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """What batches and losses remember of this process's past beside the parameters: tensors and plain values."""
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-    def save(self, directory: Path) -> None:
-        """Write the finished model, ``self.model``, in its own format."""
-
-
-class BaseTask:
-    """The defaults of ``Task``: equal weights, nothing held out, nothing remembered."""
-
-    model: nn.Module
-
-    def weight(self, batch: Any) -> Weight:
-        return 1.0
-
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
-        return {}
-
-    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        return parameter_groups(self.model, weight_decay)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        return
 
 
 @dataclass
@@ -185,6 +133,7 @@ def train(
     settings: Mapping[str, Any] | None = None,
     notes: Sequence[str] = (),
     show: Callable[[int, int, dict[str, float]], None] | None = None,
+    tick: Callable[[Tick], None] | None = None,
 ) -> Report:
     """Train a task, leave its model in ``directory/final`` and, if asked for, the best one in ``directory/best``.
 
@@ -201,7 +150,9 @@ def train(
         settings: what else the outcome depends on (data, model options), as plain values: kept in config.json and
             compared when a run goes on.
         notes: sentences on the data, for the log: {"step": 0, "kind": "note", "note": ...}.
-        show: called with step, steps and figures at every report and evaluation, in process 0.
+        show: called with step, steps and figures at every report and evaluation, in process 0. Without it they go to
+            the logger "ctxfast.training.loop.train", as information.
+        tick: called after every step, in process 0.
 
     Returns:
         A ``Report``.
@@ -225,7 +176,7 @@ def train(
     if (problem := group.first(problem)) is not None:  # everyone stops, not only the first
         raise problem
     try:
-        return _Run(task, config, group, run, Path(directory), show, notes).go()
+        return _Run(task, config, group, run, Path(directory), show, tick, notes).go()
     finally:
         if run is not None:
             run.close()
@@ -239,11 +190,14 @@ def board_writer(config: LoopConfig) -> Any:
     """
     if not config.tensorboard:
         return None
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise RuntimeError("ctxfast.training: tensorboard is not installed; run: pip install tensorboard") from error
+    need("ctxfast.training", "tensorboard", "its files", None)
+    from torch.utils.tensorboard import SummaryWriter
+
     return SummaryWriter
+
+
+def _log(step: int, steps: int, figures: dict[str, float]) -> None:
+    _LOG.info("step %d of %d: %s", step, steps, ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
 
 
 class _Run:
@@ -255,11 +209,13 @@ class _Run:
         run: RunDirectory | None,
         directory: Path,
         show: Callable[[int, int, dict[str, float]], None] | None,
+        tick: Callable[[Tick], None] | None,
         notes: Sequence[str],
     ) -> None:
         self.notes = notes
         self.task, self.config, self.group, self.run, self.directory = task, config, group, run, directory
-        self.show = show if group.is_first else None
+        self.show = (show or _log) if group.is_first else None
+        self.tick = tick if group.is_first else None
         task.model.to(group.device)
         self.spread = Spread(task.model, group)
         self.parameters = [parameter for parameter in task.model.parameters() if parameter.requires_grad]
@@ -273,6 +229,7 @@ class _Run:
         self.seconds_before = 0.0
         self.sums: dict[str, Tensor] = {}
         self.sum_weights: dict[str, float] = {}
+        self.size = 0  # tokens or words of this process since the last report
         self.parts: list[str] = []
         self.is_sound = torch.ones((), dtype=torch.bool, device=group.device)
 
@@ -297,6 +254,7 @@ class _Run:
                         coming = ahead.submit(self._batch, number + 1)
                     self._one_step(micro)
                     self.step += 1
+                    self._count(sum(map(self.task.size, micro)))
                     is_last = self.step == config.steps
                     if self.step % config.log_every == 0 or is_last:
                         self._report(board)
@@ -367,6 +325,16 @@ class _Run:
             self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
 
+    def _count(self, size: int) -> None:
+        self.size += size
+        if self.tick is not None:
+            loss = self._mean_loss() if self.group.device.type == "cpu" else None
+            self.tick(Tick(self.step, self.config.steps, size * self.group.ranks, self.task.unit, loss))
+
+    def _mean_loss(self) -> float:
+        names = ["loss"] if "loss" in self.sums else self.parts
+        return sum(self.sums[name].item() / max(self.sum_weights[name], 1e-12) for name in names)
+
     def _check_sound(self) -> None:
         if not self.group.any(not self.is_sound.item()):
             return
@@ -379,7 +347,7 @@ class _Run:
 
     def _report(self, board: Any) -> None:
         self._check_sound()
-        names = sorted(self.sums)
+        names = sorted(self.sums, key=lambda name: (name != "loss", name))
         sums = torch.stack([self.sums[name] for name in names])
         weights = sums.new_tensor([self.sum_weights[name] for name in names])
         values = self.group.add(torch.stack([sums, weights])).tolist()
@@ -389,8 +357,11 @@ class _Run:
         now = time.monotonic()
         figures["learning_rate"] = self.optimizer.param_groups[0]["lr"]
         figures["steps_per_second"] = (self.step - self.logged[0]) / max(now - self.logged[1], 1e-9)
+        size = self.group.total(self.size)
+        if size:
+            figures[f"{self.task.unit}_per_second"] = size / max(now - self.logged[1], 1e-9)
         self.logged = (self.step, now)
-        self.sums, self.sum_weights = {}, {}
+        self.sums, self.sum_weights, self.size = {}, {}, 0
         self._write(figures, "train", board)
 
     def _evaluate(self, board: Any) -> None:
@@ -401,7 +372,7 @@ class _Run:
         self.task.model.train()
         if self.figures:
             self._write(self.figures, "eval", board)
-        self.logged = (self.step, time.monotonic())  # evaluation is no part of the steps' time
+        self.logged, self.size = (self.step, time.monotonic()), 0  # evaluation is no part of the steps' time
         if self.config.best is None:
             return
         name = self.config.best.removeprefix("-")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +32,7 @@ from .text import split_sentences, text_lines
 from .workers import spread
 
 _WHO = "ctxfast.training.BertCorpus"
+_LOG = logging.getLogger(__name__)
 _BATCH_LINES = 1024
 SHARD_BYTES = 4 << 20  # of text
 
@@ -271,7 +273,7 @@ class BertCorpus:
             recipe: see there.
             sources: find spans of words, phrases and entities; see ``spans``.
             sources_name: plain values that tell one set of sources from another.
-            say: called with a line a shard.
+            say: called with a line a shard; None: the logger of this module, as information.
             workers: processes that make shards at the same time; what is in them does not depend on it. With more than
                 1 the calling program must be guarded by ``if __name__ == "__main__"``, as Python starts them anew.
 
@@ -327,8 +329,7 @@ class BertCorpus:
                     yield count, group
 
         for line in spread(make, missing(), workers):
-            if say is not None:
-                say(line)
+            (say or _LOG.info)(line)
         if count == 0:
             raise ValueError(f"{_WHO}: {make.names}: no text; expected lines of it.")
         pairs = make.recipe.pairs

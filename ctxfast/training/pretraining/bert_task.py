@@ -20,7 +20,8 @@ from ...models.bert.head_base import IGNORE_INDEX
 from ...models.bert.heads import BertForMaskedLM, BertForPreTraining
 from ...models.bert.tokenization import BertTokenizer
 from ..loop.batches import Batches
-from ..loop.train import BaseTask, Weight, moved
+from ..loop.task import BaseTask, Weight
+from ..loop.train import moved
 from .bert_corpus import BertCorpus
 from .bert_instances import Instance, Pair, Vocabulary
 from .knowledge_masking import units
@@ -181,6 +182,9 @@ class BertPretraining(BaseTask):
         ids, types, labels, relation = map(torch.from_numpy, (ids, types, labels, relation))
         lengths = tuple(len(one.ids) for one in instances)
         return BertBatch(ids, lengths, types, labels, torch.tensor(labelled, dtype=torch.int64), relation)
+
+    def size(self, batch: BertBatch) -> int:
+        return sum(batch.lengths)
 
     def weight(self, batch: BertBatch) -> Weight:
         masked = float((batch.labels != IGNORE_INDEX).sum())

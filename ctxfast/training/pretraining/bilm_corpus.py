@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 from array import array
@@ -34,6 +35,7 @@ BEGIN, END, UNKNOWN_ID = 0, 1, 2
 # A vocabulary of the One Billion Word Benchmark holds this, which is not a word.
 _NO_WORD = "!!!MAXTERMID"
 _WHO = "ctxfast.training.BiLmCorpus"
+_LOG = logging.getLogger(__name__)
 _BLOCK_TOKENS = 1 << 20
 _WORD = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]")
 
@@ -199,7 +201,7 @@ class BiLmCorpus:
             vocabulary_size, min_count: for a vocabulary that is made.
             tokenize: see ``sentences``.
             max_characters: of a word, marks included.
-            say: called with a line about what is being done.
+            say: called with a line about what is being done; None: the logger of this module, as information.
 
         Memory: a dictionary of the text's distinct words. The files are read twice.
 
@@ -218,15 +220,14 @@ class BiLmCorpus:
         }
         if read_note(path, "meta.json") == json.loads(json.dumps(meta)):
             return cls(path)
-        if say is not None:
-            say(f"counting words of {', '.join(Path(file).name for file in files)}")
+        say = say or _LOG.info
+        say(f"counting words of {', '.join(Path(file).name for file in files)}")
         counts = count_words(files, tokenize)
         if not counts:
             names = ", ".join(map(os.fspath, files))
             raise ValueError(f"{_WHO}: {names}: no words; expected a text, a sentence a line.")
         words = make_vocabulary(counts, vocabulary_size, min_count) if vocabulary is None else list(vocabulary)
-        if say is not None:
-            say(f"{sum(counts.values()):,} words, {len(counts):,} distinct, vocabulary of {len(words):,}")
+        say(f"{sum(counts.values()):,} words, {len(counts):,} distinct, vocabulary of {len(words):,}")
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing_folder(path) as temporary:
             _write(temporary, files, counts, words, tokenize, max_characters)

@@ -29,7 +29,8 @@ from ...models.elmo.bilm import ElmoBiLm
 from ...models.elmo.config import ElmoConfig
 from ...models.elmo.files import STEADY_STATE, find_elmo_files
 from ...models.elmo.weights import load_weights, random_weights, save_weights
-from ..loop.train import BaseTask, moved
+from ..loop.task import BaseTask
+from ..loop.train import moved
 from .bilm_corpus import BiLmCorpus, Window, read_vocabulary
 from .sampled_softmax import log_uniform_negatives, sampled_softmax_loss
 
@@ -175,6 +176,8 @@ class BiLmPretraining(BaseTask):
     Reference: Peters et al. 2018, section 3.4; bilm-tf.
     """
 
+    unit = "words"  # a sentence's end is one
+
     def __init__(
         self,
         corpus: BiLmCorpus,
@@ -267,6 +270,9 @@ class BiLmPretraining(BaseTask):
             negatives = torch.from_numpy(np.stack([words for words, _ in pairs]))
             tries = torch.tensor([count for _, count in pairs])
         return BiLmBatch(*self._tensors(self.corpus, window), torch.tensor(is_new), negatives, tries)
+
+    def size(self, batch: BiLmBatch) -> int:
+        return batch.targets[0].numel()
 
     @staticmethod
     def _tensors(corpus: BiLmCorpus, window: Window) -> tuple[Tensor, Tensor, Tensor]:

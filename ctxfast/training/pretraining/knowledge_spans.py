@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from ..._core.checks import shown
+from ..._core.extras import need
 from ...models.bert.tokenization import Encoding
 from .text import text_lines
 
@@ -54,16 +55,11 @@ class Gazetteer:
 
     Raises:
         ValueError: an unknown kind, or no entries.
-        ModuleNotFoundError: ahocorasick-rs is not installed.
+        RuntimeError: ahocorasick-rs is not installed.
     """
 
     def __init__(self, entries: Iterable[str], kind: str = "entity", *, ignore_case: bool = True) -> None:
-        try:
-            import ahocorasick_rs
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                "ctxfast.training.Gazetteer needs ahocorasick-rs: pip install 'ctxfast[pretrain]'."
-            ) from error
+        ahocorasick_rs = need("ctxfast.training.Gazetteer", "ahocorasick_rs", "gazetteers", "pretrain")
         if kind not in KINDS:
             raise ValueError(f"ctxfast.training.Gazetteer: kind is {kind!r}; expected one of {', '.join(KINDS)}.")
         self.kind, self.ignore_case = kind, ignore_case
@@ -211,16 +207,11 @@ class ChineseWords:
         user_dictionary: file of further words, as jieba reads it.
 
     Raises:
-        ModuleNotFoundError: jieba is not installed.
+        RuntimeError: jieba is not installed.
     """
 
     def __init__(self, user_dictionary: str | os.PathLike[str] | None = None) -> None:
-        try:
-            import jieba
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                "ctxfast.training.ChineseWords needs jieba: pip install 'ctxfast[pretrain]'."
-            ) from error
+        jieba = need("ctxfast.training.ChineseWords", "jieba", "words of Chinese text", "pretrain")
         jieba.setLogLevel(60)
         self._user_dictionary = user_dictionary
         self._tokenizer = jieba.Tokenizer()

@@ -7,9 +7,11 @@ import os
 import re
 from collections.abc import Iterator
 
-from ..._core.text_files import DAMAGE, archive_test, damage, existing, numbered_lines, open_binary
+from ..._core import progress
+from ..._core.text_files import DAMAGE, archive_test, damage, existing, numbered_lines, open_binary, position
 
 _WHO = "ctxfast.training"
+_LINES_BETWEEN = 256  # two words of how far a file is read
 
 # A closed sentence before white space and an opening word, or Chinese punctuation with nothing after it.
 # Only a run's first sign starts a match, so that a long row of dots is looked at once.
@@ -17,7 +19,7 @@ _SENTENCE_END = re.compile(r"(?<![.!?])[.!?]+[\"')\]”’]*(?=\s+[\"'(\[“‘]
 
 
 def text_lines(path: str | os.PathLike[str]) -> Iterator[str]:
-    """Lines of a text file (plain, .gz, .xz), UTF-8, as ``numbered_lines`` gives them.
+    """Lines of a text file (plain, .gz, .xz), UTF-8, as ``numbered_lines`` gives them; whoever watches is told of it.
 
     Raises:
         FileNotFoundError: no such file.
@@ -25,7 +27,8 @@ def text_lines(path: str | os.PathLike[str]) -> Iterator[str]:
             last line read.
     """
     path = existing(path, _WHO, f"text {path}")
-    number = 0
+    number, watch = 0, progress.watched()
+    what, size = f"reading {path.name}", path.stat().st_size
     try:
         with open_binary(path) as file:
             for number, _, text in numbered_lines(file, _WHO, str(path)):
@@ -37,7 +40,11 @@ def text_lines(path: str | os.PathLike[str]) -> Iterator[str]:
                     raise ValueError(
                         f"{_WHO}: line {number} of {path} is not UTF-8 ({error.reason}); expected UTF-8 text. {way}."
                     ) from None
+                if watch is not None and number % _LINES_BETWEEN == 0:
+                    watch(what, position(file), size)
                 yield line
+        if watch is not None:
+            watch(what, size, size)
     except DAMAGE as error:
         raise ValueError(f"{_WHO}: text {path}, after line {number}, {damage(path, error)}") from error
 

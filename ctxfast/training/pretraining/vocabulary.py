@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +20,7 @@ from .text import text_lines
 if TYPE_CHECKING:
     from tokenizers import BertWordPieceTokenizer
 
+_LOG = logging.getLogger(__name__)
 _LONGEST_WORD = 100  # of the library's WordPiece; a longer one is [UNK]
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
@@ -40,7 +42,7 @@ def train_wordpiece(
         size: tokens at most, special ones included.
         is_cased: keep case and accents.
         min_frequency: pairs seen less often are not joined.
-        say: called with a line about what is done.
+        say: called with a line about what is done; None: the logger of this module, as information.
 
     Raises:
         ValueError: a size that leaves no room for letters.
@@ -58,8 +60,7 @@ def train_wordpiece(
     if read_note(path, "made_by.json") != made_by:
         from tokenizers import BertWordPieceTokenizer
 
-        if say is not None:
-            say(f"making a vocabulary of {size:,} word pieces")
+        (say or _LOG.info)(f"making a vocabulary of {size:,} word pieces")
         trainer = BertWordPieceTokenizer(lowercase=not is_cased, strip_accents=not is_cased)
         # One that trains is locked: what it is to read is looked at by another.
         reader = BertWordPieceTokenizer(lowercase=not is_cased, strip_accents=not is_cased)

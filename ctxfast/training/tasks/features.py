@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from tokenizers import Regex, pre_tokenizers
 from torch import Tensor
 
+from ..._core import progress
 from ..._core.files import replacing
 from ...embedding.embedder import Embedder
 from ...models.elmo.bilm import ElmoBiLm
@@ -96,8 +97,12 @@ class FrozenLayers:
 
     def __call__(self, texts: Sequence[Sequence[str]]) -> list[np.ndarray]:
         """Lists of words -> (K, n, N) float32 each."""
-        starts = range(0, len(texts), _EMBEDDED_TEXTS)
-        return [vectors for start in starts for vectors in self._some(texts[start : start + _EMBEDDED_TEXTS])]
+        watch, found = progress.watched(), []
+        for start in range(0, len(texts), _EMBEDDED_TEXTS):
+            found += self._some(texts[start : start + _EMBEDDED_TEXTS])
+            if watch is not None:
+                watch("computing frozen layers", len(found), len(texts))
+        return found
 
     def _some(self, texts: Sequence[Sequence[str]]) -> list[np.ndarray]:
         parts, owners = self._parts(texts)

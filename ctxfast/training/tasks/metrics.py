@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import collections
-import importlib
 import re
 import string
 from collections.abc import Mapping, Sequence
@@ -12,19 +11,14 @@ from typing import Any
 
 import torch
 
+from ..._core.extras import need
+
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def _library(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        package = name.partition(".")[0]
-        raise RuntimeError(
-            f"ctxfast.metrics: {package} is not installed; expected it for this figure. "
-            f"Install it: pip install 'ctxfast[finetune]'"
-        ) from error
+    return need("ctxfast.metrics", name, "this figure", "finetune")
 
 
 def check_libraries(task: str, is_spans: bool = False) -> None:

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from ..._core.checks import shown
 from ..._core.files import replacing
 from ..loop.batches import Batches
-from ..loop.train import BaseTask, moved
+from ..loop.task import BaseTask
+from ..loop.train import moved
 from ..readers.files import fail
 
 SETTINGS_FILE = "ctxfast_task.json"
@@ -150,6 +151,7 @@ class FineTune(BaseTask):
         if order not in ("shuffled", "length"):
             raise ValueError(f"ctxfast.finetune: order is {order!r}; expected 'shuffled' or 'length'.")
         self.predictor, self.model, self.dev = predictor, predictor.model, dev
+        self.unit = "tokens" if predictor.form == "bert" else "words"
         self.items = predictor.items(train)
         self._dev_items: list[Any] | None = None
         lengths = [item.length for item in self.items] if order == "length" else None
@@ -160,6 +162,9 @@ class FineTune(BaseTask):
 
     def weight(self, batch: dict[str, Any]) -> float:
         return self.predictor.weight(batch)
+
+    def size(self, batch: dict[str, Any]) -> int:
+        return int(sum(batch["lengths"]))
 
     def loss(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         return model(**batch).loss, {}
