@@ -148,20 +148,24 @@ def _elmo(text, folder, *more):
 
 
 def _tag(text, folder, *more):
-    (folder / "a.tsv").write_text("the\tO\ncat\tB-x\n\na\tO\ndog\tB-x\n\n" * 4)
+    (folder / "a.tsv").write_text("the\tO\nboat\tB-x\n\n" * 8)
     model = tiny_bert(folder / "bert", layers=1)
     small = ("--batch-size", 2, "--steps", 4, "--log-every", 2, "--device", "cpu")
     return run("finetune", "tag", "-m", model, "--train", folder / "a.tsv", "-o", folder / "run", *small, *more)
 
 
-@pytest.mark.parametrize("command, who, unit", [(_elmo, "pretrain elmo", "words"), (_tag, "finetune tag", "tokens")])
-def test_commands_show_it(text, tmp_path, capsys, command, who, unit):
+# Two lanes of five words; two texts of two words, [CLS] and [SEP].
+@pytest.mark.parametrize(
+    "command, who, unit, size", [(_elmo, "pretrain elmo", "words", 10), (_tag, "finetune tag", "tokens", 8)]
+)
+def test_commands_show_it(text, tmp_path, capsys, command, who, unit, size):
     """And write the rate into the log; --quiet says nothing. Another command's directory is refused before work."""
     assert command(text, tmp_path) == 0
     said = capsys.readouterr().err
     assert re.search(rf"ctxfast {who}: step 2 of 4: loss [\d.]+.*, [\d.,]+ {unit}/s, about \d+ \w+ left\n", said), said
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    assert all(entry[f"{unit}_per_second"] > 0 for entry in log if entry["kind"] == "train")
+    rates = [(entry[f"{unit}_per_second"], entry["steps_per_second"]) for entry in log if entry["kind"] == "train"]
+    assert len(rates) == 2 and all(one == pytest.approx(size * other) for one, other in rates)
     assert command(text, tmp_path, "--overwrite", "--quiet") == 0
     output = capsys.readouterr()
     assert (output.out, output.err) == ("", "")

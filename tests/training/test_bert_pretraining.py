@@ -362,7 +362,9 @@ def test_accumulated_batches_of_unlike_length_are_one_large_batch(text, tokenize
 
 def test_relation_sign(text, tokenizer, tmp_path) -> None:
     corpus = prepare(text, tokenizer, tmp_path / "data", recipe())
-    google = BertPretraining(corpus, tokenizer, tiny(tokenizer)).batch(0)
+    task = BertPretraining(corpus, tokenizer, tiny(tokenizer))
+    google = task.batch(0)
+    assert task.size(google) == int((google.input_ids != tokenizer.pad_token_id).sum())
     ernie = BertPretraining(corpus, tokenizer, tiny(tokenizer), relation_sign="ernie").batch(0)
     assert torch.equal(google.relation, 1 - ernie.relation) and torch.equal(google.input_ids, ernie.input_ids)
 

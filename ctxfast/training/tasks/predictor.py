@@ -164,7 +164,8 @@ class FineTune(BaseTask):
         return self.predictor.weight(batch)
 
     def size(self, batch: dict[str, Any]) -> int:
-        return int(sum(batch["lengths"]))
+        lengths = batch["lengths"]
+        return int(lengths.sum()) if isinstance(lengths, Tensor) else sum(lengths)
 
     def loss(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         return model(**batch).loss, {}
