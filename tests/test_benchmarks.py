@@ -192,8 +192,8 @@ def _wrong(change):
     "change, words",
     [
         (lambda out: out * 1.01, "off by"),
-        (lambda out: out / 0, "not finite"),
-        (lambda out: out[:-1], "has shape"),
+        pytest.param(lambda out: out / 0, "not finite", marks=pytest.mark.slow),
+        pytest.param(lambda out: out[:-1], "has shape", marks=pytest.mark.slow),
     ],
 )
 def test_a_wrong_provider_gets_no_number_and_exit_code_1(change, words, capsys):

@@ -159,9 +159,13 @@ _EXPLAIN = (
 
 @pytest.mark.parametrize(
     ("value", "expected"),
-    [("", "cpu cpu"), ("reference", "reference reference"), ("attention=reference", "reference cpu"),
-     ("reference,lstm=cpu", "reference cpu")],
-)  # fmt: skip
+    [
+        pytest.param("", "cpu cpu", marks=pytest.mark.slow),
+        pytest.param("reference", "reference reference", marks=pytest.mark.slow),
+        ("attention=reference", "reference cpu"),
+        ("reference,lstm=cpu", "reference cpu"),
+    ],
+)
 def test_environment(value, expected) -> None:
     done = _in_new_process(_EXPLAIN, CTXFAST_IMPL=value)
     assert done.stdout.split() == expected.split(), done.stderr

@@ -43,7 +43,7 @@ def test_every_example_is_listed() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["search.py", *(pytest.param(n, marks=pytest.mark.slow) for n in CASES if n != "search.py")]
+    "name", ["own_model.py", *(pytest.param(n, marks=pytest.mark.slow) for n in CASES if n != "own_model.py")]
 )
 def test_it_runs(name, minilm_dir) -> None:
     arguments, bound = CASES[name]

@@ -139,7 +139,10 @@ def _shapes() -> list[list[int]]:
 @torch.no_grad()
 @pytest.mark.parametrize(
     "lengths",
-    [pytest.param(each, marks=pytest.mark.slow if len(each) > 900 else ()) for each in _shapes()],
+    [
+        pytest.param(each, marks=pytest.mark.slow if n > 4 or len(each) > 900 else ())
+        for n, each in enumerate(_shapes())
+    ],
     ids=lambda lengths: f"{len(lengths)}-texts-up-to-{max(lengths)}",
 )
 def test_ragged_shapes(lengths: list[int]) -> None:

@@ -57,6 +57,7 @@ def test_fixture_lanes_as_batch_rows(tiny: Path, impl: str | None) -> None:
     assert worst < 2e-6
 
 
+@pytest.mark.slow  # the emulator is compiled first, minutes
 @torch.no_grad()
 def test_fixture_through_the_step_kernels(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """float16 on the emulator: the kernels a GPU would run, states carried from sentence to sentence."""

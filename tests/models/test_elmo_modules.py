@@ -120,7 +120,7 @@ def test_char_cnn(activation: str) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("threads", [1, 2, 3, 4])
+@pytest.mark.parametrize("threads", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 3)), 4])
 @pytest.mark.parametrize("impl", [None, "reference"])
 def test_a_words_vector_does_not_depend_on_the_others(
     impl: str | None, threads: int, monkeypatch: pytest.MonkeyPatch

@@ -209,7 +209,7 @@ def test_word_ids_without_a_cached_vocabulary_are_not_used(files: tuple[Path, Pa
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("state", ["zero", "steady", "carry"])
+@pytest.mark.parametrize("state", [*(pytest.param(s, marks=pytest.mark.slow) for s in ("zero", "steady")), "carry"])
 def test_compiles_into_one_graph(files: tuple[Path, Path], state: str) -> None:
     elmo, plain = (Elmo(*files, 1, dropout=0.0, state=state) for _ in range(2))
     elmo.calibrate()  # a first call that calibrates cannot be traced

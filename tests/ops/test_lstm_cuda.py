@@ -12,6 +12,7 @@ from support import emulated
 from ctxfast._core import capability
 from ctxfast.ops.lstm import cuda, cuda_autograd
 
+pytestmark = pytest.mark.slow  # the emulator is compiled first, minutes
 H100 = (132, 9, 0, 227 * 1024, True)
 
 

@@ -93,7 +93,11 @@ def _collate(rows: list[dict]) -> dict[str, torch.Tensor]:
     return {**batch, "labels": torch.tensor([row["labels"] for row in rows])}
 
 
-@pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}, {"bf16": True}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, *(pytest.param({name: True}, marks=pytest.mark.slow) for name in ("gradient_checkpointing", "bf16"))],
+    ids=str,
+)
 def test_trainer(options, tmp_path) -> None:
     curves, evaluations = [], []
     for is_swapped in (False, True):

@@ -288,7 +288,7 @@ def tiny(tokenizer) -> BertConfig:
     )
 
 
-@pytest.mark.parametrize("pairs", ["next", "none"])
+@pytest.mark.parametrize("pairs", ["next", pytest.param("none", marks=pytest.mark.slow)])
 def test_it_learns(text, tokenizer, tmp_path, pairs: str) -> None:
     sources = [Gazetteer(ENTITIES, "entity")]
     corpus = prepare(text, tokenizer, tmp_path / "data", recipe(pairs=pairs, is_dynamic=True), sources=sources)

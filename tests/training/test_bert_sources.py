@@ -221,10 +221,10 @@ def _split_units(corpus: BertCorpus, units: list[str], tokenizer: BertTokenizer)
     ("more", "is_spaced", "is_whole"),
     [
         (["--masking", "word", "--jieba"], False, True),
-        (["--masking", "word", "--segmented"], True, True),
+        pytest.param(["--masking", "word", "--segmented"], True, True, marks=pytest.mark.slow),
         (["--masking", "phrase=2", "--jieba", "--mask-together", "--mask-count", "spans"], False, True),
-        (["--masking", "word"], False, False),
-        (["--masking", "token", "--jieba"], False, False),
+        pytest.param(["--masking", "word"], False, False, marks=pytest.mark.slow),
+        pytest.param(["--masking", "token", "--jieba"], False, False, marks=pytest.mark.slow),
     ],
 )
 def test_chinese_words_through_the_command(tmp_path: Path, more: list[str], is_spaced: bool, is_whole: bool) -> None:

@@ -258,7 +258,7 @@ def test_a_lane_that_begins_anew_forgets(grammar) -> None:
         assert not torch.allclose(new[:, :, 1], went_on[:, :, 1], atol=1e-4)
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 def test_a_model_is_as_good_from_zeros_as_from_a_carried_state(grammar, tmp_path, seed: int) -> None:
     """Trained until it knows its text: perplexities from both starts are within 10 %, and the stored steady state is
     what texts start from."""
@@ -320,7 +320,7 @@ def test_full_softmax_evaluation_counts_every_word_once(grammar) -> None:
     assert abs(figures["loss"] - expected) < 0.6, "an untrained model knows nothing"
 
 
-@pytest.mark.parametrize("negatives", [0, 6])
+@pytest.mark.parametrize("negatives", [pytest.param(0, marks=pytest.mark.slow), 6])
 def test_it_learns_and_allennlp_can_read_it(grammar, tmp_path, negatives: int) -> None:
     made = task(grammar, negatives=negatives, batch_size=16, dropout=0.05)
     config = LoopConfig(
