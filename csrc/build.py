@@ -217,6 +217,9 @@ class Build:
     def _emulated_object(self, source: Path, *flags: str) -> str:
         return self.object(source, [*self.cxx, *EMULATED_FLAGS, f"-isystem{self.cuda_headers}", *flags], "emulated_")
 
+    def _emulator(self) -> list[str]:
+        return [self._emulated_object(CSRC / "emulator" / name) for name in ("emulator.cpp", "runtime.cpp")]
+
     # -- targets
 
     def extension(self, name: str, version: str) -> str:
@@ -237,7 +240,7 @@ class Build:
 
     def emulated_extension(self, name: str) -> str:
         """The shared library ``name``: the CUDA kernels and their bindings, on the emulator."""
-        objects = [self._emulated_object(path) for path in [*sources("*/*.cu"), CSRC / "emulator" / "emulator.cpp"]]
+        objects = [self._emulated_object(path) for path in sources("*/*.cu")] + self._emulator()
         bindings = [*sources("*/bind_cuda*.cpp"), CSRC / "emulator" / "module.cpp"]
         objects += [self._emulated_object(path, *_python_flags()) for path in bindings]
         return self.link(name, [*self.cxx, "-shared"], objects)
@@ -259,11 +262,10 @@ class Build:
         return programs
 
     def emulated_tests(self) -> list[str]:
-        emulator = self._emulated_object(CSRC / "emulator" / "emulator.cpp")
         programs = []
         for path in sorted(CSRC.glob("*/test_*.cu")):
             kernels = [self._emulated_object(kernel) for kernel in sources(f"{path.parent.name}/*.cu")]
-            objects = [self._emulated_object(path), *kernels, emulator]
+            objects = [self._emulated_object(path), *kernels, *self._emulator()]
             programs.append(self.link(f"emulated_{program_name(path)}", [*self.cxx, "-pthread"], objects))
         return programs
 

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Estimates, without a GPU, the cycles of one step of a persistent kernel between its synchronising instructions.
 
-    python csrc/cycles.py [--batch 8 16 32] [--warps]    ELMo's layer forwards: 4096 cells, 512 projected
+    python csrc/cycles.py [--batch 8 16 32] [--alone] [--warps]    ELMo's layer forwards: 4096 cells, 512 projected
 
-``sass.py`` disassembles a cubin for sm_90a and follows one lane of each warp of a scheduler through some steps. The
-warps' last whole step is then issued as one scheduler would: one instruction a cycle, pipes with a throughput,
-scoreboards, barriers. A poll is answered ``EXCHANGE`` cycles after the store that it waits for.
+``sass.py`` disassembles a cubin for sm_90a, ``lane.py`` follows one lane of each warp of a scheduler through some
+steps. One step of theirs is then issued as one scheduler would: one instruction a cycle, pipes with a
+throughput, scoreboards, barriers. A poll is answered ``EXCHANGE`` cycles after the store that it waits for, or
+``NEIGHBOUR`` cycles where a block of the same cluster stores into its shared memory.
 
 What comes out is an estimate, good for comparing two versions of a kernel; where it stands against the prototype that
 ran on an H100, docs/cycles.md says. It knows nothing of instruction caches, bank conflicts, divergence within a warp,
@@ -24,7 +25,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from sass import PARAMETERS, Instruction, Lane, compile_kernels, is_poll, is_publication
+from lane import Lane
+from sass import PARAMETERS, Instruction, compile_kernels, is_poll, is_publication, is_sent
 
 # Cycles until a result is there, beside what its control bits say, by the first word of the instruction.
 LATENCY = {"LDS": 30, "LDSM": 33, "LDC": 40, "S2R": 25, "S2UR": 30, "MUFU": 22, "I2F": 22, "F2I": 22, "SHFL": 26,
@@ -32,6 +34,7 @@ LATENCY = {"LDS": 30, "LDSM": 33, "LDC": 40, "S2R": 25, "S2UR": 30, "MUFU": 22, 
 FENCE = 500  # MEMBAR at the scope of the GPU: until earlier stores are acknowledged
 L2_BYTES = 16  # a cycle and scheduler: 64 of a multiprocessor
 EXCHANGE = 1400  # from a store to its arrival in another block that polls: 0.7 us measured on an H100
+NEIGHBOUR = 500  # the same between two blocks of a cluster; 180 is the published latency of a load there, 1,584 a bound
 # HGMMA of a warp, by its columns: the prototype's gates took 2,230 cycles at 8 columns, 2,860 at 32, 128 of them.
 WGMMA = {8: 17, 16: 18, 32: 22, 64: 40}
 
@@ -40,7 +43,8 @@ WGMMA = {8: 17, 16: 18, 32: 22, 64: 40}
 
 
 def one_step(traces: Sequence[Sequence[Instruction]]) -> list[list[Instruction]]:
-    """Of each warp the last whole round of the loop that all run and whose rounds are longest."""
+    """Of each warp one round of the loop that all run and whose rounds are longest: the last but one, for the last may
+    reach into the last step, which also stores the state."""
 
     def rounds(trace: Sequence[Instruction]) -> dict[int, list[int]]:
         places: dict[int, list[int]] = {}
@@ -52,7 +56,7 @@ def one_step(traces: Sequence[Sequence[Instruction]]) -> list[list[Instruction]]
     heads = [rounds(trace) for trace in traces]
     shared = set.intersection(*map(set, heads))
     head = max(shared, key=lambda head: ((heads[0][head][-1] - heads[0][head][0]) // (len(heads[0][head]) - 1), -head))
-    return [list(trace[of[head][-2] : of[head][-1]]) for trace, of in zip(traces, heads)]
+    return [list(trace[of[head][-3] : of[head][-2]]) for trace, of in zip(traces, heads)]
 
 
 def pipe(one: Instruction) -> tuple[str, int]:
@@ -64,7 +68,7 @@ def pipe(one: Instruction) -> tuple[str, int]:
         return "special", 8
     if base in ("LDS", "STS", "LDSM"):  # the four schedulers share 128 bytes a cycle
         return "shared", 4 * (4 if ".128" in name or base == "LDSM" else 2 if ".64" in name else 1)
-    if base in ("LDG", "STG", "LDC", "ATOM"):
+    if base in ("LDG", "ST", "STG", "LDC", "ATOM"):
         return "shared", 2
     if base == "SHFL":
         return "shared", 4
@@ -93,8 +97,18 @@ class Timeline:
     issued: list[list[int]]  # by warp: the cycle of each instruction of the step
 
 
-def simulate(warps: Sequence[Sequence[Instruction]], clears: Set[int], rounds: int = 3) -> Timeline:
-    """The last of some rounds in which one scheduler issues these warps' steps; clears: addresses of such stores."""
+def simulate(
+    warps: Sequence[Sequence[Instruction]],
+    clears: Set[int],
+    takes: Set[int] = frozenset(),
+    neighbour: int = NEIGHBOUR,
+    rounds: int = 3,
+) -> Timeline:
+    """The last of some rounds in which one scheduler issues these warps' steps.
+
+    clears: addresses of stores that empty what was published; takes: of loads of what the cluster's other block sends,
+    ``neighbour`` cycles before.
+    """
     n = len(warps)
     traces = [list(warp) * rounds for warp in warps]
     at, ready, issued = [0] * n, [0] * n, [[] for _ in warps]
@@ -106,6 +120,8 @@ def simulate(warps: Sequence[Sequence[Instruction]], clears: Set[int], rounds: i
     for barrier in {one.text for warp in warps for one in warp if one.base == "BAR"}:
         expected[barrier] = sum(any(one.text == barrier for one in warp) for warp in warps)
     published = 0  # when the last publication, of any warp, has arrived
+    arrivals: list[int] = []  # of what is sent to the cluster's other block, and comes from it at the same time
+    taken = 0
     now, last = 0, -1
     blocked = [False] * n
     while any(at[w] < len(traces[w]) for w in range(n)):
@@ -117,6 +133,8 @@ def simulate(warps: Sequence[Sequence[Instruction]], clears: Set[int], rounds: i
                 continue
             one = traces[w][at[w]]
             if any(one.waits >> board & 1 and boards[w][board] > now for board in range(6)):
+                continue
+            if one.address in takes and taken == len(arrivals):
                 continue
             kind, busy = pipe(one)
             if kind and free.get(kind, 0) > now:
@@ -140,6 +158,11 @@ def simulate(warps: Sequence[Sequence[Instruction]], clears: Set[int], rounds: i
                     done = max(done, published)
             if is_publication(one) and one.address not in clears:
                 published = now + EXCHANGE
+            if is_sent(one):
+                arrivals.append(now + neighbour)
+            if one.address in takes:
+                done = max(done, arrivals[taken])
+                taken += 1
             if one.base == "STG":
                 stores[w] = now + FENCE
             if one.write is not None:
@@ -184,7 +207,7 @@ class Tensors(ctypes.Structure):
     ]
 
 
-STEPS = 5
+STEPS = 6
 
 
 def elmo_constants(batch: int) -> dict[int, int]:
@@ -200,18 +223,19 @@ def elmo_constants(batch: int) -> dict[int, int]:
         setattr(tensors, name, next(address))
     raw = bytes(tensors)
     constants = {PARAMETERS + at: int.from_bytes(raw[at : at + 4], "little") for at in range(0, len(raw), 4)}
-    return constants | {0: 512, 0x28: 0xFFFFF0, 0x208: 0, 0x20C: 0}
+    return constants | {0: 512, 0x28: 0xFFFFF0, 0x140: 1, 0x208: 0, 0x20C: 0}  # 0x140: launched in clusters
 
 
 ELMO = """
 #include "lstm/persistent_forward.cuh"
 using namespace ctxfast::lstm_forward;
 template __global__ void ctxfast::lstm_forward::lstm_persistent_forward_kernel<
-    __half, {tiles}, true, {registers}, ElmoSizes<{tiles}>>(const __grid_constant__ KernelParams<ElmoSizes<{tiles}>>);
+    __half, {tiles}, true, {registers}, {pairs}, ElmoSizes<{tiles}, {pairs}>>(
+    const __grid_constant__ KernelParams<ElmoSizes<{tiles}, {pairs}>>);
 """
 
 
-def landmarks(step: Sequence[Instruction], clears: Set[int]) -> dict[str, int]:
+def landmarks(step: Sequence[Instruction], clears: Set[int], takes: Set[int]) -> dict[str, int]:
     """Name of a synchronising instruction, counted -> its place in a step; of loads in a row the first."""
     found: dict[str, int] = {}
     counts: dict[str, int] = {}
@@ -221,6 +245,8 @@ def landmarks(step: Sequence[Instruction], clears: Set[int]) -> dict[str, int]:
         name = "products done" if "DEPBAR" in one.name else name
         if is_publication(one) and one.address not in clears:
             name = "publishes"
+        if is_sent(one) or one.address in takes:
+            name = "sends" if is_sent(one) else "takes"
         if name and not (name == before == "asks"):
             counts[name] = counts.get(name, 0) + 1
             found[f"{name} {counts[name]}"] = at
@@ -228,17 +254,27 @@ def landmarks(step: Sequence[Instruction], clears: Set[int]) -> dict[str, int]:
     return found
 
 
-def estimate(batch: int, show_warps: bool) -> None:
+def estimate(batch: int, in_pairs: bool, neighbour: int, show_warps: bool) -> None:
     tiles = 1 if batch <= 8 else 2 if batch <= 16 else 4
-    ((_, code),) = compile_kernels(ELMO.format(tiles=tiles, registers=str(tiles > 1).lower())).items()
-    lanes = [Lane(code, elmo_constants(batch), 32 * warp + 1, 4, STEPS) for warp in (0, 4, 8, 12)]
-    traces = [lane.run() for lane in lanes]
-    for text in {text for lane in lanes for text in lane.unknown}:
+    words = dict(tiles=tiles, registers=str(tiles > 1).lower(), pairs=str(in_pairs).lower())
+    ((_, code),) = compile_kernels(ELMO.format(**words)).items()
+
+    lanes: dict[int, Lane] = {}
+    traces: dict[int, list[Instruction]] = {}
+    for warp in (12, 8, 4, 0):  # warp 4 sends to where warp 0 of the cluster's other block awaits it
+        awaited = lanes[4].sent if warp == 0 else frozenset()
+        lanes[warp] = Lane(code, elmo_constants(batch), 32 * warp + 1, 4, STEPS, awaited)
+        traces[warp] = lanes[warp].run()
+    for text in {text for lane in lanes.values() for text in lane.unknown}:
         print(f"taken as not taken, for it depends on what is unknown: {text}")
-    steps, clears = one_step(traces), set.union(*(lane.clears for lane in lanes))
-    timeline = simulate(steps, clears)
-    places = [landmarks(step, clears) for step in steps]
-    print(f"batch {batch}: {timeline.cycles} cycles a step; {[len(step) for step in steps]} instructions of four warps")
+    steps = one_step([traces[warp] for warp in sorted(traces)])
+    clears = set.union(*(lane.clears for lane in lanes.values()))
+    takes = set.union(*(lane.takes for lane in lanes.values()))
+    timeline = simulate(steps, clears, takes, neighbour)
+    places = [landmarks(step, clears, takes) for step in steps]
+    counts = [len(step) for step in steps]
+    how = " in pairs" if in_pairs else ""
+    print(f"batch {batch}{how}: {timeline.cycles} cycles a step; {counts} instructions of four warps")
     start = min(issued[0] for issued in timeline.issued)
     for name in dict.fromkeys(name for of in places for name in of):
         at = [of.get(name) for of in places]
@@ -252,11 +288,13 @@ def estimate(batch: int, show_warps: bool) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, nargs="+", default=[8, 16, 32], help="rows, 1 to 32")
+    parser.add_argument("--neighbour", type=int, default=NEIGHBOUR, help="cycles between two blocks of a cluster")
+    parser.add_argument("--alone", action="store_true", help="blocks alone, where they would run in pairs")
     parser.add_argument("--warps", action="store_true", help="each of the four warps, not the last of them")
     options = parser.parse_args()
     try:
         for batch in options.batch:
-            estimate(batch, options.warps)
+            estimate(batch, batch > 16 and not options.alone, options.neighbour, options.warps)
     except RuntimeError as error:
         raise SystemExit(f"cycles: {error}.") from None
 

@@ -13,6 +13,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "csrc"))
 
 import cycles
+import lane
 import sass
 import toolchain
 
@@ -35,18 +36,45 @@ __global__ void __launch_bounds__(64, 1) walk(const __grid_constant__ Params p) 
 """
 
 
-@pytest.fixture(scope="module")
-def code() -> sass.Code:
+PAIR = """
+#include <cstdint>
+struct Params { int steps; };
+__global__ void __launch_bounds__(64, 1) pair(const __grid_constant__ Params p) {
+  __shared__ uint2 place[64];
+  const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(&place[threadIdx.x & 31]));
+  for (int step = 0; step < p.steps; ++step) {
+    __syncthreads();
+    if (threadIdx.x >= 32) {
+      asm volatile("{ .reg .u32 there; mapa.shared::cluster.u32 there, %0, 1;"
+                   "st.relaxed.cluster.shared::cluster.v2.u32 [there], {%1, %1}; }" ::"r"(at), "r"(step) : "memory");
+    } else {
+      uint2 seen;
+      do {
+        asm volatile("ld.relaxed.cluster.shared.v2.u32 {%0, %1}, [%2];" : "=r"(seen.x), "=r"(seen.y) : "r"(at)
+                     : "memory");
+      } while (seen.x == 0xFFFFFFFFu || seen.y == 0xFFFFFFFFu);
+    }
+  }
+}
+"""
+
+
+def _compiled(source: str) -> sass.Code:
     nvcc, _ = toolchain.find_nvcc(os.environ)
     if nvcc is None or sass.find_nvdisasm(nvcc) is None or shutil.which("c++") is None:
         pytest.skip("needs nvcc and nvdisasm")
-    (only,) = sass.compile_kernels(KERNEL).values()
+    (only,) = sass.compile_kernels(source).values()
     return only
 
 
-def _lane(code: sass.Code, thread: int, steps: int = 5, divisor: int = 40) -> sass.Lane:
+@pytest.fixture(scope="module")
+def code() -> sass.Code:
+    return _compiled(KERNEL)
+
+
+def _lane(code: sass.Code, thread: int, steps: int = 5, divisor: int = 40) -> lane.Lane:
     constants = {0: 64, 0x28: 0, 0x208: 0, 0x20C: 0, 0x210: steps, 0x214: divisor, 0x218: 1 << 20, 0x21C: 0x7F00}
-    return sass.Lane(code, constants, thread, 0, 0)
+    return lane.Lane(code, constants, thread, 0, 0)
 
 
 def test_control_bits() -> None:
@@ -65,18 +93,31 @@ def test_every_instruction_has_control_bits(code: sass.Code) -> None:
 @pytest.mark.parametrize(("thread", "publishes"), [(1, False), (39, False), (40, True), (63, True)])
 def test_branches_are_the_real_ones(code: sass.Code, thread: int, publishes: bool) -> None:
     """That one depends on a quotient, which the machine finds by way of floats."""
-    lane = _lane(code, thread)
-    trace = lane.run()
+    followed = _lane(code, thread)
+    trace = followed.run()
     stores = [one for one in trace if sass.is_publication(one) and "skipped" not in one.text]
-    cleared = [one.address in lane.clears for one in stores]
+    cleared = [one.address in followed.clears for one in stores]
     assert cleared == ([False] * 5 if publishes else [True] * 4)
-    assert not lane.unknown
+    assert not followed.unknown
     assert sum(one.base == "BAR" for one in trace) == 5
 
 
 def test_a_step_takes_the_exchange_and_little_more(code: sass.Code) -> None:
     lanes = [_lane(code, 1), _lane(code, 41)]
-    steps = cycles.one_step([lane.run() for lane in lanes])
+    steps = cycles.one_step([each.run() for each in lanes])
     clears = lanes[0].clears | lanes[1].clears
     assert all(sum(one.base == "BAR" for one in step) == 1 for step in steps)
     assert cycles.EXCHANGE < cycles.simulate(steps, clears).cycles < cycles.EXCHANGE + 400
+
+
+def test_a_block_of_a_cluster_waits_for_the_other() -> None:
+    """What one warp sends, the other takes at the same place of its own shared memory, so many cycles later."""
+    code, constants = _compiled(PAIR), {0: 64, 0x28: 0, 0x208: 0, 0x20C: 0, 0x210: 5}
+    sender = lane.Lane(code, constants, 33, 0, 0)
+    traces = [sender.run()]
+    taker = lane.Lane(code, constants, 1, 0, 0, sender.sent)
+    traces.insert(0, taker.run())
+    assert len(sender.sent) == 1 and taker.takes and not taker.unknown
+    steps = cycles.one_step(traces)
+    short, long = (cycles.simulate(steps, set(), taker.takes, neighbour).cycles for neighbour in (400, 1400))
+    assert 400 < short < 600 and long - short == 1000

@@ -23,7 +23,7 @@ from torch._subclasses import FakeTensorMode
 from ctxfast._core import capability, registry
 from ctxfast.ops.lstm import cuda
 
-H100 = (132, 9, 0, 227 * 1024, True)
+H100 = (132, 9, 0, 227 * 1024, True, 66)
 FAMILIES = {
     "layouts, streams, capture, bands, repeatability": test_layouts._parameters(),
     "opcheck": test_registration._rows(4, kernels_only=True, quick=2),

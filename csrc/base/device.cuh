@@ -94,6 +94,36 @@ CTXFAST_DEVICE void store_release(uint32_t* p, uint32_t v) {
 }
 CTXFAST_DEVICE void fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 
+// --- shared memory that the blocks of a cluster exchange (Hopper): relaxed at the cluster's scope, a word at a time
+
+// All threads of all blocks of the cluster; what each wrote before it all see after it.
+CTXFAST_DEVICE void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+CTXFAST_DEVICE uint2 load_shared_relaxed(const uint2* p) {
+  uint2 v;
+  asm volatile("ld.relaxed.cluster.shared.v2.u32 {%0,%1}, [%2];"
+               : "=r"(v.x), "=r"(v.y)
+               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(p)))
+               : "memory");
+  return v;
+}
+CTXFAST_DEVICE void store_shared_relaxed(uint2* p, uint2 v) {
+  asm volatile(
+      "st.relaxed.cluster.shared.v2.u32 [%0], {%1,%2};" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(p))),
+      "r"(v.x), "r"(v.y)
+      : "memory");
+}
+// To the place in the shared memory of the cluster's block `rank` that p is in this block's.
+CTXFAST_DEVICE void store_remote(uint2* p, int rank, uint2 v) {
+  asm volatile(
+      "{\n.reg .u32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
+      "st.relaxed.cluster.shared::cluster.v2.u32 [there], {%2,%3};\n}" ::"r"(
+          static_cast<uint32_t>(__cvta_generic_to_shared(p))),
+      "r"(rank), "r"(v.x), "r"(v.y)
+      : "memory");
+}
+
 // What no thread writes while the kernel runs.
 CTXFAST_DEVICE float load_constant(const float* p) { return __ldg(p); }
 // Read once: does not displace what the caches should keep.

@@ -19,6 +19,7 @@ struct LaunchConfig {
   unsigned threads = 1;  // of a block
   size_t shared_bytes = 0;
   bool cooperative = false;  // all blocks resident at once, or the launch fails
+  unsigned cluster = 1;      // neighbours along x that reach one another's shared memory
 };
 
 struct DeviceFacts {
@@ -57,6 +58,31 @@ inline cudaError_t allow_shared(const void* function) {
   return error;
 }
 
+// CUDA's own form of a LaunchConfig, which points to these.
+struct LaunchAttributes {
+  cudaLaunchAttribute all[2] = {};
+  unsigned count = 0;
+  explicit LaunchAttributes(const LaunchConfig& config) {
+    if (config.cooperative) {
+      all[count].id = cudaLaunchAttributeCooperative;
+      all[count++].val.cooperative = 1;
+    }
+    if (config.cluster > 1) {
+      all[count].id = cudaLaunchAttributeClusterDimension;
+      all[count++].val.clusterDim = {config.cluster, 1, 1};
+    }
+  }
+  cudaLaunchConfig_t of(const LaunchConfig& config) {
+    cudaLaunchConfig_t made = {};
+    made.gridDim = config.grid;
+    made.blockDim = dim3(config.threads);
+    made.dynamicSmemBytes = config.shared_bytes;
+    made.attrs = all;
+    made.numAttrs = count;
+    return made;
+  }
+};
+
 template <typename Params>
 cudaError_t launch(void (*kernel)(Params), const LaunchConfig& config, cudaStream_t stream, const Params& params) {
   const void* function = reinterpret_cast<const void*>(kernel);
@@ -67,16 +93,9 @@ cudaError_t launch(void (*kernel)(Params), const LaunchConfig& config, cudaStrea
 #ifdef CTXFAST_EMULATE
   return emulator::launch([&] { kernel(params); }, function, config, stream);
 #else
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeCooperative;
-  attribute.val.cooperative = 1;
-  cudaLaunchConfig_t launch_config = {};
-  launch_config.gridDim = config.grid;
-  launch_config.blockDim = dim3(config.threads);
-  launch_config.dynamicSmemBytes = config.shared_bytes;
+  LaunchAttributes attributes(config);
+  cudaLaunchConfig_t launch_config = attributes.of(config);
   launch_config.stream = stream;
-  launch_config.attrs = &attribute;
-  launch_config.numAttrs = config.cooperative ? 1 : 0;
   void* arguments[] = {const_cast<Params*>(&params)};
   return cudaLaunchKernelExC(&launch_config, function, arguments);
 #endif
@@ -86,17 +105,26 @@ inline cudaError_t clear_async(void* memory, int byte, size_t bytes, cudaStream_
   return bytes == 0 ? cudaSuccess : cudaMemsetAsync(memory, byte, bytes, stream);
 }
 
-// How many blocks of the kernel the whole device holds at once.
+// How many blocks of the kernel the whole device holds at once, in clusters if the launch has them.
 template <typename Params>
-cudaError_t resident_blocks(void (*kernel)(Params), unsigned threads, size_t shared_bytes, int* blocks) {
+cudaError_t resident_blocks(void (*kernel)(Params), const LaunchConfig& config, int* blocks) {
   const void* function = reinterpret_cast<const void*>(kernel);
   cudaError_t error = allow_shared(function);
   if (error != cudaSuccess) return error;
+  if (config.cluster > 1) {  // part of a device's multiprocessors have no neighbour to make a cluster with
+    int clusters = 0;
+    LaunchAttributes attributes(config);
+    const cudaLaunchConfig_t launch_config = attributes.of(config);
+    error = cudaOccupancyMaxActiveClusters(&clusters, function, &launch_config);
+    *blocks = clusters * static_cast<int>(config.cluster);
+    return error;
+  }
   int device = 0, multiprocessors = 0, each = 0;
   if ((error = cudaGetDevice(&device)) != cudaSuccess) return error;
   if ((error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device)) != cudaSuccess)
     return error;
-  error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, function, static_cast<int>(threads), shared_bytes);
+  error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, function, static_cast<int>(config.threads),
+                                                        config.shared_bytes);
   *blocks = each * multiprocessors;
   return error;
 }
@@ -127,17 +155,18 @@ namespace ctxfast {
 // holds fewer: `what` begins its sentence, `way_out` ends it.
 template <typename Params>
 Status cooperative_config(const char* op, const char* what, const char* way_out, void (*kernel)(Params), int blocks,
-                          unsigned threads, int64_t shared_bytes, LaunchConfig* config) {
+                          unsigned threads, int64_t shared_bytes, LaunchConfig* config, unsigned cluster = 1) {
   config->grid = dim3(static_cast<unsigned>(blocks));
   config->threads = threads;
   config->shared_bytes = static_cast<size_t>(shared_bytes);
   config->cooperative = true;
+  config->cluster = cluster;
   int resident = 0;
-  CTXFAST_CUDA_CHECK(op, resident_blocks(kernel, config->threads, config->shared_bytes, &resident));
+  CTXFAST_CUDA_CHECK(op, resident_blocks(kernel, *config, &resident));
   if (resident >= blocks) return {};
-  return runtime_error(op, std::string(what) + " needs " + std::to_string(blocks) +
-                               " blocks resident at once and this device holds " + std::to_string(resident) + ". " +
-                               way_out);
+  return runtime_error(op, std::string(what) + " needs " + std::to_string(blocks) + " blocks " +
+                               (cluster > 1 ? "in clusters of " + std::to_string(cluster) + " " : "") +
+                               "resident at once and this device holds " + std::to_string(resident) + ". " + way_out);
 }
 
 }  // namespace ctxfast

@@ -183,12 +183,61 @@ void lanes(Report* report) {
   report->near("shuffles", to_host(params.out, 96), want, 0);
 }
 
+struct PairParams {
+  uint32_t* taken;  // (blocks, kThreads): words that a thread got as they were sent
+  int rounds;
+};
+
+// The two blocks of a cluster send each other words in turn, through shared memory; each is its own flag. Who takes a
+// word empties its place, and fences before it sends the next: so the other's next word comes after.
+__global__ void __launch_bounds__(kThreads) pair_kernel([[maybe_unused]] const __grid_constant__ PairParams p) {
+#if defined(CTXFAST_EMULATE) || __CUDA_ARCH__ >= 900
+  const int thread = thread_index(), rank = block_index() & 1;
+  const uint2 empty = make_uint2(0xffffffffu, 0xffffffffu);
+  uint2* const place = reinterpret_cast<uint2*>(shared_memory()) + thread;
+  store_shared_relaxed(place, empty);
+  cluster_sync();
+  uint32_t taken = 0;
+  for (int round = 0; round < p.rounds; ++round) {
+    const uint32_t word = 1 + block_index() / 2 * 1000000 + thread * 1000 + round;
+    if (rank == (round & 1)) {
+      fence();
+      store_remote(place, rank ^ 1, make_uint2(word, ~word));
+      continue;
+    }
+    uint2 got = empty;
+    for (const uint32_t began = spin_begins(); got.x == empty.x || got.y == empty.y;) {
+      got = load_shared_relaxed(place);
+      if (spun_out(began)) trap_with(4, round);
+    }
+    store_shared_relaxed(place, empty);
+    taken += got.x == word && got.y == ~word;
+  }
+  p.taken[block_index() * kThreads + thread] = taken;
+#endif
+}
+
+void pairs(Report* report, int blocks, int rounds) {
+  LaunchConfig config{dim3(blocks), kThreads, kThreads * sizeof(uint2), true, 2};
+  int resident = 0;
+  must(resident_blocks(pair_kernel, config, &resident));
+  report->that("blocks resident in pairs: " + std::to_string(resident), resident >= blocks && resident % 2 == 0);
+  PairParams params{device_bytes<uint32_t>(blocks * kThreads, 0), rounds};
+  must(launch(pair_kernel, config, nullptr, params));
+  must(cudaDeviceSynchronize());
+  bool all = true;
+  for (const uint32_t taken : to_host(params.taken, blocks * kThreads)) {
+    all = all && taken == static_cast<uint32_t>(rounds) / 2;
+  }
+  report->that("pairs: every word as it was sent", all);
+}
+
 // What a call of a large size allowed, a call of a smaller one does not take away: between the first one's question and
 // its launch, another thread may do either.
 void shared_limits(Report* report, int most) {
   int blocks = 0;
   for (const size_t bytes : {size_t{96 * 1024}, size_t{64 * 1024}, size_t{1024}}) {
-    must(resident_blocks(lanes_kernel, 32, bytes, &blocks));
+    must(resident_blocks(lanes_kernel, LaunchConfig{dim3(1), 32, bytes}, &blocks));
     report->that("a block of " + std::to_string(bytes) + " bytes is resident", blocks > 0);
     LaneParams params{device_bytes<float>(96, 0xff)};
     must(launch(lanes_kernel, LaunchConfig{dim3(1), 32, bytes}, nullptr, params));
@@ -220,7 +269,12 @@ void wrong_kernel(Wrong p) {
   } else if (p.kind == 4) {
     shuffle_xor(1.0f, 1);
   }
-  if (p.kind >= 5) {
+  if (p.kind >= 7) {
+    const int rank = block_index() & 1;
+    if (p.kind == 8) cluster_sync();
+    for (int i = 0; i < 500 && rank == 0; ++i) load_relaxed(&p.memory->x);  // the other block ends meanwhile
+    if (rank == 0) store_remote(reinterpret_cast<uint2*>(shared_memory()), 1, make_uint2(1, 1));
+  } else if (p.kind >= 5) {
     float d[1][4] = {};
     if (p.kind == 6) wgmma_fence();
     wgmma_ss<__half, 8>(d, wgmma_descriptor(shared_memory(), 1024, 128), wgmma_descriptor(shared_memory(), 128, 128));
@@ -253,10 +307,12 @@ void late_kernel(LateParams p) {
 // What a kernel gets wrong must be seen, or the tests above and the kernels' own would prove little.
 void notices(Report* report) {
   uint4 memory = {};
-  const char* const expected[] = {"waits for others",     "past its 64 bytes",   "never waited for",        "code 3",
-                                  "different operations", "without wgmma_fence", "products it never waited"};
-  for (int kind = 0; kind < 7; ++kind) {
-    const LaunchConfig config = {dim3(1), kind < 5 ? 32u : 128u, kind < 5 ? size_t{64} : size_t{4096}};
+  const char* const expected[] = {
+      "waits for others",    "past its 64 bytes",        "never waited for",   "code 3", "different operations",
+      "without wgmma_fence", "products it never waited", "may not have begun", "ended"};
+  for (int kind = 0; kind < 9; ++kind) {
+    LaunchConfig config = {dim3(1), kind < 5 ? 32u : 128u, kind < 5 ? size_t{64} : size_t{4096}};
+    if (kind >= 7) config.grid = dim3(2), config.cooperative = true, config.cluster = 2;
     const cudaError_t error = launch(wrong_kernel, config, nullptr, Wrong{kind, &memory});
     report->that(std::string("notices: ") + expected[kind] + "; says: " + cudaGetErrorString(error),
                  error != cudaSuccess && std::strstr(cudaGetErrorString(error), expected[kind]) != nullptr);
@@ -291,6 +347,7 @@ int main() {
     ring(&report, 2);
     ring(&report, 60);
     lanes(&report);
+    if (warpgroups) pairs(&report, 6, 20);
   }
   return report.finish(kProgram);
 }

@@ -259,6 +259,18 @@ CTXFAST_DEVICE void store_relaxed(uint4* p, uint4 v) {
   const uint32_t values[4] = {v.x, v.y, v.z, v.w};
   for (int i = 0; i < 4; ++i) emulator::store_word(&p->x + i, values[i]);
 }
+CTXFAST_DEVICE void cluster_sync() { emulator::cluster_barrier(); }
+CTXFAST_DEVICE uint2 load_shared_relaxed(const uint2* p) {
+  emulator::yield();
+  return make_uint2(emulator::load_word(&p->x), emulator::load_word(&p->y));
+}
+CTXFAST_DEVICE void store_shared_relaxed(uint2* p, uint2 v) {
+  emulator::store_word(&p->x, v.x);
+  emulator::store_word(&p->y, v.y);
+}
+CTXFAST_DEVICE void store_remote(uint2* p, int rank, uint2 v) {
+  store_shared_relaxed(static_cast<uint2*>(emulator::in_cluster(p, rank)), v);
+}
 CTXFAST_DEVICE void fence() { emulator::flush_stores(); }
 CTXFAST_DEVICE void store_release(uint32_t* p, uint32_t v) {
   emulator::flush_stores();

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "emulator/emulator.h"
 
-#include <cuda_runtime_api.h>
 #include <sys/mman.h>
 #include <ucontext.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdlib>
 #include <cstring>
 #include <deque>
@@ -26,8 +26,7 @@ constexpr size_t kGuardBytes = 1024;       // behind shared memory: written mean
 constexpr unsigned char kPoison = 0xFE;    // NaN as fp16 and bf16, -1.7e38 as fp32
 constexpr unsigned kFibersAtOnce = 8192;   // of a launch whose blocks need not be alive together
 constexpr int kBarriers = 16;
-constexpr int kMultiprocessors = 132, kSharedBytes = 227 * 1024;  // of a block, with opt-in
-constexpr size_t kIdleRounds = 256;                               // polls of every thread alive, in vain
+constexpr size_t kIdleRounds = 256;  // polls of every thread alive, in vain
 
 struct Block;
 
@@ -55,12 +54,21 @@ struct Barrier {
   std::vector<Fiber*> waiting;
 };
 
+struct Cluster {
+  std::vector<Block*> blocks;  // by rank
+  std::vector<Fiber*> waiting;
+  bool has_met = false;
+};
+
 struct Block {
+  Cluster* cluster = nullptr;
+  size_t running = 0;  // fibers
   std::vector<Fiber> fibers;
   std::vector<Gathering> warps, warpgroups;
   std::vector<Warpgroup> products;  // by warpgroup
   Barrier barriers[kBarriers];
   std::vector<unsigned char> shared;
+  size_t shared_bytes = 0;  // of it, that the launch asked for
   // Relaxed stores that only this block sees so far.
   std::unordered_map<uint32_t*, size_t> place_of;
   std::vector<std::pair<uint32_t*, uint32_t>> late;
@@ -74,7 +82,8 @@ struct Machine {
   bool failed = false;
   std::deque<Fiber*> ready;
   std::vector<std::unique_ptr<Block>> blocks;
-  std::vector<Block*> dirty;  // blocks with late stores, some perhaps emptied since
+  std::map<std::array<unsigned, 3>, Cluster> clusters;  // by x / cluster, y, z
+  std::vector<Block*> dirty;                            // blocks with late stores, some perhaps emptied since
   Fiber* current = nullptr;
   size_t live = 0;
   size_t idle = 0;  // polls since anything but a poll happened
@@ -125,6 +134,19 @@ void to_scheduler() { swapcontext(&machine().current->context, &machine().schedu
 void to_fiber(Fiber* fiber) { swapcontext(&machine().scheduler, &fiber->context); }
 #endif
 
+// A block has ended: its shared memory is another's.
+void check_nothing_comes(const Block& ended) {
+  const auto begin = reinterpret_cast<uintptr_t>(ended.fibers[0].place.shared), end = begin + ended.shared_bytes;
+  for (const Block* block : ended.cluster->blocks) {
+    for (const auto& [address, value] : block->late) {
+      const auto at = reinterpret_cast<uintptr_t>(address);
+      if (block == &ended || at < begin || at >= end) continue;
+      machine().failed = true;
+      machine().error = "a block ended before a store of its cluster to its shared memory had arrived";
+    }
+  }
+}
+
 void fiber_main() {
   (*machine().thread)();
   Fiber* fiber = machine().current;
@@ -133,6 +155,7 @@ void fiber_main() {
     machine().error = "a thread ended with asynchronous copies it never waited for";
   }
   fiber->done = true;
+  if (--fiber->block->running == 0) check_nothing_comes(*fiber->block);
   --machine().live;
   machine().idle = 0;
   to_scheduler();
@@ -165,6 +188,10 @@ void write_late(Block* block, size_t at) {
     block->place_of[block->late[at].first] = at;
   }
   block->late.pop_back();
+}
+
+void flush(Block* block) {
+  while (!block->late.empty()) write_late(block, block->late.size() - 1);
 }
 
 void write_some_late() {
@@ -224,7 +251,7 @@ char* stacks_for(size_t fibers) {
   return m.stacks;
 }
 
-void run_blocks(const std::vector<Place>& places, unsigned threads, size_t shared_bytes) {
+void run_blocks(const std::vector<Place>& places, unsigned threads, size_t shared_bytes, unsigned cluster) {
   Machine& m = machine();
   char* stack = stacks_for(places.size() * threads);
   if (stack == nullptr) {
@@ -234,6 +261,11 @@ void run_blocks(const std::vector<Place>& places, unsigned threads, size_t share
   }
   for (const Place& place : places) {
     auto block = std::make_unique<Block>();
+    block->shared_bytes = shared_bytes;
+    block->running = threads;
+    block->cluster = &m.clusters[{place.block_x / cluster, place.block_y, place.block_z}];
+    block->cluster->blocks.resize(cluster);
+    block->cluster->blocks[place.block_x % cluster] = block.get();
     block->shared.assign(shared_bytes + 1024 + kGuardBytes, kPoison);
     auto base = reinterpret_cast<uintptr_t>(block->shared.data());
     auto* shared = reinterpret_cast<unsigned char*>((base + 1023) / 1024 * 1024);
@@ -255,7 +287,7 @@ void run_blocks(const std::vector<Place>& places, unsigned threads, size_t share
   }
   schedule();
   for (const auto& block : m.blocks) {
-    while (!block->late.empty()) write_late(block.get(), block->late.size() - 1);
+    flush(block.get());
     for (const Warpgroup& group : block->products) {
       if (m.failed || group.accumulators.empty()) continue;
       m.failed = true;
@@ -269,6 +301,7 @@ void run_blocks(const std::vector<Place>& places, unsigned threads, size_t share
   }
   m.ready.clear();
   m.dirty.clear();
+  m.clusters.clear();
   m.blocks.clear();
   m.live = 0;
 }
@@ -279,7 +312,8 @@ void set_schedule(uint64_t seed) { machine().seed = seed; }
 
 const std::string& last_error() { return machine().error; }
 
-bool run(const std::function<void()>& thread, Grid grid, unsigned threads, size_t shared_bytes, bool cooperative) {
+bool run(const std::function<void()>& thread, Grid grid, unsigned threads, size_t shared_bytes, bool cooperative,
+         unsigned cluster) {
   Machine& m = machine();
   std::lock_guard<std::mutex> lock(m.one_launch);
   m.random.seed(m.seed);
@@ -297,7 +331,7 @@ bool run(const std::function<void()>& thread, Grid grid, unsigned threads, size_
   const size_t at_once = cooperative ? places.size() : std::max(1u, kFibersAtOnce / threads);
   for (size_t first = 0; first < places.size() && !m.failed; first += at_once) {
     const size_t last = std::min(places.size(), first + at_once);
-    run_blocks({places.begin() + first, places.begin() + last}, threads, shared_bytes);
+    run_blocks({places.begin() + first, places.begin() + last}, threads, shared_bytes, cluster);
   }
   return !m.failed;
 }
@@ -313,7 +347,7 @@ void yield() {
 
 bool nobody_goes_on() { return machine().idle > kIdleRounds * machine().live; }
 
-static size_t& shared_limit(const void* function) {
+size_t& shared_limit(const void* function) {
   return machine().shared_limits.try_emplace(function, 48 * 1024).first->second;
 }
 
@@ -376,6 +410,33 @@ void block_barrier(int id, int threads) {
   to_scheduler();
 }
 
+void cluster_barrier() {
+  Machine& m = machine();
+  Fiber* self = m.current;
+  Cluster& cluster = *self->block->cluster;
+  cluster.waiting.push_back(self);
+  if (cluster.waiting.size() == cluster.blocks.size() * self->place.threads) {
+    for (Block* block : cluster.blocks) flush(block);
+    m.ready.insert(m.ready.end(), cluster.waiting.begin(), cluster.waiting.end());
+    cluster.waiting.clear();
+    cluster.has_met = true;
+    m.idle = 0;
+  }
+  to_scheduler();
+}
+
+void* in_cluster(void* p, int rank) {
+  const Fiber* self = machine().current;
+  const Cluster& cluster = *self->block->cluster;
+  if (rank < 0 || rank >= static_cast<int>(cluster.blocks.size())) {
+    fail("block " + std::to_string(rank) + " of a cluster of " + std::to_string(cluster.blocks.size()));
+  }
+  const Block& other = *cluster.blocks[rank];
+  if (!cluster.has_met) fail("a store to another block's shared memory, and the block may not have begun");
+  if (other.running == 0) fail("a store to the shared memory of a block that has ended");
+  return other.fibers[0].place.shared + (static_cast<unsigned char*>(p) - self->place.shared);
+}
+
 uint32_t load_word(const uint32_t* p) {
   Block* block = machine().current->block;
   if (!block->late.empty()) {
@@ -405,10 +466,7 @@ void store_word(uint32_t* p, uint32_t value) {
   }
 }
 
-void flush_stores() {
-  Block* block = machine().current->block;
-  while (!block->late.empty()) write_late(block, block->late.size() - 1);
-}
+void flush_stores() { flush(machine().current->block); }
 
 Warpgroup& warpgroup() {
   Fiber* self = machine().current;
@@ -432,65 +490,3 @@ void wait_copies(int allowed) {
 }
 
 }  // namespace ctxfast::emulator
-
-// What launchers and host programs call of the CUDA runtime, which poses as an H100.
-extern "C" {
-cudaError_t cudaGetLastError() { return cudaSuccess; }
-const char* cudaGetErrorString(cudaError_t) { return ctxfast::emulator::last_error().c_str(); }
-cudaError_t cudaDriverGetVersion(int* version) { return *version = CUDART_VERSION, cudaSuccess; }
-cudaError_t cudaRuntimeGetVersion(int* version) { return *version = CUDART_VERSION, cudaSuccess; }
-cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  switch (attribute) {
-    case cudaDevAttrMultiProcessorCount:
-      return *value = ctxfast::emulator::kMultiprocessors, cudaSuccess;
-    case cudaDevAttrComputeCapabilityMajor:
-      return *value = 9, cudaSuccess;
-    case cudaDevAttrComputeCapabilityMinor:
-      return *value = 0, cudaSuccess;
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
-      return *value = ctxfast::emulator::kSharedBytes, cudaSuccess;
-    case cudaDevAttrCooperativeLaunch:
-      return *value = 1, cudaSuccess;
-    default:
-      return cudaErrorInvalidValue;
-  }
-}
-cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* function) {
-  *attributes = {};
-  attributes->maxDynamicSharedSizeBytes = static_cast<int>(ctxfast::emulator::shared_limit(function));
-  return cudaSuccess;
-}
-cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribute, int value) {
-  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize || value > ctxfast::emulator::kSharedBytes)
-    return cudaErrorInvalidValue;
-  ctxfast::emulator::shared_limit(function) = static_cast<size_t>(value);
-  return cudaSuccess;
-}
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void* function, int threads,
-                                                          size_t shared_bytes) {
-  const size_t by_shared = (ctxfast::emulator::kSharedBytes + 1024) / (shared_bytes + 1024),
-               by_threads = 2048 / threads;
-  const bool allowed = shared_bytes <= ctxfast::emulator::shared_limit(function);
-  *blocks = allowed ? static_cast<int>(std::min(by_shared, by_threads)) : 0;
-  return cudaSuccess;
-}
-cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
-cudaError_t cudaMalloc(void** memory, size_t bytes) {
-  *memory = std::aligned_alloc(256, (bytes + 256) / 256 * 256);
-  return *memory == nullptr ? cudaErrorMemoryAllocation : cudaSuccess;
-}
-cudaError_t cudaFree(void* memory) { return std::free(memory), cudaSuccess; }
-cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) {
-  if (bytes > 0) std::memcpy(to, from, bytes);
-  return cudaSuccess;
-}
-cudaError_t cudaMemset(void* memory, int byte, size_t bytes) {
-  if (bytes > 0) std::memset(memory, byte, bytes);
-  return cudaSuccess;
-}
-cudaError_t cudaMemsetAsync(void* memory, int byte, size_t bytes, cudaStream_t) {
-  return cudaMemset(memory, byte, bytes);
-}
-}

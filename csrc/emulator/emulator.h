@@ -28,11 +28,14 @@ struct Grid {
   unsigned x = 1, y = 1, z = 1;
 };
 
-// Runs the kernel to its end; false: see last_error.
-bool run(const std::function<void()>& thread, Grid grid, unsigned threads, size_t shared_bytes, bool cooperative);
+// Runs the kernel to its end; false: see last_error. cluster: so many neighbours along x reach one another's shared
+// memory; more than one only where cooperative.
+bool run(const std::function<void()>& thread, Grid grid, unsigned threads, size_t shared_bytes, bool cooperative,
+         unsigned cluster);
 
-// Whether a launch of this kernel may ask for so much: 48 KB, or what cudaFuncSetAttribute allowed; else see
-// last_error.
+// Bytes of shared memory that a launch of this kernel may ask for: 48 KB, or what cudaFuncSetAttribute allowed.
+size_t& shared_limit(const void* function);
+// Whether it may ask for so much; else see last_error.
 bool may_have_shared(const void* function, size_t bytes);
 
 // --- for device.h: the thread that runs now
@@ -48,6 +51,9 @@ const Place& place();
 // arguments (by place in the group), then all go on. Groups: a warp (32) or a warpgroup (128).
 void together(int count, void* argument, void (*operation)(void** arguments));
 void block_barrier(int id, int threads);  // threads 0: all of the block
+void cluster_barrier();
+// The place in the shared memory of this cluster's block `rank` that p is in this block's.
+void* in_cluster(void* p, int rank);
 void yield();
 bool nobody_goes_on();  // for long: every thread polls, no store is under way
 [[noreturn]] void fail(const std::string& what);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//   lstm_persistent_device(index) -> the five facts of a CUDA device that LstmPersistentDevice holds, in its order
+//   lstm_persistent_device(index) -> the six facts of a CUDA device that LstmPersistentDevice holds, in its order
 //   lstm_persistent_forward_plan(device, batch, hidden, size, has_proj, directions) -> dict of a plan's fields
 #include <pybind11/stl.h>
 
@@ -11,7 +11,7 @@
 namespace ctxfast {
 
 static void set(PyObject* from, LstmPersistentDevice& to) {
-  bind::set_all(from, to.multiprocessors, to.major, to.minor, to.shared_per_block, to.cooperative);
+  bind::set_all(from, to.multiprocessors, to.major, to.minor, to.shared_per_block, to.cooperative, to.pairs);
 }
 
 namespace {
@@ -19,20 +19,20 @@ namespace {
 namespace py = pybind11;
 using bind::field;
 using P = LstmPersistentForwardParams;
-using Facts = std::tuple<int64_t, int64_t, int64_t, int64_t, bool>;
+using Facts = std::tuple<int64_t, int64_t, int64_t, int64_t, bool, int64_t>;
 
 Facts device(int index) {
   LstmPersistentDevice facts;
   bind::throw_unless_ok(lstm_persistent_device(index, &facts));
-  return {facts.multiprocessors, facts.major, facts.minor, facts.shared_per_block, facts.cooperative};
+  return {facts.multiprocessors, facts.major, facts.minor, facts.shared_per_block, facts.cooperative, facts.pairs};
 }
 
 py::dict plan(const Facts& facts, int64_t batch, int64_t hidden, int64_t size, bool has_proj, int64_t directions) {
   const auto device = std::apply([](auto... each) { return LstmPersistentDevice{each...}; }, facts);
   const auto plan = lstm_persistent_forward_plan(device, batch, hidden, size, has_proj, directions);
   return py::dict(py::arg("cells") = plan.cells, py::arg("blocks") = plan.blocks, py::arg("tile_rows") = plan.tile_rows,
-                  py::arg("shared_bytes") = plan.shared_bytes, py::arg("workspace_bytes") = plan.workspace_bytes,
-                  py::arg("refusal") = plan.refusal);
+                  py::arg("in_pairs") = plan.in_pairs, py::arg("shared_bytes") = plan.shared_bytes,
+                  py::arg("workspace_bytes") = plan.workspace_bytes, py::arg("refusal") = plan.refusal);
 }
 
 const bind::Op op([](py::module_& m) {

@@ -14,6 +14,9 @@
 //   project   8 rows of W_proj times all m, gathered as operands from L2, 8 vectors of a thread under way at once; 4
 //             where weights fill the registers and 8 would spill, the next ones then asked for before these are
 //             multiplied. The 16 warps' sums meet in shared memory without bank conflicts. Published: h.
+//             In pairs (32 rows, where the device holds enough clusters of two blocks): each block of a cluster gathers
+//             half of m, multiplies it by the 8 rows of W_proj of both, and sends the other one its sums, 1 KB, through
+//             shared memory. A gather is as long as what L2 brings a multiprocessor, so half of it takes half as long.
 // ELMo's layer (4096/512) has kernels of its own, in which all sizes are constants. What a step is estimated to take,
 // phase by phase: docs/cycles.md.
 //
@@ -29,10 +32,12 @@
 // Why that is safe (block A clears, block Z reads; "joined" = by block_sync):
 // 1. No word is cleared before all have read it. With a projection: A clears m of n - 1 after its warps, joined, saw h
 //    of n - 1 from all blocks that project; each published it after its warps, joined, had gathered m of n - 1. A
-//    clears h of n - 1 after its warps, joined, gathered m of n from all blocks; each published it after its warps,
-//    joined, had read h of n - 1. Without: A clears h of n - 2 after its warps, joined, saw h of n - 1 of all blocks,
-//    each published after its warps, joined, had read h of n - 2. A reader leaves its loop only with a value that is
-//    not kEmpty, so no order of memory can let it see the clear of that very round.
+//    clears h of n - 1 after its warps, joined, gathered m of n from all blocks (in pairs: from half of them, and took
+//    what the other block sent after it gathered the rest); each published it after its warps, joined, had read h of n
+//    -
+//    1. Without: A clears h of n - 2 after its warps, joined, saw h of n - 1 of all blocks, each published after its
+//    warps, joined, had read h of n - 2. A reader leaves its loop only with a value that is not kEmpty, so no order of
+//    memory can let it see the clear of that very round.
 // 2. No reader sees what a slot held kSlots rounds before. A word cleared in round r is polled next in round r + 3 or
 //    later. A's warp that publishes (joined with the clears) executes a fence after them and before it publishes in
 //    round r + 1: a release. The thread of Z that polls the word polls the same place of every slot, so it read what A
@@ -45,55 +50,25 @@
 //    would need sequential consistency (__threadfence, dearer). That clears and publications go through relaxed
 //    (strong) accesses at GPU scope and barriers of a block order its threads makes each chain one of the PTX model's
 //    causality order.
-// 4. Nobody waits for ever: round n waits only for what rounds <= n of blocks that are all resident publish.
+// 4. Nobody waits for ever: round n waits only for what rounds <= n of blocks that are all resident publish or send.
+// 5. In pairs, thread y of block B (warps 4-7) sends a word to place n % kNearSlots in block A's shared memory in round
+//    n; thread x of A (warps 0-3) polls it there, its own flag again, and clears it. What x polled in round n - 2 is
+//    gone: x cleared it, in program order (in the first rounds: before cluster_sync). And the clear happens before the
+//    next word, of round n + 2: all of A's warps 4-7 are joined with x after it, execute their fence in round n + 1,
+//    between publishing m and gathering, and then send (a release); B's warps 0-3 take that in round n + 1, execute
+//    their fence in round n + 2 (an acquire), and are joined with y after it and before y sends. With one place instead
+//    of two nothing would order the clear of a word before the next one.
+//    A store to another block's shared memory needs a block that lives: cluster_sync before the first; and nothing is
+//    under way to a block that ends, for it takes what it is sent in its last round, too.
 // Every spin is bounded and traps. All blocks run all rounds, whatever the lengths.
 //
-// Numbers. fp32 sums in an order fixed by the sizes and kTiles alone, no atomics; fp32 cells; h and m rounded to the
-// weights' type where they are published. tanh.approx: 2e-4 of relative error over 128 steps (H100).
+// Numbers. fp32 sums in an order fixed by the sizes, kTiles and kInPairs alone, no atomics; fp32 cells; h and m rounded
+// to the weights' type where they are published. tanh.approx: 2e-4 of relative error over 128 steps (H100).
 #pragma once
 
-#include "lstm/persistent_forward_parts.cuh"
+#include "lstm/persistent_forward_projection.cuh"
 
 namespace ctxfast::lstm_forward {
-
-// Where the walk stands. `round` counts on over the tiles of the batch.
-struct Walk {
-  int direction, block, base, step, round;                                          // base: first row of the tile
-  CTXFAST_DEVICE bool last(const Tensors& p) const { return step + 1 == p.steps; }  // of the tile
-  CTXFAST_DEVICE bool very_last(const Tensors& p, int rows) const { return last(p) && base + rows >= p.batch; }
-  CTXFAST_DEVICE int64_t state(const Tensors& p, int row) const {
-    return static_cast<int64_t>(direction) * p.batch + base + row;
-  }
-  // Where a row of this length stands in time; past its end every later place once.
-  CTXFAST_DEVICE int time_of(int length) const { return direction == 1 && step < length ? length - 1 - step : step; }
-};
-
-template <int kTiles, typename Params>
-CTXFAST_DEVICE uint4* h_slot(const Params& p, const Walk& at, int round) {
-  return p.h_slots + (at.direction * kSlots + (round & (kSlots - 1))) * p.pairs * kTiles * 32;
-}
-template <int kTiles, typename Params>
-CTXFAST_DEVICE uint4* m_slot(const Params& p, const Walk& at, int round) {
-  return p.m_slots + (at.direction * kSlots + (round & (kSlots - 1))) * p.cell_pairs * kTiles * 32;
-}
-template <typename Params>
-CTXFAST_DEVICE int* lengths_of(const Params& p) {
-  return reinterpret_cast<int*>(shared_memory() + p.at.lengths);
-}
-
-// V: the thread's uint4 or uint32_t of h_0, 8 or 2 values of a row from k on; zeros where there is none.
-template <typename T, typename V, typename Params>
-CTXFAST_DEVICE V initial_h(const Params& p, const Walk& at, int row, int k) {
-  if (p.h_0 == nullptr || at.base + row >= p.batch) return V{};
-  return *reinterpret_cast<const V*>(static_cast<const T*>(p.h_0) + at.state(p, row) * p.size + k);
-}
-
-template <typename T, typename Params>
-CTXFAST_DEVICE T* output_at(const Params& p, const Walk& at, int row, int length) {
-  uint4* const step = static_cast<uint4*>(p.output) + static_cast<uint64_t>(at.base + row) * p.output_strides[0] +
-                      static_cast<uint64_t>(at.time_of(length)) * p.output_strides[1];
-  return reinterpret_cast<T*>(step) + at.direction * p.size;
-}
 
 // A thread's work on cells: piece j is one cell and one row of (row tile, batch tile) number 16 j + warp.
 // kElmo: of 16 row tiles each warp has one, and of it every batch tile.
@@ -143,41 +118,36 @@ struct Publisher {
   }
 };
 
-// Finishing projected h: warp 2 n + e sums half e of tile n; its lanes 0-15 then hold two values of one row.
-template <int kTiles>
-struct Finisher {
-  bool works;
-  int lane, warp, tile, tile_row, pair;
-  template <typename Params>
-  CTXFAST_DEVICE Finisher(const Params& p, int block) {
-    const int thread = thread_anew();
-    lane = thread & 31, warp = thread >> 5;
-    works = 8 * block < p.size && warp < 2 * kTiles;
-    const int role = (warp & 1) * 16 + (lane & 15);
-    tile = warp >> 1, tile_row = role >> 2, pair = role & 3;
-  }
-  CTXFAST_DEVICE int row() const { return 8 * tile + tile_row; }
-  CTXFAST_DEVICE int k(int block) const { return 8 * block + 2 * pair; }
-  CTXFAST_DEVICE int word(int block) const { return 4 * slot_place<kTiles, kTiles == 1>(block, tile, tile_row) + pair; }
-};
-
 // The gates' part that does not depend on h: loads under way while h is, or the product. i, f, g, o as they lie, 16
 // bits each.
 template <typename T, int kTiles, typename Params>
 CTXFAST_DEVICE void load_gates(const Params& p, const Walk& at, uint2 (&gates)[kTiles]) {
   const Pieces<kTiles, is_constant<Params>> pieces(p);
+  const uint32_t strides[2] = {p.gates_strides[at.direction][0], p.gates_strides[at.direction][1]};
+  const auto* all = static_cast<const uint32_t*>(p.gates[at.direction]);
+  uint32_t loaded[kTiles][4];
+  bool active[kTiles];
 #pragma unroll
   for (int j = 0; j < kTiles; ++j) {
-    gates[j] = make_uint2(0, 0);
-    if (!pieces.has(j)) continue;
-    const int length = lengths_of(p)[pieces.row(j)];
-    if (at.step >= length) continue;
-    const uint32_t (&strides)[2] = p.gates_strides[at.direction];
-    const uint32_t* row = static_cast<const uint32_t*>(p.gates[at.direction]) +
-                          static_cast<uint64_t>(at.base + pieces.row(j)) * strides[0] +
-                          static_cast<uint64_t>(at.time_of(length)) * strides[1];
-    const uint16_t* from = reinterpret_cast<const uint16_t*>(row) + at.block * 4 * p.row_tiles + pieces.cell(j);
-    gates[j] = make_uint2(from[0] | from[p.hidden] << 16, from[2 * p.hidden] | from[3 * p.hidden] << 16);
+    const int length = pieces.has(j) ? lengths_of(p)[pieces.row(j)] : 0;
+    active[j] = at.step < length;
+    if (kTiles == 1 && !active[j]) {  // a branch all the same: else nvcc puts these loads between those of h
+      gates[j] = make_uint2(0, 0);
+      return;
+    }
+    // Of several tiles without one, so that all are under way at once: where there is nothing, the tile's first row and
+    // step.
+    const uint32_t row = active[j] ? at.base + pieces.row(j) : at.base, time = active[j] ? at.time_of(length) : 0;
+    const auto* from = reinterpret_cast<const uint16_t*>(all + static_cast<uint64_t>(row) * strides[0] +
+                                                         static_cast<uint64_t>(time) * strides[1]) +
+                       at.block * 4 * p.row_tiles + (active[j] ? pieces.cell(j) : 0);
+#pragma unroll
+    for (int gate = 0; gate < 4; ++gate) loaded[j][gate] = from[gate * p.hidden];
+  }
+#pragma unroll
+  for (int j = 0; j < kTiles; ++j) {
+    gates[j] = make_uint2(loaded[j][0] | loaded[j][1] << 16, loaded[j][2] | loaded[j][3] << 16);
+    if (!active[j]) gates[j] = make_uint2(0, 0);
   }
 }
 
@@ -277,41 +247,6 @@ struct CellsPublisher {
   }
 };
 
-// Warps 0 to 2 kTiles - 1: h of the block's rows of the projection, to the other blocks and the output. `last_h`: of a
-// row, past its end too.
-template <typename T, int kTiles, typename Params>
-CTXFAST_DEVICE void finish_h(const Params& p, const Walk& at, uint32_t& last_h) {
-  const Finisher<kTiles> finisher(p, at.block);
-  if (!finisher.works) return;
-  const int lane = finisher.lane;
-  const float2* from = reinterpret_cast<const float2*>(shared_memory() + p.at.sums) + finisher.warp * kWarps * 16 +
-                       (lane >> 4) * (kWarps / 2) * 16 + (lane & 15);
-  float2 part[kWarps / 2];
-#pragma unroll
-  for (int i = 0; i < kWarps / 2; ++i) part[i] = from[i * 16];
-#pragma unroll
-  for (int half = kWarps / 4; half > 0; half /= 2) {
-#pragma unroll
-    for (int i = 0; i < half; ++i) part[i].x += part[i + half].x, part[i].y += part[i + half].y;
-  }
-  float2 sum = part[0];
-  sum.x += shuffle_xor(sum.x, 16);
-  sum.y += shuffle_xor(sum.y, 16);
-  const uint32_t h = pack2<T>(clipped(sum.x, p.proj_clip), clipped(sum.y, p.proj_clip));
-  const int row = finisher.row(), length = lengths_of(p)[row], k = finisher.k(at.block);
-  if (at.step < length) last_h = h;
-  if (lane >= 16) return;
-  const int word = finisher.word(at.block);
-  if (!at.very_last(p, 8 * kTiles)) {
-    const uint32_t next = at.last(p) ? initial_h<T, uint32_t>(p, at, row + 8 * kTiles, k) : last_h;
-    store_relaxed(reinterpret_cast<uint32_t*>(h_slot<kTiles>(p, at, at.round)) + word, filled(next));
-  }
-  store_relaxed(reinterpret_cast<uint32_t*>(h_slot<kTiles>(p, at, at.round - 1)) + word, kEmpty);
-  if (at.base + row >= p.batch) return;
-  *reinterpret_cast<uint32_t*>(output_at<T>(p, at, row, length) + k) = at.step < length ? h : 0;
-  if (at.last(p)) *reinterpret_cast<uint32_t*>(static_cast<T*>(p.h_n) + at.state(p, row) * p.size + k) = last_h;
-}
-
 // Where weights fill the registers, the state lies in shared memory while m is gathered, so that two groups of m can be
 // under way.
 template <int kTiles, typename Params>
@@ -334,11 +269,11 @@ CTXFAST_DEVICE void unpark(const Params& p, float (&c)[kTiles], uint32_t& last_h
 }
 
 // Round -1: h_0 of the first tile.
-template <typename T, int kTiles, bool kProjected, typename Params>
+template <typename T, int kTiles, bool kProjected, bool kInPairs, typename Params>
 CTXFAST_DEVICE void publish_initial(const Params& p, const Walk& at) {
   if (kProjected) {
-    const Finisher<kTiles> finisher(p, at.block);
-    if (!finisher.works || finisher.lane >= 16) return;
+    const Finisher<kTiles, kInPairs> finisher(p, at.block);
+    if (!finisher.works || !finisher.publishes()) return;
     store_relaxed(reinterpret_cast<uint32_t*>(h_slot<kTiles>(p, at, -1)) + finisher.word(at.block),
                   filled(initial_h<T, uint32_t>(p, at, finisher.row(), finisher.k(at.block))));
   } else {
@@ -351,7 +286,7 @@ CTXFAST_DEVICE void publish_initial(const Params& p, const Walk& at) {
 }
 
 // Lengths of a tile's rows to shared memory, states to registers.
-template <typename T, int kTiles, bool kProjected, typename Params>
+template <typename T, int kTiles, bool kProjected, bool kInPairs, typename Params>
 CTXFAST_DEVICE void begin_tile(const Params& p, const Walk& at, float (&c)[kTiles], float (&h)[kTiles],
                                uint32_t& last_h) {
   const int thread = thread_anew();
@@ -382,24 +317,26 @@ CTXFAST_DEVICE void begin_tile(const Params& p, const Walk& at, float (&c)[kTile
     }
   }
   last_h = 0;
-  const Finisher<kTiles> finisher(p, at.block);
+  const Finisher<kTiles, kInPairs> finisher(p, at.block);
   if (kProjected && finisher.works) last_h = initial_h<T, uint32_t>(p, at, finisher.row(), finisher.k(at.block));
 }
 
-// 8 kTiles rows of the batch at a time. kInRegisters: the first k-steps of wgmma's weights are kept there.
-template <typename T, int kTiles, bool kProjected, bool kInRegisters, typename Sizes>
+// 8 kTiles rows of the batch at a time. kInPairs: launched in clusters of two blocks. kInRegisters: the first k-steps
+// of wgmma's weights are kept there.
+template <typename T, int kTiles, bool kProjected, bool kInRegisters, bool kInPairs, typename Sizes>
 __global__ void __launch_bounds__(kThreads, 1)
     lstm_persistent_forward_kernel(const __grid_constant__ KernelParams<Sizes> p) {
   using Params = KernelParams<Sizes>;
   Walk at = {};
-  at.direction = block_index() & (p.directions - 1), at.block = block_index() >> (p.directions - 1);
+  at.take_place<kInPairs>(p);
   uint4 w[kRegisterFragments];
-  load_weights<T, kTiles, kInRegisters>(p, w, at.direction, at.block);
-  publish_initial<T, kTiles, kProjected>(p, at);
+  load_weights<T, kTiles, kInRegisters, kInPairs>(p, w, at.direction, at.block);
+  publish_initial<T, kTiles, kProjected, kInPairs>(p, at);
+  if constexpr (kInPairs) begin_near<kTiles>(p);
   for (at.base = 0; at.base < p.batch; at.base += 8 * kTiles) {
     float c[kTiles], h[kTiles];  // h: without projection
     uint32_t last_h;             // h with projection
-    begin_tile<T, kTiles, kProjected>(p, at, c, h, last_h);
+    begin_tile<T, kTiles, kProjected, kInPairs>(p, at, c, h, last_h);
     // While h is under way; a step ahead; or, where weights fill the registers, while the product runs.
     constexpr bool kAhead = kTiles > 1 && !kInRegisters;
     uint2 gates[kTiles];
@@ -431,11 +368,11 @@ __global__ void __launch_bounds__(kThreads, 1)
       if constexpr (kProjected) {
         if (8 * at.block < p.size) {
           if constexpr (kInRegisters) park<kTiles>(p, c, last_h);
-          project<T, kTiles, kInRegisters>(p, m_slot<kTiles>(p, at, at.round));
+          project<T, kTiles, kInRegisters, kInPairs>(p, m_slot<kTiles>(p, at, at.round), at.block);
           block_sync();
           if constexpr (kInRegisters) unpark<kTiles>(p, c, last_h);
         }
-        finish_h<T, kTiles>(p, at, last_h);
+        finish_h<T, kTiles, kInPairs>(p, at, last_h);
         if (upper) fence();
       }
     }

@@ -16,6 +16,7 @@ struct LstmPersistentDevice {
   int64_t multiprocessors = 0, major = 0, minor = 0;
   int64_t shared_per_block = 0;  // bytes, with opt-in
   bool cooperative = false;
+  int64_t pairs = 0;  // clusters of two blocks, a multiprocessor each, that are resident at once
 };
 
 // How a call is laid out; `refusal` says why it cannot run, or is empty.
@@ -23,6 +24,7 @@ struct LstmPersistentForwardPlan {
   int64_t cells = 0;      // of a block: 16, 32 or 64
   int64_t blocks = 0;     // of a direction
   int64_t tile_rows = 0;  // of the batch at once: 8, 16 or 32
+  bool in_pairs = false;  // two blocks of a cluster project together: where the device holds so many pairs at once
   int64_t shared_bytes = 0;
   int64_t workspace_bytes = 0;  // of a call
   std::string refusal;
@@ -31,7 +33,7 @@ struct LstmPersistentForwardPlan {
 LstmPersistentForwardPlan lstm_persistent_forward_plan(const LstmPersistentDevice& device, int64_t batch,
                                                        int64_t hidden, int64_t size, bool has_proj, int64_t directions);
 
-// Of a CUDA device; asks the driver, does not synchronize.
+// Of a CUDA device; asks the driver, which loads the kernels there; does not synchronize.
 Status lstm_persistent_device(int device, LstmPersistentDevice* facts);
 
 struct LstmPersistentForwardParams {

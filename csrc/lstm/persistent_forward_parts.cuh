@@ -10,6 +10,7 @@ namespace ctxfast::lstm_forward {
 
 constexpr int kThreads = 512, kWarps = 16;
 constexpr int kSlots = 4;
+constexpr int kNearSlots = 2;  // for what the blocks of a pair send each other
 constexpr uint32_t kEmpty = 0xFFFFFFFFu;
 // k-steps of 16 whose weights a warp (its 16 or 64 gate rows) keeps in registers: 64 of them.
 constexpr int kRegisterFragments = 16;
@@ -18,11 +19,12 @@ constexpr int kMmaPairs = 5;  // kpairs of a warp at most: more would not fit in
 
 // Bytes from the start of shared memory.
 struct SharedPlaces {
-  int projection, h, partial, published, sums, parked, lengths, end;
+  int projection, h, partial, published, sums, parked, near, lengths, end;
 };
 
 // What the sizes and the rows of a tile decide, tiles of 8 rows at once.
-constexpr SharedPlaces places_of(int hidden, int size, bool projected, int cells, int tiles, bool in_registers) {
+constexpr SharedPlaces places_of(int hidden, int size, bool projected, int cells, int tiles, bool in_registers,
+                                 bool in_pairs) {
   constexpr int kVector = 16;  // bytes
   const int pairs = size / 32, cell_pairs = projected ? hidden / 32 : 0;
   const int groups = (tiles == 1 ? 64 : 16) * 4 / cells;  // K groups
@@ -54,6 +56,7 @@ constexpr SharedPlaces places_of(int hidden, int size, bool projected, int cells
     at.published = projected ? at.h : place(published);
     at.sums = at.h + published, at.parked = at.sums + sums;
   }
+  at.near = place(in_pairs ? kNearSlots * tiles * 32 * 8 : 0);
   at.lengths = place(tiles * 8 * 4);
   at.end = end;
   return at;
@@ -70,11 +73,11 @@ struct AnySizes {
 };
 
 // Those of ELMo's layer, as constants: no branch of a step depends on them, and addresses are stepped.
-template <int kTiles>
+template <int kTiles, bool kInPairs>
 struct ElmoSizes {
   static constexpr int hidden = 4096, size = 512, row_tiles = 16, row_shift = 4, pairs = 16, cell_pairs = 128;
   static constexpr bool in_registers = kTiles > 1;
-  static constexpr SharedPlaces at = places_of(hidden, size, true, 64, kTiles, in_registers);
+  static constexpr SharedPlaces at = places_of(hidden, size, true, 64, kTiles, in_registers, kInPairs);
 };
 
 struct Tensors {
@@ -164,6 +167,52 @@ CTXFAST_DEVICE int slot_place(int k8, int tile, int row) {
   return kForMma ? (((k8 >> 2) * kTiles + tile) * 8 + row) * 4 + (k8 & 3) : (k8 * kTiles + tile) * 8 + row;
 }
 
+// Where the walk stands. `round` counts on over the tiles of the batch.
+struct Walk {
+  int direction, block, base, step, round;  // base: first row of the tile
+  // Neighbours in the grid are the same block of each direction; in pairs, two blocks of a direction.
+  template <bool kInPairs, typename Params>
+  CTXFAST_DEVICE void take_place(const Params& p) {
+    const int rank = kInPairs ? block_index() & 1 : 0, rest = kInPairs ? block_index() >> 1 : block_index();
+    direction = rest & (p.directions - 1);
+    block = (rest >> (p.directions - 1)) * (kInPairs ? 2 : 1) + rank;
+  }
+  CTXFAST_DEVICE bool last(const Tensors& p) const { return step + 1 == p.steps; }  // of the tile
+  CTXFAST_DEVICE bool very_last(const Tensors& p, int rows) const { return last(p) && base + rows >= p.batch; }
+  CTXFAST_DEVICE int64_t state(const Tensors& p, int row) const {
+    return static_cast<int64_t>(direction) * p.batch + base + row;
+  }
+  // Where a row of this length stands in time; past its end every later place once.
+  CTXFAST_DEVICE int time_of(int length) const { return direction == 1 && step < length ? length - 1 - step : step; }
+};
+
+template <int kTiles, typename Params>
+CTXFAST_DEVICE uint4* h_slot(const Params& p, const Walk& at, int round) {
+  return p.h_slots + (at.direction * kSlots + (round & (kSlots - 1))) * p.pairs * kTiles * 32;
+}
+template <int kTiles, typename Params>
+CTXFAST_DEVICE uint4* m_slot(const Params& p, const Walk& at, int round) {
+  return p.m_slots + (at.direction * kSlots + (round & (kSlots - 1))) * p.cell_pairs * kTiles * 32;
+}
+template <typename Params>
+CTXFAST_DEVICE int* lengths_of(const Params& p) {
+  return reinterpret_cast<int*>(shared_memory() + p.at.lengths);
+}
+
+// V: the thread's uint4 or uint32_t of h_0, 8 or 2 values of a row from k on; zeros where there is none.
+template <typename T, typename V, typename Params>
+CTXFAST_DEVICE V initial_h(const Params& p, const Walk& at, int row, int k) {
+  if (p.h_0 == nullptr || at.base + row >= p.batch) return V{};
+  return *reinterpret_cast<const V*>(static_cast<const T*>(p.h_0) + at.state(p, row) * p.size + k);
+}
+
+template <typename T, typename Params>
+CTXFAST_DEVICE T* output_at(const Params& p, const Walk& at, int row, int length) {
+  uint4* const step = static_cast<uint4*>(p.output) + static_cast<uint64_t>(at.base + row) * p.output_strides[0] +
+                      static_cast<uint64_t>(at.time_of(length)) * p.output_strides[1];
+  return reinterpret_cast<T*>(step) + at.direction * p.size;
+}
+
 // Where a warp, or a warpgroup, stands in the product: `row` of the rows' groups, K group `k` of `k_groups`.
 struct Part {
   int row, k, k_groups, k_shift;  // 2^k_shift = k_groups
@@ -178,7 +227,7 @@ CTXFAST_DEVICE Part part_of(int row_shift, int warp) {
 }
 
 // The weights that stay: registers `w`, and what is left in shared memory. Read where they lie, 16 bytes at a time.
-template <typename T, int kTiles, bool kInRegisters, typename Params>
+template <typename T, int kTiles, bool kInRegisters, bool kInPairs, typename Params>
 CTXFAST_DEVICE void load_weights(const Params& p, uint4 (&w)[kRegisterFragments], int direction, int block) {
   const int warp = warp_index(), lane = lane_index(), q = lane >> 2, s = lane & 3;
   uint4* shared = reinterpret_cast<uint4*>(shared_memory());
@@ -229,11 +278,14 @@ CTXFAST_DEVICE void load_weights(const Params& p, uint4 (&w)[kRegisterFragments]
     }
   }
   if (p.cell_pairs > 0 && 8 * block < p.size) {
+    // In pairs: half of K, the block's own 8 rows and the other block's.
+    constexpr int shift = kInPairs ? 1 : 0;
     uint4* to = reinterpret_cast<uint4*>(shared_memory() + p.at.projection);
-    const T* from =
-        static_cast<const T*>(p.weight_proj[direction]) + (8 * block + q) * p.proj_stride[direction] + 8 * s;
-    for (int pair = warp; pair < p.cell_pairs; pair += kWarps) {
-      to[pair * 32 + lane] = *reinterpret_cast<const uint4*>(from + 32 * pair);
+    const int first = kInPairs ? (block & 1) * (p.cell_pairs >> 1) : 0;
+    for (int unit = warp; unit < p.cell_pairs; unit += kWarps) {
+      const int row = 8 * (block ^ (unit & shift)) + q, k = 32 * (first + (unit >> shift)) + 8 * s;
+      const T* from = static_cast<const T*>(p.weight_proj[direction]) + row * p.proj_stride[direction] + k;
+      to[unit * 32 + lane] = *reinterpret_cast<const uint4*>(from);
     }
   }
 }
@@ -370,93 +422,6 @@ CTXFAST_DEVICE void product_wgmma(const Params& p, const uint4 (&w)[kRegisterFra
       partial[((part.k * p.row_tiles + row_tile) * kTiles + n) * 32 + lane] =
           make_float4(sums[n][0], sums[n][1], sums[n][2], sums[n][3]);
     }
-  }
-}
-
-// 8 rows of W_proj times all m, gathered from their slot; the warps' sums to shared memory:
-// [tile][half of the lanes][warp][16] of float2: row of the batch lane / 4, rows 2 (lane % 4) and the next of W_proj.
-template <typename T, int kTiles, bool kInRegisters, typename Params>
-CTXFAST_DEVICE void project(const Params& p, const uint4* m) {
-  const int thread = thread_anew(), warp = thread >> 5, lane = thread & 31;
-  constexpr int kAtOnce = kInRegisters ? 4 / kTiles : 8 / kTiles;  // pairs
-  constexpr int kVectors = kAtOnce * kTiles;
-  constexpr int kHalves = kTiles == 1 ? 1 : kTiles / 2;
-  constexpr int kChains = kTiles == 4 ? 1 : 2;  // of products that wait for one another, each half
-  const uint4* weights = reinterpret_cast<const uint4*>(shared_memory() + p.at.projection) + warp * 32 + lane;
-  const uint4* from = m + warp * kTiles * 32 + lane;
-  float sums[kHalves][kChains][4] = {};
-  const auto place = [](int i) { return ((i / kTiles) * kWarps * kTiles + i % kTiles) * 32; };
-  const auto multiply = [&](const uint4(&v)[kVectors], const uint4* of, int count) {
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      if (i >= count) continue;
-      const uint4 f = of[i * kWarps * 32];
-#pragma unroll
-      for (int step = 0; step < 2; ++step) {
-        const uint32_t b[2] = {word(f, 2 * step), word(f, 2 * step + 1)};
-#pragma unroll
-        for (int half = 0; half < kHalves; ++half) {
-          // Two tiles of 8 batch rows are the 16 rows of the product; one leaves half of it empty.
-          const uint4& low = v[i * kTiles + 2 * half];
-          uint32_t a[4] = {word(low, 2 * step), 0, word(low, 2 * step + 1), 0};
-          if constexpr (kTiles > 1) {
-            const uint4& high = v[i * kTiles + 2 * half + 1];
-            a[1] = word(high, 2 * step);
-            a[3] = word(high, 2 * step + 1);
-          }
-          mma_16x8x16<T>(sums[half][step % kChains], a, b);
-        }
-      }
-    }
-  };
-  const auto address = [&](int i) { return from + place(i); };
-  constexpr int step = kAtOnce * kWarps * 32;
-  if constexpr (is_constant<Params>) {
-    constexpr int groups = Params::cell_pairs / kWarps / kAtOnce;
-    static_assert(groups * kAtOnce * kWarps == Params::cell_pairs && (groups == 1 || groups % 2 == 0));
-    uint4 v[kVectors];
-    ask<kVectors>(v, kVectors, address);
-    wait_for<kTiles == 1>(v, address);
-    warp_sync();
-    if constexpr (groups == 1) {
-      multiply(v, weights, kAtOnce);
-    } else {
-      // A group is asked for before the one that came is multiplied, and not sooner: nvcc waits for all loads that are
-      // under way as one, whichever it needs.
-      const auto next = [&](int i) { return from + step * kTiles + place(i); };
-#pragma unroll 1
-      for (int group = 0; group < groups; group += 2) {
-        uint4 u[kVectors];
-        ask<kVectors>(u, kVectors, next);
-        multiply(v, weights, kAtOnce);
-        wait_for<false>(u, next);
-        warp_sync();
-        from += 2 * step * kTiles;
-        const bool more = group + 2 < groups;
-        if (more) ask<kVectors>(v, kVectors, address);
-        multiply(u, weights + step, kAtOnce);
-        weights += 2 * step;
-        if (more) wait_for<false>(v, address);
-        warp_sync();
-      }
-    }
-  } else {
-    int count =
-        warp < p.cell_pairs ? static_cast<int>(static_cast<unsigned>(p.cell_pairs - warp + kWarps - 1) / kWarps) : 0;
-    for (; count > 0; count -= kAtOnce, from += step * kTiles, weights += step) {
-      uint4 v[kVectors];
-      ask<0>(v, count * kTiles, address);
-      wait_for<kTiles == 1>(v, address);
-      warp_sync();
-      multiply(v, weights, count);
-    }
-  }
-  float2* to = reinterpret_cast<float2*>(shared_memory() + p.at.sums);
-#pragma unroll
-  for (int n = 0; n < kTiles; ++n) {
-    float2 sum = make_float2(sums[n >> 1][0][2 * (n & 1)], sums[n >> 1][0][2 * (n & 1) + 1]);
-    if constexpr (kChains == 2) sum.x += sums[n >> 1][1][2 * (n & 1)], sum.y += sums[n >> 1][1][2 * (n & 1) + 1];
-    to[((2 * n + (lane >> 4)) * kWarps + warp) * 16 + (lane & 15)] = sum;
   }
 }
 

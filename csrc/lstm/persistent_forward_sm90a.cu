@@ -19,7 +19,7 @@ constexpr int64_t kVector = 16;  // bytes
 
 struct Shape {
   int cells = 0, blocks = 0, tiles = 0;  // tiles of 8 rows at once
-  bool in_registers = false;
+  bool in_registers = false, in_pairs = false;
   SharedPlaces at = {};
 };
 
@@ -45,11 +45,16 @@ Shape choose(const LstmPersistentDevice& device, int64_t batch, int64_t hidden, 
       if (projected && size / 8 > hidden / cells) continue;
       if (tiles > 1 && size / 32 % (64 / cells) != 0) continue;  // K groups take equal parts
       if (tiles == 1 && ceil_div(size / 32, 256 / cells) > kMmaPairs) continue;
+      const int blocks = static_cast<int>(hidden / cells);
       const bool may_keep = projected && tiles > 1 && cells == 64 && size >= 16 * kRegisterFragments;
+      const bool may_pair =
+          projected && tiles == 4 && hidden % 64 == 0 && blocks % 2 == 0 && blocks / 2 * directions <= device.pairs;
       for (int kept = 0; kept <= int{may_keep}; ++kept) {
-        const SharedPlaces at =
-            places_of(static_cast<int>(hidden), static_cast<int>(size), projected, cells, tiles, kept != 0);
-        if (at.end <= device.shared_per_block) return {cells, static_cast<int>(hidden / cells), tiles, kept != 0, at};
+        for (int paired = int{may_pair}; paired >= 0; --paired) {
+          const SharedPlaces at = places_of(static_cast<int>(hidden), static_cast<int>(size), projected, cells, tiles,
+                                            kept != 0, paired != 0);
+          if (at.end <= device.shared_per_block) return {cells, blocks, tiles, kept != 0, paired != 0, at};
+        }
       }
     }
   }
@@ -119,23 +124,24 @@ Status check(const LstmPersistentForwardParams& p, const LstmPersistentForwardPl
                                {"workspace", p.workspace, true, 16}});
 }
 
-template <typename T, int kTiles, bool kProjected, bool kInRegisters, typename Sizes>
+template <typename T, int kTiles, bool kProjected, bool kInRegisters, bool kInPairs, typename Sizes>
 Status launch_kernel(const Shape& shape, const Tensors& tensors, const Sizes& sizes, CUstream_st* stream) {
-  const auto kernel = lstm_persistent_forward_kernel<T, kTiles, kProjected, kInRegisters, Sizes>;
+  const auto kernel = lstm_persistent_forward_kernel<T, kTiles, kProjected, kInRegisters, kInPairs, Sizes>;
   LaunchConfig config;
   CTXFAST_RETURN_IF_ERROR(cooperative_config(kOp, "the persistent recurrence", "Pass impl='cuda_step'.", kernel,
-                                             tensors.directions * shape.blocks, kThreads, shape.at.end, &config));
+                                             tensors.directions * shape.blocks, kThreads, shape.at.end, &config,
+                                             kInPairs ? 2 : 1));
   CTXFAST_CUDA_CHECK(kOp, launch(kernel, config, stream, KernelParams<Sizes>{tensors, sizes}));
   return {};
 }
 
-template <typename T, int kTiles>
+template <typename T, int kTiles, bool kInPairs>
 Status launch_tiles(const LstmPersistentForwardParams& p, const Shape& shape, const Tensors& tensors,
                     CUstream_st* stream) {
-  using Elmo = ElmoSizes<kTiles>;
+  using Elmo = ElmoSizes<kTiles, kInPairs>;
   if (p.has_proj && p.hidden == Elmo::hidden && p.size == Elmo::size && shape.cells == 4 * Elmo::row_tiles &&
       shape.in_registers == Elmo::in_registers) {
-    return launch_kernel<T, kTiles, true, Elmo::in_registers>(shape, tensors, Elmo{}, stream);
+    return launch_kernel<T, kTiles, true, Elmo::in_registers, kInPairs>(shape, tensors, Elmo{}, stream);
   }
   AnySizes sizes = {};
   sizes.hidden = static_cast<int>(p.hidden), sizes.size = static_cast<int>(p.size);
@@ -144,19 +150,22 @@ Status launch_tiles(const LstmPersistentForwardParams& p, const Shape& shape, co
   sizes.pairs = sizes.size / 32;
   sizes.cell_pairs = p.has_proj ? sizes.hidden / 32 : 0;
   sizes.at = shape.at;
-  if (!p.has_proj) return launch_kernel<T, kTiles, false, false>(shape, tensors, sizes, stream);
-  if constexpr (kTiles > 1) {
-    if (shape.in_registers) return launch_kernel<T, kTiles, true, true>(shape, tensors, sizes, stream);
+  if constexpr (!kInPairs) {
+    if (!p.has_proj) return launch_kernel<T, kTiles, false, false, false>(shape, tensors, sizes, stream);
   }
-  return launch_kernel<T, kTiles, true, false>(shape, tensors, sizes, stream);
+  if constexpr (kTiles > 1) {
+    if (shape.in_registers) return launch_kernel<T, kTiles, true, true, kInPairs>(shape, tensors, sizes, stream);
+  }
+  return launch_kernel<T, kTiles, true, false, kInPairs>(shape, tensors, sizes, stream);
 }
 
 template <typename T>
 Status launch_dtype(const LstmPersistentForwardParams& p, const Shape& shape, const Tensors& tensors,
                     CUstream_st* stream) {
-  if (shape.tiles == 1) return launch_tiles<T, 1>(p, shape, tensors, stream);
-  if (shape.tiles == 2) return launch_tiles<T, 2>(p, shape, tensors, stream);
-  return launch_tiles<T, 4>(p, shape, tensors, stream);
+  if (shape.tiles == 1) return launch_tiles<T, 1, false>(p, shape, tensors, stream);
+  if (shape.tiles == 2) return launch_tiles<T, 2, false>(p, shape, tensors, stream);
+  if (shape.in_pairs) return launch_tiles<T, 4, true>(p, shape, tensors, stream);
+  return launch_tiles<T, 4, false>(p, shape, tensors, stream);
 }
 
 float bound(float clip) { return clip > 0 ? clip : INFINITY; }
@@ -173,6 +182,7 @@ LstmPersistentForwardPlan lstm_persistent_forward_plan(const LstmPersistentDevic
   plan.cells = shape.cells;
   plan.blocks = shape.blocks;
   plan.tile_rows = 8 * shape.tiles;
+  plan.in_pairs = shape.in_pairs;
   plan.shared_bytes = shape.at.end;
   plan.workspace_bytes = slots_bytes(shape, size, directions) + (has_proj ? slots_bytes(shape, hidden, directions) : 0);
   return plan;
@@ -181,8 +191,21 @@ LstmPersistentForwardPlan lstm_persistent_forward_plan(const LstmPersistentDevic
 Status lstm_persistent_device(int device, LstmPersistentDevice* facts) {
   DeviceFacts properties;
   CTXFAST_CUDA_CHECK(kOp, device_facts(device, &properties));
-  *facts = {properties.multiprocessors, properties.major, properties.minor, properties.shared_per_block,
-            properties.cooperative};
+  *facts = {properties.multiprocessors,  properties.major,       properties.minor,
+            properties.shared_per_block, properties.cooperative, 0};
+  if (properties.major != 9) return {};
+  // Asked of the largest kernel that runs in pairs, whose blocks have a multiprocessor each.
+  using Sizes = ElmoSizes<4, true>;
+  const auto kernel = lstm_persistent_forward_kernel<__half, 4, true, Sizes::in_registers, true, Sizes>;
+  LaunchConfig config{dim3(2), kThreads, static_cast<size_t>(Sizes::at.end)};
+  config.cluster = 2;
+  int before = 0, blocks = 0;
+  CTXFAST_CUDA_CHECK(kOp, cudaGetDevice(&before));
+  CTXFAST_CUDA_CHECK(kOp, cudaSetDevice(device));
+  const cudaError_t error = resident_blocks(kernel, config, &blocks);
+  CTXFAST_CUDA_CHECK(kOp, cudaSetDevice(before));
+  CTXFAST_CUDA_CHECK(kOp, error);
+  facts->pairs = blocks / 2;
   return {};
 }
 

@@ -18,22 +18,26 @@ constexpr const char* kProgram = CTXFAST_PROGRAM("test_lstm_persistent_forward")
 
 namespace {
 
-LstmPersistentDevice device_facts_here() {
+// alone: as if no two blocks could be neighbours.
+LstmPersistentDevice device_facts_here(bool alone = false) {
   LstmPersistentDevice facts;
   const Status status = lstm_persistent_device(0, &facts);
   if (!status.ok()) std::printf("FAIL %s\n", status.message.c_str()), std::exit(1);
+  if (alone) facts.pairs = 0;
   return facts;
 }
 
 template <typename T>
-void test(Report* report, const char* dtype_name, DType dtype, double eps, const PersistentSizes& z, int schedules) {
+void test(Report* report, const char* dtype_name, DType dtype, double eps, const PersistentSizes& z, int schedules,
+          bool alone = false) {
   const int64_t B = z.B, steps = z.T, H = z.H, P = z.P, R = z.R;
   Random random(B + 31 * steps + 7 * H);
-  const LstmPersistentDevice facts = device_facts_here();
+  const LstmPersistentDevice facts = device_facts_here(alone);
   const LstmPersistentForwardPlan plan = lstm_persistent_forward_plan(facts, B, H, P, z.projected, R);
   const std::string what = std::string(dtype_name) + " " + z.name() + " (" + std::to_string(plan.cells) + " cells, " +
-                           std::to_string(plan.tile_rows) + " rows)";
+                           std::to_string(plan.tile_rows) + " rows" + (plan.in_pairs ? ", in pairs)" : ")");
   report->that(what + " " + plan.refusal, plan.refusal.empty());
+  report->that(what + ": pairs where they fit", plan.in_pairs == (z.projected && plan.tile_rows == 32 && !alone));
   if (!plan.refusal.empty()) return;
   LstmPersistentForwardParams p;
   p.device = facts;
@@ -182,7 +186,7 @@ void both(Report* report, const PersistentSizes& z, int schedules) {
 }
 
 void test_refusals(Report* report) {
-  const LstmPersistentDevice h100 = {132, 9, 0, 227 * 1024, true};
+  const LstmPersistentDevice h100 = {132, 9, 0, 227 * 1024, true, 66};
   const auto refusal = [&](LstmPersistentDevice device, int64_t B, int64_t H, int64_t P, bool projected, int64_t R) {
     return lstm_persistent_forward_plan(device, B, H, P, projected, R).refusal;
   };
@@ -198,6 +202,18 @@ void test_refusals(Report* report) {
         report->that("runs " + std::to_string(H), refusal(h100, B, H, H, false, R).empty());
       }
     }
+  }
+  // ELMo's 128 blocks are 64 pairs; a block alone where the device holds fewer.
+  for (const int64_t pairs : {66, 64, 63, 0}) {
+    LstmPersistentDevice device = h100;
+    device.pairs = pairs;
+    const auto in_pairs = [&](int64_t B, int64_t R) {
+      return lstm_persistent_forward_plan(device, B, 4096, 512, true, R).in_pairs;
+    };
+    const std::string of = " of " + std::to_string(pairs) + " pairs";
+    report->that("32 rows, two directions" + of, in_pairs(32, 2) == (pairs >= 64));
+    report->that("32 rows, one direction" + of, in_pairs(32, 1) == (pairs >= 32));
+    report->that("16 rows" + of, !in_pairs(16, 2));
   }
   LstmPersistentDevice other = h100;
   other.major = 8, other.minor = 9;
@@ -227,6 +243,7 @@ int main(int count, char** arguments) {
     for (const int64_t B : {3, 9, 17}) {
       test<__half>(&report, "fp16", DType::kFloat16, 4e-3, {B, 2, 4096, 512, 1, true, true, true, 1, 0.5f}, 1);
     }
+    test<__half>(&report, "fp16", DType::kFloat16, 4e-3, {17, 2, 4096, 512, 1, true, true, true, 1, 0.5f}, 1, true);
     return report.finish(kProgram);
   }
   if (count > 1 && std::strcmp(arguments[1], "large") == 0) {
@@ -249,6 +266,7 @@ int main(int count, char** arguments) {
     for (const int64_t B : {3, 9, 33}) {
       both(&report, {B, 3, 512, 128, 2, true, true, true, 1.0f, 0.5f}, 4);
       both(&report, {B, 3, 1024, 128, 1, true, true, true, 0, 0}, 3);
+      both(&report, {B, 7, 512, 64, 2, true, true, true, 1.0f, 0.5f}, 4);
       both(&report, {B, 3, 576, 576, 1, false, true, true, 0, 0}, 3);
     }
     return report.finish(kProgram);
@@ -258,6 +276,9 @@ int main(int count, char** arguments) {
   both(&report, {3, 7, 128, 32, 2, true, true, true, 1.0f, 0.5f}, 4);
   both(&report, {9, 3, 256, 32, 1, true, true, true, 0, 0}, 3);
   test<__half>(&report, "fp16", DType::kFloat16, 4e-3, {33, 3, 128, 32, 2, true, true, true, 0, 0}, 4);
+  both(&report, {17, 5, 256, 32, 2, true, true, true, 1.0f, 0.5f}, 4);
+  test<__half>(&report, "fp16", DType::kFloat16, 4e-3, {33, 3, 256, 32, 1, true, true, true, 0, 0}, 3);
+  test<__half>(&report, "fp16", DType::kFloat16, 4e-3, {33, 3, 256, 32, 1, true, true, true, 0, 0}, 2, true);
   both(&report, {3, 7, 96, 96, 2, false, true, true, 1.0f, 0.5f}, 4);
   test<__half>(&report, "fp16", DType::kFloat16, 4e-3, {33, 3, 64, 64, 2, false, true, true, 0, 0}, 4);
   test<__nv_bfloat16>(&report, "bf16", DType::kBFloat16, 3e-2, {16, 3, 160, 160, 1, false, true, true, 0, 0}, 3);

@@ -13,7 +13,7 @@ from ctxfast._core import capability
 from ctxfast.ops.lstm import cuda, cuda_autograd
 
 pytestmark = pytest.mark.slow  # the emulator is compiled first, minutes
-H100 = (132, 9, 0, 227 * 1024, True)
+H100 = (132, 9, 0, 227 * 1024, True, 66)
 
 
 @pytest.fixture(autouse=True)

@@ -27,8 +27,8 @@ _MAX_BATCH = {False: 128, True: 32}
 
 
 @lru_cache
-def _facts(ordinal: int) -> tuple[int, int, int, int, bool]:
-    """Multiprocessors, compute capability, shared memory of a block, cooperative launch of a CUDA device."""
+def _facts(ordinal: int) -> tuple[int, int, int, int, bool, int]:
+    """Of a CUDA device: multiprocessors, compute capability, shared memory of a block, cooperative launch, pairs."""
     return capability.extension().lstm_persistent_device(ordinal)
 
 
