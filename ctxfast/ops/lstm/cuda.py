@@ -21,7 +21,7 @@ from .states import as_int64
 
 _DTYPES = (torch.float16, torch.bfloat16)
 # Rows at most, without and with a projection. The kernel takes more than 32 in tiles of 32, one after another, each a
-# full pass of 9 to 10 us a step with ELMo's projection and of 1.5 to 3.5 us without; cuda_step, which streams its
+# full pass of 7 to 8 us a step with ELMo's projection and of 1.5 to 3.5 us without; cuda_step, which streams its
 # weights for all rows, needs 14 to 20 us and 5 to 7. Estimated for an H100 from the machine code, not measured.
 _MAX_BATCH = {False: 128, True: 32}
 
