@@ -113,8 +113,10 @@ cudaError_t resident_blocks(void (*kernel)(Params), const LaunchConfig& config, 
   if (error != cudaSuccess) return error;
   if (config.cluster > 1) {  // part of a device's multiprocessors have no neighbour to make a cluster with
     int clusters = 0;
-    LaunchAttributes attributes(config);
-    const cudaLaunchConfig_t launch_config = attributes.of(config);
+    LaunchConfig asked = config;
+    asked.cooperative = false;  // which is no question of room
+    LaunchAttributes attributes(asked);
+    const cudaLaunchConfig_t launch_config = attributes.of(asked);
     error = cudaOccupancyMaxActiveClusters(&clusters, function, &launch_config);
     *blocks = clusters * static_cast<int>(config.cluster);
     return error;
