@@ -73,7 +73,7 @@ def test_refusals_are_sentences(args: dict[str, Any], says: str) -> None:
 @pytest.mark.parametrize(
     ("facts", "sizes", "says"),
     [
-        ((132, 8, 0, 163 * 1024, True, 0), (512,), "it needs a Hopper GPU (compute capability 9.0) and this one has 8."),
+        ((132, 8, *H100[2:]), (512,), "it needs a Hopper GPU (compute capability 9.0) and this one has 8.0."),
         ((60, *H100[1:]), (4096, 512), "the weights of hidden_size 4096 and proj_size 512 in 2 directions do not fit"),
         ((*H100[:4], False, 66), (512,), "this device has no cooperative launch (all blocks resident at once)."),
         ((132, 9, 0, 99 * 1024, True, 66), (4096, 512), "the weights of hidden_size 4096 and proj_size 512"),
