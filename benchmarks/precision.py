@@ -13,7 +13,7 @@ import argparse
 import csv
 import json
 import lzma
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,50 +52,57 @@ def _shares(cosines: np.ndarray) -> dict[str, float]:
     return {"mean": float(cosines.mean()), "min": float(cosines.min())}
 
 
-def _best_f1(embedder: ctxfast.Embedder, train: Sequence[Sentence], dev: Sequence[Sentence]) -> dict[str, float]:
+def _f1(embedder: ctxfast.Embedder, train: Sequence[Sentence], dev: Sequence[Sentence]) -> dict[str, float]:
     found = probe(embedder, train, dev)
     return {"f1_top": found.layers[-1], "f1_mix": found.mix}
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """The result file's content."""
-    train, dev = (
-        read_conll(path, say=lambda note: None)[:count] for path, count in zip((args.train, args.dev), args.sentences)
-    )
+def _bert_rows(
+    args: argparse.Namespace, texts: list[str], tagged: Sequence[list[Sentence]]
+) -> Iterator[dict[str, Any]]:
     firsts, seconds, judged = _sts(args.sts)
-    texts = [" ".join(sentence.words) for sentence in read_conll(args.texts, say=lambda note: None)][: args.count]
-    rows = []
-    exact: dict[str, Any] = {}
+    exact = None
     for dtype in _DTYPES:
         bert = ctxfast.Embedder(args.model, device="cpu", dtype=dtype)
-        row: dict[str, Any] = {"model": args.model, "dtype": dtype}
         vectors = bert(texts, level="sentence", truncate=True)
-        row["cosine"] = _shares(_cosine(vectors, exact.setdefault("bert", vectors)))
+        exact = vectors if exact is None else exact
         pairs = [bert(side, level="sentence", truncate=True) for side in (firsts, seconds)]
-        row["sts_spearman"] = regression_scores(judged.tolist(), _cosine(*pairs).tolist())["spearman"]
-        row |= _best_f1(bert, train, dev)
-        rows.append(row)
-        print(json.dumps(row), flush=True)
+        spearman = regression_scores(judged.tolist(), _cosine(*pairs).tolist())["spearman"]
+        row = {"cosine": _shares(_cosine(vectors, exact)), "sts_spearman": spearman}
+        yield {"model": args.model, "dtype": dtype, **row, **_f1(bert, *tagged)}
+
+
+def _elmo_rows(
+    args: argparse.Namespace, texts: list[str], tagged: Sequence[list[Sentence]]
+) -> Iterator[dict[str, Any]]:
+    words, exact = [text.split() for text in texts], None
     for dtype in _DTYPES:
         elmo = ctxfast.Embedder(args.elmo, device="cpu", dtype=dtype)
-        row = {"model": Path(args.elmo).name, "dtype": dtype}
-        words = [text.split() for text in texts]
         layers = np.concatenate(elmo(words, layers="all"), axis=1)
-        exact_layers = exact.setdefault("elmo", layers)
-        row["cosine_by_layer"] = [_shares(_cosine(*pair)) for pair in zip(layers, exact_layers)]
-        row |= _best_f1(elmo, train, dev)
-        rows.append(row)
-        print(json.dumps(row), flush=True)
+        exact = layers if exact is None else exact
+        row = {"cosine_by_layer": [_shares(_cosine(*pair)) for pair in zip(layers, exact)]}
+        yield {"model": Path(args.elmo).name, "dtype": dtype, **row, **_f1(elmo, *tagged)}
+
+
+def measure(args: argparse.Namespace, parts: Sequence[Any] = (_bert_rows, _elmo_rows)) -> dict[str, Any]:
+    """The result file's content."""
+    files = zip((args.train, args.dev), args.sentences)
+    tagged = [read_conll(path, say=lambda note: None)[:count] for path, count in files]
+    texts = [" ".join(sentence.words) for sentence in read_conll(args.texts, say=lambda note: None)][: args.count]
+    rows = []
+    for part in parts:
+        for row in part(args, texts, tagged):
+            print(json.dumps(row), flush=True)
+            rows.append(row)
     head, dirty = results.commit()
-    sizes = {"texts": len(texts), "pairs": len(judged), "train": len(train), "dev": len(dev)}
-    files = {name: Path(getattr(args, name)).name for name in ("texts", "sts", "train", "dev")}
+    train, dev = map(len, tagged)
     return {
         "machine": results.machine("cpu", torch.get_num_threads()),
         "instruction_sets": results.instruction_sets(),
         "commit": head,
         "dirty": dirty,
-        "files": files,
-        "sizes": sizes,
+        "files": {name: Path(getattr(args, name)).name for name in ("texts", "sts", "train", "dev")},
+        "sizes": {"texts": len(texts), "pairs": len(_sts(args.sts)[2]), "train": train, "dev": dev},
         "rows": rows,
     }
 

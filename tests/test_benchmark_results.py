@@ -13,7 +13,7 @@ import pytest
 import torch
 from support.benchmark_rows import QUICK, document, row, tiny
 
-from benchmarks import __main__ as program, committed, measure, page, peers, report, results
+from benchmarks import __main__ as program, committed, measure, page, peers, precision, report, results
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -265,3 +265,15 @@ def test_the_program_prunes_and_writes_the_tables(tmp_path, monkeypatch, capsys)
     assert stale != readme and program.main(["--readme"]) == 0
     assert (tmp_path / "README").read_text(encoding="utf-8") == readme
     assert (tmp_path / "README.md").read_text(encoding="utf-8") == index
+
+
+def test_the_page_on_precision_shows_the_committed_result() -> None:
+    """The table of docs/precision.md is what ``python -m benchmarks.precision --docs`` writes."""
+    found = json.loads(precision.RESULT.read_text(encoding="utf-8"))
+    text = precision.PAGE.read_text(encoding="utf-8")
+    assert precision.page(text, found) == text
+    by_model: dict[str, list[str]] = {}
+    for measured in found["rows"]:
+        by_model.setdefault(measured["model"], []).append(measured["dtype"])
+    assert list(by_model.values()) == [["float32", "bfloat16", "int8"]] * 2
+    assert precision.page(text, {**found, "rows": found["rows"][:1]}) != text
