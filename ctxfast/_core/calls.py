@@ -47,11 +47,13 @@ def _checked(spec: OpSpec, args: dict[str, Any], impl: str | None) -> Callable[.
 
 def prepared(spec: OpSpec, args: dict[str, Any], impl: str | None = None) -> tuple[Callable[..., Any], dict[str, Any]]:
     """All of a call but the call: the function that runs it, and its arguments, checked, as autocast wants them."""
-    facts = () if spec.check_values is None else fast_call.facts(spec.name, impl, args)
-    function = fast_call.FOUND.get(facts) if facts else None
-    if function is not None:
-        spec.check_values(args)
-        return function, args
+    facts, check_values = (), spec.check_values
+    if check_values is not None:
+        facts = fast_call.facts(spec.name, impl, args)
+        function = fast_call.FOUND.get(facts) if facts else None
+        if function is not None:
+            check_values(args)
+            return function, args
     args = _autocast(spec, args)
     if torch_ops.is_jit_tracing():
         with torch_ops.without_tracer_warnings():
@@ -113,15 +115,16 @@ def op(
             raise ValueError(f"ctxfast.{name}: autocast is {autocast!r}; expected 'lower', 'keep' or a function.")
         OPS[name] = spec
 
-        @wraps(function)
+        declaration: Callable[..., Any] = function
+
         def run(*args: Any, **kwargs: Any) -> Any:
-            impl, gathered = function(*args, **kwargs)
+            impl, gathered = declaration(*args, **kwargs)
             implementation, gathered = prepared(spec, gathered, impl)
             return implementation(**gathered)
 
         # A code object of its own: torch.compile counts compilations by it, and all ops would share one limit.
         run.__code__ = run.__code__.replace(co_name=name)
-        return run
+        return wraps(function)(run)
 
     return declare
 
@@ -147,13 +150,13 @@ class Explanation:
 
 def explain(spec: OpSpec, *args: Any, **kwargs: Any) -> Explanation:
     """What ``ctxfast.explain`` says of a call of the public function."""
-    impl, args = spec.declaration(*args, **kwargs)
-    args = _autocast(spec, args)
-    spec.check_all(args)
-    chosen = resolve(spec, args, impl).name
+    impl, gathered = spec.declaration(*args, **kwargs)
+    gathered = _autocast(spec, gathered)
+    spec.check_all(gathered)
+    chosen = resolve(spec, gathered, impl).name
     rows = []
     for candidate in spec.all_impls:
-        objection = spec.supports(candidate, args)
+        objection = spec.supports(candidate, gathered)
         verdict = "used" if candidate.name == chosen else "could" if objection is None else "no"
-        rows.append((candidate.name, verdict, objection or spec.note(candidate, args)))
+        rows.append((candidate.name, verdict, objection or spec.note(candidate, gathered)))
     return Explanation(spec.name, tuple(rows))

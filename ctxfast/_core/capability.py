@@ -75,7 +75,9 @@ def is_mkl_slow() -> bool:
 @lru_cache(maxsize=1)
 def _cuda_versions() -> tuple[int, int]:
     """CUDA as the driver knows it (0: there is none) and as the kernels were compiled with it; 13000 is 13.0."""
-    return extension().cuda_versions()
+    compiled = extension()
+    assert compiled is not None  # why_no_cuda asked before
+    return compiled.cuda_versions()
 
 
 def _driver_objection() -> str | None:
@@ -124,7 +126,7 @@ def allows_tf32() -> bool:
     """
     matmul = torch.backends.cuda.matmul
     precision = getattr(matmul, "fp32_precision", "none")
-    return matmul.allow_tf32 if precision == "none" else precision == "tf32"
+    return bool(matmul.allow_tf32) if precision == "none" else precision == "tf32"
 
 
 @constant

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import get_unwrapped, is_batchedtensor, is_functorch_wrapped_tensor
 
 from . import capability, torch_ops
 
@@ -127,10 +128,10 @@ def why_no_values(value: Tensor) -> str | None:
     if value.is_meta:
         return "on the meta device"
     inner = value
-    while torch._C._functorch.is_functorch_wrapped_tensor(inner):
-        if torch._C._functorch.is_batchedtensor(inner):
+    while is_functorch_wrapped_tensor(inner):
+        if is_batchedtensor(inner):
             return "batched by torch.func.vmap"
-        inner = torch._C._functorch.get_unwrapped(inner)
+        inner = get_unwrapped(inner)
     if isinstance(value, torch._subclasses.FakeTensor) or torch_ops.is_foreign(value):
         return f"a {type(value).__name__}"
     return None

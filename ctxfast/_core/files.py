@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, cast
 
 from filelock import FileLock, Timeout
 
@@ -209,7 +209,8 @@ def naming(path: Path, inside: Path | None = None) -> Iterator[None]:
         name = None if own.filename is None else os.fspath(own.filename)
         if own is error and name is not None and not (inside and Path(name).is_relative_to(inside)):
             raise
-        raise OSError(own.errno, os.strerror(own.errno), os.fspath(path)) from error
+        number = own.errno or errno.EIO
+        raise OSError(number, os.strerror(number), os.fspath(path)) from error
 
 
 def _system_error(error: Exception) -> OSError | None:
@@ -241,15 +242,17 @@ class LatchedFile(io.RawIOBase):
     """
 
     def __init__(self, path: Path) -> None:
-        self._file = create(path, buffering=0)
-        self.path, self.error = path, None
+        self._file = cast(io.FileIO, create(path, buffering=0))
+        self.path = path
+        self.error: OSError | None = None
 
     def check(self) -> None:
         """Raise the error that was kept, with the file's name."""
         if self.error is not None:
-            raise OSError(self.error.errno, os.strerror(self.error.errno), os.fspath(self.path)) from self.error
+            number = self.error.errno or errno.EIO
+            raise OSError(number, os.strerror(number), os.fspath(self.path)) from self.error
 
-    def write(self, data: object) -> int:
+    def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
         place = 0
         try:
@@ -268,7 +271,7 @@ class LatchedFile(io.RawIOBase):
             self.error = error
         return size
 
-    def readinto(self, buffer: object) -> int:
+    def readinto(self, buffer: Any) -> int:
         return self._file.readinto(buffer)
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:

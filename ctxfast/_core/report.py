@@ -35,11 +35,12 @@ def facts() -> dict[str, str]:
         rows["gpu"] = f"{torch.cuda.get_device_name()} (sm_{major}{minor}, {torch.cuda.device_count()} visible)"
     else:
         rows["gpu"] = "none visible to torch"
-    if capability.extension() is None:
+    extension = capability.extension()
+    if extension is None:
         rows["extension"] = capability.why_no_extension()
         return rows
     rows["extension"] = f"{info.get('version', '?')}, compiled by {info.get('compiler', '?')}"
-    rows["cpu kernels"] = f"{', '.join(info.get('cpu_isas', ()))}; this machine runs {capability.extension().cpu_isa()}"
+    rows["cpu kernels"] = f"{', '.join(info.get('cpu_isas', ()))}; this machine runs {extension.cpu_isa()}"
     missing = capability.why_no_cuda()
     rows["cuda kernels"] = missing or f"CUDA {info.get('cuda_version')}: {', '.join(info.get('cuda_archs', ()))}"
     return rows

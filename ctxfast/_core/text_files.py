@@ -11,7 +11,7 @@ import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 PACKED_SUFFIXES = (".gz", ".xz")
 # What decompression raises where a file is not an archive, is truncated, or holds wrong bytes.
@@ -35,7 +35,7 @@ def open_binary(path: Path) -> BinaryIO:
     if path.suffix == ".gz":
         if path.stat().st_size == 0:
             raise EOFError("it is empty")
-        return gzip.open(path, "rb")
+        return cast(BinaryIO, gzip.open(path, "rb"))
     if path.suffix == ".xz":
         return io.BufferedReader(_Xz(path), _BLOCK_BYTES)
     return open(path, "rb", buffering=_BLOCK_BYTES)
@@ -69,22 +69,23 @@ class _Xz(io.RawIOBase):
 
     def readinto(self, buffer: memoryview) -> int:
         while True:
-            if self._stream is None and not self._begin():
+            stream = self._stream or self._begin()
+            if stream is None:
                 return 0
-            if self._stream.needs_input and not self._packed:
+            if stream.needs_input and not self._packed:
                 self._packed = self._file.read(_EDGE_BYTES)
                 if not self._packed:
                     raise EOFError("it ends in the middle")
-            data = self._stream.decompress(self._packed, len(buffer))
+            data = stream.decompress(self._packed, len(buffer))
             self._packed = b""
-            if self._stream.eof:
-                self._packed, self._stream = self._stream.unused_data, None
+            if stream.eof:
+                self._packed, self._stream = stream.unused_data, None
             if data:
                 buffer[: len(data)] = data
                 return len(data)
 
-    def _begin(self) -> bool:
-        """Whether another stream follows; zeros, four by four, may stand between."""
+    def _begin(self) -> lzma.LZMADecompressor | None:
+        """The next stream, if one follows; zeros, four by four, may stand between."""
         zeros = 0
         while True:
             if not self._packed:
@@ -97,10 +98,11 @@ class _Xz(io.RawIOBase):
         if zeros % 4 or (not self._count and not rest):
             raise EOFError("its padding is not a multiple of four bytes" if zeros else "it is empty")
         self._packed = rest
-        if rest:
-            self._stream = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_XZ_MEMORY)
-            self._count += 1
-        return bool(rest)
+        if not rest:
+            return None
+        self._stream = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_XZ_MEMORY)
+        self._count += 1
+        return self._stream
 
     def close(self) -> None:
         self._file.close()

@@ -22,6 +22,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 
 from . import capability
@@ -32,6 +34,7 @@ _TAGS = tuple(
 )
 
 _PLAIN = (Tensor, torch.nn.Parameter, type(None))
+_DISPATCH = vars(Tensor)["__torch_dispatch__"]
 
 
 def allocate(size: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -127,15 +130,15 @@ def warn_of_export() -> bool:
 
 def is_foreign(tensor: Tensor) -> bool:
     """Whether only operations of torch know a tensor's values: a subclass with its own dispatch, or no strided one."""
-    kind = type(tensor)
+    kind: Any = type(tensor)
     if kind in _PLAIN:
         return tensor.layout is not torch.strided
     # Compilers' own, which take the operators as they are: there are fake kernels for them.
-    if issubclass(kind, (torch._subclasses.FakeTensor, torch._subclasses.functional_tensor.FunctionalTensor)):
+    if issubclass(kind, (torch._subclasses.FakeTensor, FunctionalTensor)):
         return False
     function = getattr(kind.__torch_function__, "__func__", kind.__torch_function__)
     usual = (Tensor.__torch_function__.__func__, torch._C._disabled_torch_function_impl)
-    return function not in usual or kind.__torch_dispatch__ is not Tensor.__torch_dispatch__
+    return function not in usual or kind.__torch_dispatch__ is not _DISPATCH
 
 
 def why_definition(tensors: Iterable[Tensor]) -> str | None:
@@ -162,7 +165,7 @@ def needs_definition(*grads: Tensor) -> bool:
     if torch.is_grad_enabled() or is_transformed():
         return True
     # is_grads_batched, by which torch.autograd.functional vectorises, has a vmap of its own.
-    return any([torch._C._functorch.is_legacy_batchedtensor(grad) for grad in grads])
+    return any([is_legacy_batchedtensor(grad) for grad in grads])
 
 
 def definition_gradients(
@@ -180,7 +183,7 @@ def definition_gradients(
     with torch.enable_grad():
         # Aliases: an input that another one was made from takes no more than its own share.
         leaves = [
-            each if not wants else each.view_as(each) if is_recorded else each.detach().requires_grad_()
+            each if each is None or not wants else each.view_as(each) if is_recorded else each.detach().requires_grad_()
             for each, wants in zip(inputs, wanted)
         ]
         # The inputs have the dtypes that autocast gave them in the forward.
@@ -188,7 +191,7 @@ def definition_gradients(
             outputs = definition(*leaves)
     outputs = [outputs] if isinstance(outputs, Tensor) else outputs
     reached = [(output, grad.to(output.dtype)) for output, grad in zip(outputs, grads) if output.requires_grad]
-    sources = [leaf for leaf, wants in zip(leaves, wanted) if wants]
+    sources = [leaf for leaf, wants in zip(leaves, wanted) if wants and leaf is not None]
     if not reached or not sources:
         return [None] * len(leaves)
     outputs, grads = zip(*reached)

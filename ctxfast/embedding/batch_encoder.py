@@ -56,11 +56,11 @@ class BatchEncoder:
         download: bool = False,
         split: int | None = None,
     ) -> None:
-        dtype, vector_dtype = _name_of(dtype), _name_of(vector_dtype)
+        weights, vectors = _name_of(dtype), _name_of(vector_dtype)
         for name, value, known in (
             ("state", state, (None, *STATES)),
-            ("dtype", dtype, (None, *DTYPES)),
-            ("vector_dtype", vector_dtype, VECTOR_DTYPES),
+            ("dtype", weights, (None, *DTYPES)),
+            ("vector_dtype", vectors, VECTOR_DTYPES),
         ):
             if value not in known:
                 raise ValueError(
@@ -72,7 +72,7 @@ class BatchEncoder:
         if split is not None and (isinstance(split, bool) or not isinstance(split, int) or split < 0):
             raise ValueError(f"ctxfast.Embedder: split is {split!r}; expected a number of tokens, 0 or more, or None.")
         self.split = split
-        self.impl, self.vector_dtype = impl, np.dtype("<f4" if vector_dtype == "float32" else "<f2")
+        self.impl, self.vector_dtype = impl, np.dtype("<f4" if vectors == "float32" else "<f2")
         self.state = state or "steady"
         with self._implementation():  # an unknown name is an error now, not at the first text
             pass
@@ -80,7 +80,7 @@ class BatchEncoder:
             model = open_encoder(
                 model,
                 chosen_device(device),
-                dtype,
+                weights,
                 state=self.state,
                 options_file=options_file,
                 weight_file=weight_file,
@@ -88,7 +88,7 @@ class BatchEncoder:
                 split=split,
             )
         else:
-            _check_encoder(model, device, dtype, split, options_file, weight_file)
+            _check_encoder(model, device, weights, split, options_file, weight_file)
         self.encoder: TextEncoder = model
         self.kind, self.num_layers, self.dim = model.kind, model.num_layers, model.dim
         self._sentence: SentenceModel = getattr(model, "sentence", None) or SentenceModel(model.dim)
@@ -203,7 +203,7 @@ class BatchEncoder:
 
         for batch, values in self._encode(items, selection):
             start = self._to_host.start
-            # One number tells of all: a sum of what is no number is none.
+            # One number tells of all: a sum with NaN or infinity in it is not finite.
             total = start(values.sum(dtype=torch.float32)) if self._may_overflow else None
             waiting.append((batch, start(values), total))
             if len(waiting) > 1:
@@ -224,8 +224,8 @@ class BatchEncoder:
             )
 
 
-def _name_of(dtype: Any) -> Any:
-    """ "float16" for torch.float16, too."""
+def _name_of(dtype: str | torch.dtype | None) -> str | None:
+    """The name of a dtype: "float16" for torch.float16, too."""
     return str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
 
 

@@ -396,8 +396,8 @@ def swap_in(
             continue
         reason, held = _objection(module, name, impl), None
         if reason is None:
-            held = hold(module, name)
-            reason = held if isinstance(held, str) else None
+            found = hold(module, name)
+            reason, held = (found, None) if isinstance(found, str) else (None, found)
         if reason is not None:
             misses.append((path, reason))
             continue

@@ -53,7 +53,8 @@ Texts: .tsv, .csv or .jsonl, also .gz and .xz. Columns go by their usual names (
         if needs_labels and not args.regression:
             labels: dict[str, list[int]] = {}
             for example in found:
-                labels.setdefault(example.label, []).append(example.line)
+                if example.label is not None:
+                    labels.setdefault(example.label, []).append(example.line)
             for note in class_notes(labels):
                 say(f"{path}: {note}")
         return found

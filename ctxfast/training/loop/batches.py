@@ -28,7 +28,12 @@ class Batches:
     """
 
     def __init__(
-        self, count: int, batch_size: int, seed: int = 0, lengths: Sequence[int] | None = None, is_shuffled: bool = True
+        self,
+        count: int,
+        batch_size: int,
+        seed: int = 0,
+        lengths: Sequence[int] | np.ndarray | None = None,
+        is_shuffled: bool = True,
     ) -> None:
         who = "ctxfast.training.Batches"
         if count < 1:

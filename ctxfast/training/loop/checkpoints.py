@@ -188,7 +188,7 @@ class RunDirectory:
             self.close()
             raise
 
-    def _start(self, config: dict[str, Any], resume: bool, overwrite: bool) -> None:
+    def _start(self, config: Mapping[str, Any], resume: bool, overwrite: bool) -> None:
         file = self.path / "config.json"
         clear_left(self.path)
         if overwrite:
@@ -213,8 +213,10 @@ class RunDirectory:
 
     def checkpoints(self) -> list[Path]:
         """Oldest first."""
-        found = [entry for entry in self.path.iterdir() if _CHECKPOINT.fullmatch(entry.name)]
-        return sorted(found, key=lambda entry: int(_CHECKPOINT.fullmatch(entry.name).group(1)))
+        found = [
+            (int(match[1]), entry) for entry in self.path.iterdir() if (match := _CHECKPOINT.fullmatch(entry.name))
+        ]
+        return [entry for _, entry in sorted(found)]
 
     def save(self, step: int, state: dict[str, Any], keep: int) -> Path:
         """Write a checkpoint and remove all but the newest ``keep``.

@@ -91,7 +91,7 @@ class Group:
         if self.ranks == 1:
             return make()
         # Making may take hours; the group's own patience is minutes.
-        patient = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        patient: Any = dist.new_group(backend="gloo", timeout=_PATIENCE)
         made, problem = None, None
         if self.is_first:
             try:
@@ -210,7 +210,7 @@ class Spread:
     def __init__(self, model: nn.Module, group: Group) -> None:
         self.group = group
         self.plain = model
-        self.model: nn.Module = model
+        self.model: Any = model  # a module, DDP around it, or one to which FSDP2 gave methods
         self._whole: nn.Module | None = None  # FSDP2: an unsharded copy on rank 0, to save from
         if group.kind == "ddp":
             places = [group.device.index] if group.device.type == "cuda" else None
@@ -243,7 +243,7 @@ class Spread:
 
     def clip(self, parameters: list[nn.Parameter], max_norm: float | None) -> Tensor:
         """Norm of all gradients, which are scaled down to ``max_norm`` if it is given."""
-        norm = nn.utils.clip_grad_norm_(parameters, float("inf") if max_norm is None else max_norm)
+        norm: Any = nn.utils.clip_grad_norm_(parameters, float("inf") if max_norm is None else max_norm)
         return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
     def state(self, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -295,7 +295,7 @@ def _full(value: Any) -> Any:
     return value.full_tensor().cpu() if hasattr(value, "full_tensor") else value
 
 
-def _as_spread(value: Any, like: Tensor) -> Any:
+def _as_spread(value: Any, like: Any) -> Any:
     """A whole tensor sharded as ``like`` is, if it has its shape."""
     if not hasattr(like, "full_tensor") or not isinstance(value, Tensor) or value.shape != like.shape:
         return value

@@ -53,4 +53,5 @@ class Stop:
         self._restore()
         if self.asked == signal.SIGINT:
             raise KeyboardInterrupt
-        os.kill(os.getpid(), self.asked)
+        if self.asked is not None:
+            os.kill(os.getpid(), self.asked)

@@ -24,31 +24,39 @@ class Task(Protocol):
     def batch(self, step: int, rank: int, ranks: int) -> Any:
         """Micro-batch ``step`` (counted over all epochs) of one of ``ranks`` processes, on the CPU, in nested
         dataclasses, dicts, lists and tuples. A pure function; it runs in a thread beside the step before."""
+        ...
 
     def weight(self, batch: Any) -> Weight:
         """What its mean loss counts for among the micro-batches and processes of a step, e.g. labelled tokens; for a
         loss of several parts, that of each by its name."""
+        ...
 
     def size(self, batch: Any) -> int:
         """How many tokens, or words, a batch holds, padding not counted; 0 if nothing is to be said of it."""
+        ...
 
     def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor | dict[str, Tensor], dict[str, Tensor]]:
         """Mean loss of a batch, or the means of its parts, whose sum is trained; and figures to report (means over what
         the first part is a mean over). Calls ``model``, not ``self.model``, once."""
+        ...
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Held-out figures. Every process calls it and gets the same."""
+        ...
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """For the optimiser; a group's own ``lr`` replaces the configured one."""
+        ...
 
     def state_dict(self) -> dict[str, Any]:
         """What batches and losses remember of this process's past beside the parameters: tensors and plain values."""
+        ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
     def save(self, directory: Path) -> None:
         """Write the finished model, ``self.model``, in its own format."""
+        ...
 
 
 class BaseTask:

@@ -37,7 +37,7 @@ _LOG = logging.getLogger(__name__)
 
 
 class TrainingDiverged(RuntimeError):
-    """The loss or a gradient is no number any more."""
+    """The loss or a gradient is NaN or infinite."""
 
 
 @dataclass
@@ -250,6 +250,7 @@ class _Run:
                     micro = []
                     for place in range(config.accumulate):
                         number = self.step * config.accumulate + place
+                        assert coming is not None  # there are steps left
                         micro.append(coming.result())
                         coming = ahead.submit(self._batch, number + 1)
                     self._one_step(micro)
@@ -303,7 +304,7 @@ class _Run:
                     loss, figures = self.task.loss(self.spread.model, moved(batch, group.device))
                 # DDP and FSDP divide by the number of processes.
                 parts = _parts(loss)
-                scaled = sum(part * (weight[name] * group.ranks / totals[name]) for name, part in parts.items())
+                scaled: Any = sum(part * (weight[name] * group.ranks / totals[name]) for name, part in parts.items())
                 (scaled if self.scaler is None else self.scaler.scale(scaled)).backward()
             self.is_sound &= torch.isfinite(scaled.detach())
             for name, value in {**parts, **figures}.items():

@@ -162,12 +162,14 @@ class _Shard:
         save("starts", starts([len(pair.ids) for pair, _ in made]), np.int64)
         save("firsts", [pair.first_length for pair, _ in made], np.int32)
         save("others", [pair.is_random_next for pair, _ in made], np.bool_)
-        if made and made[0][0].types is not None:
-            save("types", [kind for pair, _ in made for kind in pair.types], np.uint8)
-        if made and made[0][1] is not None:
-            save("positions", [place for _, masked in made for place in masked.positions], np.int32)
-            save("replaced", [masked.ids[place] for _, masked in made for place in masked.positions], np.int32)
-            save("mask_starts", starts([len(masked.positions) for _, masked in made]), np.int64)
+        types = [pair.types for pair, _ in made if pair.types is not None]
+        if types:
+            save("types", [kind for own in types for kind in own], np.uint8)
+        instances = [masked for _, masked in made if masked is not None]
+        if instances:
+            save("positions", [place for masked in instances for place in masked.positions], np.int32)
+            save("replaced", [masked.ids[place] for masked in instances for place in masked.positions], np.int32)
+            save("mask_starts", starts([len(masked.positions) for masked in instances]), np.int64)
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -309,7 +311,7 @@ class BertCorpus:
         clear_left(path)
         done = path / "complete.json"
         if not done.is_file():
-            names = ", ".join(map(os.fspath, files))
+            names = ", ".join(os.fspath(file) for file in files)
             make = _ShardMaker(path, names, tokenizer, vocabulary, recipe, tuple(sources))
             count = cls._write_shards(make, text_documents(files, recipe.is_split), workers, say)
             with replacing(done) as temporary:

@@ -118,6 +118,8 @@ class BertPretraining(BaseTask):
     Reference: Devlin et al. 2019; Sun et al. 2019 (ERNIE 1.0); Lan et al. 2020 (sentence order).
     """
 
+    model: BertForPreTraining | BertForMaskedLM
+
     def __init__(
         self,
         corpus: BertCorpus,
@@ -143,7 +145,10 @@ class BertPretraining(BaseTask):
         kind = BertForPreTraining if self.has_relation else BertForMaskedLM
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.model = kind(config) if init_from is None else kind.from_pretrained(init_from)
+            if config is not None:
+                self.model = kind(config)
+            elif init_from is not None:
+                self.model = kind.from_pretrained(init_from)
         config = self.model.config
         if tokenizer.vocab_size > config.vocab_size:
             raise ValueError(

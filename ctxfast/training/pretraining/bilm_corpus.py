@@ -224,7 +224,7 @@ class BiLmCorpus:
         say(f"counting words of {', '.join(Path(file).name for file in files)}")
         counts = count_words(files, tokenize)
         if not counts:
-            names = ", ".join(map(os.fspath, files))
+            names = ", ".join(os.fspath(file) for file in files)
             raise ValueError(f"{_WHO}: {names}: no words; expected a text, a sentence a line.")
         words = make_vocabulary(counts, vocabulary_size, min_count) if vocabulary is None else list(vocabulary)
         say(f"{sum(counts.values()):,} words, {len(counts):,} distinct, vocabulary of {len(words):,}")

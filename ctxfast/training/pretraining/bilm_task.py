@@ -12,7 +12,7 @@ be useless when started from zeros (held-out perplexity 363 from a carried state
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -94,10 +94,10 @@ class BiLmWithSoftmax(nn.Module):
         # The backward LSTM walks from the last step to the first; what it reads comes in its own order.
         sides = (forward, backward.flip(1))
         if state is not None:
-            state = tuple(value.to(vectors.dtype) for value in state)
+            state = (state[0].to(vectors.dtype), state[1].to(vectors.dtype))
         layers, state = self.bilm._elmo_lstm.layers(sides, None, state, input_dropout=self.dropout)
         forward, backward = layers[-1].split(self.config.projection_dim, dim=2)
-        return forward, backward.flip(1), tuple(value.detach().float() for value in state)
+        return forward, backward.flip(1), (state[0].detach().float(), state[1].detach().float())
 
     def forward(
         self,
@@ -125,7 +125,7 @@ class BiLmWithSoftmax(nn.Module):
             hidden = F.dropout(hidden, self.dropout, self.training).flatten(0, 1)
             labels = targets[direction].flatten()
             weight, bias = self.softmax.weight, self.softmax.bias
-            if negatives is not None:
+            if negatives is not None and tries is not None:
                 loss = sampled_softmax_loss(hidden, weight, bias, labels, negatives[direction], tries[direction])
             else:
                 reduction = "mean" if self.training else "sum"
@@ -176,6 +176,7 @@ class BiLmPretraining(BaseTask):
     Reference: Peters et al. 2018, section 3.4; bilm-tf.
     """
 
+    model: BiLmWithSoftmax
     unit = "words"  # a sentence's end is one
 
     def __init__(
@@ -244,7 +245,7 @@ class BiLmPretraining(BaseTask):
             places = self.corpus.sentence_starts(start + found * unroll)
             # A document that begins within a window: the next one begins with it.
             last = start + (windows - 1) * unroll
-            edges = np.searchsorted(documents, (start, min(last, total), max(last - total, 0)))
+            edges = np.searchsorted(documents, np.array([start, min(last, total), max(last - total, 0)]))
             ahead = np.concatenate([documents[edges[0] : edges[1]], documents[: edges[2]] + total]) - start
             _, first = np.unique(ahead // (unroll * _WINDOWS_OF_A_DOCUMENT), return_index=True)
             ahead = ahead[first]
@@ -284,7 +285,8 @@ class BiLmPretraining(BaseTask):
     def loss(self, model: nn.Module, batch: BiLmBatch) -> tuple[Tensor, dict[str, Tensor]]:
         state = self._state
         if state is not None:
-            state = tuple(value.masked_fill(batch.is_new[:, None], 0.0) for value in state)
+            is_new = batch.is_new[:, None]
+            state = (state[0].masked_fill(is_new, 0.0), state[1].masked_fill(is_new, 0.0))
         losses, self._state = model(batch.words, batch.inputs, batch.targets, state, batch.negatives, batch.tries)
         mean = losses.mean()
         return mean * self._scale, {"loss": mean, "loss_forward": losses[0], "loss_backward": losses[1]}
@@ -296,9 +298,10 @@ class BiLmPretraining(BaseTask):
         ``perplexity``, means over both directions, are those of the start that is worse, so that a model is the best
         one only if it is good from both.
         """
-        if self.held_out is None:
+        text = self.held_out
+        if text is None:
             return {}
-        losses = {"warm": self._warm_losses(model), "zero": self._zero_losses(model)}
+        losses = {"warm": self._warm_losses(model, text), "zero": self._zero_losses(model, text)}
         means = {start: sum(values) / 2 for start, values in losses.items()}
         worse = max(means.values())
         figures = {"loss": worse, "perplexity": _perplexity(worse)}
@@ -308,23 +311,23 @@ class BiLmPretraining(BaseTask):
                 figures[f"perplexity_{start}_{direction}"] = _perplexity(value)
         return figures
 
-    def _warm_losses(self, model: nn.Module) -> list[float]:
+    def _warm_losses(self, model: nn.Module, text: BiLmCorpus) -> list[float]:
         """Mean losses of both directions over the held-out text, read in lanes that carry their state."""
-        text, steps = self.held_out, _EVALUATION_STEPS
+        steps = _EVALUATION_STEPS
         lanes = max(1, min(self.batch_size, text.positions // steps))
         edges = [lane * text.positions // lanes for lane in range(lanes + 1)]
         totals, state = None, None
         # The window before a lane's first word warms it up.
         for start in range(-steps, max(end - begin for begin, end in zip(edges, edges[1:])), steps):
             ends = edges[:-1] if start < 0 else edges[1:]
-            losses, state = self._judge(model, [edge + start for edge in edges[:-1]], steps, ends, state)
+            losses, state = self._judge(model, text, [edge + start for edge in edges[:-1]], steps, ends, state)
             if start >= 0:
                 totals = losses.double() if totals is None else totals + losses
+        assert totals is not None  # no text is without words
         return (totals / text.positions).tolist()
 
-    def _zero_losses(self, model: nn.Module) -> list[float]:
+    def _zero_losses(self, model: nn.Module, text: BiLmCorpus) -> list[float]:
         """Mean losses of both directions over the held-out text, every sentence read from zeros."""
-        text = self.held_out
         lengths = np.diff(text.starts)
         order = np.argsort(lengths, kind="stable")
         totals, first = None, 0
@@ -336,17 +339,24 @@ class BiLmPretraining(BaseTask):
             rows, state = order[first:last], None
             for start in range(0, int(lengths[order[last - 1]]), _EVALUATION_PREDICTIONS):
                 steps = min(_EVALUATION_PREDICTIONS, int(lengths[order[last - 1]]) - start)
-                losses, state = self._judge(model, text.starts[rows] + start, steps, text.starts[rows + 1], state)
+                losses, state = self._judge(model, text, text.starts[rows] + start, steps, text.starts[rows + 1], state)
                 totals = losses.double() if totals is None else totals + losses
             first = last
+        assert totals is not None  # no text is without words
         return (totals / text.positions).tolist()
 
     def _judge(
-        self, model: nn.Module, starts: Sequence[int], steps: int, ends: Sequence[int], state: Any
+        self,
+        model: nn.Module,
+        text: BiLmCorpus,
+        starts: Iterable[int],
+        steps: int,
+        ends: Iterable[int],
+        state: tuple[Tensor, Tensor] | None,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Summed losses (2,) of a window of the held-out text, and the state after it."""
-        window = self.held_out.window([int(start) for start in starts], steps, [int(end) for end in ends])
-        words, inputs, targets = moved(self._tensors(self.held_out, window), self.model.softmax.weight.device)
+        window = text.window([int(start) for start in starts], steps, [int(end) for end in ends])
+        words, inputs, targets = moved(self._tensors(text, window), self.model.softmax.weight.device)
         return model(words, inputs, targets, state)
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:

@@ -41,6 +41,7 @@ class SpanSource(Protocol):
 
     def spans(self, text: str) -> list[Span]:
         """Spans in any order; they may overlap, the longer one counts."""
+        ...
 
 
 class Gazetteer:

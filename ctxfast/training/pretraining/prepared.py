@@ -61,7 +61,7 @@ def save_array(path: Path, values: np.ndarray) -> None:
     with open(path, "wb") as file:
         header = {"descr": values.dtype.str, "fortran_order": False, "shape": values.shape}
         np.lib.format.write_array_header_1_0(file, header)
-        file.write(memoryview(np.ascontiguousarray(values).reshape(-1)).cast("B"))
+        file.write(np.ascontiguousarray(values).reshape(-1).data.cast("B"))
 
 
 @contextmanager

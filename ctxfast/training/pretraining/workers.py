@@ -36,6 +36,7 @@ def spread(work: Callable[[Any], Any], tasks: Iterable[Any], workers: int) -> It
     context = multiprocessing.get_context("spawn")
     payload = pickle.dumps(work)
     running: dict[Connection, Any] = {}
+    ours: Any  # a connection
     try:
         for task in itertools.chain(first, tasks):
             if len(running) < workers:

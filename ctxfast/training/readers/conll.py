@@ -34,6 +34,18 @@ class Sentence:
     line: int
     lines: tuple[int, ...] | None = None
 
+    @property
+    def gold(self) -> list[str]:
+        """The tags of a sentence that has them: all have where the reader was to find tags."""
+        assert self.tags is not None
+        return self.tags
+
+    @property
+    def marks(self) -> list[bool]:
+        """The predicate of a sentence that has one."""
+        assert self.predicate is not None
+        return self.predicate
+
     def line_of(self, word: int) -> int:
         """The line of a word, by its number."""
         return self.line + word if self.lines is None else self.lines[word]

@@ -34,6 +34,12 @@ class Example:
     label: str | None
     line: int
 
+    @property
+    def gold(self) -> str:
+        """The label of an example that has one: all have where the reader was to find labels."""
+        assert self.label is not None
+        return self.label
+
 
 @dataclass(frozen=True)
 class TableFormat:
@@ -211,7 +217,9 @@ def _columns(
     path: Any, line: int, table: TableFormat, names: list[str], has_header: bool, is_pair: bool, needs_label: bool
 ) -> tuple[Any, Any, Any]:
     """Where text, pair and label stand: numbers, or keys of a JSON object; None for what there is not."""
-    roles = [("text", table.text, _FIRST_NAMES if is_pair else _TEXT_NAMES, 0)]
+    roles: list[tuple[str, Column | None, tuple[str, ...], int]] = [
+        ("text", table.text, _FIRST_NAMES if is_pair else _TEXT_NAMES, 0)
+    ]
     if is_pair:
         roles.append(("pair", table.pair, _SECOND_NAMES, 1))
     roles.append(("label", table.label, _LABEL_NAMES, len(names) - 1))
@@ -261,4 +269,5 @@ def _example(path: Any, line: int, row: Any, wanted: tuple[Any, Any, Any]) -> Ex
     label = None if label is None else label.strip()
     if wanted[2] is not None and not label:
         raise fail(path, f"line {line}", "the label is empty")
+    assert text is not None  # its column is always there
     return Example(text, pair, label, line)

@@ -110,7 +110,7 @@ def windows(sizes: Sequence[int], room: int) -> list[Window]:
     """
     if sum(sizes) <= room:
         return [Window(0, len(sizes), 0, len(sizes))]
-    spans = []
+    spans: list[tuple[int, int]] = []
     start = 0
     while True:
         end, total = start, 0

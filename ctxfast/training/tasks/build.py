@@ -142,6 +142,7 @@ def _head(task: str, num_layers: int, dim: int, labels: Sequence[str], choice: C
 
 
 def _over_features(task: str, embedder: Embedder, labels: Sequence[str], choice: Choice) -> Predictor:
+    assert choice.features is not None
     frozen = FrozenLayers(embedder, choice.features)
     head, options = _head(task, frozen.num_layers, frozen.dim, labels, choice)
     return BUILDERS[task].over_features(head.to(embedder.device), frozen, labels, choice, options)
@@ -196,7 +197,8 @@ def load(
             choice = Choice(**options, predicate="type" if marks else "none", **head)
             _check_head_size(weights, choice)
             predictor = build(settings["task"], directory / "encoder", labels, choice, device=device)
-            _load_head(predictor.model.head if form == "elmo" else predictor.model, weights)
+            model = predictor.model
+            _load_head(model.head if isinstance(model, OverElmo) else model, weights)
     predictor.model.eval()
     return predictor
 

@@ -39,7 +39,7 @@ class Prediction:
 
 def class_names(examples: Sequence[Example]) -> tuple[str, ...]:
     """The labels of training data, sorted."""
-    return tuple(sorted({example.label for example in examples}))
+    return tuple(sorted({example.gold for example in examples}))
 
 
 def check_labels(path: str | os.PathLike[str], examples: Sequence[Example], known: Sequence[str]) -> None:
@@ -100,11 +100,11 @@ class _Classifier(Predictor):
         """``accuracy``, ``f1_macro``, ``matthews`` and, for two classes, ``f1``; of numbers ``pearson``, ``spearman``
         and ``mse``."""
         if not self.labels:
-            gold = [float(example.label) for example in examples]
+            gold = [float(example.gold) for example in examples]
             return metrics.regression_scores(gold, [float(one.label) for one in predictions])
         # A label that does not occur in the training data gets a number of its own, which is never predicted.
         numbers = dict(self._numbers)
-        gold = [numbers.setdefault(example.label, len(numbers)) for example in examples]
+        gold = [numbers.setdefault(example.gold, len(numbers)) for example in examples]
         return metrics.class_scores(gold, [numbers[one.label] for one in predictions], len(numbers))
 
     def write_predictions(
@@ -114,7 +114,7 @@ class _Classifier(Predictor):
         lines = []
         for example, one in zip(examples, predictions):
             entry: dict[str, Any] = {"line": example.line}
-            if self.labels:
+            if one.probability is not None:
                 entry |= {"prediction": one.label, "probability": round(one.probability, 6)}
             else:
                 entry["prediction"] = float(one.label)
@@ -142,6 +142,7 @@ class BertClassifier(_Classifier):
     """
 
     form = "bert"
+    model: BertForSequenceClassification
 
     def __init__(
         self,
@@ -188,6 +189,8 @@ class FeatureClassifier(_Classifier):
         head: the options the ``LstmClassifier`` was made with, to make it again.
     """
 
+    model: LstmClassifier | OverElmo
+
     def __init__(
         self,
         model: LstmClassifier | OverElmo,
@@ -200,7 +203,7 @@ class FeatureClassifier(_Classifier):
         super().__init__(labels, is_pair)
         self.model, self.frozen = model, frozen
         self.form = "elmo" if frozen is None else "features"
-        self._words = WordInputs(frozen, model.bilm.config.max_characters if frozen is None else 0)
+        self._words = WordInputs(frozen, model.bilm.config.max_characters if isinstance(model, OverElmo) else 0)
         self.options = {"features": None if frozen is None else frozen.features, "head": head}
 
     def items(self, examples: Sequence[Example]) -> list[_Texts]:

@@ -196,8 +196,8 @@ class WordInputs:
         if self.frozen is None:
             ids = batch_to_ids([item.words for item in items], max_characters=self.max_characters)
             return {"character_ids": ids, "lengths": lengths}
-        vectors = [item.vectors for item in items]
-        if any(own is None for own in vectors):
+        vectors = [item.vectors for item in items if item.vectors is not None]
+        if len(vectors) < len(items):
             vectors = self.frozen([item.words for item in items])
         shape = (len(items), self.frozen.num_layers, int(lengths.max()), self.frozen.dim)
         layers = np.zeros(shape, dtype=np.float32)

@@ -164,7 +164,7 @@ def probe(
     say(f"computing {embedder.num_layers} layers of {sum(len(s.words) for s in (*train, *dev)):,} words")
     layers = _Layers(embedder, train)
     device = embedder.device
-    gold = torch.tensor([numbers[tag] for sentence in train for tag in sentence.tags], device=device)
+    gold = torch.tensor([numbers[tag] for sentence in train for tag in sentence.gold], device=device)
     mean, scale = _standard(layers.values, device)
 
     torch.manual_seed(seed)
@@ -219,7 +219,7 @@ def _standard(values: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]
 
 
 def _score(figure: str, sentences: Sequence[Sentence], tags: list[str]) -> float:
-    gold = [sentence.tags for sentence in sentences]
+    gold = [sentence.gold for sentence in sentences]
     predicted, start = [], 0
     for own in gold:
         predicted.append(tags[start : start + len(own)])
@@ -234,7 +234,7 @@ def _usual_tags(train: Sequence[Sentence], dev: Sequence[Sentence]) -> list[str]
     counts: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     overall: collections.Counter[str] = collections.Counter()
     for sentence in train:
-        for word, tag in zip(sentence.words, sentence.tags):
+        for word, tag in zip(sentence.words, sentence.gold):
             counts[word][tag] += 1
             overall[tag] += 1
     usual = overall.most_common(1)[0][0]

@@ -90,11 +90,15 @@ class _SpanFinder(Predictor):
             (SQuAD 1.1).
     """
 
-    task, main_figure = "span", "f1"
+    task = "span"
 
     def __init__(self, max_answer: int, n_best: int, null_threshold: float | None) -> None:
         self.max_answer, self.n_best, self.null_threshold = max_answer, n_best, null_threshold
         self.options = {"max_answer": max_answer, "n_best": n_best, "null_threshold": null_threshold}
+
+    @property
+    def main_figure(self) -> str:
+        return "f1"
 
     def predict(self, examples: Sequence[Question], items: Sequence[Any] | None = None) -> list[Finding]:
         rows = self.items(examples) if items is None else items
@@ -207,6 +211,7 @@ class BertSpanFinder(_SpanFinder):
     """
 
     form = "bert"
+    model: BertForQuestionAnswering
 
     def __init__(
         self,
@@ -294,6 +299,8 @@ class FeatureSpanFinder(_SpanFinder):
         max_answer, n_best, null_threshold: how answers are chosen; an answer is counted in words.
     """
 
+    model: LstmSpanFinder | OverElmo
+
     def __init__(
         self,
         model: LstmSpanFinder | OverElmo,
@@ -307,7 +314,7 @@ class FeatureSpanFinder(_SpanFinder):
         super().__init__(max_answer, n_best, null_threshold)
         self.model, self.frozen = model, frozen
         self.form = "elmo" if frozen is None else "features"
-        self._words = WordInputs(frozen, model.bilm.config.max_characters if frozen is None else 0)
+        self._words = WordInputs(frozen, model.bilm.config.max_characters if isinstance(model, OverElmo) else 0)
         self.options |= {"features": None if frozen is None else frozen.features, "head": head}
 
     def items(self, examples: Sequence[Question]) -> list[_Asked]:

@@ -32,7 +32,7 @@ def is_bio(tags: Iterable[str]) -> bool:
 
 def tag_names(sentences: Sequence[Sentence]) -> tuple[str, ...]:
     """The tags of training data, sorted; BIO tags have O first, and both B- and I- of every kind."""
-    found = {tag for sentence in sentences for tag in sentence.tags}
+    found = {tag for sentence in sentences for tag in sentence.gold}
     if is_bio(found):
         kinds = sorted({tag[2:] for tag in found if tag != "O"})
         return ("O", *(f"{mark}-{kind}" for kind in kinds for mark in "BI"))
@@ -78,7 +78,7 @@ class _Tagger(Predictor):
     def scores(self, examples: Sequence[Sentence], predictions: Sequence[list[str]]) -> dict[str, float]:
         """``f1``, ``precision``, ``recall`` of entities (and of each kind) with ``accuracy`` of words, or that alone
         where tags are not spans."""
-        gold = [sentence.tags for sentence in examples]
+        gold = [sentence.gold for sentence in examples]
         result = metrics.entity_scores(gold, predictions) if self.is_spans else {}
         return result | {"accuracy": metrics.token_accuracy(gold, predictions)}
 
@@ -115,6 +115,7 @@ class BertTagger(_Tagger):
     """
 
     form = "bert"
+    model: BertForTokenClassification
 
     def __init__(
         self,
@@ -150,7 +151,7 @@ class BertTagger(_Tagger):
         ):
             second: list[int] | None = None
             if self.predicate == "sep":
-                second = [id for own, is_marked in zip(pieces, sentence.predicate) if is_marked for id in own]
+                second = [id for own, is_marked in zip(pieces, sentence.marks) if is_marked for id in own]
                 most = self.max_length // _LONGEST_WORD
                 self._count("predicates", most, [second])
                 second = second[:most]
@@ -179,7 +180,7 @@ class BertTagger(_Tagger):
                 if sentence.tags is not None:
                     # A tag that does not occur in the training data cannot be learned; it counts as wrong in scores.
                     row.labels[place] = self._numbers.get(sentence.tags[word], IGNORE)
-            if self.predicate == "type" and sentence.predicate[word]:
+            if self.predicate == "type" and sentence.marks[word]:
                 row.types[place : place + len(pieces[word])] = [1] * len(pieces[word])
             place += len(pieces[word])
         row.data = (index, words, places)
@@ -216,6 +217,8 @@ class FeatureTagger(_Tagger):
     Reference: Peters et al. 2018; Devlin et al. 2019, table 7.
     """
 
+    model: LstmTagger | OverElmo
+
     def __init__(
         self,
         model: LstmTagger | OverElmo,
@@ -228,7 +231,7 @@ class FeatureTagger(_Tagger):
         super().__init__(labels, is_spans)
         self.model, self.frozen = model, frozen
         self.form = "elmo" if frozen is None else "features"
-        self._words = WordInputs(frozen, model.bilm.config.max_characters if frozen is None else 0)
+        self._words = WordInputs(frozen, model.bilm.config.max_characters if isinstance(model, OverElmo) else 0)
         features = None if frozen is None else frozen.features
         self.options = {"features": features, "head": head, "is_spans": is_spans}
 
@@ -245,7 +248,7 @@ class FeatureTagger(_Tagger):
     def collate(self, items: Sequence[WordItem]) -> dict[str, Tensor]:
         batch = self._words.collate(items)
         if self.options["head"].get("marks_predicate"):
-            batch["predicate"] = pad([item.predicate for item in items], 0)
+            batch["predicate"] = pad([item.predicate for item in items if item.predicate is not None], 0)
         if all(item.labels is not None for item in items):
             batch["labels"] = pad([item.labels for item in items], IGNORE)
         return batch
