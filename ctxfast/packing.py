@@ -51,8 +51,8 @@ class Packing:
         """Packing of the tokens where a mask is 1; waits for a GPU once.
 
         Args:
-            attention_mask: (B, L) bool, or integer or floating of 0 and 1. Zeros may be anywhere
-                (left padding, holes) and a row may be all zeros.
+            attention_mask: (B, L) bool, or integer or floating of 0 and 1. Zeros may be anywhere (left padding, holes)
+                and a row may be all zeros.
 
         Raises:
             TypeError: not a tensor, or of a complex dtype.

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Self-attention over packed tokens: one fused projection for query, key and value under three
-parameters' names."""
+"""Self-attention over packed tokens: one fused projection for query, key and value under three parameters' names."""
 
 from __future__ import annotations
 
@@ -21,9 +20,8 @@ _PARTS = ("query", "key", "value")
 class SelfAttention(tools.NotScriptable):
     """Query, key and value projections, then bidirectional attention within each packed sequence.
 
-    The three projections are one parameter pair, ``qkv_weight`` (3N, N) and ``qkv_bias`` (3N,), so
-    that they are one product. A state_dict has them under Hugging Face's names: ``query.weight``,
-    ``query.bias``, ``key.weight``, ...
+    The three projections are one parameter pair, ``qkv_weight`` (3N, N) and ``qkv_bias`` (3N,), so that they are one
+    product. A state_dict has them under Hugging Face's names: ``query.weight``, ``query.bias``, ``key.weight``, ...
 
     Args:
         hidden_size: N, a multiple of ``num_heads``.
@@ -124,8 +122,7 @@ class SelfAttention(tools.NotScriptable):
                 elif tuple(tensor.shape) != expected:
                     wrong = True
                     error_msgs.append(
-                        f"size mismatch for {key}: copying a param with shape "
-                        f"{tuple(tensor.shape)} from checkpoint, "
+                        f"size mismatch for {key}: copying a param with shape {tuple(tensor.shape)} from checkpoint, "
                         f"the shape in current model is {expected}."
                     )
                 elif fused.is_meta and not tensor.is_meta and not is_assigned:
@@ -147,9 +144,8 @@ class SelfAttention(tools.NotScriptable):
                 setattr(self, f"qkv_{kind}", nn.Parameter(joined, requires_grad=fused.requires_grad))
             else:
                 error_msgs.append(
-                    f"{', '.join(given)} cannot be assigned without the rest of query, key and "
-                    f"value: they are kept "
-                    f"as one parameter. Load without assign=True."
+                    f"{', '.join(given)} cannot be assigned without the rest of query, key and value: they are kept "
+                    "as one parameter. Load without assign=True."
                 )
         names = {f"{prefix}{part}.{kind}" for part in _PARTS for kind in ("weight", "bias")}
         if strict:

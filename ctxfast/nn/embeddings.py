@@ -14,8 +14,8 @@ from .layer_norm import LayerNorm
 def roberta_position_ids(input_ids: Tensor, padding_idx: int) -> Tensor:
     """(B, L) ids -> (B, L) positions as RoBERTa numbers them.
 
-    Tokens other than ``padding_idx`` count from ``padding_idx + 1`` in each row, whatever the
-    attention mask says; ``padding_idx`` itself has the position ``padding_idx``.
+    Tokens other than ``padding_idx`` count from ``padding_idx + 1`` in each row, whatever the attention mask says;
+    ``padding_idx`` itself has the position ``padding_idx``.
 
     Reference: fairseq's make_positions, as kept by Hugging Face.
     """
@@ -27,8 +27,8 @@ class Embeddings(tools.NotScriptable):
     """``dropout(LayerNorm(word + token type + position [+ task type]))`` of packed tokens.
 
     Args:
-        vocab_size, hidden_size, max_position_embeddings, type_vocab_size: sizes of the tables.
-            No token types, and no table of them, with a ``type_vocab_size`` of 0 (DistilBERT).
+        vocab_size, hidden_size, max_position_embeddings, type_vocab_size: sizes of the tables. No token types, and no
+            table of them, with a ``type_vocab_size`` of 0 (DistilBERT).
         task_type_vocab_size: rows of ERNIE's task table; None for no such table.
         padding_idx: word id whose row gets no gradient, as in torch.nn.Embedding; None for none.
         position_padding_idx: the same for the position table (RoBERTa); None for none.

@@ -12,8 +12,7 @@ from .layer_norm import AddLayerNorm
 
 
 class Intermediate(tools.NotScriptable):
-    """``activation(x W^T + b)``: the widening half. Parameters: ``dense.weight``,
-    ``dense.bias``."""
+    """``activation(x W^T + b)``: the widening half. Parameters: ``dense.weight``, ``dense.bias``."""
 
     def __init__(
         self,
@@ -41,11 +40,9 @@ class Intermediate(tools.NotScriptable):
 
 
 class ProjectAddLayerNorm(tools.NotScriptable):
-    """``LayerNorm(residual + dropout(x W^T + b))``: the end of the attention and of the
-    feed-forward block.
+    """``LayerNorm(residual + dropout(x W^T + b))``: the end of the attention and of the feed-forward block.
 
-    The bias is added inside the LayerNorm's op. Parameters: ``dense.{weight,bias}``,
-    ``LayerNorm.{weight,bias}``.
+    The bias is added inside the LayerNorm's op. Parameters: ``dense.{weight,bias}``, ``LayerNorm.{weight,bias}``.
     """
 
     def __init__(
@@ -83,8 +80,7 @@ class FeedForward(tools.NotScriptable):
     Args:
         hidden_size: N.
         intermediate_size: width between the two products, 4N in BERT.
-        activation: an activation of ``ctxfast.feed_forward``: "gelu" (exact), "gelu_tanh", "relu",
-            "tanh", "none".
+        activation: an activation of ``ctxfast.feed_forward``: "gelu" (exact), "gelu_tanh", "relu", "tanh", "none".
         eps: of the LayerNorm.
         dropout: probability of dropping an element before the residual in training.
         impl: implementation of ``feed_forward``; None chooses.

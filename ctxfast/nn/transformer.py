@@ -46,8 +46,7 @@ class AttentionBlock(tools.NotScriptable):
 
 
 class TransformerLayer(tools.NotScriptable):
-    """A layer of BERT's encoder: attention block, then feed-forward block, each ended by residual
-    and LayerNorm.
+    """A layer of BERT's encoder: attention block, then feed-forward block, each ended by residual and LayerNorm.
 
     Args:
         hidden_size: N.
@@ -96,8 +95,8 @@ class TransformerLayer(tools.NotScriptable):
 
     @tools.fx_leaf
     def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, rows: AllRows | None = None) -> Tensor:
-        """x (T, N) packed tokens, cu_seqlens (S + 1,) int32, max_seqlen (the longest sequence, or
-        more) -> (T, N). With ``rows``, x holds every row of a padded batch."""
+        """x (T, N) packed tokens, cu_seqlens (S + 1,) int32, max_seqlen (the longest sequence, or more) -> (T, N). With
+        ``rows``, x holds every row of a padded batch."""
         weights = None if watched.is_all_watched() else self.weights()
         if weights is not None:
             return encoder.run([weights], x, cu_seqlens, max_seqlen, rows=rows)[0]

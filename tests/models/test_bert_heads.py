@@ -323,8 +323,7 @@ def test_missing_heads_start_at_random_with_a_warning(tmp_path: Path) -> None:
         model = heads.BertForTokenClassification.from_pretrained(tmp_path, num_labels=["O", "B", "I"])
     assert len(caught) == 1
     assert str(caught[0].message) == (
-        f"ctxfast.BertForTokenClassification: {tmp_path} has no classifier.weight, "
-        f"classifier.bias. "
+        f"ctxfast.BertForTokenClassification: {tmp_path} has no classifier.weight, classifier.bias. "
         "They start at random: train them before use."
     )
     assert model.classifier.weight.shape == (3, 48) and model.config.id2label[2] == "I"
@@ -446,8 +445,7 @@ ERRORS: dict[str, tuple[str, Callable[[torch.nn.Module], object], type[Exception
         "BertForQuestionAnswering",
         lambda m: m(_X, start_positions=_C),
         ValueError,
-        "ctxfast.BertForQuestionAnswering: end_positions is None; expected both start_positions "
-        "and "
+        "ctxfast.BertForQuestionAnswering: end_positions is None; expected both start_positions and "
         "end_positions, or neither.",
     ),
     "ids": (

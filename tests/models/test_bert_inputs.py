@@ -98,8 +98,7 @@ ERRORS: dict[str, tuple[Callable[[Bert], object], type[Exception], str]] = {
         lambda m: m(_IDS, torch.full((2, 4), float("nan"))),
         ValueError,
         "ctxfast.Packing: attention_mask holds other values than 0 and 1; expected 1 for a token, "
-        "0 for padding. "
-        "An additive mask becomes one with: mask == 0.",
+        "0 for padding. An additive mask becomes one with: mask == 0.",
     ),
     "mask-device": (
         lambda m: m(_IDS, _META),
@@ -110,8 +109,7 @@ ERRORS: dict[str, tuple[Callable[[Bert], object], type[Exception], str]] = {
         lambda m: m(_IDS, torch.full((2, 4), -1e4)),
         ValueError,
         "ctxfast.Packing: attention_mask holds other values than 0 and 1; expected 1 for a token, "
-        "0 for padding. "
-        "An additive mask becomes one with: mask == 0.",
+        "0 for padding. An additive mask becomes one with: mask == 0.",
     ),
     "types-shape": (
         lambda m: m(_IDS, None, _IDS[:1]),

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The encoder against Hugging Face's (eager attention, float32) and against stored real-model
-values."""
+"""The encoder against Hugging Face's (eager attention, float32) and against stored real-model values."""
 
 from __future__ import annotations
 
@@ -115,8 +114,7 @@ def test_ernie_task_types() -> None:
 
 
 def _gradients(model: torch.nn.Module) -> dict[str, Tensor]:
-    """Gradients under the names of the state_dict: fused parameters are split as their values
-    are."""
+    """Gradients under the names of the state_dict: fused parameters are split as their values are."""
     double = copy.deepcopy(model)
     with torch.no_grad():
         for target, source in zip(double.parameters(), model.parameters()):

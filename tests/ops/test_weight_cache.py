@@ -66,7 +66,7 @@ def _lstm(**options) -> nn.Module:
 
 
 def _lstm_backward() -> nn.Module:
-    """Packed for the way back: the gradient of the input."""
+    """Packed for the backward: the gradient of the input."""
     module, x = _lstm().requires_grad_(False), torch.randn(2, 5, 11, requires_grad=True)
 
     def run() -> Tensor:

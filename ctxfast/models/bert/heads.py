@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """BERT with a head: masked words, next sentence, text and token classes, answer spans.
 
-Heads and losses see packed rows only: nothing is computed at padding, and a label at padding does
-not count. With ``padding="keep"`` (see ``Bert``) all rows count as tokens, and logits and losses are
-Hugging Face's. Names of parameters and state_dict are those of Hugging Face's BertFor... classes.
+Heads and losses see packed rows only: nothing is computed at padding, and a label at padding does not count. With
+``padding="keep"`` (see ``Bert``) all rows count as tokens, and logits and losses are Hugging Face's. Names of
+parameters and state_dict are those of Hugging Face's BertFor... classes.
 """
 
 from __future__ import annotations
@@ -162,8 +162,8 @@ class BertForMaskedLM(_MaskedLM):
         """As ``Bert.forward``, and:
 
         Args:
-            labels: (B, L) int64 or int32 word ids, -100 where there is no label. The loss is the
-                mean over labelled tokens, 0 without any; only their rows go through the head.
+            labels: (B, L) int64 or int32 word ids, -100 where there is no label. The loss is the mean over labelled
+                tokens, 0 without any; only their rows go through the head.
             labelled: (M,) int64, which tokens have a label, counted over the texts' tokens without padding (rows of
                 ``encoder.packed_last_hidden_state``). Found in ``labels`` if None, for which the host waits for a GPU.
             return_logits: whether to compute (B, L, V) logits, zeros at padding; None: only without labels.
@@ -388,8 +388,8 @@ class BertForQuestionAnswering(BertWithHead):
         """As ``Bert.forward``, and:
 
         Args:
-            start_positions, end_positions: (B,) int64 columns, both or neither. Negative ones mean
-                column 0; those past the end or at padding are ignored by the loss.
+            start_positions, end_positions: (B,) int64 columns, both or neither. Negative ones mean column 0; those past
+                the end or at padding are ignored by the loss.
 
         Returns:
             A ``SpanOutput``; the loss is the mean of both cross entropies.
@@ -397,9 +397,8 @@ class BertForQuestionAnswering(BertWithHead):
         if (start_positions is None) != (end_positions is None):
             missing = "start_positions" if start_positions is None else "end_positions"
             raise ValueError(
-                f"ctxfast.BertForQuestionAnswering: {missing} is None; expected both "
-                f"start_positions and "
-                f"end_positions, or neither."
+                f"ctxfast.BertForQuestionAnswering: {missing} is None; expected both start_positions and "
+                "end_positions, or neither."
             )
         inputs = (input_ids, attention_mask, token_type_ids, position_ids, task_type_ids)
         encoded = self._encode(

@@ -36,8 +36,8 @@ class BertOutput(NamedTuple):
     """What ``Bert`` returns. B texts, L columns, T real tokens, N hidden size, K layers.
 
     Attributes:
-        last_hidden_state: (B, L, N), zeros at padding (``padding="keep"``: Hugging Face's values);
-            None with ``return_packed``.
+        last_hidden_state: (B, L, N), zeros at padding (``padding="keep"``: Hugging Face's values); None with
+            ``return_packed``.
         pooler_output: (B, N), zeros for a text without tokens; None without a pooler.
         hidden_states: K + 1 of (B, L, N), the embeddings first; None unless asked for, or with ``return_packed``.
         packing: where each packed row stands in the batch; with ``padding="keep"`` every row counts
@@ -72,6 +72,7 @@ class Encoder(nn.Module):
             for _ in range(config.num_hidden_layers)
         )
         if not config.family.drops_projection:
+            layer: Any
             for layer in self.layer:
                 layer.attention.output.LayerNorm.dropout = 0.0
         self.gradient_checkpointing = False
@@ -273,8 +274,8 @@ class Bert(Pretrained):
                 tokens there are is read from it: on a GPU the host waits once, until all that it was given before is
                 done, and never for ``lengths`` or without a mask.
             token_type_ids: (B, L); None for 0. A model without token types (DistilBERT) does not read them.
-            position_ids: (B, L) or (1, L); None for the column (RoBERTa: count of non-padding ids,
-                from ``pad_token_id + 1``).
+            position_ids: (B, L) or (1, L); None for the column (RoBERTa: count of non-padding ids, from
+                ``pad_token_id + 1``).
             task_type_ids: (B, L), ERNIE's; None for 0.
             output_hidden_states: also return the embeddings and every layer.
             return_packed: leave results packed: ``last_hidden_state`` and ``hidden_states`` are None.
@@ -401,9 +402,8 @@ class Bert(Pretrained):
         batch_size, seqlen = input_ids.shape
         if seqlen > config.max_length and position_ids is None:
             raise ValueError(
-                f"ctxfast.Bert: input_ids has {seqlen} columns; expected at most "
-                f"{config.max_length}, the positions of this model. Truncate the text or split it "
-                f"into windows."
+                f"ctxfast.Bert: input_ids has {seqlen} columns; expected at most {config.max_length}, the positions of "
+                "this model. Truncate the text or split it into windows."
             )
         if task_type_ids is not None and not config.use_task_id:
             raise ValueError(

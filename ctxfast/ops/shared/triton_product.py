@@ -2,8 +2,8 @@
 """A product with bias and activation on a GPU, and one in Triton whose epilogue does both for GELU, without gradients.
 
 The latter spares the pass that reads and writes (M, N) after cuBLAS's product; cuBLASLt has epilogues for ReLU and the
-tanh form of GELU alone. Which GPUs and sizes it is faster on than the two together, ``FASTER`` says: none yet, because
-no GPU has run it.
+tanh form of GELU alone. Which GPUs and sizes it is faster on than the two together, ``FASTER`` says: none is
+entered before a GPU has measured both.
 
 Two blocks of 8 warps share an SM (128 registers a thread, 96 KB of tiles each): the tensor cores work on one's products
 while the other applies its activation, which takes as many instructions as half the products take cycles. A single
