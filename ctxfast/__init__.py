@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -34,25 +35,14 @@ if TYPE_CHECKING:  # what is loaded on first use below
 
     __version__: str
 
+# An op is a folder.
+_ROOM = os.path.join(os.path.dirname(__file__), "ops")
+_OPS = [name for name in sorted(os.listdir(_ROOM)) if os.path.isfile(os.path.join(_ROOM, name, "__init__.py"))]
+_OPS.remove("shared")
 # Loaded on first use: `import ctxfast`, and with it `ctxfast --help`, needs neither torch nor numpy. The first use of
 # any of it loads all ops.
 _LAZY = {
-    **dict.fromkeys(
-        (
-            "add_layer_norm",
-            "attention",
-            "char_cnn",
-            "embed_layer_norm",
-            "explain",
-            "feed_forward",
-            "linear_act",
-            "linear_cross_entropy",
-            "lstm",
-            "scalar_mix",
-            "transformer_layers",
-        ),
-        "ctxfast.functional",
-    ),
+    **dict.fromkeys((*_OPS, "explain"), "ctxfast.functional"),
     "forget_packed": "ctxfast.ops.shared.weight_cache",
     "show_config": "ctxfast._core.report",
     "use_impl": "ctxfast._core.choice",
