@@ -222,8 +222,7 @@ int64_t lstm_backward_packed_bytes(const LstmShape& shape) {
 
 Status lstm_pack_backward(const LstmPackParams& p) {
   const int64_t H = p.shape.hidden, P = p.shape.proj_size;
-  CTXFAST_RETURN_IF_ERROR(
-      check_dtype(kOp, "weight_dtype", p.shape.weight_dtype, {DType::kFloat32, DType::kBFloat16}));
+  CTXFAST_RETURN_IF_ERROR(check_dtype(kOp, "weight_dtype", p.shape.weight_dtype, {DType::kFloat32, DType::kBFloat16}));
   CTXFAST_RETURN_IF_ERROR(check_pack(p, lstm_backward_packed_bytes(p.shape)));
   advise_huge_pages(p.packed, lstm_backward_packed_bytes(p.shape));
   const PackCall hh = {p.weight_hh,

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ctxfast.training.loop import optimizers
+from ctxfast.training.loop.config import LoopConfig
 from ctxfast.training.loop.optimizers import BertAdam, Lamb, parameter_groups, share_of_rate
+from ctxfast.training.loop.train import make_optimizer
 
 
 def _model() -> nn.Module:
@@ -31,6 +33,19 @@ def _run(optimizer: torch.optim.Optimizer, model: nn.Module, gradients: list[lis
             parameter.grad = gradient.clone()
         optimizer.step()
     return [parameter.detach() for parameter in model.parameters()]
+
+
+def test_adagrad_on_a_cpu_is_one_pass_and_the_same_formula() -> None:
+    model = _model()
+    other, gradients = copy.deepcopy(model), _gradients(model, 5)
+    config = LoopConfig(steps=5, optimizer="adagrad", learning_rate=0.1, weight_decay=0.01, initial_accumulator=0.5)
+    made = make_optimizer(config, [{"params": list(model.parameters())}], torch.device("cpu"))
+    assert made.defaults["fused"]
+    plain = torch.optim.Adagrad(
+        other.parameters(), lr=0.1, weight_decay=0.01, initial_accumulator_value=0.5, foreach=False
+    )
+    for found, wanted in zip(_run(made, model, gradients), _run(plain, other, gradients)):
+        torch.testing.assert_close(found, wanted)
 
 
 @pytest.mark.parametrize("kind", ["bert", "lamb"])

@@ -117,7 +117,11 @@ def make_optimizer(config: LoopConfig, groups: list[dict[str, Any]], device: tor
     if config.eps is not None:
         common["eps"] = config.eps
     if config.optimizer == "adagrad":
-        return torch.optim.Adagrad(groups, initial_accumulator_value=config.initial_accumulator, **common)
+        # One pass over parameter, gradient and sum; torch has it for whole parameters on a CPU.
+        parameters = [value for group in groups for value in group["params"]]
+        is_fused = device.type == "cpu" and not any(hasattr(value, "device_mesh") for value in parameters)
+        more: dict[str, Any] = {"initial_accumulator_value": config.initial_accumulator, "fused": is_fused or None}
+        return torch.optim.Adagrad(groups, **more, **common)
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, betas=config.betas, fused=True, **common)
     return {"bert_adam": BertAdam, "lamb": Lamb}[config.optimizer](groups, betas=config.betas, **common)

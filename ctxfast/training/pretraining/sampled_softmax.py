@@ -138,14 +138,14 @@ class _SampledSoftmax(torch.autograd.Function):
         shape, weight_dtype, bias_dtype, dtype = ctx.facts
         scale = grad / of_true.shape[0]
         of_weight = torch.zeros(shape, dtype=torch.float32, device=of_hidden.device)
-        of_weight.index_add_(0, negatives, of_sampled)
-        of_weight.index_add_(0, targets, of_own.float())
+        # Few rows have a gradient: they are scaled before they are put in place.
+        of_weight.index_add_(0, negatives, of_sampled * scale)
+        of_weight.index_add_(0, targets, of_own.float() * scale)
         of_bias = torch.zeros(shape[0], dtype=torch.float32, device=of_hidden.device)
-        of_bias.index_add_(0, negatives, of_shift)
-        of_bias.index_add_(0, targets, of_true)
+        of_bias.index_add_(0, negatives, of_shift * scale)
+        of_bias.index_add_(0, targets, of_true * scale)
         return (
-            (of_hidden * scale).to(dtype), of_weight.mul_(scale).to(weight_dtype), of_bias.mul_(scale).to(bias_dtype),
-            None, None, None, None,
+            (of_hidden * scale).to(dtype), of_weight.to(weight_dtype), of_bias.to(bias_dtype), None, None, None, None,
         )  # fmt: skip
 
 
