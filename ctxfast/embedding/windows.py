@@ -56,8 +56,8 @@ def cut(encoding: Encoding, before: int, after: int, limit: int, overlap: int) -
         rows[before + start : before + end][is_best] = (place + before + tokens - start)[is_best]
         place += before + (end - start) + after
     rows[len(rows) - after :] = np.arange(place - after, place)
-    ids, types = encoding.ids, encoding.type_ids
-    return Windows([_piece(ids, types, before, after, *ends_of) for ends_of in zip(starts, ends)], rows)
+    ids, types, parts = encoding.ids, encoding.type_ids, zip(starts.tolist(), ends.tolist())
+    return Windows([_piece(ids, types, before, after, *part) for part in parts], rows)
 
 
 def _piece(ids: list[int], types: list[int], before: int, after: int, start: int, end: int) -> TokenIds:
