@@ -11,7 +11,7 @@ import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 PACKED_SUFFIXES = (".gz", ".xz")
 # What decompression raises where a file is not an archive, is truncated, or holds wrong bytes.
@@ -43,11 +43,12 @@ def open_binary(path: Path) -> BinaryIO:
 
 def position(file: BinaryIO) -> int:
     """How many bytes of the file on the disk have been read, by what ``open_binary`` gave."""
-    if isinstance(file, gzip.GzipFile):
-        return file.fileobj.tell()
-    if isinstance(file.raw, _Xz):
-        return file.raw.position
-    return file.tell()
+    opened: Any = file  # more than a BinaryIO shows
+    if isinstance(opened, gzip.GzipFile):
+        opened = opened.fileobj
+    elif isinstance(opened.raw, _Xz):
+        return opened.raw.position
+    return opened.tell()
 
 
 class _Xz(io.RawIOBase):

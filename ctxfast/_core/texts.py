@@ -20,7 +20,8 @@ def as_list(texts: Iterable[Any], who: str) -> list[Any]:
         what = "one string" if isinstance(texts, str) else "bytes"
         raise TypeError(f"{who}: texts is {what}; expected a list of texts. Put it in brackets.")
     if hasattr(texts, "columns") or isinstance(texts, Mapping):
-        columns = list(texts if isinstance(texts, Mapping) else texts.columns)
+        table: Any = texts
+        columns = list(table if isinstance(table, Mapping) else table.columns)
         way = (
             ", such as texts[{!r}]; it has {}".format(columns[0], ", ".join(map(repr, columns[:8]))) if columns else ""
         )

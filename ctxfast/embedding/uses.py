@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -77,7 +78,7 @@ def embed_uses(embedder: Embedder, uses: Sequence[Use], progress: Callable[[int]
         progress: called with the number of uses that are done.
     """
     vectors = np.empty((len(uses), embedder.num_layers, embedder.dim), np.float32)
-    pieces = {"word_pieces": "mean"} if embedder.kind == "bert" else {}
+    pieces: dict[str, Any] = {"word_pieces": "mean"} if embedder.kind == "bert" else {}
     for start in range(0, len(uses), _BATCH):
         part = uses[start : start + _BATCH]
         found = embedder([list(use.words) for use in part], layers="all", **pieces)
