@@ -50,6 +50,10 @@ class _Timed(FineTune):
         self.held_out = (self.held_out[0] + wall, self.held_out[1] + cpu)
         return figures
 
+    def size(self, batch: dict[str, Any]) -> int:
+        mask = batch.get("attention_mask")  # Transformers' side has it in place of lengths
+        return super().size(batch) if mask is None else int(mask.sum())
+
     def save(self, directory: Path) -> None:
         return
 

@@ -148,6 +148,7 @@ def test_providers_pass_their_gate(case):
     assert {f"ctxfast {impl.name}" for impl in registry.OPS[case.op].all_impls} <= set(statuses(found))
 
 
+@pytest.mark.slow
 def test_providers_that_do_not_run_keep_their_row():
     def missing(case, args):
         raise NotInstalled("not installed (pip install fastlib)")

@@ -245,6 +245,7 @@ def test_old_setuptools_are_told_apart(tmp_path) -> None:
         "sys.modules['setuptools.command'] = types.ModuleType('c')\n"
         "sys.modules['setuptools.command'].__path__ = []\n"
         "sys.modules['setuptools.command.build_ext'] = types.SimpleNamespace(build_ext=object)\n"
+        "sys.modules['setuptools.command.build_py'] = types.SimpleNamespace(build_py=object)\n"
     )
     done = subprocess.run(
         (sys.executable, "setup.py", "build_ext", "--inplace"),

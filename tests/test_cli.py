@@ -124,7 +124,7 @@ def test_options_of_the_model_arrive(source, tmp_path, monkeypatch):
     words = "--options-file o --weight-file w --state carry --device cpu --dtype bfloat16".split()
     assert run("embed", source, "-o", tmp_path / "o.npz", *words) == 130
     wanted = dict(model=None, device="cpu", dtype="bfloat16", state="carry", options_file="o", weight_file="w")
-    assert got == {**wanted, "download": False}
+    assert got == {**wanted, "download": False, "split": None}
 
 
 def test_elmo_as_allennlp_had_it(tmp_path, shared_data):
@@ -372,6 +372,7 @@ def test_kill_9_and_go_on(tiny_bert, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.txt", "out.hdf5", "whole.hdf5"]
 
 
+@pytest.mark.slow
 def test_ctrl_c_and_stdin(tiny_bert, tmp_path):
     target, work = tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial"
     words = ("embed", "-", "-m", tiny_bert, "-o", target, "--window", "64", "--level", "sentence")

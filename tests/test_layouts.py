@@ -32,7 +32,7 @@ from ctxfast._core import torch_ops
 SEED = 5
 SENTINEL = 777.0
 # The cases a hazard is tried on: sizes that leave remainders, and the empty ones.
-CASES_PER_OP = 6
+CASES_PER_OP, QUICK_CASES = 6, 3
 
 
 def _parameters() -> list:
@@ -46,7 +46,8 @@ def _parameters() -> list:
                 continue
             chosen += 1
             name = f"{spec.name}-{implementation.name}-{case.id}"
-            rows.append(pytest.param(spec, implementation, case, id=name, marks=marks))
+            slow = [pytest.mark.slow] if chosen > QUICK_CASES else []
+            rows.append(pytest.param(spec, implementation, case, id=name, marks=[*marks, *slow]))
     return rows
 
 

@@ -197,9 +197,8 @@ def test_training_in_half_precision_with_dropout_learns_and_repeats(device: str,
 
 
 @every_device
-@pytest.mark.parametrize(
-    "backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
-)  # inductor also compiles what stands between the ops
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])  # inductor also compiles what stands between the ops
 def test_a_compiled_model(device: str, backend: str) -> None:
     """One graph without a mask, forward and backward, by sizes that vary."""
     torch.manual_seed(0)

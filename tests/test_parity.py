@@ -39,11 +39,13 @@ def _parameters() -> list:
     rows = []
     for spec, implementation in combinations():
         marks = [pytest.mark.gpu] if device_of(implementation) == "cuda" else []
-        for case in cases_of(spec, implementation):
+        for number, case in enumerate(cases_of(spec, implementation)):
+            # Triton's interpreter takes most of the time of all rows together.
+            slow = [pytest.mark.slow] if implementation.name == "triton" and number % 3 else []
             for dtype in case.dtypes:
                 if _accepted(spec, implementation, dtype, case):
                     name = f"{spec.name}-{implementation.name}-{str(dtype).removeprefix('torch.')}-{case.id}"
-                    rows.append(pytest.param(spec, implementation, dtype, case, id=name, marks=marks))
+                    rows.append(pytest.param(spec, implementation, dtype, case, id=name, marks=[*marks, *slow]))
     return rows
 
 

@@ -100,6 +100,7 @@ def add(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prepare the text, train, write the model."""
+    loop_options.check_output(args, _WHO, "text", "held_out", "config", "gazetteer", "spans", "vocab", "init_from")
     loop_options.check_directory(args, _WHO)
     if not args.prepare_only:
         from ..models.bert.modeling import Bert
@@ -275,7 +276,6 @@ def _check(args: argparse.Namespace) -> None:
     who = f"ctxfast.{_WHO}"
     loop_options.check_files(args, _WHO, "text", "held_out", "config", "gazetteer", "spans")
     loop_options.check_model(args.init_from, _WHO, "--init-from")
-    loop_options.check_output(args, _WHO, "text", "held_out", "config", "gazetteer", "spans", "vocab", "init_from")
     if not 0 < args.mask_rate <= 1:
         raise ValueError(f"{who}: --mask-rate is {args.mask_rate}; expected above 0, at most 1.")
     if not 0 < args.shard_mb < math.inf:

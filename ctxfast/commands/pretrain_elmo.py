@@ -69,10 +69,10 @@ def add(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prepare the text, train, write the model."""
+    loop_options.check_output(args, _WHO, "text", "held_out", "options", "vocab", "init_from")
     loop_options.check_directory(args, _WHO)
     loop_options.check(args, _WHO)
     loop_options.check_files(args, _WHO, "text", "held_out", "options", "vocab")
-    loop_options.check_output(args, _WHO, "text", "held_out", "options", "vocab", "init_from")
     _check(args)
     from ..training.loop.checkpoints import check_settings
     from ..training.loop.parallel import join

@@ -85,12 +85,13 @@ class Embeddings(tools.NotScriptable):
         Raises:
             RuntimeError: an embedding was replaced by another module, whose ``forward`` would be ignored.
         """
-        words, types = self.word_embeddings.weight, self.token_type_embeddings
-        if token_type_ids is None or types is None:
-            token_type_ids = torch.zeros_like(input_ids)
         for name in ("word_embeddings", "position_embeddings", "token_type_embeddings", "task_type_embeddings"):
             if getattr(self, name) is not None:
                 tools.readable(self, name, getattr(self, name), nn.Embedding)
+        # Read after the loop above, which computes weights that are computed before each call.
+        words, types = self.word_embeddings.weight, self.token_type_embeddings
+        if token_type_ids is None or types is None:
+            token_type_ids = torch.zeros_like(input_ids)
         task_table = self.task_type_embeddings
         if task_table is not None and task_type_ids is None:
             task_type_ids = torch.zeros_like(input_ids)

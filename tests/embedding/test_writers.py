@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -279,7 +280,7 @@ def test_wrong_formats(name, format, message):
 
 
 def test_parquet_without_pyarrow(monkeypatch):
-    monkeypatch.setattr(writers.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(RuntimeError, match=r"pip install 'ctxfast\[parquet\]'"):
         writers.format_of(Path("a.parquet"))
 

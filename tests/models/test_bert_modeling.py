@@ -371,6 +371,7 @@ def test_compiles_in_one_graph_without_a_mask() -> None:
     assert model.encoder.layer[0].attention.self.qkv_weight.grad is not None
 
 
+@pytest.mark.slow
 def test_compiles_with_masks_that_change() -> None:
     model, ids = _bert(), _ids(3, 6)
     ragged = torch.tensor([[1] * 6, [1] * 3 + [0] * 3, [1] * 6])

@@ -208,6 +208,7 @@ def test_word_ids_without_a_cached_vocabulary_are_not_used(files: tuple[Path, Pa
     assert torch.equal(found["elmo_representations"][0], elmo(ids)["elmo_representations"][0])
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("state", [*(pytest.param(s, marks=pytest.mark.slow) for s in ("zero", "steady")), "carry"])
 def test_compiles_into_one_graph(files: tuple[Path, Path], state: str) -> None:

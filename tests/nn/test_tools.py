@@ -445,6 +445,7 @@ def test_a_trace_keeps_no_state() -> None:
         torch.jit.trace(First(elmo), (ids(2, 3, 50),))
 
 
+@pytest.mark.slow
 def test_many_modules_compile_in_one_process() -> None:
     """torch.compile counts how often it compiled a piece of code: modules do not share one."""
     torch._dynamo.reset()

@@ -119,6 +119,7 @@ def test_grid_holds_every_block() -> None:
         assert grid.has_table or grid.programs == -(-max(lengths) // size) * len(lengths)
 
 
+@pytest.mark.slow
 def test_layers_of_a_pass_share_a_table(monkeypatch) -> None:
     """It is made by the first and lives no longer than the pass: the next one may find other lengths in its place."""
     calls = []
@@ -258,7 +259,11 @@ def test_float32_takes_tensor_cores_only_when_allowed(monkeypatch) -> None:
 # dropout
 
 
-@pytest.mark.parametrize("lengths", [[13, 9], [29, 2], [60, 7], [110, 90], [140]], ids=lambda value: str(max(value)))
+@pytest.mark.parametrize(
+    "lengths",
+    [[13, 9], [60, 7], *(pytest.param(each, marks=pytest.mark.slow) for each in ([29, 2], [110, 90], [140]))],
+    ids=lambda value: str(max(value)),
+)
 def test_dropout_mask_and_gradients(lengths) -> None:
     attention_masks.check_gradients(lengths, "triton", DEVICE)
 
@@ -320,6 +325,7 @@ def test_explain_says_which_heads_are_filled_up(D, filled) -> None:
     assert row[2].endswith(words) if filled else "filled up" not in row[2]
 
 
+@pytest.mark.slow
 def test_first_call_may_be_compiled() -> None:
     """Triton is imported on first use, and that use may be torch.compile's trace."""
     code = (

@@ -178,6 +178,7 @@ def _in_another_process(stream: io.BytesIO) -> None:
     subprocess.run([sys.executable, "-c", script], input=stream.getvalue(), check=True)
 
 
+@pytest.mark.slow
 def test_a_swapped_class_is_made_once() -> None:
     """Two towers, models swapped one after another and in several threads, all share one class and can be pickled."""
     first, second = tiny_model("Bert"), tiny_model("Bert")

@@ -115,6 +115,7 @@ def test_marks_in_a_text_are_text(tokenizer, tmp_path) -> None:
     assert tokenizer.tokenize("a [SEP] b")[1] == "[SEP]", "the tokenizer is as before"
 
 
+@pytest.mark.slow
 def test_shards_are_made_once_and_go_on(text, tokenizer, tmp_path) -> None:
     how = recipe(shard_bytes=1500)
     said: list[str] = []

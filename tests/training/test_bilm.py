@@ -388,6 +388,7 @@ def test_bf16(grammar, tmp_path) -> None:
     assert half.figures["loss"] == pytest.approx(full.figures["loss"], rel=0.02)
 
 
+@pytest.mark.slow
 def test_command_killed_and_resumed(grammar, tmp_path, capsys) -> None:
     (tmp_path / "options.json").write_text(json.dumps(SIZES))
     arguments = [grammar, "--held-out", grammar, "--options", tmp_path / "options.json", "--negatives", 6]

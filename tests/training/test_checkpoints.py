@@ -29,7 +29,7 @@ def content(folder: Path) -> dict[str, object]:
     return {"names": sorted(found), "steps": [line["step"] for line in log], "models": str(models)}
 
 
-@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("overwrite", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_run_killed_at_every_step(tmp_path, monkeypatch, overwrite) -> None:
     monkeypatch.setattr(os, "fsync", lambda handle: None)
     run(tmp_path / "whole")

@@ -85,7 +85,7 @@ def test_it_learns(files, tmp_path, task, model, options, figure, least) -> None
     "options",
     [
         ["--max-length", 32, "--doc-stride", 8, "--max-query", 8, "--lr", 3e-3],
-        ["--features", "mix", "--lstm-hidden", 16, "--lr", 1e-2],
+        pytest.param(["--features", "mix", "--lstm-hidden", 16, "--lr", 1e-2], marks=pytest.mark.slow),
     ],
     ids=["bert", "features"],
 )
@@ -166,6 +166,7 @@ def test_a_tagger_of_hugging_face_marks_predicates_as_told(files, tmp_path) -> N
         assert set(scores(tmp_path / how, "test")) >= {"f1", "accuracy"}
 
 
+@pytest.mark.slow
 def test_predicate_marked_tagging(files, tmp_path) -> None:
     """The tag of a word is whether it stands before or after the predicate, which only the mark tells."""
     lines = []

@@ -173,7 +173,7 @@ class Signalled(Line):
         return super().loss(model, batch)
 
 
-@pytest.mark.parametrize("kind", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("kind", ["SIGINT", pytest.param("SIGTERM", marks=pytest.mark.slow)])
 def test_a_signal_ends_a_run_with_a_checkpoint(tmp_path, kind: str) -> None:
     options = {"steps": 20, "learning_rate": 0.05, "log_every": 5, "save_every": 100, "parallel": "no"}
     train(Line(), LoopConfig(**options), tmp_path / "whole")
@@ -451,7 +451,8 @@ def test_batches() -> None:
         Batches(0, 1)
 
 
-@pytest.mark.parametrize("kind", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_two_processes_do_what_one_does(tmp_path, kind: str) -> None:
     """Two processes with half the batch each, killed and resumed, against one with all."""
     done = subprocess.run(

@@ -8,9 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 HERE = Path(__file__).parent
 
 
+@pytest.mark.slow
 def test_a_late_thread_of_gloo_takes_no_process_down(tmp_path: Path) -> None:
     """Whether the processes leave their group or stop by themselves, the status is their own."""
     done = subprocess.run(

@@ -102,11 +102,10 @@ def run(task: TaskCommand, args: argparse.Namespace) -> int:
     who = f"finetune {task.name}"
     is_done = args.predict_only or args.evaluate_only
     if not is_done:
+        loop_options.check_output(args, who, "model", "train", "dev", "test")
         loop_options.check_directory(args, who)
     loop_options.check_files(args, who, "train", "dev", "test")
     loop_options.check_model(args.model, who, download=args.download)
-    if not is_done:
-        loop_options.check_output(args, who, "model", "train", "dev", "test")
     if is_done and (args.test is None or args.train is not None or args.dev is not None):
         raise ValueError(
             f"ctxfast.{who}: --predict-only and --evaluate-only take --test alone; expected it and no other data."
