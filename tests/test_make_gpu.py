@@ -150,7 +150,8 @@ def test_a_worker_without_a_device_is_replaced_and_its_test_named(tmp_path) -> N
     pytest.importorskip("xdist")
     (tmp_path / "conftest.py").write_text(
         f"""
-import importlib.util, torch
+import importlib.util, sys, torch
+sys.path.insert(0, {str(ROOT / "tests")!r})
 spec = importlib.util.spec_from_file_location("house", {str(ROOT / "tests" / "conftest.py")!r})
 house = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(house)
