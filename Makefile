@@ -39,13 +39,13 @@ demo: build      ## real text to ELMo and BERT embeddings, with parity and speed
 
 test: build      ## every kind of test this machine can run, about 6 minutes on two idle cores
 	@echo "make test: CPU kernels in C++, the Python tests that are not slow, every row of the benchmarks once."
-	@echo "About 6 minutes on two idle cores, longer on busy ones. make test-all runs the rest too, about 14 minutes."
+	@echo "About 6 minutes on two idle cores, longer on busy ones. make test-all runs the rest too, about 25 minutes."
 	MAX_JOBS=$(JOBS) $(PY) csrc/build.py test --cpu
 	$(PYTEST) tests -m "not slow" $(PYTEST_ARGS)
 	$(PYTEST) benchmarks --dist load --benchmark-disable $(PYTEST_ARGS)
 
-test-all: build  ## every test this machine can run, about 14 minutes on two idle cores; what CI calls
-	@echo "make test-all: everything, about 14 minutes on two idle cores. make test leaves out what is slow."
+test-all: build  ## every test this machine can run, about 25 minutes on two idle cores; what CI calls
+	@echo "make test-all: everything, about 25 minutes on two idle cores. make test leaves out what is slow."
 	$(MAKE) csrc-test
 	$(PYTEST) tests $(PYTEST_ARGS)
 	$(PYTEST) benchmarks --dist load --benchmark-disable $(PYTEST_ARGS)
