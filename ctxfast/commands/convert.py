@@ -17,7 +17,6 @@ _DTYPES = ("float32", "float16", "bfloat16")
 _SENTENCE_PARTS = ("modules.json", "sentence_*_config.json", "config_sentence_transformers.json", "[0-9]*_*")
 _ELMO_SUFFIXES = (".hdf5", ".h5", ".th", ".pt")
 # Beside a biLM that `ctxfast pretrain elmo` made: its output layer and the words of it.
-_PACKED = "weights.safetensors"
 _OF_TRAINING = ("softmax.safetensors", "vocabulary.txt")
 _HELP = """\
 Convert a model. What SRC is decides what DST gets; DST is a folder that appears when it is whole.
@@ -85,19 +84,22 @@ def _elmo_source(args: argparse.Namespace, source: Path) -> Path | None:
         raise FileNotFoundError(f"{_WHO}: --options-file {args.options_file} does not exist; expected options.json.")
     if source.suffix in _ELMO_SUFFIXES:
         return source
+    from ..models.elmo.files import OPTIONS, PACKED_WEIGHTS
+
     if args.options_file is not None:
-        if source.suffix != ".safetensors" and not any(source.glob("*.h*5")) and not (source / _PACKED).is_file():
+        is_packed = source.suffix == ".safetensors" or (source / PACKED_WEIGHTS).is_file()
+        if not is_packed and not any(source.glob("*.h*5")):
             raise ValueError(
                 f"{_WHO}: --options-file is given, but SRC {source} is not an ELMo model; expected it for those."
             )
         return source
-    if source.name == _PACKED and source.with_name("options.json").is_file():
+    if source.name == PACKED_WEIGHTS and source.with_name(OPTIONS).is_file():
         return source
     check_model(args.source, "convert", "SRC", download=args.download)
     from ..models.bert.weights import resolve_model
 
     found = source if source.is_dir() else resolve_model(args.source)
-    return found if (found / "options.json").is_file() else None
+    return found if (found / OPTIONS).is_file() else None
 
 
 def _bert(args: argparse.Namespace, folder: Path) -> str:
@@ -142,7 +144,7 @@ def _elmo(source: Path, folder: Path, options_file: str | None, dtype: str | Non
     from ..models.bert.sources import load_pickle
     from ..models.elmo.bilm import ElmoBiLm
     from ..models.elmo.config import ElmoConfig
-    from ..models.elmo.files import OPTIONS, STEADY_STATE, find_elmo_files
+    from ..models.elmo.files import OPTIONS, PACKED_WEIGHTS, STEADY_STATE, find_elmo_files
     from ..models.elmo.weights import load_weights, save_weights, weights_from_state_dict
 
     if not source.exists():
@@ -163,7 +165,7 @@ def _elmo(source: Path, folder: Path, options_file: str | None, dtype: str | Non
     else:
         config, state = load_weights(weights, config)
         left = 0
-    target = folder / ("weights.hdf5" if dtype is None else _PACKED)
+    target = folder / ("weights.hdf5" if dtype is None else PACKED_WEIGHTS)
     save_weights(state, config, folder / OPTIONS, target, dtype=getattr(torch, dtype or "float32"))
     what = f"elmo, {sum(value.numel() for value in state.values()):,} parameters"
     steady = place / STEADY_STATE

@@ -103,6 +103,19 @@ def check_files(args: argparse.Namespace, who: str, *names: str) -> None:
             raise FileNotFoundError(f"ctxfast.{who}: {_shown(name)} {file} {found}; expected a file.")
 
 
+def check_new_files(args: argparse.Namespace, who: str, *names: str) -> None:
+    """Refuse what cannot be a file to write.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    for name in names:
+        file = getattr(args, name)
+        if file is not None and (file == "-" or Path(file).is_dir()):
+            found = "is '-'" if file == "-" else f"{file} is a directory"
+            raise ValueError(f"ctxfast.{who}: {_shown(name)} {found}; expected the name of a file.")
+
+
 def check_output(args: argparse.Namespace, who: str, *names: str) -> None:
     """Refuse a directory that is, or holds, what these arguments name: a run replaces what an earlier one left there.
 

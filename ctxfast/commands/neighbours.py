@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .loop_options import DOWNLOAD, check_files, check_model
+from .loop_options import DOWNLOAD, check_files, check_model, check_new_files
 from .progress import say
 
 _WHO = "ctxfast.neighbours"
@@ -54,11 +54,7 @@ def run(args: argparse.Namespace) -> int:
     for name in ("top", "most"):
         if getattr(args, name) < 1:
             raise ValueError(f"{_WHO}: --{name} is {getattr(args, name)}; expected 1 or more.")
-    for name in ("output", "plot"):
-        file = getattr(args, name)
-        if file is not None and (file == "-" or Path(file).is_dir()):
-            found = "is '-'" if file == "-" else f"{file} is a directory"
-            raise ValueError(f"{_WHO}: --{name} {found}; expected the name of a file.")
+    check_new_files(args, "neighbours", "output", "plot")
     from .._core.files import check_apart
     from .._core.pictures import check_picture
     from ..embedding import uses

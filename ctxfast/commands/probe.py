@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .loop_options import DOWNLOAD, check_files, check_model
+from .loop_options import DOWNLOAD, check_files, check_model, check_new_files
 from .progress import say
 
 _WHO = "ctxfast.probe"
@@ -58,11 +58,7 @@ def run(args: argparse.Namespace) -> int:
     """Probe and print."""
     check_files(args, "probe", "train", "dev")
     check_model(args.model, "probe", download=args.download)
-    for name in ("output", "plot"):
-        file = getattr(args, name)
-        if file is not None and (file == "-" or Path(file).is_dir()):
-            found = "is '-'" if file == "-" else f"{file} is a directory"
-            raise ValueError(f"{_WHO}: --{name} {found}; expected the name of a file.")
+    check_new_files(args, "probe", "output", "plot")
     for name in ("epochs", "batch_size", "sentences"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"{_WHO}: {name} is {getattr(args, name)}; expected 1 or more.")
