@@ -105,7 +105,7 @@ def main() -> None:
     ctxfast("pretrain", "elmo", *(texts / f"{name}.txt" for name, times in MIX.items() for _ in range(times)),
             "--tokenize", "--held-out", texts / "held_out.txt", "--options", args.output / "options.json",
             "--vocab-size", args.vocab_size, "--negatives", args.negatives, "--batch-size", 64, "--steps", args.steps,
-            "--eval-every", max(1, args.steps // 20), "--log-every", 100, "--amp", args.amp, "-o", run)  # fmt: skip
+            "--eval-every", max(1, args.steps // 20), "--log-every", 100, "--amp", args.amp, "--schedule", "linear", "-o", run)  # fmt: skip
     ctxfast("convert", run / "best", model, "--dtype", "float16", "--overwrite")
     figures = {
         "words_read": args.steps * 64 * 20,
