@@ -21,20 +21,38 @@ def _case(
     slack: int = 0,
     scale: float | None = None,
     spread: float = 1.0,
+    reach: int | None = None,
+    window: int | None = None,
+    rotated: int | None = None,
+    kv_heads: int | None = None,
     dtypes: tuple[torch.dtype, ...] = HALF_AND_FLOAT,
 ) -> Case:
     def make(device: str, dtype: torch.dtype, seed: int) -> dict[str, Any]:
         sample = Sampler(device, dtype, seed)
+        heads = (3, H) if kv_heads is None else (H + 2 * kv_heads,)
+        longest = max(lengths, default=0) + slack
         offsets = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
         return dict(
-            qkv=sample.normal(sum(lengths), 3, H, D, spread=spread),
+            qkv=sample.normal(sum(lengths), *heads, D, spread=spread),
             cu_seqlens=sample.integers_given(offsets, torch.int32),
-            max_seqlen=max(lengths, default=0) + slack,
-            bias=sample.normal(3, H, D, spread=0.3) if bias else None,
+            max_seqlen=longest,
+            bias=sample.normal(*heads, D, spread=0.3) if bias else None,
             softmax_scale=scale,
+            relative_bias=None if reach is None else Sampler(device, torch.float32, seed).normal(H, 2 * reach - 1),
+            window=window,
+            rotary=None if rotated is None else _angles(longest + 3, rotated).to(device),
+            num_kv_heads=kv_heads,
         )
 
-    return Case(name, make, ("qkv", "bias") if bias else ("qkv",), dtypes)
+    grads = ["qkv"] + ["bias"] * bias + ["relative_bias"] * (reach is not None)
+    return Case(name, make, tuple(grads), dtypes)
+
+
+def _angles(positions: int, rotated: int) -> torch.Tensor:
+    """(positions, 2, rotated/2): cosines and sines of angles in geometric steps."""
+    steps = 100.0 ** -(torch.arange(rotated // 2) / max(rotated // 2, 1))
+    angles = torch.arange(positions)[:, None] * steps
+    return torch.stack((angles.cos(), angles.sin()), dim=1)
 
 
 CASES = (
@@ -64,5 +82,21 @@ CASES = (
     _case("head-of-one", (5, 2, 18), H=3, D=1, bias=True),
     _case("head-of-80", (50, 3), H=2, D=80, bias=True),
     _case("head-of-256", (9, 20), H=1, D=256, bias=True),
+    _case("relative-bias", (5, 0, 1, 12), H=2, D=8, bias=True, reach=16),
+    _case("relative-bias-clamped", (70, 3, 33), H=3, D=32, reach=9, scale=-0.3),
+    _case("relative-bias-of-three", (6, 40), H=2, D=16, bias=True, reach=2),
+    _case("relative-bias-long", (300, 18), H=1, D=64, reach=300),
+    _case("window", (5, 2), H=2, D=4, bias=True, window=1),
+    _case("window-of-zero", (9, 130), H=1, D=16, window=0),
+    _case("window-across-tiles", (200, 65, 1, 0, 97), H=2, D=32, bias=True, window=30),
+    _case("window-beyond-all", (20, 7), H=2, D=32, window=64),
+    _case("window-long", (512, 3), H=1, D=64, window=64),
+    _case("rotary", (7, 0, 1, 20), H=2, D=32, bias=True, rotated=32),
+    _case("rotary-partial", (33, 5), H=2, D=20, rotated=6),
+    _case("rotary-half-of-40", (65, 48), H=1, D=80, bias=True, rotated=40),
+    _case("grouped-queries", (3, 9), H=4, D=4, bias=True, kv_heads=2),
+    _case("one-key-for-all", (40, 1, 0, 129), H=3, D=32, kv_heads=1),
+    _case("all-at-once", (100, 0, 33, 70), H=4, D=32, bias=True, reach=20, window=40, rotated=24, kv_heads=2, slack=4),
+    _case("tiny-all-at-once", (3, 0, 2), H=2, D=4, bias=True, reach=2, window=1, rotated=2, kv_heads=1),
     _case("many-short", tuple((i * 7) % 11 + 1 for i in range(60)), H=2, D=32),
 )

@@ -120,8 +120,10 @@ class _Attention(torch.autograd.Function):
         max_seqlen, scale, dropout_p = ctx.numbers
         if torch_ops.needs_definition(grad):
             mask = _mask(qkv, cu_seqlens, max_seqlen, dropout_p, seeds)
-            grads = definition.gradients(grad, qkv, bias, cu_seqlens, ctx.numbers, mask, ctx.needs_input_grad)
-            return *grads, None, None, None, None, None
+            constants = definition.Constants(*ctx.numbers)
+            wanted = (*ctx.needs_input_grad[:2], False)
+            grads = definition.gradients(grad, (qkv, bias, None), cu_seqlens, None, constants, mask, wanted)
+            return *grads[:2], None, None, None, None, None
         grad_qkv = _bwd(grad, qkv, cu_seqlens, max_seqlen, bias, scale, dropout_p, seeds)
         grad_bias = grad_qkv.sum(0) if ctx.needs_input_grad[1] else None
         return grad_qkv if ctx.needs_input_grad[0] else None, grad_bias, None, None, None, None, None
@@ -129,7 +131,9 @@ class _Attention(torch.autograd.Function):
 
 def supports(args: Mapping[str, Any]) -> str | None:
     """None, or why the padding-free CPU attention cannot run this call."""
-    qkv = args["qkv"]
+    qkv, objection = args["qkv"], definition.why_plain(args)
+    if objection is not None:
+        return objection
     if qkv.device.type != "cpu":
         return f"it runs on the CPU and qkv is on {qkv.device}."
     if qkv.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -140,7 +144,16 @@ def supports(args: Mapping[str, Any]) -> str | None:
 
 
 def attention(
-    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, bias: Tensor | None, softmax_scale: float | None, dropout_p: float
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    bias: Tensor | None,
+    softmax_scale: float | None,
+    dropout_p: float,
+    relative_bias: Tensor | None = None,
+    window: int | None = None,
+    rotary: Tensor | None = None,
+    num_kv_heads: int | None = None,
 ) -> Tensor:
     """See ``ctxfast.functional.attention``."""
     scale, seeds = definition.scale(qkv, softmax_scale), philox.draw_seeds(qkv, dropout_p)

@@ -5,7 +5,8 @@ is itself differentiated."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -14,22 +15,43 @@ from ..._core import registry, torch_ops
 
 def scale(qkv: Tensor, softmax_scale: float | None) -> float:
     """The factor on scores, as asked for or 1/sqrt(D)."""
-    return 1.0 / math.sqrt(qkv.shape[3]) if softmax_scale is None else softmax_scale
+    return 1.0 / math.sqrt(qkv.shape[-1]) if softmax_scale is None else softmax_scale
+
+
+_BY_PLACE = ("relative_bias", "window", "rotary", "num_kv_heads")
+
+
+def why_plain(args: Mapping[str, Any]) -> str | None:
+    """None, or why an implementation of plain attention alone cannot run a call."""
+    found = [name for name in _BY_PLACE if args[name] is not None]
+    return f"it has no {' and no '.join(found)}." if found else None
+
+
+class Constants(NamedTuple):
+    """What a call computes with that has no gradient, but where sequences lie and the places' angles."""
+
+    max_seqlen: int
+    scale: float
+    dropout_p: float
+    window: int | None = None
+    num_kv_heads: int | None = None
 
 
 def gradients(
     grad: Tensor,
-    qkv: Tensor,
-    bias: Tensor | None,
+    inputs: Sequence[Tensor | None],
     cu_seqlens: Tensor,
-    numbers: tuple[int, float, float],
+    rotary: Tensor | None,
+    constants: Constants,
     mask: Tensor | None,
     wanted: Sequence[bool],
 ) -> list[Tensor | None]:
-    """Of ``qkv`` and ``bias``. ``numbers``: max_seqlen, softmax_scale, dropout_p; ``mask``: dropout's factors."""
-    max_seqlen, factor, dropout_p = numbers
+    """Of the ``inputs`` qkv, bias and relative_bias. ``mask``: dropout's factors."""
 
-    def attend(qkv: Tensor, bias: Tensor | None) -> Tensor:
-        return registry.OPS["attention"].reference(qkv, cu_seqlens, max_seqlen, bias, factor, dropout_p, mask)
+    def attend(qkv: Tensor, bias: Tensor | None, relative_bias: Tensor | None) -> Tensor:
+        max_seqlen, factor, dropout_p, window, num_kv_heads = constants
+        return registry.OPS["attention"].reference(
+            qkv, cu_seqlens, max_seqlen, bias, factor, dropout_p, relative_bias, window, rotary, num_kv_heads, mask
+        )
 
-    return torch_ops.definition_gradients(attend, (qkv, bias), wanted, (grad,))
+    return torch_ops.definition_gradients(attend, inputs, wanted, (grad,))

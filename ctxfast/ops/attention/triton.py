@@ -196,7 +196,9 @@ class _Attention(torch.autograd.Function):
         max_seqlen, _, dropout_p = ctx.numbers
         if torch_ops.needs_definition(grad):
             mask = _mask(qkv, cu_seqlens, max_seqlen, dropout_p, seeds)
-            grads = definition.gradients(grad, qkv, None, cu_seqlens, ctx.numbers, mask, (True, False))
+            constants = definition.Constants(*ctx.numbers)
+            wanted = (True, False, False)
+            grads = definition.gradients(grad, (qkv, None, None), cu_seqlens, None, constants, mask, wanted)
             return grads[0], None, None, None, None, None
         return _bwd(grad, qkv, cu_seqlens, *ctx.numbers, seeds, out, lse), None, None, None, None, None
 
@@ -226,7 +228,7 @@ def _by_sdpa(qkv: Tensor, max_seqlen: int, scale: float) -> Tensor:
 def supports(args: Mapping[str, Any]) -> str | None:
     """None, or why the Triton kernels cannot run this call."""
     qkv = args["qkv"]
-    objection = triton_rows.why_not("qkv", qkv)
+    objection = definition.why_plain(args) or triton_rows.why_not("qkv", qkv)
     if objection is not None:
         return objection
     if qkv.dtype == torch.bfloat16 and qkv.device.type == "cpu":
@@ -238,7 +240,7 @@ def supports(args: Mapping[str, Any]) -> str | None:
 
 def remark(args: Mapping[str, Any]) -> str | None:
     """None, or what heads of this size cost."""
-    head_dim = args["qkv"].shape[3]
+    head_dim = args["qkv"].shape[-1]
     filled = triton_rows.block(head_dim)
     if head_dim == filled:
         return None
@@ -246,7 +248,16 @@ def remark(args: Mapping[str, Any]) -> str | None:
 
 
 def attention(
-    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, bias: Tensor | None, softmax_scale: float | None, dropout_p: float
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    bias: Tensor | None,
+    softmax_scale: float | None,
+    dropout_p: float,
+    relative_bias: Tensor | None = None,
+    window: int | None = None,
+    rotary: Tensor | None = None,
+    num_kv_heads: int | None = None,
 ) -> Tensor:
     """See ``ctxfast.functional.attention``."""
     if bias is not None:

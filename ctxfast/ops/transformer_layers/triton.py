@@ -330,7 +330,7 @@ def supports(args: Mapping[str, Any]) -> str | None:
     if compute_dtype is not None and any(each is not None and each.dtype not in triton_rows.DTYPES for each in weights):
         return "it takes float32, float16 and bfloat16, and a weight is float64."
     rows = x.new_empty((0, 3, args["num_heads"], x.shape[1] // args["num_heads"]), dtype=compute_dtype)
-    return _attention.supports(dict(qkv=rows))
+    return _attention.supports(registry.OPS["attention"].arguments(rows, args["cu_seqlens"], args["max_seqlen"]))
 
 
 def transformer_layers(
