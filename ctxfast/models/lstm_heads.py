@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Heads over the layers of an encoder that is not BERT with a head: a mix of layers, a bidirectional LSTM, classes.
+"""Heads over vectors of words, of an encoder's layers or of the words by themselves: a bidirectional LSTM, classes.
 
 As the papers' feature-based models: ELMo's task models, and BERT's feature-based tagger (Devlin et al. 2019, 5.3).
 
@@ -8,7 +8,7 @@ Shape letters: B texts, T words, K layers, N size of a layer, C classes, H hidde
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from ..nn import LSTM, ScalarMix
+from ..nn import LSTM
 from ..nn.crf import Crf, bio_rules
 from .elmo.bilm import ElmoBiLm
 from .elmo.character_encoder import remove_sentence_marks
+from .token_vectors import Sources, TokenVectors
 
 _PREDICATE_DIM = 100
 
@@ -31,44 +32,48 @@ class LstmOutput(NamedTuple):
     logits: Tensor
 
 
-class _Reader(nn.Module):
-    """Layers of texts -> (B, T, 2H): mix, dropout, LSTM."""
+class _Reader(TokenVectors):
+    """Words of texts -> (B, T, 2H): their vectors, dropout, LSTM, and the second mix if there is one."""
 
     def __init__(
-        self, num_layers: int, dim: int, hidden_size: int, lstm_layers: int, dropout: float, marks_predicate: bool
+        self, sources: Sources, hidden_size: int, lstm_layers: int, dropout: float, marks_predicate: bool = False
     ) -> None:
-        super().__init__()
-        self.mix = ScalarMix(num_layers) if num_layers > 1 else None
+        super().__init__(sources)
         self.dropout = nn.Dropout(dropout)
         self.predicate = nn.Embedding(2, _PREDICATE_DIM) if marks_predicate else None
         self.lstm = LSTM(
-            dim + (_PREDICATE_DIM if marks_predicate else 0),
+            sources.width + (_PREDICATE_DIM if marks_predicate else 0),
             hidden_size,
             lstm_layers,
             batch_first=True,
             bidirectional=True,
             dropout=dropout if lstm_layers > 1 else 0.0,
         )
+        self.width = 2 * hidden_size + sources.output_width
 
-    def forward(self, layers: Tensor, lengths: Tensor, predicate: Tensor | None = None) -> Tensor:
-        mask = torch.arange(layers.shape[2], device=layers.device) < lengths[:, None]
-        x = layers[:, 0] if self.mix is None else self.mix(layers.unbind(1), mask)
+    def forward(
+        self,
+        layers: Tensor | None,
+        lengths: Tensor,
+        predicate: Tensor | None = None,
+        words: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        x, _ = self.vectors(layers, lengths, words)
         x = self.dropout(x)
         if self.predicate is not None:
             assert predicate is not None
             x = torch.cat((x, self.predicate(predicate.long())), -1)
         # A text without words runs as one of a single (zero) word.
         rows = pack_padded_sequence(x, lengths.clamp(min=1).cpu(), batch_first=True, enforce_sorted=False)
-        output, _ = pad_packed_sequence(self.lstm(rows)[0], batch_first=True, total_length=layers.shape[2])
-        return self.dropout(output)
+        output, _ = pad_packed_sequence(self.lstm(rows)[0], batch_first=True, total_length=x.shape[1])
+        return self.dropout(self.beside(output, layers, lengths))
 
 
 class LstmTagger(nn.Module):
     """A class for every word.
 
     Args:
-        num_layers: K; more than one are mixed by learned weights.
-        dim: N.
+        sources: what words' vectors are made of.
         tags: names of the classes.
         hidden_size, lstm_layers: of the LSTM, in each direction.
         dropout: of its input, between its layers and of its output.
@@ -78,8 +83,7 @@ class LstmTagger(nn.Module):
 
     def __init__(
         self,
-        num_layers: int,
-        dim: int,
+        sources: Sources,
         tags: Sequence[str],
         *,
         hidden_size: int = 256,
@@ -89,17 +93,22 @@ class LstmTagger(nn.Module):
         marks_predicate: bool = False,
     ) -> None:
         super().__init__()
-        self.reader = _Reader(num_layers, dim, hidden_size, lstm_layers, dropout, marks_predicate)
-        self.classifier = nn.Linear(2 * hidden_size, len(tags))
+        self.reader = _Reader(sources, hidden_size, lstm_layers, dropout, marks_predicate)
+        self.classifier = nn.Linear(self.reader.width, len(tags))
         is_bio = all(tag == "O" or tag[:2] in ("B-", "I-") for tag in tags)
         self.crf = Crf(len(tags), bio_rules(tags) if is_bio else None) if crf else None
 
     def forward(
-        self, layers: Tensor, lengths: Tensor, predicate: Tensor | None = None, labels: Tensor | None = None
+        self,
+        layers: Tensor | None,
+        lengths: Tensor,
+        predicate: Tensor | None = None,
+        labels: Tensor | None = None,
+        words: Mapping[str, Tensor] | None = None,
     ) -> LstmOutput:
-        """layers (B, K, T, N), zeros past a text's end; lengths (B,) int64; predicate (B, T) 0 or 1; labels (B, T),
-        -100 past a text's end -> ``LstmOutput``. The loss is averaged over words."""
-        logits = self.classifier(self.reader(layers, lengths, predicate))
+        """layers, lengths and words as ``TokenVectors.vectors``; predicate (B, T) 0 or 1; labels (B, T), -100 past a
+        text's end -> ``LstmOutput``. The loss is averaged over words."""
+        logits = self.classifier(self.reader(layers, lengths, predicate, words))
         if labels is None:
             loss = None
         elif self.crf is not None:
@@ -107,7 +116,7 @@ class LstmTagger(nn.Module):
         else:
             loss = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="sum")
             loss = loss / (labels >= 0).sum().clamp(min=1)
-        return LstmOutput(loss, logits)
+        return LstmOutput(None if loss is None else loss + self.reader.penalty(), logits)
 
     @torch.no_grad()
     def decode(self, logits: Tensor, lengths: Tensor) -> list[list[int]]:
@@ -125,15 +134,14 @@ class LstmClassifier(nn.Module):
     (Conneau et al. 2017), which is given as 2B texts: all the first ones, then all the second ones.
 
     Args:
-        num_layers, dim, hidden_size, lstm_layers, dropout: as ``LstmTagger``.
+        sources, hidden_size, lstm_layers, dropout: as ``LstmTagger``.
         num_classes: C; 1 for a number.
         is_pair: whether texts come in pairs.
     """
 
     def __init__(
         self,
-        num_layers: int,
-        dim: int,
+        sources: Sources,
         num_classes: int,
         *,
         is_pair: bool = False,
@@ -143,15 +151,21 @@ class LstmClassifier(nn.Module):
     ) -> None:
         super().__init__()
         self.is_pair = is_pair
-        self.reader = _Reader(num_layers, dim, hidden_size, lstm_layers, dropout, False)
-        width = 4 * hidden_size * (4 if is_pair else 1)
+        self.reader = _Reader(sources, hidden_size, lstm_layers, dropout)
+        width = 2 * self.reader.width * (4 if is_pair else 1)
         self.dense = nn.Linear(width, 2 * hidden_size)
         self.classifier = nn.Linear(2 * hidden_size, num_classes)
 
-    def forward(self, layers: Tensor, lengths: Tensor, labels: Tensor | None = None) -> LstmOutput:
-        """layers (B, K, T, N) and lengths (B,), B twice the number of pairs; labels (pairs,) int64, or floating for
-        numbers."""
-        x = self.reader(layers, lengths)
+    def forward(
+        self,
+        layers: Tensor | None,
+        lengths: Tensor,
+        labels: Tensor | None = None,
+        words: Mapping[str, Tensor] | None = None,
+    ) -> LstmOutput:
+        """layers, lengths and words as ``TokenVectors.vectors``, of twice as many texts as pairs; labels (pairs,)
+        int64, or floating for numbers."""
+        x = self.reader(layers, lengths, words=words)
         is_real = (torch.arange(x.shape[1], device=x.device) < lengths.clamp(min=1)[:, None])[..., None]
         mean = x.where(is_real, 0.0).sum(1) / lengths.clamp(min=1)[:, None].to(x.dtype)
         text = torch.cat((x.masked_fill(~is_real, torch.finfo(x.dtype).min).amax(1), mean), 1)
@@ -162,8 +176,8 @@ class LstmClassifier(nn.Module):
         if labels is None:
             return LstmOutput(None, logits)
         if labels.is_floating_point():
-            return LstmOutput(F.mse_loss(logits.float()[:, 0], labels), logits)
-        return LstmOutput(F.cross_entropy(logits.float(), labels), logits)
+            return LstmOutput(F.mse_loss(logits.float()[:, 0], labels) + self.reader.penalty(), logits)
+        return LstmOutput(F.cross_entropy(logits.float(), labels) + self.reader.penalty(), logits)
 
 
 class SpanLogits(NamedTuple):
@@ -181,31 +195,32 @@ class LstmSpanFinder(nn.Module):
     A text and its question are given as 2B texts: all texts, then all questions.
 
     Args:
-        num_layers, dim, hidden_size, lstm_layers, dropout: as ``LstmTagger``; the second LSTM has one layer.
+        sources, hidden_size, lstm_layers, dropout: as ``LstmTagger``; the second LSTM has one layer.
 
     Reference: after Seo et al. 2017 (BiDAF), the model of ELMo's SQuAD figures, without its second attention.
     """
 
-    def __init__(
-        self, num_layers: int, dim: int, *, hidden_size: int = 256, lstm_layers: int = 1, dropout: float = 0.3
-    ) -> None:
+    def __init__(self, sources: Sources, *, hidden_size: int = 256, lstm_layers: int = 1, dropout: float = 0.3) -> None:
         super().__init__()
-        self.reader = _Reader(num_layers, dim, hidden_size, lstm_layers, dropout, False)
-        self.similarity = nn.Parameter(torch.ones(2 * hidden_size) / (2 * hidden_size) ** 0.5)
-        self.merge = nn.Linear(6 * hidden_size, 2 * hidden_size)
-        self.second = _Reader(1, 2 * hidden_size, hidden_size, 1, dropout, False)
+        self.reader = _Reader(sources, hidden_size, lstm_layers, dropout)
+        width = self.reader.width
+        self.similarity = nn.Parameter(torch.ones(width) / width**0.5)
+        self.merge = nn.Linear(3 * width, 2 * hidden_size)
+        self.second = _Reader(Sources(1, 2 * hidden_size), hidden_size, 1, dropout)
         self.positions = nn.Linear(2 * hidden_size, 2)
         self.no_answer = nn.Linear(2 * hidden_size, 2)
 
     def forward(
         self,
-        layers: Tensor,
+        layers: Tensor | None,
         lengths: Tensor,
         start_positions: Tensor | None = None,
         end_positions: Tensor | None = None,
+        words: Mapping[str, Tensor] | None = None,
     ) -> SpanLogits:
-        """layers (2B, K, T, N), lengths (2B,); positions (B,) int64: 0 for no answer, else the word's number + 1."""
-        texts, questions = self.reader(layers, lengths).chunk(2)
+        """layers, lengths and words as ``TokenVectors.vectors``, of 2B texts; positions (B,) int64: 0 for no answer,
+        else the word's number + 1."""
+        texts, questions = self.reader(layers, lengths, words=words).chunk(2)
         text_lengths, question_lengths = lengths.chunk(2)
         steps = torch.arange(texts.shape[1], device=texts.device)
         scores = (texts * self.similarity) @ questions.transpose(1, 2)
@@ -222,7 +237,7 @@ class LstmSpanFinder(nn.Module):
             return SpanLogits(None, start, end)
         assert end_positions is not None
         loss = (F.cross_entropy(start, start_positions) + F.cross_entropy(end, end_positions)) / 2
-        return SpanLogits(loss, start, end)
+        return SpanLogits(loss + self.reader.penalty(), start, end)
 
 
 class OverElmo(nn.Module):

@@ -66,12 +66,20 @@ def scores(folder, name="dev"):
             "accuracy",
             0.9,
         ),
+        (
+            "tag",
+            None,
+            ["--words", "chars", "--crf", "--lstm-hidden", 16, "--epochs", 8, "--lr", 1e-2, "--batch-size", 8],
+            "f1",
+            0.9,
+        ),
     ],
-    ids=["tag-bert", "tag-features", "tag-elmo", "classify-bert", "pair-features"],
+    ids=["tag-bert", "tag-features", "tag-elmo", "classify-bert", "pair-features", "tag-characters"],
 )
 def test_it_learns(files, tmp_path, task, model, options, figure, least) -> None:
     run = tmp_path / "run"
-    assert finetune(task, "-m", files / model, *data(files, task), "-o", run, *options) == 0
+    encoder = [] if model is None else ["-m", files / model]
+    assert finetune(task, *encoder, *data(files, task), "-o", run, *options) == 0
     assert scores(run / "best")[figure] >= least
     assert (run / "final" / "ctxfast_task.json").is_file()
     # The finished model does the same again, read from its files.

@@ -14,7 +14,7 @@ from support.tiny_models import labels_of, tiny_bert, tiny_roberta
 
 from ctxfast.models.bert.tokenization import BertTokenizer
 from ctxfast.training.readers.tables import Example
-from ctxfast.training.tasks.build import Choice, build, load
+from ctxfast.training.tasks.build import Choice, build, load, word_table
 from ctxfast.training.tasks.predictor import FineTune
 
 
@@ -25,6 +25,11 @@ from ctxfast.training.tasks.predictor import FineTune
         ("tag", "bert", Choice(features="concat4", crf=True, hidden_size=8)),
         ("tag", "elmo", Choice(features="mix", hidden_size=8)),
         ("tag", "elmo", Choice(crf=True, hidden_size=8)),
+        ("tag", None, Choice(words="chars", crf=True, hidden_size=8)),
+        ("tag", "bert", Choice(features="mix", words="chars,learned", mix_norm=True, mix_l2=0.1, hidden_size=8)),
+        ("classify", None, Choice(words="learned", word_dim=5, hidden_size=8)),
+        ("pair", "bert", Choice(features="sum4", words="chars", hidden_size=8)),
+        ("span", None, Choice(words="chars,learned", hidden_size=8, lstm_layers=1)),
         ("classify", "bert", Choice(max_length=32)),
         ("classify", "elmo", Choice(hidden_size=8)),
         ("pair", "bert", Choice()),
@@ -34,11 +39,13 @@ from ctxfast.training.tasks.predictor import FineTune
         ("span", "bert", Choice(features="mix", hidden_size=8, lstm_layers=1)),
         ("span", "elmo", Choice(hidden_size=8, lstm_layers=1, null_threshold=None)),
     ],
-    ids=lambda value: value if isinstance(value, str) else (value.features or "all"),
+    ids=lambda value: value if isinstance(value, str | None) else (value.features or value.words or "all"),
 )
 def test_a_stored_model_predicts_the_same(task, model, choice, data, request, tmp_path) -> None:
     examples = data[task]
-    predictor = build(task, request.getfixturevalue(model), labels_of(task, examples), choice)
+    encoder = None if model is None else request.getfixturevalue(model)
+    table = word_table(task, examples, choice)
+    predictor = build(task, encoder, labels_of(task, examples), choice, table=table)
     fine_tune = FineTune(predictor, examples, batch_size=5)
     loss, _ = fine_tune.loss(predictor.model, fine_tune.batch(0, 0, 1))
     loss.backward()

@@ -13,6 +13,7 @@ from support.tiny_models import labels_of, tiny_bert, tiny_roberta
 from ctxfast.embedding.embedder import Embedder
 from ctxfast.models.bert.tokenization import BertTokenizer
 from ctxfast.models.lstm_heads import LstmClassifier, LstmSpanFinder, LstmTagger
+from ctxfast.models.token_vectors import Sources
 from ctxfast.nn.crf import Crf, bio_rules
 from ctxfast.training.readers.conll import Sentence
 from ctxfast.training.readers.squad import Answer, Question
@@ -74,8 +75,8 @@ def test_crf_never_breaks_the_rules() -> None:
 
 def test_lstm_heads_do_not_see_padding() -> None:
     torch.manual_seed(0)
-    tagger = LstmTagger(3, 6, ("O", "B-a", "I-a"), hidden_size=4, marks_predicate=True).eval()
-    classifier = LstmClassifier(3, 6, 2, hidden_size=4).eval()
+    tagger = LstmTagger(Sources(3, 6), ("O", "B-a", "I-a"), hidden_size=4, marks_predicate=True).eval()
+    classifier = LstmClassifier(Sources(3, 6), 2, hidden_size=4).eval()
     layers, lengths = torch.randn(2, 3, 5, 6), torch.tensor([5, 3])
     predicate = torch.tensor([[0, 1, 0, 0, 0], [1, 0, 0, 0, 0]])
     alone = tagger(layers[1:, :, :3], lengths[1:], predicate[1:, :3]).logits
@@ -85,7 +86,7 @@ def test_lstm_heads_do_not_see_padding() -> None:
     assert torch.allclose(together[1:, :3], alone, atol=1e-6)
     other = tagger(layers, lengths, 1 - predicate).logits
     assert not torch.allclose(other, together, atol=1e-3)
-    finder = LstmSpanFinder(3, 6, hidden_size=4).eval()
+    finder = LstmSpanFinder(Sources(3, 6), hidden_size=4).eval()
     layers, lengths = torch.randn(4, 3, 5, 6), torch.tensor([5, 3, 2, 4])  # two texts, then their two questions
     both, one = finder(layers, lengths), finder(layers[1::2], lengths[1::2])
     for padded, alone in ((both.start_logits, one.start_logits), (both.end_logits, one.end_logits)):
@@ -395,7 +396,7 @@ def test_regression(bert, tmp_path) -> None:
         ("span", "bert", Choice(max_length=48, max_query=44), "doc_stride is 128"),
         ("span", "bert", Choice(max_length=65), "max_length is 65; expected 4 to 64, the model's limit"),
         ("classify", "bert", Choice(max_length=65), "max_length is 65; expected 4 to 64, the model's limit"),
-        ("tag", "elmo", Choice(max_length=64), "max_length is given with features or ELMo"),
+        ("tag", "elmo", Choice(max_length=64), "max_length is given with features, ELMo or words alone"),
         ("parse", "bert", Choice(), "task is 'parse'"),
     ],
 )

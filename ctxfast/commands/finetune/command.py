@@ -18,16 +18,20 @@ from .task import TaskCommand
 TASKS: tuple[TaskCommand, ...] = (ClassifyCommand(), PairCommand(), TagCommand(), SpanCommand())
 
 _HELP = """\
-Fine-tune a BERT or ELMo model, or train an LSTM over its frozen layers, and predict.
+Fine-tune a BERT or ELMo model, or train an LSTM over its frozen layers or over words alone, and predict.
 
 DIR/final holds the finished model, DIR/best the one with the best figures on --dev (evaluated every epoch); predictions
 for --dev and --test are written beside the model. Killed, the same command goes on. A finished model, one that Hugging
 Face's library trained included, takes --predict-only or --evaluate-only with --test. Learning rate, where none is
-given: 5e-5, or 1e-3 for an LSTM over frozen layers or ELMo. Epochs: 3.
+given: 5e-5, or 1e-3 for an LSTM over frozen layers, ELMo or words. Epochs: 3.
 """
 # What a model is made with, and what reading and deciding depend on also later; by their names in ``Choice``.
 _MADE_WITH = {
     "features": "features",
+    "words": "words",
+    "word_dim": "word_dim",
+    "mix_norm": "mix_norm",
+    "mix_l2": "mix_l2",
     "lstm_hidden": "hidden_size",
     "lstm_layers": "lstm_layers",
     "dropout": "dropout",
@@ -37,6 +41,7 @@ _READ_WITH = ("max_length", "doc_stride", "max_query", "max_answer", "n_best", "
 # What examples are made of, of each task's arguments those that it has.
 _READING = ("text_column", "pair_column", "label_column", "header", "quotes", "format", "regression", "word_column")
 _READING += ("tag_column", "scheme", "predicate_column", "skip_misaligned", "unseen")
+_OF_HEADS = ("lstm_hidden", "lstm_layers", "dropout", "mix_norm", "mix_l2", "vectors")
 _OF_WINDOWS = ("max_length", "doc_stride", "max_query")
 
 
@@ -66,7 +71,7 @@ def add(commands: Any) -> None:
 def _add_common(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     which = "BERT or ELMo folder, Google checkpoint, package, name on the hub; or a finished model"
-    add("-m", "--model", required=True, help=which)
+    add("-m", "--model", help=which)
     add("--download", action="store_true", help=loop_options.DOWNLOAD)
     add("--train", metavar="FILE", help="examples to learn from")
     add("--dev", metavar="FILE", help="examples to choose the best model by")
@@ -90,7 +95,14 @@ def _add_head(parser: argparse.ArgumentParser, task: TaskCommand) -> None:
     add = parser.add_argument
     which = "train an LSTM over frozen layers: last, second-to-last, sum4, concat4, embeddings; mix4, mix (learned)"
     add("--features", metavar="WHICH", help=which)
-    add("--lstm-hidden", type=int, metavar="N", help="with --features or ELMo: size of the LSTM (256)")
+    how = "what the LSTM reads of words besides, or without -m alone: chars (character CNN), learned (word vectors), or"
+    add("--words", metavar="WHICH", help=f"{how} chars,learned")
+    add("--word-dim", type=int, metavar="N", help="size of learned vectors (100)")
+    add("--vectors", metavar="FILE", help="vectors to begin with, GloVe's text format; they stay as they are")
+    add("--train-vectors", action="store_true", help="they are trained, too")
+    add("--mix-norm", action="store_true", help="normalise layers before they are mixed")
+    add("--mix-l2", type=float, metavar="X", help="loss for the squares of the mix's weights (0)")
+    add("--lstm-hidden", type=int, metavar="N", help="with --features, ELMo or --words: size of the LSTM (256)")
     add("--lstm-layers", type=int, metavar="N", help=f"its layers ({task.lstm_layers})")
     add("--dropout", type=float, help="around it (0.3)")
     if task.has_labels:
@@ -102,14 +114,19 @@ def run(task: TaskCommand, args: argparse.Namespace) -> int:
     who = f"finetune {task.name}"
     is_done = args.predict_only or args.evaluate_only
     if not is_done:
-        loop_options.check_output(args, who, "model", "train", "dev", "test")
+        loop_options.check_output(args, who, "model", "train", "dev", "test", "vectors")
         loop_options.check_directory(args, who)
-    loop_options.check_files(args, who, "train", "dev", "test")
+    loop_options.check_files(args, who, "train", "dev", "test", "vectors")
     loop_options.check_model(args.model, who, download=args.download)
     if is_done and (args.test is None or args.train is not None or args.dev is not None):
         raise ValueError(
             f"ctxfast.{who}: --predict-only and --evaluate-only take --test alone; expected it and no other data."
         )
+    if args.model is None and (is_done or args.words is None):
+        expected = "a finished model" if is_done else "a pretrained one, or --words without one"
+        raise ValueError(f"ctxfast.{who}: --model is missing; expected {expected}.")
+    if args.train_vectors and args.vectors is None:
+        raise ValueError(f"ctxfast.{who}: --train-vectors is given without --vectors; expected both.")
     if not is_done and args.train is None:
         raise ValueError(
             f"ctxfast.{who}: --train is missing; expected examples, or --predict-only with a finished model."
@@ -179,12 +196,12 @@ class _FineTune:
             from ...models.bert.modeling import Bert
 
             loop_options.check_impl(args, f"finetune {self.task.name}", Bert.ops)
-        wrong = _given(args, ("lstm_hidden", "lstm_layers", "dropout") if form == "bert" else _OF_WINDOWS)
+        wrong = _given(args, _OF_HEADS if form == "bert" else _OF_WINDOWS)
         if wrong:
             found = "all of BERT is trained" if form == "bert" else "an LSTM reads texts whole"
             raise ValueError(
                 f"ctxfast.finetune: {_option(wrong[0])} is given, but {found}; expected it only "
-                f"{'with --features, or ELMo' if form == 'bert' else 'without --features, and for BERT'}."
+                f"{'with --features, ELMo or --words' if form == 'bert' else 'without --features, and for BERT'}."
             )
 
     def _choice(self, train: list[Any]) -> Any:
@@ -194,6 +211,7 @@ class _FineTune:
         options: dict[str, Any] = {"lstm_layers": self.task.lstm_layers}
         options |= {_MADE_WITH[name]: getattr(args, name) for name in _given(args, _MADE_WITH)}
         options |= {name: getattr(args, name) for name in _given(args, _READ_WITH)}
+        options["trains_vectors"] = args.vectors is None or args.train_vectors
         return Choice(**options, **self.task.choice(args, train))
 
     def train(self) -> int:
@@ -211,11 +229,12 @@ class _FineTune:
         import torch
 
         from ...training.loop.parallel import join
-        from ...training.tasks.build import build
+        from ...training.tasks.build import build, word_table
 
+        table = word_table(task.name, data["train"], choice, args.vectors)
         group = join(args.parallel, args.device)
         torch.manual_seed(args.seed)
-        predictor = build(task.name, args.model, labels, choice, device=group.device)
+        predictor = build(task.name, args.model, labels, choice, table=table, device=group.device)
         self._check_used(predictor.form)
         chosen = self._fit(predictor, data, choice, group)
         if group.is_first:
@@ -253,12 +272,13 @@ class _FineTune:
     def _settings(self, labels: tuple[str, ...], choice: Any, order: str) -> dict[str, Any]:
         """What a run that is gone on with must have been started with."""
         args = self.args
+        files = ["train", "dev", *(["vectors"] if args.vectors is not None else [])]
         return {
             "command": f"finetune {self.task.name}",
             "task": self.task.name,
-            "model": str(args.model),
-            "data": {name: getattr(args, name) for name in ("train", "dev")},
-            "sha256": loop_options.digests(args, "train", "dev"),
+            "model": None if args.model is None else str(args.model),
+            "data": {name: getattr(args, name) for name in files},
+            "sha256": loop_options.digests(args, *files),
             "reading": {name: getattr(args, name) for name in _READING if hasattr(args, name)},
             "labels": list(labels),
             "choice": {name: getattr(choice, name) for name in choice.__dataclass_fields__},
@@ -310,7 +330,9 @@ class _FineTune:
         check_apart(f"ctxfast.finetune {task.name}", {"the output": made}, {"--test": [args.test]})
         is_ours = (Path(args.model) / SETTINGS_FILE).is_file()
         # A model of Hugging Face's does not say how a predicate is marked.
-        wrong = _given(args, (*_MADE_WITH, "regression", *(["predicate"] if is_ours else [])))
+        wrong = _given(
+            args, (*_MADE_WITH, "vectors", "train_vectors", "regression", *(["predicate"] if is_ours else []))
+        )
         if wrong:
             raise ValueError(
                 f"ctxfast.finetune: {_option(wrong[0])} is given for a finished model; expected it in training only, "

@@ -20,6 +20,7 @@ Sentences: a word a line in columns separated by tabs or spaces, a blank line af
   ctxfast finetune tag -m MODEL --features concat4 --crf --train train.tsv --dev dev.tsv -o run --epochs 20
   ctxfast finetune tag -m ELMO --features mix --train train.tsv --scheme none --tag-column 2 -o run
   ctxfast finetune tag -m MODEL --predicate-column 1 --predicate sep --train srl.tsv -o run
+  ctxfast finetune tag --words chars --crf --train train.tsv --dev dev.tsv -o run --epochs 20
   ctxfast finetune tag -m run/best --evaluate-only --test test.tsv -o scores
 """
     suffix = "tsv"
@@ -32,7 +33,7 @@ Sentences: a word a line in columns separated by tabs or spaces, a blank line af
         add("--scheme", default="bio2", help="bio2 (default), iob1 or bioes (converted), or none: tags are not spans")
         add("--predicate-column", type=int, metavar="N", help="column that marks the predicate (anything but - _ O 0)")
         add("--predicate", help="how BERT sees it: type (token type, default) or sep ([SEP] predicate)")
-        add("--crf", action="store_true", help="with --features or ELMo: score tags together")
+        add("--crf", action="store_true", help="with --features, ELMo or --words: score tags together")
 
     def check(self, args: argparse.Namespace) -> None:
         if args.predicate is not None and args.predicate_column is None:

@@ -20,12 +20,14 @@ from ...embedding.encoders import ElmoEncoder
 from ...models.bert.config import BertConfig
 from ...models.bert.tokenization import BertTokenizer
 from ...models.lstm_heads import OverElmo
+from ...models.token_vectors import Sources
 from .builder import Choice, TaskBuilder
 from .classify import ClassifierBuilder
-from .features import FEATURES, FrozenLayers
+from .features import FEATURES, FrozenLayers, WordInputs
 from .predictor import FORMAT, SETTINGS_FILE, Predictor
 from .span import SpanFinderBuilder
 from .tag import TaggerBuilder
+from .word_table import WordTable
 
 _WHO = "ctxfast.finetune"
 BUILDERS: dict[str, TaskBuilder] = {
@@ -35,7 +37,7 @@ BUILDERS: dict[str, TaskBuilder] = {
     "span": SpanFinderBuilder(),
 }
 TASKS = tuple(BUILDERS)
-_FORMS = ("bert", "features", "elmo")
+_FORMS = ("bert", "features", "elmo", "words")
 # What settings are, in a stored model: the types, and what to call them.
 _WHOLE, _NUMBER, _TRUTH = (int, "a whole number"), ((int, float), "a number"), (bool, "true or false")
 _TEXT, _WHOLE_OR_NONE = (str, "a name"), ((int, type(None)), "a whole number, or null")
@@ -51,6 +53,11 @@ _OPTIONS = {
     "null_threshold": ((int, float, type(None)), "a number, or null"),
 }
 _HEAD_OPTIONS = {
+    "words": _TEXT,
+    "word_dim": _WHOLE,
+    "trains_vectors": _TRUTH,
+    "mix_norm": _TRUTH,
+    "mix_l2": _NUMBER,
     "hidden_size": _WHOLE,
     "lstm_layers": _WHOLE,
     "dropout": _NUMBER,
@@ -62,19 +69,21 @@ _RECURRENT = re.compile(r"^reader\.lstm\.weight_hh_l\d+$")
 
 def build(
     task: str,
-    model: str | os.PathLike[str],
+    model: str | os.PathLike[str] | None,
     labels: Sequence[str] = (),
     choice: Choice | None = None,
     *,
+    table: WordTable | None = None,
     device: str | torch.device = "cpu",
 ) -> Predictor:
-    """A predictor around a pretrained model, with a new head from torch's generator.
+    """A predictor around a pretrained model, or around words by themselves, with a new head from torch's generator.
 
     Args:
         task: "classify", "pair", "tag" or "span".
-        model: BERT or ELMo, as ``Embedder`` takes it.
+        model: BERT or ELMo, as ``Embedder`` takes it; None for a head over ``choice.words`` alone.
         labels: names of classes or tags; () for "span", and for numbers in "classify" and "pair".
         choice: how.
+        table: the words of the head's table, where ``choice.words`` has "learned": ``word_table`` makes it of examples.
         device: of the model.
 
     Raises:
@@ -83,17 +92,31 @@ def build(
     choice = choice or Choice()
     if task not in TASKS:
         raise ValueError(f"ctxfast.finetune: task is {task!r}; expected one of {', '.join(TASKS)}.")
-    if (Path(model) / "head.safetensors").is_file():
+    if ("learned" in choice.kinds_of_words) != (table is not None):
+        found = "missing, but words has 'learned'" if table is None else "given, but words lacks 'learned'"
+        raise ValueError(f"ctxfast.finetune: table is {found} (words is {choice.words!r}); expected both or neither.")
+    if model is not None and (Path(model) / "head.safetensors").is_file():
         raise ValueError(
             f"ctxfast.finetune: model {model} is a finished one with an LSTM over its encoder; expected a pretrained "
             f"one. Its encoder is {Path(model) / 'encoder'}."
         )
     if len(labels) == 1:
         raise ValueError(f"ctxfast.finetune: labels is {labels[0]!r} alone; expected two or more to tell apart.")
+    if model is None:
+        if choice.features is not None or not choice.words:
+            given = f"features is {choice.features!r}" if choice.features is not None else "words is ''"
+            raise ValueError(
+                f"ctxfast.finetune: model is None and {given}; expected a model, or words alone ('chars', 'learned', "
+                f"'chars,learned')."
+            )
+        return _over_words(task, None, labels, choice, table, torch.device(device))
     if choice.features is not None:
-        return _over_features(task, Embedder(model, device=device), labels, choice)
+        return _over_words(task, Embedder(model, device=device), labels, choice, table)
     if _is_elmo(model):
-        return _over_elmo(task, Embedder(model, device=device, state="zero", dtype="float32"), labels, choice)
+        embedder = Embedder(model, device=device, state="zero", dtype="float32")
+        return _over_words(task, embedder, labels, choice, table)
+    if choice.words:
+        raise ValueError("ctxfast.finetune: words are chosen with all of BERT trained; expected features, or ELMo.")
     if choice.crf:
         raise ValueError("ctxfast.finetune: crf is asked for with all of BERT trained; expected features, or ELMo.")
     with warnings.catch_warnings():  # that the head is new is the point of it
@@ -127,33 +150,79 @@ def _check_vocabulary(model: Any, tokenizer: BertTokenizer, network: Any) -> Non
         )
 
 
-def _head(task: str, num_layers: int, dim: int, labels: Sequence[str], choice: Choice) -> tuple[Any, dict[str, Any]]:
-    """An LSTM head, and the options to make it again."""
+def _over_words(
+    task: str,
+    embedder: Embedder | None,
+    labels: Sequence[str],
+    choice: Choice,
+    table: WordTable | None,
+    device: torch.device | None = None,
+) -> Predictor:
+    """A head over a frozen encoder, an ELMo trained with it, or words alone."""
     builder = BUILDERS[task]
     if choice.max_length is not None:
         raise ValueError(
-            "ctxfast.finetune: max_length is given with features or ELMo, which read every word. Leave it out."
+            "ctxfast.finetune: max_length is given with features, ELMo or words alone, which read every word. Leave it "
+            "out."
         )
     if choice.crf and not builder.has_crf:
         known = " or ".join(repr(name) for name, other in BUILDERS.items() if other.has_crf)
         raise ValueError(f"ctxfast.finetune: crf is asked for with task {task!r}; expected {known} for it.")
-    options = choice.fields("hidden_size", "lstm_layers", "dropout") | builder.head_options(choice)
-    return builder.head(num_layers, dim, labels, **options), options
+    own: dict[str, Any] = {"has_characters": "chars" in choice.kinds_of_words, "table": table}
+    bilm = None
+    layers: dict[str, Any] = {}
+    if embedder is not None and choice.features is not None:
+        frozen = FrozenLayers(embedder, choice.features)
+        own["frozen"] = frozen
+        layers = {"num_layers": frozen.num_layers, "dim": frozen.dim}
+    elif embedder is not None:
+        assert isinstance(embedder.encoder, ElmoEncoder)
+        bilm = embedder.encoder.model.requires_grad_(True)
+        own["max_characters"] = bilm.config.max_characters
+        layers = {"num_layers": bilm.num_layers, "dim": bilm.get_output_dim()}
+    sources = Sources(
+        **layers,
+        has_characters=own["has_characters"],
+        table_rows=0 if table is None else table.rows,
+        table_dim=0 if table is None else table.dim,
+        trains_table=choice.trains_vectors,
+        mix_norm=choice.mix_norm,
+        mix_l2=choice.mix_l2,
+    )
+    sizes = choice.fields("hidden_size", "lstm_layers", "dropout") | builder.head_options(choice)
+    head = builder.head(sources, labels, **sizes)
+    if table is not None:
+        table.fill(head.get_parameter("reader.table.weight"))
+    head = head.to(device if embedder is None else embedder.device)
+    made = choice.fields("words", "word_dim", "trains_vectors", "mix_norm", "mix_l2")
+    made |= {"word_dim": table.dim} if table is not None else {}
+    return builder.over_features(
+        head if bilm is None else OverElmo(bilm, head), WordInputs(**own), labels, choice, sizes | made
+    )
 
 
-def _over_features(task: str, embedder: Embedder, labels: Sequence[str], choice: Choice) -> Predictor:
-    assert choice.features is not None
-    frozen = FrozenLayers(embedder, choice.features)
-    head, options = _head(task, frozen.num_layers, frozen.dim, labels, choice)
-    return BUILDERS[task].over_features(head.to(embedder.device), frozen, labels, choice, options)
+def word_table(
+    task: str, examples: Sequence[Any], choice: Choice, vectors: str | os.PathLike[str] | None = None
+) -> WordTable | None:
+    """The table that ``choice.words`` asks for, of training data's words; None if it does not ask for one.
 
+    Args:
+        task: as ``build``.
+        examples: the training data.
+        choice: ``words`` and ``word_dim`` count.
+        vectors: a file of vectors to begin with, see ``WordTable.of``.
 
-def _over_elmo(task: str, embedder: Embedder, labels: Sequence[str], choice: Choice) -> Predictor:
-    assert isinstance(embedder.encoder, ElmoEncoder)
-    bilm = embedder.encoder.model.requires_grad_(True)
-    head, options = _head(task, bilm.num_layers, bilm.get_output_dim(), labels, choice)
-    model = OverElmo(bilm, head.to(embedder.device))
-    return BUILDERS[task].over_features(model, None, labels, choice, options)
+    Raises:
+        FileNotFoundError, ValueError: as ``WordTable.of``; vectors without a table.
+    """
+    if "learned" in choice.kinds_of_words:
+        return WordTable.of(BUILDERS[task].words(examples), vectors=vectors, dim=choice.word_dim)
+    if vectors is not None:
+        raise ValueError(
+            f"ctxfast.finetune: vectors are given, but words is {choice.words!r}; expected 'learned' or "
+            f"'chars,learned' with them."
+        )
+    return None
 
 
 def load(
@@ -196,7 +265,10 @@ def load(
                 raise FileNotFoundError(f"{_WHO}: {weights} does not exist; expected the head that {file} describes.")
             choice = Choice(**options, predicate="type" if marks else "none", **head)
             _check_head_size(weights, choice)
-            predictor = build(settings["task"], directory / "encoder", labels, choice, device=device)
+            encoder = None if form == "words" else directory / "encoder"
+            has_table = "learned" in choice.kinds_of_words
+            table = WordTable.load(directory, choice.word_dim, _WHO) if has_table else None
+            predictor = build(settings["task"], encoder, labels, choice, table=table, device=device)
             model = predictor.model
             _load_head(model.head if isinstance(model, OverElmo) else model, weights)
     predictor.model.eval()

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,8 @@ from torch import nn
 
 from ...models.bert.head_base import BertWithHead
 from ...models.bert.tokenization import BertTokenizer
-from .features import FrozenLayers
+from ...models.token_vectors import Sources
+from .features import WordInputs
 from .predictor import Predictor
 
 
@@ -23,6 +25,11 @@ class Choice:
     Attributes:
         features: None: BERT with all layers trained, or ELMo with its weights trained too. A name of
             ``features.FEATURES``: vectors of a frozen encoder, and an LSTM over them.
+        words: what the LSTM reads of words besides, or alone if there is no encoder: "chars" (a character CNN),
+            "learned" (a table of word vectors), "chars,learned"; "" for nothing.
+        word_dim: size of new vectors of the table.
+        trains_vectors: whether the table is trained.
+        mix_norm, mix_l2: see ``Sources``.
         hidden_size, lstm_layers, dropout: of the LSTM.
         crf: whether tags are scored together (with ``features``, or ELMo).
         max_length: tokens of a text or window; None for the task's default.
@@ -31,10 +38,15 @@ class Choice:
         doc_stride, max_query, max_answer, n_best, null_threshold: see ``BertSpanFinder``.
 
     Raises:
-        ValueError: a size below 1, a dropout outside 0 <= p < 1.
+        ValueError: a size below 1, a dropout outside 0 <= p < 1, other words, a negative factor.
     """
 
     features: str | None = None
+    words: str = ""
+    word_dim: int = 100
+    trains_vectors: bool = True
+    mix_norm: bool = False
+    mix_l2: float = 0.0
     hidden_size: int = 256
     lstm_layers: int = 2
     dropout: float = 0.3
@@ -49,11 +61,22 @@ class Choice:
     null_threshold: float | None = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("hidden_size", "lstm_layers", "doc_stride", "max_query", "max_answer", "n_best"):
+        for name in ("word_dim", "hidden_size", "lstm_layers", "doc_stride", "max_query", "max_answer", "n_best"):
             if not getattr(self, name) >= 1:
                 raise ValueError(f"ctxfast.finetune: {name} is {getattr(self, name)}; expected 1 or more.")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"ctxfast.finetune: dropout is {self.dropout}; expected a probability, 0 <= p < 1.")
+        if not 0 <= self.mix_l2 < math.inf:
+            raise ValueError(f"ctxfast.finetune: mix_l2 is {self.mix_l2}; expected a factor, 0 or more.")
+        if self.words and (set(self.kinds_of_words) - {"chars", "learned"}):
+            raise ValueError(
+                f"ctxfast.finetune: words is {self.words!r}; expected 'chars', 'learned' or 'chars,learned'."
+            )
+
+    @property
+    def kinds_of_words(self) -> tuple[str, ...]:
+        """``words``, each by itself."""
+        return tuple(self.words.split(",")) if self.words else ()
 
     def fields(self, *names: str) -> dict[str, Any]:
         """Some of the fields, as keyword arguments."""
@@ -86,14 +109,18 @@ class TaskBuilder(ABC):
         return {}
 
     @abstractmethod
-    def head(self, num_layers: int, dim: int, labels: Sequence[str], **options: Any) -> nn.Module:
-        """An LSTM head over ``num_layers`` layers of vectors of ``dim`` elements."""
+    def head(self, sources: Sources, labels: Sequence[str], **options: Any) -> nn.Module:
+        """An LSTM head over such vectors of words."""
 
     @abstractmethod
     def over_features(
-        self, model: Any, frozen: FrozenLayers | None, labels: Sequence[str], choice: Choice, head: dict[str, Any]
+        self, model: Any, inputs: WordInputs, labels: Sequence[str], choice: Choice, head: dict[str, Any]
     ) -> Predictor:
-        """The predictor around such a head, over frozen layers or around an ELMo; ``head``: its options."""
+        """The predictor around such a head, or around an ELMo with one; ``head``: its options."""
+
+    @abstractmethod
+    def words(self, examples: Sequence[Any]) -> Iterable[Sequence[str]]:
+        """The texts of examples as the words that an LSTM head reads."""
 
     @abstractmethod
     def has_classes(self, num_labels: int) -> bool:

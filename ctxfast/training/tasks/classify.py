@@ -7,7 +7,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,13 @@ from torch import Tensor
 from ...models.bert.heads import BertForSequenceClassification
 from ...models.bert.tokenization import BertTokenizer
 from ...models.lstm_heads import LstmClassifier, OverElmo
+from ...models.token_vectors import Sources
 from ..readers.files import fail
 from ..readers.tables import Example
 from . import metrics
 from .bert_inputs import Row, collate_rows, encoded, usual_length
 from .builder import Choice, TaskBuilder
-from .features import FrozenLayers, WordInputs, WordItem, save_feature_model, split_words
+from .features import WordInputs, WordItem, save_feature_model, split_words
 from .predictor import Predictor, check_label, label_numbers, write_text
 
 _USUAL_LENGTH = 128
@@ -183,7 +184,7 @@ class FeatureClassifier(_Classifier):
 
     Args:
         model: an ``LstmClassifier``, or an ``OverElmo`` around one.
-        frozen: where the vectors of words come from; None with an ``OverElmo``.
+        inputs: what the model reads of words.
         labels: names of classes; () for numbers.
         is_pair: whether examples are pairs.
         head: the options the ``LstmClassifier`` was made with, to make it again.
@@ -194,17 +195,16 @@ class FeatureClassifier(_Classifier):
     def __init__(
         self,
         model: LstmClassifier | OverElmo,
-        frozen: FrozenLayers | None,
+        inputs: WordInputs,
         labels: Sequence[str],
         *,
         is_pair: bool = False,
         head: dict[str, Any],
     ) -> None:
         super().__init__(labels, is_pair)
-        self.model, self.frozen = model, frozen
-        self.form = "elmo" if frozen is None else "features"
-        self._words = WordInputs(frozen, model.bilm.config.max_characters if isinstance(model, OverElmo) else 0)
-        self.options = {"features": None if frozen is None else frozen.features, "head": head}
+        self.model, self._words = model, inputs
+        self.form = inputs.form
+        self.options = {"features": inputs.features, "head": head}
 
     def items(self, examples: Sequence[Example]) -> list[_Texts]:
         items = []
@@ -218,12 +218,12 @@ class FeatureClassifier(_Classifier):
         self._words.keep([text for item in items for text in item.texts])
         return items
 
-    def collate(self, items: Sequence[_Texts]) -> dict[str, Tensor]:
+    def collate(self, items: Sequence[_Texts]) -> dict[str, Any]:
         texts = [item.texts[k] for k in range(2 if self.is_pair else 1) for item in items]
         return self._words.collate(texts) | self._targets([item.target for item in items])
 
     def save_model(self, directory: Path) -> None:
-        save_feature_model(self.model, self.frozen, directory)
+        save_feature_model(self.model, self._words, directory)
 
 
 @dataclass(slots=True)
@@ -257,13 +257,19 @@ class ClassifierBuilder(TaskBuilder):
     ) -> BertClassifier:
         return BertClassifier(network, tokenizer, labels, is_pair=self.is_pair, **options)
 
-    def head(self, num_layers: int, dim: int, labels: Sequence[str], **options: Any) -> LstmClassifier:
-        return LstmClassifier(num_layers, dim, max(len(labels), 1), is_pair=self.is_pair, **options)
+    def head(self, sources: Sources, labels: Sequence[str], **options: Any) -> LstmClassifier:
+        return LstmClassifier(sources, max(len(labels), 1), is_pair=self.is_pair, **options)
 
     def over_features(
-        self, model: Any, frozen: FrozenLayers | None, labels: Sequence[str], choice: Choice, head: dict[str, Any]
+        self, model: Any, inputs: WordInputs, labels: Sequence[str], choice: Choice, head: dict[str, Any]
     ) -> FeatureClassifier:
-        return FeatureClassifier(model, frozen, labels, is_pair=self.is_pair, head=head)
+        return FeatureClassifier(model, inputs, labels, is_pair=self.is_pair, head=head)
+
+    def words(self, examples: Sequence[Example]) -> Iterable[Sequence[str]]:
+        for example in examples:
+            yield [word for word, _ in split_words(example.text)]
+            if self.is_pair and example.pair is not None:
+                yield [word for word, _ in split_words(example.pair)]
 
     def has_classes(self, num_labels: int) -> bool:
         return num_labels > 1  # one output is a number

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Inputs of the LSTM heads: layers of a frozen encoder, or the characters of an ELMo model that is trained."""
+"""Inputs of the LSTM heads: layers of a frozen encoder, or the characters of an ELMo model that is trained, and words
+by themselves."""
 
 from __future__ import annotations
 
@@ -22,6 +23,7 @@ from ...models.elmo.bilm import ElmoBiLm
 from ...models.elmo.tokenization import batch_to_ids
 from ...models.elmo.weights import save_weights
 from .bert_inputs import Frame, windows, word_pieces
+from .word_table import WordTable
 
 FEATURES = ("last", "second-to-last", "sum4", "concat4", "mix4", "mix", "embeddings")
 _LAST4 = [-4, -3, -2, -1]
@@ -153,28 +155,49 @@ def save_bilm(bilm: ElmoBiLm, directory: Path) -> None:
     save_weights(bilm.state_dict(), bilm.config, *paths, overwrite=True)
 
 
-def save_feature_model(model: Any, frozen: FrozenLayers | None, directory: Path) -> None:
-    """Write ``encoder``/ and ``head.safetensors``."""
-    if frozen is None:
+def save_feature_model(model: Any, inputs: WordInputs, directory: Path) -> None:
+    """Write ``encoder``/ if there is one, ``head.safetensors``, and the words of a table."""
+    if inputs.form == "elmo":
         save_bilm(model.bilm, directory / "encoder")
-        head = model.head
-    else:
-        save_encoder(frozen.embedder.encoder, directory / "encoder")
-        head = model
+    elif inputs.frozen is not None:
+        save_encoder(inputs.frozen.embedder.encoder, directory / "encoder")
+    head = model.head if inputs.form == "elmo" else model
     with replacing(directory / "head.safetensors") as temporary:
         save_file({name: value.contiguous().cpu() for name, value in head.state_dict().items()}, temporary)
+    if inputs.table is not None:
+        inputs.table.save(directory)
 
 
 class WordInputs:
-    """Words to a batch for an LSTM head: vectors of a frozen encoder, or characters.
+    """Words to a batch for an LSTM head: vectors of a frozen encoder, or characters of an ELMo that is trained; and
+    what the head itself reads words by.
 
     Args:
-        frozen: where vectors come from; None for ELMo's characters.
-        max_characters: of a word, for ELMo.
+        frozen: where vectors come from; None without a frozen encoder.
+        max_characters: of a word, for an ELMo that is trained with the head; 0 without one.
+        has_characters: whether the head reads the characters of words.
+        table: the words of the head's table of vectors.
+
+    Attributes:
+        form: "features", "elmo", or "words" without an encoder.
     """
 
-    def __init__(self, frozen: FrozenLayers | None, max_characters: int = 50) -> None:
+    def __init__(
+        self,
+        frozen: FrozenLayers | None = None,
+        *,
+        max_characters: int = 0,
+        has_characters: bool = False,
+        table: WordTable | None = None,
+    ) -> None:
         self.frozen, self.max_characters = frozen, max_characters
+        self.has_characters, self.table = has_characters, table
+        self.form = "features" if frozen is not None else "elmo" if max_characters else "words"
+
+    @property
+    def features(self) -> str | None:
+        """Which layers of a frozen encoder are read."""
+        return None if self.frozen is None else self.frozen.features
 
     def keep(self, items: Sequence[WordItem]) -> None:
         """Compute the items' vectors once, if they fit."""
@@ -190,17 +213,33 @@ class WordInputs:
         """(B,) int64."""
         return torch.tensor([item.length for item in items])
 
-    def collate(self, items: Sequence[WordItem]) -> dict[str, Tensor]:
-        """``lengths`` (B,) and ``layers`` (B, K, T, N), or ``character_ids``."""
-        lengths = self.lengths(items)
-        if self.frozen is None:
-            ids = batch_to_ids([item.words for item in items], max_characters=self.max_characters)
-            return {"character_ids": ids, "lengths": lengths}
+    def collate(self, items: Sequence[WordItem]) -> dict[str, Any]:
+        """``lengths`` (B,); ``layers`` (B, K, T, N), or ``character_ids`` (B, T, C) of ELMo; ``words``, as
+        ``TokenVectors.vectors`` takes them."""
+        batch: dict[str, Any] = {"lengths": self.lengths(items)}
+        texts = [item.words for item in items]
+        if self.frozen is not None:
+            batch["layers"] = self._layers(self.frozen, items)
+        elif self.max_characters:
+            batch["character_ids"] = batch_to_ids(texts, max_characters=self.max_characters)
+        else:
+            batch["layers"] = None
+        words = {}
+        if self.has_characters:
+            words["characters"] = batch_to_ids(texts)
+        if self.table is not None:
+            words["rows"] = self.table.numbers(texts)
+        if words:
+            batch["words"] = words
+        return batch
+
+    @staticmethod
+    def _layers(frozen: FrozenLayers, items: Sequence[WordItem]) -> Tensor:
         vectors = [item.vectors for item in items if item.vectors is not None]
         if len(vectors) < len(items):
-            vectors = self.frozen([item.words for item in items])
-        shape = (len(items), self.frozen.num_layers, int(lengths.max()), self.frozen.dim)
+            vectors = frozen([item.words for item in items])
+        shape = (len(items), frozen.num_layers, max(item.length for item in items), frozen.dim)
         layers = np.zeros(shape, dtype=np.float32)
         for k, own in enumerate(vectors):
             layers[k, :, : own.shape[1]] = own
-        return {"layers": torch.from_numpy(layers), "lengths": lengths}
+        return torch.from_numpy(layers)

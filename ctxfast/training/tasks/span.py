@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import math
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,12 @@ from torch import Tensor
 from ...models.bert.heads import BertForQuestionAnswering
 from ...models.bert.tokenization import BertTokenizer
 from ...models.lstm_heads import LstmSpanFinder, OverElmo
+from ...models.token_vectors import Sources
 from ..readers.squad import Question
 from . import metrics
 from .bert_inputs import Frame, Row, collate_rows, encoded, unlimited, usual_length
 from .builder import Choice, TaskBuilder
-from .features import FrozenLayers, WordInputs, WordItem, save_feature_model, split_words
+from .features import WordInputs, WordItem, save_feature_model, split_words
 from .predictor import Predictor, write_text
 
 # Weight of a window's length in choosing the window with most context for a token, as in Google's code.
@@ -294,7 +295,7 @@ class FeatureSpanFinder(_SpanFinder):
 
     Args:
         model: an ``LstmSpanFinder``, or an ``OverElmo`` around one.
-        frozen: where the vectors of words come from; None with an ``OverElmo``.
+        inputs: what the model reads of words.
         head: the options the ``LstmSpanFinder`` was made with, to make it again.
         max_answer, n_best, null_threshold: how answers are chosen; an answer is counted in words.
     """
@@ -304,7 +305,7 @@ class FeatureSpanFinder(_SpanFinder):
     def __init__(
         self,
         model: LstmSpanFinder | OverElmo,
-        frozen: FrozenLayers | None,
+        inputs: WordInputs,
         *,
         head: dict[str, Any],
         max_answer: int = 30,
@@ -312,10 +313,9 @@ class FeatureSpanFinder(_SpanFinder):
         null_threshold: float | None = 0.0,
     ) -> None:
         super().__init__(max_answer, n_best, null_threshold)
-        self.model, self.frozen = model, frozen
-        self.form = "elmo" if frozen is None else "features"
-        self._words = WordInputs(frozen, model.bilm.config.max_characters if isinstance(model, OverElmo) else 0)
-        self.options |= {"features": None if frozen is None else frozen.features, "head": head}
+        self.model, self._words = model, inputs
+        self.form = inputs.form
+        self.options |= {"features": inputs.features, "head": head}
 
     def items(self, examples: Sequence[Question]) -> list[_Asked]:
         contexts: dict[str, tuple[WordItem, list[tuple[int, int]]]] = {}
@@ -334,14 +334,14 @@ class FeatureSpanFinder(_SpanFinder):
         self._words.keep([*(context for context, _ in contexts.values()), *(item.question for item in items)])
         return items
 
-    def collate(self, items: Sequence[_Asked]) -> dict[str, Tensor]:
+    def collate(self, items: Sequence[_Asked]) -> dict[str, Any]:
         batch = self._words.collate([*(item.context for item in items), *(item.question for item in items)])
         for k, name in enumerate(("start_positions", "end_positions")):
             batch[name] = torch.tensor([item.labels[k] for item in items])
         return batch
 
     def save_model(self, directory: Path) -> None:
-        save_feature_model(self.model, self.frozen, directory)
+        save_feature_model(self.model, self._words, directory)
 
 
 @dataclass(slots=True)
@@ -399,13 +399,19 @@ class SpanFinderBuilder(TaskBuilder):
     ) -> BertSpanFinder:
         return BertSpanFinder(network, tokenizer, **choice.fields("doc_stride", "max_query", *_DECIDING), **options)
 
-    def head(self, num_layers: int, dim: int, labels: Sequence[str], **options: Any) -> LstmSpanFinder:
-        return LstmSpanFinder(num_layers, dim, **options)
+    def head(self, sources: Sources, labels: Sequence[str], **options: Any) -> LstmSpanFinder:
+        return LstmSpanFinder(sources, **options)
 
     def over_features(
-        self, model: Any, frozen: FrozenLayers | None, labels: Sequence[str], choice: Choice, head: dict[str, Any]
+        self, model: Any, inputs: WordInputs, labels: Sequence[str], choice: Choice, head: dict[str, Any]
     ) -> FeatureSpanFinder:
-        return FeatureSpanFinder(model, frozen, head=head, **choice.fields(*_DECIDING))
+        return FeatureSpanFinder(model, inputs, head=head, **choice.fields(*_DECIDING))
+
+    def words(self, examples: Sequence[Question]) -> Iterable[Sequence[str]]:
+        """Each context once, whatever the number of its questions."""
+        contexts = dict.fromkeys(example.context for example in examples)
+        for text in (*contexts, *(example.question for example in examples)):
+            yield [word for word, _ in split_words(text, at_signs=True)]
 
     def has_classes(self, num_labels: int) -> bool:
         return False

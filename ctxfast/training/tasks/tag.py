@@ -8,16 +8,15 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from ...models.bert.heads import BertForTokenClassification
 from ...models.bert.tokenization import BertTokenizer
 from ...models.lstm_heads import LstmTagger, OverElmo
+from ...models.token_vectors import Sources
 from ..readers.conll import Sentence
 from . import metrics
 from .bert_inputs import Frame, Row, collate_rows, windows, word_pieces
 from .builder import Choice, TaskBuilder
-from .features import FrozenLayers, WordInputs, WordItem, save_feature_model
+from .features import WordInputs, WordItem, save_feature_model
 from .predictor import IGNORE, Predictor, check_label, label_numbers, pad, write_text
 
 PREDICATES = ("none", "type", "sep")
@@ -209,7 +208,7 @@ class FeatureTagger(_Tagger):
 
     Args:
         model: an ``LstmTagger``, or an ``OverElmo`` around one.
-        frozen: where the vectors of words come from; None with an ``OverElmo``.
+        inputs: what the model reads of words.
         labels: names of tags.
         head: the options the ``LstmTagger`` was made with, to make it again.
         is_spans: whether tags are BIO spans, for scores.
@@ -222,18 +221,16 @@ class FeatureTagger(_Tagger):
     def __init__(
         self,
         model: LstmTagger | OverElmo,
-        frozen: FrozenLayers | None,
+        inputs: WordInputs,
         labels: Sequence[str],
         *,
         head: dict[str, Any],
         is_spans: bool = True,
     ) -> None:
         super().__init__(labels, is_spans)
-        self.model, self.frozen = model, frozen
-        self.form = "elmo" if frozen is None else "features"
-        self._words = WordInputs(frozen, model.bilm.config.max_characters if isinstance(model, OverElmo) else 0)
-        features = None if frozen is None else frozen.features
-        self.options = {"features": features, "head": head, "is_spans": is_spans}
+        self.model, self._words = model, inputs
+        self.form = inputs.form
+        self.options = {"features": inputs.features, "head": head, "is_spans": is_spans}
 
     def items(self, examples: Sequence[Sentence]) -> list[WordItem]:
         if self.options["head"].get("marks_predicate"):
@@ -245,7 +242,7 @@ class FeatureTagger(_Tagger):
         self._words.keep(items)
         return items
 
-    def collate(self, items: Sequence[WordItem]) -> dict[str, Tensor]:
+    def collate(self, items: Sequence[WordItem]) -> dict[str, Any]:
         batch = self._words.collate(items)
         if self.options["head"].get("marks_predicate"):
             batch["predicate"] = pad([item.predicate for item in items if item.predicate is not None], 0)
@@ -262,7 +259,7 @@ class FeatureTagger(_Tagger):
         return result
 
     def save_model(self, directory: Path) -> None:
-        save_feature_model(self.model, self.frozen, directory)
+        save_feature_model(self.model, self._words, directory)
 
 
 class TaggerBuilder(TaskBuilder):
@@ -282,13 +279,16 @@ class TaggerBuilder(TaskBuilder):
     def head_options(self, choice: Choice) -> dict[str, Any]:
         return {"crf": choice.crf, "marks_predicate": choice.predicate != "none"}
 
-    def head(self, num_layers: int, dim: int, labels: Sequence[str], **options: Any) -> LstmTagger:
-        return LstmTagger(num_layers, dim, labels, **options)
+    def head(self, sources: Sources, labels: Sequence[str], **options: Any) -> LstmTagger:
+        return LstmTagger(sources, labels, **options)
 
     def over_features(
-        self, model: Any, frozen: FrozenLayers | None, labels: Sequence[str], choice: Choice, head: dict[str, Any]
+        self, model: Any, inputs: WordInputs, labels: Sequence[str], choice: Choice, head: dict[str, Any]
     ) -> FeatureTagger:
-        return FeatureTagger(model, frozen, labels, head=head, is_spans=choice.is_spans)
+        return FeatureTagger(model, inputs, labels, head=head, is_spans=choice.is_spans)
+
+    def words(self, examples: Sequence[Sentence]) -> Iterable[Sequence[str]]:
+        return (sentence.words for sentence in examples)
 
     def has_classes(self, num_labels: int) -> bool:
         return True
