@@ -82,6 +82,30 @@ def test_rights_are_those_of_the_umask(tmp_path, make, mask):
     assert stat.S_IMODE((tmp_path / "x").stat().st_mode) == full & ~mask
 
 
+@pytest.mark.parametrize("is_folder", [False, True])
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_files_that_a_library_keeps_to_their_owner_get_the_rights_too(tmp_path, is_folder, mask):
+    """As safetensors makes them."""
+
+    def write(path):
+        path.write_text("weights")
+        path.chmod(0o600)
+
+    before = os.umask(mask)
+    try:
+        if is_folder:
+            with replacing_folder(tmp_path / "x") as temporary:
+                (temporary / "below").mkdir()
+                write(temporary / "below" / "weights")
+        else:
+            with replacing(tmp_path / "x") as temporary:
+                write(temporary)
+    finally:
+        os.umask(before)
+    made = tmp_path / "x" / "below" / "weights" if is_folder else tmp_path / "x"
+    assert stat.S_IMODE(made.stat().st_mode) == 0o666 & ~mask
+
+
 @pytest.mark.parametrize("make", [make_file, make_folder])
 @pytest.mark.parametrize("is_cleared", [False, True])
 def test_killed_at_every_step(tmp_path, make, is_cleared):

@@ -122,6 +122,7 @@ def replacing(path: Path) -> Iterator[Path]:
     with _workplace(path) as place, naming(path, place):
         temporary = place / f"new{path.suffix}"
         yield temporary
+        _give_rights(place, temporary)
         os.replace(temporary, path)
 
 
@@ -132,9 +133,19 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         temporary = place / "new"
         os.mkdir(temporary)
         yield temporary
+        _give_rights(place, temporary)
         if os.path.lexists(path):
             os.replace(path, place / "old")
         os.replace(temporary, path)
+
+
+def _give_rights(place: Path, made: Path) -> None:
+    """Give what was made, and all in it, the rights that ``place`` got of the umask: safetensors makes files that their
+    owner alone may read."""
+    rights = place.stat().st_mode & 0o666
+    for path in (made, *made.rglob("*")) if made.is_dir() else (made,):
+        if path.is_file() and not path.is_symlink() and path.stat().st_mode & 0o777 != rights:
+            path.chmod(rights)
 
 
 def clear_left(folder: Path) -> None:
