@@ -114,8 +114,23 @@ def plane(vectors: np.ndarray) -> np.ndarray:
     return np.pad(found, ((0, 0), (0, 2 - found.shape[1])))
 
 
+def _nearest_query(queries: np.ndarray, vectors: np.ndarray, top: int) -> np.ndarray:
+    """For each use the query that it is nearest to, of those among whose ``top`` nearest it is; -1: of none.
+
+    Args:
+        queries, vectors: of one layer, (queries, dim) and (uses, dim), of length 1.
+    """
+    cosines = vectors @ queries.T
+    order = np.argsort(-cosines, axis=0, kind="stable")[:top]
+    near = np.full_like(cosines, -np.inf)
+    np.put_along_axis(near, order, np.take_along_axis(cosines, order, axis=0), axis=0)
+    return np.where(np.isfinite(near).any(1), near.argmax(1), -1)
+
+
 def picture(path: str | Path, asked: Sequence[Use], queries: np.ndarray, vectors: np.ndarray, top: int) -> None:
     """Draw all uses, one panel a layer: each query a star, its ``top`` nearest uses in its colour.
+
+    A use that is near several queries has the colour of the nearest. Both axes of a panel have one scale.
 
     Args:
         path: .png, .svg or .pdf.
@@ -141,14 +156,19 @@ def picture(path: str | Path, asked: Sequence[Use], queries: np.ndarray, vectors
         uses, own = places[: len(vectors)], places[len(vectors) :]
         axes.scatter(*uses.T, s=9, color=_OTHERS, linewidths=0)
         stars = []
-        for number, (query, star) in enumerate(zip(queries, own)):
+        taken = _nearest_query(queries[:, layer], vectors[:, layer], top)
+        for number, star in enumerate(own):
             colour = _COLOURS[number % len(_COLOURS)]
-            near = uses[nearest(query, vectors, top)[0][layer]]
+            near = uses[taken == number]
             axes.scatter(*near.T, s=16, color=colour, linewidths=0)
             look = {"marker": "*", "s": 130, "color": colour, "edgecolors": "white", "linewidths": 0.8, "zorder": 3}
             stars.append(axes.scatter(*star, **look))
         axes.set_title("token layer" if layer == 0 else f"layer {layer}", fontsize=9)
         axes.set_xticks([])
         axes.set_yticks([])
+        # Vectors have length 1: what is apart by roundings alone lies on one point.
+        middle, half = (places.max(0) + places.min(0)) / 2, max(float(np.ptp(places, axis=0).max()) * 0.56, 0.05)
+        axes.set_xlim(middle[0] - half, middle[0] + half)
+        axes.set_ylim(middle[1] - half, middle[1] + half)
     drawing.legend(stars, [use.shown() for use in asked], loc="outside lower left", fontsize=8, frameon=False)
     pictures.save(drawing, path, dpi=150)

@@ -11,7 +11,7 @@ from support.tiny_models import tiny_bert, tiny_elmo
 
 from ctxfast.cli import main
 from ctxfast.embedding.embedder import Embedder
-from ctxfast.embedding.uses import Use, embed_uses, marked_use, nearest, plane, uses_of
+from ctxfast.embedding.uses import Use, _nearest_query, embed_uses, marked_use, nearest, plane, uses_of
 
 TEXT = """the boat went to paris
 The boat saw anna
@@ -121,3 +121,10 @@ def test_senses_of_a_real_model(minilm_dir, tmp_path, capsys) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert all("grassy" in line or "muddy" in line for line in lines[1:3]), lines
     assert all("cheque" in line or "central" in line for line in lines[4:6]), lines
+
+
+def test_a_use_near_two_queries_is_the_nearest_ones() -> None:
+    queries = np.eye(3)[:2]
+    vectors = np.array([[1.0, 0, 0], [0.8, 0.6, 0], [0.6, 0.8, 0], [0, 0, 1.0]])
+    assert _nearest_query(queries, vectors, 1).tolist() == [0, -1, 1, -1]
+    assert _nearest_query(queries, vectors, 2).tolist() == [0, 0, 1, -1]
