@@ -10,6 +10,8 @@ from collections.abc import Callable
 
 import torch
 
+from ctxfast import functional
+
 from .cases import Work
 
 _REPEATS = 5
@@ -41,20 +43,25 @@ def bytes_per_second(device: str) -> float:
 
 @functools.cache
 def flops_per_second(device: str, dtype: torch.dtype) -> float:
-    """A large square matrix product by torch, a multiply-add being two."""
+    """A large square matrix product by torch or, where that is faster, by ctxfast; a multiply-add is two."""
     size = _MATRIX[device]
     a = torch.ones(size, size, device=device, dtype=dtype)
     b = torch.ones(size, size, device=device, dtype=dtype)
-    return 2.0 * size**3 / _seconds(lambda: torch.mm(a, b), device)
+    products = [lambda: torch.mm(a, b)]
+    if device == "cpu":  # torch's own of float32 is a library's that is slow on some processors
+        products.append(lambda: functional.linear_act(a, b))
+    with torch.inference_mode():
+        return 2.0 * size**3 / min(_seconds(product, device) for product in products)
 
 
 def floor_seconds(work: Work, device: str, dtype: torch.dtype | None) -> float | None:
-    """The longer of two times: reading the weights of every step from memory, and the arithmetic.
+    """The longest of what a case takes at least: reading the weights of every step, moving its bytes, its arithmetic.
 
-    ``dtype``: of the products; None leaves the arithmetic out (torch multiplies no int8 to compare with).
+    ``dtype``: of the products; None leaves the arithmetic out (torch multiplies no int8 to compare with). None is
+    returned where nothing is known.
     """
-    if work.steps is None or work.step_bytes is None:
-        return None
-    reading = work.steps * work.step_bytes / bytes_per_second(device)
-    arithmetic = 0.0 if dtype is None or work.flops is None else work.flops / flops_per_second(device, dtype)
-    return max(reading, arithmetic)
+    moved = [work.bytes, None if work.steps is None or work.step_bytes is None else work.steps * work.step_bytes]
+    found = [amount / bytes_per_second(device) for amount in moved if amount is not None]
+    if work.flops is not None and dtype is not None:
+        found.append(work.flops / flops_per_second(device, dtype))
+    return max(found, default=None)

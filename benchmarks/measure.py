@@ -73,8 +73,8 @@ class ResultRow:
     """One provider on one case. ``status``: "ok", "wrong", "error", "not installed" or "cannot run"; times if "ok".
 
     ``ratio``: this row's time over that of the implementation ctxfast chooses; above 1, ctxfast is faster.
-    ``us_per_step``, ``of_floor``: for recurrences, time a step, and the share of it that reading weights from memory
-    or the arithmetic would take (see ``ceilings``); above 1 where weights stay in caches or on the chip.
+    ``us_per_step``: for recurrences. ``of_floor``: the share of the time that memory or the arithmetic would take
+    (see ``ceilings``); above 1 where what is read stays in caches or on the chip.
     ``memory_mib``: memory that the first call added at its peak. ``error``: relative to the largest right value.
     """
 

@@ -93,7 +93,8 @@ def _facts(document: dict[str, Any]) -> str:
     return (
         f"<dl>{lines}</dl><p class=soft>Everybody was held to the right result before being timed; rounds in turn, "
         "medians, p20 to p80. A bar reaches from 1 to the fastest peer's time over ctxfast's: to the right ctxfast is "
-        "faster; dots are the other peers. Open a case for everybody's time, memory and error.</p>"
+        "faster; dots are the other peers. A dashed line is the floor: where somebody would be who took no longer than "
+        "memory or the arithmetic takes, both measured in this run. Open a case for everybody's time, memory and error.</p>"
     )
 
 
@@ -139,11 +140,17 @@ def _changes(document: dict[str, Any], before: dict[str, Any], old: dict[tuple[s
     return "".join(lines)
 
 
+def _floor(s: Summary) -> float | None:
+    """The floor's time over ctxfast's."""
+    return None if s.ours is None else s.ours.of_floor
+
+
 class _Axis:
     """Places on a logarithmic scale that all plots of the page share, in hundredths of their width."""
 
     def __init__(self, summaries: Iterable[Summary]) -> None:
         ratios = [s.ratio(row) for s in summaries for row in s.peers]
+        ratios += [_floor(s) for s in summaries]
         known = [ratio for ratio in ratios if ratio] or [1.0]
         self._low = math.log(min(*known, 1.0) / 1.1)
         self._span = math.log(max(*known, 2.0) * 1.1) - self._low
@@ -177,6 +184,12 @@ def _plot(s: Summary, axis: _Axis) -> str:
         for row, ratio in ratios[1:]:
             place = f'cx="{axis.at(ratio or 1.0):.2f}%" cy="50%" r="3.5"'
             lines.append(f'<circle {place} fill="var(--dot)"><title>{_ratio_words(row, ratio)}</title></circle>')
+    if floor := _floor(s):
+        x = f"{axis.at(floor):.2f}%"
+        lines.append(
+            f'<line x1="{x}" x2="{x}" y1="8%" y2="92%" stroke="var(--soft)" stroke-dasharray="3 2">'
+            f"<title>floor: {_of_floor(floor)} of ctxfast's time</title></line>"
+        )
     label = escape(f"{s.title}: ratio on a logarithmic scale")
     return f'<svg class="plot" role="img" aria-label="{label}">{"".join(lines)}</svg>'
 
@@ -198,7 +211,8 @@ def _case(s: Summary, axis: _Axis, old: dict[tuple[str, str], ResultRow]) -> str
     shown = "" if ratio is None else f"{number(ratio)}x"
     rows = [*((s.ours,) if s.ours else ()), *s.siblings, *s.peers, *s.absent]
     table = "".join(_provider(s, row, old.get((row.case, row.provider))) for row in rows)
-    head = ["", "ms", "p20 to p80", *(["before"] if old else []), "ratio", "rate", "MiB", "error", "bound", ""]
+    head = ["", "ms", "p20 to p80", *(["before"] if old else []), "ratio", "rate"]
+    head += ["of floor", "MiB", "error", "bound", ""]
     heads = "".join(f"<th>{name}</th>" for name in head)
     return (
         f'<details><summary>{what}{_plot(s, axis)}<span class="ratio {word}">{shown}</span>'
@@ -210,7 +224,7 @@ def _case(s: Summary, axis: _Axis, old: dict[tuple[str, str], ResultRow]) -> str
 def _provider(s: Summary, row: ResultRow, past: ResultRow | None) -> str:
     mark = ' class="ours"' if row.chosen else ""
     name = escape(row.provider) + (" *" if row.chosen else "")
-    columns = 8 if past is None else 9
+    columns = 9 if past is None else 10
     if row.median_ms is None:
         loud = "" if row.status in ("not installed", "cannot run") else f"<b class=loss>{row.status.upper()}</b> "
         return f'<tr{mark}><td>{name}</td><td class="note" colspan="{columns}">{loud}{escape(row.note)}</td></tr>'
@@ -218,9 +232,14 @@ def _provider(s: Summary, row: ResultRow, past: ResultRow | None) -> str:
     if past is not None:
         cells.append(number(past.median_ms))
     memory = "-" if row.memory_mib is None else f"{row.memory_mib:,.1f}"
-    cells += [f"{number(s.ratio(row))}x", speed(row) or "-", memory, _small(row.error), _small(row.bound)]
+    floor = "-" if row.of_floor is None else _of_floor(row.of_floor)
+    cells += [f"{number(s.ratio(row))}x", speed(row) or "-", floor, memory, _small(row.error), _small(row.bound)]
     filled = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
     return f'<tr{mark}><td>{name}</td>{filled}<td class="note">{escape(row.note)}</td></tr>'
+
+
+def _of_floor(share: float) -> str:
+    return f"{100 * share:.0f} %"
 
 
 def _small(value: float | None) -> str:

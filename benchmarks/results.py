@@ -52,13 +52,14 @@ def _git(*command: str) -> str | None:
 
 def commit() -> tuple[str, bool | None]:
     """Short commit hash ("no-git" outside a repository, "release" in an installed package) and whether anything but
-    result files differs from it."""
+    results and pages differs from it."""
     if not (_ROOT / "setup.py").is_file():
         return "release", None
     head = _git("rev-parse", "--short=10", "HEAD")
     if head is None:
         return "no-git", None
-    status = _git("status", "--porcelain", "--", ".", ":!benchmarks/results")
+    others = (":!benchmarks/results", ":!benchmarks/quality/*.json", ":!*.md")
+    status = _git("status", "--porcelain", "--", ".", *others)
     return head, None if status is None else bool(status)
 
 
@@ -219,15 +220,14 @@ def speed(row: ResultRow) -> str:
     if row.op in ("bert", "elmo") and row.tokens_per_s:
         return f"{row.tokens_per_s:,.0f} tok/s"
     if row.us_per_step:
-        share = "" if row.of_floor is None else f", {number(row.of_floor)} of floor"
-        return f"{number(row.us_per_step)} us a step{share}"
+        return f"{number(row.us_per_step)} us a step"
     if row.gflops:
         return f"{number(row.gflops)} GFLOP/s"
     return f"{number(row.gbs)} GB/s" if row.gbs else ""
 
 
 def case_table(rows: Sequence[ResultRow]) -> str:
-    """The rows of one case as text: times with their p20..p80, ratio, rate, memory, error; others with their reason."""
+    """The rows of one case as text: times with p20..p80, ratio, rate, share of the floor, memory, error; others: why not."""
     first = rows[0]
     lines = [f"{first.op} · {first.workload} · {dtype_words(first.dtype)} · {first.pass_name} · {first.device}"]
     width = max(len(row.provider) for row in rows)
@@ -239,9 +239,10 @@ def case_table(rows: Sequence[ResultRow]) -> str:
             continue
         ratio = f"{row.ratio:6.2f}x" if row.ratio is not None else "      -"
         memory = "" if row.memory_mib is None else f"{row.memory_mib:,.0f} MiB"
+        floor = "" if row.of_floor is None else f"floor {100 * row.of_floor:.0f} %"
         spread = f"{number(row.p20_ms)}..{number(row.p80_ms)}"
         lines.append(
             f"{mark} {row.provider:<{width}} {number(row.median_ms):>9} ms  {spread:>15}  {ratio}  {speed(row):>14}  "
-            f"{memory:>10}  err {row.error:.0e}"
+            f"{floor:>11}  {memory:>10}  err {row.error:.0e}"
         )
     return "\n".join(lines)

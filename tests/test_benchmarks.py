@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import json
 import os
 import time
@@ -109,9 +110,21 @@ def test_recurrences_know_their_floor(monkeypatch):
     assert ceilings.floor_seconds(case.work, "cpu", torch.float32) == 4.0
     monkeypatch.setattr(ceilings, "bytes_per_second", lambda device: 9600.0)
     assert ceilings.floor_seconds(case.work, "cpu", torch.float32) == 2.0
-    assert ceilings.floor_seconds(tiny("attention").work, "cpu", torch.float32) is None
     lstm = row("a", 2.0, us_per_step=15.6, of_floor=0.5)
-    assert results.speed(lstm) == "15.6 us a step, 0.5 of floor"
+    assert results.speed(lstm) == "15.6 us a step"
+    assert "floor 50 %" in results.case_table([dataclasses.replace(lstm, p20_ms=1.9, p80_ms=2.1, error=0.0)])
+
+
+def test_the_floor_is_the_longest_of_what_is_known(monkeypatch):
+    monkeypatch.setattr(ceilings, "bytes_per_second", lambda device: 100.0)
+    monkeypatch.setattr(ceilings, "flops_per_second", lambda device, dtype: 10.0)
+
+    def floor(dtype=torch.float32, **work):
+        return ceilings.floor_seconds(cases.Work(**work), "cpu", dtype)
+
+    assert floor(bytes=500.0) == 5.0 and floor(flops=70.0) == 7.0
+    assert floor(bytes=500.0, flops=70.0, steps=2, step_bytes=400.0) == 8.0
+    assert floor(None, flops=70.0) is None and floor(tokens=3) is None
 
 
 # providers: every peer of every op passes its own gate
