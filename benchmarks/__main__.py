@@ -22,7 +22,12 @@ _README = Path(__file__).resolve().parents[1] / "README.md"
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m benchmarks", description=__doc__.partition("\n")[0])
     what = parser.add_argument_group("what is measured")
-    what.add_argument("--set", choices=("small", "full"), default="small", help="about 2 or 10 minutes on 2 cores")
+    what.add_argument(
+        "--set",
+        choices=("small", "full", "latency"),
+        default="small",
+        help="about 2 or 10 minutes on 2 cores; latency: one text at a time, after pauses and beside busy programs",
+    )
     what.add_argument(
         "--op", action="append", default=[], metavar="NAME", help="only this op or model; may be repeated"
     )

@@ -32,7 +32,10 @@ from torch import Tensor
 from ctxfast import functional as functional  # enters all ops in the table
 from ctxfast._core import registry
 
+from .arrivals import Arrivals
+
 SEED = 20180215
+_SETS = {"small": ("small",), "full": ("small", "full"), "latency": ("latency",)}
 MODELS = tuple(sorted(path.stem for path in (Path(__file__).parent / "models").glob("[!_]*.py")))
 
 
@@ -40,7 +43,8 @@ MODELS = tuple(sorted(path.stem for path in (Path(__file__).parent / "models").g
 class Row:
     """One workload of an op or model.
 
-    ``passes``: "f" forward, "fb" forward and backward. ``size``: "small" rows are run by the small and the full set.
+    ``passes``: "f" forward, "fb" forward and backward. ``size``: "small" rows are run by the small and the full set,
+    "latency" rows by the set of that name alone. ``arrivals``: how calls come; None: one after another.
     ``cpu`` and ``cuda`` list the dtypes measured there; an empty one leaves the device out. "float32+bf16" and
     "float32+int8" stand for float32 inputs with ``weight_dtype=torch.bfloat16`` and ``torch.int8``.
     """
@@ -51,6 +55,7 @@ class Row:
     passes: tuple[str, ...] = ("f",)
     cpu: tuple[str, ...] = ("float32",)
     cuda: tuple[str, ...] = ("float16", "bfloat16")
+    arrivals: Arrivals | None = None
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,7 @@ class Case:
     backward: bool
     device: str
     size: str
+    arrivals: Arrivals | None = None
 
     @property
     def id(self) -> str:
@@ -159,7 +165,7 @@ def select(
     """The cases of a device and set, in the order of pages.
 
     Args:
-        size: "small" or "full" (which holds the small ones too).
+        size: "small", "full" (which holds the small ones too) or "latency".
         ops: names of ops or models to keep; none for every op.
         models: also the whole-model cases (naming a model in ``ops`` has the same effect for it).
         workloads: keep cases whose id holds one of these texts; none for all.
@@ -172,11 +178,11 @@ def select(
     found = []
     for op in names():
         for row in module(op).ROWS if op in wanted else ():
-            if size == "small" and row.size != "small":
+            if row.size not in _SETS[size]:
                 continue
             for dtype_name in getattr(row, device):
                 for name in row.passes:
-                    case = Case(op, row.workload, row.sizes, dtype_name, name == "fb", device, row.size)
+                    case = Case(op, row.workload, row.sizes, dtype_name, name == "fb", device, row.size, row.arrivals)
                     if not workloads or any(text in case.id for text in workloads):
                         found.append(case)
     return found

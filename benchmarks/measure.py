@@ -23,6 +23,7 @@ import torch
 
 from ctxfast.nn.graph_capture import abandon
 
+from .arrivals import Arrivals, requests, time_requests
 from .cases import Case
 from .ceilings import floor_seconds
 from .gate import Gate, ParityError, Verdict, results, runner
@@ -73,6 +74,7 @@ class ResultRow:
     """One provider on one case. ``status``: "ok", "wrong", "error", "not installed" or "cannot run"; times if "ok".
 
     ``ratio``: this row's time over that of the implementation ctxfast chooses; above 1, ctxfast is faster.
+    ``p95_ms``, ``p99_ms``: of requests, see ``arrivals``.
     ``us_per_step``: for recurrences. ``of_floor``: the share of the time that memory or the arithmetic would take
     (see ``ceilings``); above 1 where what is read stays in caches or on the chip.
     ``memory_mib``: memory that the first call added at its peak. ``error``: relative to the largest right value.
@@ -93,6 +95,8 @@ class ResultRow:
     median_ms: float | None = None
     p20_ms: float | None = None
     p80_ms: float | None = None
+    p95_ms: float | None = None
+    p99_ms: float | None = None
     samples: int = 0
     ratio: float | None = None
     memory_mib: float | None = None
@@ -154,6 +158,8 @@ def measure(case: Case, providers: Sequence[Provider], settings: Settings) -> li
     if runners:
         if case.device == "cuda":
             _time_cuda(runners, settings.seconds, is_model=case.is_model)
+        elif case.arrivals is not None:
+            _time_requests(runners, case.arrivals, settings.seconds)
         else:
             _time_cpu(runners, settings.seconds)
     for each in runners:
@@ -224,6 +230,26 @@ def _time_cpu(runners: list[_Runner], seconds: float) -> None:
                 each.times.append((time.perf_counter() - start) / each.inner)
     finally:
         gc.enable()
+
+
+def _time_requests(runners: list[_Runner], arrivals: Arrivals, seconds: float) -> None:
+    counts = []
+    for each in runners:
+        each.run()
+        start = time.perf_counter()
+        each.run()
+        each.estimate = time.perf_counter() - start
+        counts.append(requests(seconds, arrivals.pause_ms / 1e3, each.estimate))
+        each.row.timing = f"wall clock, {arrivals.words}"
+    gc.collect()
+    gc.disable()
+    try:
+        found = time_requests([each.run for each in runners], arrivals, counts, settle)
+    finally:
+        gc.enable()
+    for each, times in zip(runners, found):
+        each.times = times
+        each.row.p95_ms, each.row.p99_ms = (1e3 * percentile(times, share) for share in (0.95, 0.99))
 
 
 def _cost(each: _Runner) -> float:

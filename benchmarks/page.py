@@ -6,7 +6,7 @@ older file, what became slower. It needs nothing else: no script, no picture, no
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -94,7 +94,8 @@ def _facts(document: dict[str, Any]) -> str:
         f"<dl>{lines}</dl><p class=soft>Everybody was held to the right result before being timed; rounds in turn, "
         "medians, p20 to p80. A bar reaches from 1 to the fastest peer's time over ctxfast's: to the right ctxfast is "
         "faster; dots are the other peers. A dashed line is the floor: where somebody would be who took no longer than "
-        "memory or the arithmetic takes, both measured in this run. Open a case for everybody's time, memory and error.</p>"
+        "memory or the arithmetic takes, both measured in this run. Open a case for everybody's time, memory and error."
+        "</p>"
     )
 
 
@@ -210,10 +211,9 @@ def _case(s: Summary, axis: _Axis, old: dict[tuple[str, str], ResultRow]) -> str
     word = "" if ratio is None else "win" if ratio >= 1 else "loss"
     shown = "" if ratio is None else f"{number(ratio)}x"
     rows = [*((s.ours,) if s.ours else ()), *s.siblings, *s.peers, *s.absent]
-    table = "".join(_provider(s, row, old.get((row.case, row.provider))) for row in rows)
-    head = ["", "ms", "p20 to p80", *(["before"] if old else []), "ratio", "rate"]
-    head += ["of floor", "MiB", "error", "bound", ""]
-    heads = "".join(f"<th>{name}</th>" for name in head)
+    columns = [name for name in _COLUMNS if _is_shown(name, rows, old)]
+    table = "".join(_provider(s, row, old.get((row.case, row.provider)), columns) for row in rows)
+    heads = "".join(f"<th>{name}</th>" for name in ("", *columns, ""))
     return (
         f'<details><summary>{what}{_plot(s, axis)}<span class="ratio {word}">{shown}</span>'
         f'<span class="best">{best}</span></summary><div class="table"><table><tr>{heads}</tr>{table}</table></div>'
@@ -221,20 +221,36 @@ def _case(s: Summary, axis: _Axis, old: dict[tuple[str, str], ResultRow]) -> str
     )
 
 
-def _provider(s: Summary, row: ResultRow, past: ResultRow | None) -> str:
+# Column -> what it says of a row of a case, beside an older one.
+_COLUMNS: dict[str, Callable[[Summary, ResultRow, ResultRow | None], str]] = {
+    "ms": lambda s, row, past: number(row.median_ms),
+    "p20 to p80": lambda s, row, past: f"{number(row.p20_ms)} to {number(row.p80_ms)}",
+    "p95": lambda s, row, past: number(row.p95_ms),
+    "p99": lambda s, row, past: number(row.p99_ms),
+    "before": lambda s, row, past: number(None if past is None else past.median_ms),
+    "ratio": lambda s, row, past: f"{number(s.ratio(row))}x",
+    "rate": lambda s, row, past: speed(row) or "-",
+    "of floor": lambda s, row, past: "-" if row.of_floor is None else _of_floor(row.of_floor),
+    "MiB": lambda s, row, past: "-" if row.memory_mib is None else f"{row.memory_mib:,.1f}",
+    "error": lambda s, row, past: _small(row.error),
+    "bound": lambda s, row, past: _small(row.bound),
+}
+
+
+def _is_shown(column: str, rows: Sequence[ResultRow], old: Mapping[Any, ResultRow]) -> bool:
+    if column in ("p95", "p99"):
+        return any(row.p99_ms is not None for row in rows)
+    return column != "before" or bool(old)
+
+
+def _provider(s: Summary, row: ResultRow, past: ResultRow | None, columns: Sequence[str]) -> str:
     mark = ' class="ours"' if row.chosen else ""
     name = escape(row.provider) + (" *" if row.chosen else "")
-    columns = 9 if past is None else 10
     if row.median_ms is None:
         loud = "" if row.status in ("not installed", "cannot run") else f"<b class=loss>{row.status.upper()}</b> "
-        return f'<tr{mark}><td>{name}</td><td class="note" colspan="{columns}">{loud}{escape(row.note)}</td></tr>'
-    cells = [number(row.median_ms), f"{number(row.p20_ms)} to {number(row.p80_ms)}"]
-    if past is not None:
-        cells.append(number(past.median_ms))
-    memory = "-" if row.memory_mib is None else f"{row.memory_mib:,.1f}"
-    floor = "-" if row.of_floor is None else _of_floor(row.of_floor)
-    cells += [f"{number(s.ratio(row))}x", speed(row) or "-", floor, memory, _small(row.error), _small(row.bound)]
-    filled = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
+        span = len(columns) + 1
+        return f'<tr{mark}><td>{name}</td><td class="note" colspan="{span}">{loud}{escape(row.note)}</td></tr>'
+    filled = "".join(f"<td>{escape(_COLUMNS[column](s, row, past))}</td>" for column in columns)
     return f'<tr{mark}><td>{name}</td>{filled}<td class="note">{escape(row.note)}</td></tr>'
 
 

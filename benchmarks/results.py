@@ -227,7 +227,7 @@ def speed(row: ResultRow) -> str:
 
 
 def case_table(rows: Sequence[ResultRow]) -> str:
-    """The rows of one case as text: times with p20..p80, ratio, rate, share of the floor, memory, error; others: why not."""
+    """The rows of one case as text: times with p20..p80, ratio, rate, share of the floor, memory, error; or why not."""
     first = rows[0]
     lines = [f"{first.op} · {first.workload} · {dtype_words(first.dtype)} · {first.pass_name} · {first.device}"]
     width = max(len(row.provider) for row in rows)
@@ -241,6 +241,8 @@ def case_table(rows: Sequence[ResultRow]) -> str:
         memory = "" if row.memory_mib is None else f"{row.memory_mib:,.0f} MiB"
         floor = "" if row.of_floor is None else f"floor {100 * row.of_floor:.0f} %"
         spread = f"{number(row.p20_ms)}..{number(row.p80_ms)}"
+        if row.p99_ms is not None:
+            spread += f", p95 {number(row.p95_ms)}, p99 {number(row.p99_ms)}"
         lines.append(
             f"{mark} {row.provider:<{width}} {number(row.median_ms):>9} ms  {spread:>15}  {ratio}  {speed(row):>14}  "
             f"{floor:>11}  {memory:>10}  err {row.error:.0e}"

@@ -16,7 +16,7 @@ import pytest
 import torch
 from support.benchmark_rows import QUICK, row, tiny
 
-from benchmarks import __main__ as command, cases, ceilings, gate, measure, peers, results
+from benchmarks import __main__ as command, arrivals, cases, ceilings, gate, measure, peers, results
 from benchmarks.measure import Settings
 from benchmarks.provider import Call, NotInstalled, Provider, Unavailable, leaves_of
 from ctxfast._core import registry
@@ -125,6 +125,60 @@ def test_the_floor_is_the_longest_of_what_is_known(monkeypatch):
     assert floor(bytes=500.0) == 5.0 and floor(flops=70.0) == 7.0
     assert floor(bytes=500.0, flops=70.0, steps=2, step_bytes=400.0) == 8.0
     assert floor(None, flops=70.0) is None and floor(tokens=3) is None
+
+
+# requests
+
+
+def test_requests_come_as_their_row_says() -> None:
+    steady, drawn = arrivals.Arrivals(10), arrivals.Arrivals(10, is_random=True, busy=2)
+    assert steady.words == "after 10 ms" and drawn.words == "after about 10 ms, 2 cores busy"
+    assert arrivals.Arrivals(busy=1).words == "back to back, 1 cores busy"
+    assert steady.pauses(3) == [0.01] * 3 and arrivals.Arrivals().pauses(2) == [0.0] * 2
+    waits = drawn.pauses(2000)
+    assert waits == drawn.pauses(2000) and 0.009 < sum(waits) / 2000 < 0.011 and min(waits) < 0.001
+    assert arrivals.requests(1.0, 0.1, 0.001) == arrivals.LEAST
+    assert arrivals.requests(5.0, 0.01, 0.0) == 500 and arrivals.requests(9e9, 0, 1e-3) == arrivals.MOST
+
+
+def test_requests_are_timed_in_blocks_without_their_pauses(monkeypatch) -> None:
+    asked, slept = [], []
+    monkeypatch.setattr(arrivals.time, "sleep", slept.append)
+    runs = [lambda: asked.append("a"), lambda: asked.append("b")]
+    times = arrivals.time_requests(runs, arrivals.Arrivals(5), [4, 8], lambda: asked.append("-"))
+    assert [len(found) for found in times] == [4, 8] and slept == [0.005] * 12
+    assert asked == ["-", "a", "a", "-", "b", "b", "b"] * arrivals.BLOCKS
+
+
+def test_neighbours_are_busy_and_gone() -> None:
+    with arrivals.busy_processes(1):
+        (child,) = [int(pid) for pid in _children()]
+        before = _cpu_seconds(child)
+        end = time.monotonic() + 60
+        while _cpu_seconds(child) <= before and time.monotonic() < end:
+            time.sleep(0.05)
+        assert _cpu_seconds(child) > before
+    assert not Path(f"/proc/{child}").exists()
+
+
+def _children() -> list[str]:
+    return Path(f"/proc/self/task/{os.getpid()}/children").read_text(encoding="ascii").split()
+
+
+def _cpu_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
+    return int(fields[11]) / os.sysconf("SC_CLK_TCK")
+
+
+def test_latency_has_a_set_of_its_own() -> None:
+    found = cases.select("cpu", "latency", models=True)
+    assert found and all(case.arrivals is not None and case.is_model for case in found)
+    assert all(case.arrivals is None for case in cases.select("cpu", "full", models=True))
+    case = dataclasses.replace(tiny("add_layer_norm"), arrivals=arrivals.Arrivals(0.1))
+    rows = measure.measure(case, peers.providers(case)[:2], Settings(seconds=0.01, threads=1))
+    (ours,) = [each for each in rows if each.chosen]
+    assert ours.samples == arrivals.LEAST and ours.median_ms <= ours.p95_ms <= ours.p99_ms
+    assert "p99" in results.case_table(rows) and ours.timing == "wall clock, after 0.1 ms"
 
 
 # providers: every peer of every op passes its own gate

@@ -22,6 +22,7 @@ from torch import Tensor
 
 import ctxfast
 
+from ..arrivals import USUAL
 from ..cases import SEED, Case, Row, Work
 from ..inputs import EVERY_BERT, RAGGED_32, RAGGED_256, integers
 from ..ops.transformer_layers import encoder_work
@@ -57,6 +58,18 @@ ROWS = (
     Row("bert-base ragged 256", dict(model="bert-base", lengths=RAGGED_32 * 8), cpu=()),
     Row("bert-base ragged 256 (fill 0.15)", dict(model="bert-base", lengths=RAGGED_256), cpu=()),
     Row("bert-base 32x512", dict(model="bert-base", lengths=(512,) * 32), cpu=()),
+    *(
+        Row(
+            f"minilm 1x{length}, {arrivals.words}",
+            dict(model="minilm", lengths=(length,)),
+            "latency",
+            cpu=EVERY_BERT,
+            cuda=(),
+            arrivals=arrivals,
+        )
+        for length in (16, 64)
+        for arrivals in USUAL
+    ),
 )
 
 

@@ -15,6 +15,7 @@ import ctxfast
 from ctxfast.models.elmo.config import ElmoConfig
 from ctxfast.models.elmo.modeling import ElmoBiLm
 
+from ..arrivals import Arrivals
 from ..cases import SEED, Case, Row, Work
 from ..inputs import EVERY_WEIGHT
 from ..ops.char_cnn import CHARACTERS, word_characters
@@ -25,6 +26,17 @@ ROWS = (
     Row("original 1x20 words", dict(B=1, words=20), "small", cpu=EVERY_WEIGHT),
     Row("original 32x20 words", dict(B=32, words=20), cpu=EVERY_WEIGHT),
     Row("original 32x128 words", dict(B=32, words=128), cpu=()),
+    *(
+        Row(
+            f"original 1x20 words, {arrivals.words}",
+            dict(B=1, words=20),
+            "latency",
+            cpu=EVERY_WEIGHT,
+            cuda=(),
+            arrivals=arrivals,
+        )
+        for arrivals in (Arrivals(), Arrivals(1), Arrivals(10), Arrivals(100), Arrivals(10, busy=1))
+    ),
 )
 
 
