@@ -18,6 +18,7 @@ Texts: .tsv, .csv or .jsonl, also .gz and .xz. Columns go by their usual names (
 
   ctxfast finetune classify -m MODEL --train train.csv --dev dev.csv -o run --epochs 3 --lr 5e-5
   ctxfast finetune classify -m MODEL --train cola.tsv --text-column 3 --label-column 1 -o run
+  ctxfast finetune classify -m ELMO --features mix --format sst2 --phrases --train train.txt --dev dev.txt -o run
   ctxfast finetune classify -m run/best --predict-only --test new.tsv -o predictions
 """
     suffix = "jsonl"
@@ -32,13 +33,20 @@ Texts: .tsv, .csv or .jsonl, also .gz and .xz. Columns go by their usual names (
         header.add_argument("--no-header", dest="header", action="store_false", help="it does not (else: looked at)")
         quotes = "plain: quotation marks are text (default in .tsv); csv: they delimit fields (default in .csv)"
         add("--quotes", help=quotes)
-        add("--format", help="tsv, csv or jsonl, where the suffix does not say")
+        corpora = "sst, sst2 (trees, 5 or 2 classes), trec, trec-fine"
+        corpora = "stsb (the benchmark's own files)" if self.is_pair else corpora
+        add("--format", help=f"tsv, csv or jsonl, where the suffix does not say; {corpora}")
+        if not self.is_pair:
+            add("--phrases", action="store_true", help="with sst, sst2: learn from the phrases of --train, too")
         add("--regression", action="store_true", help="labels are numbers")
 
     def read(self, args: argparse.Namespace, path: str, say: Say, *, needs_labels: bool) -> list[Any]:
+        from ...training.readers.corpora import CORPORA
         from ...training.readers.notes import class_notes
         from ...training.readers.tables import TableFormat, read_table
 
+        if args.format in CORPORA:
+            return self._corpus(args, path, say)
         if args.quotes not in (None, "plain", "csv"):
             raise ValueError(f"ctxfast.finetune: --quotes is {args.quotes!r}; expected 'plain' or 'csv'.")
         table = TableFormat(
@@ -58,6 +66,21 @@ Texts: .tsv, .csv or .jsonl, also .gz and .xz. Columns go by their usual names (
             for note in class_notes(labels):
                 say(f"{path}: {note}")
         return found
+
+    def _corpus(self, args: argparse.Namespace, path: str, say: Say) -> list[Any]:
+        from ...training.readers.corpora import CORPORA, read_corpus
+
+        if CORPORA[args.format] != self.is_pair:
+            expected = ", ".join(name for name, is_pair in CORPORA.items() if is_pair == self.is_pair)
+            raise ValueError(f"ctxfast.finetune: --format is {args.format!r}; expected {expected} for {self.name!r}.")
+        return read_corpus(path, args.format, has_phrases=self._has_phrases(args) and path == args.train, say=say)
+
+    def _has_phrases(self, args: argparse.Namespace) -> bool:
+        return not self.is_pair and args.phrases
+
+    def check(self, args: argparse.Namespace) -> None:
+        if self._has_phrases(args) and args.format not in ("sst", "sst2"):
+            raise ValueError("ctxfast.finetune: --phrases is given without --format sst or sst2; expected both.")
 
     def labels(self, args: argparse.Namespace, examples: Sequence[Any]) -> tuple[str, ...]:
         from ...training.tasks.classify import class_names
@@ -81,6 +104,8 @@ Pairs: .tsv, .csv or .jsonl, also .gz and .xz.
 
   ctxfast finetune pair -m MODEL --train qnli.tsv --dev dev.tsv -o run --max-length 256
   ctxfast finetune pair -m MODEL --train stsb.tsv --dev dev.tsv -o run --regression
+  ctxfast finetune pair -m MODEL --format stsb --train sts-train.csv --dev sts-dev.csv -o run --regression
+  ctxfast finetune pair -m MODEL --train snli_1.0_train.jsonl --dev snli_1.0_dev.jsonl -o run
 """
     is_pair = True
 

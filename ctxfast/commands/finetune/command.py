@@ -40,7 +40,7 @@ _MADE_WITH = {
 _READ_WITH = ("max_length", "doc_stride", "max_query", "max_answer", "n_best", "null_threshold")
 # What examples are made of, of each task's arguments those that it has.
 _READING = ("text_column", "pair_column", "label_column", "header", "quotes", "format", "regression", "word_column")
-_READING += ("tag_column", "scheme", "predicate_column", "skip_misaligned", "unseen")
+_READING += ("tag_column", "scheme", "predicate_column", "skip_misaligned", "unseen", "phrases", "roles")
 _OF_HEADS = ("lstm_hidden", "lstm_layers", "dropout", "mix_norm", "mix_l2", "vectors")
 _OF_WINDOWS = ("max_length", "doc_stride", "max_query")
 

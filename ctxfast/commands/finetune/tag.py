@@ -20,6 +20,7 @@ Sentences: a word a line in columns separated by tabs or spaces, a blank line af
   ctxfast finetune tag -m MODEL --features concat4 --crf --train train.tsv --dev dev.tsv -o run --epochs 20
   ctxfast finetune tag -m ELMO --features mix --train train.tsv --scheme none --tag-column 2 -o run
   ctxfast finetune tag -m MODEL --predicate-column 1 --predicate sep --train srl.tsv -o run
+  ctxfast finetune tag -m ELMO --features mix --roles conll2012 --train train.conll --dev dev.conll -o run
   ctxfast finetune tag --words chars --crf --train train.tsv --dev dev.tsv -o run --epochs 20
   ctxfast finetune tag -m run/best --evaluate-only --test test.tsv -o scores
 """
@@ -33,15 +34,20 @@ Sentences: a word a line in columns separated by tabs or spaces, a blank line af
         add("--scheme", default="bio2", help="bio2 (default), iob1 or bioes (converted), or none: tags are not spans")
         add("--predicate-column", type=int, metavar="N", help="column that marks the predicate (anything but - _ O 0)")
         add("--predicate", help="how BERT sees it: type (token type, default) or sep ([SEP] predicate)")
+        add("--roles", help="semantic roles in brackets, a sentence for every predicate: conll2005 or conll2012")
         add("--crf", action="store_true", help="with --features, ELMo or --words: score tags together")
 
     def check(self, args: argparse.Namespace) -> None:
-        if args.predicate is not None and args.predicate_column is None:
+        if args.predicate is not None and args.predicate_column is None and args.roles is None:
             raise ValueError("ctxfast.finetune: --predicate is given without --predicate-column; expected both.")
 
     def read(self, args: argparse.Namespace, path: str, say: Say, *, needs_labels: bool) -> list[Any]:
         from ...training.readers.conll import read_conll
+        from ...training.readers.conll_brackets import read_roles
 
+        if args.roles is not None:
+            column = 1 if args.predicate_column is None else args.predicate_column
+            return read_roles(path, args.roles, predicate_column=column, say=say)
         return read_conll(
             path,
             word_column=args.word_column,
@@ -71,7 +77,7 @@ Sentences: a word a line in columns separated by tabs or spaces, a blank line af
         return {"predicate": "none", **self.foreign_changes(args), "is_spans": self.is_spans(args)}
 
     def foreign_changes(self, args: argparse.Namespace) -> dict[str, Any]:
-        return {} if args.predicate_column is None else {"predicate": args.predicate or "type"}
+        return {} if args.predicate_column is None and args.roles is None else {"predicate": args.predicate or "type"}
 
     def follow(self, args: argparse.Namespace, predictor: Any) -> None:
         if not predictor.is_spans:

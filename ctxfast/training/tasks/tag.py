@@ -50,6 +50,10 @@ def check_tags(path: str | os.PathLike[str], sentences: Sequence[Sentence], know
             check_label(path, sentence.line_of(place), tag, names)
 
 
+def _without_v(tags: Sequence[str]) -> list[str]:
+    return ["O" if tag[2:] == "V" else tag for tag in tags]
+
+
 class _Tagger(Predictor):
     """What both kinds of tagger share. Predictions are lists of tags, a tag a word."""
 
@@ -76,9 +80,14 @@ class _Tagger(Predictor):
 
     def scores(self, examples: Sequence[Sentence], predictions: Sequence[list[str]]) -> dict[str, float]:
         """``f1``, ``precision``, ``recall`` of entities (and of each kind) with ``accuracy`` of words, or that alone
-        where tags are not spans."""
+        where tags are not spans. Where a predicate is marked, spans of kind V, which are the predicate itself, do not
+        count, as in CoNLL-2005's srl-eval."""
         gold = [sentence.gold for sentence in examples]
-        result = metrics.entity_scores(gold, predictions) if self.is_spans else {}
+        result: dict[str, float] = {}
+        if self.is_spans and all(sentence.predicate is not None for sentence in examples):
+            result = metrics.entity_scores(*[[_without_v(tags) for tags in side] for side in (gold, predictions)])
+        elif self.is_spans:
+            result = metrics.entity_scores(gold, predictions)
         return result | {"accuracy": metrics.token_accuracy(gold, predictions)}
 
     def write_predictions(
