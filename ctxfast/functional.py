@@ -18,6 +18,7 @@ from typing import Any
 
 from ._core import calls, choice, registry
 from .ops.add_layer_norm import add_layer_norm
+from .ops.add_norm import add_norm
 from .ops.attention import attention
 from .ops.char_cnn import char_cnn
 from .ops.embed_layer_norm import embed_layer_norm
@@ -30,6 +31,7 @@ from .ops.transformer_layers import transformer_layers
 
 __all__ = [
     "add_layer_norm",
+    "add_norm",
     "attention",
     "char_cnn",
     "embed_layer_norm",

@@ -37,7 +37,12 @@ FLOORS = [
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # Ops whose folder of csrc has another name, and implementations that are no kernels but calls of torch's.
-CSRC_FOLDERS = {"add_layer_norm": "layer_norm", "embed_layer_norm": "layer_norm", "feed_forward": "linear_act"}
+CSRC_FOLDERS = {
+    "add_layer_norm": "layer_norm",
+    "add_norm": "layer_norm",
+    "embed_layer_norm": "layer_norm",
+    "feed_forward": "linear_act",
+}
 NOT_COMPILED = {("linear_cross_entropy", "cpu")}
 
 

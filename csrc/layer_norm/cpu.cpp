@@ -50,7 +50,7 @@ Status check(const LayerNormParams& p) {
     const auto check_these = source.is_int64 ? check_ids<int64_t> : check_ids<int32_t>;
     CTXFAST_RETURN_IF_ERROR(check_these(source.ids, p.rows, source.count));
   }
-  return check_addresses(kOp, {{"weight", p.weight}, {"bias", p.bias}, {"y", p.y}});
+  return check_addresses(kOp, {{"weight", p.weight}, {"y", p.y}});
 }
 
 }  // namespace

@@ -23,7 +23,7 @@ inline Vec only(Vec value, int64_t n) {
   return value;
 }
 
-template <bool kBf16>
+template <bool kBf16, bool kSum>
 void row(const LayerNormParams& p, int64_t i, float* sum) {
   int64_t at[kLayerNormSources] = {};
   for (int64_t s = 0; s < p.sources; ++s) {
@@ -39,10 +39,14 @@ void row(const LayerNormParams& p, int64_t i, float* sum) {
     Vec value = load_typed<kBf16>(p.source[0].rows, at[0] + k, n);
     if (p.shift) value += load_typed<kBf16>(p.shift, k, n);
     for (int64_t s = 1; s < p.sources; ++s) value += load_typed<kBf16>(p.source[s].rows, at[s] + k, n);
+    if constexpr (kSum) {
+      store_typed<kBf16, false>(p.sum, i * p.size + k, value, n);
+      if constexpr (kBf16) value = load_typed<true>(p.sum, i * p.size + k, n);
+    }
     store(sum + k, value);  // past the end zero
     sums[j] += value;
   }
-  const float mean = total(sums) / static_cast<float>(p.size);
+  const float mean = p.is_rms ? 0.0f : total(sums) / static_cast<float>(p.size);
   for (Vec& each : sums) each = Vec{};
   for (int64_t k = 0, j = 0; k < p.size; k += kLanes, j = (j + 1) % kSums) {
     Vec off = load(sum + k) - all(mean);
@@ -53,20 +57,18 @@ void row(const LayerNormParams& p, int64_t i, float* sum) {
   for (int64_t k = 0; k < p.size; k += kLanes) {
     const int64_t n = p.size - k;
     const Vec value = (load(sum + k) - all(mean)) * all(scale);
-    const Vec y = fma(value, load_typed<kBf16>(p.weight, k, n), load_typed<kBf16>(p.bias, k, n));
+    const Vec shift = p.bias ? load_typed<kBf16>(p.bias, k, n) : Vec{};
+    const Vec y = fma(value, load_typed<kBf16>(p.weight, k, n), shift);
     store_typed<kBf16, false>(p.y, i * p.size + k, y, n);
   }
 }
 
 void rows(const LayerNormParams& p, int64_t from, int64_t to) {
   alignas(64) float sum[kLayerNormMaxSize + kLanes];
-  for (int64_t i = from; i < to; ++i) {
-    if (p.io_dtype == DType::kBFloat16) {
-      row<true>(p, i, sum);
-    } else {
-      row<false>(p, i, sum);
-    }
-  }
+  const bool is_bf16 = p.io_dtype == DType::kBFloat16;
+  const auto one = p.sum ? (is_bf16 ? row<true, true> : row<false, true>)
+                         : (is_bf16 ? row<true, false> : row<false, false>);
+  for (int64_t i = from; i < to; ++i) one(p, i, sum);
 }
 
 }  // namespace

@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// add_layer_norm and embed_layer_norm on the CPU, forward: y = LayerNorm(sum of rows) weight + bias.
+// add_layer_norm, add_norm and embed_layer_norm on the CPU, forward: y = norm(sum of rows) weight + bias; the norm is
+// LayerNorm's, or without its mean (RMSNorm).
 //
 // Row i of the sum is first[i] + shift + second[i] + ..., added in this order; a source with ids contributes its row
 // ids[i]. Arithmetic is float32; the variance is computed in a second pass over the row. A row's bits depend on nothing
-// but the row (and the instruction set). Rows are contiguous; y may not overlap an input.
+// but the row (and the instruction set). Rows are contiguous; no output may overlap an input. Where
+// the sum is wanted it is what is normalised: rounded, in bfloat16.
 #pragma once
 
 #include <cstdint>
@@ -31,9 +33,11 @@ struct LayerNormParams {
   LayerNormSource source[kLayerNormSources];
   const void* shift = nullptr;   // (size), may be null
   const void* weight = nullptr;  // (size)
-  const void* bias = nullptr;    // (size)
+  const void* bias = nullptr;    // (size), may be null
+  bool is_rms = false;           // without the mean
   float eps = 0;
-  void* y = nullptr;  // (rows, size)
+  void* sum = nullptr;  // (rows, size), may be null
+  void* y = nullptr;    // (rows, size)
   int64_t threads = 1;
   Isa isa = best_isa();
 };

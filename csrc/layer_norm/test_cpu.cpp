@@ -51,6 +51,51 @@ void check_size(int64_t rows, int64_t size, bool has_ids, float mean, Report* re
   }
 }
 
+// The sum beside its norm, with and without the mean and a bias.
+void check_sum(int64_t size, bool is_rms, bool is_bf16, Report* report) {
+  constexpr int64_t kRows = 3;
+  Random random(static_cast<uint64_t>(size));
+  const std::vector<float> first = random.fill(kRows * size, 1.0f), second = random.fill(kRows * size, 1.0f);
+  const std::vector<float> weight = random.fill(size, 1.0f);
+  std::vector<uint16_t> narrow[3];
+  const std::vector<float>* const wide[3] = {&first, &second, &weight};
+  const void* given[3];
+  for (int i = 0; i < 3; ++i) {
+    for (const float value : *wide[i]) narrow[i].push_back(to_bf16(value));
+    given[i] = is_bf16 ? static_cast<const void*>(narrow[i].data()) : wide[i]->data();
+  }
+  const auto value = [&](int i, int64_t at) { return is_bf16 ? to_float(narrow[i][at]) : (*wide[i])[at]; };
+  std::vector<double> sums(kRows * size), norms(kRows * size);
+  for (int64_t row = 0; row < kRows; ++row) {
+    double mean = 0, squares = 0;
+    for (int64_t k = row * size; k < (row + 1) * size; ++k) {
+      const float sum = value(0, k) + value(1, k);
+      sums[k] = is_bf16 ? to_float(to_bf16(sum)) : sum;
+      mean += is_rms ? 0 : sums[k] / static_cast<double>(size);
+    }
+    for (int64_t k = row * size; k < (row + 1) * size; ++k) squares += std::pow(sums[k] - mean, 2);
+    for (int64_t k = row * size; k < (row + 1) * size; ++k) {
+      norms[k] = (sums[k] - mean) / std::sqrt(squares / size + 1e-3) * value(2, k - row * size);
+    }
+  }
+  LayerNormParams p;
+  p.rows = kRows, p.size = size, p.sources = 2, p.eps = 1e-3f, p.is_rms = is_rms, p.weight = given[2];
+  p.io_dtype = is_bf16 ? DType::kBFloat16 : DType::kFloat32;
+  p.source[0] = {given[0], size, nullptr, 0, true}, p.source[1] = {given[1], size, nullptr, 0, true};
+  for (const Isa isa : runnable_isas()) {
+    const std::string name = std::string(isa_name(isa)) + " sum " + std::to_string(size);
+    std::vector<float> sum(kRows * size), y(kRows * size);
+    std::vector<uint16_t> narrow_sum(kRows * size), narrow_y(kRows * size);
+    p.isa = isa;
+    p.sum = is_bf16 ? static_cast<void*>(narrow_sum.data()) : sum.data();
+    p.y = is_bf16 ? static_cast<void*>(narrow_y.data()) : y.data();
+    report->that(name, layer_norm_forward(p).ok());
+    for (size_t k = 0; is_bf16 && k < y.size(); ++k) sum[k] = to_float(narrow_sum[k]), y[k] = to_float(narrow_y[k]);
+    report->near(name, sum, sums, 1e-7);
+    report->near(name + " norm", y, norms, is_bf16 ? 2e-2 : 4e-6);
+  }
+}
+
 void check_refusals(Report* report) {
   const std::vector<float> row(8, 1.0f);
   const int64_t beyond[] = {0, 9};
@@ -85,6 +130,11 @@ int main() {
   }
   check_size(60, 768, false, 30.0f, &report);
   check_size(0, 16, false, 0.0f, &report);
+  for (const int64_t size : {2, 31, 768}) {
+    for (const bool is_rms : {false, true}) {
+      for (const bool is_bf16 : {false, true}) check_sum(size, is_rms, is_bf16, &report);
+    }
+  }
   check_refusals(&report);
   return report.finish("test_layer_norm");
 }

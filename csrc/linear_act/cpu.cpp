@@ -49,6 +49,7 @@ Status check(const LinearActParams& p) {
   if (is_int8 && p.in > 65536) {
     return invalid(kOp, "in", std::to_string(p.in), "at most 65536, the terms an int8 sum holds");
   }
+  if (p.is_gated && p.out % 2) return invalid(kOp, "out", std::to_string(p.out), "an even number, two halves");
   if (p.rows > 1) CTXFAST_RETURN_IF_ERROR(check_sizes(kOp, {{"stride_x", p.stride_x, p.in}}));
   if (p.rows == 0 || p.out == 0) return {};
   return check_addresses(kOp, {{"x", p.x},
@@ -82,7 +83,7 @@ LinearActJob linear_act_job(const LinearActParams& p, char* scratch, void* barri
   job.rows = p.rows, job.in = p.in, job.out = p.out;
   job.tiles = tiles_of(p.in, p.weight_dtype), job.chunk = chunk_of(p.in, p.weight_dtype);
   job.is_bf16 = p.io_dtype == DType::kBFloat16;
-  job.activation = static_cast<int>(p.activation);
+  job.activation = static_cast<int>(p.activation), job.is_gated = p.is_gated;
   job.x = p.x, job.stride_x = p.stride_x;
   job.packed = static_cast<const uint32_t*>(p.packed);
   job.scales = p.scales, job.sums = p.sums, job.bias = p.bias, job.y = p.y;

@@ -20,6 +20,7 @@ struct LinearActJob {
   int64_t rows, in, out, tiles, chunk;  // tiles: of 16 words along the input; chunk: rows at a time
   bool is_bf16;                         // x, bias and y are bfloat16
   int activation;                       // as enum Activation
+  bool is_gated;                        // out / 2 columns of y
   const void* x;
   int64_t stride_x;
   const uint32_t* packed;

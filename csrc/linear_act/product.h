@@ -48,6 +48,7 @@ inline Vec activated(Vec x) {
   if constexpr (kActivation == 2) return gelu_tanh(x);
   if constexpr (kActivation == 3) return x < all(0.0f) ? all(0.0f) : x;
   if constexpr (kActivation == 4) return tanh(x);
+  if constexpr (kActivation == 5) return x * sigmoid(x);
   return x;
 }
 
@@ -74,10 +75,39 @@ void finish_as(const LinearActJob& job, int64_t row, int64_t rows, int64_t panel
   }
 }
 
+// The same gated: the panel's first half is activated and multiplied by its second.
+template <class Product, int kActivation, bool kBf16>
+void finish_gated(const LinearActJob& job, int64_t row, int64_t rows, int64_t panel, const float* z,
+                  const float* x_scales) {
+  constexpr int kHalf = kWidth / 2, kVectorsOfHalf = kVectors / 2;
+  const int64_t size = job.out / 2, column = panel * kHalf, width = min(kHalf, size - column);
+  Vec bias[kVectors];
+  for (int v = 0; v < kVectors; ++v) {
+    const int64_t at = column + v % kVectorsOfHalf * kLanes, half = v / kVectorsOfHalf * size;
+    bias[v] = job.bias && at < size ? load_typed<kBf16>(job.bias, half + at, size - at) : Vec{};
+  }
+  for (int64_t i = 0; i < rows; ++i, z += kWidth) {
+    const float scale = x_scales ? x_scales[i] : 0.0f;
+    for (int v = 0; v < kVectorsOfHalf; ++v) {
+      const int64_t n = width - v * kLanes;
+      if (n <= 0) break;
+      const int first = v * kLanes, second = kHalf + first;
+      const Vec a = Product::value(job, z + first, panel * kWidth + first, scale, bias[v]);
+      const Vec b = Product::value(job, z + second, panel * kWidth + second, scale, bias[kVectorsOfHalf + v]);
+      const int64_t to = (row + i) * size + column + first;
+      store_typed<kBf16, Product::kFast>(job.y, to, activated<kActivation>(a) * b, n);
+    }
+  }
+}
+
 template <class Product, int kActivation>
 void finish_with(const LinearActJob& job, int64_t row, int64_t rows, int64_t panel, const float* z,
                  const float* x_scales) {
-  if (job.is_bf16) {
+  if (job.is_gated) {
+    const auto gated =
+        job.is_bf16 ? finish_gated<Product, kActivation, true> : finish_gated<Product, kActivation, false>;
+    gated(job, row, rows, panel, z, x_scales);
+  } else if (job.is_bf16) {
     finish_as<Product, kActivation, true>(job, row, rows, panel, z, x_scales);
   } else {
     finish_as<Product, kActivation, false>(job, row, rows, panel, z, x_scales);
@@ -95,6 +125,8 @@ void finish(const LinearActJob& job, int64_t row, int64_t rows, int64_t panel, c
       return finish_with<Product, 3>(job, row, rows, panel, z, x_scales);
     case 4:
       return finish_with<Product, 4>(job, row, rows, panel, z, x_scales);
+    case 5:
+      return finish_with<Product, 5>(job, row, rows, panel, z, x_scales);
     default:
       return finish_with<Product, 0>(job, row, rows, panel, z, x_scales);
   }

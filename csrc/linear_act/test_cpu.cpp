@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // linear_act on the CPU against a plain loop in double, on every instruction set this machine runs.
+#include <algorithm>
 #include <cstring>
 
 #include "base/testing.h"
@@ -21,6 +22,8 @@ double activated(double x, Activation activation) {
       return x > 0 ? x : 0;
     case Activation::kTanh:
       return std::tanh(x);
+    case Activation::kSilu:
+      return x / (1 + std::exp(-x));
     default:
       return x;
   }
@@ -116,7 +119,7 @@ struct Problem {
 
   // y as floats; a guard behind it must survive.
   std::vector<float> run(LinearActParams p, Report* report) const {
-    const int64_t n = p.rows * out;
+    const int64_t n = p.rows * (p.is_gated ? out / 2 : out);
     std::vector<float> y(n + 16, kGuard);
     std::vector<uint16_t> y_bf16(n + 16, to_bf16(kGuard));
     const bool is_bf16 = io_dtype == DType::kBFloat16;
@@ -133,7 +136,7 @@ struct Problem {
 
 void check_problem(const Problem& problem, Report* report) {
   const bool is_int8 = problem.weight_dtype == DType::kInt8;
-  for (int a = 0; a < 5; ++a) {
+  for (int a = 0; a < 6; ++a) {
     const Activation activation = static_cast<Activation>(a);
     std::vector<double> want;
     double most = 1;
@@ -160,6 +163,37 @@ void check_problem(const Problem& problem, Report* report) {
   }
 }
 
+// Gated, column 32 p + j is A's 16 p + j and column 32 p + 16 + j is B's, where columns are packed as they come.
+void check_gated(const Problem& problem, Report* report) {
+  const int64_t size = problem.out / 2;
+  std::vector<int64_t> a(size), b(size);
+  std::vector<float> bias(problem.out);
+  std::vector<uint16_t> narrow(problem.out);
+  for (int64_t j = 0; j < size; ++j) {
+    a[j] = j / 16 * 32 + j % 16, b[j] = a[j] + 16;
+    bias[j] = problem.bias[a[j]], bias[size + j] = problem.bias[b[j]];
+  }
+  for (int64_t j = 0; j < problem.out; ++j) narrow[j] = to_bf16(bias[j]);
+  for (const Activation activation : {Activation::kGelu, Activation::kSilu}) {
+    std::vector<double> want;
+    double most = 1;
+    for (int64_t row = 0; row < problem.rows; ++row) {
+      const double* const before = &problem.before[row * problem.out];
+      for (int64_t j = 0; j < size; ++j) {
+        want.push_back(activated(before[a[j]], activation) * before[b[j]]);
+        most = std::max({most, std::fabs(want.back()), std::fabs(before[a[j]]) + std::fabs(before[b[j]])});
+      }
+    }
+    for (const Isa isa : runnable_isas()) {
+      LinearActParams p = problem.params(activation, isa, 2);
+      p.is_gated = true;
+      p.bias = problem.io_dtype == DType::kBFloat16 ? static_cast<const void*>(narrow.data()) : bias.data();
+      const std::string name = std::string(isa_name(isa)) + " gated, rows " + std::to_string(problem.rows);
+      report->near(name, problem.run(p, report), want, most * (problem.io_dtype == DType::kBFloat16 ? 1e-2 : 1e-5));
+    }
+  }
+}
+
 void check_refusals(Report* report) {
   const Problem problem(2, 8, 4, DType::kInt8, DType::kFloat32);
   const auto refused = [&](const char* word, auto change) {
@@ -179,6 +213,7 @@ void check_refusals(Report* report) {
   refused("stride_x", [](LinearActParams* p) { p->stride_x = 7; });
   refused("packed", [](LinearActParams* p) { p->packed = nullptr; });
   refused("scales", [](LinearActParams* p) { p->scales = nullptr; });
+  refused("out", [](LinearActParams* p) { p->out = 3, p->is_gated = true; });
   refused("y", [](LinearActParams* p) { p->y = nullptr; });
 }
 
@@ -193,6 +228,11 @@ int main() {
     check_problem({size[0], size[1], size[2], DType::kInt8, DType::kBFloat16}, &report);
     check_problem({size[0], size[1], size[2], DType::kBFloat16, DType::kBFloat16}, &report);
     check_problem({size[0], size[1], size[2], DType::kFloat32, DType::kFloat32}, &report);
+  }
+  for (const int64_t out : {32, 96}) {
+    check_gated({13, 70, out, DType::kInt8, DType::kFloat32}, &report);
+    check_gated({50, 600, out, DType::kBFloat16, DType::kBFloat16}, &report);
+    check_gated({13, 33, out, DType::kFloat32, DType::kFloat32}, &report);
   }
   check_refusals(&report);
   return report.finish("test_linear_act");

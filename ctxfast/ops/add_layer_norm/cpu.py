@@ -17,12 +17,6 @@ from ..._core import registry, torch_ops
 from ..shared import layer_norm_cpu
 
 
-def _rows(x: Tensor) -> Tensor:
-    """(..., N) -> (rows, N) with contiguous rows."""
-    x = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
 def _output(x: Tensor) -> Tensor:
     return torch_ops.allocate(x.shape, x)
 
@@ -31,7 +25,7 @@ def _forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, x_bias: Tensor | None, eps: float
 ) -> Tensor:
     out = _output(x)
-    x, residual = _rows(x), None if residual is None else _rows(residual)
+    x, residual = layer_norm_cpu.rows(x), None if residual is None else layer_norm_cpu.rows(residual)
     sources = [(rows.data_ptr(), rows.stride(0), 0, 0, False) for rows in (x, residual) if rows is not None]
     return layer_norm_cpu.layer_norm(x.shape[0], sources, x_bias, weight, bias, eps, out)
 

@@ -24,7 +24,14 @@ def _check(args: Mapping[str, Any]) -> None:
     checks.shape(_OP, "weight1", weight1, (None, x.shape[-1]), "(intermediate_size, in_features)")
     if bias1 is not None:
         checks.shape(_OP, "bias1", bias1, (weight1.shape[0],), "(intermediate_size,)")
-    checks.shape(_OP, "weight2", weight2, (None, weight1.shape[0]), "(out_features, intermediate_size)")
+    wide = weight1.shape[0]
+    if args["gated"] and wide % 2:
+        raise ValueError(
+            f"ctxfast.feed_forward: weight1 has {wide} rows; expected an even number with gated: those of the half "
+            f"that is activated, then those of the half that it is multiplied by."
+        )
+    wide = wide // 2 if args["gated"] else wide
+    checks.shape(_OP, "weight2", weight2, (None, wide), "(out_features, intermediate_size)")
     if bias2 is not None:
         checks.shape(_OP, "bias2", bias2, (weight2.shape[0],), "(out_features,)")
     checks.same(_OP, "x", x, [("weight1", weight1), ("bias1", bias1), ("weight2", weight2), ("bias2", bias2)])
@@ -63,28 +70,32 @@ def feed_forward(
     *,
     activation: str = "gelu",
     weight_dtype: torch.dtype | None = None,
+    gated: bool = False,
     impl: str | None = None,
 ) -> Tensor:
     """``activation(x W1^T + b1) W2^T + b2``, the feed-forward block of a transformer.
 
+    With ``gated`` it is ``(activation(x A^T + a) * (x B^T + b)) W2^T + b2``, where ``W1`` holds the rows of A and then
+    those of B, in one product: GeGLU with "gelu", SwiGLU with "silu".
     Of the tensors M wide, training saves one, the first product: the backward recomputes the activation.
 
     Args:
         x: (..., N_in).
-        weight1: (M, N_in).
-        bias1: (M,); None for none.
+        weight1: (M, N_in); (2M, N_in) with ``gated``.
+        bias1: (M,), or (2M,); None for none.
         weight2: (N_out, M).
         bias2: (N_out,); None for none: ``add_layer_norm`` can add it.
-        activation: "none", "gelu" (exact, erf), "gelu_tanh", "relu" or "tanh".
+        activation: "none", "gelu" (exact, erf), "gelu_tanh", "relu", "tanh" or "silu".
         weight_dtype: of the factors of both products, as in ``linear_act``.
+        gated: whether the activation is multiplied by a second half of the first product.
         impl: name of an implementation; None chooses.
 
     Returns:
         (..., N_out), in the dtype of ``x``.
 
-    Numerics: without gradients, cpu gives the bits of two calls of ``linear_act``, and a row's result does not depend
-    on the other rows. Gradients are deterministic.
-    Reference: Vaswani et al. 2017, section 3.3; Devlin et al. 2019.
+    Numerics: without gradients, cpu gives the bits of two calls of ``linear_act`` (unless gated), and a row's
+    result does not depend on the other rows. Gradients are deterministic.
+    Reference: Vaswani et al. 2017, section 3.3; Devlin et al. 2019; Shazeer 2020 (gated).
     """
     return calls.given(
         impl,
@@ -95,4 +106,5 @@ def feed_forward(
         bias2=bias2,
         activation=activation,
         weight_dtype=weight_dtype,
+        gated=gated,
     )

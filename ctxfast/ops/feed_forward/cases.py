@@ -20,18 +20,19 @@ def _case(
     *,
     biases: tuple[str, ...] = ("bias1", "bias2"),
     weight_dtype: torch.dtype | None = None,
+    gated: bool = False,
 ) -> Case:
     def make(device: str, dtype: torch.dtype, seed: int) -> dict[str, Any]:
-        sample = Sampler(device, dtype, seed)
+        sample, rows = Sampler(device, dtype, seed), 2 * wide if gated else wide
         drawn = dict(
             x=sample.normal(*shape),
-            weight1=sample.normal(wide, shape[-1], spread=shape[-1] ** -0.5),
-            bias1=sample.normal(wide, spread=0.5),
+            weight1=sample.normal(rows, shape[-1], spread=shape[-1] ** -0.5),
+            bias1=sample.normal(rows, spread=0.5),
             weight2=sample.normal(out, wide, spread=wide**-0.5),
             bias2=sample.normal(out, spread=0.5),
         )
         missing = {name: None for name in ("bias1", "bias2") if name not in biases}
-        return drawn | missing | dict(activation=activation, weight_dtype=weight_dtype)
+        return drawn | missing | dict(activation=activation, weight_dtype=weight_dtype, gated=gated)
 
     if weight_dtype is not None:  # see linear_act: values near the middle of two steps go either way
         return Case(name, make, dtypes=(torch.float32,), tolerance=2e-2)
@@ -44,6 +45,14 @@ CASES = (
     _case("gelu-tanh", (13, 64), 96, 64, "gelu_tanh"),
     _case("relu", (13, 64), 96, 48, "relu"),
     _case("tanh", (13, 64), 96, 48, "tanh"),
+    _case("silu", (13, 64), 96, 48, "silu"),
+    _case("geglu", (13, 64), 96, 64, biases=(), gated=True),
+    _case("swiglu", (13, 64), 96, 48, "silu", gated=True),
+    _case("gated-odd", (7, 65), 33, 65, "gelu_tanh", biases=("bias1",), gated=True),
+    _case("gated-one", (1, 1), 1, 1, "tanh", gated=True),
+    _case("gated-no-rows", (0, 16), 8, 16, "relu", gated=True),
+    _case("gated-none", (2, 3, 31), 17, 5, "none", gated=True),
+    _case("gated-large", (64, 384), 1152, 384, biases=(), gated=True),
     _case("none", (13, 64), 96, 64, "none"),
     _case("no-biases", (7, 65), 33, 65, biases=()),
     _case("no-second-bias", (7, 32), 130, 32, biases=("bias1",)),
@@ -56,5 +65,6 @@ CASES = (
     _case("large", (64, 384), 1536, 384),
     _case("int8", (13, 64), 96, 64, weight_dtype=torch.int8),
     _case("int8-odd", (5, 33), 7, 9, "tanh", biases=(), weight_dtype=torch.int8),
+    _case("int8-gated", (13, 64), 90, 64, "silu", gated=True, weight_dtype=torch.int8),
     _case("int8-one-row", (1, 96), 130, 127, "relu", weight_dtype=torch.int8),
 )

@@ -11,8 +11,10 @@ from ..._core import registry, torch_ops
 
 
 def gradients(
-    given: Sequence[Tensor | None], activation: str, wanted: Sequence[bool], grad: Tensor
+    given: Sequence[Tensor | None], activation: str, gated: bool, wanted: Sequence[bool], grad: Tensor
 ) -> tuple[Tensor | None, ...]:
     """Of x, weight1, bias1, weight2 and bias2, None for those not ``wanted``."""
     definition = registry.OPS["feed_forward"].reference
-    return torch_ops.definition_gradients(lambda *given: definition(*given, activation, None), given, wanted, (grad,))
+    return torch_ops.definition_gradients(
+        lambda *given: definition(*given, activation, None, gated), given, wanted, (grad,)
+    )

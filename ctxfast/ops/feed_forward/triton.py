@@ -45,18 +45,32 @@ _fwd = torch_ops.define(
 _bwd = torch_ops.define("feed_forward_triton_bwd", _activation_backward, _made, triton_rows.DISPATCH, changed="grad")
 
 
+_gate_fwd = torch_ops.define(
+    "feed_forward_triton_gate_fwd", triton_activation.gate, triton_activation.gate_output, triton_rows.DISPATCH
+)
+_gate_bwd = torch_ops.define(
+    "feed_forward_triton_gate_bwd",
+    triton_activation.gate_backward,
+    triton_activation.gate_gradients,
+    triton_rows.DISPATCH,
+)
+
+
 def forward(
     x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None, activation: str,
-    saves: bool = True,
+    gated: bool = False, saves: bool = True,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """The result, and the first product (..., M) for ``backward``; None for it unless ``saves``."""
+    """The result, and the first product (..., M), gated (..., 2M), for ``backward``; None for it unless ``saves``."""
+    if gated:
+        product = F.linear(x, weight1)
+        return F.linear(_gate_fwd(product, bias1, activation), weight2, bias2), product if saves else None
     wide, product = triton_product.linear(x, weight1, bias1, activation, saves, _fwd)
     return F.linear(wide, weight2, bias2), product
 
 
 def backward(
     grad: Tensor, x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, product: Tensor, activation: str,
-    wanted: Sequence[bool],
+    gated: bool, wanted: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Gradients of x, weight1, bias1, weight2 and bias2, None for those not ``wanted``."""
     wants_x, wants_weight1, wants_bias1, wants_weight2, wants_bias2 = wanted
@@ -64,9 +78,14 @@ def backward(
     grad_x = grad_weight1 = grad_bias1 = grad_weight2 = grad_product = wide = None
     if wants_x or wants_weight1 or wants_bias1:
         grad_product = grad.mm(weight2)  # the gradient of the activation's result, until the next line
-        wide, grad_bias1 = _bwd(grad_product, product, bias1, activation, wants_bias1, wants_weight2)
+        if gated:
+            grad_product, wide, grad_bias1 = _gate_bwd(
+                grad_product, product, bias1, activation, wants_bias1, wants_weight2
+            )
+        else:
+            wide, grad_bias1 = _bwd(grad_product, product, bias1, activation, wants_bias1, wants_weight2)
     elif wants_weight2:
-        wide = _fwd(product, bias1, activation)
+        wide = (_gate_fwd if gated else _fwd)(product, bias1, activation)
     if wants_weight2:
         grad_weight2 = grad.t().mm(wide)
     del wide
@@ -81,11 +100,11 @@ class _FeedForward(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None,
-        activation: str,
+        activation: str, gated: bool,
     ) -> Tensor:  # fmt: skip
-        out, product = forward(x, weight1, bias1, weight2, bias2, activation)
+        out, product = forward(x, weight1, bias1, weight2, bias2, activation, gated)
         ctx.save_for_backward(x, weight1, bias1, weight2, bias2, product)
-        ctx.activation = activation
+        ctx.activation, ctx.gated = activation, gated
         return out
 
     @staticmethod
@@ -93,14 +112,16 @@ class _FeedForward(torch.autograd.Function):
         *given, product = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:5]
         if torch_ops.needs_definition(grad):
-            grads = definition.gradients(given, ctx.activation, wanted, grad)
+            grads = definition.gradients(given, ctx.activation, ctx.gated, wanted, grad)
         else:
-            grads = backward(grad, *given[:4], product, ctx.activation, wanted)
-        return *grads, None
+            grads = backward(grad, *given[:4], product, ctx.activation, ctx.gated, wanted)
+        return *grads, None, None
 
 
 def supports(args: Mapping[str, Any]) -> str | None:
     """None, or why the Triton kernels cannot run this call."""
+    if args["gated"]:
+        args = {**args, "activation": "gated"}  # there is something to fuse whatever the activation
     return triton_activation.why_not(
         args, "there is no activation to fuse or recompute: torch's two linear layers are all of it."
     )
@@ -114,18 +135,27 @@ def feed_forward(
     bias2: Tensor | None,
     activation: str,
     weight_dtype: torch.dtype | None,
+    gated: bool,
 ) -> Tensor:
     """See ``ctxfast.functional.feed_forward``."""
     if registry.needs_grad(x, weight1, bias1, weight2, bias2):
-        return _FeedForward.apply(x, weight1, bias1, weight2, bias2, activation)
-    return forward(x, weight1, bias1, weight2, bias2, activation, saves=False)[0]
+        return _FeedForward.apply(x, weight1, bias1, weight2, bias2, activation, gated)
+    return forward(x, weight1, bias1, weight2, bias2, activation, gated, saves=False)[0]
 
 
 def raw_calls(args: Mapping[str, Any]) -> list[tuple[Any, tuple]]:
     """The registered operators behind one call, with arguments for torch.library.opcheck."""
     bias, activation = args["bias1"], args["activation"]
     product = F.linear(args["x"], args["weight1"]).flatten(0, -2)
-    grad, has_bias = torch.randn_like(product), bias is not None
+    has_bias = bias is not None
+    if args["gated"]:
+        grad = torch.randn_like(triton_activation.gate_output(product))
+        return [
+            (_gate_fwd, (product, bias, activation)),
+            (_gate_bwd, (grad, product, bias, activation, has_bias, True)),
+            (_gate_bwd, (grad, product, bias, activation, False, False)),
+        ]
+    grad = torch.randn_like(product)
     return [
         (_fwd, (product, bias, activation)),
         (_bwd, (grad, product, bias, activation, has_bias, True)),

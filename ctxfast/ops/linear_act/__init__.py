@@ -63,7 +63,7 @@ def linear_act(
         x: (..., N_in).
         weight: (N_out, N_in).
         bias: (N_out,); None for none.
-        activation: "none", "gelu" (exact, erf), "gelu_tanh", "relu" or "tanh".
+        activation: "none", "gelu" (exact, erf), "gelu_tanh", "relu", "tanh" or "silu".
         weight_dtype: how both factors of the product are held. None: as they are. torch.int8: each row of x and of
             the weight in whole steps of 1/127 of its largest magnitude, products summed exactly.
         impl: name of an implementation; None chooses.

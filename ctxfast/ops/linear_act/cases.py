@@ -41,6 +41,7 @@ CASES = (
     _case("gelu-tanh", (13, 64), 96, "gelu_tanh"),
     _case("relu", (13, 64), 96, "relu"),
     _case("tanh", (13, 64), 96, "tanh"),
+    _case("silu", (13, 64), 96, "silu"),
     _case("no-bias", (7, 65), 33, "gelu", bias=False),
     _case("one", (1, 1), 1, "tanh"),
     _case("one-row", (1, 768), 127, "gelu"),

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ACTIVATIONS = ("none", "gelu", "gelu_tanh", "relu", "tanh")
+ACTIVATIONS = ("none", "gelu", "gelu_tanh", "relu", "tanh", "silu")
 
 
 def activated(x: Tensor, activation: str) -> Tensor:
@@ -18,7 +18,15 @@ def activated(x: Tensor, activation: str) -> Tensor:
         return F.gelu(x, approximate="tanh")
     if activation == "relu":
         return F.relu(x)
+    if activation == "silu":
+        return F.silu(x)
     return torch.tanh(x) if activation == "tanh" else x
+
+
+def gated(x: Tensor, activation: str) -> Tensor:
+    """``activation(a) * b`` of the halves of x (..., 2M) -> (..., M)."""
+    a, b = x.chunk(2, dim=-1)
+    return activated(a, activation) * b
 
 
 def whole_steps(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -29,15 +29,24 @@ def why_not(name: str, rows: Tensor, dropout_p: float, is_converted: bool = Fals
     return None if capability.extension() is not None else capability.why_no_extension()
 
 
+def rows(x: Tensor) -> Tensor:
+    """(..., N) -> (rows, N) with contiguous rows."""
+    x = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
 def layer_norm(
-    rows: int, sources: Sequence[Source], shift: Tensor | None, weight: Tensor, bias: Tensor, eps: float, out: Tensor
-) -> Tensor:
-    """``out`` (..., N), contiguous: the LayerNorm of the sum of ``sources`` and ``shift``, row by row."""
-    weight, bias = weight.contiguous(), bias.contiguous()
+    rows: int, sources: Sequence[Source], shift: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float,
+    out: Tensor, total: Tensor | None = None, is_rms: bool = False,
+) -> Tensor:  # fmt: skip
+    """``out`` (..., N), contiguous: the LayerNorm of the sum of ``sources`` and ``shift``, row by row, or with
+    ``is_rms`` its RMSNorm. ``total``, as ``out``: the sum."""
+    weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
     shift = None if shift is None else shift.contiguous()
     capability.extension().layer_norm_forward(
         rows, out.shape[-1], capability.DTYPE_NAMES[out.dtype], len(sources), sources,
         0 if shift is None else shift.data_ptr(),
-        weight.data_ptr(), bias.data_ptr(), eps, out.data_ptr(), torch.get_num_threads(),
+        weight.data_ptr(), 0 if bias is None else bias.data_ptr(), is_rms, eps,
+        0 if total is None else total.data_ptr(), out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return out

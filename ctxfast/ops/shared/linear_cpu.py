@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..._core import capability, torch_ops
 from . import packed_weights
+from .definitions import gated
 
 # activation -> oneDNN's post-operation and its algorithm
 _POST = {
@@ -25,6 +26,7 @@ _POST = {
     "gelu_tanh": ("gelu", "tanh"),
     "relu": ("relu", ""),
     "tanh": ("tanh", ""),
+    "silu": ("swish", ""),
 }
 
 
@@ -78,15 +80,15 @@ def _onednn(x: Tensor, packed: Tensor, bias: Tensor | None, activation: str) -> 
 
 def _compiled(
     x: Tensor, weight_dtype: str, packed: Tensor, scales: Tensor | None, sums: Tensor | None, bias: Tensor | None,
-    activation: str, out: int,
+    activation: str, out: int, is_gated: bool,
 ) -> Tensor:  # fmt: skip
-    """The compiled product over packed weights of "int8", "bfloat16" or "float32"."""
+    """The compiled product over packed weights of "int8", "bfloat16" or "float32"; ``out``: rows of the weight."""
     x = x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
     bias = None if bias is None else bias.contiguous()
-    y = torch_ops.allocate((x.shape[0], out), x)
+    y = torch_ops.allocate((x.shape[0], out // 2 if is_gated else out), x)
     capability.extension().linear_act_forward(
-        x.shape[0], x.shape[1], out, weight_dtype, capability.DTYPE_NAMES[x.dtype], activation, x.data_ptr(),
-        x.stride(0), packed.data_ptr(), 0 if scales is None else scales.data_ptr(),
+        x.shape[0], x.shape[1], out, weight_dtype, capability.DTYPE_NAMES[x.dtype], activation, is_gated,
+        x.data_ptr(), x.stride(0), packed.data_ptr(), 0 if scales is None else scales.data_ptr(),
         0 if sums is None else sums.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr(),
         torch.get_num_threads(),
     )  # fmt: skip
@@ -99,17 +101,32 @@ def output(x: Tensor, weight: Tensor) -> Tensor:
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, is_int8: bool, is_kept: bool) -> Tensor:
     """``activation(x W^T + b)`` of x (rows, N_in). ``is_kept``: the packed weight is, for later calls."""
-    if x.shape[0] == 0 or weight.shape[0] == 0:
-        return output(x, weight)
+    return _product(x, weight, bias, activation, is_int8, is_kept, False)
+
+
+def gated_product(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, is_int8: bool, is_kept: bool
+) -> Tensor:
+    """``activation(x A^T + a) * (x B^T + b)``, both halves of the weight (2M, N_in) in one product."""
+    return _product(x, weight, bias, activation, is_int8, is_kept, True)
+
+
+def _product(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, is_int8: bool, is_kept: bool, is_gated: bool
+) -> Tensor:
+    out = weight.shape[0]
+    if x.shape[0] == 0 or out == 0:
+        return torch_ops.allocate((x.shape[0], out // 2 if is_gated else out), x)
     if is_int8:
-        packed, scales, sums = packed_weights.int8(weight)
-        return _compiled(x, "int8", packed, scales, sums, bias, activation, weight.shape[0])
+        packed, scales, sums = packed_weights.int8(weight, is_gated)
+        return _compiled(x, "int8", packed, scales, sums, bias, activation, out, is_gated)
     if is_kept and x.shape[0] <= packed_weights.most_rows(x.dtype):
-        packed = packed_weights.panels(weight)
-        return _compiled(x, capability.DTYPE_NAMES[x.dtype], packed, None, None, bias, activation, weight.shape[0])
+        packed, dtype = packed_weights.panels(weight, is_gated), capability.DTYPE_NAMES[x.dtype]
+        return _compiled(x, dtype, packed, None, None, bias, activation, out, is_gated)
     # Packed for any number of rows.
     packed = weight.contiguous() if not is_kept else packed_weights.kept(weight, "oneDNN", _reordered)
-    return _onednn(x, packed, None if bias is None else bias.contiguous(), activation)
+    bias = None if bias is None else bias.contiguous()
+    return gated(_onednn(x, packed, bias, "none"), activation) if is_gated else _onednn(x, packed, bias, activation)
 
 
 def _reordered(weight: Tensor) -> Tensor:

@@ -91,11 +91,21 @@ def kept(weight: Tensor, kind: str, pack: Callable[[Tensor], Any]) -> Any:
     return CACHE.get((weight,), kind, lambda: pack(weight.detach()))
 
 
-def panels(weight: Tensor) -> Tensor:
+def _side_by_side(weight: Tensor) -> Tensor:
+    """(2M, N_in) -> rows as a gated product's panels hold them: 16 of the first half, then the same of the second."""
+    halves = F.pad(weight.unflatten(0, (2, -1)), (0, 0, 0, -(weight.shape[0] // 2) % 16))
+    return halves.unflatten(1, (-1, 16)).transpose(0, 1).flatten(0, 2)
+
+
+def panels(weight: Tensor, is_gated: bool = False) -> Tensor:
     """A float32 or bfloat16 weight (N_out, N_in), packed."""
+    if is_gated:
+        return kept(weight, "gated panels", lambda weight: in_panels(_side_by_side(weight)))
     return kept(weight, "panels", in_panels)
 
 
-def int8(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def int8(weight: Tensor, is_gated: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """A weight packed in 8 bits: see ``in_int8``."""
+    if is_gated:
+        return kept(weight, "gated int8", lambda weight: in_int8(_side_by_side(weight)))
     return kept(weight, "int8", in_int8)

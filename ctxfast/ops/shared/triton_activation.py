@@ -42,6 +42,12 @@ def _gate(z):
 
 
 @triton.jit
+def _sigmoid(z):
+    small = tl.exp(-tl.abs(z))
+    return tl.where(z >= 0.0, 1.0, small) / (1.0 + small)
+
+
+@triton.jit
 def _activated(z, ACTIVATION: tl.constexpr):
     if ACTIVATION == "gelu":
         return 0.5 * z * (1.0 + tl.erf(z * _HALF_ROOT))
@@ -51,6 +57,10 @@ def _activated(z, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "relu":
         # Written so that nan stays nan.
         return tl.where(z <= 0.0, 0.0, z)
+    elif ACTIVATION == "silu":
+        return z * _sigmoid(z)
+    elif ACTIVATION == "none":
+        return z
     else:
         return _tanh(z)
 
@@ -64,6 +74,11 @@ def _slope(z, ACTIVATION: tl.constexpr):
         return share + z * growth * (1.0 + z * z * (3.0 * _CUBIC)) * (2.0 * _TANH_FORM)
     elif ACTIVATION == "relu":
         return tl.where(z > 0.0, 1.0, 0.0)
+    elif ACTIVATION == "silu":
+        share = _sigmoid(z)
+        return share * (1.0 + z * (1.0 - share))
+    elif ACTIVATION == "none":
+        return z * 0.0 + 1.0
     else:
         value = _tanh(z)
         return 1.0 - value * value
@@ -115,6 +130,65 @@ def backward_kernel(
             sums += dz
     if SUMS:
         store_partial(partial, 0, program, tl.sum(sums, 0), column, N)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def gate_kernel(
+    product, bias, out, rows,
+    M: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr, ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    """product (rows, 2M) -> out (rows, M): activation of the first half times the second. Grid as in
+    ``forward_kernel``."""
+    across = tl.cdiv(M, BLOCK_N)
+    row = (tl.program_id(0) // across).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(0) % across * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = (row < rows)[:, None] & (column < M)[None, :]
+    a, b = _load_halves(product, bias, row, inside, column, M, BLOCK_N, HAS_BIAS)
+    y = _activated(a, ACTIVATION) * b
+    tl.store(out + row[:, None] * M + column[None, :], y.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _load_halves(product, bias, row, inside, column, M, BLOCK_N: tl.constexpr, HAS_BIAS: tl.constexpr):
+    a = load_tile(product, row, 2 * M, inside, column, BLOCK_N)
+    b = load_tile(product + M, row, 2 * M, inside, column, BLOCK_N)
+    if HAS_BIAS:
+        a += tl.load(bias + column, mask=column < M, other=0.0).to(tl.float32)[None, :]
+        b += tl.load(bias + M + column, mask=column < M, other=0.0).to(tl.float32)[None, :]
+    return a, b
+
+
+@triton.jit(do_not_specialize=["rows"])
+def gate_backward_kernel(
+    grad, product, bias, grad_product, recomputed, partial, rows,
+    M: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr, ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr,
+    SUMS: tl.constexpr, RECOMPUTE: tl.constexpr,
+):  # fmt: skip
+    """grad (rows, M) -> grad_product (rows, 2M), recomputed (rows, M), the gate's result, and partial (2, programs, M).
+    Grid: (shares of the rows, column blocks)."""
+    program = tl.program_id(0)
+    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    sum_a = tl.zeros([ROWS, BLOCK_N], tl.float32)
+    sum_b = tl.zeros([ROWS, BLOCK_N], tl.float32)
+    for first in range(program * ROWS, rows, tl.num_programs(0) * ROWS):
+        row = (first + tl.arange(0, ROWS)).to(tl.int64)
+        inside = (row < rows)[:, None] & (column < M)[None, :]
+        a, b = _load_halves(product, bias, row, inside, column, M, BLOCK_N, HAS_BIAS)
+        given = load_tile(grad, row, M, inside, column, BLOCK_N)
+        active = _activated(a, ACTIVATION)
+        da, db = given * b * _slope(a, ACTIVATION), given * active
+        at = grad_product + row[:, None] * (2 * M) + column[None, :]
+        tl.store(at, da.to(grad_product.dtype.element_ty), mask=inside)
+        tl.store(at + M, db.to(grad_product.dtype.element_ty), mask=inside)
+        if RECOMPUTE:
+            to = recomputed + row[:, None] * M + column[None, :]
+            tl.store(to, (active * b).to(recomputed.dtype.element_ty), mask=inside)
+        if SUMS:
+            sum_a += da
+            sum_b += db
+    if SUMS:
+        store_partial(partial, 0, program, tl.sum(sum_a, 0), column, M)
+        store_partial(partial, 1, program, tl.sum(sum_b, 0), column, M)
 
 
 def tile(size: int) -> dict[str, int]:
@@ -183,3 +257,54 @@ def backward(
         )  # fmt: skip
         if with_bias:
             triton_rows.column_sums(partial, [grad_bias])
+
+
+def gate_output(product: Tensor) -> Tensor:
+    return torch_ops.allocate((*product.shape[:-1], product.shape[-1] // 2), product)
+
+
+def gate(product: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    """``activation(a) * b`` of the halves of product + bias, (..., 2M) -> (..., M)."""
+    out = gate_output(product)
+    if out.numel() == 0:
+        return out
+    size, flat = out.shape[-1], product.reshape(-1, product.shape[-1]).contiguous()
+    chosen = tile(size)
+    across = -(-size // chosen["BLOCK_N"])
+    with triton_rows.on_device(flat):
+        triton_launch.launch(
+            gate_kernel, (across * -(-flat.shape[0] // chosen["ROWS"]),), flat,
+            None if bias is None else bias.contiguous(), out, flat.shape[0],
+            M=size, ACTIVATION=activation, HAS_BIAS=bias is not None, **chosen,
+        )  # fmt: skip
+    return out
+
+
+def gate_gradients(product: Tensor, with_bias: bool, with_result: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the product; the gate's result and the gradient of the bias, empty where they are not wanted."""
+    result = gate_output(product) if with_result else torch_ops.allocate((0,), product)
+    return torch_ops.allocate(product.shape, product), result, bias_gradient(product, with_bias)
+
+
+def gate_backward(
+    grad: Tensor, product: Tensor, bias: Tensor | None, activation: str, with_bias: bool, with_result: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See ``gate_gradients``; grad (rows, M), product (rows, 2M)."""
+    grad_product, result, grad_bias = outputs = gate_gradients(product, with_bias, with_result)
+    if product.numel() == 0:
+        grad_bias.zero_()
+        return outputs
+    size = product.shape[-1] // 2
+    chosen, grad, product = tile(size), grad.contiguous(), product.contiguous()
+    across = -(-size // chosen["BLOCK_N"])
+    count = triton_rows.programs(product, -(-product.shape[0] // chosen["ROWS"]), max(1, 8 // across))
+    partial = triton_rows.allocate_partial(2, count, size, product) if with_bias else None
+    with triton_rows.on_device(product):
+        triton_launch.launch(
+            gate_backward_kernel, (count, across), grad, product, None if bias is None else bias.contiguous(),
+            grad_product, result if with_result else None, partial, product.shape[0], M=size, ACTIVATION=activation,
+            HAS_BIAS=bias is not None, SUMS=with_bias, RECOMPUTE=with_result, **chosen,
+        )  # fmt: skip
+        if with_bias:
+            triton_rows.column_sums(partial, list(grad_bias.chunk(2)))
+    return outputs

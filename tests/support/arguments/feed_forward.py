@@ -20,6 +20,11 @@ BAD = (
      "weight2 has dtype torch.float16; expected torch.float32, that of x. Convert one of them, or run under "
      "torch.autocast."),
     (dict(activation="swish"), ValueError,
-     "activation is 'swish'; expected one of 'none', 'gelu', 'gelu_tanh', 'relu', 'tanh'."),
+     "activation is 'swish'; expected one of 'none', 'gelu', 'gelu_tanh', 'relu', 'tanh', 'silu'."),
+    (dict(gated=True), ValueError,
+     "weight2 has shape (5, 6); expected (out_features, intermediate_size) = (any, 3)."),
+    (dict(weight1=zeros(7, 8), bias1=zeros(7), gated=True), ValueError,
+     "weight1 has 7 rows; expected an even number with gated: those of the half that is activated, then those of the "
+     "half that it is multiplied by."),
     (dict(weight_dtype=float16), ValueError, "weight_dtype is torch.float16; expected one of None, torch.int8."),
 )  # fmt: skip

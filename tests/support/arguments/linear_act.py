@@ -11,5 +11,5 @@ BAD = (
     (dict(weight=zeros(6, 7)), ValueError, "weight has shape (6, 7); expected (out_features, in_features) = (any, 8)."),
     (dict(bias=zeros(5)), ValueError, "bias has shape (5,); expected (out_features,) = (6,)."),
     (dict(activation="swish"), ValueError,
-     "activation is 'swish'; expected one of 'none', 'gelu', 'gelu_tanh', 'relu', 'tanh'."),
+     "activation is 'swish'; expected one of 'none', 'gelu', 'gelu_tanh', 'relu', 'tanh', 'silu'."),
 )  # fmt: skip

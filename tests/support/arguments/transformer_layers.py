@@ -51,7 +51,7 @@ BAD = (
     (dict(max_seqlen=2), ValueError, "max_seqlen is 2; expected at least 3, the longest sequence in cu_seqlens."),
     (dict(max_seqlen=3.5), TypeError, "max_seqlen is a float; expected an int."),
     (dict(activation="swish"), ValueError,
-     "activation is 'swish'; expected one of 'none', 'gelu', 'gelu_tanh', 'relu', 'tanh'."),
+     "activation is 'swish'; expected one of 'none', 'gelu', 'gelu_tanh', 'relu', 'tanh', 'silu'."),
     (dict(dropout_p=(0.1, 0.1)), ValueError,
      "dropout_p holds 2 probabilities; expected 3: of an attention weight, and of an element before each of the two "
      "residual sums."),
