@@ -18,7 +18,7 @@ from torch import nn
 from .. import functional
 from .._core import choice, registry
 from ..nn.transformer import TransformerLayer
-from . import allennlp, identity, padding_readers, transformers
+from . import allennlp, identity, padding_readers, transformers, unknown_encoders
 from .torch_modules import LSTM, LayerNorm
 
 # In the __dict__ of a swapped module: its own class.
@@ -206,8 +206,12 @@ def _full_name(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
-def _short_names() -> dict[str, str]:
-    return {name.rpartition(".")[2]: name for name in _TABLE}
+def _short_names() -> dict[str, list[str]]:
+    """Names of classes, and the full names that they stand for."""
+    found: dict[str, list[str]] = {}
+    for name in _TABLE:
+        found.setdefault(name.rpartition(".")[2], []).append(name)
+    return found
 
 
 def _wanted(only: Iterable[str | type] | str | type | None) -> frozenset[str]:
@@ -224,7 +228,8 @@ def _wanted(only: Iterable[str | type] | str | type | None) -> frozenset[str]:
             raise ValueError(
                 f"ctxfast.swap_in: only holds {name!r}; expected names of classes among {', '.join(sorted(short))}."
             )
-        found.add(short[name])
+        full = _full_name(item) if isinstance(item, type) else ""
+        found.update([full] if full in short[name] else short[name])
     return frozenset(found)
 
 
@@ -354,6 +359,7 @@ def swap_in(
     misses: list[tuple[str, str]] = []
     notes: list[tuple[str, str]] = []
     dtypes: list[tuple[nn.Module, torch.dtype | None]] = []
+    inside: set[nn.Module] = set()  # of encoders: what stands there is said of the encoder
 
     def hold(module: nn.Module, name: str) -> torch.dtype | None | str:
         """What a module's products are held in from now on; a sentence where it cannot be what was asked for."""
@@ -363,6 +369,9 @@ def swap_in(
         return function(module, impl, narrow) or narrow
 
     def read(path: str, module: nn.Module) -> None:
+        note = transformers.kind_of(module).note
+        if note is not None:
+            notes.append((path, note))
         reader = padding_readers.Reader(_above(model, module), padding)
         readers.append((module, reader))
         if reader.note is not None:
@@ -371,6 +380,8 @@ def swap_in(
 
     for path, module in _walk(model):
         path, kind = path or "(the model)", type(module)
+        layers = [] if module in inside else unknown_encoders.layers_of(module)
+        inside.update(part for layer in layers for part in layer.modules())
         reason = _opaque(module)
         if reason is not None:
             if not any(outer == "(the model)" or path.startswith(f"{outer}.") for outer, *_ in swapped):
@@ -391,8 +402,8 @@ def swap_in(
         if name is None and allennlp.is_known(kind) and kind.__name__ in wanted:
             name = kind.__name__
         if name is None:
-            if only is None and kind.__name__ in transformers.NEAR_MISSES:
-                misses.append((path, transformers.NEAR_MISSES[kind.__name__]))
+            if only is None and layers:
+                misses.append((path, unknown_encoders.reason(module, layers)))
             continue
         reason, held = _objection(module, name, impl), None
         if reason is None:

@@ -57,9 +57,21 @@ _HEADS = {
     "ForPreTraining": "labels",
     "ForTokenClassification": "labels",
     "ForQuestionAnswering": "all",
+    "ForVisualReasoning": "own",
 }
-_MODELS = ("bert", "roberta", "xlm_roberta", "camembert", "electra", "ernie", "distilbert")
-_MODELINGS = tuple(f"transformers.models.{model}.modeling_{model}" for model in _MODELS)
+# Heads that are not as their names end.
+_OTHER_HEADS = {"RoCBertForPreTraining": "unknown", "SplinterForPreTraining": "all"}
+_MODELS = (
+    "bert", "roberta", "xlm_roberta", "camembert", "electra", "ernie", "distilbert", "albert", "align", "altclip",
+    "bert_generation", "chinese_clip", "clap", "layoutlm", "luke", "markuplm", "rembert", "roc_bert", "splinter",
+    "tapas", "visual_bert",
+)  # fmt: skip
+_MODELINGS = (
+    *(f"transformers.models.{model}.modeling_{model}" for model in _MODELS),
+    "transformers.models.data2vec.modeling_data2vec_text",
+)
+# Parts of Transformers' models that make hidden states of other things, and see none of an encoder of texts.
+_OTHER_INPUTS = ("embeddings", "entity_embeddings", "visual_embeddings", "vision_model", "audio_model")
 # Transformers' models that read the first token of an encoder alone.
 _FIRST_TOKEN = ("DPREncoder", "DPRContextEncoder", "DPRQuestionEncoder")
 # sentence-transformers' modules that read rows by the mask, row by row or not at all.
@@ -73,7 +85,7 @@ _WRAPPERS = ("torch.nn.parallel.", "torch.distributed.")
 _RUN = ("forward", "__call__")
 
 # Ends of the names of the parts that Transformers' heads are made of: each reads the first row or works row by row.
-_PARTS = ("Pooler", "Head", "Heads", "HeadTransform", "Predictions", "SequenceSummary")
+_PARTS = ("Pooler", "Head", "Heads", "HeadTransform", "Predictions", "SequenceSummary", "ProjectionLayer")
 # torch's modules that work row by row, and losses, which see what labels let them.
 _ROWS = {
     kind.forward
@@ -112,6 +124,8 @@ def _reads(module: nn.Module) -> str:
     if place in _MODELINGS and _is_own(module, "transformers", kind):
         if _is_base(kind):
             return "nothing"
+        if name in _OTHER_HEADS:
+            return _OTHER_HEADS[name]
         return next((reads for end, reads in _HEADS.items() if name.endswith(end)), "unknown")
     if place == "transformers.models.dpr.modeling_dpr" and name in _FIRST_TOKEN and _is_own(module, "transformers"):
         return "own"
@@ -125,7 +139,8 @@ def _reads(module: nn.Module) -> str:
 def _is_base(kind: type) -> bool:
     """Whether it is the class of a model of Transformers without a head."""
     name = kind.__name__
-    return kind.__module__ in _MODELINGS and name.endswith("Model") and not name.endswith("LMHeadModel")
+    is_base = name.endswith(("Model", "ModelWithProjection")) and not name.endswith("LMHeadModel")
+    return kind.__module__ in _MODELINGS and (is_base or name == "BertGenerationEncoder")
 
 
 def _is_head(kind: type) -> bool:
@@ -176,7 +191,7 @@ def _inside(module: nn.Module) -> Iterator[nn.Module]:
     """What stands in a watched module and may be handed hidden states, as far as the next watched ones."""
     for name, child in module._modules.items():
         # What makes the hidden states does not read them.
-        if child is None or _is_encoder(child) or (name == "embeddings" and _kind(module).__module__ in _MODELINGS):
+        if child is None or _is_encoder(child) or (name in _OTHER_INPUTS and _kind(module).__module__ in _MODELINGS):
             continue
         yield child
         if not _has_a_say(child) and type(child).forward not in _ROWS and not isinstance(child, nn.LSTM):

@@ -30,15 +30,6 @@ from .masks import kept_keys
 from .transformers_kinds import ENCODERS, Kind, Parts
 from .transformers_layers import Layer, Layers
 
-# Encoders that look alike and cannot be swapped.
-NEAR_MISSES = {
-    "MPNetEncoder": "it adds a relative position bias to every attention score, which ctxfast.attention does not.",
-    "DebertaV2Encoder": "its attention scores hold terms of relative positions, which ctxfast.attention does not.",
-    "DebertaEncoder": "its attention scores hold terms of relative positions, which ctxfast.attention does not.",
-    "XLMRobertaXLEncoder": "its layers normalise before they compute, not after.",
-    "RobertaPreLayerNormEncoder": "its layers normalise before they compute, not after.",
-    "AlbertTransformer": "its layers share weights in groups; use ctxfast for BERT, RoBERTa, ELECTRA or DistilBERT.",
-}
 # Major version of Transformers that tests run with.
 _TESTED = 5
 _is_warned = False
@@ -64,25 +55,40 @@ def objection(encoder: nn.Module) -> str | None:
         return f"Transformers is {version}; version {_TESTED} is needed."
     if major > _TESTED:
         _warn_of(version)
-    kind = ENCODERS[f"{type(encoder).__module__}.{type(encoder).__qualname__}"]
+    kind = _kind(type(encoder))
     reason = identity.why_not_stock(type(encoder), "transformers")
     if reason is not None:
         return reason
-    if type(encoder.layer) is not nn.ModuleList:
-        return f"its layers stand in a {type(encoder.layer).__name__}, not in a torch.nn.ModuleList."
-    if len(encoder.layer) == 0:
+    stack = kind.stack(encoder)
+    if isinstance(stack, str):
+        return stack
+    if not stack.layers:
         return "it has no layers."
-    for layer in encoder.layer:
+    around = transformers_layers.odd_around(stack, kind)
+    if around is not None:
+        return around
+    for layer in dict.fromkeys(stack.layers):
         found = transformers_layers.examine(layer, kind)
         if isinstance(found, str):
             return found
     return None
 
 
+def _kind(encoder: type) -> Kind:
+    return ENCODERS[f"{encoder.__module__}.{encoder.__qualname__}"]
+
+
+def kind_of(encoder: nn.Module) -> Kind:
+    """The kind of an encoder, swapped or not."""
+    return _kind(encoder.__dict__.get("_ctxfast_original", type(encoder)))
+
+
 def parts_of(encoder: nn.Module) -> Parts:
     """The parts of the first layer of an encoder that nothing speaks against, swapped or not."""
-    kind = encoder.__dict__.get("_ctxfast_original", type(encoder))
-    return ENCODERS[f"{kind.__module__}.{kind.__qualname__}"].parts(encoder.layer[0])
+    kind = kind_of(encoder)
+    stack = kind.stack(encoder)
+    assert not isinstance(stack, str)
+    return kind.parts(stack.layers[0])
 
 
 # How far results on a small input may lie apart, relative to the largest, where only the order of sums differs.
@@ -96,12 +102,14 @@ def difference(encoder: nn.Module, impl: str | None) -> str | None:
     cause. On a CPU the layers run as in later calls without gradients, else by definitions. Not where hooks are in the
     way, which would see the input.
     """
-    kind = ENCODERS[f"{type(encoder).__module__}.{type(encoder).__qualname__}"]
-    layers = Layers().examined(encoder.layer, kind)
-    if None in layers or torch.nn.modules.module._has_any_global_hook():
+    kind = _kind(type(encoder))
+    stack = kind.stack(encoder)
+    layers = [None] if isinstance(stack, str) else Layers().examined(stack, kind)
+    if isinstance(stack, str) or layers[0] is None or None in layers or torch.nn.modules.module._has_any_global_hook():
         return None
     parts = layers[0].parts
-    weight, function = parts.query.weight, transformers_layers.attention_function(parts.attention, kind.modeling)
+    weight, function = parts.query.weight, transformers_layers.attention_function(parts.attention, kind)
+    width = weight.shape[1] if stack.entry is None else stack.entry.weight.shape[1]
     real = torch.tensor([[True] * 5, [True] * 3 + [False] * 2], device=weight.device)
     mask: Tensor | None = torch.zeros(2, 1, 1, 5, dtype=weight.dtype, device=weight.device)
     mask = mask.masked_fill(~real[:, None, None], torch.finfo(weight.dtype).min)
@@ -109,15 +117,16 @@ def difference(encoder: nn.Module, impl: str | None) -> str | None:
         mask = real.long()
     elif function.__name__ == "flex_attention_forward":
         mask, real = None, torch.ones_like(real)
-    packed = packed_class(f"{kind.modeling}.{kind.name}")
+    packed = packed_class(kind.full_name)
     other = packed.__new__(packed)
     other.__dict__.update(encoder.__dict__)
     is_like_later = weight.device.type == "cpu" and mask is not None
     other.__dict__.update(impl=impl if is_like_later else "reference", padding="zero", cuda_graphs=False)
     with identity.undisturbed(encoder):
-        x = torch.randn(2, 5, weight.shape[1], generator=torch.Generator().manual_seed(0), device="cpu").to(weight)
-        expected = type(encoder).forward(encoder, x, mask).last_hidden_state[real].double()
-        found = packed.forward(other, x, mask).last_hidden_state[real].double()
+        x = torch.randn(2, 5, width, generator=torch.Generator().manual_seed(0), device="cpu").to(weight)
+        given = dict.fromkeys(kind.arguments) | {kind.arguments[0]: x, "attention_mask": mask}
+        expected = type(encoder).forward(encoder, **given).last_hidden_state[real].double()
+        found = packed.forward(other, **given).last_hidden_state[real].double()
     forget_packed(encoder)  # training needs no packed weights
     apart = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
     if apart <= _BOUNDS.get(weight.dtype, 0.0):
@@ -131,14 +140,13 @@ def difference(encoder: nn.Module, impl: str | None) -> str | None:
 def _run(
     layers: Sequence[Layer],
     impl: str | None,
-    tokens: Sequence[Tensor],
+    x: Tensor,
     cu_seqlens: Tensor,
     max_seqlen: int,
     all_layers: bool = False,
     recompute: Callable[..., Tensor] | None = None,
 ) -> list[Tensor]:
     """``nn.encoder.run`` over layers that were examined."""
-    (x,) = tokens
     with nullcontext() if impl is None else choice.use_impl(impl):
         # One at a time: where query, key and value are joined anew, all layers' would be there at once.
         described = layers if recompute is not None else (layer.weights() for layer in layers)
@@ -201,39 +209,41 @@ class PackedEncoder(nn.Module):
     _result: type
     _original: type
 
-    def forward(self, hidden_states: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the original."""
         kind = type(self)
         if not issubclass(kind, PackedEncoder):  # restored, and somebody kept this function
-            return kind.forward(self, hidden_states, attention_mask, *args, **kwargs)
+            return kind.forward(self, *args, **kwargs)
         # Compiled, it is Hugging Face's code: where tokens are is read from a mask's values, which no graph can do.
         if torch.compiler.is_compiling():
-            return super().forward(hidden_states, attention_mask, *args, **kwargs)
-        found = kind._forward_packed(self, kind, hidden_states, attention_mask, args, kwargs)
-        return kind._original.forward(self, hidden_states, attention_mask, *args, **kwargs) if found is None else found
+            return super().forward(*args, **kwargs)
+        given = _given(kind._kind, args, kwargs)
+        found = None if given is None else kind._forward_packed(self, kind, *given)
+        return kind._original.forward(self, *args, **kwargs) if found is None else found
 
     # From here on nothing asks the module for its class: another thread may be restoring it.
-    def _forward_packed(
-        self, kind: type[PackedEncoder], x: Tensor, mask: Any, args: tuple, kwargs: dict[str, Any]
-    ) -> Any | None:
+    def _forward_packed(self, kind: type[PackedEncoder], x: Tensor, mask: Any, kwargs: dict[str, Any]) -> Any | None:
         """The result; None if this call is one for the original."""
-        own, layers = self.__dict__, self.__dict__["_modules"]["layer"]
+        own, stack = self.__dict__, kind._kind.stack(self)
         impl, weight_dtype = own.get("impl"), own.get("weight_dtype")
-        if type(layers) is not nn.ModuleList or not kind._is_plain_call(x, mask, args, kwargs):
+        if isinstance(stack, str) or not kind._is_plain_call(x, mask, kwargs):
             return None
         packing = _packing(x, mask, impl is not None or weight_dtype is not None)
         if packing is None:
             return None
-        collects = _collected("hidden_states")
+        is_older = kind._kind.is_older
+        collects = bool(kwargs.get("output_hidden_states")) if is_older else _collected("hidden_states")
+        if collects and not kind._kind.collects:
+            return None
         if not packing.is_full:
             is_seen = collects or not all(map(transformers_layers.is_capture, own["_forward_hooks"].values()))
             if padding_readers.is_read(own.get("padding", PackedEncoder.padding), is_seen):
                 return None
-        layers = list(layers._modules.values())
+        layers = stack.layers
         known = _kept(own, "_ctxfast_layers", Layers)
 
         def examined() -> list[Layer]:
-            every = known.examined(layers, kind._kind)
+            every = known.examined(stack, kind._kind)
             # A layer that is somebody's own may read padding as well.
             if None in every or not reads_as_padding(mask, x, known.attention()):
                 raise _NotOurs
@@ -241,33 +251,42 @@ class PackedEncoder(nn.Module):
                 layer.weight_dtype = weight_dtype
             return every
 
+        def enter(tokens: Tensor) -> Tensor:
+            return tokens if stack.entry is None else stack.entry(tokens)
+
         def run(tokens: Sequence[Tensor], cu_seqlens: Tensor, max_seqlen: int) -> list[Tensor]:
-            return _run(examined(), impl, tokens, cu_seqlens, max_seqlen)
+            every = examined()
+            return _run(every, impl, enter(*tokens), cu_seqlens, max_seqlen)
 
         # A replay comes first, and is looked into while the GPU works on it: nothing but time is lost where it is one
         # that should not have been.
         def is_still() -> bool:
-            return known.are_still(layers) and reads_as_padding(mask, x, known.attention())
+            return known.are_still(stack) and reads_as_padding(mask, x, known.attention())
 
         packed, offsets, longest = packing.pack(x), packing.cu_seqlens, packing.max_seqlen
         try:
             if not collects and not any(map(_recompute, layers)):
                 graphs = _kept(own, "_ctxfast_graphs", _graphs) if own.get("cuda_graphs", True) else None
-                options = dict(is_still=is_still, prepare=partial(known.lay_out, layers, kind._kind))
+                options = dict(is_still=is_still, prepare=partial(known.lay_out, stack, kind._kind))
                 (packed,) = encoder.encode(run, self, graphs, (packed,), offsets, longest, **options)
                 return kind._result(last_hidden_state=packing.unpack(packed))
             every = examined()
         except _NotOurs:
             return None
-        padded = x
+        packed = enter(packed)
+        padded = x if stack.entry is None else packing.unpack(packed)
+        states_of_all = [padded]
         for recompute, group in groupby(zip(layers, every), key=lambda pair: _recompute(pair[0])):
             modules, found = zip(*group)
-            states = _run(found, impl, (packed,), offsets, longest, collects, recompute)
+            states = _run(found, impl, packed, offsets, longest, collects, recompute)
             packed = states[-1]
             for layer, state in zip(modules, states[1:]):  # none where no states are collected
                 before, padded = padded, packing.unpack(state)
+                states_of_all.append(padded)
                 for hook in layer._forward_hooks.values():
                     hook(layer, (before,), padded)
+        if is_older and collects:
+            return kind._result(last_hidden_state=padded, hidden_states=tuple(states_of_all))
         return kind._result(last_hidden_state=padded if collects else packing.unpack(packed))
 
     def __prepare_scriptable__(self) -> nn.Module:
@@ -278,15 +297,15 @@ class PackedEncoder(nn.Module):
         return plain
 
     @classmethod
-    def _is_plain_call(cls, x: Tensor, mask: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
+    def _is_plain_call(cls, x: Tensor, mask: Any, kwargs: dict[str, Any]) -> bool:
         """Whether the arguments ask for nothing but hidden states, and nobody looks on."""
-        if args or any(
-            [value is not None and value is not False and name not in _HARMLESS for name, value in kwargs.items()]
-        ):
-            if not args and kwargs.get("output_attentions"):
+        if any([value is not None and value is not False and name not in _HARMLESS for name, value in kwargs.items()]):
+            if kwargs.get("output_attentions"):
                 _warn_of_attentions()
             return False
-        if kwargs.get("use_cache"):
+        if cls._kind.is_older and not kwargs.get("return_dict", True):
+            return False
+        if kwargs.get("use_cache") and cls._kind.has_cache:
             return False
         if _collected("attentions"):
             _warn_of_attentions()
@@ -295,6 +314,16 @@ class PackedEncoder(nn.Module):
             return False
         # Somebody replaced the encoder's own forward, for all encoders of its kind.
         return cls._original.forward is _forwards[cls._kind]
+
+
+def _given(kind: Kind, args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, Any, dict[str, Any]] | None:
+    """Hidden states, the mask and other arguments of a call; None for a call that is not one of an encoder's."""
+    names = kind.arguments
+    if len(args) > len(names) or not kwargs.keys().isdisjoint(names[: len(args)]):
+        return None
+    others = {**dict(zip(names, args)), **kwargs}
+    x = others.pop(names[0], None)
+    return (x, others.pop("attention_mask", None), others) if isinstance(x, Tensor) and x.dim() == 3 else None
 
 
 def _kept(own: dict[str, Any], name: str, make: Callable[[], Any]) -> Any:
@@ -358,18 +387,24 @@ def _collected(key: str) -> bool:
 
 _making = threading.Lock()
 _forwards: dict[Kind, Any] = {}  # what each encoder's own forward was when its class was made
+# Names of the classes that take the place of encoders' -> full names of those.
+_PACKED: dict[str, str] = {}
+for _full in ENCODERS:
+    _name = _full.rpartition(".")[2]
+    _PACKED[_name if _name not in _PACKED else f"{_full.split('.')[2]}_{_name}"] = _full
 
 
 def packed_class(full_name: str) -> type[PackedEncoder]:
     """The class that modules of this encoder class are given. Made once, so that pickles find it."""
-    name = full_name.rpartition(".")[2]
+    name = next(name for name, full in _PACKED.items() if full == full_name)
     with _making:
         if name not in globals():
             kind = ENCODERS[full_name]
-            original = getattr(import_module(kind.modeling), name)
+            modeling = import_module(kind.modeling)
+            original = getattr(modeling, kind.name)
             outputs = import_module("transformers.modeling_outputs")
-            values = {"__module__": __name__, "_kind": kind, "_result": getattr(outputs, kind.result)}
-            values["_original"] = original
+            result = getattr(outputs, kind.result, None) or getattr(modeling, kind.result)
+            values = {"__module__": __name__, "_kind": kind, "_result": result, "_original": original}
             _forwards[kind] = original.forward
             globals()[name] = type(name, (PackedEncoder, original), values)
         return globals()[name]
@@ -377,7 +412,6 @@ def packed_class(full_name: str) -> type[PackedEncoder]:
 
 def __getattr__(name: str) -> Any:
     """Classes of swapped encoders: a pickle asks for one before anything is swapped in its process."""
-    found = next((full for full in ENCODERS if full.rpartition(".")[2] == name), None)
-    if found is None:
+    if name not in _PACKED:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return packed_class(found)
+    return packed_class(_PACKED[name])

@@ -25,7 +25,7 @@ from ..nn.layer_norm import LayerNorm
 from ..nn.watched import Snapshot
 from ..ops.shared.weight_cache import WeightCache
 from . import attention_interface, identity, side_by_side
-from .transformers_kinds import Kind, Parts
+from .transformers_kinds import Kind, Parts, Stack, rate
 
 # Classes of activations (package, module, name) -> what ctxfast.linear_act calls them.
 _ACTIVATIONS = {
@@ -103,9 +103,8 @@ def _odd_sizes(parts: Parts) -> str | None:
     heads, size = parts.heads, getattr(own, "attention_head_size", None)
     if not isinstance(heads, int) or heads < 1 or size != inner / heads:
         return f"{heads} heads of size {size} do not make up the {inner} rows of its query."
-    if getattr(own, "scaling", None) != size**-0.5:
-        return f"it scales attention scores by {getattr(own, 'scaling', None)}, not by {size**-0.5:.6g}."
-    return None
+    scaling = getattr(own, "scaling", size**-0.5)
+    return None if scaling == size**-0.5 else f"it scales attention scores by {scaling}, not by {size**-0.5:.6g}."
 
 
 def is_capture(hook: Callable) -> bool:
@@ -114,24 +113,46 @@ def is_capture(hook: Callable) -> bool:
     return getattr(hook, "__module__", "").startswith("transformers.utils.output_capturing")
 
 
-def attention_function(own: nn.Module, modeling: str) -> Any:
-    """What a layer's attention calls now: Transformers looks it up by its config at every call."""
-    names = import_module(modeling)
-    return names.ALL_ATTENTION_FUNCTIONS.get_interface(own.config._attn_implementation, names.eager_attention_forward)
+def implementation(own: nn.Module, kind: Kind) -> str | None:
+    """The name of what a layer's attention calls now; None where it computes its scores itself."""
+    return None if kind.is_older else own.config._attn_implementation
+
+
+def attention_function(own: nn.Module, kind: Kind) -> Any:
+    """What a layer's attention calls now, looked up as Transformers does at every call; its own forward where it calls
+    nothing."""
+    name = implementation(own, kind)
+    if name is None:
+        return type(own).forward
+    names = import_module(kind.modeling)
+    return names.ALL_ATTENTION_FUNCTIONS.get_interface(name, names.eager_attention_forward)
 
 
 _ATTENTION = ("sdpa_attention", "flash_attention", "flex_attention")
 
 
-def _odd_attention(own: nn.Module, modeling: str) -> str | None:
-    function = attention_function(own, modeling)
-    places = (modeling, *(f"transformers.integrations.{name}" for name in _ATTENTION))
+def _odd_attention(own: nn.Module, kind: Kind) -> str | None:
+    function = attention_function(own, kind)
+    places = (kind.modeling, *(f"transformers.integrations.{name}" for name in _ATTENTION))
     is_ours = getattr(function, "__module__", "") == attention_interface.__name__
     if is_ours or (
         getattr(function, "__module__", None) in places and identity.is_written_in(function, "transformers")
     ):
         return None
-    return f"its attention is computed by a function of somebody's own, {own.config._attn_implementation!r}."
+    return f"its attention is computed by a function of somebody's own, {implementation(own, kind)!r}."
+
+
+def odd_around(stack: Stack, kind: Kind) -> str | None:
+    """Why what an encoder runs besides its layers is not Hugging Face's; None if it is."""
+    for module in stack.between:
+        if not identity.is_stock(type(module), "transformers", kind.modeling, kind.between):
+            return f"its layers stand in a {type(module).__name__}, not in a {kind.between}."
+    entry = stack.entry
+    if entry is not None and type(entry) is not nn.Linear:
+        return f"a {type(entry).__name__} stands before its layers where torch.nn.Linear was."
+    if entry is not None and {type(each) for each in entry._parameters.values()} - _PLAIN - {type(None)}:
+        return "a weight before its layers is a kind of tensor of its own (quantised or distributed)."
+    return None
 
 
 def examine(layer: nn.Module, kind: Kind) -> Layer | str:
@@ -156,7 +177,9 @@ def examine(layer: nn.Module, kind: Kind) -> Layer | str:
     parts = kind.parts(layer)
     if getattr(parts.attention, "is_causal", False):
         return "it is a decoder: its attention looks back only, or across to an encoder."
-    reason = _odd_leaf(parts) or _odd_sizes(parts) or _odd_attention(parts.attention, kind.modeling)
+    reason = _odd_leaf(parts) or _odd_sizes(parts) or _odd_attention(parts.attention, kind)
+    if reason is None and not 0 <= parts.attention_p() < 1:
+        reason = f"its attention drops weights with probability {parts.attention_p()}."
     if reason is None:
         reason = next(
             (why for leaf in _OWN_LEAVES if (why := identity.why_not_stock(leaf, "torch")) is not None),
@@ -217,7 +240,7 @@ class Layer:
         every = {id(module): module for module in parts.every}
         own = parts.attention.__dict__
         settings = [(own, name) for name in ("scaling", "attention_head_size", "num_attention_heads", "n_heads")]
-        settings += [(own, "is_causal"), (parts.containers[0].__dict__, "is_decoder")]
+        settings += [(own, "is_causal"), (own, "attention_dropout"), (parts.containers[0].__dict__, "is_decoder")]
         settings += [(parts.activation.__dict__, name) for name in ("act", "approximate")]
         settings += [(norm.__dict__, name) for norm in parts.norms for name in ("eps", "normalized_shape")]
         settings += [(dropout.__dict__, "p") for dropout in parts.dropouts]
@@ -244,12 +267,7 @@ class Layer:
             self._activation,
             (parts.attention_norm.eps, parts.output_norm.eps),
             self.weight_dtype,
-            # The attention hands on its own mode, not its dropout's.
-            dropout_p=(
-                parts.attention_dropout.p if parts.attention.training else 0.0,
-                _rate(parts.project_dropout),
-                _rate(parts.output_dropout),
-            ),
+            dropout_p=(parts.attention_p(), rate(parts.project_dropout), rate(parts.output_dropout)),
             by_ops=bool(self._adapters),
         )
         return encoder.LayerWeights(tuple(tensors), options)
@@ -295,10 +313,6 @@ def _is_on_gpu(tensor: Tensor) -> bool:
     return tensor.device.type != "cpu"
 
 
-def _rate(dropout: nn.Dropout | None) -> float:
-    return dropout.p if dropout is not None and dropout.training else 0.0
-
-
 class Layers:
     """The layers of one encoder as they were examined last. Copies and pickles of it start empty."""
 
@@ -307,9 +321,10 @@ class Layers:
         self._watched = identity.Watched()
         self._kinds: set[type] = set()
         self._configs: list[tuple[dict[str, Any], Any]] = []  # each attention's attributes, and its config
-        self._functions: list[tuple[nn.Module, str, Any]] = []  # for each config: what its attention calls
-        # Where all were examined: their modules, what was found, and how they were.
-        self._all: tuple[list[nn.Module], list[Layer], Seen] | None = None
+        # For each config: an attention, the name of what it calls, and that.
+        self._functions: list[tuple[nn.Module, str | None, Any]] = []
+        # Where all were examined: their stack, what was found, how they were, and how what is around them was.
+        self._all: tuple[Stack, list[Layer], Seen, Snapshot] | None = None
 
     def __reduce__(self) -> tuple:
         return Layers, ()
@@ -317,27 +332,35 @@ class Layers:
     def __deepcopy__(self, memo: dict) -> Layers:
         return Layers()
 
-    def examined(self, layers: Sequence[nn.Module], kind: Kind) -> list[Layer | None]:
-        """Each layer as it is now; None for one that must be called itself."""
-        is_crowded = len(self._known) > 2 * len(layers)  # layers that were replaced are not kept for ever
+    def examined(self, stack: Stack, kind: Kind) -> list[Layer | None]:
+        """Each layer as it is now; None for one that must be called itself, and for all where something around them
+        must be."""
+        is_crowded = len(self._known) > 2 * len(stack.layers)  # layers that were replaced are not kept for ever
         if is_crowded or not self._is_attention_still() or not self._watched.are_still():
             self.__init__()
         if self._all is not None:
-            modules, found, seen = self._all
-            if modules == layers and seen.is_still():
+            known, found, seen, around = self._all
+            if known == stack and seen.is_still() and around.is_still():
                 return found
-        found = [self._one(layer, kind) for layer in layers]
-        self._all = None if None in found else (list(layers), found, Seen(found))
+        self._all = None
+        outside = [*stack.between, *([] if stack.entry is None else [stack.entry])]
+        around = Snapshot(outside, (), is_capture)
+        if outside and (around.is_watched() or odd_around(stack, kind) is not None):
+            return [None] * len(stack.layers)
+        for module in outside:
+            self._watch(type(module))
+        found = [self._one(layer, kind) for layer in stack.layers]
+        self._all = None if None in found else (stack, found, Seen(list(dict.fromkeys(found))), around)
         return found
 
-    def are_still(self, layers: Sequence[nn.Module]) -> bool:
+    def are_still(self, stack: Stack) -> bool:
         """Whether all that ``examined`` looks at outside of the layers is as it was when it found them right."""
-        known = self._all is not None and self._all[0] == layers
+        known = self._all is not None and self._all[0] == stack and self._all[3].is_still()
         return known and self._is_attention_still() and self._watched.are_still()
 
-    def lay_out(self, layers: Sequence[nn.Module], kind: Kind) -> None:
+    def lay_out(self, stack: Stack, kind: Kind) -> None:
         """Gives query, key and value of each layer one memory, so that their product is one without a copy."""
-        before = [each for layer in self.examined(layers, kind) if layer is not None for each in layer.lay_out()]
+        before = [each for layer in self.examined(stack, kind) if layer is not None for each in layer.lay_out()]
         if before and before[0].is_cuda:
             torch.cuda.synchronize(before[0].device)  # other streams may be reading where the weights were
 
@@ -350,7 +373,7 @@ class Layers:
         if not all([own.get("config") is config for own, config in self._configs]):
             return False
         for own, name, function in self._functions:
-            if own.config._attn_implementation != name or attention_function(own, self._modeling) is not function:
+            if implementation(own, self._kind) != name or attention_function(own, self._kind) is not function:
                 return False
         return True
 
@@ -370,16 +393,19 @@ class Layers:
 
     def _remember(self, layer: nn.Module, found: Layer) -> None:
         self._known[id(layer)] = (layer, found)
-        self._modeling = found.kind.modeling
+        self._kind = found.kind
         own = found.parts.attention
-        config = own.config
+        config = own.__dict__.get("config")
         if not any(other is config for _, other in self._configs):
-            function = attention_function(own, self._modeling)
-            self._functions.append((own, config._attn_implementation, function))
+            function = attention_function(own, self._kind)
+            self._functions.append((own, implementation(own, self._kind), function))
             self._watched.add_names_of(function)
         if not any(attributes is own.__dict__ for attributes, _ in self._configs):
             self._configs.append((own.__dict__, config))
         for module in found.parts.every:
-            if type(module) not in self._kinds:
-                self._kinds.add(type(module))
-                self._watched.add(type(module))
+            self._watch(type(module))
+
+    def _watch(self, kind: type) -> None:
+        if kind not in self._kinds:
+            self._kinds.add(kind)
+            self._watched.add(kind)

@@ -40,9 +40,9 @@ def _save(kind: str, folder: Path, head: str = "Model", **options: object) -> to
     return model
 
 
-def test_every_type_of_swap_in_is_one_of_bert() -> None:
+def test_every_type_of_bert_is_one_of_swap_in() -> None:
     kinds = {name.split(".")[2].replace("_", "-") for name in ENCODERS}
-    assert kinds == set(MODEL_TYPES)
+    assert kinds >= set(MODEL_TYPES)
 
 
 @pytest.mark.parametrize(

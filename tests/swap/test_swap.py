@@ -78,7 +78,7 @@ def test_only_and_layer_norm_by_name() -> None:
     torch.testing.assert_close(model.norm(x), nn.LayerNorm(8)(x), rtol=1e-5, atol=1e-6)
     assert len(ctxfast.swap_in(model, only=[nn.LSTM]).swapped) == 3
     assert ctxfast.restore(model) == ("encoder", "projected", "norm")
-    with pytest.raises(ValueError, match=r"ctxfast\.swap_in: only holds 'GRU'; expected names of classes among Bert"):
+    with pytest.raises(ValueError, match=r"ctxfast\.swap_in: only holds 'GRU'; expected names of classes among Albert"):
         ctxfast.swap_in(model, only="GRU")
 
 

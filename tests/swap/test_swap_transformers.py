@@ -155,7 +155,9 @@ def test_dense_batches_run_as_before_on_a_cpu_unless_asked_for(monkeypatch) -> N
     model = _model("Bert")
     expected = model(IDS).last_hidden_state
     calls, packed = [], swap_transformers.Layers.examined
-    monkeypatch.setattr(swap_transformers.Layers, "examined", lambda *args: calls.extend(args[1]) or packed(*args))
+    monkeypatch.setattr(
+        swap_transformers.Layers, "examined", lambda *args: calls.extend(args[1].layers) or packed(*args)
+    )
     ctxfast.swap_in(model)
     calls.clear()
     assert torch.equal(model(IDS).last_hidden_state, expected) and not calls
