@@ -4,6 +4,7 @@
 #pragma once
 
 #include "attention/kernels.h"
+#include "attention/product.h"
 #include "base/philox.h"
 
 namespace ctxfast {
@@ -14,14 +15,15 @@ inline int64_t draws_of_row(int64_t length) { return ceil_div(length, kAttention
 
 inline float dropped_share(int32_t threshold) { return static_cast<float>(threshold) / 65536; }
 
-// The bits of query rows [from, to) and all keys.
-inline void draw(const int64_t seeds[2], int64_t pair, int64_t from, int64_t to, int64_t length, uint16_t* draws) {
+// The bits of query rows [from, to) and some keys of `length`.
+inline void draw(const int64_t seeds[2], int64_t pair, int64_t from, int64_t to, int64_t length, Span keys,
+                 uint16_t* draws) {
   WordVec lane;
   for (int i = 0; i < kLanes; ++i) lane[i] = static_cast<uint32_t>(i);
   constexpr int kHalfOfDraw = kAttentionDraw / 2;
   const int64_t ld = draws_of_row(length);
   for (int64_t group = from / 4; group * 4 < to; ++group) {
-    for (int64_t block = 0; block * kAttentionDraw < length; ++block) {
+    for (int64_t block = keys.from / kAttentionDraw; block * kAttentionDraw < keys.to; ++block) {
       for (int64_t at = 0; at < kHalfOfDraw; at += kLanes) {
         WordVec words[] = {lane + all_words(static_cast<uint32_t>(block * kHalfOfDraw + at)),
                            all_words(static_cast<uint32_t>(group)), all_words(static_cast<uint32_t>(pair)),

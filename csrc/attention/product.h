@@ -98,6 +98,10 @@ void panel_rows(int64_t rows, const uint32_t* x, int64_t ld_x, const uint32_t* w
   }
 }
 
+struct Span {
+  int64_t from, to;
+};
+
 // Columns in panels of at most kVectors vectors, as even as can be; a panel is [word][its columns].
 struct Panels {
   int64_t vectors, count;
@@ -105,19 +109,33 @@ struct Panels {
       : vectors(ceil_div(columns, kLanes)), count(ceil_div(ceil_div(columns, kLanes), kVectors)) {}
   int64_t first(int64_t panel) const { return vectors * panel / count; }
   int64_t width(int64_t panel) const { return first(panel + 1) - first(panel); }
+  Span all() const { return {0, count}; }
+  // Those that hold columns [from, to), at least one.
+  Span spanning(int64_t from, int64_t to) const {
+    Span found = {0, count};
+    while (found.from + 1 < count && first(found.from + 1) * kLanes <= from) ++found.from;
+    while (found.to - 1 > found.from && first(found.to - 1) * kLanes >= to) --found.to;
+    return found;
+  }
 };
 
-// z (rows, columns) = (begins: 0; else z) + x (rows, words) times panels of `words` words each; see `tile`.
+// What a product takes of a matrix in panels: some of them, and of each some words, from `word` on.
+struct Cut {
+  Span panels;
+  int64_t word, words_of_panel;
+};
+
+// z (rows, columns) = (begins: 0; else z) + x (rows, words) times a cut of panels; see `tile`.
 template <class Kind, bool kTransposed = false>
-void product(int64_t rows, const uint32_t* x, int64_t ld_x, const uint32_t* w, const Panels& panels, int64_t words,
-             float* z, int64_t ld_z, Ahead* ahead, bool begins = true) {
+void product(int64_t rows, const uint32_t* x, int64_t ld_x, const uint32_t* w, const Panels& panels, const Cut& cut,
+             int64_t words, float* z, int64_t ld_z, Ahead* ahead, bool begins = true) {
   for (int64_t k = 0; k < words; k += kBlock) {
     const int64_t some = min(kBlock, words - k);
     const bool begin = begins && k == 0;
     const uint32_t* const terms = x + (kTransposed ? k * ld_x : k);
-    for (int64_t panel = 0; panel < panels.count; ++panel) {
+    for (int64_t panel = cut.panels.from; panel < cut.panels.to; ++panel) {
       const int64_t first = panels.first(panel) * kLanes, width = panels.width(panel);
-      const uint32_t* const from = w + first * words + k * width * kLanes;
+      const uint32_t* const from = w + first * cut.words_of_panel + (cut.word + k) * width * kLanes;
       float* const to = z + first;
       if (width == 1) panel_rows<Kind, kTransposed, 1>(rows, terms, ld_x, from, some, begin, to, ld_z, ahead);
       if (width == 2) panel_rows<Kind, kTransposed, 2>(rows, terms, ld_x, from, some, begin, to, ld_z, ahead);
@@ -127,6 +145,13 @@ void product(int64_t rows, const uint32_t* x, int64_t ld_x, const uint32_t* w, c
       }
     }
   }
+}
+
+// The same with all panels and all of their words.
+template <class Kind, bool kTransposed = false>
+void product(int64_t rows, const uint32_t* x, int64_t ld_x, const uint32_t* w, const Panels& panels, int64_t words,
+             float* z, int64_t ld_z, Ahead* ahead, bool begins = true) {
+  product<Kind, kTransposed>(rows, x, ld_x, w, panels, {panels.all(), 0, words}, words, z, ld_z, ahead, begins);
 }
 
 }  // namespace

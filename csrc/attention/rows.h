@@ -2,10 +2,33 @@
 // Rows of queries, keys, values and gradients in the layouts that products of attention read.
 #pragma once
 
+#include "attention/attention.h"
 #include "attention/product.h"
 
 namespace ctxfast {
 namespace {
+
+// Cosines and sines of the angles of a sequence's places.
+struct Angles {
+  const float* table;  // (places, 2, half), null: nothing is rotated
+  int64_t half;
+
+  // Rotates the row at a place, dimension d together with d + half; back where `way` is -1.
+  void turn(float* row, int64_t place, float way) const {
+    const float *const cosines = table + place * 2 * half, *const sines = cosines + half;
+    int64_t d = 0;
+    for (; d + kLanes <= half; d += kLanes) {
+      const Vec x = load(row + d), y = load(row + half + d), cosine = load(cosines + d), sine = load(sines + d) * all(way);
+      store(row + d, x * cosine - y * sine);
+      store(row + half + d, y * cosine + x * sine);
+    }
+    for (; d < half; ++d) {
+      const float x = row[d], y = row[half + d], sine = sines[d] * way;
+      row[d] = x * cosines[d] - y * sine;
+      row[half + d] = y * cosines[d] + x * sine;
+    }
+  }
+};
 
 // Rows of one part of a job, plus a bias; kBf16: both in bfloat16. Kept apart from the job, which stores might reach.
 template <bool kBf16>
@@ -15,10 +38,12 @@ struct Part {
   int64_t first;     // where the first row begins
   int64_t step;      // between rows
   int64_t bias_at, size;
+  Angles angles = {};
+  int64_t place = 0;  // of the first row
 
   int64_t row(int64_t i) const { return first + i * step; }
-  Part rows_from(int64_t i) const { return {rows, bias, row(i), step, bias_at, size}; }
-  // The same rows from a column on.
+  Part rows_from(int64_t i) const { return {rows, bias, row(i), step, bias_at, size, angles, place + i}; }
+  // The same rows from a column on, not rotated.
   Part from(int64_t column) const { return {rows, bias, first + column, step, bias_at + column, size - column}; }
 
   Vec value(int64_t row, int64_t at) const {
@@ -31,9 +56,29 @@ struct Part {
   }
 };
 
-// A row as words, padded with zeros to whole vectors.
+// A rotated row as words.
 template <class Kind, bool kBf16>
-void copy_row(const Part<kBf16> part, int64_t row, float sign, uint32_t* to) {
+void copy_turned_row(const Part<kBf16> part, int64_t i, float sign, uint32_t* to) {
+  const int64_t row = part.row(i);
+  alignas(64) float wide[kAttentionMaxHeadDim];
+  for (int64_t at = 0; at < part.size; at += kLanes) store(wide + at, part.value(row, at) * all(sign));
+  part.angles.turn(wide, part.place + i, 1.0f);
+  for (int64_t at = 0; at < part.size; at += kLanes) {
+    const Vec x = load(wide + at);
+    if constexpr (Kind::kTerms == 2) {
+      const ShortVec shorts = to_bf16_fast(x);
+      __builtin_memcpy(reinterpret_cast<uint16_t*>(to) + at, &shorts, sizeof shorts);
+    } else {
+      __builtin_memcpy(to + at, &x, sizeof x);
+    }
+  }
+}
+
+// Row i as words, padded with zeros to whole vectors.
+template <class Kind, bool kBf16>
+void copy_row(const Part<kBf16> part, int64_t i, float sign, uint32_t* to) {
+  if (part.angles.table) return copy_turned_row<Kind>(part, i, sign, to);
+  const int64_t row = part.row(i);
   if constexpr (Kind::kTerms == 2) {
     const ShortVec flip = to_shorts(all_words(sign < 0 ? 0x8000u : 0u));
     for (int64_t at = 0; at < part.size; at += kLanes) {
@@ -58,7 +103,7 @@ void transpose_rows(const Part<kBf16> part, int64_t length, const Panels& panels
     const int64_t first = panels.first(panel), width = panels.width(panel) * kLanes;
     for (int64_t vector = first; vector < panels.first(panel + 1); ++vector) {
       for (int64_t i = 0; i < kLanes; ++i) {
-        copy_row<Kind>(part, part.row(min(vector * kLanes + i, length - 1)), 1.0f, rows + i * ld);
+        copy_row<Kind>(part, min(vector * kLanes + i, length - 1), 1.0f, rows + i * ld);
       }
       uint32_t* const at = to + first * kLanes * size_words + (vector - first) * kLanes;
       for (int64_t k = 0; k < size_words; k += 4) transpose4(rows + k, ld, at + k * width, width);
@@ -66,7 +111,7 @@ void transpose_rows(const Part<kBf16> part, int64_t length, const Panels& panels
   }
 }
 
-// Rows as they are, cut into panels of columns: `to` is [panel][word of rows][columns of the panel].
+// Rows as they are, not rotated, cut into panels of columns: `to` is [panel][word of rows][columns of the panel].
 template <class Kind, bool kBf16>
 void gather_rows(const Part<kBf16> all_columns, int64_t length, const Panels& panels, uint32_t* to) {
   const int64_t words_of_panel = ceil_div(length, Kind::kTerms), full = length / Kind::kTerms;

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // attention on the CPU, forward and backward, against plain loops in double, on every instruction set this machine
 // runs.
+#include <algorithm>
 #include <cstring>
 #include <limits>
 
@@ -25,8 +26,9 @@ struct Problem {
   DType io_dtype;
   bool has_bias;
   float scale;
-  std::vector<int64_t> offsets = {0};
-  std::vector<float> qkv, bias;
+  int64_t kv_heads = heads, reach = 0, window = -1, rotated = 0;
+  std::vector<int64_t> offsets = {0}, starts;
+  std::vector<float> qkv, bias, relative_bias, rotary;
 
   // `slack`: elements between rows.
   Problem(std::vector<int64_t> lengths, int64_t heads, int64_t size, DType io_dtype, bool has_bias, int64_t slack,
@@ -39,9 +41,35 @@ struct Problem {
         io_dtype(io_dtype),
         has_bias(has_bias),
         scale(scale != 0 ? scale : 1 / std::sqrt(static_cast<float>(size))) {
-    for (const int64_t length : lengths) offsets.push_back(offsets.back() + length);
+    for (const int64_t length : lengths) {
+      starts.insert(starts.end(), length, offsets.back());
+      offsets.push_back(offsets.back() + length);
+    }
+    draw();
+  }
+
+  // Fewer heads of keys, a reach of the relative bias (0: none), a window (-1: none), dimensions that are rotated.
+  Problem with(int64_t of_kv, int64_t of_reach, int64_t of_window, int64_t of_rotated) const {
+    Problem made = *this;
+    made.kv_heads = of_kv, made.reach = of_reach, made.window = of_window, made.rotated = of_rotated;
+    made.stride_qkv = stride_qkv - 3 * heads * size + made.parts() * size;
+    made.draw();
+    return made;
+  }
+
+  void draw() {
     Random random(static_cast<uint64_t>(offsets.back() * 1000003 + heads * 101 + size));
-    qkv = random.fill(tokens() * stride_qkv, 2.0f), bias = random.fill(3 * heads * size, 1.0f);
+    qkv = random.fill(tokens() * stride_qkv, 2.0f), bias = random.fill(parts() * size, 1.0f);
+    relative_bias = random.fill(reach > 0 ? heads * (2 * reach - 1) : 0, 1.0f);
+    const int64_t longest = *std::max_element(lengths.begin(), lengths.end());
+    for (int64_t place = 0; place < longest; ++place) {
+      for (const bool is_sine : {false, true}) {
+        for (int64_t d = 0; d < rotated / 2; ++d) {
+          const float angle = static_cast<float>(place) / static_cast<float>(1 + d);
+          rotary.push_back(is_sine ? std::sin(angle) : std::cos(angle));
+        }
+      }
+    }
     if (io_dtype == DType::kBFloat16) {
       for (std::vector<float>* values : {&qkv, &bias}) {
         for (float& value : *values) value = to_float(to_bf16(value));
@@ -51,11 +79,37 @@ struct Problem {
 
   int64_t tokens() const { return offsets.back(); }
 
-  double value(int64_t part, int64_t token, int64_t head, int64_t d) const {
-    const int64_t at = (part * heads + head) * size + d;
+  int64_t parts() const { return heads + 2 * kv_heads; }
+
+  // Which of a token's parts is a query head's query (0), key (1) or value (2).
+  int64_t part_of(int64_t which, int64_t head) const {
+    return which == 0 ? head : heads + (which - 1) * kv_heads + head / (heads / kv_heads);
+  }
+
+  double plain(int64_t part, int64_t token, int64_t d) const {
+    const int64_t at = part * size + d;
     const float sum = qkv[token * stride_qkv + at] + (has_bias ? bias[at] : 0.0f);
     return sum;
   }
+
+  // One dimension of a part that is rotated, or (way -1) turned back; `given` are the part's dimensions before.
+  template <class Given>
+  double turned(int64_t token, int64_t d, int way, const Given& given) const {
+    const int64_t half = rotated / 2, pair = d % std::max<int64_t>(half, 1);
+    if (d >= rotated) return given(d);
+    const float* const cosine = rotary.data() + (token - starts[token]) * rotated + pair;
+    const double sine = way * cosine[half];
+    return d < half ? given(d) * cosine[0] - given(d + half) * sine : given(d) * cosine[0] + given(pair) * sine;
+  }
+
+  double value(int64_t which, int64_t token, int64_t head, int64_t d) const {
+    const int64_t part = part_of(which, head);
+    if (which == 2) return plain(part, token, d);
+    return turned(token, d, 1, [&](int64_t at) { return plain(part, token, at); });
+  }
+
+  // The column of the relative bias for a query and a key.
+  int64_t column(int64_t i, int64_t j) const { return std::clamp(j - i, 1 - reach, reach - 1) + reach - 1; }
 
   // What a query gives each key of its sequence.
   std::vector<double> weights(size_t sequence, int64_t head, int64_t i) const {
@@ -64,7 +118,10 @@ struct Problem {
     for (int64_t j = offsets[sequence]; j < offsets[sequence + 1]; ++j) {
       double score = 0;
       for (int64_t d = 0; d < size; ++d) score += value(0, i, head, d) * value(1, j, head, d);
-      scores.push_back(scale * score);
+      score *= scale;
+      if (reach > 0) score += relative_bias[head * (2 * reach - 1) + column(i, j)];
+      if (window >= 0 && std::abs(i - j) > window) score = -std::numeric_limits<double>::infinity();
+      scores.push_back(score);
       most = std::max(most, scores.back());
     }
     for (double& score : scores) sum += score = std::exp(score - most);
@@ -72,11 +129,12 @@ struct Problem {
     return scores;
   }
 
-  // y (tokens, heads, size) and, for a gradient of it, that of qkv (tokens, 3, heads, size).
+  // y (tokens, heads, size) and, for a gradient of it, that of qkv (tokens, parts, size), then of the relative bias.
   void want(const std::vector<float>& grad, std::vector<double>* y, std::vector<double>* d_qkv) const {
-    y->assign(tokens() * heads * size, 0.0), d_qkv->assign(3 * y->size(), 0.0);
-    const auto at = [&](int64_t part, int64_t token, int64_t head) {
-      return d_qkv->data() + ((token * 3 + part) * heads + head) * size;
+    y->assign(tokens() * heads * size, 0.0), d_qkv->assign(tokens() * parts() * size, 0.0);
+    std::vector<double> d_bias(relative_bias.size(), 0.0);
+    const auto at = [&](int64_t which, int64_t token, int64_t head) {
+      return d_qkv->data() + (token * parts() + part_of(which, head)) * size;
     };
     for (size_t s = 0; s < lengths.size(); ++s) {
       for (int64_t head = 0; head < heads; ++head) {
@@ -96,6 +154,9 @@ struct Problem {
           }
           for (int64_t j = 0; j < lengths[s]; ++j) {
             const double d_score = scale * weight[j] * (d_weight[j] - mean);
+            if (reach > 0) {
+              d_bias[head * (2 * reach - 1) + column(i, offsets[s] + j)] += weight[j] * (d_weight[j] - mean);
+            }
             for (int64_t d = 0; d < size; ++d) {
               at(0, i, head)[d] += d_score * value(1, offsets[s] + j, head, d);
               at(1, offsets[s] + j, head)[d] += d_score * value(0, i, head, d);
@@ -104,6 +165,14 @@ struct Problem {
         }
       }
     }
+    for (int64_t token = 0; token < tokens(); ++token) {
+      for (int64_t part = 0; part < heads + kv_heads; ++part) {
+        double* const own = d_qkv->data() + (token * parts() + part) * size;
+        const std::vector<double> before(own, own + size);
+        for (int64_t d = 0; d < size; ++d) own[d] = turned(token, d, -1, [&](int64_t from) { return before[from]; });
+      }
+    }
+    d_qkv->insert(d_qkv->end(), d_bias.begin(), d_bias.end());
   }
 
   AttentionParams params(Isa isa, int64_t threads) const {
@@ -111,6 +180,12 @@ struct Problem {
     p.tokens = tokens(), p.heads = heads, p.head_dim = size, p.sequences = static_cast<int64_t>(lengths.size());
     p.io_dtype = io_dtype, p.stride_qkv = stride_qkv, p.cu_seqlens = offsets.data(), p.is_int64 = true;
     p.scale = scale, p.stride_y = stride_y, p.threads = threads, p.isa = isa;
+    if (kv_heads != heads) p.kv_heads = kv_heads;
+    p.places.window = window, p.places.reach = reach, p.places.rotated = rotated;
+    if (reach > 0) p.places.relative_bias = relative_bias.data();
+    if (rotated > 0) {
+      p.places.rotary = rotary.data(), p.places.positions = static_cast<int64_t>(rotary.size()) / rotated;
+    }
     return p;
   }
 
@@ -157,7 +232,7 @@ struct Problem {
     return grad;
   }
 
-  // The gradient of qkv, (tokens, 3, heads, size), for one of y.
+  // The gradient of qkv, (tokens, parts, size), for one of y, then that of the relative bias.
   std::vector<float> run_back(AttentionParams p, const std::vector<float>& grad, Report* report) const {
     const bool is_bf16 = io_dtype == DType::kBFloat16;
     const int64_t width = heads * size;
@@ -169,16 +244,22 @@ struct Problem {
     const std::vector<uint16_t> spread_bf16 = all_to_bf16(spread);
     p.gradients.y = is_bf16 ? static_cast<const void*>(spread_bf16.data()) : spread.data();
     p.gradients.stride_y = stride_y, p.gradients.stride_qkv = stride_qkv;
-    return written(p.tokens, 3 * width, stride_qkv, report, [&](void* d_qkv) {
+    std::vector<float> d_bias(relative_bias.size(), kGuard);
+    if (reach > 0) p.gradients.relative_bias = d_bias.data();
+    std::vector<float> found = written(p.tokens, parts() * size, stride_qkv, report, [&](void* d_qkv) {
       p.gradients.qkv = d_qkv;
       return attention_backward(p);
     });
+    found.insert(found.end(), d_bias.begin(), d_bias.end());
+    return found;
   }
 };
 
 std::string name_of(const Problem& problem, Isa isa) {
   return std::string(isa_name(isa)) + (problem.io_dtype == DType::kBFloat16 ? " bfloat16" : " float32") + " head_dim " +
-         std::to_string(problem.size) + " tokens " + std::to_string(problem.tokens());
+         std::to_string(problem.size) + " tokens " + std::to_string(problem.tokens()) + " kv_heads " +
+         std::to_string(problem.kv_heads) + " reach " + std::to_string(problem.reach) + " window " +
+         std::to_string(problem.window) + " rotated " + std::to_string(problem.rotated);
 }
 
 template <class T>
@@ -217,7 +298,9 @@ void check_problem(const Problem& problem, Report* report) {
     alone.sequences = 1, alone.tokens = problem.lengths[0];
     const int64_t n = problem.lengths[0] * problem.heads * problem.size;
     report->that(name + " alone", problem.run(alone, report) == first(found, n));
-    report->that(name + " alone, backward", problem.run_back(alone, first(grad, n), report) == first(back, 3 * n));
+    const int64_t rows = problem.lengths[0] * problem.parts() * problem.size;
+    const std::vector<float> alone_back = problem.run_back(alone, first(grad, n), report);
+    report->that(name + " alone, backward", first(alone_back, rows) == first(back, rows));
   }
 }
 
@@ -350,6 +433,12 @@ void check_refusals(Report* report) {
   refused("cu_seqlens is null", [](AttentionParams* p) { p->cu_seqlens = nullptr; });
   refused("qkv", [](AttentionParams* p) { p->qkv = nullptr; });
   refused("y", [](AttentionParams* p) { p->y = nullptr; });
+  refused("kv_heads", [](AttentionParams* p) { p->kv_heads = 3; });
+  static const float table[32] = {};
+  refused("reach", [](AttentionParams* p) { p->places.relative_bias = table; });
+  refused("rotated", [](AttentionParams* p) { p->places = {nullptr, 0, -1, table, 3, 3}; });
+  refused("rotated", [](AttentionParams* p) { p->places = {nullptr, 0, -1, table, 3, 6}; });
+  refused("positions", [](AttentionParams* p) { p->places = {nullptr, 0, -1, table, 2, 4}; });
   const auto refused_back = [&](const char* word, auto change) {
     float grad[40] = {}, grad_qkv[120];
     AttentionParams p = problem.params(Isa::kGeneric, 1);
@@ -380,6 +469,14 @@ int main() {
     check_problem({{600, 33}, 1, 17, io_dtype, false, 0}, &report);
     check_problem({{40}, 1, 256, io_dtype, true, 0}, &report);
     check_problem({{9}, 2, 1024, io_dtype, false, 0}, &report);
+    check_problem(Problem({5, 0, 70, 1}, 2, 20, io_dtype, true, 3).with(2, 9, -1, 0), &report);
+    check_problem(Problem({33, 130}, 2, 32, io_dtype, false, 0, -0.3f).with(2, 200, -1, 0), &report);
+    check_problem(Problem({200, 49, 3}, 2, 32, io_dtype, true, 0).with(2, 0, 30, 0), &report);
+    check_problem(Problem({300}, 1, 64, io_dtype, false, 0).with(1, 0, 0, 0), &report);
+    check_problem(Problem({50, 17}, 2, 80, io_dtype, true, 0).with(2, 0, -1, 40), &report);
+    check_problem(Problem({20, 65}, 4, 17, io_dtype, true, 5).with(2, 0, -1, 16), &report);
+    check_problem(Problem({129, 0, 100}, 6, 32, io_dtype, true, 0).with(2, 20, 40, 24), &report);
+    check_problem(Problem({40}, 3, 8, io_dtype, false, 0).with(1, 0, 1000, 0), &report);
   }
   check_dropout(&report);
   check_extremes(&report);

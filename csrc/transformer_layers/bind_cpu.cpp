@@ -19,7 +19,8 @@ const bind::Op op([](pybind11::module_& m) {
        field<&P::weight_dtype>("weight_dtype"), field<&P::activation>("activation"), field<&P::eps>("eps"),
        field<&P::x>("x"), field<&P::cu_seqlens>("cu_seqlens"), field<&P::is_int64>("is_int64"),
        field<&P::layers>("layers"), field<&P::count>("count"), field<&P::all_layers>("all_layers"), field<&P::y>("y"),
-       option<&P::threads>("threads"), option<&P::isa>("isa")});
+       option<&P::threads>("threads"), option<&P::isa>("isa"), option<&P::relative_bias>("relative_bias"),
+       option<&P::reach>("reach")});
 });
 
 }  // namespace

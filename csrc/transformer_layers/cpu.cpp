@@ -122,6 +122,7 @@ Status check(const TransformerLayersParams& p, int64_t* longest) {
   CTXFAST_RETURN_IF_ERROR(check_sizes(kOp, {{"hidden / heads", p.hidden / p.heads, 1, kAttentionMaxHeadDim}}));
   CTXFAST_RETURN_IF_ERROR(check_dtype(kOp, "io_dtype", p.io_dtype, {DType::kFloat32, DType::kBFloat16}));
   CTXFAST_RETURN_IF_ERROR(check_dtype(kOp, "weight_dtype", p.weight_dtype, {DType::kInt8, p.io_dtype}));
+  if (p.relative_bias) CTXFAST_RETURN_IF_ERROR(check_sizes(kOp, {{"reach", p.reach, 1, int64_t{1} << 30}}));
   CTXFAST_RETURN_IF_ERROR(check_addresses(kOp, {{"cu_seqlens", p.cu_seqlens}}));
   const Status rises = attention_check_offsets(kOp, p.cu_seqlens, p.is_int64, p.sequences, p.tokens, longest);
   if (!rises.ok() || p.tokens == 0) return rises;
@@ -147,7 +148,7 @@ Status transformer_layers_forward(const TransformerLayersParams& p) {
   const int64_t threads = std::min(p.threads, std::max<int64_t>(1, work / kWorkOfThread));
   const int64_t of_products = std::max(linear_act_scratch_bytes(p.tokens, p.hidden, p.weight_dtype),
                                        linear_act_scratch_bytes(pass, p.intermediate, p.weight_dtype));
-  const int64_t of_thread = attention_scratch_bytes(longest, head_dim);
+  const int64_t of_thread = attention_scratch_bytes(longest, head_dim, p.relative_bias != nullptr);
   const bool has_spare = p.count > 1 && !p.all_layers;
   const int64_t parts[] = {p.tokens * 3 * p.hidden * size, has_spare ? p.tokens * p.hidden * size : 0,
                            pass * p.hidden * size,         pass * p.hidden * size,
@@ -171,10 +172,11 @@ Status transformer_layers_forward(const TransformerLayersParams& p) {
   char** const places[] = {&layers.qkv, &layers.spare, &layers.projected, &layers.h, &layers.wide, &layers.scratch};
   for (int i = 0; i < 6; ++i) *places[i] = memory, memory += round_up(parts[i], 64);
   AttentionJob& job = layers.attention_job;
-  job.heads = p.heads, job.head_dim = head_dim, job.sequences = p.sequences;
+  job.heads = job.kv_heads = p.heads, job.head_dim = head_dim, job.sequences = p.sequences;
   job.is_int64 = p.is_int64, job.cu_seqlens = p.cu_seqlens;
   job.qkv = layers.qkv, job.stride_qkv = 3 * p.hidden, job.bias = nullptr;
   job.scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(head_dim)));
+  job.places.relative_bias = p.relative_bias, job.places.reach = p.reach;
   job.stride_y = p.hidden;
   job.scratch = layers.scratch, job.scratch_bytes = of_thread;
   if (!run_parallel(threads, run, &layers)) return runtime_error(kOp, "no thread could be started.");

@@ -49,6 +49,8 @@ struct TransformerLayersParams {
   const void* x = nullptr;           // (tokens, hidden)
   const void* cu_seqlens = nullptr;  // (sequences + 1): rises from 0 to tokens
   bool is_int64 = false;             // cu_seqlens; else int32
+  const float* relative_bias = nullptr;  // (heads, 2 reach - 1) or null: of all layers, see attention/attention.h
+  int64_t reach = 0;
   const TransformerLayer* layers = nullptr;
   int64_t count = 0;         // of layers, 1 or more
   bool all_layers = false;   // every layer's rows are wanted; else the last layer's

@@ -89,3 +89,39 @@ def test_autocast_leaves_tables_in_float32() -> None:
         got = ctxfast.attention(**kwargs)
     lowered = kwargs | {name: kwargs[name].bfloat16() for name in ("qkv", "bias")}
     assert got.dtype is torch.bfloat16 and torch.equal(got, ctxfast.attention(**lowered))
+
+
+@pytest.mark.parametrize("name", ["relative-bias-clamped", "window-across-tiles", "rotary-half-of-40", "all-at-once"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bits_depend_on_the_sequence_alone(name, dtype) -> None:
+    """On the CPU: not on what a sequence is batched with, nor on threads, in results and gradients."""
+    kwargs = CASES[name].make("cpu", dtype, 5)
+
+    def computed(kwargs: dict) -> tuple[Tensor, Tensor]:
+        qkv = kwargs["qkv"].clone().requires_grad_()
+        out = ctxfast.attention(**kwargs | dict(qkv=qkv), impl="cpu")
+        return out.detach(), torch.autograd.grad(out, qkv, out.detach())[0]
+
+    expected, before = computed(kwargs), torch.get_num_threads()
+    try:
+        for threads in (2, 3):
+            torch.set_num_threads(threads)
+            assert all(map(torch.equal, computed(kwargs), expected))
+    finally:
+        torch.set_num_threads(before)
+    offsets = kwargs["cu_seqlens"].tolist()
+    for start, end in zip(offsets, offsets[1:]):
+        alone = dict(qkv=kwargs["qkv"][start:end], cu_seqlens=torch.tensor([0, end - start]), max_seqlen=end - start)
+        for one, two in zip(computed(kwargs | alone), expected):
+            assert torch.equal(one, two[start:end])
+
+
+def test_dropout_with_places_is_the_definitions() -> None:
+    """The kernel's gradients under its own mask are those of the definition under the same mask, which
+    ``create_graph`` asks for."""
+    kwargs = CASES["all-at-once"].make("cpu", torch.float32, 5)
+    inputs = [kwargs[name].requires_grad_() for name in ("qkv", "relative_bias")]
+    loss = ctxfast.attention(**kwargs, dropout_p=0.3, impl="cpu").square().sum()
+    by_definition = torch.autograd.grad(loss, inputs, create_graph=True)
+    for one, two in zip(torch.autograd.grad(loss, inputs), by_definition):
+        torch.testing.assert_close(one, two.detach(), rtol=1e-4, atol=1e-4)

@@ -5,8 +5,8 @@ is itself differentiated."""
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -18,13 +18,11 @@ def scale(qkv: Tensor, softmax_scale: float | None) -> float:
     return 1.0 / math.sqrt(qkv.shape[-1]) if softmax_scale is None else softmax_scale
 
 
-_BY_PLACE = ("relative_bias", "window", "rotary", "num_kv_heads")
-
-
-def why_plain(args: Mapping[str, Any]) -> str | None:
-    """None, or why an implementation of plain attention alone cannot run a call."""
-    found = [name for name in _BY_PLACE if args[name] is not None]
-    return f"it has no {' and no '.join(found)}." if found else None
+def head_counts(qkv: Tensor, num_kv_heads: int | None) -> tuple[int, int]:
+    """H of queries and G of keys and values."""
+    if num_kv_heads is None:
+        return qkv.shape[2], qkv.shape[2]
+    return qkv.shape[1] - 2 * num_kv_heads, num_kv_heads
 
 
 class Constants(NamedTuple):

@@ -225,10 +225,15 @@ def _by_sdpa(qkv: Tensor, max_seqlen: int, scale: float) -> Tensor:
     return context.transpose(1, 2).reshape(qkv.shape[0], *qkv.shape[2:])
 
 
+def _why_plain(args: Mapping[str, Any]) -> str | None:
+    found = [name for name in ("relative_bias", "window", "rotary", "num_kv_heads") if args[name] is not None]
+    return f"it has no {' and no '.join(found)}." if found else None
+
+
 def supports(args: Mapping[str, Any]) -> str | None:
     """None, or why the Triton kernels cannot run this call."""
     qkv = args["qkv"]
-    objection = definition.why_plain(args) or triton_rows.why_not("qkv", qkv)
+    objection = _why_plain(args) or triton_rows.why_not("qkv", qkv)
     if objection is not None:
         return objection
     if qkv.dtype == torch.bfloat16 and qkv.device.type == "cpu":

@@ -63,6 +63,19 @@ def _check_layer(x: Tensor, layer: int, weights: Sequence[Tensor | None], wide: 
                 checks.floating(_OP, each, value)
 
 
+def _check_relative_bias(x: Tensor, heads: int, table: Tensor | None) -> None:
+    if table is None:
+        return
+    checks.shape(_OP, "relative_bias", table, (heads, None), "(num_heads, 2*reach - 1)")
+    checks.same(_OP, "x", x, [("relative_bias", table)], dtype=False)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    if table.dtype is not wide or table.shape[1] % 2 == 0:
+        raise ValueError(
+            f"ctxfast.{_OP}: relative_bias has shape {tuple(table.shape)} and dtype {table.dtype}; expected an odd "
+            f"number of columns, 2*reach - 1, in {wide}, whatever half precision x has."
+        )
+
+
 def _check(args: Mapping[str, Any]) -> None:
     x, heads = checks.floating(_OP, "x", args["x"]), args["num_heads"]
     if x.dim() != 2 or x.shape[1] == 0:
@@ -87,6 +100,7 @@ def _check(args: Mapping[str, Any]) -> None:
     checks.choice(_OP, "activation", args["activation"], ACTIVATIONS)
     checks.choice(_OP, "weight_dtype", args["weight_dtype"], (None, torch.int8))
     checks.choice(_OP, "compute_dtype", args["compute_dtype"], (None, torch.float16, torch.bfloat16))
+    _check_relative_bias(x, heads, args["relative_bias"])
     if len(args["dropout_p"]) != 3:
         raise ValueError(
             f"ctxfast.{_OP}: dropout_p holds {len(args['dropout_p'])} probabilities; expected 3: of an attention "
@@ -134,6 +148,7 @@ def transformer_layers(
     all_layers: bool = False,
     dropout_p: Sequence[float] = (0.0, 0.0, 0.0),
     compute_dtype: torch.dtype | None = None,
+    relative_bias: Tensor | None = None,
     impl: str | None = None,
 ) -> Tensor | tuple[Tensor, ...]:
     """Whole post-LN encoder layers over S packed sequences, one after another.
@@ -155,6 +170,7 @@ def transformer_layers(
             residual sums (0 at inference).
         compute_dtype: float16 or bfloat16: that of the products and attention, whatever the tensors' own; sums,
             LayerNorms and results are float32 then. None: all in one dtype. Under autocast its dtype.
+        relative_bias: (num_heads, 2R - 1) float32, one for all layers: as in ``attention``.
         impl: name of an implementation; None chooses.
 
     Returns:
@@ -177,4 +193,5 @@ def transformer_layers(
         all_layers=all_layers,
         dropout_p=tuple(dropout_p),
         compute_dtype=compute_dtype,
+        relative_bias=relative_bias,
     )

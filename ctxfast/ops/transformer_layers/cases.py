@@ -25,6 +25,7 @@ def _case(
     layers: int = 1,
     all_layers: bool = False,
     mixed: torch.dtype | None = None,
+    reach: int | None = None,
 ) -> Case:
     """``mixed``: float32 tensors, and products in this dtype."""
 
@@ -55,15 +56,18 @@ def _case(
             weight_dtype=weight_dtype,
             all_layers=all_layers,
         )
+        if reach is not None:
+            found["relative_bias"] = Sampler(device, torch.float32, seed).normal(heads, 2 * reach - 1)
         return found if mixed is None else found | dict(compute_dtype=mixed)
 
+    grads = ("x", "weights") if reach is None else ("x", "weights", "relative_bias")
     if mixed is not None:
-        return Case(name, make, ("x", "weights"), (torch.float32,), (torch.float32,), 4 * torch.finfo(mixed).eps)
+        return Case(name, make, grads, (torch.float32,), (torch.float32,), 4 * torch.finfo(mixed).eps)
     if weight_dtype is not None:  # see linear_act: values near the middle of two steps go either way
         return Case(name, make, dtypes=(torch.float32,), tolerance=3e-2)
     # relu's kink is crossed by half precision's rounding
     grad_dtypes = (torch.float32,) if activation == "relu" else (torch.float32, torch.float16, torch.bfloat16)
-    return Case(name, make, ("x", "weights"), grad_dtypes=grad_dtypes)
+    return Case(name, make, grads, grad_dtypes=grad_dtypes)
 
 
 CASES = (
@@ -84,6 +88,8 @@ CASES = (
     _case("mixed-bfloat16", (5, 1, 17), 64, 4, 96, layers=2, mixed=torch.bfloat16),
     _case("mixed-float16", (5, 1, 17), 64, 4, 96, layers=2, mixed=torch.float16),
     _case("mixed-all-layers", (4, 0, 7), 32, 2, 48, layers=2, all_layers=True, mixed=torch.float16, bias=False),
+    _case("relative-bias", (6, 0, 20, 1), 32, 2, 48, layers=2, reach=9),
+    _case("relative-bias-mixed", (6, 20), 32, 2, 48, layers=2, mixed=torch.float16, reach=30, all_layers=True),
     _case("int8", (11, 4), 64, 4, 96, weight_dtype=torch.int8),
     _case("int8-odd", (1, 6), 33, 3, 35, bias=False, activation="relu", weight_dtype=torch.int8),
 )

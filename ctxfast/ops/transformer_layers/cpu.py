@@ -64,22 +64,28 @@ def _outputs(x: Tensor, weights: Sequence[Tensor | None], all_layers: bool) -> l
 
 def _forward(
     x: Tensor, cu_seqlens: Tensor, weights: Sequence[Tensor | None], num_heads: int, activation: str, eps: float,
-    is_int8: bool, all_layers: bool,
+    is_int8: bool, all_layers: bool, relative_bias: Tensor | None,
 ) -> list[Tensor]:  # fmt: skip
     outputs = _outputs(x, weights, all_layers)
     x, cu_seqlens = x.contiguous(), cu_seqlens.contiguous()
     # Biases that are missing need no place in the key: what is there stands between matrices, LayerNorms have both.
-    sources, places = [tensor for tensor in weights if tensor is not None], array("q", [y.data_ptr() for y in outputs])
+    sources, addresses = (
+        [tensor for tensor in weights if tensor is not None],
+        array("q", [y.data_ptr() for y in outputs]),
+    )
     # _held: what the table points to stays while the kernel reads it.
     table, _held = packed_weights.CACHE.get(
         sources, (_OP, is_int8, x.dtype), lambda: _packed(weights, is_int8), _is_read
     )
-    io_dtype = capability.DTYPE_NAMES[x.dtype]
+    io_dtype, places = capability.DTYPE_NAMES[x.dtype], {}
+    if relative_bias is not None:
+        relative_bias = relative_bias.contiguous()
+        places = dict(relative_bias=relative_bias.data_ptr(), reach=(relative_bias.shape[1] + 1) // 2)
     capability.extension().transformer_layers_forward(
         x.shape[0], x.shape[1], num_heads, weights[_WIDEN].shape[0], cu_seqlens.shape[0] - 1,
         io_dtype, "int8" if is_int8 else io_dtype, activation, eps, x.data_ptr(), cu_seqlens.data_ptr(),
         cu_seqlens.dtype is torch.int64, table.buffer_info()[0], len(weights) // TENSORS, all_layers,
-        places.buffer_info()[0], torch.get_num_threads(),
+        addresses.buffer_info()[0], torch.get_num_threads(), **places,
     )  # fmt: skip
     return outputs
 
@@ -89,20 +95,23 @@ _fwd = torch_ops.define("transformer_layers_cpu_fwd", _forward, _outputs, "CPU")
 
 class _Layer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cu_seqlens: Tensor, options: tuple[Any, ...], *weights: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, cu_seqlens, *weights)
+    def forward(
+        ctx: Any, x: Tensor, cu_seqlens: Tensor, options: tuple[Any, ...], relative_bias: Tensor | None,
+        *weights: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(x, cu_seqlens, relative_bias, *weights)
         ctx.options = options
-        return _fwd(x, cu_seqlens, weights, *options[1:], False, False)[0]
+        return _fwd(x, cu_seqlens, weights, *options[1:], False, False, relative_bias)[0]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, cu_seqlens, *weights = ctx.saved_tensors
+        x, cu_seqlens, relative_bias, *weights = ctx.saved_tensors
         max_seqlen, *options = ctx.options
         grads = torch_ops.definition_gradients(
-            lambda x, *weights: registry.OPS[_OP].reference(
-                x, cu_seqlens, max_seqlen, weights, *options, None, False
+            lambda x, relative_bias, *weights: registry.OPS[_OP].reference(
+                x, cu_seqlens, max_seqlen, weights, *options, None, False, relative_bias=relative_bias
             ),
-            (x, *weights), (ctx.needs_input_grad[0], *ctx.needs_input_grad[3:]), (grad,),
+            (x, relative_bias, *weights), (ctx.needs_input_grad[0], *ctx.needs_input_grad[3:]), (grad,),
         )  # fmt: skip
         return grads[0], None, None, *grads[1:]
 
@@ -142,18 +151,21 @@ def transformer_layers(
     all_layers: bool,
     dropout_p: tuple[float, float, float],
     compute_dtype: torch.dtype | None,
+    relative_bias: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, ...]:
     """See ``ctxfast.functional.transformer_layers``."""
     options = (num_heads, activation, eps)
-    if not registry.needs_grad(x, weights):
-        forward = _forward if torch_ops.is_direct(x, cu_seqlens, *weights) else _fwd
-        states = forward(x, cu_seqlens, weights, *options, weight_dtype is torch.int8, all_layers)
+    if not registry.needs_grad(x, weights, relative_bias):
+        forward = _forward if torch_ops.is_direct(x, cu_seqlens, relative_bias, *weights) else _fwd
+        states = forward(x, cu_seqlens, weights, *options, weight_dtype is torch.int8, all_layers, relative_bias)
         return tuple(states) if all_layers else states[0]
     if torch.compiler.is_compiling():  # differentiates what it sees, so it sees the definition
-        return registry.OPS[_OP].reference(x, cu_seqlens, max_seqlen, weights, *options, weight_dtype, all_layers)
+        return registry.OPS[_OP].reference(
+            x, cu_seqlens, max_seqlen, weights, *options, weight_dtype, all_layers, relative_bias=relative_bias
+        )
     states = []
     for i in range(0, len(weights), TENSORS):
-        x = _Layer.apply(x, cu_seqlens, (max_seqlen, *options), *weights[i : i + TENSORS])
+        x = _Layer.apply(x, cu_seqlens, (max_seqlen, *options), relative_bias, *weights[i : i + TENSORS])
         states.append(x)
     return tuple(states) if all_layers else x
 
@@ -161,4 +173,5 @@ def transformer_layers(
 def raw_calls(args: Mapping[str, Any]) -> list[tuple[Any, tuple]]:
     """The registered operators behind one call, with arguments for torch.library.opcheck."""
     names = ("x", "cu_seqlens", "weights", "num_heads", "activation", "eps")
-    return [(_fwd, (*(args[name] for name in names), args["weight_dtype"] is torch.int8, args["all_layers"]))]
+    more = (args["weight_dtype"] is torch.int8, args["all_layers"], args["relative_bias"])
+    return [(_fwd, (*(args[name] for name in names), *more))]

@@ -36,7 +36,9 @@ def _dropped(x: Tensor, p: float, mask: Tensor | None) -> Tensor:
     return F.dropout(x, p) if p > 0 else x
 
 
-def _attended(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, p: float, mask: Tensor | None) -> Tensor:
+def _attended(
+    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, p: float, mask: Tensor | None, relative_bias: Tensor | None
+) -> Tensor:
     """(T, 3, H, D) -> (T, H, D)."""
     total, _, _, head_dim = qkv.shape
     cu_seqlens = cu_seqlens.long()
@@ -46,6 +48,10 @@ def _attended(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, p: float, mask: 
     query, key, value = qkv[row].permute(2, 0, 3, 1, 4)  # (S, H, L, D) each
     wide = torch.promote_types(qkv.dtype, torch.float32)
     scores = (torch.matmul(query, key.transpose(-1, -2)) * head_dim**-0.5).to(wide)
+    if relative_bias is not None:
+        reach = (relative_bias.shape[1] + 1) // 2
+        distance = (column - column[:, None]).clamp(1 - reach, reach - 1)  # (L, L), of keys from queries
+        scores = scores + relative_bias[:, distance + reach - 1]
     scores = scores.masked_fill(~inside[:, None, None, :], torch.finfo(wide).min)
     shares = _dropped(torch.softmax(scores, dim=-1), p, mask)
     context = torch.matmul(shares.to(qkv.dtype), value).transpose(1, 2)  # (S, L, H, D)
@@ -65,6 +71,7 @@ def _layer(
     weight_dtype: torch.dtype | None,
     dropout_p: tuple[float, float, float],
     compute_dtype: torch.dtype | None,
+    relative_bias: Tensor | None,
     masks: Masks,
 ) -> Tensor:
     size = x.shape[1:]
@@ -92,7 +99,7 @@ def _layer(
     if is_empty:
         context = rows.sum(dim=1)
     else:
-        context = _attended(rows, cu_seqlens, max_seqlen, attention_p, attention_mask)
+        context = _attended(rows, cu_seqlens, max_seqlen, attention_p, attention_mask, relative_bias)
     x = ended(x, context.flatten(1), project, attention_norm, dropout_p, mask)
     made = activated(_product(low(x), tuple(map(low, widen)), weight_dtype), activation)
     return ended(x, made, narrow, output_norm, last_p, last_mask)
@@ -112,6 +119,7 @@ def transformer_layers(
     all_layers: bool,
     dropout_p: tuple[float, float, float] = (0.0, 0.0, 0.0),
     compute_dtype: torch.dtype | None = None,
+    relative_bias: Tensor | None = None,  # (H, 2R - 1), of all layers
     dropout_masks: Sequence[Masks] | None = None,
 ) -> Tensor | tuple[Tensor, ...]:
     """See ``ctxfast.functional.transformer_layers``; ``dropout_masks``, of each layer, stand in for drawn ones."""
@@ -122,7 +130,7 @@ def transformer_layers(
         for i in range(0, len(weights), 12):
             x = _layer(
                 x, cu_seqlens, max_seqlen, weights[i : i + 12], num_heads, activation, eps, weight_dtype, dropout_p,
-                compute_dtype, _NO_MASKS if dropout_masks is None else dropout_masks[i // 12],
+                compute_dtype, relative_bias, _NO_MASKS if dropout_masks is None else dropout_masks[i // 12],
             )  # fmt: skip
             states.append(x)
     return tuple(states) if all_layers else x

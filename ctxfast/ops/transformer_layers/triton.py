@@ -329,6 +329,8 @@ def supports(args: Mapping[str, Any]) -> str | None:
         return "int8 products run on the CPU."
     if compute_dtype is not None and any(each is not None and each.dtype not in triton_rows.DTYPES for each in weights):
         return "it takes float32, float16 and bfloat16, and a weight is float64."
+    if args["relative_bias"] is not None:
+        return "it has no relative_bias."
     rows = x.new_empty((0, 3, args["num_heads"], x.shape[1] // args["num_heads"]), dtype=compute_dtype)
     return _attention.supports(registry.OPS["attention"].arguments(rows, args["cu_seqlens"], args["max_seqlen"]))
 
@@ -345,6 +347,7 @@ def transformer_layers(
     all_layers: bool,
     dropout_p: tuple[float, float, float],
     compute_dtype: torch.dtype | None,
+    relative_bias: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, ...]:
     """See ``ctxfast.functional.transformer_layers``."""
     is_recorded = registry.needs_grad(x, weights)

@@ -56,6 +56,11 @@ BAD = (
      "dropout_p holds 2 probabilities; expected 3: of an attention weight, and of an element before each of the two "
      "residual sums."),
     (dict(dropout_p=(0.1, 1.0, 0.1)), ValueError, "dropout_p is 1.0; expected a probability, 0 <= dropout_p < 1."),
+    (dict(relative_bias=zeros(3, 5)), ValueError,
+     "relative_bias has shape (3, 5); expected (num_heads, 2*reach - 1) = (2, any)."),
+    (dict(relative_bias=zeros(2, 4)), ValueError,
+     "relative_bias has shape (2, 4) and dtype torch.float32; expected an odd number of columns, 2*reach - 1, in "
+     "torch.float32, whatever half precision x has."),
     (dict(compute_dtype=torch.float32), ValueError,
      "compute_dtype is torch.float32; expected one of None, torch.float16, torch.bfloat16."),
     (dict(compute_dtype=torch.float16, weights=_weights(at=0, put=zeros(24, 8).long())), TypeError,
