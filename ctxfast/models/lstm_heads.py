@@ -9,27 +9,26 @@ Shape letters: B texts, T words, K layers, N size of a layer, C classes, H hidde
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from ..nn import LSTM
 from ..nn.crf import Crf, bio_rules
 from .elmo.bilm import ElmoBiLm
 from .elmo.character_encoder import remove_sentence_marks
+from .heads.outputs import (
+    PREDICATE_DIM,
+    LstmOutput,
+    SpanLogits,
+    is_bio,
+    loss_of_spans,
+    loss_of_texts,
+    loss_of_words,
+)
+from .heads.sequences import run_lstm
 from .token_vectors import Sources, TokenVectors
-
-_PREDICATE_DIM = 100
-
-
-class LstmOutput(NamedTuple):
-    """``loss`` (None without labels) and ``logits``, (B, T, C) of a tagger, (B, C) of a classifier."""
-
-    loss: Tensor | None
-    logits: Tensor
 
 
 class _Reader(TokenVectors):
@@ -40,9 +39,9 @@ class _Reader(TokenVectors):
     ) -> None:
         super().__init__(sources)
         self.dropout = nn.Dropout(dropout)
-        self.predicate = nn.Embedding(2, _PREDICATE_DIM) if marks_predicate else None
+        self.predicate = nn.Embedding(2, PREDICATE_DIM) if marks_predicate else None
         self.lstm = LSTM(
-            sources.width + (_PREDICATE_DIM if marks_predicate else 0),
+            sources.width + (PREDICATE_DIM if marks_predicate else 0),
             hidden_size,
             lstm_layers,
             batch_first=True,
@@ -63,10 +62,7 @@ class _Reader(TokenVectors):
         if self.predicate is not None:
             assert predicate is not None
             x = torch.cat((x, self.predicate(predicate.long())), -1)
-        # A text without words runs as one of a single (zero) word.
-        rows = pack_padded_sequence(x, lengths.clamp(min=1).cpu(), batch_first=True, enforce_sorted=False)
-        output, _ = pad_packed_sequence(self.lstm(rows)[0], batch_first=True, total_length=x.shape[1])
-        return self.dropout(self.beside(output, layers, lengths))
+        return self.dropout(self.beside(run_lstm(self.lstm, x, lengths), layers, lengths))
 
 
 class LstmTagger(nn.Module):
@@ -95,8 +91,7 @@ class LstmTagger(nn.Module):
         super().__init__()
         self.reader = _Reader(sources, hidden_size, lstm_layers, dropout, marks_predicate)
         self.classifier = nn.Linear(self.reader.width, len(tags))
-        is_bio = all(tag == "O" or tag[:2] in ("B-", "I-") for tag in tags)
-        self.crf = Crf(len(tags), bio_rules(tags) if is_bio else None) if crf else None
+        self.crf = Crf(len(tags), bio_rules(tags) if is_bio(tags) else None) if crf else None
 
     def forward(
         self,
@@ -110,13 +105,10 @@ class LstmTagger(nn.Module):
         text's end -> ``LstmOutput``. The loss is averaged over words."""
         logits = self.classifier(self.reader(layers, lengths, predicate, words))
         if labels is None:
-            loss = None
-        elif self.crf is not None:
-            loss = self.crf(logits, labels, lengths)
-        else:
-            loss = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="sum")
-            loss = loss / (labels >= 0).sum().clamp(min=1)
-        return LstmOutput(None if loss is None else loss + self.reader.penalty(), logits)
+            return LstmOutput(None, logits)
+        if self.crf is not None:
+            return LstmOutput(self.crf(logits, labels, lengths) + self.reader.penalty(), logits)
+        return LstmOutput(loss_of_words(logits, labels, self.reader), logits)
 
     @torch.no_grad()
     def decode(self, logits: Tensor, lengths: Tensor) -> list[list[int]]:
@@ -173,19 +165,7 @@ class LstmClassifier(nn.Module):
             u, v = text.chunk(2)
             text = torch.cat((u, v, (u - v).abs(), u * v), 1)
         logits = self.classifier(self.reader.dropout(torch.tanh(self.dense(text))))
-        if labels is None:
-            return LstmOutput(None, logits)
-        if labels.is_floating_point():
-            return LstmOutput(F.mse_loss(logits.float()[:, 0], labels) + self.reader.penalty(), logits)
-        return LstmOutput(F.cross_entropy(logits.float(), labels) + self.reader.penalty(), logits)
-
-
-class SpanLogits(NamedTuple):
-    """``loss`` (None without positions), and (B, T + 1) logits of start and end; column 0 stands for no answer."""
-
-    loss: Tensor | None
-    start_logits: Tensor
-    end_logits: Tensor
+        return LstmOutput(loss_of_texts(logits, labels, self.reader), logits)
 
 
 class LstmSpanFinder(nn.Module):
@@ -233,11 +213,7 @@ class LstmSpanFinder(nn.Module):
         none = self.no_answer(read.masked_fill(~is_text, lowest).amax(1).clamp(min=-1))
         logits = torch.cat((none[:, None], self.positions(read).masked_fill(~is_text, lowest)), 1).float()
         start, end = logits.unbind(-1)
-        if start_positions is None:
-            return SpanLogits(None, start, end)
-        assert end_positions is not None
-        loss = (F.cross_entropy(start, start_positions) + F.cross_entropy(end, end_positions)) / 2
-        return SpanLogits(loss + self.reader.penalty(), start, end)
+        return SpanLogits(loss_of_spans(start, end, start_positions, end_positions, self.reader), start, end)
 
 
 class OverElmo(nn.Module):

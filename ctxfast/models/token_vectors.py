@@ -33,7 +33,7 @@ class Sources:
         trains_table: whether they are trained.
         mix_norm: whether layers are normalised before they are mixed.
         mix_l2: factor of the sum of squares of the mix's weights (before the softmax) in the loss.
-        output_mix: whether a second mix of the layers goes into what a head makes of its first LSTM's output.
+        output_mix: whether a second mix of the layers stands beside the output of one of a head's LSTMs.
     """
 
     num_layers: int = 0

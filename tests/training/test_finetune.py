@@ -73,8 +73,28 @@ def scores(folder, name="dev"):
             "f1",
             0.9,
         ),
+        (
+            "pair",
+            None,
+            [
+                "--words",
+                "learned",
+                "--head",
+                "esim",
+                "--lstm-hidden",
+                16,
+                "--epochs",
+                12,
+                "--lr",
+                1e-2,
+                "--batch-size",
+                4,
+            ],
+            "accuracy",
+            0.9,
+        ),
     ],
-    ids=["tag-bert", "tag-features", "tag-elmo", "classify-bert", "pair-features", "tag-characters"],
+    ids=["tag-bert", "tag-features", "tag-elmo", "classify-bert", "pair-features", "tag-characters", "pair-esim"],
 )
 def test_it_learns(files, tmp_path, task, model, options, figure, least) -> None:
     run = tmp_path / "run"

@@ -398,6 +398,10 @@ def test_regression(bert, tmp_path) -> None:
         ("classify", "bert", Choice(max_length=65), "max_length is 65; expected 4 to 64, the model's limit"),
         ("tag", "elmo", Choice(max_length=64), "max_length is given with features, ELMo or words alone"),
         ("parse", "bert", Choice(), "task is 'parse'"),
+        ("pair", "bert", Choice(features="mix", head="bcn"), "head is 'bcn'; expected one of lstm, esim"),
+        ("tag", "bert", Choice(features="mix", head="highway", crf=True), "crf is asked for with head 'highway'"),
+        ("tag", "bert", Choice(head="highway"), "head is 'highway' with all of BERT trained"),
+        ("tag", "bert", Choice(words="chars"), "words are chosen with all of BERT trained"),
     ],
 )
 def test_choices_that_cannot_be(task, model, choice, reason, request) -> None:

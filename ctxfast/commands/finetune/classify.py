@@ -18,10 +18,11 @@ Texts: .tsv, .csv or .jsonl, also .gz and .xz. Columns go by their usual names (
 
   ctxfast finetune classify -m MODEL --train train.csv --dev dev.csv -o run --epochs 3 --lr 5e-5
   ctxfast finetune classify -m MODEL --train cola.tsv --text-column 3 --label-column 1 -o run
-  ctxfast finetune classify -m ELMO --features mix --format sst2 --phrases --train train.txt --dev dev.txt -o run
+  ctxfast finetune classify -m ELMO --features mix --head bcn --format sst2 --phrases --train train.txt -o run
   ctxfast finetune classify -m run/best --predict-only --test new.tsv -o predictions
 """
     suffix = "jsonl"
+    head = "bcn (biattentive, for sentiment)"
     is_pair = False
 
     def add(self, parser: argparse.ArgumentParser) -> None:
@@ -105,9 +106,10 @@ Pairs: .tsv, .csv or .jsonl, also .gz and .xz.
   ctxfast finetune pair -m MODEL --train qnli.tsv --dev dev.tsv -o run --max-length 256
   ctxfast finetune pair -m MODEL --train stsb.tsv --dev dev.tsv -o run --regression
   ctxfast finetune pair -m MODEL --format stsb --train sts-train.csv --dev sts-dev.csv -o run --regression
-  ctxfast finetune pair -m MODEL --train snli_1.0_train.jsonl --dev snli_1.0_dev.jsonl -o run
+  ctxfast finetune pair -m ELMO --features mix --head esim --train snli_1.0_train.jsonl --dev snli_1.0_dev.jsonl -o run
 """
     is_pair = True
+    head = "esim (entailment)"
 
     def add(self, parser: argparse.ArgumentParser) -> None:
         super().add(parser)

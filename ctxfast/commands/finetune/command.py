@@ -32,6 +32,8 @@ _MADE_WITH = {
     "word_dim": "word_dim",
     "mix_norm": "mix_norm",
     "mix_l2": "mix_l2",
+    "output_mix": "output_mix",
+    "head": "head",
     "lstm_hidden": "hidden_size",
     "lstm_layers": "lstm_layers",
     "dropout": "dropout",
@@ -41,7 +43,7 @@ _READ_WITH = ("max_length", "doc_stride", "max_query", "max_answer", "n_best", "
 # What examples are made of, of each task's arguments those that it has.
 _READING = ("text_column", "pair_column", "label_column", "header", "quotes", "format", "regression", "word_column")
 _READING += ("tag_column", "scheme", "predicate_column", "skip_misaligned", "unseen", "phrases", "roles")
-_OF_HEADS = ("lstm_hidden", "lstm_layers", "dropout", "mix_norm", "mix_l2", "vectors")
+_OF_HEADS = ("lstm_hidden", "lstm_layers", "dropout", "mix_norm", "mix_l2", "output_mix", "head", "vectors")
 _OF_WINDOWS = ("max_length", "doc_stride", "max_query")
 
 
@@ -95,15 +97,17 @@ def _add_head(parser: argparse.ArgumentParser, task: TaskCommand) -> None:
     add = parser.add_argument
     which = "train an LSTM over frozen layers: last, second-to-last, sum4, concat4, embeddings; mix4, mix (learned)"
     add("--features", metavar="WHICH", help=which)
+    add("--head", metavar="WHICH", help=f"the model over vectors of words: lstm (default) or {task.head}")
     how = "what the LSTM reads of words besides, or without -m alone: chars (character CNN), learned (word vectors), or"
     add("--words", metavar="WHICH", help=f"{how} chars,learned")
     add("--word-dim", type=int, metavar="N", help="size of learned vectors (100)")
     add("--vectors", metavar="FILE", help="vectors to begin with, GloVe's text format; they stay as they are")
     add("--train-vectors", action="store_true", help="they are trained, too")
     add("--mix-norm", action="store_true", help="normalise layers before they are mixed")
+    add("--output-mix", action="store_true", help="mix layers into the output of an LSTM of the head, too")
     add("--mix-l2", type=float, metavar="X", help="loss for the squares of the mix's weights (0)")
     add("--lstm-hidden", type=int, metavar="N", help="with --features, ELMo or --words: size of the LSTM (256)")
-    add("--lstm-layers", type=int, metavar="N", help=f"its layers ({task.lstm_layers})")
+    add("--lstm-layers", type=int, metavar="N", help=f"its layers ({task.lstm_layers}{task.other_layers})")
     add("--dropout", type=float, help="around it (0.3)")
     if task.has_labels:
         add("--unseen", default="error", help="labels that training lacks: error, or keep (never right)")
@@ -208,7 +212,7 @@ class _FineTune:
         from ...training.tasks.build import Choice
 
         args = self.args
-        options: dict[str, Any] = {"lstm_layers": self.task.lstm_layers}
+        options: dict[str, Any] = {"lstm_layers": self.task.layers(args.head)}
         options |= {_MADE_WITH[name]: getattr(args, name) for name in _given(args, _MADE_WITH)}
         options |= {name: getattr(args, name) for name in _given(args, _READ_WITH)}
         options["trains_vectors"] = args.vectors is None or args.train_vectors

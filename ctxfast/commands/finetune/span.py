@@ -17,10 +17,11 @@ class SpanCommand(TaskCommand):
 Questions: SQuAD's JSON, 1.1 or 2.0, also .gz and .xz.
 
   ctxfast finetune span -m MODEL --train train-v2.0.json --dev dev-v2.0.json -o run --epochs 2 --lr 3e-5 --batch-size 24
-  ctxfast finetune span -m ELMO --features mix --train train-v1.1.json --dev dev-v1.1.json -o run --epochs 10
+  ctxfast finetune span -m ELMO --features mix --head bidaf --train train-v1.1.json --dev dev-v1.1.json -o run
   ctxfast finetune span -m run/best --evaluate-only --test test-v2.0.json --null-threshold -1.5 -o scores
 """
     suffix = "json"
+    head = "bidaf (attention in both directions and to itself)"
     has_labels = False
 
     def add(self, parser: argparse.ArgumentParser) -> None:

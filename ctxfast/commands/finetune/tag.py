@@ -20,12 +20,14 @@ Sentences: a word a line in columns separated by tabs or spaces, a blank line af
   ctxfast finetune tag -m MODEL --features concat4 --crf --train train.tsv --dev dev.tsv -o run --epochs 20
   ctxfast finetune tag -m ELMO --features mix --train train.tsv --scheme none --tag-column 2 -o run
   ctxfast finetune tag -m MODEL --predicate-column 1 --predicate sep --train srl.tsv -o run
-  ctxfast finetune tag -m ELMO --features mix --roles conll2012 --train train.conll --dev dev.conll -o run
+  ctxfast finetune tag -m ELMO --features mix --head highway --roles conll2012 --train train.conll -o run
   ctxfast finetune tag --words chars --crf --train train.tsv --dev dev.tsv -o run --epochs 20
   ctxfast finetune tag -m run/best --evaluate-only --test test.tsv -o scores
 """
     suffix = "tsv"
+    head = "highway (interleaved highway LSTMs, for semantic roles)"
     lstm_layers = 2
+    other_layers = "; highway 8"
 
     def add(self, parser: argparse.ArgumentParser) -> None:
         add = parser.add_argument
@@ -36,6 +38,9 @@ Sentences: a word a line in columns separated by tabs or spaces, a blank line af
         add("--predicate", help="how BERT sees it: type (token type, default) or sep ([SEP] predicate)")
         add("--roles", help="semantic roles in brackets, a sentence for every predicate: conll2005 or conll2012")
         add("--crf", action="store_true", help="with --features, ELMo or --words: score tags together")
+
+    def layers(self, head: str | None) -> int:
+        return 8 if head == "highway" else self.lstm_layers
 
     def check(self, args: argparse.Namespace) -> None:
         if args.predicate is not None and args.predicate_column is None and args.roles is None:

@@ -18,7 +18,9 @@ class TaskCommand:
         summary: what it makes, in a line.
         usage: what its files are, and commands to copy.
         suffix: of the file of predictions.
+        head: its head besides the LSTM.
         lstm_layers: layers of an LSTM over features, where none are asked for.
+        other_layers: what is said where those of ``head`` are others.
         has_labels: whether there are classes that training may lack.
     """
 
@@ -26,12 +28,18 @@ class TaskCommand:
     summary: str
     usage: str
     suffix: str
+    head: str
     lstm_layers = 1
+    other_layers = ""
     has_labels = True
 
     def add(self, parser: argparse.ArgumentParser) -> None:
         """Add the task's own arguments."""
         raise NotImplementedError
+
+    def layers(self, head: str | None) -> int:
+        """Layers of a head's LSTM, where none are asked for."""
+        return self.lstm_layers
 
     def check(self, args: argparse.Namespace) -> None:
         """Refuse arguments of training that do not go together, before any data is read."""

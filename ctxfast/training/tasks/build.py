@@ -58,6 +58,8 @@ _HEAD_OPTIONS = {
     "trains_vectors": _TRUTH,
     "mix_norm": _TRUTH,
     "mix_l2": _NUMBER,
+    "output_mix": _TRUTH,
+    "head": _TEXT,
     "hidden_size": _WHOLE,
     "lstm_layers": _WHOLE,
     "dropout": _NUMBER,
@@ -115,6 +117,10 @@ def build(
     if _is_elmo(model):
         embedder = Embedder(model, device=device, state="zero", dtype="float32")
         return _over_words(task, embedder, labels, choice, table)
+    if choice.head != "lstm":
+        raise ValueError(
+            f"ctxfast.finetune: head is {choice.head!r} with all of BERT trained; expected features, or ELMo."
+        )
     if choice.words:
         raise ValueError("ctxfast.finetune: words are chosen with all of BERT trained; expected features, or ELMo.")
     if choice.crf:
@@ -168,6 +174,13 @@ def _over_words(
     if choice.crf and not builder.has_crf:
         known = " or ".join(repr(name) for name, other in BUILDERS.items() if other.has_crf)
         raise ValueError(f"ctxfast.finetune: crf is asked for with task {task!r}; expected {known} for it.")
+    if choice.head not in builder.heads:
+        known = ", ".join(builder.heads)
+        raise ValueError(f"ctxfast.finetune: head is {choice.head!r}; expected one of {known} for task {task!r}.")
+    if choice.crf and choice.head != "lstm":
+        raise ValueError(f"ctxfast.finetune: crf is asked for with head {choice.head!r}; expected 'lstm' for it.")
+    if choice.output_mix and embedder is None:
+        raise ValueError("ctxfast.finetune: output_mix is asked for without a model; expected layers to mix.")
     own: dict[str, Any] = {"has_characters": "chars" in choice.kinds_of_words, "table": table}
     bilm = None
     layers: dict[str, Any] = {}
@@ -188,13 +201,14 @@ def _over_words(
         trains_table=choice.trains_vectors,
         mix_norm=choice.mix_norm,
         mix_l2=choice.mix_l2,
+        output_mix=choice.output_mix,
     )
     sizes = choice.fields("hidden_size", "lstm_layers", "dropout") | builder.head_options(choice)
-    head = builder.head(sources, labels, **sizes)
+    head = builder.head(builder.heads[choice.head], sources, labels, **sizes)
     if table is not None:
         table.fill(head.get_parameter("reader.table.weight"))
     head = head.to(device if embedder is None else embedder.device)
-    made = choice.fields("words", "word_dim", "trains_vectors", "mix_norm", "mix_l2")
+    made = choice.fields("head", "words", "word_dim", "trains_vectors", "mix_norm", "mix_l2", "output_mix")
     made |= {"word_dim": table.dim} if table is not None else {}
     return builder.over_features(
         head if bilm is None else OverElmo(bilm, head), WordInputs(**own), labels, choice, sizes | made
@@ -314,9 +328,18 @@ def _check_setting(file: Path, name: str, is_right: bool, value: Any, expected: 
 def _check_head_size(file: Path, choice: Choice) -> None:
     """Hold the sizes that the settings give against the head's file, before a head of these sizes is made."""
     with reading(file, _WHO, "file of a head"), safe_open(file, framework="pt") as stored:
-        names = [name for name in stored.keys() if _RECURRENT.match(name)]
+        all_names = list(stored.keys())
+        names = [name for name in all_names if _RECURRENT.match(name)]
         shapes = {tuple(stored.get_slice(name).get_shape()) for name in names}
+        largest = max(max(stored.get_slice(name).get_shape(), default=0) for name in all_names)
     size, layers = choice.hidden_size, choice.lstm_layers
+    if choice.head != "lstm":
+        if size > largest or layers > len(all_names):
+            raise ValueError(
+                f"{_WHO}: {file} has {len(all_names)} tensors of at most {largest} rows; expected {layers} layers of "
+                f"size {size}, as lstm_layers and hidden_size in {SETTINGS_FILE} say."
+            )
+        return
     if len(names) != layers or shapes != {(4 * size, size)}:
         raise ValueError(
             f"{_WHO}: {file} has {len(names)} LSTM layers with recurrent weights of {sorted(shapes)}; expected "

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +30,10 @@ class Choice:
         word_dim: size of new vectors of the table.
         trains_vectors: whether the table is trained.
         mix_norm, mix_l2: see ``Sources``.
-        hidden_size, lstm_layers, dropout: of the LSTM.
+        head: which model reads the vectors: "lstm", "bcn" of texts, "esim" of pairs, "highway" of words, "bidaf" of
+            answers.
+        output_mix: see ``Sources``.
+        hidden_size, lstm_layers, dropout: of the head.
         crf: whether tags are scored together (with ``features``, or ELMo).
         max_length: tokens of a text or window; None for the task's default.
         predicate: see ``BertTagger``; with ``features`` or ELMo anything but "none" is a learned mark.
@@ -47,6 +50,8 @@ class Choice:
     trains_vectors: bool = True
     mix_norm: bool = False
     mix_l2: float = 0.0
+    output_mix: bool = False
+    head: str = "lstm"
     hidden_size: int = 256
     lstm_layers: int = 2
     dropout: float = 0.3
@@ -89,9 +94,11 @@ class TaskBuilder(ABC):
     Attributes:
         architecture: how Hugging Face's classes for it end.
         has_crf: whether its LSTM head can score labels together.
+        heads: names of its heads and their classes, each with its vectors of words as ``reader``.
     """
 
     architecture: str
+    heads: Mapping[str, Any]
     has_crf = False
 
     @abstractmethod
@@ -105,12 +112,12 @@ class TaskBuilder(ABC):
         """The predictor around such a network; ``options``: ``max_length`` if it is chosen."""
 
     def head_options(self, choice: Choice) -> dict[str, Any]:
-        """Options of the LSTM head besides its sizes."""
+        """Options of the head besides its sizes."""
         return {}
 
     @abstractmethod
-    def head(self, sources: Sources, labels: Sequence[str], **options: Any) -> nn.Module:
-        """An LSTM head over such vectors of words."""
+    def head(self, kind: Any, sources: Sources, labels: Sequence[str], **options: Any) -> nn.Module:
+        """A head, of a class of ``heads``, over such vectors of words."""
 
     @abstractmethod
     def over_features(

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -13,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...models.bert.heads import BertForSequenceClassification
 from ...models.bert.tokenization import BertTokenizer
-from ...models.lstm_heads import LstmClassifier, OverElmo
+from ...models.heads.bcn import BiattentiveClassifier
+from ...models.heads.esim import Esim
+from ...models.lstm_heads import LstmClassifier
 from ...models.token_vectors import Sources
 from ..readers.files import fail
 from ..readers.tables import Example
@@ -179,22 +182,22 @@ class BertClassifier(_Classifier):
 
 
 class FeatureClassifier(_Classifier):
-    """A bidirectional LSTM over a frozen BERT or ELMo, or an ELMo trained with it. Texts are split at white
+    """An LSTM head over a frozen BERT or ELMo, an ELMo trained with it, or words alone. Texts are split at white
     space, and around Chinese and Japanese characters.
 
     Args:
-        model: an ``LstmClassifier``, or an ``OverElmo`` around one.
+        model: a head of ``ClassifierBuilder.heads``, or an ``OverElmo`` around one.
         inputs: what the model reads of words.
         labels: names of classes; () for numbers.
         is_pair: whether examples are pairs.
-        head: the options the ``LstmClassifier`` was made with, to make it again.
+        head: the options the head was made with, to make it again.
     """
 
-    model: LstmClassifier | OverElmo
+    model: nn.Module
 
     def __init__(
         self,
-        model: LstmClassifier | OverElmo,
+        model: nn.Module,
         inputs: WordInputs,
         labels: Sequence[str],
         *,
@@ -244,6 +247,11 @@ class ClassifierBuilder(TaskBuilder):
     is_pair: bool
     architecture = "ForSequenceClassification"
 
+    @property
+    def heads(self) -> dict[str, Any]:
+        own = functools.partial(LstmClassifier, is_pair=self.is_pair)
+        return {"lstm": own, "esim": Esim} if self.is_pair else {"lstm": own, "bcn": BiattentiveClassifier}
+
     def network(self, model: Any, labels: Sequence[str], **place: Any) -> BertForSequenceClassification:
         network = BertForSequenceClassification.from_pretrained(model, num_labels=list(labels) or 1, **place)
         # The file may be of another kind of problem; Hugging Face's pipelines look here, too.
@@ -257,8 +265,8 @@ class ClassifierBuilder(TaskBuilder):
     ) -> BertClassifier:
         return BertClassifier(network, tokenizer, labels, is_pair=self.is_pair, **options)
 
-    def head(self, sources: Sources, labels: Sequence[str], **options: Any) -> LstmClassifier:
-        return LstmClassifier(sources, max(len(labels), 1), is_pair=self.is_pair, **options)
+    def head(self, kind: Any, sources: Sources, labels: Sequence[str], **options: Any) -> nn.Module:
+        return kind(sources, max(len(labels), 1), **options)
 
     def over_features(
         self, model: Any, inputs: WordInputs, labels: Sequence[str], choice: Choice, head: dict[str, Any]

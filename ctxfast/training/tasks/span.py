@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...models.bert.heads import BertForQuestionAnswering
 from ...models.bert.tokenization import BertTokenizer
-from ...models.lstm_heads import LstmSpanFinder, OverElmo
+from ...models.heads.bidaf import BiDaf
+from ...models.lstm_heads import LstmSpanFinder
 from ...models.token_vectors import Sources
 from ..readers.squad import Question
 from . import metrics
@@ -289,22 +290,22 @@ class BertSpanFinder(_SpanFinder):
 
 
 class FeatureSpanFinder(_SpanFinder):
-    """An LSTM with attention over a frozen BERT or ELMo, or an ELMo trained with it; texts are read whole.
+    """A head with attention over a frozen BERT or ELMo, an ELMo trained with it, or words alone; texts are read whole.
 
     Words are runs of letters and digits, and all other characters one by one, Chinese and Japanese ones included.
 
     Args:
-        model: an ``LstmSpanFinder``, or an ``OverElmo`` around one.
+        model: a head of ``SpanFinderBuilder.heads``, or an ``OverElmo`` around one.
         inputs: what the model reads of words.
-        head: the options the ``LstmSpanFinder`` was made with, to make it again.
+        head: the options the head was made with, to make it again.
         max_answer, n_best, null_threshold: how answers are chosen; an answer is counted in words.
     """
 
-    model: LstmSpanFinder | OverElmo
+    model: nn.Module
 
     def __init__(
         self,
-        model: LstmSpanFinder | OverElmo,
+        model: nn.Module,
         inputs: WordInputs,
         *,
         head: dict[str, Any],
@@ -390,6 +391,7 @@ class SpanFinderBuilder(TaskBuilder):
     """Of answers."""
 
     architecture = "ForQuestionAnswering"
+    heads = {"lstm": LstmSpanFinder, "bidaf": BiDaf}
 
     def network(self, model: Any, labels: Sequence[str], **place: Any) -> BertForQuestionAnswering:
         return BertForQuestionAnswering.from_pretrained(model, **place)
@@ -399,8 +401,8 @@ class SpanFinderBuilder(TaskBuilder):
     ) -> BertSpanFinder:
         return BertSpanFinder(network, tokenizer, **choice.fields("doc_stride", "max_query", *_DECIDING), **options)
 
-    def head(self, sources: Sources, labels: Sequence[str], **options: Any) -> LstmSpanFinder:
-        return LstmSpanFinder(sources, **options)
+    def head(self, kind: Any, sources: Sources, labels: Sequence[str], **options: Any) -> nn.Module:
+        return kind(sources, **options)
 
     def over_features(
         self, model: Any, inputs: WordInputs, labels: Sequence[str], choice: Choice, head: dict[str, Any]

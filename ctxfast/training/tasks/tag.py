@@ -8,8 +8,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from ...models.bert.heads import BertForTokenClassification
 from ...models.bert.tokenization import BertTokenizer
+from ...models.heads.highway_lstm import HighwayTagger
+from ...models.heads.outputs import is_bio
 from ...models.lstm_heads import LstmTagger, OverElmo
 from ...models.token_vectors import Sources
 from ..readers.conll import Sentence
@@ -22,11 +26,6 @@ from .predictor import IGNORE, Predictor, check_label, label_numbers, pad, write
 PREDICATES = ("none", "type", "sep")
 # A word may have this share of a window at most; pieces beyond it are left out.
 _LONGEST_WORD = 4
-
-
-def is_bio(tags: Iterable[str]) -> bool:
-    """Whether tags are BIO's."""
-    return all(tag == "O" or tag[:2] in ("B-", "I-") for tag in tags)
 
 
 def tag_names(sentences: Sequence[Sentence]) -> tuple[str, ...]:
@@ -213,23 +212,23 @@ class BertTagger(_Tagger):
 
 
 class FeatureTagger(_Tagger):
-    """A bidirectional LSTM, with a CRF if wanted, over a frozen BERT or ELMo, or an ELMo trained with it.
+    """An LSTM head over a frozen BERT or ELMo, an ELMo trained with it, or words alone.
 
     Args:
-        model: an ``LstmTagger``, or an ``OverElmo`` around one.
+        model: a head of ``TaggerBuilder.heads``, or an ``OverElmo`` around one.
         inputs: what the model reads of words.
         labels: names of tags.
-        head: the options the ``LstmTagger`` was made with, to make it again.
+        head: the options the head was made with, to make it again.
         is_spans: whether tags are BIO spans, for scores.
 
     Reference: Peters et al. 2018; Devlin et al. 2019, table 7.
     """
 
-    model: LstmTagger | OverElmo
+    model: LstmTagger | HighwayTagger | OverElmo
 
     def __init__(
         self,
-        model: LstmTagger | OverElmo,
+        model: LstmTagger | HighwayTagger | OverElmo,
         inputs: WordInputs,
         labels: Sequence[str],
         *,
@@ -276,6 +275,7 @@ class TaggerBuilder(TaskBuilder):
 
     architecture = "ForTokenClassification"
     has_crf = True
+    heads = {"lstm": LstmTagger, "highway": HighwayTagger}
 
     def network(self, model: Any, labels: Sequence[str], **place: Any) -> BertForTokenClassification:
         return BertForTokenClassification.from_pretrained(model, num_labels=list(labels), **place)
@@ -286,10 +286,11 @@ class TaggerBuilder(TaskBuilder):
         return BertTagger(network, tokenizer, labels, **choice.fields("predicate", "is_spans"), **options)
 
     def head_options(self, choice: Choice) -> dict[str, Any]:
-        return {"crf": choice.crf, "marks_predicate": choice.predicate != "none"}
+        marks = {"marks_predicate": choice.predicate != "none"}
+        return marks if choice.head != "lstm" else {"crf": choice.crf, **marks}
 
-    def head(self, sources: Sources, labels: Sequence[str], **options: Any) -> LstmTagger:
-        return LstmTagger(sources, labels, **options)
+    def head(self, kind: Any, sources: Sources, labels: Sequence[str], **options: Any) -> nn.Module:
+        return kind(sources, labels, **options)
 
     def over_features(
         self, model: Any, inputs: WordInputs, labels: Sequence[str], choice: Choice, head: dict[str, Any]
