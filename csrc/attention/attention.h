@@ -28,7 +28,8 @@ struct AttentionPlaces {
   // (heads, 2 reach - 1) or null: B, added to scaled scores; column reach - 1 + (j - i), or the nearest that there is
   const float* relative_bias = nullptr;
   int64_t reach = 0;
-  int64_t window = -1;  // |i - j| at most; below 0: any. Blocks of keys that no query of a block meets are not computed.
+  int64_t window =
+      -1;  // |i - j| at most; below 0: any. Blocks of keys that no query of a block meets are not computed.
   // (positions, 2, rotated / 2) or null: cosines and sines by which queries and keys, with their bias, are rotated,
   // dimension d together with d + rotated / 2; positions is no less than the longest sequence
   const float* rotary = nullptr;

@@ -189,9 +189,8 @@ Status attention_backward(const AttentionParams& p) {
   if (!checked.ok() || is_empty(p)) return checked;
   const AttentionGradients& g = p.gradients;
   CTXFAST_RETURN_IF_ERROR(check_addresses(kOp, {{"gradients.y", g.y}, {"gradients.qkv", g.qkv}}));
-  CTXFAST_RETURN_IF_ERROR(
-      check_sizes(kOp, {{"gradients.stride_y", g.stride_y, p.heads * p.head_dim},
-                        {"gradients.stride_qkv", g.stride_qkv, width_of(p)}}));
+  CTXFAST_RETURN_IF_ERROR(check_sizes(kOp, {{"gradients.stride_y", g.stride_y, p.heads * p.head_dim},
+                                            {"gradients.stride_qkv", g.stride_qkv, width_of(p)}}));
   const int64_t bytes = attention_scratch_bytes(longest, p.head_dim, p.places.relative_bias != nullptr) +
                         draws_bytes(longest) + backward_bytes(longest, p.head_dim) +
                         (g.relative_bias ? diagonals_bytes(longest) : 0);

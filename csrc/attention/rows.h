@@ -18,7 +18,8 @@ struct Angles {
     const float *const cosines = table + place * 2 * half, *const sines = cosines + half;
     int64_t d = 0;
     for (; d + kLanes <= half; d += kLanes) {
-      const Vec x = load(row + d), y = load(row + half + d), cosine = load(cosines + d), sine = load(sines + d) * all(way);
+      const Vec x = load(row + d), y = load(row + half + d), cosine = load(cosines + d),
+                sine = load(sines + d) * all(way);
       store(row + d, x * cosine - y * sine);
       store(row + half + d, y * cosine + x * sine);
     }

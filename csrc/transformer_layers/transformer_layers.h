@@ -46,9 +46,9 @@ struct TransformerLayersParams {
   DType weight_dtype = DType::kFloat32;  // packed weights: int8, or what x is
   Activation activation = Activation::kGelu;
   float eps = 0;
-  const void* x = nullptr;           // (tokens, hidden)
-  const void* cu_seqlens = nullptr;  // (sequences + 1): rises from 0 to tokens
-  bool is_int64 = false;             // cu_seqlens; else int32
+  const void* x = nullptr;               // (tokens, hidden)
+  const void* cu_seqlens = nullptr;      // (sequences + 1): rises from 0 to tokens
+  bool is_int64 = false;                 // cu_seqlens; else int32
   const float* relative_bias = nullptr;  // (heads, 2 reach - 1) or null: of all layers, see attention/attention.h
   int64_t reach = 0;
   const TransformerLayer* layers = nullptr;

@@ -69,14 +69,23 @@ class SelfAttention(tools.NotScriptable):
         nn.init.uniform_(self.qkv_bias, -bound, bound)
 
     @tools.fx_leaf
-    def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, rows: AllRows | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        rows: AllRows | None = None,
+        relative_bias: Tensor | None = None,
+    ) -> Tensor:
         """x (T, N), cu_seqlens (S + 1,) int32, max_seqlen -> (T, N), heads side by side.
 
         With ``rows``, x holds every row of a padded batch, and each looks at the real tokens of its text.
+        ``relative_bias`` as in ``functional.attention``, without ``rows``.
         """
         return encoder.self_attention(
             x, *self.qkv(), self.num_heads, cu_seqlens, max_seqlen, rows,
-            dropout_p=self.dropout if self.training else 0.0, weight_dtype=self.weight_dtype, impl=self.impl,
+            dropout_p=self.dropout if self.training else 0.0, weight_dtype=self.weight_dtype,
+            relative_bias=relative_bias, impl=self.impl,
         )  # fmt: skip
 
     def qkv(self) -> tuple[Tensor, Tensor]:

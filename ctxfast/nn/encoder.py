@@ -30,7 +30,7 @@ from .graphs import PackedGraphs
 
 _OPS = ("add_layer_norm", "attention", "feed_forward", "linear_act")
 
-Layer = Callable[..., Tensor]  # (x, cu_seqlens, max_seqlen, rows) -> x
+Layer = Callable[..., Tensor]  # (x, cu_seqlens, max_seqlen, rows, or with a relative bias that too) -> x
 Weight = Callable[[Tensor], Tensor] | Tensor
 Tensors = tuple[
     Weight, "Tensor | None", Weight, "Tensor | None", Tensor, Tensor,
@@ -98,6 +98,7 @@ def run(
     all_layers: bool = False,
     rows: AllRows | None = None,
     recompute: Callable[..., Tensor] | None = None,
+    relative_bias: Tensor | None = None,
 ) -> list[Tensor]:
     """Run layers in order, (T, N) -> the input and the output of every layer, or the last output alone, (T, N) each.
 
@@ -108,16 +109,20 @@ def run(
         rows: given if x holds every row of a padded batch.
         recompute: ``recompute(layer, x, cu_seqlens, max_seqlen, rows)`` calls a layer, and calls it again in the
             backward pass instead of keeping its activations.
+        relative_bias: (H, 2R - 1), of every layer's attention (see ``functional.attention``), not with ``rows``, whose
+            places are not a text's; layers and ``recompute`` are given it after ``rows``.
     """
     cu_seqlens = same_sequences.for_one_pass(cu_seqlens)
     if rows is not None or recompute is not None or not _is_open(x):
-        states = _one_by_one(layers, x, cu_seqlens, max_seqlen, all_layers, rows, recompute)
+        states = _one_by_one(layers, x, cu_seqlens, max_seqlen, all_layers, rows, recompute, relative_bias)
         return [x, *states] if all_layers else states
     states = [x]
     for options, group in _groups(layers):
-        found = None if options is None else one_call(group, options, states[-1], cu_seqlens, max_seqlen, all_layers)
+        found = None
+        if options is not None:
+            found = one_call(group, options, states[-1], cu_seqlens, max_seqlen, all_layers, relative_bias)
         if found is None:
-            found = _one_by_one(group, states[-1], cu_seqlens, max_seqlen, all_layers)
+            found = _one_by_one(group, states[-1], cu_seqlens, max_seqlen, all_layers, relative_bias=relative_bias)
         states = [*states, *found] if all_layers else found
     return list(states)
 
@@ -169,6 +174,7 @@ def one_call(
     cu_seqlens: Tensor,
     max_seqlen: int,
     all_layers: bool,
+    relative_bias: Tensor | None = None,
 ) -> Sequence[Tensor] | None:
     """Outputs of layers with these options, or of the last alone; None where only the reference takes such a call."""
     spec = registry.OPS["transformer_layers"]
@@ -176,6 +182,7 @@ def one_call(
         x, cu_seqlens, max_seqlen, [tensor for layer in layers for tensor in layer.tensors],
         num_heads=options.num_heads, activation=options.activation, eps=options.eps[0],
         weight_dtype=options.weight_dtype, all_layers=all_layers, dropout_p=options.dropout_p,
+        relative_bias=relative_bias,
     )  # fmt: skip
     function, args = calls.prepared(spec, args)
     if function is spec.reference:
@@ -192,20 +199,28 @@ def _one_by_one(
     all_layers: bool,
     rows: AllRows | None = None,
     recompute: Callable[..., Tensor] | None = None,
+    relative_bias: Tensor | None = None,
 ) -> list[Tensor]:
     """The output of each layer, or of the last alone."""
-    states = []
+    states, places = [], () if relative_bias is None else (relative_bias,)
     for layer in layers:
         step: Layer = partial(by_ops, layer) if isinstance(layer, LayerWeights) else layer
         if recompute is not None:
             step = partial(recompute, choice.with_choice(step))
-        x = step(x, cu_seqlens, max_seqlen, rows)
+        x = step(x, cu_seqlens, max_seqlen, rows, *places)
         if all_layers:
             states.append(x)
     return states if all_layers else [x]
 
 
-def by_ops(layer: LayerWeights, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, rows: AllRows | None = None) -> Tensor:
+def by_ops(
+    layer: LayerWeights,
+    x: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    rows: AllRows | None = None,
+    relative_bias: Tensor | None = None,
+) -> Tensor:
     """A layer as calls of its ops, (T, N) -> (T, N). With ``rows``, x holds every row of a padded batch."""
     (
         qkv, qkv_bias, project, project_bias, scale, shift,
@@ -213,8 +228,9 @@ def by_ops(layer: LayerWeights, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, 
     ) = layer.tensors  # fmt: skip
     heads, activation, (eps, last_eps), dtype, (attention_p, dropout_p, last_p), _ = layer.options
     context = self_attention(
-        x, qkv, qkv_bias, heads, cu_seqlens, max_seqlen, rows, dropout_p=attention_p, weight_dtype=dtype
-    )
+        x, qkv, qkv_bias, heads, cu_seqlens, max_seqlen, rows, dropout_p=attention_p, weight_dtype=dtype,
+        relative_bias=relative_bias,
+    )  # fmt: skip
     projected = _product(context, project, weight_dtype=dtype)
     x = functional.add_layer_norm(projected, x, scale, shift, project_bias, eps=eps, dropout_p=dropout_p)
     narrowed = _feed_forward(x, widen, widen_bias, narrow, activation, dtype)
@@ -232,6 +248,7 @@ def self_attention(
     *,
     dropout_p: float,
     weight_dtype: torch.dtype | None,
+    relative_bias: Tensor | None = None,
     impl: str | None = None,
 ) -> Tensor:
     """One product for query, key and value, then attention, (T, N) -> (T, N), heads side by side. ``impl``: of
@@ -241,7 +258,9 @@ def self_attention(
     qkv = _product(x, weight, bias, weight_dtype=weight_dtype).unflatten(-1, heads)
     if rows is not None:
         return rows.attend(qkv, blank_is_zero=True, dropout_p=dropout_p, impl=impl).flatten(1)
-    return functional.attention(qkv, cu_seqlens, max_seqlen, dropout_p=dropout_p, impl=impl).flatten(1)
+    return functional.attention(
+        qkv, cu_seqlens, max_seqlen, dropout_p=dropout_p, relative_bias=relative_bias, impl=impl
+    ).flatten(1)
 
 
 def _feed_forward(

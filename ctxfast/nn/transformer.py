@@ -40,9 +40,17 @@ class AttentionBlock(tools.NotScriptable):
         self.output = ProjectAddLayerNorm(hidden_size, hidden_size, eps=eps, dropout=dropout, **place)
 
     @tools.fx_leaf
-    def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, rows: AllRows | None = None) -> Tensor:
-        """x (T, N) -> (T, N)."""
-        return self.output(self.self(x, cu_seqlens, max_seqlen, rows), x)
+    def forward(
+        self,
+        x: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        rows: AllRows | None = None,
+        relative_bias: Tensor | None = None,
+    ) -> Tensor:
+        """x (T, N) -> (T, N); the rest as in ``SelfAttention``."""
+        places = () if relative_bias is None else (relative_bias,)
+        return self.output(self.self(x, cu_seqlens, max_seqlen, rows, *places), x)
 
 
 class TransformerLayer(tools.NotScriptable):
@@ -94,13 +102,22 @@ class TransformerLayer(tools.NotScriptable):
         self.output = ProjectAddLayerNorm(intermediate_size, hidden_size, eps=eps, dropout=dropout, **place)
 
     @tools.fx_leaf
-    def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, rows: AllRows | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        rows: AllRows | None = None,
+        relative_bias: Tensor | None = None,
+    ) -> Tensor:
         """x (T, N) packed tokens, cu_seqlens (S + 1,) int32, max_seqlen (the longest sequence, or more) -> (T, N). With
-        ``rows``, x holds every row of a padded batch."""
+        ``rows``, x holds every row of a padded batch. ``relative_bias`` as in ``functional.attention``."""
         weights = None if watched.is_all_watched() else self.weights()
         if weights is not None:
-            return encoder.run([weights], x, cu_seqlens, max_seqlen, rows=rows)[0]
-        return feed_forward(self.intermediate, self.output, self.attention(x, cu_seqlens, max_seqlen, rows))
+            return encoder.run([weights], x, cu_seqlens, max_seqlen, rows=rows, relative_bias=relative_bias)[0]
+        places = () if relative_bias is None else (relative_bias,)
+        x = self.attention(x, cu_seqlens, max_seqlen, rows, *places)
+        return feed_forward(self.intermediate, self.output, x)
 
     def parts(self) -> Parts | None:
         """The modules inside, in the order of ``_KINDS``; None if one was replaced or is observed by hooks."""

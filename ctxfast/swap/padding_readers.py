@@ -63,7 +63,7 @@ _HEADS = {
 _OTHER_HEADS = {"RoCBertForPreTraining": "unknown", "SplinterForPreTraining": "all"}
 _MODELS = (
     "bert", "roberta", "xlm_roberta", "camembert", "electra", "ernie", "distilbert", "albert", "align", "altclip",
-    "bert_generation", "chinese_clip", "clap", "layoutlm", "luke", "markuplm", "rembert", "roc_bert", "splinter",
+    "bert_generation", "chinese_clip", "clap", "layoutlm", "luke", "markuplm", "mpnet", "rembert", "roc_bert", "splinter",
     "tapas", "visual_bert",
 )  # fmt: skip
 _MODELINGS = (

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .._core import capability, choice
-from ..nn import encoder
+from ..nn import encoder, relative
 from ..nn.graphs import PackedGraphs
 from ..ops.shared.weight_cache import forget_packed
 from ..packing import Packing
@@ -125,6 +125,7 @@ def difference(encoder: nn.Module, impl: str | None) -> str | None:
     with identity.undisturbed(encoder):
         x = torch.randn(2, 5, width, generator=torch.Generator().manual_seed(0), device="cpu").to(weight)
         given = dict.fromkeys(kind.arguments) | {kind.arguments[0]: x, "attention_mask": mask}
+        given |= {} if kind.returns_dict else {"return_dict": True}
         expected = type(encoder).forward(encoder, **given).last_hidden_state[real].double()
         found = packed.forward(other, **given).last_hidden_state[real].double()
     forget_packed(encoder)  # training needs no packed weights
@@ -145,12 +146,16 @@ def _run(
     max_seqlen: int,
     all_layers: bool = False,
     recompute: Callable[..., Tensor] | None = None,
+    buckets: nn.Module | None = None,
 ) -> list[Tensor]:
     """``nn.encoder.run`` over layers that were examined."""
+    table = None if buckets is None else relative.relative_bias(buckets.weight)
     with nullcontext() if impl is None else choice.use_impl(impl):
         # One at a time: where query, key and value are joined anew, all layers' would be there at once.
         described = layers if recompute is not None else (layer.weights() for layer in layers)
-        return encoder.run(described, x, cu_seqlens, max_seqlen, all_layers=all_layers, recompute=recompute)
+        return encoder.run(
+            described, x, cu_seqlens, max_seqlen, all_layers=all_layers, recompute=recompute, relative_bias=table
+        )
 
 
 def _recompute(layer: nn.Module) -> Callable[..., Tensor] | None:
@@ -228,7 +233,7 @@ class PackedEncoder(nn.Module):
         impl, weight_dtype = own.get("impl"), own.get("weight_dtype")
         if isinstance(stack, str) or not kind._is_plain_call(x, mask, kwargs):
             return None
-        packing = _packing(x, mask, impl is not None or weight_dtype is not None)
+        packing = _packing(x, mask, impl is not None or weight_dtype is not None, stack.buckets is not None)
         if packing is None:
             return None
         is_older = kind._kind.is_older
@@ -256,7 +261,7 @@ class PackedEncoder(nn.Module):
 
         def run(tokens: Sequence[Tensor], cu_seqlens: Tensor, max_seqlen: int) -> list[Tensor]:
             every = examined()
-            return _run(every, impl, enter(*tokens), cu_seqlens, max_seqlen)
+            return _run(every, impl, enter(*tokens), cu_seqlens, max_seqlen, buckets=stack.buckets)
 
         # A replay comes first, and is looked into while the GPU works on it: nothing but time is lost where it is one
         # that should not have been.
@@ -278,7 +283,7 @@ class PackedEncoder(nn.Module):
         states_of_all = [padded]
         for recompute, group in groupby(zip(layers, every), key=lambda pair: _recompute(pair[0])):
             modules, found = zip(*group)
-            states = _run(found, impl, packed, offsets, longest, collects, recompute)
+            states = _run(found, impl, packed, offsets, longest, collects, recompute, stack.buckets)
             packed = states[-1]
             for layer, state in zip(modules, states[1:]):  # none where no states are collected
                 before, padded = padded, packing.unpack(state)
@@ -303,7 +308,7 @@ class PackedEncoder(nn.Module):
             if kwargs.get("output_attentions"):
                 _warn_of_attentions()
             return False
-        if cls._kind.is_older and not kwargs.get("return_dict", True):
+        if cls._kind.is_older and not kwargs.get("return_dict", cls._kind.returns_dict):
             return False
         if kwargs.get("use_cache") and cls._kind.has_cache:
             return False
@@ -336,12 +341,15 @@ def _graphs() -> PackedGraphs:
     return PackedGraphs(is_harmless=transformers_layers.is_capture)
 
 
-def _packing(x: Tensor, mask: Any, is_asked: bool) -> Packing | None:
-    """Where the tokens are; None if that is unknown, or not worth it where nobody asked for more than speed."""
+def _packing(x: Tensor, mask: Any, is_asked: bool, has_places: bool) -> Packing | None:
+    """Where the tokens are; None if that is unknown, or not worth it where nobody asked for more than speed; or if
+    distances count (``has_places``) and a text has holes, which packed rows lose."""
     batch, length = x.shape[:2]
     if mask is None:
         return None if not is_asked and _is_dense(x, batch * length) else Packing.full(batch, length, x.device)
     found = None if length == 0 else real_tokens(mask, batch, length)
+    if found is not None and has_places:
+        found = found[0], found[1] & (found[0][:, 1:] <= found[0][:, :-1]).all()
     packing = None if found is None else Packing.from_tokens(*found)
     return None if packing is None or (not is_asked and _is_dense(x, packing.total)) else packing
 

@@ -133,6 +133,28 @@ def _albert_parts(layer: nn.Module) -> Parts:
     )
 
 
+def _mpnet_parts(layer: nn.Module) -> Parts:
+    attention, own = layer.attention, layer.attention.attn
+    return Parts(
+        query=own.q,
+        key=own.k,
+        value=own.v,
+        project=own.o,
+        attention_norm=attention.LayerNorm,
+        widen=layer.intermediate.dense,
+        narrow=layer.output.dense,
+        output_norm=layer.output.LayerNorm,
+        activation=layer.intermediate.intermediate_act_fn,
+        attention=own,
+        heads=own.num_attention_heads,
+        attention_dropout=own.dropout,
+        attention_p=partial(rate, own.dropout),
+        project_dropout=attention.dropout,
+        output_dropout=layer.output.dropout,
+        containers=(layer, attention, own, layer.intermediate, layer.output),
+    )
+
+
 class Stack(NamedTuple):
     """What one encoder runs.
 
@@ -140,20 +162,22 @@ class Stack(NamedTuple):
         layers: in the order in which they run; shared ones come as often as they run.
         entry: a product before the first layer.
         between: modules between the encoder and its layers.
+        buckets: the embedding of relative positions whose bias every layer's attention adds to its scores.
     """
 
     layers: list[nn.Module]
     entry: nn.Module | None = None
     between: tuple[nn.Module, ...] = ()
+    buckets: nn.Module | None = None
 
 
-def _in_list(encoder: nn.Module, name: str = "layer", entry: str = "") -> Stack | str:
+def _in_list(encoder: nn.Module, name: str = "layer", entry: str = "", buckets: str = "") -> Stack | str:
     """Layers that stand in a list of this name; a sentence if they do not."""
     modules = encoder.__dict__["_modules"]
     layers = modules.get(name)
     if type(layers) is not nn.ModuleList:
         return f"its layers stand in a {type(layers).__name__}, not in a torch.nn.ModuleList."
-    return Stack(list(layers._modules.values()), modules.get(entry))
+    return Stack(list(layers._modules.values()), modules.get(entry), buckets=modules.get(buckets))
 
 
 def _in_groups(encoder: nn.Module) -> Stack | str:
@@ -188,6 +212,7 @@ class Kind:
         arguments: names of its first arguments. The first is hidden states; of others than these and attention_mask
             none may be given.
         is_older: whether its attention computes its own scores, and the encoder itself collects hidden states.
+        returns_dict: whether it returns a dictionary where ``return_dict`` is left out.
         collects: whether hidden states of all layers can be collected here.
         note: what to say of calls that run as before.
     """
@@ -201,6 +226,7 @@ class Kind:
     between: str = ""
     arguments: tuple[str, ...] = ("hidden_states", "attention_mask")
     is_older: bool = False
+    returns_dict: bool = True
     collects: bool = True
     note: str | None = None
 
@@ -284,6 +310,18 @@ _EVERY = (
         "Transformer",
         {"": "TransformerBlock", "attention": "DistilBertSelfAttention", "ffn": "FFN"},
         _distilbert_parts,
+    ),
+    Kind(
+        "transformers.models.mpnet.modeling_mpnet",
+        "MPNetEncoder",
+        {
+            "": "MPNetLayer", "attention": "MPNetAttention", "attention.attn": "MPNetSelfAttention",
+            "intermediate": "MPNetIntermediate", "output": "MPNetOutput",
+        },
+        _mpnet_parts,
+        stack=partial(_in_list, buckets="relative_attention_bias"),
+        is_older=True,
+        returns_dict=False,
     ),
     Kind(
         "transformers.models.albert.modeling_albert",

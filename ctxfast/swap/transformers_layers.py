@@ -152,6 +152,20 @@ def odd_around(stack: Stack, kind: Kind) -> str | None:
         return f"a {type(entry).__name__} stands before its layers where torch.nn.Linear was."
     if entry is not None and {type(each) for each in entry._parameters.values()} - _PLAIN - {type(None)}:
         return "a weight before its layers is a kind of tensor of its own (quantised or distributed)."
+    return None if stack.buckets is None else _odd_buckets(stack)
+
+
+# Hugging Face's MPNet counts on so many, whatever its config says.
+_BUCKETS = 32
+
+
+def _odd_buckets(stack: Stack) -> str | None:
+    table: Any = stack.buckets
+    if type(table) is not nn.Embedding or table.max_norm is not None or table.scale_grad_by_freq or table.sparse:
+        return f"its relative positions stand in a {type(table).__name__}, not in a plain torch.nn.Embedding."
+    weight = table._parameters.get("weight")
+    if type(weight) not in _PLAIN or len(weight) != _BUCKETS:
+        return f"its table of relative positions is none of {_BUCKETS} buckets in a parameter of its own."
     return None
 
 
@@ -252,8 +266,15 @@ class Layer:
         self.places = [(table, name) for table in tables for name in ("weight", "bias") if name in table]
         self.is_still = Seen([self]).is_still
 
-    def __call__(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, rows: None = None) -> Tensor:
-        return encoder.run([self.weights()], x, cu_seqlens, max_seqlen)[0]
+    def __call__(
+        self,
+        x: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        rows: None = None,
+        relative_bias: Tensor | None = None,
+    ) -> Tensor:
+        return encoder.run([self.weights()], x, cu_seqlens, max_seqlen, relative_bias=relative_bias)[0]
 
     def weights(self) -> encoder.LayerWeights:
         """What the layer computes with now."""
@@ -343,7 +364,7 @@ class Layers:
             if known == stack and seen.is_still() and around.is_still():
                 return found
         self._all = None
-        outside = [*stack.between, *([] if stack.entry is None else [stack.entry])]
+        outside = [*stack.between, *(each for each in (stack.entry, stack.buckets) if each is not None)]
         around = Snapshot(outside, (), is_capture)
         if outside and (around.is_watched() or odd_around(stack, kind) is not None):
             return [None] * len(stack.layers)

@@ -32,7 +32,6 @@ _REASONS = {
     "LayoutLMv2Encoder": "it adds biases by place on the page to attention scores, which ctxfast.attention does not.",
     "LayoutLMv3Encoder": "it adds biases by place on the page to attention scores, which ctxfast.attention does not.",
     "LongformerEncoder": _SPARSE,
-    "MPNetEncoder": "it adds a relative position bias to every attention score, which ctxfast.attention does not.",
     "MegatronBertEncoder": _PRE_NORM,
     "ModernBertModel": "its layers normalise before they compute, have gated feed-forward blocks, rotary positions and "
     "windows.",

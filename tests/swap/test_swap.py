@@ -263,7 +263,10 @@ MISSES = {
     "decoder": (lambda: _model("Bert", is_decoder=True), "it is a decoder"),
     "activation": (lambda: _model("Bert", hidden_act="silu"), "is none of ctxfast.linear_act's"),
     "encoder in float64": (lambda: _model("Bert").double(), "no compiled implementation of attention runs it"),
-    "mpnet": (lambda: _model("MPNet"), "it adds a relative position bias to every attention score"),
+    "mpnet": (
+        lambda: _model("MPNet", relative_attention_num_buckets=40),
+        "its table of relative positions is none of 32 buckets",
+    ),
 }
 
 

@@ -13,6 +13,7 @@ from support.hf_models import IDS, MASK
 from torch import Tensor, nn
 
 import ctxfast
+from ctxfast.nn.relative import relative_bias
 from ctxfast.swap import transformers as swap_transformers
 from ctxfast.swap.transformers_kinds import ENCODERS
 
@@ -42,6 +43,7 @@ TABLE: dict[str, tuple[str, dict]] = {
     "ErnieModel": ("", {}),
     "LayoutLMModel": ("", {}),
     "LukeModel": ("", _LUKE),
+    "MPNetModel": ("", {}),
     "MarkupLMModel": ("", dict(max_depth=4, xpath_unit_hidden_size=4)),
     "RemBertModel": ("", dict(input_embedding_size=12)),
     "RoCBertModel": ("", dict(shape_vocab_size=40, pronunciation_vocab_size=40)),
@@ -215,3 +217,23 @@ def test_heads_that_read_their_own_rows_run_packed(name: str, options: dict, mon
     for one, two in zip(_outputs(model), expected, strict=True):
         _near(one, two)
     assert tokens == [MASK.sum()]
+
+
+def test_distances_over_holes_are_hugging_faces() -> None:
+    """MPNet's bias goes by columns: packed rows would move together what stands around a hole."""
+    model, holes = _model("MPNetModel"), MASK.clone()
+    holes[0, 2] = 0
+    with torch.no_grad():
+        expected = _outputs(model, holes)
+        assert ctxfast.swap_in(model).swapped
+        assert all(map(torch.equal, _outputs(model, holes), expected))
+
+
+@pytest.mark.parametrize("length", [1, 40, 300])
+def test_buckets_of_relative_positions_are_mpnets(length: int) -> None:
+    encoder = _model("MPNetModel", max_position_embeddings=400).encoder
+    expected = encoder.compute_position_bias(torch.zeros(1, length, 1))[0]
+    table = relative_bias(encoder.relative_attention_bias.weight)
+    reach = table.shape[1] // 2
+    distance = (torch.arange(length) - torch.arange(length)[:, None]).clamp(-reach, reach)
+    assert torch.equal(table[:, distance + reach], expected)
