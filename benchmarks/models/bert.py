@@ -7,6 +7,7 @@ Results are compared at real tokens only.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import sys
@@ -341,6 +342,18 @@ def _build_ctranslate2(case: Case, args: Mapping[str, Any], precision: str = "")
     return Call(forward, to_case=lambda outputs: real(tuple(numpy.array(output) for output in outputs)))
 
 
+def _build_zentorch(case: Case, args: Mapping[str, Any]) -> Call:
+    require("zentorch")
+    if case.device != "cpu":
+        raise Unavailable("compared on the CPU only")
+    import zentorch as zentorch  # registers its backend
+
+    torch.compiler.reset()  # as for ops: one case, one size
+    # It lays weights out anew where they are: the model is a copy of its own.
+    model = torch.compile(copy.deepcopy(_hugging_face(case, args)), backend="zentorch")
+    return _call(model, {**args, "attention_mask": _inputs(args)[1]})
+
+
 def oracle(case: Case, args: Mapping[str, Any]) -> Outputs:
     """ctxfast's model on plain references; its peers, which share no code with it, are held to it as well."""
     call = _build_reference(case, args)
@@ -358,6 +371,7 @@ PEERS = (
     Provider("ONNX Runtime", _build_onnxruntime),
     Provider("OpenVINO", _build_openvino),
     Provider("CTranslate2", _build_ctranslate2),
+    Provider("zentorch", _build_zentorch, "torch.compile with AMD's backend; explicit mask"),
     Provider("OpenVINO, bfloat16", functools.partial(_build_openvino, precision="bf16"), dtype=torch.bfloat16),
     Provider("ONNX Runtime, dynamic int8", _build_onnxruntime_int8, dtype=torch.int8),
     Provider("CTranslate2, int8", functools.partial(_build_ctranslate2, precision="int8"), dtype=torch.int8),
