@@ -6,7 +6,7 @@ Modules import nothing heavy at the top: every start of ``ctxfast`` imports them
 
 from types import ModuleType
 
-from . import bench, convert, embed, finetune, info, neighbours, pretrain_bert, pretrain_elmo, probe
+from . import attention, bench, convert, embed, finetune, info, neighbours, pretrain_bert, pretrain_elmo, probe
 
 # In the order of the help; the first of two words is a group of ``GROUPS``.
 COMMANDS: dict[str, ModuleType] = {
@@ -17,6 +17,7 @@ COMMANDS: dict[str, ModuleType] = {
     "finetune": finetune,
     "probe": probe,
     "neighbours": neighbours,
+    "attention": attention,
     "info": info,
     "bench": bench,
 }

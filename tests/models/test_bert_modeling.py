@@ -442,3 +442,28 @@ def test_an_implementation_can_be_forced_on_one_module() -> None:
     model.encoder.layer[1].attention.self.impl = "cuda"
     with pytest.raises(ValueError, match="ctxfast.attention: impl is 'cuda'"):
         model(ids)
+
+
+# Attention weights
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_attention_weights_are_hugging_faces(dtype) -> None:
+    ours = _bert().to(dtype)
+    theirs = transformers.BertModel(
+        transformers.BertConfig(**ours.config.to_dict(), attn_implementation="eager")
+    ).eval().to(dtype)  # fmt: skip
+    theirs.load_state_dict(ours.state_dict())
+    ids, mask = _ids(3, 7), torch.tensor([[1] * 7, [0, 0, 1, 1, 1, 0, 0], [0] * 7])
+    with torch.no_grad():
+        found, plain = ours(ids, mask, output_attentions=True), ours(ids, mask)
+        expected = theirs(ids, mask, output_attentions=True).attentions
+        packed = ours(ids, mask, output_attentions=True, output_hidden_states=True, return_packed=True)
+    assert torch.equal(found.last_hidden_state, plain.last_hidden_state) and found.hidden_states is None
+    assert plain.attentions is None and len(found.attentions) == 2
+    both = (mask[:, None, :, None] & mask[:, None, None, :]).bool()
+    for mine, want in zip(found.attentions, expected):
+        torch.testing.assert_close(mine, want.masked_fill(~both, 0.0), atol=1e-6, rtol=0)
+    assert torch.equal(packed.attentions[1], found.attentions[1]) and len(packed.packed_hidden_states) == 3
+    with pytest.raises(ValueError, match="output_attentions is True; expected False with padding='keep'"):
+        ours(ids, mask, output_attentions=True, padding="keep")

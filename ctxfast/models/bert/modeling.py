@@ -25,6 +25,7 @@ from ...nn.embeddings import roberta_position_ids
 from ...nn.graphs import PackedGraphs
 from ...nn.transformer import CachedLayers
 from ...packing import Packing
+from .attentions import attention_weights
 from .config import BertConfig
 from .pretrained import Pretrained
 
@@ -44,6 +45,8 @@ class BertOutput(NamedTuple):
             as a token, here and below.
         packed_last_hidden_state: (T, N).
         packed_hidden_states: K + 1 of (T, N); None unless ``output_hidden_states``.
+        attentions: K of (B, H, L, L), H heads: the share of each query (row) that goes to each key, zeros at padding;
+            None unless ``output_attentions``.
     """
 
     last_hidden_state: Tensor | None
@@ -52,6 +55,7 @@ class BertOutput(NamedTuple):
     packing: Packing
     packed_last_hidden_state: Tensor
     packed_hidden_states: tuple[Tensor, ...] | None
+    attentions: tuple[Tensor, ...] | None = None
 
 
 class Encoder(nn.Module):
@@ -261,6 +265,7 @@ class Bert(Pretrained):
         task_type_ids: Tensor | None = None,
         *,
         output_hidden_states: bool = False,
+        output_attentions: bool = False,
         return_packed: bool = False,
         padding: str | None = None,
         check_inputs: bool = False,
@@ -278,6 +283,8 @@ class Bert(Pretrained):
                 ``pad_token_id + 1``).
             task_type_ids: (B, L), ERNIE's; None for 0.
             output_hidden_states: also return the embeddings and every layer.
+            output_attentions: also return every layer's attention weights, before any dropout, made in plain PyTorch
+                from the hidden states beside the fused pass, whose results stay as they are: to look at.
             return_packed: leave results packed: ``last_hidden_state`` and ``hidden_states`` are None.
             padding: "zero" or "keep" for this call, see the class; None for the model's own.
             check_inputs: check ids against the embedding tables on a GPU too, which synchronizes; always done on a CPU.
@@ -290,9 +297,14 @@ class Bert(Pretrained):
         Raises:
             TypeError: wrong dtypes and kinds.
             ValueError: wrong shapes or devices, ids outside their table, a sequence longer than the position table,
-                ``return_packed`` with ``padding="keep"``.
+                ``return_packed`` or ``output_attentions`` with ``padding="keep"``.
         """
         keeps = self.keeps_padding(padding)
+        if keeps and output_attentions:
+            raise ValueError(
+                "ctxfast.Bert: output_attentions is True; expected False with padding='keep': weights are of real "
+                "tokens alone. Pass padding='zero' in this call."
+            )
         if keeps and return_packed:
             raise ValueError(
                 "ctxfast.Bert: return_packed is True; expected False with padding='keep', whose results are padded "
@@ -325,12 +337,13 @@ class Bert(Pretrained):
         pooler: Any = self.pooler
         pools = type(pooler) is Pooler
         has_empty = packing.has_empty
+        wants_states = output_hidden_states or output_attentions
 
         def encode(tokens: Sequence[Tensor | None], cu_seqlens: Tensor, max_seqlen: int) -> list[Tensor]:
             x = self.embeddings(*tokens)
             if self.embeddings_project is not None:
                 x = tools.linear(x, self.embeddings_project)
-            states = self.encoder(x, cu_seqlens, max_seqlen, output_hidden_states, rows)
+            states = self.encoder(x, cu_seqlens, max_seqlen, wants_states, rows)
             if not pools:
                 return states
             if cu_seqlens is packing.cu_seqlens:
@@ -340,7 +353,7 @@ class Bert(Pretrained):
         graphs = self._graphs if self.cuda_graphs and rows is None else None
         states = encoder.encode(
             encode, self, graphs, tokens, packing.cu_seqlens, packing.max_seqlen,
-            flags=(output_hidden_states, has_empty), per_sequence=int(pools),
+            flags=(wants_states, has_empty), per_sequence=int(pools),
         )  # fmt: skip
         if pools:
             *states, pooled = states
@@ -362,6 +375,7 @@ class Bert(Pretrained):
             packing=packing,
             packed_last_hidden_state=last,
             packed_hidden_states=packed_states,
+            attentions=attention_weights(list(self.encoder.layer), states, packing) if output_attentions else None,
         )
 
     @staticmethod
