@@ -14,18 +14,18 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from importlib import import_module
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .._core import capability, choice
+from .._core import capability, choice, transfer
 from ..nn import encoder, relative
 from ..nn.graphs import PackedGraphs
 from ..ops.shared.weight_cache import forget_packed
 from ..packing import Packing
-from . import attention_interface, identity, padding_readers, transformers_layers
+from . import attention_interface, flattened, identity, padding_readers, transformers_layers
 from .masks import kept_keys
 from .transformers_kinds import ENCODERS, Kind, Parts
 from .transformers_layers import Layer, Layers
@@ -231,10 +231,14 @@ class PackedEncoder(nn.Module):
         """The result; None if this call is one for the original."""
         own, stack = self.__dict__, kind._kind.stack(self)
         impl, weight_dtype = own.get("impl"), own.get("weight_dtype")
+        texts = flattened.offsets(x, kwargs, getattr(own.get("config"), "_attn_implementation", None))
+        if texts is not None:
+            kwargs = {name: value for name, value in kwargs.items() if name not in flattened.NAMES}
         if isinstance(stack, str) or not kind._is_plain_call(x, mask, kwargs):
             return None
-        packing = _packing(x, mask, impl is not None or weight_dtype is not None, stack.buckets is not None)
-        if packing is None:
+        is_asked = texts is not None or impl is not None or weight_dtype is not None
+        packing = _packing(x, mask, is_asked, stack.buckets is not None)
+        if packing is None or (texts is not None and not packing.is_full):
             return None
         is_older = kind._kind.is_older
         collects = bool(kwargs.get("output_hidden_states")) if is_older else _collected("hidden_states")
@@ -269,6 +273,9 @@ class PackedEncoder(nn.Module):
             return known.are_still(stack) and reads_as_padding(mask, x, known.attention())
 
         packed, offsets, longest = packing.pack(x), packing.cu_seqlens, packing.max_seqlen
+        if texts is not None:
+            offsets = transfer.to_device(torch.tensor(texts, dtype=torch.int32), x.device)
+            longest = max(end - start for start, end in pairwise(texts))
         try:
             if not collects and not any(map(_recompute, layers)):
                 graphs = _kept(own, "_ctxfast_graphs", _graphs) if own.get("cuda_graphs", True) else None
