@@ -112,6 +112,8 @@ def run(
         relative_bias: (H, 2R - 1), of every layer's attention (see ``functional.attention``), not with ``rows``, whose
             places are not a text's; layers and ``recompute`` are given it after ``rows``.
     """
+    if rows is not None and relative_bias is not None:
+        raise ValueError("ctxfast.nn.encoder: rows and relative_bias are both given; expected one of them.")
     cu_seqlens = same_sequences.for_one_pass(cu_seqlens)
     if rows is not None or recompute is not None or not _is_open(x):
         states = _one_by_one(layers, x, cu_seqlens, max_seqlen, all_layers, rows, recompute, relative_bias)

@@ -63,8 +63,8 @@ _HEADS = {
 _OTHER_HEADS = {"RoCBertForPreTraining": "unknown", "SplinterForPreTraining": "all"}
 _MODELS = (
     "bert", "roberta", "xlm_roberta", "camembert", "electra", "ernie", "distilbert", "albert", "align", "altclip",
-    "bert_generation", "chinese_clip", "clap", "layoutlm", "luke", "markuplm", "mpnet", "rembert", "roc_bert", "splinter",
-    "tapas", "visual_bert",
+    "bert_generation", "chinese_clip", "clap", "layoutlm", "luke", "markuplm", "mpnet", "rembert", "roc_bert",
+    "splinter", "tapas", "visual_bert",
 )  # fmt: skip
 _MODELINGS = (
     *(f"transformers.models.{model}.modeling_{model}" for model in _MODELS),

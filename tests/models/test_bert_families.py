@@ -29,7 +29,8 @@ HEADS = {
 
 def _save(kind: str, folder: Path, head: str = "Model", **options: object) -> torch.nn.Module:
     """A tiny model of Hugging Face's in a folder, with the vocabulary of a BERT where it has one such."""
-    model = tiny_model(kind, head, pad_token_id=0, **options)
+    padding = 1 if kind == "MPNet" else 0
+    model = tiny_model(kind, head, pad_token_id=padding, **options)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:  # biases and LayerNorm start at 0 and 1, which hides mistakes
@@ -37,6 +38,10 @@ def _save(kind: str, folder: Path, head: str = "Model", **options: object) -> to
     model.save_pretrained(folder)
     if kind in ("DistilBert", "Electra", "Ernie"):
         (folder / "vocab.txt").write_text("\n".join(PIECES) + "\n")
+    if kind == "MPNet":
+        names = {"[PAD]": "<pad>", "[CLS]": "<s>", "[SEP]": "</s>", "[MASK]": "<mask>"}
+        order = ["[CLS]", "[PAD]", "[SEP]", "[UNK]", *PIECES[5:], "##b", "[MASK]"]
+        (folder / "vocab.txt").write_text("\n".join(names.get(piece, piece) for piece in order) + "\n")
     return model
 
 
@@ -55,12 +60,13 @@ def test_every_type_of_bert_is_one_of_swap_in() -> None:
         ("Camembert", {}),
         ("XLMRoberta", {"type_vocab_size": 1}),
         ("Ernie", {"use_task_id": True}),
+        ("MPNet", {}),
     ],
 )
 def test_the_encoder(kind: str, options: dict, tmp_path: Path) -> None:
     theirs = _save(kind, tmp_path / "theirs", **options)
     ours = ctxfast.Bert.from_pretrained(tmp_path / "theirs")
-    ids = IDS.masked_fill(MASK == 0, 0)  # RoBERTa counts positions by the padding's id
+    ids = IDS.masked_fill(MASK == 0, ours.config.pad_token_id)  # RoBERTa counts positions by the padding's id
     with torch.no_grad():
         mine = ours(ids, MASK, output_hidden_states=True)
         want = theirs(input_ids=ids, attention_mask=MASK, output_hidden_states=True)
@@ -78,7 +84,9 @@ def test_the_encoder(kind: str, options: dict, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize(("kind", "options"), [("DistilBert", {}), ("Electra", {"embedding_size": 8})])
+@pytest.mark.parametrize(
+    ("kind", "options"), [("DistilBert", {}), ("Electra", {"embedding_size": 8}), ("MPNet", {"hidden_act": "relu"})]
+)
 def test_the_heads(kind: str, options: dict, head: str, tmp_path: Path) -> None:
     theirs = _save(kind, tmp_path / "theirs", f"For{head}", **options)
     kind_of_ours, field = HEADS[head]
@@ -86,10 +94,11 @@ def test_the_heads(kind: str, options: dict, head: str, tmp_path: Path) -> None:
     ours.save_pretrained(tmp_path / "back")
     again, info = type(theirs).from_pretrained(tmp_path / "back", output_loading_info=True)
     assert not any(info.values()), info
+    ids = IDS.masked_fill(MASK == 0, ours.config.pad_token_id)
     with torch.no_grad():
-        mine = getattr(ours(IDS, MASK), field)
+        mine = getattr(ours(ids, MASK), field)
         for model in (theirs, again):
-            want = getattr(model(input_ids=IDS, attention_mask=MASK), field)
+            want = getattr(model(input_ids=ids, attention_mask=MASK), field)
             shown = slice(None) if head == "SequenceClassification" else REAL
             torch.testing.assert_close(mine[shown], want[shown], rtol=0, atol=1e-5)
 
@@ -129,7 +138,7 @@ def test_gradients_are_hugging_faces(tmp_path: Path) -> None:
         torch.testing.assert_close(mine.grad, want.grad, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["DistilBert", "Electra"])
+@pytest.mark.parametrize("kind", ["DistilBert", "Electra", "MPNet"])
 def test_texts_and_tasks(kind: str, tmp_path: Path) -> None:
     """From a folder to vectors as Transformers computes them, and through fine-tuning into a folder of its class."""
     from support.tiny_models import classified
@@ -153,10 +162,54 @@ def test_texts_and_tasks(kind: str, tmp_path: Path) -> None:
     assert type(stored).__name__ == f"{kind}ForSequenceClassification"
 
 
+def test_mpnet_trains_its_buckets_and_refuses_holes(tmp_path: Path) -> None:
+    theirs = _save("MPNet", tmp_path, "ForSequenceClassification")
+    ours = ctxfast.BertForSequenceClassification.from_pretrained(tmp_path)
+    ids, labels = IDS.masked_fill(MASK == 0, 1), torch.tensor([0, 1, 1])
+    theirs(input_ids=ids, attention_mask=MASK, labels=labels).loss.backward()
+    want = theirs.mpnet.encoder.relative_attention_bias.weight.grad
+    for recomputes in (False, True):
+        ours.train()  # tiny models have no dropout
+        ours.bert.gradient_checkpointing_enable(recomputes)
+        ours.zero_grad()
+        ours(ids, MASK, labels=labels).loss.backward()
+        found = ours.bert.encoder.relative_attention_bias.weight.grad
+        torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-6)
+    holes = MASK.clone()
+    holes[0, 2] = 0
+    with pytest.raises(ValueError, match="attention_mask has zeros between a text's tokens; expected none for mpnet"):
+        ours(ids, holes)
+    left = torch.tensor([[0] * 3 + [1] * 4])  # padding before a text moves it, and no distance in it
+    shifted = torch.cat((torch.ones(1, 3, dtype=torch.long), ids[:1, :4]), dim=1)
+    with torch.no_grad():
+        torch.testing.assert_close(ours.eval()(shifted, left).logits, ours(ids[:1, :4]).logits)
+    with pytest.raises(ValueError, match="padding is 'keep'; expected 'zero' for mpnet"):
+        ours.bert.padding = "keep"
+    with pytest.raises(ValueError, match="pad_token_id is 0; expected 1, from which mpnet counts its positions"):
+        BertConfig(model_type="mpnet", pad_token_id=0)
+    with pytest.raises(ValueError, match="relative_attention_num_buckets is 40; expected 32"):
+        BertConfig.from_dict({"model_type": "mpnet", "relative_attention_num_buckets": 40})
+
+
+@pytest.mark.parametrize("form", ["vocab.txt", "tokenizer.json"])
+def test_mpnet_tokens_are_hugging_faces(form: str, tmp_path: Path) -> None:
+    _save("MPNet", tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    if form == "tokenizer.json":
+        theirs.save_pretrained(tmp_path)
+        (tmp_path / "vocab.txt").unlink()
+        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ours = ctxfast.BertTokenizer.from_pretrained(tmp_path)
+    for text, pair in (("A\u00e9 ab  <mask> x?", None), ("b <s> c", "ab"), ("", None)):
+        expected = theirs(text, pair) if pair else theirs(text)
+        assert ours.encode(text, pair).ids == expected["input_ids"], text
+    assert ours.encode("a", "b").tokens == ["<s>", "a", "</s>", "</s>", "b", "</s>"]
+
+
 def test_refusals(tmp_path: Path) -> None:
     _save("DistilBert", tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    for model_type in ("mpnet", "deberta-v2", "albert", "gpt2"):
+    for model_type in ("deberta-v2", "albert", "gpt2"):
         (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": model_type}))
         with pytest.raises(ValueError, match=rf"model_type is '{model_type}'; expected one of bert, .*, electra"):
             ctxfast.Embedder(tmp_path)

@@ -14,7 +14,7 @@ from ..._core.files import replacing
 from ..._core.reading import read_json, reading
 from .families import FAMILIES, Family
 
-ROBERTA_TYPES = ("roberta", "xlm-roberta", "camembert")
+ROBERTA_TYPES = ("roberta", "xlm-roberta", "camembert", "mpnet")
 MODEL_TYPES = tuple(FAMILIES)
 
 # Hugging Face's hidden_act -> the name `linear_act` uses. The five names of the tanh form stand
@@ -66,7 +66,8 @@ def write_json(path: Path, value: Any) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class BertConfig:
-    """Configuration of a post-LayerNorm encoder: BERT, RoBERTa, XLM-R, CamemBERT, ERNIE, DistilBERT or ELECTRA.
+    """Configuration of a post-LayerNorm encoder: BERT, RoBERTa, XLM-R, CamemBERT, ERNIE, DistilBERT, ELECTRA or
+    MPNet.
 
     Fields have the names and defaults of Hugging Face's BertConfig (bert-base-uncased), whatever the model type; files
     have each type's own (`dim`, `n_layers`, ... of DistilBERT). The object is frozen: use `dataclasses.replace`,
@@ -75,7 +76,7 @@ class BertConfig:
 
     Attributes:
         embedding_size: width of the tables (None: `hidden_size`); ELECTRA's may be another and is then projected.
-        type_vocab_size: 0 for DistilBERT, which has no token types; None becomes that, else 2.
+        type_vocab_size: 0 for DistilBERT and MPNet, which have no token types; None becomes that, else 2.
 
     Raises:
         ValueError: a value out of range, an unknown activation, model type or position embedding,
@@ -83,7 +84,7 @@ class BertConfig:
         TypeError: a size that is not an integer.
 
     Reference: Devlin et al. 2019 (BERT); Liu et al. 2019 (RoBERTa); Sun et al. 2020 (ERNIE 2.0); Sanh et al. 2019
-    (DistilBERT); Clark et al. 2020 (ELECTRA).
+    (DistilBERT); Clark et al. 2020 (ELECTRA); Song et al. 2020 (MPNet).
     """
 
     vocab_size: int = 30522
@@ -165,6 +166,11 @@ class BertConfig:
                 self.position_embedding_type,
                 "'absolute'; relative key and query position embeddings are not supported",
             )
+        if self.model_type == "mpnet" and self.pad_token_id != 1:
+            raise _fail("pad_token_id", self.pad_token_id, "1, from which mpnet counts its positions")
+        buckets = self.extra.get("relative_attention_num_buckets", self.relative_buckets)
+        if self.relative_buckets and buckets != self.relative_buckets:
+            raise _fail("relative_attention_num_buckets", buckets, f"{self.relative_buckets}, as Hugging Face counts")
         if self.use_task_id and self.model_type != "ernie":
             raise _fail("use_task_id", True, f"False for model_type {self.model_type!r}")
         for name in ("is_decoder", "add_cross_attention"):
@@ -196,6 +202,11 @@ class BertConfig:
     def is_roberta(self) -> bool:
         """True for the types with RoBERTa's position numbering and head names."""
         return self.model_type in ROBERTA_TYPES
+
+    @property
+    def relative_buckets(self) -> int:
+        """Buckets of relative positions, whose embedding biases attention (MPNet); 0 for none."""
+        return self.family.relative_buckets
 
     @property
     def activation(self) -> str:

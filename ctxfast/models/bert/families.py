@@ -33,6 +33,7 @@ class Family:
         has_next_sentence: whether there is a head that judges pairs of sentences.
         has_decoder_bias: whether the decoder of masked words holds a copy of the bias, beside the tied one.
         drops_projection: whether training drops elements of the attention block's output.
+        relative_buckets: of relative positions, whose embedding biases every layer's attention; 0 for none.
     """
 
     prefix: str
@@ -50,6 +51,7 @@ class Family:
     has_next_sentence: bool = True
     has_decoder_bias: bool = True
     drops_projection: bool = True
+    relative_buckets: int = 0
 
 
 # RoBERTa's heads compute what BERT's do under other names: `classifier.dense` with tanh on the first token is the
@@ -57,14 +59,35 @@ class Family:
 _DENSE_HEAD = (("classifier.dense.", "bert.pooler.dense."), ("classifier.out_proj.", "classifier."))
 
 
+_LM_HEAD = (
+    ("lm_head.dense.", "cls.predictions.transform.dense."),
+    ("lm_head.layer_norm.", "cls.predictions.transform.LayerNorm."),
+    ("lm_head.decoder.", "cls.predictions.decoder."),
+    ("lm_head.bias", "cls.predictions.bias"),
+)
+
+
 def _roberta(classes: str) -> Family:
-    heads = (
-        ("lm_head.dense.", "cls.predictions.transform.dense."),
-        ("lm_head.layer_norm.", "cls.predictions.transform.LayerNorm."),
-        ("lm_head.decoder.", "cls.predictions.decoder."),
-        ("lm_head.bias", "cls.predictions.bias"),
-    )
-    return Family("roberta", classes, heads=heads, sentence_head=_DENSE_HEAD, has_next_sentence=False)
+    return Family("roberta", classes, heads=_LM_HEAD, sentence_head=_DENSE_HEAD, has_next_sentence=False)
+
+
+_MPNET = Family(
+    "mpnet",
+    "MPNet",
+    defaults={"vocab_size": 30527, "type_vocab_size": 0},
+    absent=("embedding_size", "type_vocab_size", "position_embedding_type"),
+    blocks={
+        "attention.self.query": "attention.attn.q",
+        "attention.self.key": "attention.attn.k",
+        "attention.self.value": "attention.attn.v",
+        "attention.output.dense": "attention.attn.o",
+        "attention.output.LayerNorm": "attention.LayerNorm",
+    },
+    heads=_LM_HEAD,
+    sentence_head=_DENSE_HEAD,
+    has_next_sentence=False,
+    relative_buckets=32,
+)
 
 
 _DISTILBERT = Family(
@@ -133,4 +156,5 @@ FAMILIES = {
     "ernie": Family("ernie", "Ernie"),
     "distilbert": _DISTILBERT,
     "electra": _ELECTRA,
+    "mpnet": _MPNET,
 }

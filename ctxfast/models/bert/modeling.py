@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The encoder of BERT and kin (RoBERTa, ERNIE, DistilBERT, ELECTRA) over packed tokens: no padding is computed anywhere
-inside.
+"""The encoder of BERT and kin (RoBERTa, ERNIE, DistilBERT, ELECTRA, MPNet) over packed tokens: no padding is computed
+anywhere inside.
 
 Names of parameters and state_dict are those of Hugging Face's BertModel. Differences from it, by design: outputs at
 padding are zero, and the pooler reads a text's first real token (with left padding, column 0 holds none). With
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..._core import checks
-from ...nn import Embeddings, TransformerLayer, encoder, tools
+from ...nn import Embeddings, TransformerLayer, encoder, relative, tools
 from ...nn.all_rows import AllRows
 from ...nn.embeddings import roberta_position_ids
 from ...nn.graphs import PackedGraphs
@@ -79,6 +79,9 @@ class Encoder(nn.Module):
             layer: Any
             for layer in self.layer:
                 layer.attention.output.LayerNorm.dropout = 0.0
+        self.relative_attention_bias = None
+        if config.relative_buckets:
+            self.relative_attention_bias = nn.Embedding(config.relative_buckets, config.num_attention_heads)
         self.gradient_checkpointing = False
         self._cached_layers = CachedLayers()
 
@@ -98,9 +101,11 @@ class Encoder(nn.Module):
             layers, recompute = list(self.layer), partial(checkpoint, use_reentrant=False)
         else:
             layers, recompute = self._cached_layers(self.layer), None
+        buckets = self.relative_attention_bias
         return encoder.run(
-            layers, x, cu_seqlens, max_seqlen, all_layers=output_hidden_states, rows=rows, recompute=recompute
-        )
+            layers, x, cu_seqlens, max_seqlen, all_layers=output_hidden_states, rows=rows, recompute=recompute,
+            relative_bias=None if buckets is None else relative.relative_bias(buckets.weight),
+        )  # fmt: skip
 
 
 class Pooler(nn.Module):
@@ -185,7 +190,7 @@ class Bert(Pretrained):
 
     @padding.setter
     def padding(self, padding: str) -> None:
-        checks.choice(_OP, "padding", padding, PADDING)
+        self._check_padding(padding)
         self._padding = padding
 
     @classmethod
@@ -275,7 +280,8 @@ class Bert(Pretrained):
 
         Args:
             input_ids: (B, L) int64 or int32.
-            attention_mask: (B, L), 1 for a token, 0 for padding, anywhere in a row; None for all tokens. How many
+            attention_mask: (B, L), 1 for a token, 0 for padding, anywhere in a row (MPNet: not between a text's tokens,
+                which is checked as ids are); None for all tokens. How many
                 tokens there are is read from it: on a GPU the host waits once, until all that it was given before is
                 done, and never for ``lengths`` or without a mask.
             token_type_ids: (B, L); None for 0. A model without token types (DistilBERT) does not read them.
@@ -394,8 +400,16 @@ class Bert(Pretrained):
         """Whether a call with this argument computes rows at padding too."""
         if padding is None:
             return self.padding == "keep"
-        checks.choice(_OP, "padding", padding, PADDING)
+        self._check_padding(padding)
         return padding == "keep"
+
+    def _check_padding(self, padding: str) -> None:
+        checks.choice(_OP, "padding", padding, PADDING)
+        if padding == "keep" and self.config.relative_buckets:
+            raise ValueError(
+                f"ctxfast.Bert: padding is 'keep'; expected 'zero' for {self.config.model_type}, whose attention goes "
+                f"by distances, which rows at padding have to no text."
+            )
 
     def _check(
         self,
@@ -435,6 +449,14 @@ class Bert(Pretrained):
                     f"expected (batch, seqlen) = {tuple(input_ids.shape)}.{hint}"
                 )
             checks.same(_OP, "the model", table, [("attention_mask", attention_mask)], dtype=False)
+            if config.relative_buckets and (check_inputs or checks.is_readable(attention_mask)):
+                real = attention_mask != 0
+                begins = real[:, :1].sum(1) + (real[:, 1:] & ~real[:, :-1]).sum(1)
+                if bool((begins > 1).any()):
+                    raise ValueError(
+                        f"ctxfast.Bert: attention_mask has zeros between a text's tokens; expected none for "
+                        f"{config.model_type}, whose attention goes by distances. Take these tokens out of input_ids."
+                    )
         ids = {
             "input_ids": (input_ids, config.vocab_size),
             "token_type_ids": (token_type_ids, config.type_vocab_size),

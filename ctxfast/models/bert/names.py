@@ -84,6 +84,8 @@ def backbone_shapes(config: BertConfig) -> dict[str, Shape]:
         shapes["bert.embeddings_project.bias"] = (_H,)
     if config.use_task_id:
         shapes["bert.embeddings.task_type_embeddings.weight"] = ("task_type_vocab_size", _H)
+    if config.relative_buckets:
+        shapes["bert.encoder.relative_attention_bias.weight"] = ("relative_buckets", "num_attention_heads")
     blocks: dict[str, Shape] = {
         "attention.self.query": (_H, _H),
         "attention.self.key": (_H, _H),

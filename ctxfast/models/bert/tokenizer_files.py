@@ -15,7 +15,7 @@ from .tokenizer_settings import ROLES, Settings
 
 _WHO = "ctxfast.BertTokenizer"
 # What the classes of a kind have for a vocabulary.
-_MODELS = {"wordpiece": WordPiece, "bpe": BPE, "unigram": Unigram}
+_MODELS = {"wordpiece": WordPiece, "mpnet": WordPiece, "bpe": BPE, "unigram": Unigram}
 # What a role's token is called where no file says so: BERT's names, then RoBERTa's.
 _USUAL = {
     "pad": ("[PAD]", "<pad>"),
@@ -25,15 +25,19 @@ _USUAL = {
     "mask": ("[MASK]", "<mask>"),
 }
 # What the classes of a kind call them.
+_OF_ROBERTA = {"bos_token": "<s>", "eos_token": "</s>"} | {f"{role}_token": each[1] for role, each in _USUAL.items()}
 _CLASS_NAMES = {
     "wordpiece": {f"{role}_token": names[0] for role, names in _USUAL.items()},
-    "bpe": {"bos_token": "<s>", "eos_token": "</s>", **{f"{role}_token": names[1] for role, names in _USUAL.items()}},
+    "mpnet": _OF_ROBERTA | {"unk_token": "[UNK]"},
+    "bpe": _OF_ROBERTA,
 }
 
 
 # Settings of a vocabulary's model that the classes of a kind take from no file. BPE's last ones they leave out: off.
+_WORDPIECE = {"max_input_chars_per_word": 100, "continuing_subword_prefix": "##"}
 _MODEL_SETTINGS = {
-    "wordpiece": {"max_input_chars_per_word": 100, "continuing_subword_prefix": "##"},
+    "wordpiece": _WORDPIECE,
+    "mpnet": _WORDPIECE,
     "bpe": {name: None for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix")}
     | {name: False for name in ("fuse_unk", "byte_fallback", "ignore_merges")},
 }
@@ -100,7 +104,8 @@ def _find(folder: Path, settings: Settings, named: str | None) -> Path:
     """The file that holds the vocabulary."""
     if named is not None:
         return folder / named
-    names = {"wordpiece": ("vocab.txt",), "bpe": ("vocab.json",), None: ("vocab.txt", "vocab.json")}
+    names = {kind: ("vocab.txt",) for kind in ("wordpiece", "mpnet")}
+    names |= {"bpe": ("vocab.json",), None: ("vocab.txt", "vocab.json")}
     wanted = ("tokenizer.json", *names.get(settings.kind, ()))
     for name in wanted:
         if (folder / name).is_file() and (name != "vocab.json" or (folder / "merges.txt").is_file()):
@@ -118,7 +123,8 @@ def _find(folder: Path, settings: Settings, named: str | None) -> Path:
 
 def _open(path: Path, settings: Settings) -> Tokenizer:
     if path.suffix == ".txt":
-        tokenizer, kind = Tokenizer(_word_pieces(path, settings)), "wordpiece"
+        kind = "mpnet" if settings.kind == "mpnet" else "wordpiece"
+        tokenizer = Tokenizer(_word_pieces(path, settings, kind))
     elif path.name == "vocab.json":
         tokenizer, kind = Tokenizer(BPE.from_file(str(path), str(path.parent / "merges.txt"))), "bpe"
     else:
@@ -170,14 +176,14 @@ def _model(found: Tokenizer, kind: str, path: Path) -> WordPiece | BPE | Unigram
         return found.model
     _warn_of_parts(path, changed, "")
     state = json.loads(found.to_str())["model"]
-    if kind == "wordpiece":
+    if kind in ("wordpiece", "mpnet"):
         return WordPiece(state["vocab"], unk_token=state["unk_token"], **own)
     return BPE(state["vocab"], [tuple(pair) for pair in state["merges"]], unk_token=state["unk_token"])
 
 
 def _build(tokenizer: Tokenizer, kind: str, settings: Settings, path: Path, *, lower: bool) -> None:
     """Everything around the vocabulary as Hugging Face's class has it; ``lower`` where no file says it."""
-    if kind == "wordpiece":
+    if kind in ("wordpiece", "mpnet"):
         _make_wordpiece(tokenizer, settings, lower)
     elif kind == "bpe":
         _make_byte_level(tokenizer, settings)
@@ -187,7 +193,7 @@ def _build(tokenizer: Tokenizer, kind: str, settings: Settings, path: Path, *, l
         return
     ids = []
     for role in ("cls", "sep"):
-        token = settings.name(f"{role}_token", _USUAL[role][kind == "bpe"])
+        token = settings.name(f"{role}_token", _CLASS_NAMES[kind][f"{role}_token"])
         if tokenizer.token_to_id(token) is None:
             raise ValueError(f"{_WHO}: {path} has no {token}, the {role} token")
         ids.append((token, tokenizer.token_to_id(token)))
@@ -199,11 +205,12 @@ def _build(tokenizer: Tokenizer, kind: str, settings: Settings, path: Path, *, l
             special_tokens=ids,
         )
     else:
+        own = kind == "bpe"  # MPNet's class has no such settings
         tokenizer.post_processor = processors.RobertaProcessing(
             ids[1],
             ids[0],
-            trim_offsets=bool(settings.flag("trim_offsets", True)),
-            add_prefix_space=bool(settings.flag("add_prefix_space", False)),
+            trim_offsets=not own or bool(settings.flag("trim_offsets", True)),
+            add_prefix_space=own and bool(settings.flag("add_prefix_space", False)),
         )
 
 
@@ -269,8 +276,8 @@ def _lower_by_name(folder: Path) -> bool:
     return "uncased" in name or "cased" not in name
 
 
-def _word_pieces(path: Path, settings: Settings) -> WordPiece:
-    """BERT's list of word pieces: the line number is the id."""
+def _word_pieces(path: Path, settings: Settings, kind: str) -> WordPiece:
+    """BERT's or MPNet's list of word pieces: the line number is the id."""
     try:
         # newline="\n": other line separators may stand inside a piece.
         with open(path, encoding="utf-8", newline="\n") as file:
@@ -278,7 +285,7 @@ def _word_pieces(path: Path, settings: Settings) -> WordPiece:
     except UnicodeDecodeError as error:
         raise ValueError(f"{_WHO}: {path} is not UTF-8 ({error})") from error
     for role in ("unk", "cls", "sep"):
-        token = settings.name(f"{role}_token", _USUAL[role][0])
+        token = settings.name(f"{role}_token", _CLASS_NAMES[kind][f"{role}_token"])
         # A token that the settings name and the list lacks is added to it, but for the one that must be known.
         if token not in vocab and (role == "unk" or settings.special.get(f"{role}_token") is None):
             raise ValueError(f"{_WHO}: {path} has no {token}; expected one word piece a line")
@@ -334,7 +341,7 @@ def _add_tokens(tokenizer: Tokenizer, kind: str | None, settings: Settings) -> N
         token = settings.special.get(name)
         usual = _CLASS_NAMES.get(kind or "", {}).get(name)
         if name not in settings.special and usual is not None and tokenizer.token_to_id(usual) is not None:
-            token = AddedToken(usual, special=True)
+            token = AddedToken(usual, special=True, lstrip=kind == "mpnet" and name == "mask_token")
         if token is not None:
             named.append(by_text.get(token.content, token) if name in roles else token)
     special = {token.content for token in named}

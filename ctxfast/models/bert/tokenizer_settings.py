@@ -20,13 +20,14 @@ _KINDS = {
         *("BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer", "MobileBertTokenizer", "LayoutLMTokenizer"),
         *("ConvBertTokenizer", "SqueezeBertTokenizer", "DPRQuestionEncoderTokenizer", "DPRContextEncoderTokenizer"),
     ),
+    "mpnet": ("MPNetTokenizer",),
     "bpe": ("RobertaTokenizer", "LongformerTokenizer", "BartTokenizer", "LEDTokenizer"),
     "unigram": ("XLMRobertaTokenizer", "CamembertTokenizer"),
     "file": ("PreTrainedTokenizer", "PreTrainedTokenizerFast", "TokenizersBackend", "PythonBackend"),
 }
 _KIND_OF_MODEL = {
     **{"bert": "wordpiece", "ernie": "wordpiece", "distilbert": "wordpiece", "electra": "wordpiece"},
-    **{"roberta": "bpe", "xlm-roberta": "unigram", "camembert": "unigram"},
+    **{"roberta": "bpe", "xlm-roberta": "unigram", "camembert": "unigram", "mpnet": "mpnet"},
 }
 # model_max_length is 1e30 in files that mean "no limit".
 _NO_LIMIT = 1_000_000
@@ -42,8 +43,8 @@ class Settings:
 
     Attributes:
         values: tokenizer_config.json, and special_tokens_map.json over it; to be saved again.
-        kind: what is built: "wordpiece", "bpe", "unigram", "file" for tokenizer.json as it stands; None where no file
-            names a class or a type of model.
+        kind: what is built: "wordpiece", "mpnet" (word pieces under RoBERTa's special tokens), "bpe", "unigram", "file"
+            for tokenizer.json as it stands; None where no file names a class or a type of model.
         added: tokens that were added to the vocabulary, by the ids that the files give them.
         has_decoder: whether they come from added_tokens_decoder, which goes before tokenizer.json, too.
         special: tokens with a name such as "cls_token"; None for a name that is null.
