@@ -68,11 +68,17 @@ def test_the_encoder(kind: str, options: dict, tmp_path: Path) -> None:
     ours = ctxfast.Bert.from_pretrained(tmp_path / "theirs")
     ids = IDS.masked_fill(MASK == 0, ours.config.pad_token_id)  # RoBERTa counts positions by the padding's id
     with torch.no_grad():
-        mine = ours(ids, MASK, output_hidden_states=True)
+        mine = ours(ids, MASK, output_hidden_states=True, output_attentions=True)
         want = theirs(input_ids=ids, attention_mask=MASK, output_hidden_states=True)
+        if kind != "MPNet":  # which has one attention, its own
+            theirs.set_attn_implementation("eager")
+        attentions = theirs(input_ids=ids, attention_mask=MASK, output_attentions=True).attentions
     assert len(mine.hidden_states) == len(want.hidden_states) == 3
     for a, b in zip(mine.hidden_states, want.hidden_states):
         torch.testing.assert_close(a[REAL], b[REAL], rtol=0, atol=1e-5)
+    both = (MASK[:, None, :, None] & MASK[:, None, None, :]).bool()
+    for a, b in zip(mine.attentions, attentions, strict=True):
+        torch.testing.assert_close(a, b.masked_fill(~both, 0.0), rtol=0, atol=1e-5)
 
     assert cli.main(["convert", str(tmp_path / "theirs"), str(tmp_path / "back"), "--quiet"]) == 0
     again, info = type(theirs).from_pretrained(tmp_path / "back", output_loading_info=True)

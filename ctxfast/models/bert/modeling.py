@@ -101,11 +101,15 @@ class Encoder(nn.Module):
             layers, recompute = list(self.layer), partial(checkpoint, use_reentrant=False)
         else:
             layers, recompute = self._cached_layers(self.layer), None
-        buckets = self.relative_attention_bias
         return encoder.run(
             layers, x, cu_seqlens, max_seqlen, all_layers=output_hidden_states, rows=rows, recompute=recompute,
-            relative_bias=None if buckets is None else relative.relative_bias(buckets.weight),
+            relative_bias=self.relative_bias(),
         )  # fmt: skip
+
+    def relative_bias(self) -> Tensor | None:
+        """What every layer adds to attention scores, see ``functional.attention``; None for nothing."""
+        buckets = self.relative_attention_bias
+        return None if buckets is None else relative.relative_bias(buckets.weight)
 
 
 class Pooler(nn.Module):
@@ -381,8 +385,11 @@ class Bert(Pretrained):
             packing=packing,
             packed_last_hidden_state=last,
             packed_hidden_states=packed_states,
-            attentions=attention_weights(list(self.encoder.layer), states, packing) if output_attentions else None,
+            attentions=self._attentions(states, packing) if output_attentions else None,
         )
+
+    def _attentions(self, states: Sequence[Tensor], packing: Packing) -> tuple[Tensor, ...]:
+        return attention_weights(list(self.encoder.layer), states, packing, self.encoder.relative_bias())
 
     @staticmethod
     def _packing_of(lengths: Sequence[int] | Tensor, attention_mask: Tensor | None, input_ids: Tensor) -> Packing:
