@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 from importlib import import_module
+from typing import Any
 
 import pytest
 import torch
@@ -213,7 +214,12 @@ def test_heads_that_read_their_own_rows_run_packed(name: str, options: dict, mon
     report = ctxfast.swap_in(model)
     assert len(report.swapped) == 1 and not report.near_misses
     tokens, run = [], swap_transformers._run
-    monkeypatch.setattr(swap_transformers, "_run", lambda *args: tokens.append(len(args[2])) or run(*args))
+
+    def spied(*args: Any, **options: Any) -> Any:
+        tokens.append(len(args[2]))
+        return run(*args, **options)
+
+    monkeypatch.setattr(swap_transformers, "_run", spied)
     for one, two in zip(_outputs(model), expected, strict=True):
         _near(one, two)
     assert tokens == [MASK.sum()]

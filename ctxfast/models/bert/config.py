@@ -14,7 +14,7 @@ from ..._core.files import replacing
 from ..._core.reading import read_json, reading
 from .families import FAMILIES, Family
 
-ROBERTA_TYPES = ("roberta", "xlm-roberta", "camembert", "mpnet")
+ROBERTA_TYPES = ("roberta", "xlm-roberta", "camembert", "mpnet", "data2vec-text")
 MODEL_TYPES = tuple(FAMILIES)
 
 # Hugging Face's hidden_act -> the name `linear_act` uses. The five names of the tanh form stand
@@ -66,8 +66,8 @@ def write_json(path: Path, value: Any) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class BertConfig:
-    """Configuration of a post-LayerNorm encoder: BERT, RoBERTa, XLM-R, CamemBERT, ERNIE, DistilBERT, ELECTRA or
-    MPNet.
+    """Configuration of a post-LayerNorm encoder: BERT, RoBERTa, XLM-R, CamemBERT, data2vec, ERNIE, DistilBERT, ELECTRA
+    or MPNet.
 
     Fields have the names and defaults of Hugging Face's BertConfig (bert-base-uncased), whatever the model type; files
     have each type's own (`dim`, `n_layers`, ... of DistilBERT). The object is frozen: use `dataclasses.replace`,
@@ -113,7 +113,8 @@ class BertConfig:
 
     def __post_init__(self) -> None:
         if self.model_type not in MODEL_TYPES:
-            raise _fail("model_type", self.model_type, f"one of {', '.join(MODEL_TYPES)}")
+            way = "For another, load the model by Transformers and make it faster by ctxfast.swap_in(model)"
+            raise _fail("model_type", self.model_type, f"one of {', '.join(MODEL_TYPES)}. {way}")
         if self.pad_token_id is None:
             object.__setattr__(self, "pad_token_id", 1 if self.is_roberta else 0)
         if self.embedding_size is None:

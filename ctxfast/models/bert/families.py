@@ -67,8 +67,8 @@ _LM_HEAD = (
 )
 
 
-def _roberta(classes: str) -> Family:
-    return Family("roberta", classes, heads=_LM_HEAD, sentence_head=_DENSE_HEAD, has_next_sentence=False)
+def _roberta(classes: str, prefix: str = "roberta") -> Family:
+    return Family(prefix, classes, heads=_LM_HEAD, sentence_head=_DENSE_HEAD, has_next_sentence=False)
 
 
 _MPNET = Family(
@@ -153,6 +153,7 @@ FAMILIES = {
     "roberta": _roberta("Roberta"),
     "xlm-roberta": _roberta("XLMRoberta"),
     "camembert": _roberta("Camembert"),
+    "data2vec-text": _roberta("Data2VecText", "data2vec_text"),
     "ernie": Family("ernie", "Ernie"),
     "distilbert": _DISTILBERT,
     "electra": _ELECTRA,

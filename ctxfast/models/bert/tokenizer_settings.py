@@ -27,7 +27,7 @@ _KINDS = {
 }
 _KIND_OF_MODEL = {
     **{"bert": "wordpiece", "ernie": "wordpiece", "distilbert": "wordpiece", "electra": "wordpiece"},
-    **{"roberta": "bpe", "xlm-roberta": "unigram", "camembert": "unigram", "mpnet": "mpnet"},
+    **{"roberta": "bpe", "data2vec-text": "bpe", "xlm-roberta": "unigram", "camembert": "unigram", "mpnet": "mpnet"},
 }
 # model_max_length is 1e30 in files that mean "no limit".
 _NO_LIMIT = 1_000_000
