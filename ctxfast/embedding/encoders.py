@@ -25,6 +25,7 @@ from ..models.elmo.bilm import ElmoBiLm
 from ..models.elmo.tokenization import batch_to_ids
 from .pooling import Merged, Pooler, spans, sums
 from .selection import Selection
+from .transformers_model import TransformersModel
 from .windows import Windows, cut
 
 # How Google's feature extraction writes a pair of texts on one line.
@@ -168,7 +169,7 @@ class BertEncoder:
     """A BERT-family model behind the face of ``TextEncoder``.
 
     Args:
-        model: in eval mode, on its device.
+        model: in eval mode, on its device; of a type that ``Bert`` does not compute a ``TransformersModel``.
         tokenizer: the model's.
         files: files both were read from.
         sentence: what the model's folder says of vectors of texts; None for nothing.
@@ -181,7 +182,7 @@ class BertEncoder:
 
     def __init__(
         self,
-        model: Bert,
+        model: Bert | TransformersModel,
         tokenizer: BertTokenizer,
         files: Sequence[Path] = (),
         sentence: SentenceModel | None = None,

@@ -15,6 +15,7 @@ from ..models.bert.tokenization import BertTokenizer
 from ..models.bert.weights import resolve_model
 from ..models.elmo.bilm import ElmoBiLm
 from ..models.elmo.files import find_elmo_files
+from . import transformers_model
 from .encoders import BertEncoder, ElmoEncoder, TextEncoder
 
 _MODEL_SUFFIXES = (".json", ".txt", ".safetensors", ".bin", ".model", ".pt", ".pth")
@@ -104,17 +105,23 @@ def _open_bert(path: Path, root: Path, device: torch.device, dtype: str, split: 
     folder = path if path.is_dir() else path.parent
     _refuse_adapters(folder)
     held = torch.float32 if dtype == "int8" else getattr(torch, dtype)
-    bert = Bert.from_pretrained(path, dtype=held, device=device, add_pooling_layer=False)
-    if dtype == "int8":
-        bert.quantize("int8")
+    other = transformers_model.other_type(folder) if path.is_dir() else None
+    if other is not None:
+        narrow = torch.int8 if dtype == "int8" else None
+        bert, tokenizer, positions = transformers_model.open_model(path, other, device, held, narrow)
+    else:
+        bert = Bert.from_pretrained(path, dtype=held, device=device, add_pooling_layer=False)
+        if dtype == "int8":
+            bert.quantize("int8")
+        tokenizer = BertTokenizer.from_pretrained(path)
+        positions = bert.config.max_length
     # A checkpoint of TensorFlow is several files that begin alike.
     files = [
         file
         for file in sorted(folder.iterdir())
         if file.is_file() and (file.suffix in _MODEL_SUFFIXES or file.name.startswith(path.name + "."))
     ]
-    tokenizer = BertTokenizer.from_pretrained(path)
-    sentence = read_sentence_model(root, bert.config.hidden_size, bert.config.max_length, tokenizer.max_length)
+    sentence = read_sentence_model(root, bert.config.hidden_size, positions, tokenizer.max_length)
     if sentence.do_lower_case:
         tokenizer.add_lower_case()
     files += [file for file in sentence.files if file not in files]

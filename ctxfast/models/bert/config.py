@@ -113,7 +113,7 @@ class BertConfig:
 
     def __post_init__(self) -> None:
         if self.model_type not in MODEL_TYPES:
-            way = "For another, load the model by Transformers and make it faster by ctxfast.swap_in(model)"
+            way = "Another opens in ctxfast.Embedder, or by Transformers and then faster by ctxfast.swap_in(model)"
             raise _fail("model_type", self.model_type, f"one of {', '.join(MODEL_TYPES)}. {way}")
         if self.pad_token_id is None:
             object.__setattr__(self, "pad_token_id", 1 if self.is_roberta else 0)

@@ -45,6 +45,7 @@ class BertTokenizer:
         single_type: report every token as type 0 (models with one token type).
         special_in_text: whether "[MASK]" written in a text is the mask token, as Hugging Face
             has it, or plain characters, as in Google's code.
+        truncation_side: "right" or "left": where a text that is too long is cut.
 
     Raises:
         ValueError: no padding token, or a special token that the vocabulary does not have.
@@ -58,6 +59,7 @@ class BertTokenizer:
         max_length: int | None = None,
         single_type: bool = False,
         special_in_text: bool = True,
+        truncation_side: str = "right",
     ) -> None:
         tokenizer.no_padding()
         tokenizer.no_truncation()
@@ -67,7 +69,7 @@ class BertTokenizer:
         self.single_type = single_type
         self.special_tokens = find_special_tokens(tokenizer, special_tokens or {})
         self._settings: dict[str, Any] = {}
-        self._cut_side = "right"
+        self._cut_side = truncation_side
         self.source: Path | None = None
         """The file with the vocabulary, where `from_pretrained` read one."""
         self._cutters: dict[tuple[bool, int], Tokenizer] = {}
@@ -132,8 +134,9 @@ class BertTokenizer:
             max_length=max_length,
             single_type=config is not None and config.type_vocab_size == 1,
             special_in_text=special_in_text,
+            truncation_side=settings.truncation_side or "right",
         )
-        result._settings, result._cut_side = settings.values, settings.truncation_side or "right"
+        result._settings = settings.values
         result.source = settings.source
         if settings.padding_side == "left" and not (config is not None and config.is_roberta):
             warnings.warn(
