@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
+from ._core import allocator
 from .commands import COMMANDS, GROUPS
 
 # Errors of a disk that has no room; with room the same command goes on.
@@ -117,6 +118,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest and "hands_on" not in args:
         args.asked.unknown(rest[0])
     args.rest = rest
+    if argv is None and getattr(args, "keeps_memory", False):  # this process is the command's own
+        allocator.keep_freed_memory()
     hint = " The same command goes on where this stopped." if getattr(args, "resumes", False) else ""
     try:
         if "hands_on" not in args:

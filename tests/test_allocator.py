@@ -8,16 +8,17 @@ import sys
 
 import pytest
 
+# Pieces of 40 MB are past the size that glibc by itself ever keeps.
 _PROGRAM = """
 import resource, sys
-import numpy as np
 from ctxfast._core.allocator import keep_freed_memory
 keeps = keep_freed_memory() if sys.argv[1] == "keep" else None
-for _ in range(3):  # sizes of a step, the largest last
-    [np.ones(size) for size in (1 << 17, 1 << 20, 1 << 22)]
+def step():
+    [b"x" * size for size in (1 << 20, 40 << 20)]
+step()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(5):
-    [np.ones(size) for size in (1 << 17, 1 << 20, 1 << 22)]
+    step()
 print(keeps, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
@@ -32,4 +33,4 @@ def _faults(way: str) -> tuple[str, int]:
 def test_nothing_is_handed_out_anew() -> None:
     keeps, faults = _faults("keep")
     _, usual = _faults("usual")
-    assert keeps == "True" and faults < 100 < usual / 10
+    assert keeps == "True" and faults < 100 and usual > 1000

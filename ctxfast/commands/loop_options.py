@@ -23,6 +23,7 @@ _OF_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".index")
 
 def add(parser: argparse.ArgumentParser, **defaults: Any) -> None:
     """Add the loop's arguments; ``defaults`` replaces some of their defaults, by the names of ``LoopConfig``."""
+    parser.set_defaults(keeps_memory=True)
     own = {
         "learning_rate": 1e-4,
         "batch_size": 32,
