@@ -221,7 +221,7 @@ class OverElmo(nn.Module):
 
     Args:
         bilm: the language model; its parameters require gradients.
-        head: an ``LstmTagger``, ``LstmClassifier`` or ``LstmSpanFinder`` over its ``num_layers`` layers.
+        head: one of this module's or of ``heads`` over its ``num_layers`` layers.
     """
 
     def __init__(self, bilm: ElmoBiLm, head: nn.Module) -> None:
@@ -229,7 +229,7 @@ class OverElmo(nn.Module):
         self.bilm = bilm
         self.head: Any = head
 
-    def forward(self, character_ids: Tensor, lengths: Tensor, **rest: Any) -> LstmOutput | SpanLogits:
+    def forward(self, character_ids: Tensor, lengths: Tensor, **rest: Any) -> Any:
         """character_ids (B, T, C) of ``batch_to_ids``; the rest as the head's ``forward``."""
         found = self.bilm(character_ids)
         layers = torch.stack([remove_sentence_marks(layer, found["mask"]) for layer in found["activations"]], 1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``ctxfast finetune``: classes of texts and pairs, tags of words, answers in a text; a module a task."""
+"""``ctxfast finetune``: classes of texts and pairs, tags of words, answers, coreference; a module a task."""
 
 from .command import add
 

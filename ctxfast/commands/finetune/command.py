@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``ctxfast finetune``: classes of texts and pairs, tags of words, answers in a text."""
+"""``ctxfast finetune``: classes of texts and pairs, tags of words, answers in a text, coreference."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from typing import Any
 
 from .. import loop_options, progress
 from .classify import ClassifyCommand, PairCommand
+from .coref import CorefCommand
 from .span import SpanCommand
 from .tag import TagCommand
 from .task import TaskCommand
 
-TASKS: tuple[TaskCommand, ...] = (ClassifyCommand(), PairCommand(), TagCommand(), SpanCommand())
+TASKS: tuple[TaskCommand, ...] = (ClassifyCommand(), PairCommand(), TagCommand(), SpanCommand(), CorefCommand())
 
 _HELP = """\
 Fine-tune a BERT or ELMo model, or train an LSTM over its frozen layers or over words alone, and predict.
@@ -34,6 +35,9 @@ _MADE_WITH = {
     "mix_l2": "mix_l2",
     "output_mix": "output_mix",
     "head": "head",
+    "max_span": "max_span",
+    "spans_per_word": "spans_per_word",
+    "antecedents": "antecedents",
     "lstm_hidden": "hidden_size",
     "lstm_layers": "lstm_layers",
     "dropout": "dropout",
@@ -68,6 +72,8 @@ def add(commands: Any) -> None:
         _add_head(own, task)
         loop_options.add(own, learning_rate=None)
         own.set_defaults(run=partial(run, task))
+        if task.batch_size is not None:
+            own.set_defaults(batch_size=task.batch_size)
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
@@ -97,7 +103,8 @@ def _add_head(parser: argparse.ArgumentParser, task: TaskCommand) -> None:
     add = parser.add_argument
     which = "train an LSTM over frozen layers: last, second-to-last, sum4, concat4, embeddings; mix4, mix (learned)"
     add("--features", metavar="WHICH", help=which)
-    add("--head", metavar="WHICH", help=f"the model over vectors of words: lstm (default) or {task.head}")
+    if task.head:
+        add("--head", metavar="WHICH", help=f"the model over vectors of words: lstm (default) or {task.head}")
     how = "what the LSTM reads of words besides, or without -m alone: chars (character CNN), learned (word vectors), or"
     add("--words", metavar="WHICH", help=f"{how} chars,learned")
     add("--word-dim", type=int, metavar="N", help="size of learned vectors (100)")
@@ -212,7 +219,7 @@ class _FineTune:
         from ...training.tasks.build import Choice
 
         args = self.args
-        options: dict[str, Any] = {"lstm_layers": self.task.layers(args.head)}
+        options: dict[str, Any] = {"lstm_layers": self.task.layers(getattr(args, "head", None))}
         options |= {_MADE_WITH[name]: getattr(args, name) for name in _given(args, _MADE_WITH)}
         options |= {name: getattr(args, name) for name in _given(args, _READ_WITH)}
         options["trains_vectors"] = args.vectors is None or args.train_vectors

@@ -18,10 +18,11 @@ class TaskCommand:
         summary: what it makes, in a line.
         usage: what its files are, and commands to copy.
         suffix: of the file of predictions.
-        head: its head besides the LSTM.
+        head: its head besides the LSTM; "" for none.
         lstm_layers: layers of an LSTM over features, where none are asked for.
         other_layers: what is said where those of ``head`` are others.
         has_labels: whether there are classes that training may lack.
+        batch_size: where none is asked for; None for that of all tasks.
     """
 
     name: str
@@ -32,6 +33,7 @@ class TaskCommand:
     lstm_layers = 1
     other_layers = ""
     has_labels = True
+    batch_size: int | None = None
 
     def add(self, parser: argparse.ArgumentParser) -> None:
         """Add the task's own arguments."""

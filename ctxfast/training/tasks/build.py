@@ -23,6 +23,7 @@ from ...models.lstm_heads import OverElmo
 from ...models.token_vectors import Sources
 from .builder import Choice, TaskBuilder
 from .classify import ClassifierBuilder
+from .coref import CoreferenceBuilder
 from .features import FEATURES, FrozenLayers, WordInputs
 from .predictor import FORMAT, SETTINGS_FILE, Predictor
 from .span import SpanFinderBuilder
@@ -35,6 +36,7 @@ BUILDERS: dict[str, TaskBuilder] = {
     "pair": ClassifierBuilder(is_pair=True),
     "tag": TaggerBuilder(),
     "span": SpanFinderBuilder(),
+    "coref": CoreferenceBuilder(),
 }
 TASKS = tuple(BUILDERS)
 _FORMS = ("bert", "features", "elmo", "words")
@@ -60,6 +62,9 @@ _HEAD_OPTIONS = {
     "mix_l2": _NUMBER,
     "output_mix": _TRUTH,
     "head": _TEXT,
+    "max_span": _WHOLE,
+    "spans_per_word": _NUMBER,
+    "antecedents": _WHOLE,
     "hidden_size": _WHOLE,
     "lstm_layers": _WHOLE,
     "dropout": _NUMBER,
@@ -81,9 +86,9 @@ def build(
     """A predictor around a pretrained model, or around words by themselves, with a new head from torch's generator.
 
     Args:
-        task: "classify", "pair", "tag" or "span".
+        task: "classify", "pair", "tag", "span" or "coref".
         model: BERT or ELMo, as ``Embedder`` takes it; None for a head over ``choice.words`` alone.
-        labels: names of classes or tags; () for "span", and for numbers in "classify" and "pair".
+        labels: names of classes or tags; () for "span" and "coref", and for numbers in "classify" and "pair".
         choice: how.
         table: the words of the head's table, where ``choice.words`` has "learned": ``word_table`` makes it of examples.
         device: of the model.
@@ -333,7 +338,7 @@ def _check_head_size(file: Path, choice: Choice) -> None:
         shapes = {tuple(stored.get_slice(name).get_shape()) for name in names}
         largest = max(max(stored.get_slice(name).get_shape(), default=0) for name in all_names)
     size, layers = choice.hidden_size, choice.lstm_layers
-    if choice.head != "lstm":
+    if not names:  # of a head with LSTMs of other names; its tensors are held against the file one by one
         if size > largest or layers > len(all_names):
             raise ValueError(
                 f"{_WHO}: {file} has {len(all_names)} tensors of at most {largest} rows; expected {layers} layers of "

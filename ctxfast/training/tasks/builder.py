@@ -35,6 +35,7 @@ class Choice:
         output_mix: see ``Sources``.
         hidden_size, lstm_layers, dropout: of the head.
         crf: whether tags are scored together (with ``features``, or ELMo).
+        max_span, spans_per_word, antecedents: see ``CoreferenceResolver``.
         max_length: tokens of a text or window; None for the task's default.
         predicate: see ``BertTagger``; with ``features`` or ELMo anything but "none" is a learned mark.
         is_spans: whether tags are BIO spans.
@@ -56,6 +57,9 @@ class Choice:
     lstm_layers: int = 2
     dropout: float = 0.3
     crf: bool = False
+    max_span: int = 10
+    spans_per_word: float = 0.4
+    antecedents: int = 50
     max_length: int | None = None
     predicate: str = "none"
     is_spans: bool = True
@@ -66,11 +70,23 @@ class Choice:
     null_threshold: float | None = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("word_dim", "hidden_size", "lstm_layers", "doc_stride", "max_query", "max_answer", "n_best"):
+        for name in (
+            "word_dim",
+            "hidden_size",
+            "lstm_layers",
+            "doc_stride",
+            "max_query",
+            "max_answer",
+            "n_best",
+            "max_span",
+            "antecedents",
+        ):
             if not getattr(self, name) >= 1:
                 raise ValueError(f"ctxfast.finetune: {name} is {getattr(self, name)}; expected 1 or more.")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"ctxfast.finetune: dropout is {self.dropout}; expected a probability, 0 <= p < 1.")
+        if not 0 < self.spans_per_word < math.inf:
+            raise ValueError(f"ctxfast.finetune: spans_per_word is {self.spans_per_word}; expected a number above 0.")
         if not 0 <= self.mix_l2 < math.inf:
             raise ValueError(f"ctxfast.finetune: mix_l2 is {self.mix_l2}; expected a factor, 0 or more.")
         if self.words and (set(self.kinds_of_words) - {"chars", "learned"}):

@@ -33,12 +33,13 @@ class Predictor(ABC):
     """A model and what it needs to read examples, to predict and to be stored.
 
     Attributes:
-        task: "classify", "pair", "tag" or "span".
-        form: "bert" (all layers trained), "features" (frozen encoder) or "elmo" (trained with its head).
+        task: "classify", "pair", "tag", "span" or "coref".
+        form: "bert" (all layers trained), "features" (frozen encoder), "elmo" (trained with its head) or "words".
         model: what is trained.
         labels: names of the classes, by number; () where there are none.
         is_spans: whether labels are tags of spans.
         options: plain values that reading examples depends on; stored with the model.
+        predict_batch: items of a batch without gradients.
     """
 
     task: str
@@ -47,6 +48,7 @@ class Predictor(ABC):
     labels: tuple[str, ...] = ()
     is_spans = False
     options: dict[str, Any]
+    predict_batch = _PREDICT_BATCH
 
     @functools.cached_property
     def lost(self) -> collections.Counter[str]:
@@ -114,8 +116,8 @@ class Predictor(ABC):
         self.model.eval()
         try:
             order = sorted(range(len(items)), key=lambda index: items[index].length)
-            for start in range(0, len(order), _PREDICT_BATCH):
-                chosen = [items[index] for index in order[start : start + _PREDICT_BATCH]]
+            for start in range(0, len(order), self.predict_batch):
+                chosen = [items[index] for index in order[start : start + self.predict_batch]]
                 batch = self.collate(chosen)
                 batch.pop("labels", None)
                 yield chosen, self.model(**moved(batch, device))
