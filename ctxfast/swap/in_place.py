@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import nn
 from .. import functional
 from .._core import choice, registry
 from ..nn.transformer import TransformerLayer
-from . import allennlp, identity, padding_readers, transformers, unknown_encoders
+from . import allennlp, identity, padding_readers, torch_encoder, transformers, unknown_encoders
 from .torch_modules import LSTM, LayerNorm
 
 # In the __dict__ of a swapped module: its own class.
@@ -140,6 +141,15 @@ _TABLE: dict[str, _Entry] = {
         lambda kind: LayerNorm, lambda module, impl: None, ("add_layer_norm",), on_request=True
     ),
     **{name: _encoder(name) for name in transformers.ENCODERS},
+    **{
+        name: _Entry(
+            torch_encoder.swapped_class,
+            partial(torch_encoder.objection, why_not),
+            TransformerLayer.ops,
+            narrow=partial(torch_encoder.narrow_objection, why_not),
+        )
+        for name in torch_encoder.SWAPPED
+    },
     # AllenNLP's by their name alone, see there.
     **{
         name: _Entry(
@@ -186,8 +196,8 @@ class SwapReport:
 
 
 _NOTHING = (
-    "nothing to swap: no module is a torch.nn.LSTM, an encoder of Transformers or a part of AllenNLP's ELMo that "
-    "ctxfast knows and can run faster."
+    "nothing to swap: no module is a torch.nn.LSTM or TransformerEncoder, an encoder of Transformers or a part of "
+    "AllenNLP's ELMo that ctxfast knows and can run faster."
 )
 
 
@@ -297,7 +307,8 @@ def swap_in(
     padding: str | None = None,
     weight_dtype: torch.dtype | str | None = None,
 ) -> SwapReport:
-    """Make a model faster in place: its ``torch.nn.LSTM``, encoders of Hugging Face's BERT family, AllenNLP's ELMo.
+    """Make a model faster in place: its ``torch.nn.LSTM`` and ``TransformerEncoder``, encoders of Hugging Face's BERT
+    family, AllenNLP's ELMo.
 
     Parameters stay the very same objects under the same names, state_dict, hooks, device, dtype, mode and tied
     weights included; training, autocast, gradient checkpointing, copies and pickles go on. ``restore`` undoes it.
@@ -360,6 +371,7 @@ def swap_in(
     notes: list[tuple[str, str]] = []
     dtypes: list[tuple[nn.Module, torch.dtype | None]] = []
     inside: set[nn.Module] = set()  # of encoders: what stands there is said of the encoder
+    ours: set[nn.Module] = set()  # layers that a swapped encoder of torch's runs
 
     def hold(module: nn.Module, name: str) -> torch.dtype | None | str:
         """What a module's products are held in from now on; a sentence where it cannot be what was asked for."""
@@ -369,11 +381,14 @@ def swap_in(
         return function(module, impl, narrow) or narrow
 
     def read(path: str, module: nn.Module) -> None:
-        note = transformers.kind_of(module).note
+        is_torchs = isinstance(module, (nn.TransformerEncoder, nn.TransformerEncoderLayer))
+        note = None if is_torchs else transformers.kind_of(module).note
         if note is not None:
             notes.append((path, note))
         reader = padding_readers.Reader(_above(model, module), padding)
         readers.append((module, reader))
+        if is_torchs and reader.is_near_miss:
+            reader.note = torch_encoder.MAY_READ
         if reader.note is not None:
             (misses if reader.is_near_miss else notes).append((path, reader.note))
         notes.extend((path, sentence) for sentence in reader.sometimes)
@@ -395,12 +410,15 @@ def swap_in(
                 held = None
             dtypes.append((module, held))
             swapped.append((path, before.__name__, _shown(kind, held)))
-            if isinstance(module, transformers.PackedEncoder):
+            if isinstance(module, transformers.PackedEncoder) or _full_name(before) in torch_encoder.SWAPPED:
                 read(path, module)
+                ours.update(torch_encoder.layers_in(module))
             continue
         name = next((_full_name(each) for each in kind.__mro__ if _full_name(each) in wanted), None)
         if name is None and allennlp.is_known(kind) and kind.__name__ in wanted:
             name = kind.__name__
+        if module in ours:
+            continue
         if name is None:
             if only is None and layers:
                 misses.append((path, unknown_encoders.reason(module, layers)))
@@ -416,8 +434,9 @@ def swap_in(
         plan.append((module, replacement))
         dtypes.append((module, held))
         swapped.append((path, kind.__name__, _shown(replacement, held)))
-        if name in transformers.ENCODERS:
+        if name in transformers.ENCODERS or name in torch_encoder.SWAPPED:
             read(path, module)
+            ours.update(torch_encoder.layers_in(module))
     if strict and not swapped:
         raise ValueError(f"ctxfast.swap_in: {SwapReport((), tuple(misses))}")
     if narrow is not None and not any(held for _, held in dtypes):
