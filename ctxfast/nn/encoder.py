@@ -19,6 +19,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import functional
@@ -28,24 +29,30 @@ from . import tools
 from .all_rows import AllRows
 from .graphs import PackedGraphs
 
-_OPS = ("add_layer_norm", "attention", "feed_forward", "linear_act")
+_OPS = ("add_layer_norm", "add_norm", "attention", "feed_forward", "linear_act")
 
 Layer = Callable[..., Tensor]  # (x, cu_seqlens, max_seqlen, rows, or with a relative bias that too) -> x
 Weight = Callable[[Tensor], Tensor] | Tensor
 Tensors = tuple[
-    Weight, "Tensor | None", Weight, "Tensor | None", Tensor, Tensor,
-    Weight, "Tensor | None", Weight, "Tensor | None", Tensor, Tensor,
+    Weight, "Tensor | None", Weight, "Tensor | None", "Tensor | None", "Tensor | None",
+    Weight, "Tensor | None", Weight, "Tensor | None", "Tensor | None", "Tensor | None",
 ]  # fmt: skip
 
 
 class LayerOptions(NamedTuple):
-    """What a post-LN layer computes with besides its weights.
+    """What a layer computes with besides its weights. All but the first six are as in BERT's layer by default, and what
+    differs from that runs op by op.
 
     Attributes:
         num_heads, activation, weight_dtype: as in ``functional.transformer_layers``.
-        eps: of both LayerNorms.
+        eps: of both norms.
         dropout_p: probabilities of dropping an attention weight, and an element before each residual.
         by_ops: whether one call cannot compute it because a module replaces a product (an adapter, say).
+        is_pre_norm: whether norms stand before attention and feed-forward block, and what these give is added to the
+            residual stream as it is; else each norm stands after such a sum.
+        norm: of both norms, as in ``functional.add_norm``.
+        is_gated: whether the feed-forward block is, as in ``functional.feed_forward``.
+        num_kv_heads, window, softmax_scale: as in ``functional.attention``.
     """
 
     num_heads: int
@@ -54,20 +61,36 @@ class LayerOptions(NamedTuple):
     weight_dtype: torch.dtype | None = None
     dropout_p: tuple[float, float, float] = (0.0, 0.0, 0.0)
     by_ops: bool = False
+    is_pre_norm: bool = False
+    norm: str = "layer"
+    is_gated: bool = False
+    num_kv_heads: int | None = None
+    window: int | None = None
+    softmax_scale: float | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it has nothing that BERT's layers have not."""
+        return self[6:] == _PLAIN
+
+
+_PLAIN = LayerOptions(1, "none", (1.0, 1.0))[6:]
 
 
 class LayerWeights(NamedTuple):
-    """What a post-LN layer computes with.
+    """What a layer computes with.
 
     Attributes:
-        tensors: weight and bias of qkv, project, the attention's LayerNorm, widen, narrow and the output's LayerNorm,
+        tensors: weight and bias of qkv, project, the attention's norm, widen, narrow and the feed-forward block's norm,
             as ``functional.transformer_layers`` takes them. A module that replaces a product stands in place of its
-            weight, and adds its own bias.
+            weight, and adds its own bias. A pre-norm layer may have no norm before its attention (None).
         options: the rest.
+        rotary: as in ``functional.attention``.
     """
 
     tensors: Tensors
     options: LayerOptions
+    rotary: Tensor | None = None
 
 
 def encode(
@@ -161,7 +184,11 @@ def _one_calls_kind(layer: LayerWeights) -> tuple[LayerOptions, int] | None:
     """What layers must share to be computed by one call: options and the feed-forward block's width; None for a layer
     that cannot be."""
     options = layer.options
-    if options.by_ops or options.eps[0] != options.eps[1]:
+    if options.by_ops or options.eps[0] != options.eps[1] or not options.is_plain:
+        return None
+    if layer.rotary is not None:
+        return None
+    if layer.tensors[5] is None or layer.tensors[11] is None:  # LayerNorms without bias
         return None
     qkv: Any = layer.tensors[0]  # a tensor, and the next too: no module replaces a product
     widen: Any = layer.tensors[6]
@@ -204,14 +231,30 @@ def _one_by_one(
     relative_bias: Tensor | None = None,
 ) -> list[Tensor]:
     """The output of each layer, or of the last alone."""
-    states, places = [], () if relative_bias is None else (relative_bias,)
+    states: list[Tensor] = []
+    rest: _Rest | None = None
+    places = () if relative_bias is None else (relative_bias,)
     for layer in layers:
+        is_pre_norm = recompute is None and isinstance(layer, LayerWeights) and layer.options.is_pre_norm
+        if rest is not None:
+            x, normed = _entered(layer, x, rest) if is_pre_norm else (_added(x, rest), None)
+            rest = None
+            if all_layers:
+                states.append(x)
+        else:
+            normed = _entered(layer, x, None)[1] if is_pre_norm else None
+        if is_pre_norm:
+            x, rest = _pre_norm(layer, x, normed, cu_seqlens, max_seqlen, rows, relative_bias)
+            continue
         step: Layer = partial(by_ops, layer) if isinstance(layer, LayerWeights) else layer
         if recompute is not None:
             step = partial(recompute, choice.with_choice(step))
         x = step(x, cu_seqlens, max_seqlen, rows, *places)
         if all_layers:
             states.append(x)
+    if rest is not None:
+        x = _added(x, rest)
+        states.append(x)
     return states if all_layers else [x]
 
 
@@ -224,19 +267,85 @@ def by_ops(
     relative_bias: Tensor | None = None,
 ) -> Tensor:
     """A layer as calls of its ops, (T, N) -> (T, N). With ``rows``, x holds every row of a padded batch."""
+    if layer.options.is_pre_norm:
+        return _added(*_pre_norm(layer, *_entered(layer, x, None), cu_seqlens, max_seqlen, rows, relative_bias))
     (
-        qkv, qkv_bias, project, project_bias, scale, shift,
-        widen, widen_bias, narrow, narrow_bias, last_scale, last_shift,
+        _, _, project, project_bias, scale, shift, _, _, _, narrow_bias, last_scale, last_shift,
     ) = layer.tensors  # fmt: skip
-    heads, activation, (eps, last_eps), dtype, (attention_p, dropout_p, last_p), _ = layer.options
-    context = self_attention(
-        x, qkv, qkv_bias, heads, cu_seqlens, max_seqlen, rows, dropout_p=attention_p, weight_dtype=dtype,
-        relative_bias=relative_bias,
+    options, (eps, last_eps), (_, dropout_p, last_p) = layer.options, layer.options.eps, layer.options.dropout_p
+    context = _attended(layer, x, cu_seqlens, max_seqlen, rows, relative_bias)
+    projected = _product(context, project, weight_dtype=options.weight_dtype)
+    x = _normed_sum(projected, x, scale, shift, project_bias, options.norm, eps, dropout_p)
+    narrowed = _feed_forward(layer, x)
+    return _normed_sum(narrowed, x, last_scale, last_shift, narrow_bias, options.norm, last_eps, last_p)
+
+
+class _Rest(NamedTuple):
+    """What a pre-norm layer adds to the residual stream at its end: the next layer's norm is taken in the same pass."""
+
+    x: Tensor
+    bias: Tensor | None
+    dropout_p: float
+
+
+def _added(x: Tensor, rest: _Rest) -> Tensor:
+    """The residual stream after a layer."""
+    given = rest.x if rest.bias is None else rest.x + rest.bias
+    return x + F.dropout(given, rest.dropout_p, training=rest.dropout_p > 0)
+
+
+def _entered(layer: LayerWeights, x: Tensor, rest: _Rest | None) -> tuple[Tensor, Tensor]:
+    """The residual stream before a pre-norm layer, and what its attention is given."""
+    scale, shift = layer.tensors[4:6]
+    if scale is None:  # there is no norm before its attention
+        x = x if rest is None else _added(x, rest)
+        return x, x
+    options = dict(norm=layer.options.norm, eps=layer.options.eps[0])
+    if rest is None:
+        return x, functional.add_norm(x, None, scale, shift, **options)[1]
+    return functional.add_norm(rest.x, x, scale, shift, rest.bias, dropout_p=rest.dropout_p, **options)
+
+
+def _pre_norm(
+    layer: LayerWeights, x: Tensor, normed: Tensor, cu_seqlens: Tensor, max_seqlen: int, rows: AllRows | None,
+    relative_bias: Tensor | None,
+) -> tuple[Tensor, _Rest]:  # fmt: skip
+    """The residual stream after a pre-norm layer's attention, (T, N), and what is added to it after that."""
+    _, _, project, project_bias, *_, narrow_bias, scale, shift = layer.tensors
+    options, (_, dropout_p, last_p) = layer.options, layer.options.dropout_p
+    context = _attended(layer, normed, cu_seqlens, max_seqlen, rows, relative_bias)
+    projected = _product(context, project, weight_dtype=options.weight_dtype)
+    x, normed = functional.add_norm(
+        projected, x, scale, shift, project_bias, norm=options.norm, eps=options.eps[1], dropout_p=dropout_p
+    )
+    return x, _Rest(_feed_forward(layer, normed), narrow_bias, last_p)
+
+
+def _normed_sum(
+    x: Tensor, residual: Tensor, scale: Tensor, shift: Tensor | None, x_bias: Tensor | None, norm: str, eps: float,
+    dropout_p: float,
+) -> Tensor:  # fmt: skip
+    """The norm of ``residual + dropout(x + x_bias)``."""
+    if norm == "layer" and shift is not None:
+        return functional.add_layer_norm(x, residual, scale, shift, x_bias, eps=eps, dropout_p=dropout_p)
+    return functional.add_norm(x, residual, scale, shift, x_bias, norm=norm, eps=eps, dropout_p=dropout_p)[1]
+
+
+def _attended(
+    layer: LayerWeights, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, rows: AllRows | None,
+    relative_bias: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """The layer's attention, (T, N) -> (T, N)."""
+    qkv, qkv_bias, *_ = layer.tensors
+    options = layer.options
+    places: dict[str, Any] = dict(
+        relative_bias=relative_bias, window=options.window, rotary=layer.rotary,
+        num_kv_heads=options.num_kv_heads, softmax_scale=options.softmax_scale,
     )  # fmt: skip
-    projected = _product(context, project, weight_dtype=dtype)
-    x = functional.add_layer_norm(projected, x, scale, shift, project_bias, eps=eps, dropout_p=dropout_p)
-    narrowed = _feed_forward(x, widen, widen_bias, narrow, activation, dtype)
-    return functional.add_layer_norm(narrowed, x, last_scale, last_shift, narrow_bias, eps=last_eps, dropout_p=last_p)
+    return self_attention(
+        x, qkv, qkv_bias, options.num_heads, cu_seqlens, max_seqlen, rows, dropout_p=options.dropout_p[0],
+        weight_dtype=options.weight_dtype, **{name: each for name, each in places.items() if each is not None},
+    )  # fmt: skip
 
 
 def self_attention(
@@ -250,28 +359,37 @@ def self_attention(
     *,
     dropout_p: float,
     weight_dtype: torch.dtype | None,
-    relative_bias: Tensor | None = None,
     impl: str | None = None,
+    **places: Any,
 ) -> Tensor:
     """One product for query, key and value, then attention, (T, N) -> (T, N), heads side by side. ``impl``: of
-    attention."""
-    heads = (3, num_heads, -1)
+    attention; ``places``: what else it takes, which is not with ``rows``."""
+    kv_heads = places.get("num_kv_heads")
+    heads = (3, num_heads, -1) if kv_heads is None else (num_heads + 2 * kv_heads, -1)
     # The product's epilogue adds the bias for nothing, and rounds once.
     qkv = _product(x, weight, bias, weight_dtype=weight_dtype).unflatten(-1, heads)
     if rows is not None:
+        if places:
+            raise ValueError(
+                f"attention over every row of a padded batch takes no {', '.join(places)}: pack the batch."
+            )
         return rows.attend(qkv, blank_is_zero=True, dropout_p=dropout_p, impl=impl).flatten(1)
-    return functional.attention(
-        qkv, cu_seqlens, max_seqlen, dropout_p=dropout_p, relative_bias=relative_bias, impl=impl
-    ).flatten(1)
+    return functional.attention(qkv, cu_seqlens, max_seqlen, dropout_p=dropout_p, impl=impl, **places).flatten(1)
 
 
-def _feed_forward(
-    x: Tensor, widen: Weight, bias: Tensor | None, narrow: Weight, activation: str, dtype: torch.dtype | None
-) -> Tensor:
+def _feed_forward(layer: LayerWeights, x: Tensor) -> Tensor:
     """(T, N) -> (T, N), without the second bias."""
+    widen, bias, narrow = layer.tensors[6:9]
+    options = layer.options
+    activation, dtype = options.activation, options.weight_dtype
     if isinstance(widen, Tensor) and isinstance(narrow, Tensor):
-        return functional.feed_forward(x, widen, bias, narrow, activation=activation, weight_dtype=dtype)
-    return _product(_product(x, widen, bias, activation, weight_dtype=dtype), narrow, weight_dtype=dtype)
+        more = dict(gated=True) if options.is_gated else {}
+        return functional.feed_forward(x, widen, bias, narrow, activation=activation, weight_dtype=dtype, **more)
+    if options.is_gated:
+        wide = tools.gated(_product(x, widen, bias, weight_dtype=dtype), activation)
+    else:
+        wide = _product(x, widen, bias, activation, weight_dtype=dtype)
+    return _product(wide, narrow, weight_dtype=dtype)
 
 
 def _product(x: Tensor, weight: Weight, bias: Tensor | None = None, activation: str = "none", **options: Any) -> Tensor:

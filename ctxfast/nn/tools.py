@@ -69,7 +69,13 @@ def activated(y: Tensor, activation: str) -> Tensor:
     """An activation of ``functional.linear_act`` in torch's own operations."""
     if activation in ("gelu", "gelu_tanh"):
         return F.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none")
-    return {"none": lambda y: y, "relu": torch.relu, "tanh": torch.tanh}[activation](y)
+    return {"none": lambda y: y, "relu": torch.relu, "tanh": torch.tanh, "silu": F.silu}[activation](y)
+
+
+def gated(y: Tensor, activation: str) -> Tensor:
+    """The activation of the first half of the last dimension times the second half."""
+    a, b = y.chunk(2, dim=-1)
+    return activated(a, activation) * b
 
 
 class NotScriptable(nn.Module):
