@@ -338,13 +338,10 @@ def _attended(
     """The layer's attention, (T, N) -> (T, N)."""
     qkv, qkv_bias, *_ = layer.tensors
     options = layer.options
-    places: dict[str, Any] = dict(
-        relative_bias=relative_bias, window=options.window, rotary=layer.rotary,
-        num_kv_heads=options.num_kv_heads, softmax_scale=options.softmax_scale,
-    )  # fmt: skip
     return self_attention(
         x, qkv, qkv_bias, options.num_heads, cu_seqlens, max_seqlen, rows, dropout_p=options.dropout_p[0],
-        weight_dtype=options.weight_dtype, **{name: each for name, each in places.items() if each is not None},
+        weight_dtype=options.weight_dtype, relative_bias=relative_bias, window=options.window, rotary=layer.rotary,
+        num_kv_heads=options.num_kv_heads, softmax_scale=options.softmax_scale,
     )  # fmt: skip
 
 
@@ -364,6 +361,7 @@ def self_attention(
 ) -> Tensor:
     """One product for query, key and value, then attention, (T, N) -> (T, N), heads side by side. ``impl``: of
     attention; ``places``: what else it takes, which is not with ``rows``."""
+    places = {name: each for name, each in places.items() if each is not None}
     kv_heads = places.get("num_kv_heads")
     heads = (3, num_heads, -1) if kv_heads is None else (num_heads + 2 * kv_heads, -1)
     # The product's epilogue adds the bias for nothing, and rounds once.

@@ -84,7 +84,7 @@ def is_stock(kind: type, package: str, module: str, name: str) -> bool:
 # What torch's own layers compute with. People replace these to change every model at once (attention above all).
 _TORCH = {
     name: getattr(F, name)
-    for name in ("linear", "layer_norm", "gelu", "relu", "dropout", "softmax", "scaled_dot_product_attention")
+    for name in ("linear", "layer_norm", "gelu", "relu", "silu", "dropout", "softmax", "scaled_dot_product_attention")
 }
 
 

@@ -89,7 +89,7 @@ def _encoder_narrow(module: nn.Module, impl: str | None, weight_dtype: torch.dty
             f"weight_dtype is {weight_dtype}; expected torch.int8 for an encoder. Convert the model, "
             f"model.to({weight_dtype}), and its products are computed in that."
         )
-    weight = transformers.parts_of(module).query.weight
+    weight = transformers.parts_of(module).qkv[0].weight
     return why_not("linear_act", impl, x=weight.new_zeros(1, weight.shape[1]), weight=weight, weight_dtype=weight_dtype)
 
 
@@ -98,12 +98,19 @@ def _encoder_objection(module: nn.Module, impl: str | None) -> str | None:
     if objection is not None:
         return objection
     parts = transformers.parts_of(module)
-    weight = parts.query.weight
+    weight = parts.project.weight
     if any(tensor.is_meta for tensor in module.parameters()):
         return "its parameters are on the meta device; load them first."
-    qkv = weight.new_zeros(1, 3, parts.heads, weight.shape[0] // parts.heads)
+    size, kv_heads = weight.shape[1] // parts.heads, parts.kv_heads
+    kv_heads = None if kv_heads == parts.heads else kv_heads
+    rows = (3, parts.heads) if kv_heads is None else (parts.heads + 2 * kv_heads,)
     offsets = torch.tensor([0, 1], dtype=torch.int32, device=weight.device)
-    reason = why_not("attention", impl, qkv=qkv, cu_seqlens=offsets, max_seqlen=1)
+    rotary = None if parts.rotary is None else torch.zeros(1, 2, size // 2, device=weight.device)
+    windows = transformers.windows_of(module)
+    reason = why_not(
+        "attention", impl, qkv=weight.new_zeros(1, *rows, size), cu_seqlens=offsets, max_seqlen=1,
+        window=next(iter(windows), None), rotary=rotary, num_kv_heads=kv_heads,
+    )  # fmt: skip
     return transformers.difference(module, impl) if reason is None else reason
 
 

@@ -64,7 +64,8 @@ _OTHER_HEADS = {"RoCBertForPreTraining": "unknown", "SplinterForPreTraining": "a
 _MODELS = (
     "bert", "roberta", "xlm_roberta", "camembert", "electra", "ernie", "distilbert", "albert", "align", "altclip",
     "bert_generation", "chinese_clip", "clap", "layoutlm", "luke", "markuplm", "mpnet", "rembert", "roc_bert",
-    "splinter", "tapas", "visual_bert",
+    "splinter", "tapas", "visual_bert", "modernbert", "nomic_bert", "gte", "jina_embeddings_v3", "eurobert",
+    "roberta_prelayernorm", "xlm_roberta_xl", "megatron_bert",
 )  # fmt: skip
 _MODELINGS = (
     *(f"transformers.models.{model}.modeling_{model}" for model in _MODELS),

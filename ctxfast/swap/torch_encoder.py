@@ -24,8 +24,8 @@ from ..packing import Packing
 from . import identity, padding_readers
 from .masks import kept_keys
 from .transformers import _is_dense as is_dense
-from .transformers_kinds import rate
 from .transformers_layers import activation_of
+from .transformers_parts import rate
 
 _PLACE = "torch.nn.modules.transformer"
 _FORWARDS = {kind: kind.forward for kind in (nn.TransformerEncoder, nn.TransformerEncoderLayer)}

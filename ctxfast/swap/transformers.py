@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from importlib import import_module
@@ -23,12 +23,14 @@ from torch import Tensor, nn
 from .._core import capability, choice, transfer
 from ..nn import encoder, relative
 from ..nn.graphs import PackedGraphs
+from ..nn.watched import is_watched
 from ..ops.shared.weight_cache import forget_packed
 from ..packing import Packing
-from . import attention_interface, flattened, identity, padding_readers, transformers_layers
+from . import attention_interface, flattened, identity, padding_readers, transformers_layers, transformers_models
 from .masks import kept_keys
-from .transformers_kinds import ENCODERS, Kind, Parts
-from .transformers_layers import Layer, Layers
+from .transformers_kinds import ENCODERS
+from .transformers_layers import Layer, Layers, Rotary
+from .transformers_parts import Kind, Parts, Stack
 
 # Major version of Transformers that tests run with.
 _TESTED = 5
@@ -56,7 +58,7 @@ def objection(encoder: nn.Module) -> str | None:
     if major > _TESTED:
         _warn_of(version)
     kind = _kind(type(encoder))
-    reason = identity.why_not_stock(type(encoder), "transformers")
+    reason = identity.why_not_stock(type(encoder), "transformers", ("forward", "__call__") if kind.is_model else None)
     if reason is not None:
         return reason
     stack = kind.stack(encoder)
@@ -91,6 +93,15 @@ def parts_of(encoder: nn.Module) -> Parts:
     return kind.parts(stack.layers[0])
 
 
+def windows_of(encoder: nn.Module) -> set[int]:
+    """The windows of its layers' attention."""
+    kind = kind_of(encoder)
+    stack = kind.stack(encoder)
+    assert not isinstance(stack, str)
+    found = {kind.parts(layer).window for layer in stack.layers}
+    return {window for window in found if window is not None}
+
+
 # How far results on a small input may lie apart, relative to the largest, where only the order of sums differs.
 _BOUNDS = {torch.float32: 2e-4, torch.float16: 3e-2, torch.bfloat16: 2e-1}
 
@@ -107,13 +118,15 @@ def difference(encoder: nn.Module, impl: str | None) -> str | None:
     layers = [None] if isinstance(stack, str) else Layers().examined(stack, kind)
     if isinstance(stack, str) or layers[0] is None or None in layers or torch.nn.modules.module._has_any_global_hook():
         return None
+    if kind.is_model and any(is_watched(part) for part in encoder.modules() if part is not encoder):
+        return None
     parts = layers[0].parts
-    weight, function = parts.query.weight, transformers_layers.attention_function(parts.attention, kind)
+    weight, function = parts.qkv[0].weight, transformers_layers.attention_function(parts.attention, kind)
     width = weight.shape[1] if stack.entry is None else stack.entry.weight.shape[1]
     real = torch.tensor([[True] * 5, [True] * 3 + [False] * 2], device=weight.device)
     mask: Tensor | None = torch.zeros(2, 1, 1, 5, dtype=weight.dtype, device=weight.device)
     mask = mask.masked_fill(~real[:, None, None], torch.finfo(weight.dtype).min)
-    if function.__name__ == "flash_attention_forward":
+    if function.__name__ == "flash_attention_forward" or kind.is_model:
         mask = real.long()
     elif function.__name__ == "flex_attention_forward":
         mask, real = None, torch.ones_like(real)
@@ -147,12 +160,16 @@ def _run(
     all_layers: bool = False,
     recompute: Callable[..., Tensor] | None = None,
     buckets: nn.Module | None = None,
+    rotary: Rotary | None = None,
 ) -> list[Tensor]:
     """``nn.encoder.run`` over layers that were examined."""
     table = None if buckets is None else relative.relative_bias(buckets.weight)
     with nullcontext() if impl is None else choice.use_impl(impl):
         # One at a time: where query, key and value are joined anew, all layers' would be there at once.
-        described = layers if recompute is not None else (layer.weights() for layer in layers)
+        if recompute is not None:
+            described: Iterable[Any] = layers if rotary is None else [partial(each, rotary=rotary) for each in layers]
+        else:
+            described = (layer.weights(rotary) for layer in layers)
         return encoder.run(
             described, x, cu_seqlens, max_seqlen, all_layers=all_layers, recompute=recompute, relative_bias=table
         )
@@ -222,84 +239,92 @@ class PackedEncoder(nn.Module):
         # Compiled, it is Hugging Face's code: where tokens are is read from a mask's values, which no graph can do.
         if torch.compiler.is_compiling():
             return super().forward(*args, **kwargs)
-        given = _given(kind._kind, args, kwargs)
+        if kind._kind.is_model:
+            given = transformers_models.given(kind._original.forward, self, args, kwargs)
+        else:
+            given = _given(kind._kind, args, kwargs)
         found = None if given is None else kind._forward_packed(self, kind, *given)
         return kind._original.forward(self, *args, **kwargs) if found is None else found
 
     # From here on nothing asks the module for its class: another thread may be restoring it.
     def _forward_packed(self, kind: type[PackedEncoder], x: Tensor, mask: Any, kwargs: dict[str, Any]) -> Any | None:
         """The result; None if this call is one for the original."""
-        own, stack = self.__dict__, kind._kind.stack(self)
+        own, stack, is_model = self.__dict__, kind._kind.stack(self), kind._kind.is_model
         impl, weight_dtype = own.get("impl"), own.get("weight_dtype")
-        texts = flattened.offsets(x, kwargs, getattr(own.get("config"), "_attn_implementation", None))
+        texts = None
+        if not is_model:
+            texts = flattened.offsets(x, kwargs, getattr(own.get("config"), "_attn_implementation", None))
         if texts is not None:
             kwargs = {name: value for name, value in kwargs.items() if name not in flattened.NAMES}
-        if isinstance(stack, str) or not kind._is_plain_call(x, mask, kwargs):
+        others = transformers_models.others(kwargs) if is_model else kwargs
+        if isinstance(stack, str) or not kind._is_plain_call(x, mask, others):
             return None
+        if is_model and transformers_models.is_asked(self, kwargs, "output_attentions"):
+            _warn_of_attentions()
+            return None
+        like = next(self.parameters()).new_empty(*x.shape[:2], 0) if is_model else x
         is_asked = texts is not None or impl is not None or weight_dtype is not None
-        packing = _packing(x, mask, is_asked, stack.buckets is not None)
+        packing = _packing(like, mask, is_asked, is_model or stack.buckets is not None)
         if packing is None or (texts is not None and not packing.is_full):
             return None
-        is_older = kind._kind.is_older
-        collects = bool(kwargs.get("output_hidden_states")) if is_older else _collected("hidden_states")
+        if is_model:
+            collects = transformers_models.is_asked(self, kwargs, "output_hidden_states")
+        else:
+            is_older = kind._kind.is_older
+            collects = bool(kwargs.get("output_hidden_states")) if is_older else _collected("hidden_states")
         if collects and not kind._kind.collects:
             return None
         if not packing.is_full:
             is_seen = collects or not all(map(transformers_layers.is_capture, own["_forward_hooks"].values()))
             if padding_readers.is_read(own.get("padding", PackedEncoder.padding), is_seen):
                 return None
-        layers = stack.layers
         known = _kept(own, "_ctxfast_layers", Layers)
+        seen_mask = None if is_model else mask  # a model makes its layers' masks itself
 
         def examined() -> list[Layer]:
             every = known.examined(stack, kind._kind)
             # A layer that is somebody's own may read padding as well.
-            if None in every or not reads_as_padding(mask, x, known.attention()):
+            if None in every or not reads_as_padding(seen_mask, x, known.attention()):
                 raise _NotOurs
             for layer in every:
+                if layer.drops_inside:
+                    raise _NotOurs
                 layer.weight_dtype = weight_dtype
             return every
-
-        def enter(tokens: Tensor) -> Tensor:
-            return tokens if stack.entry is None else stack.entry(tokens)
-
-        def run(tokens: Sequence[Tensor], cu_seqlens: Tensor, max_seqlen: int) -> list[Tensor]:
-            every = examined()
-            return _run(every, impl, enter(*tokens), cu_seqlens, max_seqlen, buckets=stack.buckets)
 
         # A replay comes first, and is looked into while the GPU works on it: nothing but time is lost where it is one
         # that should not have been.
         def is_still() -> bool:
-            return known.are_still(stack) and reads_as_padding(mask, x, known.attention())
+            return known.are_still(stack) and reads_as_padding(seen_mask, x, known.attention())
 
-        packed, offsets, longest = packing.pack(x), packing.cu_seqlens, packing.max_seqlen
-        if texts is not None:
-            offsets = transfer.to_device(torch.tensor(texts, dtype=torch.int32), x.device)
-            longest = max(end - start for start, end in pairwise(texts))
         try:
-            if not collects and not any(map(_recompute, layers)):
+            if is_model:
+                # Before it embeds anything: a call for the original begins anew.
+                every, types = examined(), {layer.parts.rotary for layer in known.examined(stack, kind._kind)}
+
+                def layers(x: Tensor) -> Tensor:
+                    rotary = transformers_models.rotary(self, x, [each for each in types if each is not None])
+                    return _padded(x, packing, None, stack, every, impl, collects, rotary)[-1]
+
+                return transformers_models.run(self, kind._original, kwargs, layers)
+            if not collects and not any(map(_recompute, stack.layers)):
+
+                def run(tokens: Sequence[Tensor], cu_seqlens: Tensor, max_seqlen: int) -> list[Tensor]:
+                    every, (entered,) = examined(), tokens if stack.entry is None else map(stack.entry, tokens)
+                    (found,) = _run(every, impl, entered, cu_seqlens, max_seqlen, buckets=stack.buckets)
+                    return [found if stack.exit is None else stack.exit(found)]
+
                 graphs = _kept(own, "_ctxfast_graphs", _graphs) if own.get("cuda_graphs", True) else None
                 options = dict(is_still=is_still, prepare=partial(known.lay_out, stack, kind._kind))
-                (packed,) = encoder.encode(run, self, graphs, (packed,), offsets, longest, **options)
-                return kind._result(last_hidden_state=packing.unpack(packed))
-            every = examined()
+                packed = (packing.pack(x),)
+                (found,) = encoder.encode(run, self, graphs, packed, *_places(packing, texts), **options)
+                return kind._result(last_hidden_state=packing.unpack(found))
+            states = _padded(x, packing, texts, stack, examined(), impl, collects)
         except _NotOurs:
             return None
-        packed = enter(packed)
-        padded = x if stack.entry is None else packing.unpack(packed)
-        states_of_all = [padded]
-        for recompute, group in groupby(zip(layers, every), key=lambda pair: _recompute(pair[0])):
-            modules, found = zip(*group)
-            states = _run(found, impl, packed, offsets, longest, collects, recompute, stack.buckets)
-            packed = states[-1]
-            for layer, state in zip(modules, states[1:]):  # none where no states are collected
-                before, padded = padded, packing.unpack(state)
-                states_of_all.append(padded)
-                for hook in layer._forward_hooks.values():
-                    hook(layer, (before,), padded)
-        if is_older and collects:
-            return kind._result(last_hidden_state=padded, hidden_states=tuple(states_of_all))
-        return kind._result(last_hidden_state=padded if collects else packing.unpack(packed))
+        if kind._kind.is_older and collects:
+            return kind._result(last_hidden_state=states[-1], hidden_states=tuple(states))
+        return kind._result(last_hidden_state=states[-1])
 
     def __prepare_scriptable__(self) -> nn.Module:
         """What torch.jit.script compiles in its place: the original over the same parts."""
@@ -326,6 +351,45 @@ class PackedEncoder(nn.Module):
             return False
         # Somebody replaced the encoder's own forward, for all encoders of its kind.
         return cls._original.forward is _forwards[cls._kind]
+
+
+def _places(packing: Packing, texts: Sequence[int] | None) -> tuple[Tensor, int]:
+    """Offsets of packed texts, or of ``texts`` in one row, and the length of the longest."""
+    if texts is None:
+        return packing.cu_seqlens, packing.max_seqlen
+    offsets = transfer.to_device(torch.tensor(texts, dtype=torch.int32), packing.device)
+    return offsets, max(end - start for start, end in pairwise(texts))
+
+
+def _padded(
+    x: Tensor,
+    packing: Packing,
+    texts: Sequence[int] | None,
+    stack: Stack,
+    every: Sequence[Layer],
+    impl: str | None,
+    collects: bool,
+    rotary: Rotary | None = None,
+) -> list[Tensor]:
+    """What layers make of hidden states (B, L, N): with ``collects`` what each does, which hooks on it are shown, and
+    what goes into the first; the result is the last."""
+    packed, padded, places = packing.pack(x), x, _places(packing, texts)
+    if stack.entry is not None:
+        packed = stack.entry(packed)
+        padded = packing.unpack(packed)
+    states_of_all = [padded]
+    for recompute, group in groupby(zip(stack.layers, every), key=lambda pair: _recompute(pair[0])):
+        modules, found = zip(*group)
+        states = _run(found, impl, packed, *places, collects, recompute, stack.buckets, rotary)
+        packed = states[-1]
+        for layer, state in zip(modules, states[1:]):  # none where no states are collected
+            before, padded = padded, packing.unpack(state)
+            states_of_all.append(padded)
+            for hook in layer._forward_hooks.values():
+                hook(layer, (before,), padded)
+    if stack.exit is not None:
+        return [*states_of_all[:-1], packing.unpack(stack.exit(packed))]
+    return states_of_all if collects else [packing.unpack(packed)]
 
 
 def _given(kind: Kind, args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, Any, dict[str, Any]] | None:
@@ -422,6 +486,8 @@ def packed_class(full_name: str) -> type[PackedEncoder]:
             values = {"__module__": __name__, "_kind": kind, "_result": result, "_original": original}
             _forwards[kind] = original.forward
             globals()[name] = type(name, (PackedEncoder, original), values)
+            if kind.is_model:
+                transformers_models.record_as(globals()[name], original)
         return globals()[name]
 
 

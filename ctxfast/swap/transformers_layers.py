@@ -10,7 +10,7 @@ the layer itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from operator import attrgetter
 from typing import Any
@@ -25,7 +25,7 @@ from ..nn.layer_norm import LayerNorm
 from ..nn.watched import Snapshot
 from ..ops.shared.weight_cache import WeightCache
 from . import attention_interface, identity, side_by_side
-from .transformers_kinds import Kind, Parts, Stack, rate
+from .transformers_parts import Kind, Parts, Stack, rate
 
 # Classes of activations (package, module, name) -> what ctxfast.linear_act calls them.
 _ACTIVATIONS = {
@@ -35,6 +35,8 @@ _ACTIVATIONS = {
     ("torch", "torch.nn.modules.activation", "GELU"): "gelu",
     ("torch", "torch.nn.modules.activation", "ReLU"): "relu",
     ("torch", "torch.nn.modules.activation", "Tanh"): "tanh",
+    ("transformers", "transformers.activations", "SiLUActivation"): "silu",
+    ("torch", "torch.nn.modules.activation", "SiLU"): "silu",
 }
 
 
@@ -66,7 +68,9 @@ def _odd_leaf(parts: Parts) -> str | None:
         if type(linear) is not nn.Linear and not _is_adapter(linear):
             return f"a layer holds a {type(linear).__name__} where torch.nn.Linear was (an adapter, or quantised)."
     for norm in parts.norms:
-        if type(norm) not in (nn.LayerNorm, LayerNorm) or norm.weight is None or norm.bias is None or norm.eps <= 0:
+        is_layer_norm = type(norm) in (nn.LayerNorm, LayerNorm) and (norm.bias is not None or parts.is_pre_norm)
+        # An RMSNorm is among the containers, whose classes were looked at.
+        if not (is_layer_norm or parts.norm == "rms") or norm.weight is None or _eps(norm) <= 0:
             return f"a layer holds a {type(norm).__name__} where a plain torch.nn.LayerNorm was."
     for dropout in parts.dropouts:
         if type(dropout) is not nn.Dropout or dropout.p >= 1:
@@ -77,7 +81,7 @@ def _odd_leaf(parts: Parts) -> str | None:
         if not _is_adapter(module) and "weight" not in module._parameters:
             return "a weight is no parameter of its layer (pruned, normalised or parametrised)."
         for name in ("weight", "bias"):
-            tensor = getattr(module, name)
+            tensor = getattr(module, name, None)
             if tensor is not None and tensor.layout is not torch.strided:
                 return f"a {name} is a tensor of layout {tensor.layout}."
             if tensor is not None and type(tensor) not in identity.PLAIN:
@@ -85,23 +89,35 @@ def _odd_leaf(parts: Parts) -> str | None:
     return None
 
 
+def _eps(norm: Any) -> float:
+    return norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
+
+
 def _odd_sizes(parts: Parts) -> str | None:
-    biases = [linear.bias is None for linear in (parts.query, parts.key, parts.value)]
-    if any(biases) and not all(biases):
-        return "only some of query, key and value have a bias."
-    first = parts.query.weight
+    for linears in (parts.qkv, parts.widen):
+        if len({linear.bias is None for linear in linears}) > 1:
+            what = "query, key and value" if linears is parts.qkv else "the two halves of a gated block"
+            return f"only some of {what} have a bias."
+    first = parts.qkv[0].weight
     for module in (*parts.linears, *parts.norms):
         if module.weight.dtype != first.dtype or module.weight.device != first.device:
             return "the parameters of a layer differ in dtype or device."
-    own, (inner, width) = parts.attention, first.shape
-    wide = parts.widen.weight.shape[0]
-    shapes = [(inner, width)] * 3 + [(width, inner), (wide, width), (width, wide)]
-    if [tuple(linear.weight.shape) for linear in parts.linears] != shapes:
+    own, (inner, width) = parts.attention, parts.project.weight.shape[::-1]
+    heads, kv_heads, wide = parts.heads, parts.kv_heads or parts.heads, parts.narrow.weight.shape[1]
+    if not isinstance(heads, int) or heads < 1 or not isinstance(kv_heads, int) or kv_heads < 1 or heads % kv_heads:
+        return f"{heads} heads of queries and {kv_heads} of keys do not fit each other."
+    rows = [inner, *[inner // heads * kv_heads] * 2]
+    shapes = [(each, width) for each in (rows if len(parts.qkv) == 3 else [sum(rows)])] + [(width, inner)]
+    shapes += [(wide * (2 if parts.is_gated and len(parts.widen) == 1 else 1), width)] * len(parts.widen)
+    if [tuple(linear.weight.shape) for linear in parts.linears] != [*shapes, (width, wide)]:
         return "its linear layers do not fit each other as those of one encoder layer do."
-    if any(tuple(norm.weight.shape) != (width,) or norm.normalized_shape != (width,) for norm in parts.norms):
+    if any(
+        tuple(norm.weight.shape) != (width,) or getattr(norm, "normalized_shape", (width,)) != (width,)
+        for norm in parts.norms
+    ):
         return "a LayerNorm of it does not normalise over the hidden size."
-    heads, size = parts.heads, getattr(own, "attention_head_size", None)
-    if not isinstance(heads, int) or heads < 1 or size != inner / heads:
+    size = getattr(own, "attention_head_size", getattr(own, "head_dim", None))
+    if size != inner / heads:
         return f"{heads} heads of size {size} do not make up the {inner} rows of its query."
     scaling = getattr(own, "scaling", size**-0.5)
     return None if scaling == size**-0.5 else f"it scales attention scores by {scaling}, not by {size**-0.5:.6g}."
@@ -147,7 +163,9 @@ def odd_around(stack: Stack, kind: Kind) -> str | None:
     for module in stack.between:
         if not identity.is_stock(type(module), "transformers", kind.modeling, kind.between):
             return f"its layers stand in a {type(module).__name__}, not in a {kind.between}."
-    entry = stack.entry
+    entry, exit = stack.entry, stack.exit
+    if exit is not None and type(exit) not in (nn.LayerNorm, LayerNorm):
+        return f"a {type(exit).__name__} stands after its layers where torch.nn.LayerNorm was."
     if entry is not None and type(entry) is not nn.Linear:
         return f"a {type(entry).__name__} stands before its layers where torch.nn.Linear was."
     if entry is not None and {type(each) for each in entry._parameters.values()} - _PLAIN - {type(None)}:
@@ -242,6 +260,14 @@ class Seen:
         )
 
 
+# The angles of positions (P, 2, R/2) by types of layers: see ``functional.attention``.
+Rotary = Mapping[str, Tensor]
+
+
+def _norm_tensors(norm: Any) -> tuple[Tensor | None, Tensor | None]:
+    return (None, None) if norm is None else (norm._parameters["weight"], norm._parameters.get("bias"))
+
+
 class Layer:
     """A layer that was examined. Called, it runs over packed tokens, (T, N) -> (T, N), with products as
     ``weight_dtype`` says."""
@@ -253,10 +279,13 @@ class Layer:
         self._activation = activation_of(parts.activation)
         every = {id(module): module for module in parts.every}
         own = parts.attention.__dict__
-        settings = [(own, name) for name in ("scaling", "attention_head_size", "num_attention_heads", "n_heads")]
+        names = ("scaling", "attention_head_size", "head_dim", "num_attention_heads", "n_heads", "num_key_value_groups")
+        settings = [*parts.settings, *((own, name) for name in names)]
         settings += [(own, "is_causal"), (own, "attention_dropout"), (parts.containers[0].__dict__, "is_decoder")]
         settings += [(parts.activation.__dict__, name) for name in ("act", "approximate")]
-        settings += [(norm.__dict__, name) for norm in parts.norms for name in ("eps", "normalized_shape")]
+        settings += [
+            (norm.__dict__, name) for norm in parts.norms for name in ("eps", "variance_epsilon", "normalized_shape")
+        ]
         settings += [(dropout.__dict__, "p") for dropout in parts.dropouts]
         # Functions of a class that an object may hide: feed_forward_chunk and the like.
         settings += [(part.__dict__, name) for part in parts.containers for name in _functions(type(part))]
@@ -273,51 +302,67 @@ class Layer:
         max_seqlen: int,
         rows: None = None,
         relative_bias: Tensor | None = None,
+        rotary: Rotary | None = None,
     ) -> Tensor:
-        return encoder.run([self.weights()], x, cu_seqlens, max_seqlen, relative_bias=relative_bias)[0]
+        return encoder.run([self.weights(rotary)], x, cu_seqlens, max_seqlen, relative_bias=relative_bias)[0]
 
-    def weights(self) -> encoder.LayerWeights:
-        """What the layer computes with now."""
+    @property
+    def drops_inside(self) -> bool:
+        """Whether it drops elements now where no op does."""
+        return rate(self.parts.inner_dropout) > 0
+
+    def weights(self, rotary: Rotary | None = None) -> encoder.LayerWeights:
+        """What the layer computes with now; ``rotary``: the angles of positions, by types of layers."""
         parts = self.parts
-        tensors: list[encoder.Weight | None] = [*self._qkv()]
-        for module in (parts.project, parts.attention_norm, parts.widen, parts.narrow, parts.output_norm):
-            table = module._parameters
-            tensors += (module, None) if module in self._adapters else (table["weight"], table["bias"])
+        tensors: list[encoder.Weight | None] = []
+        for linears in (parts.qkv, (parts.project,), parts.attention_norm, parts.widen, (parts.narrow,)):
+            tensors += self._joined(linears) if isinstance(linears, tuple) else _norm_tensors(linears)
+        tensors += _norm_tensors(parts.output_norm)
+        first = parts.output_norm if parts.attention_norm is None else parts.attention_norm
         options = encoder.LayerOptions(
             parts.heads,
             self._activation,
-            (parts.attention_norm.eps, parts.output_norm.eps),
+            (_eps(first), _eps(parts.output_norm)),
             self.weight_dtype,
             dropout_p=(parts.attention_p(), rate(parts.project_dropout), rate(parts.output_dropout)),
             by_ops=bool(self._adapters),
+            is_pre_norm=parts.is_pre_norm,
+            norm=parts.norm,
+            is_gated=parts.is_gated,
+            num_kv_heads=parts.kv_heads if parts.kv_heads != parts.heads else None,
+            window=parts.window,
         )
-        return encoder.LayerWeights(tuple(tensors), options)
+        angles = None if rotary is None or parts.rotary is None else rotary[parts.rotary]
+        return encoder.LayerWeights(tuple(tensors), options, rotary=angles)
 
     def lay_out(self) -> list[Tensor]:
-        """Gives query, key and value one memory; returns tensors of the memory they had."""
-        linears = (self.parts.query, self.parts.key, self.parts.value)
-        if not self._adapters.isdisjoint(linears):
-            return []
+        """Gives weights that one product reads one memory; returns tensors of the memory they had."""
         found = []
-        for name in ("weight", "bias"):
-            parts = [linear._parameters[name] for linear in linears]
-            if parts[0] is not None:
-                found += side_by_side.lay(parts)
+        for linears in (self.parts.qkv, self.parts.widen):
+            if len(linears) == 1 or not self._adapters.isdisjoint(linears):
+                continue
+            for name in ("weight", "bias"):
+                parts = [linear._parameters[name] for linear in linears]
+                if parts[0] is not None:
+                    found += side_by_side.lay(parts)
         return found
 
-    def _qkv(self) -> tuple[encoder.Weight, Tensor | None]:
-        """Weight (3N, N) and bias (3N,) of one product for query, key and value."""
-        linears = (self.parts.query, self.parts.key, self.parts.value)
+    def _joined(self, linears: tuple[nn.Linear, ...]) -> tuple[encoder.Weight, Tensor | None]:
+        """Weight and bias of one product for linear layers of the same input."""
         if not self._adapters.isdisjoint(linears):
+            if len(linears) == 1:
+                return linears[0], None
             return lambda x: torch.cat([tools.linear(x, linear) for linear in linears], dim=-1), None
         tables = [linear._parameters for linear in linears]
+        count, has_bias = len(linears), tables[0]["bias"] is not None
+        if count == 1:
+            return tables[0]["weight"], tables[0]["bias"]
         sources = [table["weight"] for table in tables]
-        has_bias = tables[0]["bias"] is not None
         if has_bias:
             sources += [table["bias"] for table in tables]
 
         def join() -> tuple[Tensor, Tensor | None]:
-            return torch.cat(sources[:3]), torch.cat(sources[3:]) if has_bias else None
+            return torch.cat(sources[:count]), torch.cat(sources[count:]) if has_bias else None
 
         is_trained = torch.is_grad_enabled() and any([source.requires_grad for source in sources])
         is_once = ("*", "reference") in choice.requested()
@@ -325,9 +370,10 @@ class Layer:
             return join()
         # On a GPU nothing tells the host, without waiting, that weights are still what they were: no copy is kept.
         if _is_on_gpu(sources[0]):
-            weight, bias = side_by_side.joined(sources[:3]), side_by_side.joined(sources[3:]) if has_bias else None
+            weight = side_by_side.joined(sources[:count])
+            bias = side_by_side.joined(sources[count:]) if has_bias else None
             return join() if weight is None or (has_bias and bias is None) else (weight, bias)
-        return _fused.get(sources, "qkv", join)
+        return _fused.get(sources, "joined", join)
 
 
 def _is_on_gpu(tensor: Tensor) -> bool:
@@ -364,7 +410,7 @@ class Layers:
             if known == stack and seen.is_still() and around.is_still():
                 return found
         self._all = None
-        outside = [*stack.between, *(each for each in (stack.entry, stack.buckets) if each is not None)]
+        outside = [*stack.between, *(each for each in (stack.entry, stack.exit, stack.buckets) if each is not None)]
         around = Snapshot(outside, (), is_capture)
         if outside and (around.is_watched() or odd_around(stack, kind) is not None):
             return [None] * len(stack.layers)

@@ -17,7 +17,6 @@ _ATTENTION = re.compile("attention|attn", re.IGNORECASE)
 _LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 _RELATIVE = "its attention scores hold terms of relative positions, which ctxfast.attention does not."
-_PRE_NORM = "its layers normalise before they compute, not after."
 _SPARSE = "its attention is over some keys only, chosen by blocks, windows or hashes."
 _DECODER = "it is a decoder: its attention looks back only, or across to an encoder."
 # Better reasons than the general one. Others are none the less named.
@@ -32,14 +31,9 @@ _REASONS = {
     "LayoutLMv2Encoder": "it adds biases by place on the page to attention scores, which ctxfast.attention does not.",
     "LayoutLMv3Encoder": "it adds biases by place on the page to attention scores, which ctxfast.attention does not.",
     "LongformerEncoder": _SPARSE,
-    "MegatronBertEncoder": _PRE_NORM,
-    "ModernBertModel": "its layers normalise before they compute, have gated feed-forward blocks, rotary positions and "
-    "windows.",
     "ReformerEncoder": _SPARSE,
     "RoFormerEncoder": "its positions are rotary, which ctxfast.attention does not compute.",
-    "RobertaPreLayerNormEncoder": _PRE_NORM,
     "T5Stack": "it adds a relative position bias to every attention score, and normalises without a mean.",
-    "XLMRobertaXLEncoder": _PRE_NORM,
     "XLNetModel": _RELATIVE,
     "XmodEncoder": "each of its layers has an adapter by language.",
 }

@@ -261,7 +261,7 @@ MISSES = {
     "scripted": (lambda: torch.jit.script(nn.Sequential(nn.Linear(2, 2))), "it is TorchScript"),
     "adapter": (lambda: _with_linear_of(_Adapted), "a layer holds a _Adapted where torch.nn.Linear was"),
     "decoder": (lambda: _model("Bert", is_decoder=True), "it is a decoder"),
-    "activation": (lambda: _model("Bert", hidden_act="silu"), "is none of ctxfast.linear_act's"),
+    "activation": (lambda: _model("Bert", hidden_act="mish"), "is none of ctxfast.linear_act's"),
     "encoder in float64": (lambda: _model("Bert").double(), "no compiled implementation of attention runs it"),
     "mpnet": (
         lambda: _model("MPNet", relative_attention_num_buckets=40),
