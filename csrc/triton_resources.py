@@ -61,11 +61,12 @@ TYPES |= {
 }
 TYPES |= {name: "i32" for name in ("rows", "programs", "threshold", "ignore_index", "grad_stride_t", "grad_stride_h")}
 TYPES |= {name: "i32" for name in ("tokens", "sequences", "heads", "blocks", "pairs")}
-TYPES |= {name: "i32" for name in ("M", "N", "K", "stride_w")}
+TYPES |= {name: "i32" for name in ("M", "N", "K", "stride_w", "most", "window", "turned")}
 TYPES |= {"cu_seqlens": "*i32"}
 # Triton is told nothing about these; other numbers and pointers are multiples of 16, as in every model.
 UNKNOWN = {"rows", "programs", "threshold", "ignore_index", "eps", "rescale"}
 UNKNOWN |= {"tokens", "sequences", "heads", "blocks", "pairs", "softmax_scale", "V", "M"}
+UNKNOWN |= {"most", "window", "turned"}
 
 
 def launches(dtype: str, arch: int) -> Iterator[triton_rows.Launch]:

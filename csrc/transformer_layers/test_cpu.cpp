@@ -100,14 +100,16 @@ struct Problem {
   DType io_dtype, weight_dtype;
   int64_t hidden, heads, wide, tokens = 0;
   bool has_bias;
+  int64_t reach;  // of the relative bias, 0: none
   std::vector<int32_t> offsets = {0};
   Random random;
   Values x;
   std::vector<Layer> layers;
   std::vector<TransformerLayer> packed;
+  std::vector<float> relative_bias;
 
   Problem(DType io_dtype, DType weight_dtype, const std::vector<int>& lengths, int64_t hidden, int64_t heads,
-          int64_t wide, bool has_bias, int count = 1)
+          int64_t wide, bool has_bias, int count = 1, int64_t reach = 0)
       : io_dtype(io_dtype),
         weight_dtype(weight_dtype),
         hidden(hidden),
@@ -115,11 +117,13 @@ struct Problem {
         wide(wide),
         tokens(total(lengths)),
         has_bias(has_bias),
+        reach(reach),
         random(static_cast<uint64_t>(hidden * 1000 + wide)),
         x(random_values(&random, io_dtype, tokens * hidden, 1.0f)) {
     for (const int length : lengths) offsets.push_back(offsets.back() + length);
     for (int i = 0; i < count; ++i) layers.emplace_back(&random, io_dtype, weight_dtype, hidden, wide);
     for (const Layer& layer : layers) packed.push_back(layer.packed(has_bias));
+    for (int64_t i = 0; reach > 0 && i < heads * (2 * reach - 1); ++i) relative_bias.push_back(random.uniform(1.0f));
   }
   static int64_t total(const std::vector<int>& lengths) {
     int64_t sum = 0;
@@ -133,6 +137,7 @@ struct Problem {
     p.sequences = static_cast<int64_t>(offsets.size()) - 1;
     p.io_dtype = io_dtype, p.weight_dtype = weight_dtype, p.eps = 1e-12f;
     p.x = x.memory, p.cu_seqlens = offsets.data();
+    p.relative_bias = reach > 0 ? relative_bias.data() : nullptr, p.reach = reach;
     p.layers = packed.data(), p.count = static_cast<int64_t>(packed.size());
     p.y = y;
     p.threads = threads, p.isa = isa;
@@ -172,6 +177,7 @@ struct Problem {
     p.io_dtype = io_dtype, p.qkv = rows.memory, p.stride_qkv = 3 * hidden, p.cu_seqlens = offsets.data();
     p.scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(p.head_dim)));
     p.y = context.memory, p.stride_y = hidden, p.isa = isa;
+    p.places.relative_bias = reach > 0 ? relative_bias.data() : nullptr, p.places.reach = reach;
     report->that("attention", attention_forward(p).ok());
     const Values projected = multiply(layer.project, context, Activation::kNone, false, isa, report);
     const Values h = normalise(projected, layer.project, from, layer.norms, isa, report);
@@ -236,6 +242,8 @@ void check_refusals(Report* report) {
   refused("count", [](P* p) { p->count = 0; });
   void* const nowhere = nullptr;
   refused("y", [&](P* p) { p->y = &nowhere; });
+  const float table = 0;
+  refused("reach", [&](P* p) { p->relative_bias = &table; });
   refused("layers", [](P* p) { p->layers = nullptr; });
   TransformerLayer layers[2];
   const auto refused_layer = [&](const char* word, auto change) {
@@ -263,7 +271,7 @@ int main() {
                {DType::kBFloat16, DType::kInt8}};
   for (const auto& kind : kinds) {
     check_problem({kind.io_dtype, kind.weight_dtype, {5, 0, 1, 17, 33}, 64, 4, 96, true}, &report);
-    check_problem({kind.io_dtype, kind.weight_dtype, {3, 16}, 35, 5, 67, false, 2}, &report);
+    check_problem({kind.io_dtype, kind.weight_dtype, {3, 16}, 35, 5, 67, false, 2, 9}, &report);
     check_problem({kind.io_dtype, kind.weight_dtype, {2, 9}, 48, 3, 64, true, 3}, &report);
     check_problem({kind.io_dtype, kind.weight_dtype, {600, 1, 300}, 48, 3, 160, true},
                   &report);  // more rows than a pass

@@ -7,6 +7,7 @@ import math
 from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # Distances of MPNet's and T5's encoders that have the last bucket, and all beyond.
@@ -27,7 +28,8 @@ def relative_bias(weight: Tensor, max_distance: int = MAX_DISTANCE) -> Tensor:
     Reference: Raffel et al. 2020 (T5); Song et al. 2020 (MPNet).
     """
     wide = torch.promote_types(weight.dtype, torch.float32)
-    return weight.index_select(0, _buckets(weight.shape[0], max_distance, weight.device)).t().to(wide)
+    index = _buckets(weight.shape[0], max_distance, weight.device)
+    return F.embedding(index, weight).t().to(wide).contiguous()
 
 
 def _buckets(count: int, max_distance: int, device: torch.device) -> Tensor:

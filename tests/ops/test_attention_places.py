@@ -116,12 +116,18 @@ def test_bits_depend_on_the_sequence_alone(name, dtype) -> None:
             assert torch.equal(one, two[start:end])
 
 
-def test_dropout_with_places_is_the_definitions() -> None:
-    """The kernel's gradients under its own mask are those of the definition under the same mask, which
-    ``create_graph`` asks for."""
-    kwargs = CASES["all-at-once"].make("cpu", torch.float32, 5)
-    inputs = [kwargs[name].requires_grad_() for name in ("qkv", "relative_bias")]
-    loss = ctxfast.attention(**kwargs, dropout_p=0.3, impl="cpu").square().sum()
+@pytest.mark.parametrize(
+    ("impl", "name"), [("cpu", "all-at-once"), ("triton", "all-at-once"), ("triton", "tiny-all-at-once")]
+)
+def test_dropout_with_places_is_the_definitions(impl: str, name: str) -> None:
+    """A kernel's gradients under its own mask are those of the definition under the same mask, which ``create_graph``
+    asks for."""
+    device = "cuda" if impl == "triton" and torch.cuda.is_available() else "cpu"
+    kwargs = CASES[name].make(device, torch.float32, 5)
+    if SPEC.supports(SPEC.impl(impl), SPEC.arguments(**kwargs)) is not None:
+        pytest.skip("needs a GPU, or TRITON_INTERPRET=1")
+    inputs = [kwargs[each].requires_grad_() for each in ("qkv", "relative_bias")]
+    loss = ctxfast.attention(**kwargs, dropout_p=0.3, impl=impl).square().sum()
     by_definition = torch.autograd.grad(loss, inputs, create_graph=True)
     for one, two in zip(torch.autograd.grad(loss, inputs), by_definition):
         torch.testing.assert_close(one, two.detach(), rtol=1e-4, atol=1e-4)

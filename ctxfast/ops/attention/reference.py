@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def _rotated(rows: Tensor, table: Tensor, place: Tensor) -> Tensor:
+def rotated(rows: Tensor, table: Tensor, place: Tensor) -> Tensor:
     """The first dimensions of (T, heads, D) rotated by each token's place, d together with d + R/2."""
     cos, sin = table[place][:, :, None].unbind(1)  # (T, 1, R/2)
     half = cos.shape[-1]
@@ -58,7 +58,7 @@ def attention(
     sequence = (token[:, None] >= cu_seqlens[1:]).sum(dim=1)
     place = token - cu_seqlens[sequence]
     if rotary is not None:
-        query, key = _rotated(query, rotary, place), _rotated(key, rotary, place)
+        query, key = rotated(query, rotary, place), rotated(key, rotary, place)
     query, key, value = (each[row].transpose(1, 2) for each in (query, key, value))  # (S, H or G, L, D)
     if num_kv_heads is not None:
         key, value = (each.repeat_interleave(query.shape[1] // num_kv_heads, dim=1) for each in (key, value))

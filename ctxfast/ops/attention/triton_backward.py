@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Backward kernels of ``attention`` in Triton, without atomics.
 
+They write the gradients of every head's query, key and value, (T, 3, H, D), where heads share keys and values too.
+
 With P the softmax, M the dropout mask over its share kept (ones without), dO the gradient and O the result:
 dV = (P M)^T dO, dP = M (dO V^T), delta = rowsum(dO O) = rowsum(P dP), dS = P (dP - delta), dQ = dS K, dK = dS^T Q.
 """
@@ -11,7 +13,7 @@ import triton
 import triton.language as tl
 
 from .triton_dropout import is_kept
-from .triton_forward import load_pairs, load_rows, locate
+from .triton_forward import load_pairs, load_rows, locate, met, placed
 
 
 @triton.jit
@@ -27,9 +29,9 @@ def _store_rows(
 @triton.jit
 def _query_step(
     q, d_out, base_k, base_v, first, length, lse, delta, d_q, scale, seeds, pair, first_query, threshold, rescale,
-    stride_t, stride_d,
+    center, most, window, stride_t, stride_d,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, WHOLE: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, RELATIVE: tl.constexpr, WINDOW: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """What one block of keys adds to the gradient of a block of queries; WHOLE: it lies inside the sequence."""
     column = tl.arange(0, BLOCK_N)
@@ -37,7 +39,12 @@ def _query_step(
     k = load_rows(base_k, key, stride_t, stride_d, length, D, BLOCK_D, WHOLE)
     v = load_rows(base_v, key, stride_t, stride_d, length, D, BLOCK_D, WHOLE)
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    probs = tl.exp2(tl.fma(scores, scale, -lse[:, None]))
+    if RELATIVE or WINDOW:
+        distance = key[None, :] - (first_query + tl.arange(0, BLOCK_M))[:, None]
+        scores = placed(scores, distance, center, scale, most, window, RELATIVE, WINDOW)
+        probs = tl.exp2(scores - lse[:, None])
+    else:
+        probs = tl.exp2(tl.fma(scores, scale, -lse[:, None]))
     if not WHOLE:
         probs = tl.where((key < length)[None, :], probs, 0.0)
     d_probs = tl.dot(d_out, tl.trans(v), input_precision=PRECISION)
@@ -48,13 +55,14 @@ def _query_step(
     return tl.dot(d_scores.to(k.dtype), k, d_q, input_precision=PRECISION)
 
 
-@triton.jit(do_not_specialize=["tokens", "heads", "blocks", "threshold"])
+@triton.jit(do_not_specialize=["tokens", "heads", "blocks", "most", "window", "threshold"])
 def backward_query(
-    qkv, cu_seqlens, table, out, lse, delta, grad_out, grad_qkv, seeds,
-    tokens, heads, blocks, scale, softmax_scale, threshold, rescale,
+    qkv, cu_seqlens, table, out, lse, delta, grad_out, grad_qkv, seeds, relative_bias,
+    tokens, heads, blocks, most, window, scale, softmax_scale, threshold, rescale,
     stride_t, stride_p, stride_h, stride_d, grad_stride_t, grad_stride_h, grad_stride_d,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     DROPOUT: tl.constexpr, HAS_TABLE: tl.constexpr, PRECISION: tl.constexpr,
+    RELATIVE: tl.constexpr, WINDOW: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """dQ of one block of queries, and delta (H, T), which ``backward_key`` reads. Grid: see ``locate``."""
     sequence, head, start, length, first = locate(cu_seqlens, table, heads, blocks, BLOCK_M, HAS_TABLE)
@@ -62,8 +70,15 @@ def backward_query(
         return
     pair = sequence * heads + head
     base = qkv + start * stride_t + head.to(tl.int64) * stride_h
-    base_k = base + stride_p
-    base_v = base_k + stride_p
+    if GROUP == 1:
+        base_k = base + stride_p
+        base_v = base_k + stride_p
+    else:
+        base_k = qkv + start * stride_t + stride_p + (head // GROUP).to(tl.int64) * stride_h
+        base_v = base_k + stride_p // GROUP
+    center = relative_bias
+    if RELATIVE:
+        center = relative_bias + head * (2 * most + 1) + most
     query = first + tl.arange(0, BLOCK_M)
     inside = query < length
     q = load_rows(base, query, stride_t, stride_d, length, D, BLOCK_D)
@@ -76,16 +91,18 @@ def backward_query(
     tl.store(delta + statistic, row_delta, mask=inside)
     row_lse = tl.load(lse + statistic, mask=inside, other=float("inf"))
     d_q = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    whole = length // BLOCK_N * BLOCK_N
-    for at in range(0, whole, BLOCK_N):
+    begin, whole, end = met(first, length, window, BLOCK_M, BLOCK_N, WINDOW)
+    for at in range(begin, whole, BLOCK_N):
         d_q = _query_step(
             q, d_out, base_k, base_v, at, length, row_lse, row_delta, d_q, scale, seeds, pair, first, threshold,
-            rescale, stride_t, stride_d, D, BLOCK_D, BLOCK_M, BLOCK_N, DROPOUT, PRECISION, True,
+            rescale, center, most, window, stride_t, stride_d, D, BLOCK_D, BLOCK_M, BLOCK_N, DROPOUT, PRECISION,
+            RELATIVE, WINDOW, True,
         )  # fmt: skip
-    for at in range(whole, length, BLOCK_N):  # once at most
+    for at in range(whole, end, BLOCK_N):  # once at most
         d_q = _query_step(
             q, d_out, base_k, base_v, at, length, row_lse, row_delta, d_q, scale, seeds, pair, first, threshold,
-            rescale, stride_t, stride_d, D, BLOCK_D, BLOCK_M, BLOCK_N, DROPOUT, PRECISION, False,
+            rescale, center, most, window, stride_t, stride_d, D, BLOCK_D, BLOCK_M, BLOCK_N, DROPOUT, PRECISION,
+            RELATIVE, WINDOW, False,
         )  # fmt: skip
     _store_rows(grad_qkv + head * D, query, d_q * softmax_scale, 3 * heads * D, start, length, D, BLOCK_D)
 
@@ -93,9 +110,9 @@ def backward_query(
 @triton.jit
 def _key_step(
     k, v, base_q, base_grad, first, length, lse, delta, d_k, d_v, scale, seeds, pair, first_key,
-    threshold, rescale, stride_t, stride_d, grad_stride_t, grad_stride_d,
+    threshold, rescale, center, most, window, stride_t, stride_d, grad_stride_t, grad_stride_d,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, WHOLE: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, RELATIVE: tl.constexpr, WINDOW: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """What one block of queries adds to the gradients of a block of keys; WHOLE: it lies inside the sequence.
 
@@ -112,7 +129,12 @@ def _key_step(
         row_lse = tl.load(lse + query, mask=query < length, other=float("inf"))
         row_delta = tl.load(delta + query, mask=query < length, other=0.0)
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    probs = tl.exp2(tl.fma(scores, scale, -row_lse[:, None]))
+    if RELATIVE or WINDOW:
+        distance = (first_key + tl.arange(0, BLOCK_N))[None, :] - query[:, None]
+        scores = placed(scores, distance, center, scale, most, window, RELATIVE, WINDOW)
+        probs = tl.exp2(scores - row_lse[:, None])
+    else:
+        probs = tl.exp2(tl.fma(scores, scale, -row_lse[:, None]))
     d_probs = tl.dot(d_out, tl.trans(v), input_precision=PRECISION)
     kept = probs
     if DROPOUT:
@@ -125,13 +147,14 @@ def _key_step(
     return d_k, d_v
 
 
-@triton.jit(do_not_specialize=["tokens", "heads", "blocks", "threshold"])
+@triton.jit(do_not_specialize=["tokens", "heads", "blocks", "most", "window", "threshold"])
 def backward_key(
-    qkv, cu_seqlens, table, lse, delta, grad_out, grad_qkv, seeds,
-    tokens, heads, blocks, scale, softmax_scale, threshold, rescale,
+    qkv, cu_seqlens, table, lse, delta, grad_out, grad_qkv, seeds, relative_bias,
+    tokens, heads, blocks, most, window, scale, softmax_scale, threshold, rescale,
     stride_t, stride_p, stride_h, stride_d, grad_stride_t, grad_stride_h, grad_stride_d,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     DROPOUT: tl.constexpr, HAS_TABLE: tl.constexpr, PRECISION: tl.constexpr,
+    RELATIVE: tl.constexpr, WINDOW: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of one block of keys. Grid: see ``locate``."""
     sequence, head, start, length, first = locate(cu_seqlens, table, heads, blocks, BLOCK_N, HAS_TABLE)
@@ -139,25 +162,34 @@ def backward_key(
         return
     pair = sequence * heads + head
     base = qkv + start * stride_t + head.to(tl.int64) * stride_h
+    if GROUP == 1:
+        base_k = base + stride_p
+        base_v = base_k + stride_p
+    else:
+        base_k = qkv + start * stride_t + stride_p + (head // GROUP).to(tl.int64) * stride_h
+        base_v = base_k + stride_p // GROUP
+    center = relative_bias
+    if RELATIVE:
+        center = relative_bias + head * (2 * most + 1) + most
     base_grad = grad_out + start * grad_stride_t + head.to(tl.int64) * grad_stride_h
     key = first + tl.arange(0, BLOCK_N)
-    k = load_rows(base + stride_p, key, stride_t, stride_d, length, D, BLOCK_D)
-    v = load_rows(base + stride_p + stride_p, key, stride_t, stride_d, length, D, BLOCK_D)
+    k = load_rows(base_k, key, stride_t, stride_d, length, D, BLOCK_D)
+    v = load_rows(base_v, key, stride_t, stride_d, length, D, BLOCK_D)
     statistic = head.to(tl.int64) * tokens + start
     d_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     d_v = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    whole = length // BLOCK_M * BLOCK_M
-    for at in range(0, whole, BLOCK_M):
+    begin, whole, end = met(first, length, window, BLOCK_N, BLOCK_M, WINDOW)
+    for at in range(begin, whole, BLOCK_M):
         d_k, d_v = _key_step(
             k, v, base, base_grad, at, length, lse + statistic, delta + statistic, d_k, d_v, scale, seeds, pair, first,
-            threshold, rescale, stride_t, stride_d, grad_stride_t, grad_stride_d,
-            D, BLOCK_D, BLOCK_M, BLOCK_N, DROPOUT, PRECISION, True,
+            threshold, rescale, center, most, window, stride_t, stride_d, grad_stride_t, grad_stride_d,
+            D, BLOCK_D, BLOCK_M, BLOCK_N, DROPOUT, PRECISION, RELATIVE, WINDOW, True,
         )  # fmt: skip
-    for at in range(whole, length, BLOCK_M):  # once at most
+    for at in range(whole, end, BLOCK_M):  # once at most
         d_k, d_v = _key_step(
             k, v, base, base_grad, at, length, lse + statistic, delta + statistic, d_k, d_v, scale, seeds, pair, first,
-            threshold, rescale, stride_t, stride_d, grad_stride_t, grad_stride_d,
-            D, BLOCK_D, BLOCK_M, BLOCK_N, DROPOUT, PRECISION, False,
+            threshold, rescale, center, most, window, stride_t, stride_d, grad_stride_t, grad_stride_d,
+            D, BLOCK_D, BLOCK_M, BLOCK_N, DROPOUT, PRECISION, RELATIVE, WINDOW, False,
         )  # fmt: skip
     if DROPOUT:
         d_v = d_v * rescale
@@ -165,12 +197,13 @@ def backward_key(
     _store_rows(grad_qkv + (2 * heads + head) * D, key, d_v, 3 * heads * D, start, length, D, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["tokens", "heads", "threshold"])
+@triton.jit(do_not_specialize=["tokens", "heads", "most", "window", "threshold"])
 def backward_whole(
-    qkv, cu_seqlens, lse, grad_out, grad_qkv, seeds,
-    tokens, heads, scale, softmax_scale, threshold, rescale,
+    qkv, cu_seqlens, lse, grad_out, grad_qkv, seeds, relative_bias,
+    tokens, heads, most, window, scale, softmax_scale, threshold, rescale,
     stride_t, stride_p, stride_h, stride_d, grad_stride_t, grad_stride_h, grad_stride_d,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_L: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    RELATIVE: tl.constexpr, WINDOW: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """All three gradients of one head of one sequence of at most BLOCK_L tokens: five products, nothing twice."""
     pair = tl.program_id(0)
@@ -181,17 +214,32 @@ def backward_whole(
     if length == 0:
         return
     base = qkv + start * stride_t + head.to(tl.int64) * stride_h
+    if GROUP == 1:
+        base_k = base + stride_p
+        base_v = base_k + stride_p
+    else:
+        base_k = qkv + start * stride_t + stride_p + (head // GROUP).to(tl.int64) * stride_h
+        base_v = base_k + stride_p // GROUP
+    center = relative_bias
+    if RELATIVE:
+        center = relative_bias + head * (2 * most + 1) + most
     base_grad = grad_out + start * grad_stride_t + head.to(tl.int64) * grad_stride_h
     row = tl.arange(0, BLOCK_L)
     q = load_rows(base, row, stride_t, stride_d, length, D, BLOCK_D)
-    k = load_rows(base + stride_p, row, stride_t, stride_d, length, D, BLOCK_D)
+    k = load_rows(base_k, row, stride_t, stride_d, length, D, BLOCK_D)
     statistic = head.to(tl.int64) * tokens + start + row
     row_lse = tl.load(lse + statistic, mask=row < length, other=float("inf"))
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    probs = tl.where((row < length)[None, :], tl.exp2(tl.fma(scores, scale, -row_lse[:, None])), 0.0)
+    if RELATIVE or WINDOW:
+        distance = row[None, :] - row[:, None]
+        scores = placed(scores, distance, center, scale, most, window, RELATIVE, WINDOW)
+        probs = tl.exp2(scores - row_lse[:, None])
+    else:
+        probs = tl.exp2(tl.fma(scores, scale, -row_lse[:, None]))
+    probs = tl.where((row < length)[None, :], probs, 0.0)
     # lse is rounded: rows that do not sum to one would leave delta off by as much, where dP - delta is next to nothing.
     probs = probs / tl.maximum(tl.sum(probs, 1), 1e-30)[:, None]
-    v = load_rows(base + stride_p + stride_p, row, stride_t, stride_d, length, D, BLOCK_D)
+    v = load_rows(base_v, row, stride_t, stride_d, length, D, BLOCK_D)
     d_out = load_rows(base_grad, row, grad_stride_t, grad_stride_d, length, D, BLOCK_D)
     d_probs = tl.dot(d_out, tl.trans(v), input_precision=PRECISION)
     kept = probs
@@ -219,13 +267,14 @@ def _store_pairs(
     tl.store(at, values.to(base.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["tokens", "heads", "pairs", "threshold"])
+@triton.jit(do_not_specialize=["tokens", "heads", "pairs", "most", "window", "threshold"])
 def backward_pairs(
-    qkv, cu_seqlens, lse, grad_out, grad_qkv, seeds,
-    tokens, heads, pairs, scale, softmax_scale, threshold, rescale,
+    qkv, cu_seqlens, lse, grad_out, grad_qkv, seeds, relative_bias,
+    tokens, heads, pairs, most, window, scale, softmax_scale, threshold, rescale,
     stride_t, stride_p, stride_h, stride_d, grad_stride_t, grad_stride_h, grad_stride_d,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_L: tl.constexpr, PAIRS: tl.constexpr,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    RELATIVE: tl.constexpr, WINDOW: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """``backward_whole`` for PAIRS (sequence, head) pairs at once, each in one warp as in ``forward_pairs``."""
     pair = tl.program_id(0) * PAIRS + tl.arange(0, PAIRS)
@@ -237,16 +286,31 @@ def backward_pairs(
         return
     row = tl.arange(0, BLOCK_L)
     base = qkv + start * stride_t + head.to(tl.int64) * stride_h
+    if GROUP == 1:
+        base_k = base + stride_p
+        base_v = base_k + stride_p
+    else:
+        base_k = qkv + start * stride_t + stride_p + (head // GROUP).to(tl.int64) * stride_h
+        base_v = base_k + stride_p // GROUP
     q = load_pairs(base, row, stride_t, stride_d, length, D, BLOCK_D)
-    k = load_pairs(base + stride_p, row, stride_t, stride_d, length, D, BLOCK_D)
-    v = load_pairs(base + stride_p + stride_p, row, stride_t, stride_d, length, D, BLOCK_D)
+    k = load_pairs(base_k, row, stride_t, stride_d, length, D, BLOCK_D)
+    v = load_pairs(base_v, row, stride_t, stride_d, length, D, BLOCK_D)
     base_grad = grad_out + start * grad_stride_t + head.to(tl.int64) * grad_stride_h
     d_out = load_pairs(base_grad, row, grad_stride_t, grad_stride_d, length, D, BLOCK_D)
     inside = row[None, :] < length[:, None]
     statistic = (head.to(tl.int64) * tokens + start)[:, None] + row[None, :]
     row_lse = tl.load(lse + statistic, mask=inside, other=float("inf"))
     scores = tl.dot(q, tl.permute(k, (0, 2, 1)), input_precision=PRECISION)
-    probs = tl.where(inside[:, None, :], tl.exp2(tl.fma(scores, scale, -row_lse[:, :, None])), 0.0)
+    center = relative_bias
+    if RELATIVE:
+        center = (relative_bias + head * (2 * most + 1) + most)[:, None, None]
+    if RELATIVE or WINDOW:
+        distance = (row[None, :] - row[:, None])[None]
+        scores = placed(scores, distance, center, scale, most, window, RELATIVE, WINDOW)
+        probs = tl.exp2(scores - row_lse[:, :, None])
+    else:
+        probs = tl.exp2(tl.fma(scores, scale, -row_lse[:, :, None]))
+    probs = tl.where(inside[:, None, :], probs, 0.0)
     probs = probs / tl.maximum(tl.sum(probs, 2), 1e-30)[:, :, None]  # as in backward_whole
     d_probs = tl.dot(d_out, tl.permute(v, (0, 2, 1)), input_precision=PRECISION)
     kept = probs

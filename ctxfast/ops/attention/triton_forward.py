@@ -37,6 +37,20 @@ def locate(cu_seqlens, table, heads, blocks, BLOCK: tl.constexpr, HAS_TABLE: tl.
 
 
 @triton.jit
+def met(first, length, window, OWN: tl.constexpr, OTHER: tl.constexpr, WINDOW: tl.constexpr):
+    """(begin, whole, end): blocks of OTHER tokens that a block of OWN from ``first`` on meets lie in begin..end - 1; of
+    them those up to ``whole`` lie inside the sequence."""
+    whole = length // OTHER * OTHER
+    if WINDOW:
+        begin = tl.maximum(first - window, 0) // OTHER * OTHER
+        end = tl.minimum(first + OWN + window, length)
+        whole = tl.maximum(begin, tl.minimum(whole, (end + (OTHER - 1)) // OTHER * OTHER))
+    else:
+        begin, end = 0, length
+    return begin, whole, end
+
+
+@triton.jit
 def load_rows(
     base, row, stride_t, stride_d, length, D: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr = False
 ):  # fmt: skip
@@ -55,12 +69,26 @@ def load_rows(
 
 
 @triton.jit
+def placed(scores, distance, center, scale, most, window, RELATIVE: tl.constexpr, WINDOW: tl.constexpr):
+    """Scores in units of log2 for keys ``distance`` places behind their queries: with the relative bias (``center``
+    points at a head's entry for distance 0, of ``most`` to either side), and next to none outside the window: finite,
+    so that a query none of whose keys are in a block meets no nan."""
+    scores = scores * scale
+    if RELATIVE:
+        nearest = tl.minimum(tl.maximum(distance, -most), most)
+        scores += tl.load(center + nearest) * 1.4426950408889634
+    if WINDOW:
+        scores = tl.where((distance <= window) & (distance >= -window), scores, -1e30)
+    return scores
+
+
+@triton.jit
 def _attend(
     q, base_k, base_v, first, length, largest, total, context,
-    scale, seeds, pair, first_query, threshold, stride_t, stride_d,
+    scale, seeds, pair, first_query, threshold, center, most, window, stride_t, stride_d,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     DROPOUT: tl.constexpr, NEGATIVE: tl.constexpr, PRECISION: tl.constexpr,
-    SINGLE: tl.constexpr, WHOLE: tl.constexpr,
+    RELATIVE: tl.constexpr, WINDOW: tl.constexpr, SINGLE: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """One block of keys into the running softmax.
 
@@ -72,13 +100,21 @@ def _attend(
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if NEGATIVE:
         scores = -scores
+    if RELATIVE or WINDOW:
+        distance = key[None, :] - (first_query + tl.arange(0, BLOCK_M))[:, None]
+        scores = placed(scores, distance, center, scale, most, window, RELATIVE, WINDOW)
     if not WHOLE:
         scores = tl.where((key < length)[None, :], scores, float("-inf"))
     before = largest
-    largest = tl.max(scores, 1) * scale
+    largest = tl.max(scores, 1)
+    if not (RELATIVE or WINDOW):
+        largest = largest * scale
     if not SINGLE:
         largest = tl.maximum(before, largest)
-    probs = tl.exp2(tl.fma(scores, scale, -largest[:, None]))
+    if RELATIVE or WINDOW:
+        probs = tl.exp2(scores - largest[:, None])
+    else:
+        probs = tl.exp2(tl.fma(scores, scale, -largest[:, None]))
     added = tl.sum(probs, 1)
     if DROPOUT:
         keep = is_kept(seeds, pair, first_query, tl.arange(0, BLOCK_M)[:, None], first, column[None, :], threshold)
@@ -94,15 +130,19 @@ def _attend(
     return largest, total, context
 
 
-@triton.jit(do_not_specialize=["tokens", "heads", "blocks", "threshold"])
+@triton.jit(do_not_specialize=["tokens", "heads", "blocks", "most", "window", "threshold"])
 def forward_blocks(
-    qkv, cu_seqlens, table, out, lse, seeds, tokens, heads, blocks, scale, threshold, rescale,
-    stride_t, stride_p, stride_h, stride_d,
+    qkv, cu_seqlens, table, out, lse, seeds, relative_bias, tokens, heads, blocks, most, window, scale, threshold,
+    rescale, stride_t, stride_p, stride_h, stride_d,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     DROPOUT: tl.constexpr, NEGATIVE: tl.constexpr, SAVE_LSE: tl.constexpr,
     SINGLE: tl.constexpr, HAS_TABLE: tl.constexpr, PRECISION: tl.constexpr,
+    RELATIVE: tl.constexpr, WINDOW: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """One block of queries of one head of one sequence: qkv (T, 3, H, D) -> out (T, H, D), lse (H, T) in log2.
+
+    GROUP heads of queries share one of keys and values, which begin ``stride_p`` behind the first query. ``most``: see
+    ``placed``.
 
     Grid: see ``locate``; a program without queries leaves at once. SINGLE: no sequence has more than BLOCK_N tokens, so
     a head's keys and values are loaded once and softmax takes one pass.
@@ -112,8 +152,15 @@ def forward_blocks(
         return
     pair = sequence * heads + head
     base = qkv + start * stride_t + head.to(tl.int64) * stride_h
-    base_k = base + stride_p
-    base_v = base_k + stride_p
+    if GROUP == 1:
+        base_k = base + stride_p
+        base_v = base_k + stride_p
+    else:
+        base_k = qkv + start * stride_t + stride_p + (head // GROUP).to(tl.int64) * stride_h
+        base_v = base_k + stride_p // GROUP
+    center = relative_bias
+    if RELATIVE:
+        center = relative_bias + head * (2 * most + 1) + most
     query = first + tl.arange(0, BLOCK_M)
     q = load_rows(base, query, stride_t, stride_d, length, D, BLOCK_D)
     largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -121,20 +168,23 @@ def forward_blocks(
     context = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if SINGLE:
         largest, total, context = _attend(
-            q, base_k, base_v, 0, length, largest, total, context, scale, seeds, pair, first, threshold,
-            stride_t, stride_d, D, BLOCK_D, BLOCK_M, BLOCK_N, DROPOUT, NEGATIVE, PRECISION, True, False,
+            q, base_k, base_v, 0, length, largest, total, context, scale, seeds, pair, first, threshold, center, most,
+            window, stride_t, stride_d, D, BLOCK_D, BLOCK_M, BLOCK_N, DROPOUT, NEGATIVE, PRECISION, RELATIVE, WINDOW,
+            True, False,
         )  # fmt: skip
     else:
-        whole = length // BLOCK_N * BLOCK_N
-        for at in range(0, whole, BLOCK_N):
+        begin, whole, end = met(first, length, window, BLOCK_M, BLOCK_N, WINDOW)
+        for at in range(begin, whole, BLOCK_N):
             largest, total, context = _attend(
-                q, base_k, base_v, at, length, largest, total, context, scale, seeds, pair, first, threshold,
-                stride_t, stride_d, D, BLOCK_D, BLOCK_M, BLOCK_N, DROPOUT, NEGATIVE, PRECISION, False, True,
+                q, base_k, base_v, at, length, largest, total, context, scale, seeds, pair, first, threshold, center,
+                most, window, stride_t, stride_d, D, BLOCK_D, BLOCK_M, BLOCK_N, DROPOUT, NEGATIVE, PRECISION, RELATIVE,
+                WINDOW, False, True,
             )  # fmt: skip
-        for at in range(whole, length, BLOCK_N):  # once at most; as a branch it costs registers
+        for at in range(whole, end, BLOCK_N):  # once at most; as a branch it costs registers
             largest, total, context = _attend(
-                q, base_k, base_v, at, length, largest, total, context, scale, seeds, pair, first, threshold,
-                stride_t, stride_d, D, BLOCK_D, BLOCK_M, BLOCK_N, DROPOUT, NEGATIVE, PRECISION, False, False,
+                q, base_k, base_v, at, length, largest, total, context, scale, seeds, pair, first, threshold, center,
+                most, window, stride_t, stride_d, D, BLOCK_D, BLOCK_M, BLOCK_N, DROPOUT, NEGATIVE, PRECISION, RELATIVE,
+                WINDOW, False, False,
             )  # fmt: skip
     share = 1.0 / total
     if DROPOUT:
@@ -159,12 +209,13 @@ def load_pairs(base, row, stride_t, stride_d, length, D: tl.constexpr, BLOCK_D: 
     return tl.load(at, mask=inside, other=0.0)
 
 
-@triton.jit(do_not_specialize=["tokens", "heads", "pairs", "threshold"])
+@triton.jit(do_not_specialize=["tokens", "heads", "pairs", "most", "window", "threshold"])
 def forward_pairs(
-    qkv, cu_seqlens, out, lse, seeds, tokens, heads, pairs, scale, threshold, rescale,
+    qkv, cu_seqlens, out, lse, seeds, relative_bias, tokens, heads, pairs, most, window, scale, threshold, rescale,
     stride_t, stride_p, stride_h, stride_d,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_L: tl.constexpr, PAIRS: tl.constexpr,
     DROPOUT: tl.constexpr, NEGATIVE: tl.constexpr, SAVE_LSE: tl.constexpr, PRECISION: tl.constexpr,
+    RELATIVE: tl.constexpr, WINDOW: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Sequences of at most BLOCK_L tokens: PAIRS (sequence, head) pairs a program, each whole in one warp.
 
@@ -180,14 +231,27 @@ def forward_pairs(
     row = tl.arange(0, BLOCK_L)
     base = qkv + start * stride_t + head.to(tl.int64) * stride_h
     q = load_pairs(base, row, stride_t, stride_d, length, D, BLOCK_D)
-    k = load_pairs(base + stride_p, row, stride_t, stride_d, length, D, BLOCK_D)
-    v = load_pairs(base + stride_p + stride_p, row, stride_t, stride_d, length, D, BLOCK_D)
+    if GROUP == 1:
+        base_k = base + stride_p
+        base_v = base_k + stride_p
+    else:
+        base_k = qkv + start * stride_t + stride_p + (head // GROUP).to(tl.int64) * stride_h
+        base_v = base_k + stride_p // GROUP
+    k = load_pairs(base_k, row, stride_t, stride_d, length, D, BLOCK_D)
+    v = load_pairs(base_v, row, stride_t, stride_d, length, D, BLOCK_D)
     inside = row[None, :] < length[:, None]
     scores = tl.dot(q, tl.permute(k, (0, 2, 1)), input_precision=PRECISION)
     if NEGATIVE:
         scores = -scores
     # Finite, so that a pair without tokens meets no nan.
-    scores = tl.where(inside[:, None, :], scores * scale, -1e30)
+    if RELATIVE or WINDOW:
+        center = relative_bias
+        if RELATIVE:
+            center = (relative_bias + head * (2 * most + 1) + most)[:, None, None]
+        scores = placed(scores, (row[None, :] - row[:, None])[None], center, scale, most, window, RELATIVE, WINDOW)
+    else:
+        scores = scores * scale
+    scores = tl.where(inside[:, None, :], scores, -1e30)
     largest = tl.max(scores, 2)
     probs = tl.exp2(scores - largest[:, :, None])
     total = tl.sum(probs, 2)

@@ -33,8 +33,8 @@ _ALIGNED = 64  # elements: what a copy of a weight must be a multiple of, so tha
 # Products of half precision that give float32 (torch 2.8, on a GPU).
 _HAS_WIDE_PRODUCTS = hasattr(torch.ops.aten.mm, "dtype")
 _KEPT = 3 + TENSORS  # saved after seeds and weights: what _outputs lists for the backward
-# Gradients by place: those of x and its copy, then a layer's tensors.
-_OF_X, _OF_LOW, _OF_WEIGHTS = 0, 1, 2
+# Gradients by place: those of x and its copy, then a layer's tensors and the relative bias.
+_OF_X, _OF_LOW, _OF_WEIGHTS, _OF_TABLE = 0, 1, 2, 2 + TENSORS
 
 
 def _bits(*places: int) -> int:
@@ -76,7 +76,8 @@ def _outputs(
 def _forward(
     x: Tensor, low: Tensor | None, cu_seqlens: Tensor, max_seqlen: int, weights: Sequence[Tensor | None],
     num_heads: int, activation: str, eps: float, attention_p: float, dropout_p: float, last_p: float,
-    seeds: Sequence[Tensor | None], compute_dtype: torch.dtype | None, with_low: bool, save: bool,
+    seeds: Sequence[Tensor | None], compute_dtype: torch.dtype | None, relative_bias: Tensor | None, with_low: bool,
+    save: bool,
 ) -> list[Tensor]:  # fmt: skip
     """One layer. ``low``: a copy of x in ``compute_dtype``, where there is one."""
     (
@@ -88,11 +89,12 @@ def _forward(
     given = x if compute_dtype is None else x.to(compute_dtype) if low is None else low
     head_dim = x.shape[1] // num_heads
     rows, softmax_scale = _product(given, qkv, qkv_bias).view(x.shape[0], 3, num_heads, head_dim), head_dim**-0.5
-    if not save and _attention._is_for_sdpa(rows, cu_seqlens, max_seqlen, softmax_scale, attention_p):
+    is_plain = not save and relative_bias is None
+    if is_plain and _attention._is_for_sdpa(rows, cu_seqlens, max_seqlen, softmax_scale, attention_p):
         context = _attention._by_sdpa(rows, max_seqlen, softmax_scale)
     else:
         context, lse = _attention._forward(
-            rows, cu_seqlens, max_seqlen, softmax_scale, attention_p, attention_seeds, save
+            rows, cu_seqlens, max_seqlen, softmax_scale, attention_p, attention_seeds, relative_bias, None, None, save
         )
     projected = context.flatten(1).mm(project.t())
     h, low_h, mean, rstd = _norm.forward(
@@ -114,12 +116,16 @@ def _forward(
 
 
 def _gradients(
-    x: Tensor, weights: Sequence[Tensor | None], wanted: int, compute_dtype: torch.dtype | None
+    x: Tensor,
+    weights: Sequence[Tensor | None],
+    wanted: int,
+    compute_dtype: torch.dtype | None,
+    relative_bias: Tensor | None,
 ) -> list[Tensor]:
-    """Of x, of its copy and of the weights, by place; empty where not wanted."""
+    """Of x, of its copy, of the weights and of the relative bias, by place; empty where not wanted."""
     wide = x.dtype if compute_dtype is None else torch.float32
-    given = (x, x, *weights)
-    dtypes = [wide, compute_dtype, *(wide if place in _LOWERED else None for place in range(TENSORS))]
+    given = (x, x, *weights, relative_bias)
+    dtypes = [wide, compute_dtype, *(wide if place in _LOWERED else None for place in range(TENSORS)), None]
     found = []
     for place, (each, dtype) in enumerate(zip(given, dtypes)):
         is_there = each is not None and wanted >> place & 1
@@ -130,10 +136,11 @@ def _gradients(
 def _backward(
     grad: Tensor, low_grad: Tensor | None, x: Tensor, low: Tensor | None, cu_seqlens: Tensor, max_seqlen: int,
     weights: Sequence[Tensor | None], kept: Sequence[Tensor], num_heads: int, activation: str, attention_p: float,
-    dropout_p: float, last_p: float, seeds: Sequence[Tensor | None], compute_dtype: torch.dtype | None, wanted: int,
+    dropout_p: float, last_p: float, seeds: Sequence[Tensor | None], compute_dtype: torch.dtype | None,
+    relative_bias: Tensor | None, wanted: int,
 ) -> list[Tensor | None]:  # fmt: skip
     """Gradients by place, those that are ``wanted``: a bit for each."""
-    found: list[Tensor | None] = [None] * (_OF_WEIGHTS + TENSORS)
+    found: list[Tensor | None] = [None] * (_OF_TABLE + 1)
 
     def keep(place: int, value: Tensor) -> None:
         if wanted >> _OF_WEIGHTS + place & 1:
@@ -189,10 +196,13 @@ def _backward(
     if not wanted & _BEFORE_ATTENTION:
         return found
     of_context = of_projected.mm(project).view(context.shape)
-    of_rows = _attention._backward(
+    of_rows, of_table = _attention._backward(
         of_context, rows, cu_seqlens, max_seqlen, (x.shape[1] // num_heads) ** -0.5, attention_p, attention_seeds,
-        context, lse,
-    ).flatten(1)  # fmt: skip
+        relative_bias, None, None, wanted >> _OF_TABLE & 1 == 1, context, lse,
+    )  # fmt: skip
+    of_rows = of_rows.flatten(1)
+    if wanted >> _OF_TABLE & 1:
+        found[_OF_TABLE] = of_table
     if wants(_QKV + 1):
         keep(_QKV + 1, of_rows.sum(0, dtype=torch.float32 if is_mixed else None))
     given = x if not is_mixed else own if low is None else low
@@ -232,12 +242,13 @@ def _of_weight(grad: Tensor, x: Tensor, is_mixed: bool) -> Tensor:
 def _whole_backward(
     grad: Tensor, low_grad: Tensor | None, x: Tensor, low: Tensor | None, cu_seqlens: Tensor, max_seqlen: int,
     weights: Sequence[Tensor | None], kept: Sequence[Tensor], num_heads: int, activation: str, attention_p: float,
-    dropout_p: float, last_p: float, seeds: Sequence[Tensor | None], compute_dtype: torch.dtype | None, wanted: int,
+    dropout_p: float, last_p: float, seeds: Sequence[Tensor | None], compute_dtype: torch.dtype | None,
+    relative_bias: Tensor | None, wanted: int,
 ) -> list[Tensor]:  # fmt: skip
     """As an operator, which returns tensors alone: empty ones for None."""
     found = _backward(
         grad, low_grad, x, low, cu_seqlens, max_seqlen, weights, kept, num_heads, activation, attention_p, dropout_p,
-        last_p, seeds, compute_dtype, wanted,
+        last_p, seeds, compute_dtype, relative_bias, wanted,
     )  # fmt: skip
     return [torch_ops.allocate((0,), x) if each is None else each for each in found]
 
@@ -250,26 +261,27 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, low: Tensor | None, cu_seqlens: Tensor, options: tuple[Any, ...],
-        seeds: Sequence[Tensor | None], lowered: Sequence[Tensor | None], with_low: bool, *weights: Tensor | None,
+        seeds: Sequence[Tensor | None], lowered: Sequence[Tensor | None], with_low: bool,
+        relative_bias: Tensor | None, *weights: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         max_seqlen, num_heads, activation, eps, dropout_p, compute_dtype = options
-        forward = _forward if torch_ops.is_direct(x, low, *weights) else _fwd
+        forward = _forward if torch_ops.is_direct(x, low, relative_bias, *weights) else _fwd
         out, low_out, *kept = forward(
             x, low, cu_seqlens, max_seqlen, lowered, num_heads, activation, eps, *dropout_p, seeds, compute_dtype,
-            with_low, True,
+            relative_bias, with_low, True,
         )  # fmt: skip
         copies = () if compute_dtype is None else [lowered[place] for place in _LOWERED]
-        ctx.save_for_backward(x, low, cu_seqlens, *seeds, *weights, *kept, *copies)
+        ctx.save_for_backward(x, low, cu_seqlens, relative_bias, *seeds, *weights, *kept, *copies)
         ctx.options = options
         ctx.set_materialize_grads(False)
         return out, low_out if with_low else None
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, low_grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, low, cu_seqlens, *rest = ctx.saved_tensors
+        x, low, cu_seqlens, relative_bias, *rest = ctx.saved_tensors
         seeds, weights, kept, copies = rest[:3], rest[3:_KEPT], rest[_KEPT : _KEPT + 13], rest[_KEPT + 13 :]
         max_seqlen, num_heads, activation, eps, dropout_p, compute_dtype = ctx.options
-        needed = (*ctx.needs_input_grad[:2], *ctx.needs_input_grad[7:])
+        needed = (*ctx.needs_input_grad[:2], *ctx.needs_input_grad[8:], ctx.needs_input_grad[7])
         given = [each for each in (grad, low_grad) if each is not None]
         if not given:
             return (None,) * len(ctx.needs_input_grad)
@@ -277,17 +289,18 @@ class _Layer(torch.autograd.Function):
             # All of the gradient through x itself, and none by its copy.
             masks = _masks(kept[1], x, cu_seqlens, max_seqlen, dropout_p, seeds)
 
-            def defined(x: Tensor, *weights: Tensor | None) -> list[Tensor]:
+            def defined(x: Tensor, relative_bias: Tensor | None, *weights: Tensor | None) -> list[Tensor]:
                 out = registry.OPS[_OP].reference(
                     x, cu_seqlens, max_seqlen, weights, num_heads, activation, eps, None, False, dropout_p,
-                    compute_dtype, [masks],
+                    compute_dtype, relative_bias, [masks],
                 )  # fmt: skip
                 return [part for part, own in ((out, grad), (out, low_grad)) if own is not None]
 
-            of_x, *of_weights = torch_ops.definition_gradients(
-                defined, (x, *weights), (needed[_OF_X], *needed[_OF_WEIGHTS:]), given
+            wanted = (needed[_OF_X], needed[_OF_TABLE], *needed[_OF_WEIGHTS:_OF_TABLE])
+            of_x, of_table, *of_weights = torch_ops.definition_gradients(
+                defined, (x, relative_bias, *weights), wanted, given
             )
-            grads = (of_x, None, *of_weights)
+            grads = (of_x, None, *of_weights, of_table)
         else:
             backward = _backward if torch_ops.is_direct(*given) else _bwd
             lowered = list(weights)
@@ -295,11 +308,11 @@ class _Layer(torch.autograd.Function):
                 lowered[place] = copy
             grads = backward(
                 given[0], given[1] if len(given) == 2 else None, x, low, cu_seqlens, max_seqlen, lowered, kept,
-                num_heads, activation, *dropout_p, seeds, compute_dtype,
+                num_heads, activation, *dropout_p, seeds, compute_dtype, relative_bias,
                 sum(1 << place for place, wants in enumerate(needed) if wants),
             )  # fmt: skip
             grads = [each if wants else None for each, wants in zip(grads, needed)]
-        return (*grads[:2], None, None, None, None, None, *grads[2:])
+        return (*grads[:2], None, None, None, None, None, grads[_OF_TABLE], *grads[_OF_WEIGHTS:_OF_TABLE])
 
 
 def _masks(
@@ -329,8 +342,6 @@ def supports(args: Mapping[str, Any]) -> str | None:
         return "int8 products run on the CPU."
     if compute_dtype is not None and any(each is not None and each.dtype not in triton_rows.DTYPES for each in weights):
         return "it takes float32, float16 and bfloat16, and a weight is float64."
-    if args["relative_bias"] is not None:
-        return "it has no relative_bias."
     rows = x.new_empty((0, 3, args["num_heads"], x.shape[1] // args["num_heads"]), dtype=compute_dtype)
     return _attention.supports(registry.OPS["attention"].arguments(rows, args["cu_seqlens"], args["max_seqlen"]))
 
@@ -350,27 +361,30 @@ def transformer_layers(
     relative_bias: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, ...]:
     """See ``ctxfast.functional.transformer_layers``."""
-    is_recorded = registry.needs_grad(x, weights)
+    is_recorded = registry.needs_grad(x, weights, relative_bias)
     if is_recorded and torch.compiler.is_compiling():  # differentiates what it sees, so it sees the definition
         return registry.OPS[_OP].reference(
-            x, cu_seqlens, max_seqlen, weights, num_heads, activation, eps, None, all_layers, dropout_p, compute_dtype
-        )
+            x, cu_seqlens, max_seqlen, weights, num_heads, activation, eps, None, all_layers, dropout_p, compute_dtype,
+            relative_bias,
+        )  # fmt: skip
     count = len(weights) // TENSORS
     lowered = _lowered(weights, compute_dtype)
     seeds = _drawn(x, count, dropout_p)
     options = (max_seqlen, num_heads, activation, eps, dropout_p, compute_dtype)
-    direct = torch_ops.is_direct(x, *weights)
+    direct = torch_ops.is_direct(x, relative_bias, *weights)
     low, states = None, []
     for layer in range(count):
         # A state that others see has one gradient, which holds all there is of it: none goes around it by a copy.
         with_low = compute_dtype is not None and not all_layers and layer < count - 1
         part = slice(layer * TENSORS, (layer + 1) * TENSORS)
         if is_recorded:
-            x, low = _Layer.apply(x, low, cu_seqlens, options, seeds[layer], lowered[part], with_low, *weights[part])
+            x, low = _Layer.apply(
+                x, low, cu_seqlens, options, seeds[layer], lowered[part], with_low, relative_bias, *weights[part]
+            )
         else:
             x, copied = (_forward if direct else _fwd)(
                 x, low, cu_seqlens, max_seqlen, lowered[part], num_heads, activation, eps, *dropout_p, seeds[layer],
-                compute_dtype, with_low, False,
+                compute_dtype, relative_bias, with_low, False,
             )  # fmt: skip
             low = copied if with_low else None
         if all_layers:
@@ -414,11 +428,13 @@ def raw_calls(args: Mapping[str, Any]) -> list[tuple[Any, tuple]]:
     dropout_p, dtype = args["dropout_p"], args["compute_dtype"]
     weights, seeds = _lowered(args["weights"][:TENSORS], dtype), _drawn(x, 1, dropout_p)[0]
     given = (x, None, cu_seqlens, max_seqlen, weights, args["num_heads"], args["activation"])
-    forward = (*given, args["eps"], *dropout_p, seeds, dtype, dtype is not None, True)
+    table = args["relative_bias"]
+    forward = (*given, args["eps"], *dropout_p, seeds, dtype, table, dtype is not None, True)
     out, low, *kept = _fwd(*forward)
     grads = (torch.randn_like(out), torch.randn_like(low) if dtype is not None else None)
     wanted = sum(1 << _OF_WEIGHTS + place for place, each in enumerate(weights) if each is not None) | 1 << _OF_X
-    backward = (*grads, *given[:5], kept, *given[5:], *dropout_p, seeds, dtype, wanted)
+    wanted |= (table is not None) << _OF_TABLE
+    backward = (*grads, *given[:5], kept, *given[5:], *dropout_p, seeds, dtype, table, wanted)
     return [(_fwd, forward), (_fwd, (*forward[:-1], False)), (_bwd, backward)]
 
 
