@@ -117,8 +117,12 @@ def test_bits_depend_on_the_sequence_alone(name, dtype) -> None:
 
 
 @pytest.mark.parametrize(
-    ("impl", "name"), [("cpu", "all-at-once"), ("triton", "all-at-once"), ("triton", "tiny-all-at-once")]
-)
+    ("impl", "name"),
+    [
+        ("cpu", "all-at-once"), ("triton", "tiny-all-at-once"),
+        pytest.param("triton", "all-at-once", marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
 def test_dropout_with_places_is_the_definitions(impl: str, name: str) -> None:
     """A kernel's gradients under its own mask are those of the definition under the same mask, which ``create_graph``
     asks for."""

@@ -57,6 +57,7 @@ def _angles(positions: int, rotated: int) -> torch.Tensor:
 
 CASES = (
     _case("tiny", (3, 0, 2), H=2, D=4, bias=True),
+    _case("tiny-all-at-once", (3, 0, 2), H=2, D=4, bias=True, reach=2, window=1, rotated=2, kv_heads=1),
     _case("one-token", (1,), H=1, D=32),
     _case("single-tokens", (1, 1, 1), H=2, D=64),
     _case("bert-like", (16, 9, 12), H=4, D=64, bias=True),
@@ -97,6 +98,5 @@ CASES = (
     _case("grouped-queries", (3, 9), H=4, D=4, bias=True, kv_heads=2),
     _case("one-key-for-all", (40, 1, 0, 129), H=3, D=32, kv_heads=1),
     _case("all-at-once", (100, 0, 33, 70), H=4, D=32, bias=True, reach=20, window=40, rotated=24, kv_heads=2, slack=4),
-    _case("tiny-all-at-once", (3, 0, 2), H=2, D=4, bias=True, reach=2, window=1, rotated=2, kv_heads=1),
     _case("many-short", tuple((i * 7) % 11 + 1 for i in range(60)), H=2, D=32),
 )

@@ -274,7 +274,7 @@ class _Rotation(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         cu_seqlens, rotary = ctx.saved_tensors
-        rotate = triton_places.rotated if torch_ops.needs_definition(grad) else triton_places.rotation
+        rotate = triton_places.plain_rotation if torch_ops.needs_definition(grad) else triton_places.rotation
         return rotate(grad, cu_seqlens, rotary, ctx.turned, -ctx.way), None, None, None, None
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..._core import torch_ops
 from ..shared import triton_launch, triton_rows
-from . import reference
+from .reference import rotated
 from .same_sequences import derived
 from .triton_dropout import is_kept
 from .triton_forward import load_rows, placed
@@ -92,11 +92,11 @@ def _rotate(qkv: Tensor, cu_seqlens: Tensor, rotary: Tensor, turned: int, way: f
     return out
 
 
-def rotated(qkv: Tensor, cu_seqlens: Tensor, rotary: Tensor, turned: int, way: float) -> Tensor:
+def plain_rotation(qkv: Tensor, cu_seqlens: Tensor, rotary: Tensor, turned: int, way: float) -> Tensor:
     """The same in PyTorch's own operations, which can be differentiated."""
     place = _places(cu_seqlens, qkv.shape[0], rotary.shape[0])
     rows = qkv.flatten(1, -2)
-    made = reference.rotated(rows[:, :turned], rotary * rotary.new_tensor([1.0, way])[:, None], place)
+    made = rotated(rows[:, :turned], rotary * rotary.new_tensor([1.0, way])[:, None], place)
     return torch.cat((made, rows[:, turned:]), dim=1).view(qkv.shape)
 
 
