@@ -19,7 +19,7 @@ from torch import nn
 from .. import functional
 from .._core import choice, registry
 from ..nn.transformer import TransformerLayer
-from . import allennlp, identity, padding_readers, torch_encoder, transformers, unknown_encoders
+from . import allennlp, identity, padding_readers, rows, torch_encoder, transformers, unknown_encoders
 from .torch_modules import LSTM, LayerNorm
 
 # In the __dict__ of a swapped module: its own class.
@@ -313,6 +313,7 @@ def swap_in(
     *,
     padding: str | None = None,
     weight_dtype: torch.dtype | str | None = None,
+    unknown: str | None = None,
 ) -> SwapReport:
     """Make a model faster in place: its ``torch.nn.LSTM`` and ``TransformerEncoder``, encoders of Hugging Face's BERT
     family, AllenNLP's ELMo.
@@ -352,6 +353,8 @@ def swap_in(
             computes in bfloat16 where the model is converted to it), both on a CPU. Parameters stay as they are: packed
             copies are made of them. What cannot compute so is a near miss and not swapped; calls that run as before
             have the model's own precision. None: as the model is. A second call decides anew.
+        unknown: "rows" for encoders of Transformers that are not known: their attention stays their own, and parts that
+            work row by row, as a trial run of their model on a small batch finds out, run over real tokens alone.
 
     Returns:
         What was swapped and what nearly was, with reasons; print it.
@@ -369,6 +372,8 @@ def swap_in(
         )
     if padding not in (None, *padding_readers.PADDINGS):
         raise ValueError(f"ctxfast.swap_in: padding is {padding!r}; expected None, 'zero' or 'keep'.")
+    if unknown not in (None, "rows"):
+        raise ValueError(f"ctxfast.swap_in: unknown is {unknown!r}; expected None or 'rows'.")
     narrow = _narrow(weight_dtype)
     wanted = _wanted(only)
     plan: list[tuple[nn.Module, type[nn.Module]]] = []
@@ -387,12 +392,15 @@ def swap_in(
             return None
         return function(module, impl, narrow) or narrow
 
-    def read(path: str, module: nn.Module) -> None:
+    def read(path: str, module: nn.Module, is_rows: bool = False) -> None:
         is_torchs = isinstance(module, (nn.TransformerEncoder, nn.TransformerEncoderLayer))
-        note = None if is_torchs else transformers.kind_of(module).note
-        if note is not None:
-            notes.append((path, note))
-        reader = padding_readers.Reader(_above(model, module), padding)
+        known = transformers.ENCODERS.get(_full_name(module.__dict__.get(_ORIGINAL, type(module))))
+        if known is not None and known.note is not None:
+            notes.append((path, known.note))
+        above = _above(model, module)
+        if is_rows:  # the model that it was tried in is known to read no padding
+            above = _above(model, rows.model_of(module, above) or module)
+        reader = padding_readers.Reader(above, padding)
         readers.append((module, reader))
         if is_torchs and reader.is_near_miss:
             reader.note = torch_encoder.MAY_READ
@@ -410,6 +418,8 @@ def swap_in(
                 misses.append((path, reason))
             continue
         before = module.__dict__.get(_ORIGINAL)
+        if isinstance(module, rows.RowWise):
+            continue  # said of its encoder
         if before is not None:
             held = hold(module, next((each for each in (_full_name(before), before.__name__) if each in _TABLE), ""))
             if isinstance(held, str):
@@ -417,8 +427,9 @@ def swap_in(
                 held = None
             dtypes.append((module, held))
             swapped.append((path, before.__name__, _shown(kind, held)))
-            if isinstance(module, transformers.PackedEncoder) or _full_name(before) in torch_encoder.SWAPPED:
-                read(path, module)
+            is_rows = isinstance(module, rows.RowsEncoder)
+            if is_rows or isinstance(module, transformers.PackedEncoder) or _full_name(before) in torch_encoder.SWAPPED:
+                read(path, module, is_rows)
                 ours.update(torch_encoder.layers_in(module))
             continue
         name = next((_full_name(each) for each in kind.__mro__ if _full_name(each) in wanted), None)
@@ -427,8 +438,16 @@ def swap_in(
         if module in ours:
             continue
         if name is None:
-            if only is None and layers:
-                misses.append((path, unknown_encoders.reason(module, layers)))
+            if only is not None or not layers:
+                continue
+            parts = rows.parts_of(module, layers, _above(model, module)) if unknown == "rows" else ""
+            if isinstance(parts, str):
+                misses.append((path, parts or unknown_encoders.reason(module, layers)))
+                continue
+            plan += [(module, rows.made_class(rows.RowsEncoder, kind))]
+            plan += [(part, rows.made_class(rows.RowWise, type(part))) for part in parts]
+            swapped.append((path, kind.__name__, _shown(plan[-len(parts) - 1][1], None)))
+            read(path, module, True)
             continue
         reason, held = _objection(module, name, impl), None
         if reason is None:
@@ -470,6 +489,8 @@ def swap_in(
 
 def _shown(kind: type, weight_dtype: torch.dtype | None) -> str:
     products = "" if weight_dtype is None else f", {str(weight_dtype).removeprefix('torch.')} products"
+    if issubclass(kind, rows.RowsEncoder):
+        return f"{kind.__name__}, packed but for its attention"
     if kind in (LSTM, LayerNorm):
         return f"ctxfast.nn.{kind.__name__}{products}"
     return f"{kind.__name__}, {'fused' if kind.__name__ in allennlp.KINDS else 'packed'}{products}"

@@ -45,7 +45,7 @@ def layers_of(module: nn.Module) -> list[nn.Module]:
     if not any(kind.__module__.startswith(_PACKAGES) for kind in type(module).__mro__):
         return []
     lists = [child for child in module.children() if isinstance(child, _LISTS)]
-    return [layer for each in lists if any(map(_is_attention, each.modules())) for layer in each.children()]
+    return [layer for each in lists if any(map(is_attention, each.modules())) for layer in each.children()]
 
 
 def reason(module: nn.Module, layers: list[nn.Module]) -> str:
@@ -60,7 +60,8 @@ def reason(module: nn.Module, layers: list[nn.Module]) -> str:
     return f"its layers, {kinds}, are none of those that ctxfast computes packed."
 
 
-def _is_attention(module: nn.Module) -> bool:
+def is_attention(module: nn.Module) -> bool:
+    """Whether a module is one of attention, by its name."""
     return _ATTENTION.search(type(module).__name__) is not None
 
 
