@@ -35,7 +35,8 @@ def _case(
         missing = {name: None for name in ("residual", "bias", "x_bias") if name not in given}
         return drawn | missing | dict(norm=norm, eps=eps)
 
-    return Case(name, make, ("x", "weight", *given))
+    grads = (each for each in ("x", "residual", "weight", "bias", "x_bias") if each in ("x", "weight", *given))
+    return Case(name, make, tuple(grads))
 
 
 _ALL = ("residual", "bias", "x_bias")
