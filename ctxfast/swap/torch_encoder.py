@@ -243,6 +243,7 @@ def _weights(layer: Any, weight_dtype: torch.dtype | None) -> encoder.LayerWeigh
         weight_dtype,
         (attention.dropout if attention.training else 0.0, rate(layer.dropout1), rate(layer.dropout2)),
         by_ops=p > 0,
+        is_pre_norm=layer.norm_first,
     )
     tensors = (
         attention.in_proj_weight, attention.in_proj_bias, attention.out_proj.weight, attention.out_proj.bias,
@@ -298,8 +299,6 @@ def _odd_layer(layer: Any) -> str | None:
             return f"a layer holds a {type(getattr(layer, name)).__name__} where torch.nn.{kind.__name__} was."
     if not isinstance(attention.out_proj, nn.Linear) or type(attention.out_proj).forward is not nn.Linear.forward:
         return f"a layer holds a {type(attention.out_proj).__name__} where torch.nn.Linear was."
-    if layer.norm_first:
-        return "its layers normalise before they compute, not after."
     if attention.in_proj_weight is None or attention.bias_k is not None or attention.add_zero_attn:
         return "its attention has keys of another size, or keys that are no tokens."
     if "in_proj_weight" not in attention._parameters or any(
