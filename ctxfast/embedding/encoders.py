@@ -343,8 +343,8 @@ class BertEncoder:
         top = self.num_layers - 1
         needs_all = selection.layers != (top,)
         found = self.model(**inputs, output_hidden_states=needs_all, return_packed=True)
-        states = [found.packed_hidden_states[k] for k in selection.layers] if needs_all else None
-        states = states or [found.packed_last_hidden_state]
+        layers = found.packed_hidden_states
+        states = [found.packed_last_hidden_state] if layers is None else [layers[k] for k in selection.layers]
         if selection.level == "sentence":
             return self._pooled(states, batch, selection)
         index, lengths = (

@@ -235,16 +235,18 @@ def _one_by_one(
     rest: _Rest | None = None
     places = () if relative_bias is None else (relative_bias,)
     for layer in layers:
-        is_pre_norm = recompute is None and isinstance(layer, LayerWeights) and layer.options.is_pre_norm
+        own = layer if isinstance(layer, LayerWeights) and layer.options.is_pre_norm and recompute is None else None
+        normed = x
+        if own is not None:
+            x, normed = _entered(own, x, rest)
+        elif rest is not None:
+            x = _added(x, rest)
         if rest is not None:
-            x, normed = _entered(layer, x, rest) if is_pre_norm else (_added(x, rest), None)
             rest = None
             if all_layers:
                 states.append(x)
-        else:
-            normed = _entered(layer, x, None)[1] if is_pre_norm else None
-        if is_pre_norm:
-            x, rest = _pre_norm(layer, x, normed, cu_seqlens, max_seqlen, rows, relative_bias)
+        if own is not None:
+            x, rest = _pre_norm(own, x, normed, cu_seqlens, max_seqlen, rows, relative_bias)
             continue
         step: Layer = partial(by_ops, layer) if isinstance(layer, LayerWeights) else layer
         if recompute is not None:
@@ -272,6 +274,7 @@ def by_ops(
     (
         _, _, project, project_bias, scale, shift, _, _, _, narrow_bias, last_scale, last_shift,
     ) = layer.tensors  # fmt: skip
+    assert scale is not None and last_scale is not None  # of a layer that is not pre-norm
     options, (eps, last_eps), (_, dropout_p, last_p) = layer.options, layer.options.eps, layer.options.dropout_p
     context = _attended(layer, x, cu_seqlens, max_seqlen, rows, relative_bias)
     projected = _product(context, project, weight_dtype=options.weight_dtype)
@@ -300,7 +303,7 @@ def _entered(layer: LayerWeights, x: Tensor, rest: _Rest | None) -> tuple[Tensor
     if scale is None:  # there is no norm before its attention
         x = x if rest is None else _added(x, rest)
         return x, x
-    options = dict(norm=layer.options.norm, eps=layer.options.eps[0])
+    options: dict[str, Any] = dict(norm=layer.options.norm, eps=layer.options.eps[0])
     if rest is None:
         return x, functional.add_norm(x, None, scale, shift, **options)[1]
     return functional.add_norm(rest.x, x, scale, shift, rest.bias, dropout_p=rest.dropout_p, **options)
@@ -312,6 +315,7 @@ def _pre_norm(
 ) -> tuple[Tensor, _Rest]:  # fmt: skip
     """The residual stream after a pre-norm layer's attention, (T, N), and what is added to it after that."""
     _, _, project, project_bias, *_, narrow_bias, scale, shift = layer.tensors
+    assert scale is not None  # only the norm before the attention may be missing
     options, (_, dropout_p, last_p) = layer.options, layer.options.dropout_p
     context = _attended(layer, normed, cu_seqlens, max_seqlen, rows, relative_bias)
     projected = _product(context, project, weight_dtype=options.weight_dtype)
@@ -381,7 +385,7 @@ def _feed_forward(layer: LayerWeights, x: Tensor) -> Tensor:
     options = layer.options
     activation, dtype = options.activation, options.weight_dtype
     if isinstance(widen, Tensor) and isinstance(narrow, Tensor):
-        more = dict(gated=True) if options.is_gated else {}
+        more: dict[str, Any] = dict(gated=True) if options.is_gated else {}
         return functional.feed_forward(x, widen, bias, narrow, activation=activation, weight_dtype=dtype, **more)
     if options.is_gated:
         wide = tools.gated(_product(x, widen, bias, weight_dtype=dtype), activation)

@@ -171,7 +171,7 @@ def _best_without_crossing(scores: Tensor, firsts: Tensor, lasts: Tensor, most: 
         goes_out = any(longest.get(word, -1) > last for word in range(first + 1, last + 1))
         if goes_out or any(earliest.get(word, first) < first for word in range(first, last)):
             continue
-        longest[first] = max(longest.get(first, last), last)
+        longest[first] = max(longest[first], last) if first in longest else last
         earliest[last] = min(earliest[last], first) if last in earliest else first
         taken.append(place)
         if len(taken) == most:
