@@ -8,166 +8,19 @@ are what they were, and restoring gives it back its class.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
 
-from .. import functional
 from .._core import choice, registry
-from ..nn.transformer import TransformerLayer
-from . import allennlp, identity, padding_readers, rows, torch_encoder, transformers, unknown_encoders
+from . import allennlp, padding_readers, rows, torch_encoder, transformers, unknown_encoders
+from .table import TABLE
 from .torch_modules import LSTM, LayerNorm
 
 # In the __dict__ of a swapped module: its own class.
 _ORIGINAL = "_ctxfast_original"
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """One line of the table: what a class is replaced by, and what speaks against it.
-
-    ``replacement(kind)`` is the class; ``objection(module, impl)`` a sentence, or None; ``ops`` what the replacement
-    runs. ``on_request``: swapped only where ``only`` names it. ``narrow(module, impl, weight_dtype)``: a sentence why
-    it cannot compute so, or None; no such function for what has no products of that kind.
-    """
-
-    replacement: Callable[[type[nn.Module]], type[nn.Module]]
-    objection: Callable[[nn.Module, str | None], str | None]
-    ops: tuple[str, ...]
-    on_request: bool = False
-    narrow: Callable[[Any, str | None, torch.dtype], str | None] | None = None
-
-
-def why_not(op: str, impl: str | None, **args: Any) -> str | None:
-    """None if a compiled implementation (or the one asked for) runs such a call, else the sentence why not."""
-    spec, device = registry.OPS[op], next(registry.tensors(args)).device.type
-    with torch.no_grad():
-        rows = functional.explain(op, **args).rows
-    if any(name == impl for name, _, _ in rows):
-        refusals = [reason for name, verdict, reason in rows if name == impl and verdict == "no"]
-        return f"impl={impl!r} was asked for: {refusals[0]}" if refusals else None
-    compiled = [row for row in rows if row[0] != "reference" and spec.impl(row[0]).device == device]
-    if any(verdict != "no" for _, verdict, _ in compiled):
-        return None
-    reasons = "; ".join(f"{name}: {reason.rstrip('.')}" for name, _, reason in compiled)
-    return f"no compiled implementation of {op} runs it ({reasons or f'there is none for {device}'})."
-
-
-def _lstm_narrow(module: Any, impl: str | None, weight_dtype: torch.dtype) -> str | None:
-    return _lstm_why_not(module, impl, weight_dtype=weight_dtype)
-
-
-def _lstm_why_not(module: Any, impl: str | None, **options: Any) -> str | None:
-    args = dict(weight_ih=module.weight_ih_l0, weight_hh=module.weight_hh_l0, **options)
-    if module.proj_size:
-        args["weight_proj"] = module.weight_hr_l0
-    return why_not("lstm", impl, input=module.weight_ih_l0.new_zeros(1, 1, module.input_size), **args)
-
-
-def _lstm_objection(module: Any, impl: str | None) -> str | None:
-    reason = identity.why_not_stock(nn.LSTM, "torch")
-    if reason is not None:
-        return reason
-    tensors = dict(module.named_parameters())
-    weights = [tensor for name, tensor in tensors.items() if name.startswith("weight")]
-    if any(type(tensor) is not nn.Parameter for tensor in tensors.values()) or set(tensors) != set(
-        module._flat_weights_names
-    ):
-        return "its weights are not plain parameters (parametrised, pruned or lazy)."
-    if weights[0].is_meta:
-        return "its parameters are on the meta device; load them first."
-    return _lstm_why_not(module, impl)
-
-
-def _encoder_narrow(module: nn.Module, impl: str | None, weight_dtype: torch.dtype) -> str | None:
-    if weight_dtype is not torch.int8:
-        return (
-            f"weight_dtype is {weight_dtype}; expected torch.int8 for an encoder. Convert the model, "
-            f"model.to({weight_dtype}), and its products are computed in that."
-        )
-    weight = transformers.parts_of(module).qkv[0].weight
-    return why_not("linear_act", impl, x=weight.new_zeros(1, weight.shape[1]), weight=weight, weight_dtype=weight_dtype)
-
-
-def _encoder_objection(module: nn.Module, impl: str | None) -> str | None:
-    objection = transformers.objection(module)
-    if objection is not None:
-        return objection
-    parts = transformers.parts_of(module)
-    weight = parts.project.weight
-    if any(tensor.is_meta for tensor in module.parameters()):
-        return "its parameters are on the meta device; load them first."
-    size, kv_heads = weight.shape[1] // parts.heads, parts.kv_heads
-    kv_heads = None if kv_heads == parts.heads else kv_heads
-    rows = (3, parts.heads) if kv_heads is None else (parts.heads + 2 * kv_heads,)
-    offsets = torch.tensor([0, 1], dtype=torch.int32, device=weight.device)
-    rotary = None if parts.rotary is None else torch.zeros(1, 2, size // 2, device=weight.device)
-    windows = transformers.windows_of(module)
-    reason = why_not(
-        "attention", impl, qkv=weight.new_zeros(1, *rows, size), cu_seqlens=offsets, max_seqlen=1,
-        window=next(iter(windows), None), rotary=rotary, num_kv_heads=kv_heads,
-    )  # fmt: skip
-    return transformers.difference(module, impl) if reason is None else reason
-
-
-def _allennlp_objection(module: nn.Module, impl: str | None) -> str | None:
-    objection = allennlp.objection(module)
-    return _allennlp_why_not(module, impl) if objection is None else objection
-
-
-def _allennlp_narrow(module: nn.Module, impl: str | None, weight_dtype: torch.dtype) -> str | None:
-    return _allennlp_why_not(module, impl, weight_dtype=weight_dtype)
-
-
-def _allennlp_why_not(module: nn.Module, impl: str | None, **args: Any) -> str | None:
-    if not hasattr(module, "forward_layer_0"):
-        return None
-    layer: Any = module.forward_layer_0
-    cell = getattr(layer, "cell", layer)
-    weight = cell.input_linearity.weight
-    if hasattr(cell, "state_projection"):
-        args["weight_proj"] = cell.state_projection.weight
-    x = weight.new_zeros(1, 1, weight.shape[1])
-    return why_not("lstm", impl, input=x, weight_ih=weight, weight_hh=cell.state_linearity.weight, **args)
-
-
-def _encoder(name: str) -> _Entry:
-    ops = TransformerLayer.ops
-    return _Entry(lambda kind: transformers.packed_class(name), _encoder_objection, ops, narrow=_encoder_narrow)
-
-
-# Full name of a class -> what becomes of its modules.
-_TABLE: dict[str, _Entry] = {
-    "torch.nn.modules.rnn.LSTM": _Entry(lambda kind: LSTM, _lstm_objection, ("lstm",), narrow=_lstm_narrow),
-    # By itself it gains nothing over torch's; it is there to choose an implementation of add_layer_norm.
-    "torch.nn.modules.normalization.LayerNorm": _Entry(
-        lambda kind: LayerNorm, lambda module, impl: None, ("add_layer_norm",), on_request=True
-    ),
-    **{name: _encoder(name) for name in transformers.ENCODERS},
-    **{
-        name: _Entry(
-            torch_encoder.swapped_class,
-            partial(torch_encoder.objection, why_not),
-            TransformerLayer.ops,
-            narrow=partial(torch_encoder.narrow_objection, why_not),
-        )
-        for name in torch_encoder.SWAPPED
-    },
-    # AllenNLP's by their name alone, see there.
-    **{
-        name: _Entry(
-            allennlp.swapped_class,
-            _allennlp_objection,
-            ("char_cnn", "linear_act", "lstm"),
-            narrow=_allennlp_narrow if "Lstm" in name else None,
-        )
-        for name in allennlp.KINDS
-    },
-}
 
 
 @dataclass(frozen=True)
@@ -226,7 +79,7 @@ def _full_name(kind: type) -> str:
 def _short_names() -> dict[str, list[str]]:
     """Names of classes, and the full names that they stand for."""
     found: dict[str, list[str]] = {}
-    for name in _TABLE:
+    for name in TABLE:
         found.setdefault(name.rpartition(".")[2], []).append(name)
     return found
 
@@ -234,7 +87,7 @@ def _short_names() -> dict[str, list[str]]:
 def _wanted(only: Iterable[str | type] | str | type | None) -> frozenset[str]:
     """Full names of the classes to swap."""
     if only is None:
-        return frozenset(name for name, entry in _TABLE.items() if not entry.on_request)
+        return frozenset(name for name, entry in TABLE.items() if not entry.on_request)
     if not isinstance(only, (str, type, Iterable)):
         raise TypeError(f"ctxfast.swap_in: only is {only!r:.80}; expected names of classes, classes, or None.")
     asked = [only] if isinstance(only, (str, type)) else list(only)
@@ -273,14 +126,14 @@ def _objection(module: nn.Module, name: str, impl: str | None) -> str | None:
     if "forward" in module.__dict__:
         return "its forward was replaced on the object, as wrappers do that move weights about."
     try:
-        return _TABLE[name].objection(module, impl) or _no_impl(module, name, impl)
+        return TABLE[name].objection(module, impl) or _no_impl(module, name, impl)
     except Exception as error:  # whatever somebody's parts raise when they are looked at, the model stays usable
         return f"it is not built as {name.rpartition('.')[2]} is ({type(error).__name__}: {error})."
 
 
 def _no_impl(module: nn.Module, name: str, impl: str | None) -> str | None:
     device = next((each.device for each in module.parameters()), torch.device("cpu"))  # a LayerNorm may have none
-    reason = choice.why_no_impl(impl, device, _TABLE[name].ops)
+    reason = choice.why_no_impl(impl, device, TABLE[name].ops)
     return None if reason is None else f"impl={impl!r} was asked for, but {reason}"
 
 
@@ -387,7 +240,7 @@ def swap_in(
 
     def hold(module: nn.Module, name: str) -> torch.dtype | None | str:
         """What a module's products are held in from now on; a sentence where it cannot be what was asked for."""
-        function = None if name not in _TABLE else _TABLE[name].narrow
+        function = None if name not in TABLE else TABLE[name].narrow
         if narrow is None or function is None:
             return None
         return function(module, impl, narrow) or narrow
@@ -421,7 +274,7 @@ def swap_in(
         if isinstance(module, rows.RowWise):
             continue  # said of its encoder
         if before is not None:
-            held = hold(module, next((each for each in (_full_name(before), before.__name__) if each in _TABLE), ""))
+            held = hold(module, next((each for each in (_full_name(before), before.__name__) if each in TABLE), ""))
             if isinstance(held, str):
                 misses.append((path, held))
                 held = None
@@ -456,7 +309,7 @@ def swap_in(
         if reason is not None:
             misses.append((path, reason))
             continue
-        replacement = _TABLE[name].replacement(kind)
+        replacement = TABLE[name].replacement(kind)
         plan.append((module, replacement))
         dtypes.append((module, held))
         swapped.append((path, kind.__name__, _shown(replacement, held)))

@@ -137,7 +137,7 @@ def test_the_parts_without_autograd() -> None:
     with torch.no_grad():
         found, kept = triton.forward(*given, "gelu")
         before = [tensor.clone() for tensor in (grad, kept, *given)]
-        grads = triton.backward(grad, *given[:4], kept, "gelu", (True,) * 5)
+        grads = triton.backward(grad, *given[:4], kept, "gelu", False, (True,) * 5)
         assert torch.equal(found, out)
         for one, two in zip((grad, kept, *given), before, strict=True):
             assert torch.equal(one, two)
