@@ -122,7 +122,13 @@ _FLOAT32 = {
     128: (Plan(0, Tile(32, 32, 8), query=Tile(16, 16, 8), key=Tile(16, 16, 8)),),
 }
 # float32 with its products rounded to TensorFloat-32 (torch.backends.cuda.matmul.allow_tf32).
-_TF32 = _FLOAT32 | {64: (*_FLOAT32[64][:-1], Plan(0, Tile(32, 32, 4), query=Tile(32, 32, 4), key=Tile(32, 32, 4)))}
+_TF32 = _FLOAT32 | {
+    64: (
+        Plan(16, _pairs(16), whole=Tile(16, 16, 1)),  # four warps put 8 bytes on the stack (sm_80, Triton 3.9)
+        _FLOAT32[64][1],
+        Plan(0, Tile(32, 32, 4), query=Tile(32, 32, 4), key=Tile(32, 32, 4)),
+    )
+}
 
 # Full batches of one length without dropout or gradients, in 16 bits: cuDNN's kernels for Hopper overlap what these do
 # one after another. Compute capability's major number -> whether SDPA with cuDNN is faster for (sequences, length,
