@@ -219,9 +219,7 @@ def test_refusals(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "config.json").read_text())
     for model_type in ("deberta-v2", "albert", "gpt2"):
         (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": model_type}))
-        sentence = (
-            rf"is '{model_type}'; expected one of bert, .* opens in ctxfast\.Embedder, .* ctxfast\.swap_in"
-        )
+        sentence = rf"is '{model_type}'; expected one of bert, .* opens in ctxfast\.Embedder, .* ctxfast\.swap_in"
         with pytest.raises(ValueError, match=sentence):
             ctxfast.Bert.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(BertConfig().to_dict()))

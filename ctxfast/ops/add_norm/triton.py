@@ -20,6 +20,12 @@ from . import triton_kernels
 _GIVEN = ("x", "residual", "weight", "bias", "x_bias")
 
 
+def _forward_tile(size: int) -> dict[str, int]:
+    """The usual one; of the longest rows twice the warps, as eight leave RMS's in float32 8 bytes on the stack."""
+    tile = triton_rows.forward_tile(size)
+    return tile if size <= 4096 else tile | dict(num_warps=2 * tile["num_warps"])
+
+
 def _outputs(x: Tensor, save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The total, its norm; mean and 1 / deviation of every row, or empty."""
     rows = x.numel() // x.shape[-1] if save else 0
@@ -37,7 +43,7 @@ def _forward(
     size, x = x.shape[-1], triton_rows.rows(x)
     residual = None if residual is None else triton_rows.rows(residual)
     bias, x_bias = (None if each is None else each.contiguous() for each in (bias, x_bias))
-    tile = triton_rows.forward_tile(size)
+    tile = _forward_tile(size)
     with triton_rows.on_device(x):
         triton_launch.launch(
             triton_kernels.forward, (-(-x.shape[0] // tile["ROWS"]),), x, residual, x_bias, weight.contiguous(), bias,
@@ -173,6 +179,6 @@ def launches(dtype: str, arch: int) -> Iterator[triton_rows.Launch]:
             shared = dict(N=size, RMS=norm == "rms", HAS_BIAS=norm == "layer", DROPOUT=dropout)
             where = f"N={size} {norm}{' dropout' if dropout else ''}"
             more = dict(HAS_RESIDUAL=True, HAS_X_BIAS=norm == "layer", SAVE=True)
-            yield f"forward {where}", triton_kernels.forward, shared | more, triton_rows.forward_tile(size)
+            yield f"forward {where}", triton_kernels.forward, shared | more, _forward_tile(size)
             more = dict(SUMS=True, SUM_X=norm == "layer" and size <= triton_rows.SUMMED_SIZE)
             yield f"backward {where}", triton_kernels.backward, shared | more, triton_rows.backward_tile(size)
