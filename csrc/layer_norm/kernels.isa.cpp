@@ -66,8 +66,8 @@ void row(const LayerNormParams& p, int64_t i, float* sum) {
 void rows(const LayerNormParams& p, int64_t from, int64_t to) {
   alignas(64) float sum[kLayerNormMaxSize + kLanes];
   const bool is_bf16 = p.io_dtype == DType::kBFloat16;
-  const auto one = p.sum ? (is_bf16 ? row<true, true> : row<false, true>)
-                         : (is_bf16 ? row<true, false> : row<false, false>);
+  const auto one =
+      p.sum ? (is_bf16 ? row<true, true> : row<false, true>) : (is_bf16 ? row<true, false> : row<false, false>);
   for (int64_t i = from; i < to; ++i) one(p, i, sum);
 }
 
