@@ -11,7 +11,7 @@ from typing import Any
 from ctxfast import functional as functional  # enters all ops in the table
 from ctxfast._core import registry
 
-from . import report, results
+from . import documented, report, results
 from .measure import ResultRow
 
 # README's table: cases in words, and what most people run in that precision today.
@@ -188,9 +188,8 @@ def with_tables(readme: str, folder: Path = results.FOLDER) -> str:
     """README with its tables rendered anew."""
     for name, table in (("ops", ops()), ("figures", figures(folder))):
         begin, end = f"<!-- {name}: python -m benchmarks --readme -->\n", f"<!-- end of {name} -->\n"
-        before, _, rest = readme.partition(begin)
-        _, found, after = rest.partition(end)
-        if not found:
+        written = documented.between(readme, begin, end, table)
+        if written is None:
             raise ValueError(f"benchmarks: README lacks the lines {begin.strip()!r} and {end.strip()!r}.")
-        readme = before + begin + table + end + after
+        readme = written
     return readme

@@ -34,6 +34,13 @@ def where(found: dict[str, Any]) -> str:
     return f"{found['machine']} ({', '.join(found['instruction_sets'])}), commit {found['commit']}"
 
 
+def between(text: str, begin: str, end: str, inside: str) -> str | None:
+    """``text`` with other lines between its marks; None where it lacks one of them."""
+    before, found_begin, rest = text.partition(begin)
+    _, found_end, after = rest.partition(end)
+    return before + begin + inside + end + after if found_begin and found_end else None
+
+
 @dataclass(frozen=True)
 class Documented:
     """A result and its place: what ``python -m benchmarks.NAME`` measures and ``--docs`` writes out.
@@ -59,11 +66,10 @@ class Documented:
             ValueError: the page has no marks.
         """
         begin, end = f"<!-- figures: python -m benchmarks.{self.name} --docs -->\n", "<!-- end of figures -->\n"
-        before, found_begin, rest = page.partition(begin)
-        _, found_end, after = rest.partition(end)
-        if not found_begin or not found_end:
+        written = between(page, begin, end, self.table(found))
+        if written is None:
             raise ValueError(f"benchmarks.{self.name}: a page has no line {begin.strip()!r}, or no end of it.")
-        return f"{before}{begin}{self.table(found)}{end}{after}"
+        return written
 
     def save(self, found: dict[str, Any]) -> None:
         """Write the result."""

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ..nn.watched import Snapshot, is_watched
 from ..packing import Packing
 from . import identity, padding_readers, unknown_encoders
-from .transformers import _is_dense as is_dense, real_tokens
+from .transformers import is_dense, real_tokens
 
 _MASKS = ("attention_mask", "mask")
 _now = threading.local()

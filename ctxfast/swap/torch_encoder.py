@@ -23,7 +23,7 @@ from ..ops.shared.weight_cache import forget_packed
 from ..packing import Packing
 from . import identity, padding_readers
 from .masks import kept_keys
-from .transformers import _is_dense as is_dense
+from .transformers import is_dense
 from .transformers_layers import activation_of
 from .transformers_parts import rate
 

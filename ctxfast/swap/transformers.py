@@ -417,15 +417,15 @@ def _packing(x: Tensor, mask: Any, is_asked: bool, has_places: bool) -> Packing 
     distances count (``has_places``) and a text has holes, which packed rows lose."""
     batch, length = x.shape[:2]
     if mask is None:
-        return None if not is_asked and _is_dense(x, batch * length) else Packing.full(batch, length, x.device)
+        return None if not is_asked and is_dense(x, batch * length) else Packing.full(batch, length, x.device)
     found = None if length == 0 else real_tokens(mask, batch, length)
     if found is not None and has_places:
         found = found[0], found[1] & (found[0][:, 1:] <= found[0][:, :-1]).all()
     packing = None if found is None else Packing.from_tokens(*found)
-    return None if packing is None or (not is_asked and _is_dense(x, packing.total)) else packing
+    return None if packing is None or (not is_asked and is_dense(x, packing.total)) else packing
 
 
-def _is_dense(x: Tensor, tokens: int) -> bool:
+def is_dense(x: Tensor, tokens: int) -> bool:
     """Whether a batch has so little padding that the original is faster."""
     if x.device.type != "cpu":
         return False
